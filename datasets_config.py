@@ -1,0 +1,178 @@
+"""What is known of each data set: where it lies, its columns and classes, how to train on it.
+
+Facts only. `pipeline.py` opens the sets and checks them against what is written here; names of
+classes in the data itself win over the ones below, which serve columns that carry none. The
+training of `digits` is measured; the others are sensible starts on a single GPU, not tuned.
+"""
+
+from dataclasses import dataclass
+
+import errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """One data set, and the training recommended for it.
+
+    Args:
+        path: an id on the Hugging Face hub, or a folder of this repository.
+        config_name: which of the hub's configurations, where there are several.
+        label_column: None for a set that is learnt without classes (`n_classes` is then 0).
+        eval_split: None to hold back `eval_fraction` of the training rows.
+        label_names: () for the data's own.
+        flip: whether a mirrored picture is as good as the picture.
+    """
+
+    name: str
+    path: str
+    config_name: str | None = None
+    image_column: str = "image"
+    label_column: str | None = "label"
+    train_split: str = "train"
+    eval_split: str | None = "test"
+    eval_fraction: float = 0.1
+    n_classes: int
+    label_names: tuple[str, ...] = ()
+    channels: int = 3
+    image_size: int
+    model: str
+    batch_size: int = 128
+    learning_rate: float = 3e-4
+    n_steps: int
+    flip: bool = True
+    ema_decay: float = 0.9995
+    cfg_scale: float = 1.5
+
+
+DATASET_CONFIGS = {
+    config.name: config
+    for config in (
+        DatasetConfig(
+            name="digits",
+            path="assets/digits",
+            n_classes=10,
+            channels=1,
+            image_size=8,
+            label_names=("0", "1", "2", "3", "4", "5", "6", "7", "8", "9"),
+            model="DiT-Ti/2",
+            batch_size=64,
+            learning_rate=3e-3,
+            n_steps=900,
+            flip=False,  # a mirrored 2 is no digit
+            ema_decay=0.98,
+        ),
+        DatasetConfig(
+            name="mnist",
+            path="ylecun/mnist",
+            n_classes=10,
+            channels=1,
+            image_size=28,
+            label_names=("0", "1", "2", "3", "4", "5", "6", "7", "8", "9"),
+            model="DiT-Ti/2",
+            learning_rate=1e-3,
+            n_steps=10_000,
+            flip=False,
+            ema_decay=0.999,
+        ),
+        DatasetConfig(
+            name="fashion_mnist",
+            path="zalando-datasets/fashion_mnist",
+            n_classes=10,
+            channels=1,
+            image_size=28,
+            label_names=(
+                *("T - shirt / top", "Trouser", "Pullover", "Dress", "Coat"),
+                *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+            ),
+            model="DiT-Ti/2",
+            learning_rate=1e-3,
+            n_steps=15_000,
+            flip=False,  # all shoes point to the left
+            ema_decay=0.999,
+        ),
+        DatasetConfig(
+            name="cifar10",
+            path="uoft-cs/cifar10",
+            image_column="img",
+            n_classes=10,
+            image_size=32,
+            label_names=(
+                *("airplane", "automobile", "bird", "cat", "deer"),
+                *("dog", "frog", "horse", "ship", "truck"),
+            ),
+            model="DiT-S/2",
+            batch_size=256,
+            learning_rate=4e-4,
+            n_steps=100_000,
+        ),
+        DatasetConfig(
+            name="flowers",
+            path="nelorth/oxford-flowers",  # 7 k rows; the official split trains on 1,020
+            n_classes=102,
+            image_size=64,
+            model="DiT-S/4",
+            n_steps=60_000,
+            cfg_scale=2.0,
+        ),
+        DatasetConfig(
+            name="butterflies",
+            path="huggan/smithsonian_butterflies_subset",
+            label_column=None,
+            eval_split=None,
+            n_classes=0,
+            image_size=64,
+            model="DiT-S/4",
+            batch_size=64,
+            n_steps=20_000,
+            ema_decay=0.999,
+            cfg_scale=1.0,
+        ),
+        DatasetConfig(
+            name="tiny_imagenet",
+            path="zh-plus/tiny-imagenet",
+            eval_split="valid",
+            n_classes=200,
+            image_size=64,
+            # the names in the data are WordNet ids, like n01443537
+            model="DiT-B/4",
+            batch_size=256,
+            learning_rate=2e-4,
+            n_steps=200_000,
+            ema_decay=0.9999,
+            cfg_scale=2.0,
+        ),
+        DatasetConfig(
+            name="celeba",
+            path="flwrlabs/celeba",
+            config_name="img_align+identity+attr",
+            label_column="Smiling",  # or any other of its 40 attributes, with --label_column
+            eval_split="valid",
+            n_classes=2,
+            image_size=64,
+            label_names=("not smiling", "smiling"),
+            model="DiT-S/4",
+            batch_size=256,
+            n_steps=100_000,
+            ema_decay=0.9999,
+        ),
+        DatasetConfig(
+            name="celebahq",
+            path="korexyz/celeba-hq-256x256",
+            eval_split="validation",
+            n_classes=2,
+            image_size=128,
+            label_names=("female", "male"),  # not verified; the data's own win
+            model="DiT-B/8",
+            learning_rate=2e-4,
+            n_steps=150_000,
+            ema_decay=0.9999,
+        ),
+    )
+}
+
+
+def find(name: str) -> DatasetConfig:
+    """The entry called `name`; `UserError` with the nearest name when there is none."""
+    if name not in DATASET_CONFIGS:
+        raise errors.unknown("dataset", name, DATASET_CONFIGS)
+    return DATASET_CONFIGS[name]

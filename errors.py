@@ -1,0 +1,25 @@
+"""Ends that one line explains. Everything else that goes wrong is a bug and keeps its traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class RunError(RuntimeError):
+    """A run that failed for a reason its message tells in full: `cli.run` prints it and exits with
+    1.
+    """
+
+
+class UserError(ValueError):
+    """A mistake at the keyboard or in the data: `cli.run` prints it as one line and exits with 2."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
+    """The error for a name that is not in a table: names it, the nearest name and all allowed
+    names.
+    """
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    more = f", … {len(known) - 20} more" if len(known) > 20 else ""
+    return UserError(f"unknown {kind} '{name}'{hint} (one of: {', '.join(known[:20])}{more})")

@@ -1,0 +1,267 @@
+"""A trained run → pictures.
+
+    python generate.py --run runs/digits --labels 3 7 --n 16 --cfg_scale 2 --out grid.png
+
+Reads a run's `config.json` and newest checkpoint and nothing of training; `sample` is what the
+trainer itself calls.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+import cli
+import images
+import parallel
+from checkpoint import Checkpoints
+from errors import UserError, unknown
+from model import ModelConfig, graphdef, init_params
+from run_folder import atomic, read_config
+from sampling import SOLVERS, Solution, guided, initial_noise, time_grid
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How pictures are drawn from a model; static, so each combination is compiled once.
+
+    Args:
+        solver: euler or heun.
+        n_steps: steps of the solver.
+        shift: of the time grid; above 1 spends more steps near the noise.
+        interval: times between which guidance acts.
+    """
+
+    solver: str = "euler"
+    n_steps: int = 50
+    shift: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self):
+        if self.solver not in SOLVERS:
+            raise unknown("solver", self.solver, SOLVERS)
+        if self.n_steps < 1:
+            raise UserError(
+                f"the number of sampling steps is {self.n_steps}; it must be at least 1"
+            )
+
+
+@partial(jax.jit, static_argnames=("config", "sampler", "guide", "trajectory"))
+def draw(
+    params: Any,
+    label: Int[Array, "b"],
+    index: Int[Array, "b"],
+    seed: Int[Array, ""],
+    cfg_scale: Float[Array, ""],
+    *,
+    config: ModelConfig,
+    sampler: Sampler,
+    guide: bool,
+    trajectory: bool,
+) -> Solution:
+    """One batch, from noise to pictures, as one compiled program."""
+    model = nnx.merge(graphdef(config), params)
+
+    def velocity(x, t, label):
+        return model(x, jnp.full(x.shape[0], t), label)
+
+    if guide:
+        null = jnp.full_like(label, config.n_classes)
+        bound = guided(velocity, label, null, cfg_scale, interval=sampler.interval)
+    else:
+        bound = partial(velocity, label=label)
+    noise = initial_noise(seed, index, (config.image_size, config.image_size, config.channels))
+    times = time_grid(sampler.n_steps, shift=sampler.shift)
+    return SOLVERS[sampler.solver](bound, noise, times, trajectory=trajectory)
+
+
+def sample(
+    params: Any,
+    config: ModelConfig,
+    labels: Sequence[int] | Int[np.ndarray, "b"],
+    *,
+    sampler: Sampler,
+    mesh: parallel.Mesh,
+    cfg_scale: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 256,
+    trajectory: bool = False,
+) -> Solution:
+    """Pictures of `labels` as float32 in about −1 … 1, on the host.
+
+    A picture is a function of the weights, its label, the seed and its place in `labels`: neither
+    `batch_size` nor the number of devices changes it. Label `config.n_classes` is "no class";
+    `cfg_scale` 1 samples the conditional model in half the time.
+    """
+    config = replace(config, remat=False, unroll=1)
+    guide = cfg_scale != 1.0 and config.n_classes > 0
+    size = -(-min(batch_size, len(labels)) // mesh.size) * mesh.size
+    parts = []
+    for start in range(0, len(labels), size):
+        label = np.full(size, config.n_classes, np.int32)
+        label[: len(labels) - start] = labels[start : start + size]
+        index = np.arange(start, start + size, dtype=np.int32)
+        label, index = parallel.place((label, index), mesh)
+        part = draw(
+            params,
+            label,
+            index,
+            seed,
+            cfg_scale,
+            config=config,
+            sampler=sampler,
+            guide=guide,
+            trajectory=trajectory,
+        )
+        parts.append(jax.tree.map(np.asarray, part))
+    x = np.concatenate([part.x for part in parts])[: len(labels)]
+    if not trajectory:
+        return Solution(x, None)
+    return Solution(x, np.concatenate([p.trajectory for p in parts], 1)[:, : len(labels)])
+
+
+def label_ids(words: Sequence[int | str], names: Sequence[str], n_classes: int) -> list[int]:
+    """Class names or numbers → numbers. A name wins over a number that is spelled the same.
+
+    Raises:
+        UserError: no such class.
+    """
+    ids = {str(i): i for i in range(n_classes)} | {name: i for i, name in enumerate(names)}
+    for word in words:
+        if str(word) not in ids:
+            raise unknown("label", word, names or [f"0 … {n_classes - 1}"])
+    return [ids[str(word)] for word in words]
+
+
+def captions(labels: Sequence[int], names: Sequence[str]) -> list[str] | None:
+    """The class name of every picture; None where classes have no names."""
+    return [names[label] for label in labels] if names else None
+
+
+def load_params(
+    run: Path,
+    config: ModelConfig,
+    mesh: parallel.Mesh,
+    *,
+    ema: bool = True,
+    step: int | None = None,
+) -> tuple[int, Any]:
+    """(step, weights) of a run's checkpoint, the newest if no step is named, averaged or raw."""
+    with Checkpoints(run, read_only=True) as checkpoints:
+        step = checkpoints.pick(step)
+        item = "ema" if ema else "params"
+        like = parallel.abstract(partial(init_params, config, jax.random.key(0)), mesh)
+        return step, checkpoints.restore(step, {item: like})[item]
+
+
+def trajectory_frames(trajectory, captions: Sequence[str] | None) -> list:
+    """One grid per state of a trajectory (n + 1, b, h, w, c)."""
+    return [images.grid(images.to_uint8(x), captions=captions) for x in trajectory]
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Draw pictures from a trained run.
+
+    Args:
+        run: the run's folder.
+        labels: class names or numbers; all classes if not given. Each gets an equal share of n.
+        n: how many pictures.
+        cfg_scale: guidance scale; 1 is none. Default: the run's own.
+        n_steps: solver steps. Default: the run's own.
+        seed: of the noise. The same seed gives the same pictures.
+        out: where they go: .png is a grid with class names, .npz holds arr_0 (uint8 images, n h w
+            c) and arr_1 (labels).
+        trajectory: a .gif of the way from noise to pictures.
+        ema: use the averaged weights; False uses the raw ones.
+        step: of the checkpoint; the newest if not given.
+        solver: euler or heun. Default: the run's own.
+        batch_size: pictures drawn at a time.
+    """
+
+    run: Path
+    labels: tuple[str, ...] = ()
+    n: int = 16
+    cfg_scale: float | None = None
+    n_steps: int | None = None
+    seed: int = 0
+    out: Path = Path("samples.png")
+    trajectory: Path | None = None
+    ema: bool = True
+    step: int | None = None
+    solver: str | None = None
+    batch_size: int = 256
+
+
+def check(config: GenerateConfig) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    if config.out.suffix not in (".png", ".npz"):
+        raise UserError(f"--out {config.out}: the name must end in .png (a grid) or .npz (arrays)")
+    if config.trajectory and config.trajectory.suffix != ".gif":
+        raise UserError(f"--trajectory {config.trajectory}: the name must end in .gif")
+    for path in filter(None, (config.out, config.trajectory)):
+        if not path.parent.is_dir():
+            raise UserError(f"folder {path.parent} does not exist")
+    for name in ("n", "batch_size"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
+
+
+def spread(ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:
+    """n labels, each id as often as the others, side by side."""
+    share, rest = divmod(n, len(ids))
+    return np.repeat(np.asarray(ids, np.int32), [share + (i < rest) for i in range(len(ids))])
+
+
+def write(out: Path, pictures, labels, names: Sequence[str]) -> None:
+    """A grid with class names, or the arrays in the layout of the ADM evaluation suite."""
+    if out.suffix == ".png":
+        images.save_png(images.grid(pictures, captions=captions(labels, names)), out)
+    else:
+        with atomic(out) as file:
+            np.savez(file, arr_0=pictures, arr_1=np.asarray(labels, np.int64))
+
+
+def main(config: GenerateConfig) -> None:
+    """Load, draw, write."""
+    check(config)
+    run = read_config(config.run)
+    model, names = ModelConfig(**run["model_config"]), run["dataset"]["label_names"]
+    ids = label_ids(config.labels, names, model.n_classes) or range(max(1, model.n_classes))
+    labels = spread(list(ids), config.n)
+
+    mesh = parallel.make_mesh()
+    step, params = load_params(config.run, model, mesh, ema=config.ema, step=config.step)
+    sampler = Sampler(
+        solver=config.solver or run["solver"],
+        n_steps=config.n_steps or run["n_sample_steps"],
+        shift=run["sample_shift"],
+    )
+    solution = sample(
+        params,
+        model,
+        labels,
+        sampler=sampler,
+        mesh=mesh,
+        cfg_scale=run["cfg_scale"] if config.cfg_scale is None else config.cfg_scale,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        trajectory=config.trajectory is not None,
+    )
+    write(config.out, images.to_uint8(solution.x), labels, names)
+    print(f"{config.n} pictures from step {step} of {config.run}: {config.out}")
+    if config.trajectory:
+        frames = trajectory_frames(solution.trajectory, captions(labels, names))
+        images.save_gif(frames, config.trajectory)
+        print(f"their way from noise: {config.trajectory}")
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(cli.parse(GenerateConfig)))

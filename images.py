@@ -1,0 +1,157 @@
+"""Pictures on the host: files to uint8 arrays, arrays to grids, PNG and GIF files.
+
+NumPy and Pillow only. It knows neither of data sets (the pipeline adds the row and column to an
+error) nor of latents, which are decoded before they come here.
+"""
+
+import io
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from errors import UserError
+
+GAP = 4  # pixels between the pictures of a grid
+FONT_SIZE = 13
+DEPTH_16 = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+OPAQUE = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
+
+
+def decode(raw: bytes | Image.Image, *, channels: int, size: int) -> UInt8[np.ndarray, "s s c"]:
+    """The central square of a picture in `channels` 1 (grey) or 3 (RGB), resized; see `upright`."""
+    image = upright(raw).convert("L" if channels == 1 else "RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    if side != size:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)  # antialiased when it shrinks
+    return np.asarray(image).reshape(size, size, channels)
+
+
+def upright(raw: bytes | Image.Image) -> Image.Image:
+    """A picture as it is meant to be seen, opaque and of 8 bits, in some mode of Pillow's.
+
+    EXIF orientation is applied, transparent pixels lie over white, 16-bit greys are scaled. Raises
+    `UserError` for what is not a whole picture of at least 2 × 2 pixels.
+    """
+    try:
+        image = raw if isinstance(raw, Image.Image) else Image.open(io.BytesIO(raw))
+        _check_size(image)
+        image.load()  # a truncated file fails here and not in a later conversion
+        return _opaque(ImageOps.exif_transpose(image))
+    except UserError:
+        raise
+    except (Exception, Image.DecompressionBombWarning) as error:
+        # Pillow's parsers raise anything from SyntaxError to struct.error on a damaged file.
+        raise UserError(f"the picture cannot be read ({error or type(error).__name__})") from error
+
+
+def to_uint8(x: Float[np.ndarray, "*n h w c"]) -> UInt8[np.ndarray, "*n h w c"]:
+    """[-1, 1] to 0 … 255, clipped and rounded to the nearest; the inverse of v / 127.5 − 1."""
+    x = np.asarray(x, np.float32)
+    return np.rint(np.clip((x + 1) * 127.5, 0, 255)).astype(np.uint8)
+
+
+def grid(
+    images: UInt8[np.ndarray, "n h w c"],
+    *,
+    columns: int | None = None,
+    captions: Sequence[str] | None = None,
+    min_side: int = 64,
+) -> Image.Image:
+    """The pictures in rows, enlarged by a whole factor to `min_side` pixels, captions below."""
+    images = np.asarray(images)
+    n, height, width, channels = images.shape
+    if images.dtype != np.uint8 or channels not in (1, 3):
+        raise ValueError(
+            f"a grid needs uint8 pictures of 1 or 3 channels, not {images.dtype} of {channels};"
+            " decode latents first"
+        )
+    columns = columns or math.ceil(math.sqrt(n))
+    scale = max(1, math.ceil(min_side / min(height, width)))
+    cell_width, cell_height = width * scale, height * scale
+    step_x = cell_width + GAP
+    step_y = cell_height + GAP + (FONT_SIZE + GAP if captions else 0)
+    rows = math.ceil(n / columns)
+    sheet = Image.new("RGB", (GAP + columns * step_x, GAP + rows * step_y), "white")
+    font, draw = ImageFont.load_default(size=FONT_SIZE), ImageDraw.Draw(sheet)
+    for i, picture in enumerate(images):
+        x, y = GAP + i % columns * step_x, GAP + i // columns * step_y
+        picture = Image.fromarray(picture.squeeze(-1) if channels == 1 else picture)
+        sheet.paste(picture.resize((cell_width, cell_height), Image.Resampling.NEAREST), (x, y))
+        if captions:
+            text = _fit(captions[i], width=cell_width, font=font)
+            middle = (x + cell_width / 2, y + cell_height + GAP / 2)
+            draw.text(middle, text, fill="black", font=font, anchor="ma")
+    return sheet
+
+
+def save_png(image: Image.Image, path: str | Path) -> None:
+    """Writes the whole file or nothing."""
+    _replace(path, lambda file: image.save(file, format="PNG"))
+
+
+def save_gif(
+    frames: Sequence[Image.Image],
+    path: str | Path,
+    *,
+    seconds_per_frame: float = 0.08,
+    hold_last: float = 1.5,
+) -> None:
+    """An endless loop that rests on its last frame for `hold_last` seconds; whole or nothing."""
+    seconds = [seconds_per_frame] * (len(frames) - 1) + [hold_last]
+    milliseconds = [round(1000 * s) for s in seconds]
+    options = {"save_all": True, "append_images": frames[1:], "loop": 0, "duration": milliseconds}
+    _replace(path, lambda file: frames[0].save(file, format="GIF", **options))
+
+
+def _check_size(image: Image.Image) -> None:
+    if min(image.size) < 2:
+        raise UserError(f"the picture is {image.width} × {image.height} pixels, too small to use")
+    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise UserError(f"a picture of {image.width} × {image.height} pixels is too large to open")
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    if image.mode in DEPTH_16:
+        return _grey_from_16_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode not in OPAQUE:
+        raise UserError(f"pictures of Pillow's mode {image.mode} have no defined range of values")
+    return image
+
+
+def _grey_from_16_bits(image: Image.Image) -> Image.Image:
+    """0 … 65535 to 0 … 255, rounded; Pillow's own conversion would clip at 255."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise UserError("the grey values of a 16-bit picture must lie in 0 … 65535")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _fit(text: str, *, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The text, cut so that it and an ellipsis fit: neighbours' captions must not run together."""
+    shown = text
+    while shown and font.getlength(shown) > width:
+        text = text[:-1]
+        shown = text + "…"
+    return shown
+
+
+def _replace(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Writes a neighbour and renames it, so that a reader or a crash never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

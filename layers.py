@@ -1,0 +1,290 @@
+"""The parts of a diffusion transformer: linear maps, norms, attention, positions, embedders,
+stacked blocks.
+
+Every module holds only `nnx.Param`. Weights are float32; `dtype` is what matrix products are
+computed in, while norms, the softmax and embeddings of time are always float32. Nothing here knows
+of a whole model, a loss or a device.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+xavier = jax.nn.initializers.xavier_uniform()
+zeros = jax.nn.initializers.zeros
+small_normal = jax.nn.initializers.normal(0.02)
+
+
+class Linear(nnx.Module):
+    """y = x W + b over the last axis, computed in `dtype` with float32 weights."""
+
+    def __init__(self, n_in: int, n_out: int, *, dtype: str, rngs: nnx.Rngs, init=xavier):
+        self.kernel = nnx.Param(init(rngs.params(), (n_in, n_out), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(n_out))
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+        y = jnp.einsum("...i,io->...o", x.astype(self.dtype), kernel)
+        return y + bias.reshape([1] * (y.ndim - 1) + [-1])
+
+
+# --- norms ----------------------------------------------------------------------------------------
+
+
+def layer_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """Zero mean and unit variance over the last axis, without learned parameters (adaLN supplies
+    them).
+    """
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+def rms_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """Unit mean square over the last axis (Zhang & Sennrich 2019, eq. 4), without learned
+    parameters.
+    """
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+NORMS = {"layer": layer_norm, "rms": rms_norm}
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with a learned scale: keeps queries and keys, and so the logits, bounded (Esser et
+    al. 2024, §5.3.2).
+    """
+
+    def __init__(self, dim: int):
+        self.scale = nnx.Param(jnp.ones(dim))
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        scale = self.scale[...].reshape([1] * (x.ndim - 1) + [-1])
+        return rms_norm(x) * scale.astype(x.dtype)
+
+
+def identity(x: Array) -> Array:
+    return x
+
+
+def modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]):
+    """adaLN: every token of a picture is scaled and shifted by that picture's condition (Peebles &
+    Xie 2023, §3.2).
+    """
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+# --- pictures and positions -----------------------------------------------------------------------
+
+
+def patchify(image: Float[Array, "b h w c"], p: int) -> Float[Array, "b n k"]:
+    """Cut a picture into p × p patches, row by row."""
+    return rearrange(image, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
+
+
+def unpatchify(tokens: Float[Array, "b n k"], p: int, rows: int) -> Float[Array, "b h w c"]:
+    """The inverse of `patchify` for a grid of `rows` rows of patches."""
+    return rearrange(tokens, "b (h w) (p q c) -> b (h p) (w q) c", p=p, q=p, h=rows)
+
+
+def sincos_table(width: int, rows: int, columns: int) -> Float[np.ndarray, "n d"]:
+    """Absolute positions on a grid: half of the channels encode the column, half the row
+    (Dosovitskiy et al. 2021, D.4).
+
+    Column first, as in the published DiT weights.
+    """
+    frequency = 10_000.0 ** -(np.arange(width // 4) / (width // 4))
+    row, column = (axis.reshape(-1, 1) for axis in np.mgrid[:rows, :columns])
+    angle = [column * frequency, row * frequency]
+    table = np.concatenate([f(a) for a in angle for f in (np.sin, np.cos)], axis=1)
+    return table.astype(np.float32)
+
+
+class SinCosPosition(nnx.Module):
+    """Adds a fixed 2-D sine-cosine table to the tokens."""
+
+    def __init__(self, width: int, grid: tuple[int, int], *, rngs: nnx.Rngs):
+        self.width, self.grid = width, grid
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return x + jnp.asarray(sincos_table(self.width, *self.grid), x.dtype)[None]
+
+
+class LearnedPosition(nnx.Module):
+    """Adds a learned table to the tokens."""
+
+    def __init__(self, width: int, grid: tuple[int, int], *, rngs: nnx.Rngs):
+        self.table = nnx.Param(small_normal(rngs.params(), (grid[0] * grid[1], width)))
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return x + self.table[...].astype(x.dtype)[None]
+
+
+class NoPosition(nnx.Module):
+    """Leaves the tokens as they are: with RoPE, attention alone knows where they lie."""
+
+    def __init__(self, width: int, grid: tuple[int, int], *, rngs: nnx.Rngs):
+        pass
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return x
+
+
+POSITIONS = {"sincos": SinCosPosition, "learned": LearnedPosition, "none": NoPosition}
+
+
+def rotate(x: Float[Array, "b n h k"], grid: tuple[int, int]) -> Float[Array, "b n h k"]:
+    """2-D rotary positions: pairs of channels turn by the row (first half) or the column (second
+    half).
+
+    Scores of rotated queries and keys depend only on the two offsets (Su et al. 2021, eq. 16; one
+    axis of the grid for each half of the channels).
+    """
+    n_frequencies = x.shape[-1] // 4
+    frequency = 10_000.0 ** -(np.arange(n_frequencies) / n_frequencies)
+    row, column = (axis.reshape(-1, 1) for axis in np.mgrid[: grid[0], : grid[1]])
+    angle = np.concatenate([row * frequency, column * frequency], axis=1)[None, :, None]
+    cos, sin = jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
+
+
+# --- the condition --------------------------------------------------------------------------------
+
+
+def time_features(t: Float[Array, "b"], n: int = 256) -> Float[Array, "b n"]:
+    """Cosines and sines of t at n / 2 frequencies from 1 down to 1/10 000 (Vaswani et al. 2017,
+    §3.5).
+    """
+    frequency = jnp.exp(-np.log(10_000.0) * jnp.arange(n // 2) / (n // 2))
+    angle = t.astype(jnp.float32)[:, None] * frequency[None]
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+class TimeEmbedder(nnx.Module):
+    """t in [0, 1] → a vector. `time_scale` = 1000 spreads t over the frequencies, which were made
+    for 1000 steps.
+    """
+
+    def __init__(self, width: int, *, time_scale: float, dtype: str, rngs: nnx.Rngs):
+        self.hidden = Linear(256, width, dtype=dtype, rngs=rngs, init=small_normal)
+        self.out = Linear(width, width, dtype=dtype, rngs=rngs, init=small_normal)
+        self.time_scale = time_scale
+
+    def __call__(self, t: Float[Array, "b"]) -> Float[Array, "b d"]:
+        return self.out(jax.nn.silu(self.hidden(time_features(self.time_scale * t))))
+
+
+class LabelEmbedder(nnx.Module):
+    """A learned vector for each class and, as row `n_classes`, one for "no class" (Ho & Salimans
+    2022).
+    """
+
+    def __init__(self, n_classes: int, width: int, *, dtype: str, rngs: nnx.Rngs):
+        self.table = nnx.Param(small_normal(rngs.params(), (n_classes + 1, width)))
+        self.dtype = dtype
+
+    def __call__(self, label: Int[Array, "b"]) -> Float[Array, "b d"]:
+        return self.table[...][label].astype(self.dtype)
+
+
+# --- inside a block -------------------------------------------------------------------------------
+
+
+def attention(q: Float[Array, "b n h k"], k: Float[Array, "b m h k"], v: Float[Array, "b m h k"]):
+    """softmax(q kᵀ / √k) v for each head, with scores and softmax in float32 (Vaswani et al. 2017,
+    eq. 1).
+    """
+    q = q * (1 / np.sqrt(q.shape[-1])).astype(q.dtype)
+    scores = jnp.einsum("bnhk,bmhk->bhnm", q, k, preferred_element_type=jnp.float32)
+    return jnp.einsum("bhnm,bmhk->bnhk", jax.nn.softmax(scores).astype(v.dtype), v)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention, with optional normalised queries and keys and optional rotary
+    positions on `grid`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        n_heads: int,
+        *,
+        grid: tuple[int, int] | None,
+        qk_norm: bool,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.out = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.norm_q = RMSNorm(width // n_heads) if qk_norm else identity
+        self.norm_k = RMSNorm(width // n_heads) if qk_norm else identity
+        self.n_heads, self.grid = n_heads, grid
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        q, k, v = rearrange(
+            self.qkv(x), "b n (three h k) -> three b n h k", three=3, h=self.n_heads
+        )
+        q, k = self.norm_q(q), self.norm_k(k)
+        if self.grid:
+            q, k = rotate(q, self.grid), rotate(k, self.grid)
+        return self.out(rearrange(attention(q, k, v), "b n h k -> b n (h k)"))
+
+
+class GeluMLP(nnx.Module):
+    """Two linear maps with a GELU (its tanh form, as the published DiT) between them."""
+
+    def __init__(self, width: int, hidden: int, *, dtype: str, rngs: nnx.Rngs):
+        self.up = Linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.down = Linear(hidden, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
+class SwiGLUMLP(nnx.Module):
+    """A gated linear unit (Shazeer 2020, eq. 5); two thirds of the hidden width, so that it costs
+    what `GeluMLP` does.
+    """
+
+    def __init__(self, width: int, hidden: int, *, dtype: str, rngs: nnx.Rngs):
+        hidden = round(hidden * 2 / 3 / 8) * 8
+        self.gate = Linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.up = Linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.down = Linear(hidden, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+MLPS = {"gelu": GeluMLP, "swiglu": SwiGLUMLP}
+
+
+# --- depth ----------------------------------------------------------------------------------------
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`depth` blocks as one: every weight gets a leading axis of that length."""
+    return nnx.split_rngs(splits=depth)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
+
+
+def scan(blocks: nnx.Module, x: Array, *args, remat: bool, unroll: int) -> Array:
+    """x → block(… block(x, *args) …, *args) over the leading axis of the stacked weights.
+
+    Compile time does not grow with depth. `remat` keeps only each block's input for the backward
+    pass: about a third more work, and memory for one block instead of all. `unroll` blocks are
+    compiled side by side.
+    """
+    graphdef, weights = nnx.split(blocks)
+
+    def body(x, weights):
+        return nnx.merge(graphdef, weights)(x, *args), None
+
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, weights, unroll=unroll)[0]

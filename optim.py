@@ -1,0 +1,71 @@
+"""How gradients become updates: learning-rate schedules, AdamW, clipping, and the average of the
+weights (EMA).
+
+Plain optax transformations and functions of trees; nothing here knows of a model or of devices.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+
+def constant(peak: float, n_steps: int) -> optax.Schedule:
+    return optax.constant_schedule(peak)
+
+
+def cosine(peak: float, n_steps: int) -> optax.Schedule:
+    return optax.cosine_decay_schedule(peak, n_steps)
+
+
+def linear(peak: float, n_steps: int) -> optax.Schedule:
+    return optax.linear_schedule(peak, 0.0, n_steps)
+
+
+SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear}
+
+
+def learning_rate_schedule(
+    name: str, peak: float, *, warmup_steps: int, n_steps: int
+) -> optax.Schedule:
+    """A linear rise to `peak` over `warmup_steps`, then the named schedule down to step `n_steps`."""
+    # The rise starts one notch above zero: an update of size zero is a wasted step.
+    rise = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
+    fall = SCHEDULES[name](peak, max(1, n_steps - warmup_steps))
+    return optax.join_schedules([rise, fall], [warmup_steps])
+
+
+def optimizer(
+    schedule: optax.Schedule,
+    *,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    clip_norm: float,
+) -> optax.GradientTransformation:
+    """Clip the global norm (0: never), then AdamW (Loshchilov & Hutter 2019), decaying only the
+    matrices of linear maps.
+    """
+
+    def matrices(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+    clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+    adamw = optax.adamw(schedule, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=matrices)
+    return optax.chain(clip, adamw)
+
+
+def ema_decay_at(step: Int[Array, ""], decay: float) -> Float[Array, ""]:
+    """The decay of the average after `step` updates: min(decay, (1 + step) / (10 + step)).
+
+    The warm-up lets early averages forget the random start, which at 0.9999 would colour the first
+    10 000 steps.
+    """
+    return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+
+
+def update_ema(ema: PyTree, params: PyTree, decay: Float[Array, ""]) -> Any:
+    """decay·ema + (1 − decay)·params, leaf by leaf."""
+    return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)

@@ -1,0 +1,98 @@
+"""A run is a folder: its name, who may write to it, and its `config.json`.
+
+Nothing here knows of checkpoints, metrics or models; they are written into the folder by others.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from errors import UserError
+
+RUNS = Path("runs")
+CONFIG = "config.json"
+
+
+def new(dataset_name: str, model: str, *, root: Path = RUNS) -> Path:
+    """A name for a new run, such as runs/cifar10-DiT-S-2-20261121-093000. Creates nothing."""
+    subject = Path(dataset_name.partition(":")[2] or dataset_name).name
+    name = f"{subject}-{model.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    paths = (root / (name + suffix) for suffix in ("", *(f"-{i}" for i in range(2, 100))))
+    return next(path for path in paths if not path.exists())
+
+
+def newest(dataset_name: str, model: str | None, *, root: Path = RUNS) -> Path:
+    """The run of this data set (and model, if named) that was started last.
+
+    Raises:
+        UserError: there is none.
+    """
+    runs = sorted(root.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in runs:
+        config = read_config(path.parent)
+        if config["dataset_name"] == dataset_name and model in (None, config["model"]):
+            return path.parent
+    of_model = f" with {model}" if model else ""
+    raise UserError(f"nothing to resume: {root}/ holds no run of {dataset_name}{of_model}")
+
+
+def require_new(run_dir: Path) -> None:
+    """Raises UserError if the folder holds anything: a run is new or resumed, never mixed."""
+    if run_dir.exists() and not (run_dir.is_dir() and not any(run_dir.iterdir())):
+        raise UserError(
+            f"'{run_dir}' already exists; go on with it by --resume, or name another --run_dir"
+        )
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """The only writer of an existing folder. The lock ends with the process, however it ends.
+
+    Raises:
+        UserError: another process has it.
+    """
+    descriptor = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"another process is training in '{run_dir}'") from None
+    finally:
+        os.close(descriptor)
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The settings a run was started with, its `model_config` and its `dataset`.
+
+    Raises:
+        UserError: the folder is not a run.
+    """
+    try:
+        return json.loads((run_dir / CONFIG).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"'{run_dir}' is not a run: it has no {CONFIG}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{run_dir / CONFIG} is damaged: {error}") from None
+
+
+def write_config(run_dir: Path, config: dict[str, Any]) -> None:
+    """Write a run's settings."""
+    with atomic(run_dir / CONFIG) as file:
+        file.write(json.dumps(config, indent=2, default=str).encode() + b"\n")
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the name `path` only when all of it is written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

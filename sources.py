@@ -1,0 +1,351 @@
+"""Opening a data set: its columns, classes and splits, found and checked before anything trains.
+
+A `Source` holds pictures as files and knows how to decode some rows of them; the order of the rows
+and the making of batches are the pipeline's.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int32, Int64, UInt8
+
+import datasets_config
+import images
+from datasets_config import DATASET_CONFIGS, DatasetConfig
+from errors import UserError
+
+if TYPE_CHECKING:  # at run time they are imported where they are used: together they take a second
+    import pyarrow
+    from datasets import Dataset, Features
+
+EVAL_SPLITS = ("validation", "valid", "val", "test")
+MODELS_BY_SIDE = {16: "DiT-Ti/2", 32: "DiT-S/2", 64: "DiT-S/4", math.inf: "DiT-B/8"}
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Some rows of one split, with undecoded pictures and checked labels."""
+
+    config: DatasetConfig
+    name: str
+    data: "Dataset"  # all rows of the split as stored
+    rows: Int64[np.ndarray, "n"]  # those that belong here
+    labels: Int32[np.ndarray, "n"]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def images(self, indices: Int64[np.ndarray, "b"]) -> UInt8[np.ndarray, "b h w c"]:
+        """Decodes these rows of the split; a `UserError` names the data set, row and column."""
+        size, channels = self.config.image_size, self.config.channels
+        decoded = np.empty((len(indices), size, size, channels), np.uint8)
+        rows = self.rows[indices].tolist()
+        for i, cell in enumerate(self.data[rows][self.config.image_column]):
+            try:
+                decoded[i] = images.decode(_content(cell), channels=channels, size=size)
+            except UserError as error:
+                column = self.config.image_column
+                raise _bad_cell(self.config, self.name, rows[i], column, str(error)) from error
+        return decoded
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """An opened data set. `config` has no holes: its columns, classes and sizes are the data's."""
+
+    config: DatasetConfig
+    train: Split
+    eval: Split
+
+
+def open_source(
+    name: str,
+    *,
+    data_dir: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    image_size: int | None = None,
+    channels: int | None = None,
+) -> Source:
+    """Opens a data set and checks every label; a `UserError` says what is wrong and what to pass.
+
+    Args:
+        name: a key of `DATASET_CONFIGS`, `folder:PATH` or `hf:owner/name[:configuration]`.
+        data_dir: a local copy: a folder of Parquet files or pictures, or of `save_to_disk`.
+        label_column: "" to train without classes.
+    """
+    if channels not in (None, 1, 3) or (image_size is not None and image_size < 2):
+        raise UserError("channels must be 1 or 3, and image_size at least 2")
+    entry = _entry(name)
+    splits = _load(entry, _folder(entry, data_dir))
+    (train, train_rows), (held_out, held_out_rows) = _choose_splits(entry, splits)
+    features = splits[train].features
+    image_column = _image_column(entry, features, image_column)
+    label_column = _label_column(entry, features, label_column)
+    names = _class_names(entry, splits[train], label_column)
+    config = dataclasses.replace(
+        entry,
+        image_column=image_column,
+        label_column=label_column,
+        n_classes=len(names),
+        label_names=names,
+        image_size=image_size or entry.image_size,
+        channels=channels or entry.channels,
+    )
+    split = _split(config, train, splits[train], train_rows)
+    if not entry.model:
+        config = _with_measured_pictures(split)
+        split = dataclasses.replace(split, config=config)
+    return Source(config, split, _split(config, held_out, splits[held_out], held_out_rows))
+
+
+def _entry(name: str) -> DatasetConfig:
+    """The table's entry, or one with zeros and empty names where the data will have to tell."""
+    kind, _, path = name.partition(":")
+    if kind not in ("folder", "hf"):
+        return datasets_config.find(name)
+    if not path:
+        raise UserError(f"'{name}' names nothing; write folder:PATH or hf:owner/name")
+    path, _, config_name = path.partition(":") if kind == "hf" else (path, "", "")
+    return DatasetConfig(
+        name=name,
+        path=path,
+        config_name=config_name or None,
+        image_column="",
+        label_column="",
+        eval_split="",
+        n_classes=0,
+        channels=0,
+        image_size=0,
+        model="",
+        n_steps=20_000,
+        flip=False,  # there may be letters in the pictures
+    )
+
+
+def _folder(entry: DatasetConfig, data_dir: str | Path | None) -> Path | None:
+    """Where the set lies on this machine; None for the hub."""
+    if data_dir is not None or entry.name.startswith("folder:"):
+        return Path(data_dir or entry.path).expanduser()
+    embedded = Path(__file__).parent / entry.path
+    return embedded if entry.name in DATASET_CONFIGS and embedded.is_dir() else None
+
+
+def _load(entry: DatasetConfig, folder: Path | None) -> dict[str, "Dataset"]:
+    """All splits of the set."""
+    import datasets
+
+    if folder and not folder.is_dir():
+        raise UserError(f"data set '{entry.name}': there is no folder '{folder}'")
+    try:
+        if folder is None:
+            splits = datasets.load_dataset(entry.path, entry.config_name)
+        elif (folder / "dataset_dict.json").exists():
+            splits = datasets.DatasetDict.load_from_disk(folder)
+        elif (folder / "state.json").exists():
+            splits = {"train": datasets.Dataset.load_from_disk(folder)}
+        else:
+            with _without_progress_bars():
+                splits = datasets.load_dataset(str(folder))
+    except Exception as error:  # datasets, pyarrow and the hub each raise their own kinds
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        where = f"folder '{folder}'" if folder else f"'{entry.path}' of the Hugging Face hub"
+        hint = "" if folder else "; --data_dir FOLDER opens a local copy"
+        raise UserError(f"data set '{entry.name}': cannot open {where} ({reason}){hint}") from error
+    return {str(name): data for name, data in splits.items()}
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    import datasets
+
+    were_enabled = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if were_enabled:
+            datasets.enable_progress_bars()
+
+
+def _choose_splits(
+    entry: DatasetConfig, splits: Mapping[str, "Dataset"]
+) -> list[tuple[str, Int64[np.ndarray, "n"]]]:
+    """Name and rows of the training and the evaluation split; the latter is carved if need be."""
+    train = entry.train_split if len(splits) > 1 else next(iter(splits))
+    if train not in splits:
+        raise UserError(
+            f"data set '{entry.name}' has no split '{train}' (splits: {', '.join(splits)})"
+        )
+    candidates = EVAL_SPLITS if entry.eval_split == "" else (entry.eval_split,)
+    chosen = [train, *(s for s in candidates if s in splits and s != train)][:2]
+    rows = [np.arange(len(splits[s])) for s in chosen]
+    if len(chosen) == 1:
+        # Which rows are held back depends on nothing but their number: two runs can be compared.
+        order = np.random.default_rng(0).permutation(rows[0])
+        n_eval = max(1, round(entry.eval_fraction * len(order)))
+        chosen, rows = [train, train], [np.sort(order[n_eval:]), np.sort(order[:n_eval])]
+    if not all(len(r) for r in rows):
+        raise UserError(
+            f"data set '{entry.name}' has too few rows to train on and to evaluate with"
+        )
+    return list(zip(chosen, rows))
+
+
+def _image_column(entry: DatasetConfig, features: "Features", wanted: str | None) -> str:
+    from datasets import Image
+
+    fitting = [name for name, feature in features.items() if isinstance(feature, Image)]
+    return _column_name(entry, features, fitting, wanted=wanted, flag="image_column")
+
+
+def _label_column(entry: DatasetConfig, features: "Features", wanted: str | None) -> str | None:
+    from datasets import ClassLabel
+
+    fitting = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    if not fitting and _label_kind(features.get("label")):
+        fitting = ["label"]
+    unlabelled = entry.label_column is None or (entry.label_column == "" and not fitting)
+    if wanted == "" or (wanted is None and unlabelled):
+        return None
+    return _column_name(entry, features, fitting, wanted=wanted, flag="label_column")
+
+
+def _column_name(
+    entry: DatasetConfig, features: "Features", fitting: list[str], *, wanted: str | None, flag: str
+) -> str:
+    """The column asked for, else the entry's, else the one that fits (for an entry, the first)."""
+    listed = getattr(entry, flag)
+    choice = wanted if wanted is not None else listed
+    if choice in features:
+        return choice
+    if wanted is None and fitting and (listed or len(fitting) == 1):
+        return fitting[0]
+    problem = f"has no column '{choice}'" if choice else "leaves open which column to take"
+    raise UserError(
+        f"data set '{entry.name}' {problem} (columns: {', '.join(features)}); pass --{flag}"
+    )
+
+
+def _label_kind(feature: Any) -> str | None:
+    """How the column names its classes: "class", "bool", "int", "string", or None."""
+    from datasets import ClassLabel, Value
+
+    if isinstance(feature, ClassLabel):
+        return "class"
+    dtype = feature.dtype if isinstance(feature, Value) else ""
+    return next((kind for kind in ("bool", "int", "string") if kind in dtype), None)
+
+
+def _class_names(entry: DatasetConfig, data: "Dataset", column: str | None) -> tuple[str, ...]:
+    """One name per class, in the order of the ids; () when there are no classes."""
+    if column is None:
+        return ()
+    feature, is_listed = data.features[column], column == entry.label_column
+    listed = entry.label_names if is_listed else ()
+    kind = _label_kind(feature)
+    if kind == "class":
+        return tuple(feature.names)
+    if kind == "bool":
+        return listed or (f"not {column}", column)
+    values = [v for v in _column(data, column).unique().to_pylist() if v is not None]
+    if kind == "string":
+        return tuple(sorted(values))
+    if kind == "int":
+        n_classes = entry.n_classes if is_listed else max(values, default=0) + 1
+        return listed or tuple(str(i) for i in range(n_classes))
+    raise UserError(
+        f"data set '{entry.name}', column '{column}': labels must be classes, whole numbers,"
+        f" bools or strings, not {feature}; pass --label_column"
+    )
+
+
+def _column(data: "Dataset", name: str) -> "pyarrow.ChunkedArray":
+    return data.select_columns([name]).with_format("arrow")[:][name]
+
+
+def _split(
+    config: DatasetConfig, name: str, data: "Dataset", rows: Int64[np.ndarray, "n"]
+) -> Split:
+    """The rows with labels 0 … n_classes − 1; all 0, the null id, when there are no classes."""
+    from datasets import Image
+
+    columns = [c for c in (config.image_column, config.label_column) if c is not None]
+    if not set(columns) <= set(data.column_names):
+        raise UserError(
+            f"data set '{config.name}', split '{name}' needs the columns {' and '.join(columns)}"
+            f" but has {', '.join(data.column_names)}"
+        )
+    try:
+        pictures = data.select_columns(columns[:1]).cast_column(columns[0], Image(decode=False))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"data set '{config.name}', split '{name}': column '{columns[0]}' holds no pictures"
+            f" (columns: {', '.join(data.column_names)}); pass --image_column"
+        ) from error
+    labels = np.zeros(len(data), np.int32)
+    if config.label_column is not None:
+        labels = _label_ids(config, name, _column(data, config.label_column))
+    return Split(config, name, pictures, rows, labels[rows])
+
+
+def _label_ids(
+    config: DatasetConfig, split: str, column: "pyarrow.ChunkedArray"
+) -> Int32[np.ndarray, "n"]:
+    """Class ids of a whole split; names become their place in `config.label_names`."""
+    names = config.label_names
+    if "string" in str(column.type):
+        place = {name: i for i, name in enumerate(names)}
+        ids = np.array([place.get(name, -1) for name in column.to_pylist()])
+    else:
+        ids = column.cast("int64").fill_null(-1).to_numpy()
+    outside = (ids < 0) | (ids >= len(names))
+    if outside.any():
+        row = int(outside.argmax())
+        label = column[row].as_py()
+        allowed = f"{names[0]} … {names[-1]}" if isinstance(label, str) else f"0 … {len(names) - 1}"
+        problem = f"label {label!r} is none of the {len(names)} classes {allowed}"
+        raise _bad_cell(config, split, row, str(config.label_column), problem)
+    return ids.astype(np.int32)
+
+
+def _with_measured_pictures(split: Split) -> DatasetConfig:
+    """Fills size, channels and model of a set that is in no table, from sixteen of its pictures."""
+    config = split.config
+    if not config.image_size:
+        row = int(split.rows[0])
+        try:
+            side = min(images.upright(_content(split.data[row][config.image_column])).size)
+        except UserError as error:
+            raise _bad_cell(config, split.name, row, config.image_column, str(error)) from error
+        config = dataclasses.replace(config, image_size=min(64, max(8, side // 8 * 8)))
+    if not config.channels:
+        coloured = dataclasses.replace(split, config=dataclasses.replace(config, channels=3))
+        some = coloured.images(np.linspace(0, len(split) - 1, 16).astype(int))
+        config = dataclasses.replace(config, channels=1 if (some == some[..., :1]).all() else 3)
+    fitting = next(model for side, model in MODELS_BY_SIDE.items() if config.image_size <= side)
+    return dataclasses.replace(config, model=fitting)
+
+
+def _content(cell: Mapping[str, Any] | None) -> bytes:
+    """The file of an undecoded picture, which an image folder keeps on disk."""
+    if cell is None or (cell["bytes"] is None and cell["path"] is None):
+        raise UserError("the cell is empty")
+    if cell["bytes"] is not None:
+        return cell["bytes"]
+    try:
+        return Path(cell["path"]).read_bytes()
+    except OSError as error:
+        raise UserError(f"the file cannot be read ({error})") from error
+
+
+def _bad_cell(config: DatasetConfig, split: str, row: int, column: str, problem: str) -> UserError:
+    return UserError(
+        f"data set '{config.name}', split '{split}', row {row}, column '{column}': {problem}"
+    )

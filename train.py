@@ -1,0 +1,511 @@
+"""Train a diffusion transformer with rectified flow.
+
+    python train.py --dataset_name cifar10
+
+or, in a notebook,
+
+    from train import Trainer, TrainConfig
+    trainer = Trainer(TrainConfig(dataset_name="digits"))
+    trainer.fit()
+    trainer.sample(labels=[3, 7])
+
+Start reading here: `update` is one step, `Trainer.fit` is a run in the order of time.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+import cli
+import generate
+import images
+import optim
+import parallel
+import profiling
+import run_folder
+from checkpoint import Checkpoints
+from errors import RunError, UserError
+from interrupts import stopping
+from model import graphdef, init_params
+from pipeline import Batch, Pipeline
+from sources import open_source
+from tracking import Throughput, Tracker
+from train_config import DEFAULTS, TrainConfig, network, objective, resolve, take_up
+
+__all__ = ["TrainConfig", "TrainState", "Trainer"]
+INIT, EVAL = 0, 1  # what a run's key is folded with for its weights and for its evaluations
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that a step changes, and all that a checkpoint needs to go on bit for bit."""
+
+    step: Array
+    params: Any
+    ema: Any
+    opt_state: Any
+    window: dict[str, Array]  # sums of the metrics over the steps since the last log line
+
+
+def update(
+    state: TrainState,
+    batch: Batch,
+    key: Key[Array, ""],
+    *,
+    value_and_grad: Callable,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    log_every: int,
+) -> tuple[TrainState, dict[str, Any]]:
+    """One step: gradients, clipped AdamW, EMA. Returns the new state and the step's report."""
+    step_key = jax.random.fold_in(key, state.step)
+    (loss, metrics), grads = value_and_grad(state.params, batch, step_key)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = optim.update_ema(state.ema, params, optim.ema_decay_at(state.step, ema_decay))
+
+    metrics |= {"loss": loss, "grad_norm": optax.global_norm(grads), "steps": jnp.ones(())}
+    first = state.step % log_every == 0
+    window = jax.tree.map(lambda w, m: jnp.where(first, 0, w) + m, state.window, metrics)
+    report = {
+        "finite": jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"]),
+        "window": window,
+        "param_norm": optax.global_norm(params),
+        "update_norm": optax.global_norm(updates),
+    }
+    return TrainState(state.step + 1, params, ema, opt_state, window), report
+
+
+class Run(NamedTuple):
+    """What `fit` holds open."""
+
+    tracker: Tracker
+    checkpoints: Checkpoints
+    throughput: Throughput
+
+
+class Trainer:
+    """A data set, a model, its optimizer, and their state on all devices."""
+
+    def __init__(self, config: TrainConfig = TrainConfig()):
+        """Open the data, fill in the settings, create the state or restore it. Writes nothing.
+
+        Raises:
+            UserError: settings or data that cannot work.
+        """
+        run_dir, saved = find_run(config)
+        config = take_up(config, saved) if saved else config
+        self.source = open_source(
+            config.dataset_name or DEFAULTS["dataset_name"],
+            data_dir=config.data_dir,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            image_size=config.image_size,
+            channels=None if config.profile else config.channels,  # a profile reads no pictures
+        )
+        self.dataset = self.source.config
+        platform, n_devices = jax.default_backend(), jax.device_count()
+        n_rows = len(self.source.train)
+        c = self.config = resolve(
+            config, self.dataset, n_rows=n_rows, n_devices=n_devices, platform=platform
+        )
+        self.run_dir = run_dir or run_folder.new(c.dataset_name, c.model)
+        self.model_config = network(c, self.dataset, platform)
+        self.mesh = parallel.make_mesh(c.fsdp)
+        self.key = jax.random.key(c.seed)
+        self.schedule = optim.learning_rate_schedule(
+            c.schedule, c.learning_rate, warmup_steps=c.warmup_steps, n_steps=c.n_steps
+        )
+        self.optimizer = optim.optimizer(
+            self.schedule,
+            beta1=c.beta1,
+            beta2=c.beta2,
+            weight_decay=c.weight_decay,
+            clip_norm=c.clip_norm,
+        )
+        if saved and Checkpoints.exist(self.run_dir):
+            self.restore()
+        else:
+            self.step = 0
+            self.state = parallel.create(self._initial_state, self.mesh)
+
+    @classmethod
+    def from_run(cls, run_dir: str | Path) -> "Trainer":
+        """The trainer of a run's folder at its newest checkpoint: to sample or to go on with."""
+        return cls(TrainConfig(run_dir=Path(run_dir), resume=True))
+
+    @cached_property
+    def data(self) -> Pipeline:
+        """The batches. A small set is decoded here, once."""
+        c = self.config
+        return Pipeline(
+            self.source,
+            batch_size=c.batch_size,
+            seed=c.seed,
+            process_index=jax.process_index(),
+            n_processes=jax.process_count(),
+            n_workers=c.n_workers,
+            in_memory=c.in_memory,
+        )
+
+    # --- one step ---------------------------------------------------------------------------------
+
+    def train_step(self, batch: Batch) -> dict[str, Any]:
+        """One asynchronous update with this process's rows of a batch; the report is on the device."""
+        self.state, report = self._update(self.state, parallel.place(batch, self.mesh), self.key)
+        self.step += 1
+        return report
+
+    @cached_property
+    def _update(self):
+        loss = objective(self.config, label_dropout=self.config.label_dropout)
+        step = partial(
+            update,
+            value_and_grad=parallel.value_and_grad(loss, graphdef(self.model_config), self.mesh),
+            optimizer=self.optimizer,
+            ema_decay=self.config.ema_decay,
+            log_every=self.config.log_every,
+        )
+        return jax.jit(step, donate_argnums=0)
+
+    @cached_property
+    def _eval_loss(self):
+        loss = objective(self.config, label_dropout=0.0)
+        model = partial(nnx.merge, graphdef(self.model_config))
+        return jax.jit(lambda params, batch, key: loss(model(params), batch, key)[0])
+
+    def _initial_state(self) -> TrainState:
+        params = init_params(self.model_config, jax.random.fold_in(self.key, INIT))
+        loss = objective(self.config, label_dropout=self.config.label_dropout)
+        model, batch = nnx.merge(graphdef(self.model_config), params), self.blank_batch()
+        metrics = jax.eval_shape(lambda: loss(model, batch, self.key)[1])
+        window = {name: jnp.zeros(metric.shape) for name, metric in metrics.items()}
+        window |= {name: jnp.zeros(()) for name in ("loss", "grad_norm", "steps")}
+        # The average starts as a copy: one buffer in two places of the state cannot be donated.
+        ema = jax.tree.map(jnp.copy, params)
+        opt_state = self.optimizer.init(params)
+        return TrainState(jnp.zeros((), jnp.int32), params, ema, opt_state, window)
+
+    def blank_batch(self) -> Batch:
+        """This process's part of a batch, with nothing in it."""
+        n, m = self.config.batch_size // jax.process_count(), self.model_config
+        image = np.zeros((n, m.image_size, m.image_size, m.channels), np.uint8)
+        return Batch(row=np.arange(n, dtype=np.int32), image=image, label=np.zeros(n, np.int32))
+
+    # --- a run, in the order of time --------------------------------------------------------------
+
+    def fit(self, n_steps: int | None = None) -> None:
+        """Train to step `n_steps`, by default the configured one, leaving metrics, pictures and
+        checkpoints in the run's folder.
+
+        Raises:
+            RunError: the loss is not finite.
+            KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, once all is saved.
+        """
+        c, last = self.config, n_steps or self.config.n_steps
+        with stopping() as stop, self._open(last) as run:
+            run.tracker.message(self._headline(last))
+            pending = None
+            for batch in self._batches(run, last):
+                report = self.train_step(batch)
+                # Step k's numbers are read only after step k + 1 is dispatched: reading them now
+                # would idle the device.
+                self._read(run, pending)
+                pending = self.step, report
+
+                evaluate = self.step % c.eval_save_steps == 0 or self.step == last
+                sample = self.step % c.sample_every_n == 0 and not stop
+                if evaluate or sample or stop:
+                    self._read(run, pending)
+                    pending = None
+                    with run.throughput.paused():
+                        if evaluate:
+                            run.tracker.log(self.step, self.evaluate())
+                        if evaluate or stop:
+                            self._save(run)
+                        if sample:
+                            self._show(run, f"{self.step:07d}.png")
+                if stop:
+                    break
+            else:
+                self._finish(run)
+        stop.leave()
+
+    def evaluate(self) -> dict[str, float]:
+        """The averaged weights' loss on the evaluation split, always at the same times and noise."""
+        key, losses = jax.random.fold_in(self.key, EVAL), []
+        for i, batch in enumerate(self.data.eval_batches(self.config.n_eval_batches)):
+            batch = parallel.place(batch, self.mesh)
+            losses.append(self._eval_loss(self.state.ema, batch, jax.random.fold_in(key, i)))
+        return {"eval_loss": float(np.mean(jax.device_get(losses)))}
+
+    def sample(
+        self,
+        labels: Sequence[int | str],
+        *,
+        cfg_scale: float | None = None,
+        n_steps: int | None = None,
+        seed: int = 0,
+        ema: bool = True,
+        trajectory: bool = False,
+    ) -> Float[np.ndarray, "b h w c"] | Float[np.ndarray, "n+1 b h w c"]:
+        """Pictures of `labels` (numbers or names), in about −1 … 1, from the averaged weights.
+
+        With `trajectory`, every state from the noise to the result.
+        """
+        c, n_classes = self.config, self.model_config.n_classes
+        solution = generate.sample(
+            self.state.ema if ema else self.state.params,
+            self.model_config,
+            generate.label_ids(labels, self.dataset.label_names, n_classes),
+            sampler=generate.Sampler(c.solver, n_steps or c.n_sample_steps, c.sample_shift),
+            mesh=self.mesh,
+            cfg_scale=c.cfg_scale if cfg_scale is None else cfg_scale,
+            seed=seed,
+            trajectory=trajectory,
+        )
+        return solution.trajectory if trajectory else solution.x
+
+    def model(self, ema: bool = True) -> nnx.Module:
+        """The live model, `model(x, t, label)`, with averaged or raw weights."""
+        # A copy, because the next update gives the buffers of the state away.
+        params = jax.tree.map(jnp.copy, self.state.ema if ema else self.state.params)
+        return nnx.merge(graphdef(self.model_config), params)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step into the run's folder, and wait for it."""
+        with self._open(self.step) as run:
+            self._save(run)
+
+    def restore(self, step: int | None = None) -> None:
+        """Take the state of one of the run's checkpoints, the newest by default.
+
+        Raises:
+            UserError: there is none, it cannot be read, or the data have changed since.
+        """
+        like = parallel.abstract(self._initial_state, self.mesh)
+        with Checkpoints(self.run_dir, read_only=True) as checkpoints:
+            step = checkpoints.pick(step)
+            position, n_rows = checkpoints.note(step, "data"), len(self.source.train)
+            if position["n_rows"] != n_rows:
+                raise UserError(
+                    f"cannot resume: {self.dataset.name} had {position['n_rows']} training rows, "
+                    f"now it has {n_rows}"
+                )
+            self.state = from_items(checkpoints.restore(step, as_items(like)))
+        self.step = step
+
+    def profile(self) -> str:
+        """Compile and time the train, eval and sampling steps, write a trace, return a report.
+
+        The data are blank and nothing is learned; the run's folder gets `profile/` only.
+        """
+        c, m, n_devices = self.config, self.model_config, jax.device_count()
+        batch, key = parallel.place(self.blank_batch(), self.mesh), self.key
+        forward = c.batch_size * sum(profiling.flops_by_module(m).values())
+
+        def train(compiled):
+            self.state, report = compiled(self.state, batch, key)
+            return report
+
+        def velocity(params, x, t, label):
+            return nnx.merge(graphdef(m), params)(x, t, label)
+
+        x = jnp.zeros((c.batch_size, m.image_size, m.image_size, m.channels))
+        noisy = parallel.place((x, np.ones(c.batch_size, np.float32)), self.mesh)
+        params = self.state.ema
+        steps = [
+            ("train", self._update, (self.state, batch, key), 3 * forward, train),
+        ]
+        raise NotImplementedError
+
+    # --- what happens on the way ------------------------------------------------------------------
+
+    @contextmanager
+    def _open(self, last: int) -> Iterator[Run]:
+        """The run's folder, locked, with its configuration written."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        with (
+            run_folder.locked(self.run_dir),
+            Checkpoints(self.run_dir, keep=self.config.keep_checkpoints) as checkpoints,
+            Tracker(self.run_dir, start_step=self.step, n_steps=last) as tracker,
+        ):
+            run_folder.write_config(self.run_dir, self.describe())
+            yield Run(tracker, checkpoints, Throughput())
+
+    def _headline(self, last: int) -> str:
+        c, m = self.config, self.model_config
+        n_params = sum(x.size for x in jax.tree.leaves(self.state.params))
+        devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
+        begin = f"going on at step {self.step}" if self.step else "starting"
+        return (
+            f"{c.model}, {n_params / 1e6:.3g} M parameters, {m.dtype}, on {devices}\n"
+            f"{self.dataset.name}: {len(self.source.train)} training pictures of "
+            f"{m.image_size}×{m.image_size}×{m.channels}, {m.n_classes} classes\n"
+            f"{begin}: {last} steps of {c.batch_size} pictures, into {self.run_dir}"
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What `config.json` holds: every setting, the model's shape and the facts of the data."""
+        settings = {
+            name: str(v) if isinstance(v, Path) else v for name, v in vars(self.config).items()
+        }
+        return settings | {
+            "run_dir": str(self.run_dir),
+            "model_config": dataclasses.asdict(self.model_config),
+            "dataset": dataclasses.asdict(self.dataset),
+        }
+
+    def _batches(self, run: Run, last: int) -> Iterator[Batch]:
+        """The batches up to step `last`. Bad data ends the run, but what it has is saved first."""
+        with closing(self.data.train_batches(self.step, last)) as batches:
+            try:
+                yield from batches
+            except UserError:
+                self._save(run)
+                raise
+
+    def _read(self, run: Run, pending: tuple[int, dict[str, Any]] | None) -> None:
+        """Wait for a step, stop if it went wrong, log it if it is its turn."""
+        if pending is None:
+            return
+        step, report = pending
+        if not report["finite"]:
+            raise RunError(
+                f"the loss or its gradient is not finite at step {step}; "
+                f"the last good checkpoint is step {run.checkpoints.latest()}; "
+                f"the batch's rows of the training split are {self.data.rows(step - 1).tolist()}"
+            )
+        run.throughput.step(self.config.batch_size)
+        run.tracker.advance(step)
+        if step % self.config.log_every == 0:
+            run.tracker.log(step, self._summary(step, jax.device_get(report)) | self._rates(run))
+
+    def _summary(self, step: int, report: dict[str, Any]) -> dict[str, Any]:
+        """Means over the steps since the last line, and norms at this one."""
+        window = report["window"]
+        mean = {name: total / window["steps"] for name, total in window.items()}
+        bins = zip(mean["binned_loss"], mean["bin_share"], strict=True)
+        return {
+            "loss": float(mean["loss"]),
+            "grad_norm": float(mean["grad_norm"]),
+            "param_norm": float(report["param_norm"]),
+            "update_norm": float(report["update_norm"]),
+            "learning_rate": float(self.schedule(step - 1)),
+            "loss_by_t": [float(loss / share) if share else None for loss, share in bins],
+        }
+
+    def _rates(self, run: Run) -> dict[str, float]:
+        """Images per second, seconds per step and, where the device's peak is known, MFU."""
+        rates, c = run.throughput.take(), self.config
+        kind, dtype = jax.devices()[0].device_kind, self.model_config.dtype
+        peak = profiling.peak(kind, dtype, peak_tflops=c.peak_tflops)
+        if rates:
+            flops = profiling.TRAIN_PER_FORWARD * sum(
+                profiling.flops_by_module(self.model_config).values()
+            )
+            rates["mfu"] = profiling.mfu(
+                flops * rates["images_per_second"] / jax.device_count(), peak
+            )
+        return {name: rate for name, rate in rates.items() if rate is not None}
+
+    def _save(self, run: Run) -> None:
+        notes = {"config": self.describe(), "data": {"n_rows": len(self.source.train)}}
+        run.checkpoints.save(self.step, as_items(self.state), notes)
+
+    def _show(self, run: Run, name: str) -> None:
+        """A grid of up to ten classes, four pictures each, in samples/ and TensorBoard."""
+        labels = self._showcase()
+        grid = self._grid(self.sample(labels), labels)
+        images.save_png(grid, self.run_dir / "samples" / name)
+        run.tracker.image(self.step, "samples", grid)
+
+    def _showcase(self) -> list[int]:
+        """Four rows of up to ten classes, spread over all of them; 16 pictures if there are none."""
+        n = self.model_config.n_classes
+        return [*np.linspace(0, n - 1, min(n, 10)).astype(int).tolist()] * 4 if n else [0] * 16
+
+    def _grid(self, x: Float[np.ndarray, "b h w c"], labels: Sequence[int]):
+        names = self.dataset.label_names
+        captions = [names[label] for label in labels] if names else None
+        return images.grid(images.to_uint8(x), columns=len(labels) // 4, captions=captions)
+
+    def _finish(self, run: Run) -> None:
+        """The last pictures, and a paragraph that says where everything is and what to do next."""
+        labels, folder = self._showcase(), self.run_dir / "samples"
+        frames = [self._grid(x, labels) for x in self.sample(labels, trajectory=True)]
+        images.save_png(frames[-1], folder / "final.png")
+        images.save_gif(frames, folder / "trajectory.gif")
+        run.tracker.image(self.step, "samples", frames[-1])
+        run.tracker.message(
+            FAREWELL.format(
+                run=self.run_dir, step=self.step, steps=self.config.n_steps, more=2 * self.step
+            )
+        )
+
+
+FAREWELL = """
+Done: step {step} of {steps}. Everything is in {run}/
+  samples/final.png, samples/trajectory.gif   what the model draws, and its way from noise
+  metrics.jsonl                               losses, norms and speed; `tensorboard --logdir {run}`
+  plots them checkpoints/{step}/                         weights, their average and the optimizer
+Next:
+  python generate.py --run {run} --n 64 --out samples.png
+  python train.py --resume --run_dir {run} --n_steps {more}"""
+
+
+def find_run(config: TrainConfig) -> tuple[Path | None, dict[str, Any] | None]:
+    """(folder, its config.json) of the run to go on with; without `resume`, (`run_dir`, None).
+
+    Raises:
+        UserError: nothing to resume, or `run_dir` is in use.
+    """
+    if config.resume:
+        dataset_name = config.dataset_name or DEFAULTS["dataset_name"]
+        run_dir = config.run_dir or run_folder.newest(dataset_name, config.model)
+        return run_dir, run_folder.read_config(run_dir)
+    if config.run_dir:
+        run_folder.require_new(config.run_dir)
+    return config.run_dir, None
+
+
+def as_items(state: TrainState) -> dict[str, Any]:
+    """A state as the items of a checkpoint."""
+    optimizer = {"step": state.step, "opt_state": state.opt_state, "window": state.window}
+    return {"params": state.params, "ema": state.ema, "optimizer": optimizer}
+
+
+def from_items(items: dict[str, Any]) -> TrainState:
+    """The inverse of `as_items`."""
+    return TrainState(params=items["params"], ema=items["ema"], **items["optimizer"])
+
+
+def main() -> None:
+    config = cli.parse(TrainConfig)
+    # Compiled programs are kept for the next start. Here, because importing must not change JAX.
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dit-jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    trainer = Trainer(config)
+    if config.profile:
+        print(trainer.profile())
+    else:
+        trainer.fit()
+
+
+if __name__ == "__main__":
+    cli.run(main)

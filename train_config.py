@@ -1,0 +1,301 @@
+"""The settings of a training run: every flag of `train.py`, and how what was not said is filled in.
+
+`resolve` is the one place where holes are filled and values are checked. Only `train.py` reads the
+result; every other module takes plain arguments.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import objectives
+import optim
+import sampling
+from datasets_config import DatasetConfig
+from errors import UserError, unknown
+from model import MODELS, ModelConfig, model_config
+
+UNSAID: Any = None  # filled by `resolve`
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a diffusion transformer on a Hugging Face data set, by default on the digits in this
+    repository.
+
+    A value not given is the resumed run's, else the data set's recommendation, else the default in
+    DEFAULTS.
+
+    Args:
+        dataset_name: a key of DATASET_CONFIGS, folder:PATH or hf:owner/name.
+        data_dir: a local copy of the data set: Parquet files, an image folder or a `save_to_disk`
+            folder.
+        image_column: where to find pictures in folder: and hf: data.
+        label_column: where to find classes in folder: and hf: data.
+        image_size: pixels to a side after centre crop and resize.
+        channels: 1 (grey) or 3 (RGB).
+        in_memory: decode the whole set once and hold it; by default up to 1 GiB.
+        n_workers: processes that decode a set that is not held.
+        model: a preset such as DiT-S/2.
+        patch_size: overrides the preset's.
+        block: how blocks are conditioned: adaln_zero.
+        position: absolute positions: sincos, learned or none.
+        rope: 2-D rotary positions in attention.
+        qk_norm: normalise queries and keys.
+        mlp: gelu or swiglu.
+        norm: layer or rms.
+        remat: recompute blocks in the backward pass to save memory; on by default for L and XL.
+        half_precision: compute in bfloat16; by default on GPU and TPU, not on CPU.
+        time_density: of training times: uniform, logit_normal or mode.
+        logit_mean: of the logit-normal density.
+        logit_std: of the logit-normal density.
+        mode_scale: of the mode density.
+        time_shift: moves training times towards noise; above 1 for large pictures.
+        label_dropout: share of rows trained without their label, for guidance.
+        n_epochs: how long to train; n_steps wins.
+        n_steps: how long to train, in updates.
+        batch_size: pictures per update, over all devices.
+        learning_rate: the peak of the schedule.
+        schedule: constant, cosine or linear.
+        warmup_steps: of linear rise to the peak.
+        beta1: AdamW's decay of the mean of gradients.
+        beta2: AdamW's decay of their squares.
+        weight_decay: AdamW's, on matrices only.
+        clip_norm: of the gradient; 0 never clips.
+        ema_decay: of the averaged weights, which are the ones sampled and evaluated.
+        seed: of everything random.
+        fsdp: devices that share one copy of the weights; 1 is plain data parallelism.
+        run_dir: the run's folder; by default runs/<dataset>-<model>-<time>.
+        resume: go on in run_dir, or in the newest run of this data set and model.
+        log_every: steps between lines of metrics.
+        eval_save_steps: steps between evaluations, each with a checkpoint.
+        n_eval_batches: batches of an evaluation.
+        sample_every_n: steps between sample grids.
+        keep_checkpoints: how many of the newest to keep.
+        cfg_scale: guidance of the samples.
+        n_sample_steps: solver steps of the samples.
+        solver: of the samples: euler or heun.
+        sample_shift: of the samples' time grid.
+        profile: measure the train, eval and sampling steps, print a report, and stop.
+        peak_tflops: this device's peak, where the table of profiling.py does not know it.
+    """
+
+    dataset_name: str = UNSAID
+    data_dir: Path | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    image_size: int = UNSAID
+    channels: int = UNSAID
+    in_memory: bool | None = None
+    n_workers: int | None = None
+    model: str = UNSAID
+    patch_size: int = UNSAID
+    block: str = UNSAID
+    position: str = UNSAID
+    rope: bool = UNSAID
+    qk_norm: bool = UNSAID
+    mlp: str = UNSAID
+    norm: str = UNSAID
+    remat: bool = UNSAID
+    half_precision: bool = UNSAID
+    time_density: str = UNSAID
+    logit_mean: float = UNSAID
+    logit_std: float = UNSAID
+    mode_scale: float = UNSAID
+    time_shift: float = UNSAID
+    label_dropout: float = UNSAID
+    n_epochs: float | None = None
+    n_steps: int = UNSAID
+    batch_size: int = UNSAID
+    learning_rate: float = UNSAID
+    schedule: str = UNSAID
+    warmup_steps: int = UNSAID
+    beta1: float = UNSAID
+    beta2: float = UNSAID
+    weight_decay: float = UNSAID
+    clip_norm: float = UNSAID
+    ema_decay: float = UNSAID
+    seed: int = UNSAID
+    fsdp: int = UNSAID
+    run_dir: Path | None = None
+    resume: bool = False
+    log_every: int = UNSAID
+    eval_save_steps: int = UNSAID
+    n_eval_batches: int = UNSAID
+    sample_every_n: int = UNSAID
+    keep_checkpoints: int = UNSAID
+    cfg_scale: float = UNSAID
+    n_sample_steps: int = UNSAID
+    solver: str = UNSAID
+    sample_shift: float = UNSAID
+    profile: bool = False
+    peak_tflops: float | None = None
+
+
+DEFAULTS: dict[str, Any] = {
+    "dataset_name": "digits",
+    "block": "adaln_zero",
+    "position": "sincos",
+    "rope": False,
+    "qk_norm": False,
+    "mlp": "gelu",
+    "norm": "layer",
+    "time_density": "logit_normal",
+    "logit_mean": 0.0,
+    "logit_std": 1.0,
+    "mode_scale": 1.29,
+    "time_shift": 1.0,
+    "label_dropout": 0.1,
+    "schedule": "cosine",
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "weight_decay": 0.0,
+    "clip_norm": 1.0,
+    "seed": 0,
+    "fsdp": 1,
+    "log_every": 50,
+    "n_eval_batches": 6,
+    "keep_checkpoints": 2,
+    "n_sample_steps": 50,
+    "solver": "euler",
+    "sample_shift": 1.0,
+}
+
+# What may change when a run goes on: where things lie, how often they are looked at, how long it
+# goes, and what leaves the numbers as they are.
+FREE_ON_RESUME = {
+    *("run_dir", "resume", "data_dir", "in_memory", "n_workers", "fsdp", "remat"),
+    *("n_steps", "n_epochs", "log_every", "eval_save_steps", "n_eval_batches", "sample_every_n"),
+    *("keep_checkpoints", "cfg_scale", "n_sample_steps", "solver", "sample_shift"),
+    *("profile", "peak_tflops"),
+}
+RECOMMENDED = (
+    *("model", "batch_size", "learning_rate", "n_steps", "ema_decay", "cfg_scale"),
+    *("image_size", "channels"),
+)
+POSITIVE = (
+    *("n_steps", "batch_size", "learning_rate", "patch_size", "image_size", "fsdp", "logit_std"),
+    *("time_shift", "sample_shift", "log_every", "eval_save_steps", "sample_every_n"),
+    *("n_eval_batches", "keep_checkpoints", "n_sample_steps"),
+)
+DENSITIES = {
+    "uniform": lambda config: objectives.uniform(),
+    "logit_normal": lambda config: objectives.logit_normal(config.logit_mean, config.logit_std),
+    "mode": lambda config: objectives.mode(config.mode_scale),
+}
+
+
+def take_up(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
+    """Fill holes from the `config.json` of the run to go on with.
+
+    Raises:
+        UserError: `config` says something else about what cannot change, with the fields' names.
+    """
+    said = {name: value for name, value in vars(config).items() if value is not None}
+    changed = [
+        f"{name} was {saved[name]}, not {value}"
+        for name, value in said.items()
+        if name not in FREE_ON_RESUME and saved[name] != value
+    ]
+    if changed:
+        raise UserError(f"cannot resume: {'; '.join(changed)}")
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    kept = {name: saved[name] for name in fields - {"run_dir", "resume", "profile"}}
+    if "n_epochs" in said:
+        kept["n_steps"] = None
+    if kept["data_dir"]:
+        kept["data_dir"] = Path(kept["data_dir"])
+    return TrainConfig(**kept | said)
+
+
+def resolve(
+    config: TrainConfig, dataset: DatasetConfig, *, n_rows: int, n_devices: int, platform: str
+) -> TrainConfig:
+    """Fill every hole of `config`: by what the data set recommends, else by DEFAULTS.
+
+    Args:
+        n_rows: of the training split, for `n_epochs`.
+        n_devices: that a batch is split over.
+        platform: cpu, gpu or tpu; bfloat16 is the default except on a CPU.
+
+    Raises:
+        UserError: a value that cannot be.
+    """
+    said = {name: value for name, value in vars(config).items() if value is not None}
+    filled = DEFAULTS | {name: getattr(dataset, name) for name in RECOMMENDED} | said
+    if config.n_epochs is not None and config.n_steps is None:
+        filled["n_steps"] = math.ceil(config.n_epochs * n_rows / filled["batch_size"])
+    resolved = TrainConfig(**derived(filled, platform) | filled)
+    validate(resolved, n_devices)
+    return resolved
+
+
+def derived(filled: dict[str, Any], platform: str) -> dict[str, Any]:
+    """Defaults that follow from other values."""
+    quarter = max(1, min(1000, filled["n_steps"] // 4))
+    return {
+        "patch_size": MODELS.get(filled["model"], {}).get("patch_size"),
+        "remat": filled["model"].startswith(("DiT-L/", "DiT-XL/")),
+        "half_precision": platform != "cpu",
+        "warmup_steps": min(1000, filled["n_steps"] // 20),
+        "eval_save_steps": quarter,
+        "sample_every_n": quarter,
+    }
+
+
+def validate(config: TrainConfig, n_devices: int) -> None:
+    """Refuse values that cannot be, before anything is loaded or written."""
+    for name in POSITIVE:
+        if getattr(config, name) <= 0:
+            raise UserError(f"--{name} {getattr(config, name)}: must be above 0")
+    for name, high in (("label_dropout", 1.0), ("ema_decay", 1.0), ("beta1", 1.0), ("beta2", 1.0)):
+        if not 0 <= getattr(config, name) <= high:
+            raise UserError(f"--{name} {getattr(config, name)}: must be between 0 and {high:g}")
+    tables = {
+        "model": MODELS,
+        "time_density": DENSITIES,
+        "schedule": optim.SCHEDULES,
+        "solver": sampling.SOLVERS,
+    }
+    for name, table in tables.items():
+        if getattr(config, name) not in table:
+            raise unknown(name, getattr(config, name), table)
+    if n_devices % config.fsdp:
+        raise UserError(f"--fsdp {config.fsdp} does not divide the {n_devices} devices")
+    if config.batch_size % n_devices:
+        raise UserError(
+            f"--batch_size {config.batch_size} is not divisible by the {n_devices} devices"
+        )
+
+
+def network(config: TrainConfig, dataset: DatasetConfig, platform: str) -> ModelConfig:
+    """The model that a resolved `config` describes."""
+    depth = MODELS[config.model]["depth"]
+    return model_config(
+        config.model,
+        patch_size=config.patch_size,
+        image_size=config.image_size,
+        channels=config.channels,
+        out_channels=config.channels,
+        n_classes=dataset.n_classes,
+        block=config.block,
+        position=config.position,
+        rope=config.rope,
+        qk_norm=config.qk_norm,
+        mlp=config.mlp,
+        norm=config.norm,
+        dtype="bfloat16" if config.half_precision else "float32",
+        remat=config.remat,
+        # On a CPU shallow models are a tenth faster unrolled, and still compile in seconds.
+        unroll=depth if platform == "cpu" and depth <= 12 and not config.remat else 1,
+    )
+
+
+def objective(config: TrainConfig, *, label_dropout: float) -> objectives.Objective:
+    """The loss that a resolved `config` describes."""
+    density = DENSITIES[config.time_density](config)
+    return objectives.rectified_flow(
+        density=density, shift=config.time_shift, label_dropout=label_dropout
+    )
