@@ -26,7 +26,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 import fire
 from fire.decorators import SetParseFn
 
-from errors import UserError, unknown
+from errors import RunError, UserError, unknown
 
 T = TypeVar("T")
 
@@ -67,7 +67,9 @@ def run(main: Callable[[], object]) -> NoReturn:
         main()
         sys.stdout.flush()
     except UserError as error:
-        _leave(str(error))
+        _leave(str(error), 2)
+    except RunError as error:
+        _leave(str(error), 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -75,14 +77,15 @@ def run(main: Callable[[], object]) -> NoReturn:
             sys.exit(1)
         # By text: Orbax wraps the operating system's error in one of its own.
         if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
-            _leave(f"no space left on {getattr(error, 'filename', None) or f'the disk ({error})'}")
+            where = getattr(error, "filename", None) or f"the disk ({error})"
+            _leave(f"no space left on {where}", 2)
         raise
     sys.exit(0)
 
 
-def _leave(message: str) -> NoReturn:
+def _leave(message: str, status: int) -> NoReturn:
     print("error:", " ".join(message.splitlines()), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def _stdout_is_closed() -> bool:

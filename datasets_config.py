@@ -60,6 +60,7 @@ DATASET_CONFIGS = {
             n_steps=900,
             flip=False,  # a mirrored 2 is no digit
             ema_decay=0.98,
+            cfg_scale=1.25,
         ),
         DatasetConfig(
             name="mnist",

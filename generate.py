@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ from errors import UserError, unknown
 from model import ModelConfig, graphdef, init_params
 from run_folder import atomic, read_config
 from sampling import SOLVERS, Solution, guided, initial_noise, time_grid
+
+Labels = Sequence[int] | Int[np.ndarray, "n"]
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,17 @@ def draw(
     return SOLVERS[sampler.solver](bound, noise, times, trajectory=trajectory)
 
 
+class Pictures(NamedTuple):
+    """A `Solution` on the host: float32 in about −1 … 1."""
+
+    x: Float[np.ndarray, "b h w c"]
+    trajectory: Float[np.ndarray, "n+1 b h w c"] | None
+
+
 def sample(
     params: Any,
     config: ModelConfig,
-    labels: Sequence[int] | Int[np.ndarray, "b"],
+    labels: Labels,
     *,
     sampler: Sampler,
     mesh: parallel.Mesh,
@@ -93,8 +102,8 @@ def sample(
     seed: int = 0,
     batch_size: int = 256,
     trajectory: bool = False,
-) -> Solution:
-    """Pictures of `labels` as float32 in about −1 … 1, on the host.
+) -> Pictures:
+    """Pictures of `labels`.
 
     A picture is a function of the weights, its label, the seed and its place in `labels`: neither
     `batch_size` nor the number of devices changes it. Label `config.n_classes` is "no class";
@@ -109,7 +118,7 @@ def sample(
         label[: len(labels) - start] = labels[start : start + size]
         index = np.arange(start, start + size, dtype=np.int32)
         label, index = parallel.place((label, index), mesh)
-        part = draw(
+        solution = draw(
             params,
             label,
             index,
@@ -120,11 +129,10 @@ def sample(
             guide=guide,
             trajectory=trajectory,
         )
-        parts.append(jax.tree.map(np.asarray, part))
+        parts.append(jax.device_get(solution))
     x = np.concatenate([part.x for part in parts])[: len(labels)]
-    if not trajectory:
-        return Solution(x, None)
-    return Solution(x, np.concatenate([p.trajectory for p in parts], 1)[:, : len(labels)])
+    states = np.concatenate([part.trajectory for part in parts], axis=1) if trajectory else None
+    return Pictures(x, None if states is None else states[:, : len(labels)])
 
 
 def label_ids(words: Sequence[int | str], names: Sequence[str], n_classes: int) -> list[int]:
@@ -140,7 +148,7 @@ def label_ids(words: Sequence[int | str], names: Sequence[str], n_classes: int) 
     return [ids[str(word)] for word in words]
 
 
-def captions(labels: Sequence[int], names: Sequence[str]) -> list[str] | None:
+def captions(labels: Labels, names: Sequence[str]) -> list[str] | None:
     """The class name of every picture; None where classes have no names."""
     return [names[label] for label in labels] if names else None
 
@@ -159,11 +167,6 @@ def load_params(
         item = "ema" if ema else "params"
         like = parallel.abstract(partial(init_params, config, jax.random.key(0)), mesh)
         return step, checkpoints.restore(step, {item: like})[item]
-
-
-def trajectory_frames(trajectory, captions: Sequence[str] | None) -> list:
-    """One grid per state of a trajectory (n + 1, b, h, w, c)."""
-    return [images.grid(images.to_uint8(x), captions=captions) for x in trajectory]
 
 
 @dataclass(frozen=True)
@@ -244,7 +247,7 @@ def main(config: GenerateConfig) -> None:
         n_steps=config.n_steps or run["n_sample_steps"],
         shift=run["sample_shift"],
     )
-    solution = sample(
+    pictures = sample(
         params,
         model,
         labels,
@@ -255,10 +258,11 @@ def main(config: GenerateConfig) -> None:
         batch_size=config.batch_size,
         trajectory=config.trajectory is not None,
     )
-    write(config.out, images.to_uint8(solution.x), labels, names)
+    write(config.out, images.to_uint8(pictures.x), labels, names)
     print(f"{config.n} pictures from step {step} of {config.run}: {config.out}")
-    if config.trajectory:
-        frames = trajectory_frames(solution.trajectory, captions(labels, names))
+    if config.trajectory and pictures.trajectory is not None:
+        states = images.to_uint8(pictures.trajectory)
+        frames = [images.grid(x, captions=captions(labels, names)) for x in states]
         images.save_gif(frames, config.trajectory)
         print(f"their way from noise: {config.trajectory}")
 

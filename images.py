@@ -24,12 +24,14 @@ OPAQUE = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
 
 def decode(raw: bytes | Image.Image, *, channels: int, size: int) -> UInt8[np.ndarray, "s s c"]:
     """The central square of a picture in `channels` 1 (grey) or 3 (RGB), resized; see `upright`."""
-    image = upright(raw).convert("L" if channels == 1 else "RGB")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    if side != size:
-        image = image.resize((size, size), Image.Resampling.BICUBIC)  # antialiased when it shrinks
+    image, mode = upright(raw), "L" if channels == 1 else "RGB"
+    if image.mode != mode:
+        image = image.convert(mode)
+    if image.size != (size, size):
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = image.crop((left, top, left + side, top + side))
+        image = square.resize((size, size), Image.Resampling.BICUBIC)  # antialiased as it shrinks
     return np.asarray(image).reshape(size, size, channels)
 
 
@@ -85,7 +87,7 @@ def grid(
         picture = Image.fromarray(picture.squeeze(-1) if channels == 1 else picture)
         sheet.paste(picture.resize((cell_width, cell_height), Image.Resampling.NEAREST), (x, y))
         if captions:
-            text = _fit(captions[i], width=cell_width, font=font)
+            text = _fit(captions[i], width=cell_width - 2, font=font)  # glyphs overhang
             middle = (x + cell_width / 2, y + cell_height + GAP / 2)
             draw.text(middle, text, fill="black", font=font, anchor="ma")
     return sheet

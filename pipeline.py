@@ -9,8 +9,9 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -95,7 +96,7 @@ class Pipeline:
             batch.image[mine] = batch.image[mine, :, ::-1]
         return batch
 
-    def train_batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def train_batches(self, start: int, stop: int) -> Generator[Batch]:
         """`train_batch` of the steps start … stop − 1, decoded ahead of time where that takes long.
 
         Close the iterator (or exhaust it) to end its worker processes.
@@ -104,12 +105,18 @@ class Pipeline:
             yield from map(self.train_batch, range(start, stop))
             return
         import grain
+        from absl import flags
 
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which only an absl app parses
         n_threads = 2 if self.n_workers else os.cpu_count() or 1
         threads = grain.ReadOptions(num_threads=n_threads, prefetch_buffer_size=n_threads)
         workers = grain.MultiprocessingOptions(num_workers=self.n_workers, per_worker_buffer_size=2)
-        steps = grain.MapDataset.range(start, stop).map(self.train_batch)
-        stream = iter(steps.to_iter_dataset(threads).mp_prefetch(workers, _start_worker))
+        # By pipes: shared memory leaks on an early close, and containers often have only 64 MB.
+        pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+        steps = grain.MapDataset.range(start, stop).map(self.train_batch).to_iter_dataset(threads)
+        steps = grain.experimental.WithOptionsIterDataset(steps, pipes)
+        stream = iter(steps.mp_prefetch(workers, _start_worker))
         with contextlib.closing(stream):
             yield from stream
 
@@ -127,8 +134,8 @@ class Pipeline:
         return self._images(split, np.arange(len(labels))), labels
 
     def _batch(self, split: str, rows: Int64[np.ndarray, "n"]) -> Batch:
-        per_process = len(rows) // self.n_processes
-        row = self.process_index * per_process + np.arange(per_process, dtype=np.int32)
+        parts = np.split(np.arange(len(rows), dtype=np.int32), self.n_processes)
+        row = parts[self.process_index]
         labels = getattr(self.source, split).labels
         return Batch(row, self._images(split, rows[row]), labels[rows[row]])
 

@@ -284,7 +284,7 @@ def _split(
         )
     try:
         pictures = data.select_columns(columns[:1]).cast_column(columns[0], Image(decode=False))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's
         raise UserError(
             f"data set '{config.name}', split '{name}': column '{columns[0]}' holds no pictures"
             f" (columns: {', '.join(data.column_names)}); pass --image_column"

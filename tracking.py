@@ -19,7 +19,7 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     import PIL.Image
 
-Metrics = Mapping[str, SupportsFloat | Sequence[SupportsFloat]]
+Metrics = Mapping[str, SupportsFloat | Sequence[SupportsFloat | None]]
 
 # What a person watches; everything else is in the file.
 SHOWN: dict[str, Callable[[float], str]] = {
@@ -81,8 +81,9 @@ class Tracker:
     def log(self, step: int, metrics: Metrics) -> None:
         """Record one line: {"step": step, …}.
 
-        A list holds equal bins of t from 0 to 1, such as `loss_by_t`. A non-finite number becomes
-        null in the file, because JSON has no word for it, and is left out of TensorBoard.
+        A list holds equal bins of t from 0 to 1, such as `loss_by_t`. None is an empty bin. A
+        non-finite number becomes null in the file, for JSON has no word for it; TensorBoard gets
+        neither.
         """
         line = {name: _plain(value) for name, value in metrics.items()}
         # In one write and at once: a kill can tear this line but lose none before it.
@@ -159,7 +160,9 @@ def _plain(value: Any) -> Any:
         value = value.tolist()
     if isinstance(value, list | tuple):
         return [_plain(number) for number in value]
-    return value if isinstance(value, int) else float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, int):
+        return value
+    return float(value) if math.isfinite(value) else None
 
 
 def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:

@@ -43,8 +43,10 @@ from pipeline import Batch, Pipeline
 from sources import open_source
 from tracking import Throughput, Tracker
 from train_config import DEFAULTS, TrainConfig, network, objective, resolve, take_up
+from train_profile import profile
 
 __all__ = ["TrainConfig", "TrainState", "Trainer"]
+DIGITS = TrainConfig()
 INIT, EVAL = 0, 1  # what a run's key is folded with for its weights and for its evaluations
 
 
@@ -100,16 +102,22 @@ class Run(NamedTuple):
 class Trainer:
     """A data set, a model, its optimizer, and their state on all devices."""
 
-    def __init__(self, config: TrainConfig = TrainConfig()):
+    def __init__(self, config: TrainConfig = DIGITS):
         """Open the data, fill in the settings, create the state or restore it. Writes nothing.
 
         Raises:
             UserError: settings or data that cannot work.
         """
-        run_dir, saved = find_run(config)
-        config = take_up(config, saved) if saved else config
+        dataset_name = config.dataset_name or DEFAULTS["dataset_name"]
+        run_dir, saved = config.run_dir, None
+        if config.resume:
+            run_dir = run_dir or run_folder.newest(dataset_name, config.model)
+            saved = run_folder.read_config(run_dir)
+            config = take_up(config, saved)
+        elif run_dir:
+            run_folder.require_new(run_dir)
         self.source = open_source(
-            config.dataset_name or DEFAULTS["dataset_name"],
+            config.dataset_name or dataset_name,
             data_dir=config.data_dir,
             image_column=config.image_column,
             label_column=config.label_column,
@@ -124,6 +132,9 @@ class Trainer:
         )
         self.run_dir = run_dir or run_folder.new(c.dataset_name, c.model)
         self.model_config = network(c, self.dataset, platform)
+        self.peak = profiling.peak(
+            jax.devices()[0].device_kind, self.model_config.dtype, peak_tflops=c.peak_tflops
+        )
         self.mesh = parallel.make_mesh(c.fsdp)
         self.key = jax.random.key(c.seed)
         self.schedule = optim.learning_rate_schedule(
@@ -164,13 +175,13 @@ class Trainer:
     # --- one step ---------------------------------------------------------------------------------
 
     def train_step(self, batch: Batch) -> dict[str, Any]:
-        """One asynchronous update with this process's rows of a batch; the report is on the device."""
-        self.state, report = self._update(self.state, parallel.place(batch, self.mesh), self.key)
+        """One asynchronous update with this process's rows of a batch, and its unread report."""
+        self.state, report = self.update(self.state, parallel.place(batch, self.mesh), self.key)
         self.step += 1
         return report
 
     @cached_property
-    def _update(self):
+    def update(self):
         loss = objective(self.config, label_dropout=self.config.label_dropout)
         step = partial(
             update,
@@ -182,7 +193,7 @@ class Trainer:
         return jax.jit(step, donate_argnums=0)
 
     @cached_property
-    def _eval_loss(self):
+    def eval_loss(self):
         loss = objective(self.config, label_dropout=0.0)
         model = partial(nnx.merge, graphdef(self.model_config))
         return jax.jit(lambda params, batch, key: loss(model(params), batch, key)[0])
@@ -245,11 +256,11 @@ class Trainer:
         stop.leave()
 
     def evaluate(self) -> dict[str, float]:
-        """The averaged weights' loss on the evaluation split, always at the same times and noise."""
+        """The averaged weights' loss on the evaluation split, always at the same (t, noise)."""
         key, losses = jax.random.fold_in(self.key, EVAL), []
         for i, batch in enumerate(self.data.eval_batches(self.config.n_eval_batches)):
             batch = parallel.place(batch, self.mesh)
-            losses.append(self._eval_loss(self.state.ema, batch, jax.random.fold_in(key, i)))
+            losses.append(self.eval_loss(self.state.ema, batch, jax.random.fold_in(key, i)))
         return {"eval_loss": float(np.mean(jax.device_get(losses)))}
 
     def sample(
@@ -261,10 +272,11 @@ class Trainer:
         seed: int = 0,
         ema: bool = True,
         trajectory: bool = False,
-    ) -> Float[np.ndarray, "b h w c"] | Float[np.ndarray, "n+1 b h w c"]:
+    ) -> np.ndarray:
         """Pictures of `labels` (numbers or names), in about −1 … 1, from the averaged weights.
 
-        With `trajectory`, every state from the noise to the result.
+        Returns float32 (b, h, w, c) or, with `trajectory`, every state from the noise to the
+        result, (n_steps + 1, b, h, w, c).
         """
         c, n_classes = self.config, self.model_config.n_classes
         solution = generate.sample(
@@ -277,7 +289,7 @@ class Trainer:
             seed=seed,
             trajectory=trajectory,
         )
-        return solution.trajectory if trajectory else solution.x
+        return solution.x if solution.trajectory is None else solution.trajectory
 
     def model(self, ema: bool = True) -> nnx.Module:
         """The live model, `model(x, t, label)`, with averaged or raw weights."""
@@ -307,30 +319,6 @@ class Trainer:
                 )
             self.state = from_items(checkpoints.restore(step, as_items(like)))
         self.step = step
-
-    def profile(self) -> str:
-        """Compile and time the train, eval and sampling steps, write a trace, return a report.
-
-        The data are blank and nothing is learned; the run's folder gets `profile/` only.
-        """
-        c, m, n_devices = self.config, self.model_config, jax.device_count()
-        batch, key = parallel.place(self.blank_batch(), self.mesh), self.key
-        forward = c.batch_size * sum(profiling.flops_by_module(m).values())
-
-        def train(compiled):
-            self.state, report = compiled(self.state, batch, key)
-            return report
-
-        def velocity(params, x, t, label):
-            return nnx.merge(graphdef(m), params)(x, t, label)
-
-        x = jnp.zeros((c.batch_size, m.image_size, m.image_size, m.channels))
-        noisy = parallel.place((x, np.ones(c.batch_size, np.float32)), self.mesh)
-        params = self.state.ema
-        steps = [
-            ("train", self._update, (self.state, batch, key), 3 * forward, train),
-        ]
-        raise NotImplementedError
 
     # --- what happens on the way ------------------------------------------------------------------
 
@@ -404,23 +392,19 @@ class Trainer:
             "grad_norm": float(mean["grad_norm"]),
             "param_norm": float(report["param_norm"]),
             "update_norm": float(report["update_norm"]),
-            "learning_rate": float(self.schedule(step - 1)),
+            "learning_rate": np.asarray(self.schedule(step - 1)).item(),
             "loss_by_t": [float(loss / share) if share else None for loss, share in bins],
         }
 
     def _rates(self, run: Run) -> dict[str, float]:
         """Images per second, seconds per step and, where the device's peak is known, MFU."""
-        rates, c = run.throughput.take(), self.config
-        kind, dtype = jax.devices()[0].device_kind, self.model_config.dtype
-        peak = profiling.peak(kind, dtype, peak_tflops=c.peak_tflops)
-        if rates:
-            flops = profiling.TRAIN_PER_FORWARD * sum(
-                profiling.flops_by_module(self.model_config).values()
-            )
-            rates["mfu"] = profiling.mfu(
-                flops * rates["images_per_second"] / jax.device_count(), peak
-            )
-        return {name: rate for name, rate in rates.items() if rate is not None}
+        rates = run.throughput.take()
+        if rates and self.peak:
+            forward = sum(profiling.flops_by_module(self.model_config).values())
+            per_device = rates["images_per_second"] / jax.device_count()
+            flops_per_second = profiling.TRAIN_PER_FORWARD * forward * per_device
+            rates["mfu"] = flops_per_second / self.peak.flops_per_second
+        return rates
 
     def _save(self, run: Run) -> None:
         notes = {"config": self.describe(), "data": {"n_rows": len(self.source.train)}}
@@ -467,21 +451,6 @@ Next:
   python train.py --resume --run_dir {run} --n_steps {more}"""
 
 
-def find_run(config: TrainConfig) -> tuple[Path | None, dict[str, Any] | None]:
-    """(folder, its config.json) of the run to go on with; without `resume`, (`run_dir`, None).
-
-    Raises:
-        UserError: nothing to resume, or `run_dir` is in use.
-    """
-    if config.resume:
-        dataset_name = config.dataset_name or DEFAULTS["dataset_name"]
-        run_dir = config.run_dir or run_folder.newest(dataset_name, config.model)
-        return run_dir, run_folder.read_config(run_dir)
-    if config.run_dir:
-        run_folder.require_new(config.run_dir)
-    return config.run_dir, None
-
-
 def as_items(state: TrainState) -> dict[str, Any]:
     """A state as the items of a checkpoint."""
     optimizer = {"step": state.step, "opt_state": state.opt_state, "window": state.window}
@@ -496,13 +465,13 @@ def from_items(items: dict[str, Any]) -> TrainState:
 def main() -> None:
     config = cli.parse(TrainConfig)
     # Compiled programs are kept for the next start. Here, because importing must not change JAX.
-    if jax.config.jax_compilation_cache_dir is None:
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dit-jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     trainer = Trainer(config)
     if config.profile:
-        print(trainer.profile())
+        print(profile(trainer))
     else:
         trainer.fit()
 

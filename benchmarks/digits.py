@@ -75,7 +75,7 @@ def judge(pictures, labels, *, train, test) -> Judgement:
     pictures, train_x, test_x = (
         x.reshape(len(x), -1) / 255 * 16 for x in (pictures, train[0], test[0])
     )
-    classifier = SVC(gamma=0.001, C=10).fit(train_x, train[1])
+    classifier = SVC(gamma=0.001, C=10).fit(train_x, train[1])  # pyright: ignore[reportArgumentType]
     return Judgement(
         accuracy=float((classifier.predict(pictures) == labels).mean()),
         frechet=frechet_distance(pictures, test_x),
@@ -85,7 +85,7 @@ def judge(pictures, labels, *, train, test) -> Judgement:
 
 def judge_run(trainer: Trainer, *, n: int = 1000, **how) -> Judgement:
     """Draw n samples, as many of each digit, and judge them."""
-    labels = spread(range(10), n)
+    labels = spread(range(10), n).tolist()
     pictures = images.to_uint8(trainer.sample(labels, **how))
     data = trainer.data
     return judge(pictures, labels, train=data.images("train"), test=data.images("eval"))

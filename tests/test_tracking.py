@@ -63,9 +63,11 @@ def test_a_run_that_never_saved_starts_its_record_anew(tmp_path):
 
 def test_every_line_is_valid_json_and_on_disk_at_once(tmp_path):
     tracker = Tracker(tmp_path, n_steps=9, quiet=True)
-    tracker.log(3, {"loss": math.nan, "bins": [1.0, math.inf], "norm": np.float32(0.5), "n": 2})
+    tracker.log(
+        3, {"loss": math.nan, "bins": [1.0, None, math.inf], "norm": np.float32(0.5), "n": 2}
+    )
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    expected = {"step": 3, "loss": None, "bins": [1.0, None], "norm": 0.5, "n": 2}
+    expected = {"step": 3, "loss": None, "bins": [1.0, None, None], "norm": 0.5, "n": 2}
     assert json.loads(line, parse_constant=pytest.fail) == expected
     tracker.close()
     tracker.close()

@@ -1,0 +1,39 @@
+# make train          set up, then train on the embedded digits (ARGS="--dataset_name cifar10" for others)
+# make test           set up, then run every test          make check    format, lint, types
+# make install        only set up                          make format   rewrite to the house format
+PYTHON ?= python3
+BIN = .venv/bin
+UV := $(shell command -v uv 2>/dev/null)
+ifdef UV
+PIP = $(UV) pip install --quiet --python $(BIN)/python
+else
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+endif
+
+.PHONY: train test check format install
+
+train: .venv/installed
+	$(BIN)/python train.py $(ARGS)
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: .venv/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+install: .venv/installed
+
+.venv/installed: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(PIP) -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,219 @@
+"""A flag is what its annotation says, or one clear line before anything has run."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+import cli
+from errors import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Bake a cake.
+
+    Args:
+        n_steps: stirs, as the recipe says if it is not given.
+        labels: what to write on it.
+    """
+
+    n_steps: int = None  # type: ignore[assignment]
+    rate: float = 0.5
+    clip: float | None = 1.0
+    ema: bool = True
+    noisy: bool = False
+    half_precision: bool | None = None
+    name: str = "plain"
+    model: str | None = None
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    size: Literal[1, 2, 4] | None = None
+    labels: tuple[str, ...] = ()
+    widths: tuple[int, ...] = (1, 2)
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Required:
+    """Needs a folder."""
+
+    run: Path
+    name: str = ""
+
+
+def parse(line):
+    return cli.parse(Config, line.split())
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", {}),
+        ("--n_steps 7", {"n_steps": 7}),
+        ("--n-steps=1e3", {"n_steps": 1000}),
+        ("--n_steps 1_000", {"n_steps": 1000}),
+        ("--n_steps -1", {"n_steps": -1}),
+        ("--rate=-1e-4", {"rate": -1e-4}),
+        ("--rate -.5 --clip none", {"rate": -0.5, "clip": None}),
+        ("--ema False", {"ema": False}),
+        ("--ema=no --noisy", {"ema": False, "noisy": True}),
+        ("--noema --nonoisy", {"ema": False, "noisy": False}),
+        ("--no_ema --noisy YES", {"ema": False, "noisy": True}),
+        ("--no-half-precision --rate 1", {"half_precision": False, "rate": 1.0}),
+        ("--half_precision", {"half_precision": True}),
+        ("--half_precision None", {"half_precision": None}),
+        ("--name 123 --model none", {"name": "123", "model": None}),
+        ("--name 1e5 --model True", {"name": "1e5", "model": "True"}),
+        ("--name=--rate=3", {"name": "--rate=3"}),
+        ("--name [1] --model {'a':1}", {"name": "[1]", "model": "{'a':1}"}),
+        ("--mlp swiglu --size 4", {"mlp": "swiglu", "size": 4}),
+        ("--labels 3 7 cat --n_steps 2", {"labels": ("3", "7", "cat"), "n_steps": 2}),
+        ("--labels=3,7", {"labels": ("3", "7")}),
+        ("--labels a,b c", {"labels": ("a,b", "c")}),
+        ("--widths 8 -1", {"widths": (8, -1)}),
+        ("--folder runs/x", {"folder": Path("runs/x")}),
+    ],
+)
+def test_values_come_from_the_annotation(line, expected):
+    assert parse(line) == Config(**expected)
+    for name, value in expected.items():
+        assert type(getattr(parse(line), name)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--stepz 3", "unknown flag --stepz; did you mean --n_steps?"),
+        ("--noname", "unknown flag --noname; did you mean --name?"),
+        ("--xyzzy=3", "unknown flag --xyzzy; --help lists them all"),
+        ("-n 3", "unknown flag -n; --help lists them all"),
+        ("-- --rate", "unknown flag --; --help lists them all"),
+        ("cake", "unexpected 'cake'; a value follows its flag: --flag value"),
+        ("--rate 1 2", "unexpected '2'; a value follows its flag: --flag value"),
+        ("--noema False", "unexpected 'False'; a value follows its flag: --flag value"),
+        ("--noema=False", "--noema takes no value; write --ema=False"),
+        ("--rate 1 --rate 2", "--rate is given twice"),
+        ("--ema --noema", "--ema is given twice"),
+        ("--rate --ema", "--rate needs a value: expected a number"),
+        ("--labels", "--labels needs a value: expected text (or several)"),
+        ("--n_steps abc", "--n_steps 'abc': expected a whole number"),
+        ("--n_steps 1.5", "--n_steps '1.5': expected a whole number"),
+        ("--n_steps inf", "--n_steps 'inf': expected a whole number"),
+        ("--n_steps none", "--n_steps 'none': expected a whole number"),
+        ("--rate nan", "--rate 'nan': expected a number"),
+        ("--clip x", "--clip 'x': expected a number or none"),
+        ("--ema maybe", "--ema 'maybe': expected true or false"),
+        ("--widths 1,,2", "--widths '1,,2': expected a whole number (or several)"),
+        ("--widths 1 b", "--widths '1 b': expected a whole number (or several)"),
+        ("--folder=", "--folder '': expected a path or none"),
+        ("--mlp gleu", "unknown mlp 'gleu'; did you mean 'gelu'? (one of: gelu, swiglu)"),
+        ("--size 3", "unknown size '3' (one of: 1, 2, 4)"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(line, message):
+    with pytest.raises(UserError) as error:
+        parse(line)
+    assert str(error.value) == message
+
+
+def test_a_flag_without_default_is_required():
+    with pytest.raises(UserError, match="missing --run; see --help"):
+        cli.parse(Required, ["--name", "x"])
+    assert cli.parse(Required, ["--run", "a b"]) == Required(Path("a b"))
+
+
+@pytest.mark.parametrize("line", ["-h", "--help", "--stepz 3 --help"])
+def test_help_goes_to_stdout(line, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(line)
+    out, err = capsys.readouterr()
+    assert (end.value.code, err) == (0, "")
+    for words in ("Bake a cake.", "--n_steps=N_STEPS", "stirs, as the recipe", "Default: 1 2"):
+        assert words in out
+    assert "Default: none" in out and "gelu or swiglu" in out
+    assert "FIRE_METADATA" not in out and "-n, " not in out
+
+
+SCRIPT = """
+import errno, os, sys
+from dataclasses import dataclass
+import cli
+from errors import RunError, UserError
+
+@dataclass(frozen=True)
+class Config:
+    '''Fail.
+
+    Args:
+        how: the way to end.
+    '''
+    how: str = "well"
+    ema: bool = True
+
+def main():
+    config = cli.parse(Config)
+    print("ran", config.ema, flush=True)
+    if config.how == "full":
+        os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+    if config.how == "wrapped":
+        raise ValueError("RESOURCE_EXHAUSTED: write: " + os.strerror(errno.EDQUOT))
+    ends = {"user": UserError("two\\nlines"), "run": RunError("nan"), "bug": ValueError("bug")}
+    ends |= {"ctrl-c": KeyboardInterrupt(), "exit": SystemExit(143)}
+    if config.how in ends:
+        raise ends[config.how]
+
+assert "jax" not in sys.modules
+cli.run(main)
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "script.py"
+    path.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent)}
+
+    def call(*argv):
+        done = subprocess.run(
+            [sys.executable, path, *argv], capture_output=True, text=True, env=environment
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    return call
+
+
+def test_exit_statuses_of_a_real_process(script):
+    assert script("--ema", "False") == (0, "ran False\n", "")
+    assert script("--emma") == (2, "", "error: unknown flag --emma; did you mean --ema?\n")
+    assert script("--how", "user") == (2, "ran True\n", "error: two lines\n")
+    assert script("--how", "run") == (1, "ran True\n", "error: nan\n")
+    assert script("--how", "ctrl-c") == (130, "ran True\n", "")
+    assert script("--how", "exit") == (143, "ran True\n", "")
+    status, _, err = script("--how", "bug")
+    assert status == 1 and err.startswith("Traceback") and err.endswith("ValueError: bug\n")
+
+
+@pytest.mark.parametrize("how", ["full", "wrapped"])
+def test_a_full_disk_is_one_line(script, how):
+    status, _, err = script("--how", how)
+    assert status == 2 and err.startswith("error: no space left on ") and err.count("\n") == 1
+
+
+def test_a_reader_that_leaves_is_not_talked_about():
+    code = "import cli; cli.run(lambda: [print('more') for _ in range(100_000)])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(cli.__file__).parent,
+    )
+    assert process.stdout and process.stderr
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 1

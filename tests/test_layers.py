@@ -1,0 +1,127 @@
+"""Patches are undone exactly, positions are two-dimensional, attention is the formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import layers
+
+key = jax.random.key(0)
+
+
+@pytest.mark.parametrize("p", [1, 2, 4, 8])
+def test_unpatchify_undoes_patchify(p):
+    image = jax.random.normal(key, (2, 16, 24, 3))
+    tokens = layers.patchify(image, p)
+    assert tokens.shape == (2, 16 * 24 // p**2, 3 * p**2)
+    assert (layers.unpatchify(tokens, p, 16 // p) == image).all()
+
+
+def test_a_patch_is_a_square_of_neighbours():
+    image = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    assert layers.patchify(image, 2)[0, 1].tolist() == [2, 3, 6, 7]
+
+
+def test_attention_is_the_formula():
+    q, k, v = jax.random.normal(key, (3, 2, 5, 4, 8))
+    scores = np.einsum("bnhk,bmhk->bhnm", *np.float64((q, k))) / np.sqrt(8)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("bhnm,bmhk->bnhk", weights, np.float64(v))
+    np.testing.assert_allclose(layers.attention(q, k, v), expected, atol=1e-6)
+
+
+def test_attention_survives_large_bfloat16_scores():
+    """A softmax in bfloat16 would round 300 and 301 to the same number."""
+    q = jnp.ones((1, 1, 1, 1), jnp.bfloat16)
+    k = jnp.asarray([300.0, 304.0], jnp.bfloat16).reshape(1, 2, 1, 1)
+    v = jnp.asarray([0.0, 1.0], jnp.bfloat16).reshape(1, 2, 1, 1)
+    np.testing.assert_allclose(float(layers.attention(q, k, v)[0, 0, 0, 0]), 0.982, atol=4e-3)
+
+
+def test_rotary_scores_depend_on_the_two_offsets_alone():
+    rows, columns = 5, 7
+    q, k = jax.random.normal(key, (2, 1, 1, 2, 16))
+    q, k = (
+        layers.rotate(jnp.broadcast_to(x, (1, rows * columns, 2, 16)), (rows, columns))
+        for x in (q, k)
+    )
+    scores = jnp.einsum("bnhk,bmhk->bhnm", q, k).reshape(2, rows, columns, rows, columns)
+    moved = scores[:, 1:, 2:, 1:, 2:]  # both tokens one row down and two columns right
+    np.testing.assert_allclose(scores[:, :-1, :-2, :-1, :-2], moved, atol=1e-5)
+    # A flattened grid would give (0, 1) and (1, 0) offsets that differ only by a multiple.
+    assert abs(scores[0, 0, 0, 0, 1] - scores[0, 0, 0, 1, 0]) > 1e-3
+
+
+def test_rotation_keeps_lengths():
+    q = jax.random.normal(key, (1, 12, 2, 8))
+    lengths = jnp.linalg.norm(layers.rotate(q, (3, 4)), axis=-1)
+    np.testing.assert_allclose(lengths, jnp.linalg.norm(q, axis=-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows, columns", [(4, 4), (2, 6), (16, 16)])
+def test_sincos_positions_are_of_a_grid(rows, columns):
+    table = layers.sincos_table(32, rows, columns).reshape(rows, columns, 32)
+    assert (table[:, :, :16] == table[:1, :, :16]).all()  # the column's half is equal in a column
+    assert (table[:, :, 16:] == table[:, :1, 16:]).all()  # the row's half in a row
+    assert len(np.unique(table.reshape(-1, 32).round(6), axis=0)) == rows * columns
+
+
+def test_time_scale_makes_t_visible():
+    """Fed to sinusoids made for 0 … 1000, t in [0, 1] would hardly move them."""
+    t = jnp.asarray([0.2, 0.8])
+    raw, scaled = layers.time_features(t), layers.time_features(1000 * t)
+    assert jnp.abs(raw[0] - raw[1]).mean() < 0.15 < 0.4 < jnp.abs(scaled[0] - scaled[1]).mean()
+
+
+@pytest.mark.parametrize("norm", layers.NORMS.values())
+def test_norms_are_computed_in_float32(norm):
+    x = 1000 + jax.random.normal(key, (4, 256))
+    exact, half = norm(x), norm(x.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(jnp.square(exact).mean(-1), 1, rtol=1e-3)
+    reference = norm(x.astype(jnp.bfloat16).astype(jnp.float32)).astype(jnp.bfloat16)
+    assert (half == reference).all()
+
+
+class Doubling(nnx.Module):
+    def __init__(self, rngs):
+        self.weight = nnx.Param(jax.random.normal(rngs.params(), (3,)))
+
+    def __call__(self, x, bias):
+        return x * self.weight[...].reshape(1, -1) + bias
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("unroll", [1, 4])
+def test_scan_equals_a_loop_over_the_blocks(remat, unroll):
+    blocks = layers.stack(lambda rngs: Doubling(rngs), 4, nnx.Rngs(0))
+    x, bias = jnp.ones((2, 3)), jnp.full((2, 3), 0.5)
+
+    def loop(weight):
+        y = x
+        for row in weight:
+            y = y * row.reshape(1, -1) + bias
+        return y
+
+    def scanned(weight):
+        blocks.weight[...] = weight
+        return layers.scan(blocks, x, bias, remat=remat, unroll=unroll)
+
+    weight = blocks.weight[...]
+    assert len(np.unique(weight)) == 12  # every block drew its own
+    np.testing.assert_allclose(scanned(weight), loop(weight), rtol=1e-6)
+    graphdef, state = nnx.split(blocks)
+    grad = jax.grad(
+        lambda s: layers.scan(nnx.merge(graphdef, s), x, bias, remat=remat, unroll=unroll).sum()
+    )(state)
+    expected = jax.grad(lambda w: loop(w).sum())(weight)
+    np.testing.assert_allclose(jax.tree.leaves(grad)[0], expected, rtol=1e-5)
+
+
+def test_linear_computes_in_half_and_keeps_its_weights():
+    linear = layers.Linear(8, 4, dtype="bfloat16", rngs=nnx.Rngs(0))
+    assert linear(jnp.ones((2, 8))).dtype == jnp.bfloat16
+    assert linear.kernel[...].dtype == jnp.float32
