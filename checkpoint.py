@@ -108,21 +108,19 @@ class Checkpoints:
             UserError: the checkpoint is damaged or was written by another configuration.
         """
         items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-        try:
+        with self._damage_is_said(step):
             restored = self.manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"cannot read checkpoint {self.folder / str(step)}: {reason}"
-            ) from error
         return {name: restored[name] for name in like}
 
     def note(self, step: int, name: str) -> dict[str, Any]:
-        """One of the JSON objects of a step."""
-        restored = self.manager.restore(
-            step, args=ocp.args.Composite(**{name: ocp.args.JsonRestore()})
-        )
-        return restored[name]
+        """One of the JSON objects of a step.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
+        items = {name: ocp.args.JsonRestore()}
+        with self._damage_is_said(step):
+            return self.manager.restore(step, args=ocp.args.Composite(**items))[name]
 
     def wait(self) -> None:
         """Wait until all that was saved is on disk."""
@@ -147,6 +145,20 @@ class Checkpoints:
             if "No space left" not in str(error):
                 raise
             raise self._disk_full("a checkpoint could not be written") from error
+
+    @contextmanager
+    def _damage_is_said(self, step: int):
+        try:
+            yield
+        except Exception as error:
+            # A truncated array is a bare Exception of Orbax, caused by what is wrong with it.
+            bare = type(error) is Exception
+            if not bare and not isinstance(error, (ValueError, KeyError, OSError)):
+                raise
+            reason = str(error.__cause__ if bare else error).strip().partition("\n")[0]
+            raise UserError(
+                f"cannot read checkpoint {self.folder / str(step)}: {reason}"
+            ) from error
 
     def _disk_full(self, reason: str) -> UserError:
         return UserError(

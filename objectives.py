@@ -51,8 +51,10 @@ def logit_normal(mean: float = 0.0, std: float = 1.0) -> Density:
 
 
 def mode(scale: float = 1.29) -> Density:
-    """Heavy tails around a mode at the middle; scale 0 is uniform (Esser et al. 2024, eq. 20)."""
-    return lambda u: 1 - u - scale * (jnp.cos(jnp.pi / 2 * u) ** 2 - 1 + u)
+    """Heavy tails around a mode at the middle; scale 0 is uniform (Esser et al. 2024, eq. 20 at
+    1 − u, so that it rises). `scale` is in −1 … 2 / (π − 2) = 1.75.
+    """
+    return lambda u: u + scale * (jnp.cos(jnp.pi / 2 * u) ** 2 - 1 + u)
 
 
 def shift_time(t: Float[Array, "*n"], shift: float) -> Float[Array, "*n"]:

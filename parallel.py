@@ -7,7 +7,7 @@ hybrid. All three are the same code.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,12 +20,13 @@ AXES = ("data", "fsdp")
 MIN_SHARDED_SIZE = 1024  # elements; smaller arrays cost more to gather than to keep
 
 
-def make_mesh(fsdp: int = 1) -> Mesh:
-    """All devices as ("data", "fsdp"). `fsdp` must divide their number."""
-    shape = (jax.device_count() // fsdp, fsdp)
+def make_mesh(fsdp: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
+    """All devices, or those given, as ("data", "fsdp"). `fsdp` must divide their number."""
+    devices = jax.devices() if devices is None else devices
+    shape = (len(devices) // fsdp, fsdp)
     # Auto: model code stays free of shardings. (The default, Explicit, wants them on every reshape
     # and gather.)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
 
 
 # --- where arrays live ----------------------------------------------------------------------------

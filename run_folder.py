@@ -58,10 +58,11 @@ def locked(run_dir: Path) -> Iterator[None]:
     """
     descriptor = os.open(run_dir, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training in '{run_dir}'") from None
         yield
-    except BlockingIOError:
-        raise UserError(f"another process is training in '{run_dir}'") from None
     finally:
         os.close(descriptor)
 

@@ -21,10 +21,10 @@ class Solution(NamedTuple):
     """
 
     x: Float[Array, "b *s"]
-    trajectory: Float[Array, "n+1 b *s"] | None
+    trajectory: Float[Array, "times b *s"] | None
 
 
-def time_grid(n_steps: int, *, shift: float = 1.0) -> Float[Array, "n+1"]:
+def time_grid(n_steps: int, *, shift: float = 1.0) -> Float[Array, "{n_steps}+1"]:
     """n + 1 times from 1 to 0. `shift` > 1 spends more of them near the noise (Esser et al. 2024,
     eq. 23).
     """
@@ -42,7 +42,7 @@ def initial_noise(
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(index)
 
 
-def integrate(step, noise: Float[Array, "b *s"], times: Float[Array, "n+1"], trajectory: bool):
+def integrate(step, noise: Float[Array, "b *s"], times: Float[Array, "times"], trajectory: bool):
     """Apply `step(x, t, s)`, which carries x from time t to time s, along the grid."""
 
     def body(x, interval):

@@ -79,14 +79,14 @@ def update(
     params = optax.apply_updates(state.params, updates)
     ema = optim.update_ema(state.ema, params, optim.ema_decay_at(state.step, ema_decay))
 
-    metrics |= {"loss": loss, "grad_norm": optax.global_norm(grads), "steps": jnp.ones(())}
+    metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads), "steps": jnp.ones(())}
     first = state.step % log_every == 0
     window = jax.tree.map(lambda w, m: jnp.where(first, 0, w) + m, state.window, metrics)
     report = {
         "finite": jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"]),
         "window": window,
-        "param_norm": optax.global_norm(params),
-        "update_norm": optax.global_norm(updates),
+        "param_norm": optax.tree.norm(params),
+        "update_norm": optax.tree.norm(updates),
     }
     return TrainState(state.step + 1, params, ema, opt_state, window), report
 
@@ -201,8 +201,8 @@ class Trainer:
     def _initial_state(self) -> TrainState:
         params = init_params(self.model_config, jax.random.fold_in(self.key, INIT))
         loss = objective(self.config, label_dropout=self.config.label_dropout)
-        model, batch = nnx.merge(graphdef(self.model_config), params), self.blank_batch()
-        metrics = jax.eval_shape(lambda: loss(model, batch, self.key)[1])
+        model = nnx.merge(graphdef(self.model_config), params)
+        metrics = jax.eval_shape(lambda b: loss(model, b, self.key)[1], self.blank_batch())
         window = {name: jnp.zeros(metric.shape) for name, metric in metrics.items()}
         window |= {name: jnp.zeros(()) for name in ("loss", "grad_norm", "steps")}
         # The average starts as a copy: one buffer in two places of the state cannot be donated.
@@ -418,7 +418,7 @@ class Trainer:
         run.tracker.image(self.step, "samples", grid)
 
     def _showcase(self) -> list[int]:
-        """Four rows of up to ten classes, spread over all of them; 16 pictures if there are none."""
+        """Four rows of up to ten classes, spread over all; 16 pictures where there are none."""
         n = self.model_config.n_classes
         return [*np.linspace(0, n - 1, min(n, 10)).astype(int).tolist()] * 4 if n else [0] * 16
 
@@ -434,18 +434,15 @@ class Trainer:
         images.save_png(frames[-1], folder / "final.png")
         images.save_gif(frames, folder / "trajectory.gif")
         run.tracker.image(self.step, "samples", frames[-1])
-        run.tracker.message(
-            FAREWELL.format(
-                run=self.run_dir, step=self.step, steps=self.config.n_steps, more=2 * self.step
-            )
-        )
+        pad, more = " " * (4 - len(str(self.step))), 2 * self.step
+        run.tracker.message(FAREWELL.format(run=self.run_dir, step=self.step, pad=pad, more=more))
 
 
 FAREWELL = """
-Done: step {step} of {steps}. Everything is in {run}/
-  samples/final.png, samples/trajectory.gif   what the model draws, and its way from noise
-  metrics.jsonl                               losses, norms and speed; `tensorboard --logdir {run}`
-  plots them checkpoints/{step}/                         weights, their average and the optimizer
+Done: step {step}. Everything is in {run}/
+  samples/final.png        what the model draws; samples/trajectory.gif is its way from noise
+  metrics.jsonl            losses, norms, speed; TensorBoard shows them from the same folder
+  checkpoints/{step}/{pad}        weights, their average and the optimizer
 Next:
   python generate.py --run {run} --n 64 --out samples.png
   python train.py --resume --run_dir {run} --n_steps {more}"""

@@ -176,10 +176,18 @@ RECOMMENDED = (
     *("image_size", "channels"),
 )
 POSITIVE = (
-    *("n_steps", "batch_size", "learning_rate", "patch_size", "image_size", "fsdp", "logit_std"),
-    *("time_shift", "sample_shift", "log_every", "eval_save_steps", "sample_every_n"),
-    *("n_eval_batches", "keep_checkpoints", "n_sample_steps"),
+    *("n_steps", "n_epochs", "batch_size", "learning_rate", "patch_size", "image_size", "fsdp"),
+    *("logit_std", "time_shift", "sample_shift", "log_every", "eval_save_steps", "sample_every_n"),
+    *("n_eval_batches", "keep_checkpoints", "n_sample_steps", "peak_tflops"),
 )
+NOT_NEGATIVE = ("weight_decay", "clip_norm", "warmup_steps", "n_workers")
+BETWEEN = {
+    "label_dropout": (0, 1),
+    "ema_decay": (0, 1),
+    "beta1": (0, 0.999999),  # AdamW divides by 1 − βⁿ
+    "beta2": (0, 0.999999),
+    "mode_scale": (-1, 1.75),  # beyond, its times are no longer in order, then no longer in 0 … 1
+}
 DENSITIES = {
     "uniform": lambda config: objectives.uniform(),
     "logit_normal": lambda config: objectives.logit_normal(config.logit_mean, config.logit_std),
@@ -225,6 +233,7 @@ def resolve(
     """
     said = {name: value for name, value in vars(config).items() if value is not None}
     filled = DEFAULTS | {name: getattr(dataset, name) for name in RECOMMENDED} | said
+    check_numbers(filled)
     if config.n_epochs is not None and config.n_steps is None:
         filled["n_steps"] = math.ceil(config.n_epochs * n_rows / filled["batch_size"])
     resolved = TrainConfig(**derived(filled, platform) | filled)
@@ -245,14 +254,22 @@ def derived(filled: dict[str, Any], platform: str) -> dict[str, Any]:
     }
 
 
+def check_numbers(settings: dict[str, Any]) -> None:
+    """Refuse numbers that cannot be, before anything is computed from them."""
+    for name, value in settings.items():
+        low, high = BETWEEN.get(name, (-math.inf, math.inf))
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} {value}: must be finite")
+        if name in POSITIVE and value <= 0:
+            raise UserError(f"--{name} {value}: must be above 0")
+        if name in NOT_NEGATIVE and value < 0:
+            raise UserError(f"--{name} {value}: must not be below 0")
+        if name in BETWEEN and not low <= value <= high:
+            raise UserError(f"--{name} {value}: must be between {low} and {high}")
+
+
 def validate(config: TrainConfig, n_devices: int) -> None:
     """Refuse values that cannot be, before anything is loaded or written."""
-    for name in POSITIVE:
-        if getattr(config, name) <= 0:
-            raise UserError(f"--{name} {getattr(config, name)}: must be above 0")
-    for name, high in (("label_dropout", 1.0), ("ema_decay", 1.0), ("beta1", 1.0), ("beta2", 1.0)):
-        if not 0 <= getattr(config, name) <= high:
-            raise UserError(f"--{name} {getattr(config, name)}: must be between 0 and {high:g}")
     tables = {
         "model": MODELS,
         "time_density": DENSITIES,

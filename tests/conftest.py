@@ -1,16 +1,32 @@
-"""Eight virtual devices, run-time checks of the shapes in signatures, and no silent broadcasting."""
+"""Eight virtual devices, shapes in signatures checked at run time, no silent broadcasting."""
 
 import os
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # before jax is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 from jaxtyping import install_import_hook
 
 CHECKED = ("layers", "model", "objectives", "optim", "sampling", "images", "generate")
 install_import_hook(CHECKED, "beartype.beartype")
 
-import jax
+import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Compiled programs, shared by all tests of a session and the processes they start."""
+    folder = tmp_path_factory.mktemp("xla")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_arrow_cache_at_home(tmp_path_factory, monkeypatch):
+    """`load_dataset` copies local folders into its cache: not into the person's."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "arrow"))

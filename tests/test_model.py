@@ -85,7 +85,9 @@ def test_one_step_of_training_makes_the_condition_matter(config):
     @jax.jit
     def step(params, opt):
         grads = jax.grad(
-            lambda p: jnp.square(live(config, p)(x, t, label) - target * t.reshape(-1, 1, 1, 1)).mean()
+            lambda p: jnp.square(
+                live(config, p)(x, t, label) - target * t.reshape(-1, 1, 1, 1)
+            ).mean()
         )(params)
         updates, opt = tx.update(grads, opt)
         return optax.apply_updates(params, updates), opt
@@ -114,8 +116,6 @@ def test_positions_tell_tokens_apart():
     assert moves(replace(TINY, position="none")) < 1e-4
     for name in ("plain", "learned", "rope"):
         assert moves(VARIANTS[name]) > 1e-2
-
-
 
 
 def count(config):

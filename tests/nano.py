@@ -1,0 +1,18 @@
+"""`train.py` with one more preset, small enough for tests: python tests/nano.py --model DiT-Nano/8."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import model
+
+model.MODELS |= {
+    f"DiT-Nano/{p}": {"width": 32, "depth": 2, "n_heads": 2, "patch_size": p} for p in (4, 8)
+}
+
+if __name__ == "__main__":
+    import cli
+    import train
+
+    cli.run(train.main)

@@ -1,0 +1,101 @@
+"""Imports point down, devices are known in one place, and importing does nothing else."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# A module imports from lower ranks only, and from the neighbours named below.
+RANKS = {
+    "errors": -1,
+    **dict.fromkeys(("cli", "images", "layers", "objectives", "sampling", "parallel", "optim"), 0),
+    **dict.fromkeys(("datasets_config", "interrupts", "run_folder"), 0),
+    **dict.fromkeys(("model", "sources", "pipeline", "tracking", "profiling"), 1),
+    **dict.fromkeys(("checkpoint", "train_config"), 2),
+    "generate": 3,
+    **dict.fromkeys(("train", "train_profile"), 4),
+}
+NEIGHBOURS = {("pipeline", "sources"), ("train", "train_profile")}
+FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
+SHADOWS = {"datasets", "types", "math", "random", "logging", "profile"}
+DRAWERS = {"utils", "common", "helpers"}
+REQUIRED = [
+    re.split(r"[<>=\[ ]", line)[0].replace("-", "_")
+    for line in (ROOT / "requirements.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+
+
+def imports(path):
+    """Every module that is imported when the code runs, also inside functions; not what only a type
+    checker sees.
+    """
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (name.name.partition(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").partition(".")[0]
+
+
+def test_every_module_has_a_rank():
+    assert set(FILES) == set(RANKS)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_point_down(name):
+    up = {
+        other
+        for other in imports(FILES[name])
+        if other in RANKS and RANKS[other] >= RANKS[name] and (name, other) not in NEIGHBOURS
+    }
+    assert up == set()
+
+
+@pytest.mark.parametrize("name", ["sampling", "objectives", "parallel", "layers", "optim"])
+def test_the_method_can_be_lifted_into_another_project(name):
+    assert not set(imports(FILES[name])) & set(RANKS)
+
+
+@pytest.mark.parametrize("name", ["datasets_config", "sources", "pipeline", "images", "tracking"])
+def test_data_and_pictures_know_nothing_of_jax(name):
+    assert not set(imports(FILES[name])) & {"jax", "flax", "optax", "model", "layers"}
+
+
+@pytest.mark.parametrize("word", ["shard_map", "PartitionSpec", "NamedSharding", r"Mesh\("])
+def test_sharding_is_spoken_of_in_one_file(word):
+    speaking = {name for name, path in FILES.items() if re.search(word, path.read_text())}
+    assert speaking <= {"parallel"}
+
+
+def test_no_module_shadows_a_library_or_is_a_drawer():
+    assert not set(FILES) & (SHADOWS | DRAWERS)
+    # What lies in this folder is found before what is installed.
+    assert not set(FILES) & (set(sys.stdlib_module_names) | set(REQUIRED))
+
+
+IMPORT_ALL = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+import jax
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized(), "a backend was started"
+assert jax.config.jax_compilation_cache_dir is None, "a compilation cache was set"
+assert not jax.config.jax_enable_x64
+"""
+
+
+def test_importing_prints_nothing_and_touches_no_device():
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "XLA"))}
+    command = [sys.executable, "-c", IMPORT_ALL, *FILES]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (result.stdout, result.stderr, result.returncode) == ("", "", 0)

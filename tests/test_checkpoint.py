@@ -1,0 +1,303 @@
+"""What was saved comes back bit for bit, and no death costs more than the save it interrupts."""
+
+import gc
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import parallel
+from checkpoint import Checkpoints
+from errors import UserError
+
+ONE = parallel.make_mesh(devices=jax.devices()[:1])
+DDP, FSDP = parallel.make_mesh(1), parallel.make_mesh(8)
+NOTES = {"config": {"model": "DiT-S/2", "depth": 3}, "data": {"n_rows": 17}}
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1, 0, 9)))
+
+
+def make(seed=0):
+    """Arrays of every kind that a run has, full of bits that only an exact copy keeps."""
+    kernel, table = (
+        jax.random.normal(jax.random.key(seed), (2, 64, 32)),
+        jax.random.normal(jax.random.key(seed + 1), (33, 65)),
+    )
+    params = {"blocks": {"kernel": kernel}, "label": {"table": table}, "bias": jnp.zeros(3)}
+    ema = jax.tree.map(lambda p: p / 3, params)
+    moments = OPTIMIZER.update(ema, OPTIMIZER.init(params), params)[1]
+    return {
+        "params": params,
+        "ema": ema,
+        "optimizer": {"state": moments, "step": jnp.int32(seed)},
+    }
+
+
+def on(mesh, seed=0):
+    return parallel.create(partial(make, seed), mesh)
+
+
+def like(mesh):
+    return parallel.abstract(make, mesh)
+
+
+@pytest.fixture(scope="module")
+def first():
+    return on(DDP, 0)
+
+
+@pytest.fixture(scope="module")
+def second():
+    return on(DDP, 1)
+
+
+def save(run_dir, *steps_and_arrays, **kwargs):
+    with Checkpoints(run_dir, **kwargs) as checkpoints:
+        for step, arrays in steps_and_arrays:
+            checkpoints.save(step, arrays, NOTES)
+
+
+def restore(run_dir, step=None, mesh=DDP):
+    with Checkpoints(run_dir, read_only=True) as checkpoints:
+        return checkpoints.restore(checkpoints.pick(step), like(mesh))
+
+
+def assert_same(a, b):
+    """The same tree, types included, and the same bits."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+# --- what comes back ------------------------------------------------------------------------------
+
+
+def test_everything_comes_back_bit_for_bit(tmp_path, first):
+    """Optax's namedtuples too: a list in their place would not go on training."""
+    save(tmp_path, (5, first))
+    restored = restore(tmp_path)
+    assert_same(restored, first)
+    OPTIMIZER.update(restored["ema"], restored["optimizer"]["state"], restored["params"])
+
+
+@pytest.mark.parametrize("there", [ONE, DDP], ids=["1 device", "DDP"])
+def test_what_fsdp_saved_opens_anywhere(tmp_path, there):
+    arrays = on(FSDP)
+    assert not arrays["params"]["blocks"]["kernel"].sharding.is_fully_replicated
+    save(tmp_path, (1, arrays))
+    restored = restore(tmp_path, mesh=there)
+    assert_same(restored, arrays)
+    for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(like(there)), strict=True):
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+def test_what_ddp_saved_opens_under_fsdp(tmp_path, first):
+    save(tmp_path, (1, first))
+    restored = restore(tmp_path, mesh=FSDP)
+    assert_same(restored, first)
+    assert not restored["params"]["blocks"]["kernel"].sharding.is_fully_replicated
+
+
+def test_one_item_can_be_read_alone(tmp_path, first):
+    save(tmp_path, (1, first))
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert_same(checkpoints.restore(1, {"ema": like(DDP)["ema"]})["ema"], first["ema"])
+        assert {name: checkpoints.note(1, name) for name in NOTES} == NOTES
+
+
+def test_a_later_change_of_the_arrays_is_not_saved(tmp_path):
+    """The training step gives its buffers away while the file is still being written."""
+    arrays = on(DDP)
+    expected = jax.device_get(arrays)
+    scale = jax.jit(lambda a: jax.tree.map(lambda x: x * 0, a), donate_argnums=0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, arrays, NOTES)
+        jax.block_until_ready(scale(arrays))
+    assert_same(restore(tmp_path), expected)
+
+
+# --- which steps there are ------------------------------------------------------------------------
+
+
+def test_the_newest_are_kept(tmp_path, first, second):
+    save(tmp_path, (1, first), (2, first), (3, second), keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+    assert_same(restore(tmp_path), second)
+    assert_same(restore(tmp_path, 2), first)
+
+
+def test_picking_names_what_there_is(tmp_path, first):
+    save(tmp_path, (1, first), (20, first))
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert (checkpoints.pick(), checkpoints.pick(1), checkpoints.latest()) == (20, 1, 20)
+        with pytest.raises(UserError, match=r"no checkpoint of step 7 .*\[1, 20\]"):
+            checkpoints.pick(7)
+
+
+def test_a_run_without_checkpoints_says_so(tmp_path):
+    assert not Checkpoints.exist(tmp_path)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="no complete"):
+        checkpoints.pick()
+
+
+def test_saving_the_newest_step_again_does_nothing(tmp_path, first, second):
+    save(tmp_path, (3, first))
+    save(tmp_path, (3, second))
+    assert_same(restore(tmp_path), first)
+
+
+def test_an_older_step_is_refused_aloud(tmp_path, first):
+    """Orbax returns False, and a second run in the folder would save nothing."""
+    save(tmp_path, (3, first))
+    with pytest.raises(RuntimeError, match="step 2 not saved"):
+        save(tmp_path, (2, first))
+
+
+def contents(folder):
+    return {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
+
+
+def test_reading_writes_nothing(tmp_path, first):
+    save(tmp_path, (1, first))
+    (
+        tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    ).mkdir()  # another process's, in the making
+    before = contents(tmp_path)
+    assert_same(restore(tmp_path), first)
+    assert contents(tmp_path) == before
+
+
+def test_reading_a_run_without_checkpoints_creates_nothing(tmp_path):
+    with (
+        pytest.raises(UserError, match="no complete checkpoint"),
+        Checkpoints(tmp_path, read_only=True) as checkpoints,
+    ):
+        checkpoints.pick()
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+def test_another_models_weights_are_refused(tmp_path, first):
+    save(tmp_path, (4, first))
+    other = like(DDP)
+    other["params"]["label"]["table"] = jax.ShapeDtypeStruct((34, 65), jnp.float32)
+    refused = pytest.raises(UserError, match=re.escape(str(tmp_path / "checkpoints" / "4")))
+    with Checkpoints(tmp_path, read_only=True) as checkpoints, refused:
+        checkpoints.restore(4, other)
+
+
+def truncate(path, share):
+    os.truncate(path, int(share * path.stat().st_size))
+
+
+# Of the arrays that were being read beside the damaged one.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("share", [0, 0.5])
+@pytest.mark.parametrize("name", ["largest", "manifest.ocdbt", "_METADATA"])
+def test_a_truncated_checkpoint_is_refused_by_name(tmp_path, first, name, share):
+    save(tmp_path, (4, first))
+    folder = tmp_path / "checkpoints" / "4"
+    files = (path for path in (folder / "params").rglob("*") if path.is_file())
+    largest = max(files, key=lambda path: path.stat().st_size)
+    truncate(largest if name == "largest" else folder / "params" / name, share)
+    with pytest.raises(UserError, match=rf"^cannot read checkpoint {re.escape(str(folder))}: .+"):
+        restore(tmp_path)
+    gc.collect()
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_truncated_note_is_refused_by_name(tmp_path, first, share):
+    save(tmp_path, (4, first))
+    folder = tmp_path / "checkpoints" / "4"
+    truncate(folder / "data" / "metadata", share)
+    refused = pytest.raises(UserError, match=re.escape(str(folder)))
+    with Checkpoints(tmp_path, read_only=True) as checkpoints, refused:
+        checkpoints.note(4, "data")
+
+
+# --- kill -9 --------------------------------------------------------------------------------------
+
+VICTIM = """
+import os, signal, sys, threading
+from pathlib import Path
+import jax, jax.numpy as jnp
+import checkpoint
+
+run_dir, delay = Path(sys.argv[1]), sys.argv[2]
+kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+for child_delay in delay.split():
+    folder = run_dir / child_delay
+    if os.fork():
+        os.wait()
+        continue
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, {"params": {"w": jnp.full((1 << 21,), 1.0)}}, {"data": {"n_rows": 1}})
+        checkpoints.wait()
+        if child_delay == "rename":
+            os.rename = os.replace = kill
+            Path.rename = Path.replace = kill
+        else:
+            threading.Timer(float(child_delay), kill).start()
+        checkpoints.save(2, {"params": {"w": jnp.full((1 << 21,), 2.0)}}, {"data": {"n_rows": 2}})
+        checkpoints.wait()
+    os._exit(0)
+"""
+DELAYS = ("rename", "0.0", "0.02", "0.05", "0.1")
+
+
+def test_kill_9_during_a_save_costs_that_save_and_nothing_else(tmp_path):
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", VICTIM, str(tmp_path), " ".join(DELAYS)]
+    subprocess.run(command, env=environment, cwd=Path(__file__).parent.parent, timeout=120)
+    interrupted = 0
+    for delay in DELAYS:
+        folder = tmp_path / delay / "checkpoints"
+        interrupted += any(not path.name.isdecimal() for path in folder.iterdir())
+        with Checkpoints(tmp_path / delay) as checkpoints:
+            step = checkpoints.pick()
+            shape = {"params": {"w": jax.ShapeDtypeStruct((1 << 21,), jnp.float32)}}
+            restored = checkpoints.restore(step, shape)["params"]["w"]
+            assert (restored == step).all() and checkpoints.note(step, "data") == {"n_rows": step}
+            checkpoints.save(3, {"params": {"w": restored}}, {"data": {"n_rows": 3}})
+        names = {path.name for path in folder.iterdir()}
+        assert names in ({"1", "3"}, {"1", "2", "3"})
+    assert interrupted >= 1
+
+
+# --- a full disk ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 4 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_a_full_disk_is_said_and_the_last_good_checkpoint_survives(
+    small_disk, first, foreseen, monkeypatch
+):
+    save(small_disk, (1, first))
+    if not foreseen:  # somebody else fills it while the save goes on
+        monkeypatch.setattr(Checkpoints, "_check_space", lambda *_: None)
+    huge = {"params": {"w": jnp.asarray(np.random.default_rng(0).normal(size=2**21))}}
+    with pytest.raises(UserError, match=r"no space left .*the last complete checkpoint is step 1"):
+        save(small_disk, (2, huge))
+    assert_same(restore(small_disk), first)

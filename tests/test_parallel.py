@@ -1,0 +1,257 @@
+"""However many devices there are and however the weights lie on them, the numbers are the same."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+import optim
+import parallel
+from model import ModelConfig, graphdef, init_params
+from objectives import logit_normal, rectified_flow
+from pipeline import Batch
+
+key = jax.random.key(0)
+DEVICES = jax.devices()
+MESHES = {
+    "1 device": parallel.make_mesh(devices=DEVICES[:1]),
+    "DDP 8": parallel.make_mesh(1),
+    "FSDP 8": parallel.make_mesh(8),
+    "hybrid 2x4": parallel.make_mesh(4),
+}
+TINY = ModelConfig(
+    width=64,
+    depth=2,
+    n_heads=2,
+    patch_size=2,
+    image_size=8,
+    channels=1,
+    out_channels=1,
+    n_classes=5,
+)
+WIDE = ModelConfig(
+    width=256,
+    depth=6,
+    n_heads=4,
+    patch_size=2,
+    image_size=8,
+    channels=1,
+    out_channels=1,
+    n_classes=10,
+    remat=True,
+)
+OPTIMIZER = optim.optimizer(
+    optax.constant_schedule(1e-3), beta1=0.9, beta2=0.999, weight_decay=0.1, clip_norm=0.1
+)
+# Four meshes are compiled: that takes longer than anything that is run.
+quickly_compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+LOSS = rectified_flow(density=logit_normal(), label_dropout=0.3)
+
+
+def weights(config):
+    """Far from their zero start, so that every one has a gradient."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(config, key))
+    return jax.tree.map(lambda p: np.float32(rng.normal(scale=0.1, size=p.shape)), shapes)
+
+
+def batch_of(n, config, seed=0):
+    rng = np.random.default_rng(seed)
+    shape = (n, config.image_size, config.image_size, config.channels)
+    return Batch(
+        row=np.arange(n, dtype=np.int32),
+        image=rng.integers(0, 256, shape).astype(np.uint8),
+        label=rng.integers(0, config.n_classes, n).astype(np.int32),
+    )
+
+
+def per_device(tree):
+    """Bytes of a tree on its first device."""
+    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+
+def nbytes(tree):
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+# --- the same numbers -----------------------------------------------------------------------------
+
+
+def five_steps(mesh):
+    """Every step's loss, metrics and norms; the first step's gradient; the weights at last."""
+    value_and_grad = parallel.value_and_grad(LOSS, graphdef(TINY), mesh)
+
+    @quickly_compiled
+    def step(params, state, batch, key):
+        (loss, metrics), grads = value_and_grad(params, batch, key)
+        updates, state = OPTIMIZER.update(grads, state, params)
+        norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+        return optax.apply_updates(params, updates), state, metrics | norms | {"loss": loss}, grads
+
+    params = weights(TINY)
+    params = jax.device_put(params, parallel.shardings(params, mesh))
+    state = parallel.create(lambda: OPTIMIZER.init(weights(TINY)), mesh)
+    reports, gradients = [], []
+    for i in range(5):
+        batch = parallel.place(batch_of(16, TINY, seed=i), mesh)
+        params, state, report, grads = step(params, state, batch, jax.random.fold_in(key, i))
+        reports.append(report)
+        gradients.append(grads)
+    reports = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(reports))
+    return {"reports": reports, "grads": gradients[0], "params": params}
+
+
+@pytest.fixture(scope="module")
+def results():
+    return {name: five_steps(mesh) for name, mesh in MESHES.items()}
+
+
+def distance(a, b):
+    """The largest difference, relative to the size of the whole array."""
+
+    def of(a, b):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        return np.abs(a - b).max() / np.abs(b).max()
+
+    return max(jax.tree.leaves(jax.tree.map(of, a, b)))
+
+
+@pytest.mark.parametrize("name", list(MESHES)[1:])
+def test_five_clipped_steps_report_what_one_device_reports(results, name):
+    """The gradient norm too: a mean in the wrong place makes it n_devices times too large."""
+    got, expected = results[name]["reports"], results["1 device"]["reports"]
+    assert (expected["grad_norm"] > 0.1).all()  # so that clipping acts
+    for metric in ("loss", "grad_norm", "update_norm", "binned_loss", "bin_share"):
+        np.testing.assert_allclose(got[metric], expected[metric], rtol=1e-5, err_msg=metric)
+
+
+@pytest.mark.parametrize("name", list(MESHES)[1:])
+def test_gradients_are_those_of_one_device(results, name):
+    assert distance(results[name]["grads"], results["1 device"]["grads"]) < 1e-5
+    assert distance(results[name]["params"], results["1 device"]["params"]) < 1e-4
+
+
+def test_one_devices_gradient_is_jax_grad(results):
+    """No mesh, no shard_map, no `Gathered`: the plain gradient of the whole batch's loss."""
+    batch = jax.tree.map(jnp.asarray, batch_of(16, TINY))
+
+    def plain(params):
+        return LOSS(nnx.merge(graphdef(TINY), params), batch, jax.random.fold_in(key, 0))[0]
+
+    loss, grads = quickly_compiled(jax.value_and_grad(plain))(weights(TINY))
+    np.testing.assert_allclose(results["1 device"]["reports"]["loss"][0], loss, rtol=1e-5)
+    assert distance(results["1 device"]["grads"], grads) < 1e-5
+
+
+def test_gradients_lie_as_the_weights_do(results):
+    for name in ("FSDP 8", "hybrid 2x4"):
+        params, grads = results[name]["params"], results[name]["grads"]
+        for p, g in zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True):
+            assert g.sharding.is_equivalent_to(p.sharding, g.ndim)
+        assert any(not p.sharding.is_fully_replicated for p in jax.tree.leaves(params))
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def test_fsdp_holds_an_eighth_of_weights_average_and_moments():
+    def make():
+        shapes = jax.eval_shape(lambda: init_params(WIDE, key))
+        params = jax.tree.map(lambda p: jnp.ones(p.shape), shapes)
+        return {"params": params, "ema": params, "optimizer": OPTIMIZER.init(params)}
+
+    state = parallel.create(make, MESHES["FSDP 8"])
+    for name, tree in state.items():
+        assert per_device(tree) <= 1.3 / 8 * nbytes(tree), name
+
+
+def test_fsdp_never_holds_the_whole_model():
+    """Blocks are gathered one by one: temporaries stay below what gathering all would take."""
+    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch_of(8, WIDE)))
+    mesh = MESHES["FSDP 8"]
+    params = parallel.abstract(lambda: init_params(WIDE, key), mesh)
+    value_and_grad = jax.jit(parallel.value_and_grad(LOSS, graphdef(WIDE), mesh))
+    memory = value_and_grad.lower(params, batch, key).compile().memory_analysis()
+    assert memory
+    whole = sum(4 * x.size for x in jax.tree.leaves(params))
+    assert memory.argument_size_in_bytes < 1.3 / 8 * whole
+    assert memory.output_size_in_bytes < 1.3 / 8 * whole
+    assert memory.temp_size_in_bytes < whole / 2
+
+
+# --- where arrays live ----------------------------------------------------------------------------
+
+
+def specs(shapes, mesh="FSDP 8"):
+    tree = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    return parallel.partition(tree, MESHES[mesh])
+
+
+def test_the_largest_axis_that_divides_is_split():
+    assert specs({"a": (64, 128), "b": (256, 64), "c": (3, 3, 16, 512)}) == {
+        "a": P(None, "fsdp"),
+        "b": P("fsdp", None),
+        "c": P(None, None, None, "fsdp"),
+    }
+    assert specs({"a": (64, 1001)}) == {"a": P("fsdp", None)}  # the largest does not
+
+
+def test_the_depth_of_stacked_blocks_is_never_split():
+    """Each block must be whole in the scan, on every device."""
+    shapes = {"mlp": {"kernel": (1024, 64, 32), "bias": (64, 17)}}
+    assert specs({"blocks": shapes})["blocks"]["mlp"] == {
+        "kernel": P(None, "fsdp", None),
+        "bias": P(),
+    }
+    moments = optax.adam(1e-3).init({"blocks": {"kernel": jnp.zeros((8, 64, 17))}})
+    mu = parallel.partition(moments, MESHES["FSDP 8"])[0].mu
+    assert mu == {"blocks": {"kernel": P(None, "fsdp", None)}}
+
+
+def test_small_odd_and_scalar_arrays_are_replicated():
+    shapes = {"odd": (333, 777), "small": (8, 8), "scalar": (), "one": (1,)}
+    assert set(specs(shapes).values()) == {P()}
+    # Smallness is a block's, not that of the whole stack.
+    assert specs({"blocks": {"bias": (100, 512)}}) == {"blocks": {"bias": P()}}
+
+
+def test_ddp_replicates_everything():
+    assert specs({"a": (64, 128)}, "DDP 8") == {"a": P()}
+
+
+def test_created_weights_do_not_depend_on_the_mesh():
+    def make():
+        normal = jax.random.normal
+        return {"kernel": normal(key, (64, 128)), "blocks": {"bias": normal(key, (2, 1024))}}
+
+    expected = parallel.create(make, MESHES["1 device"])
+    for name in ("FSDP 8", "hybrid 2x4"):
+        params = parallel.create(make, MESHES[name])
+        assert not any(p.sharding.is_fully_replicated for p in jax.tree.leaves(params))
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_placing_splits_rows_in_order(name):
+    mesh = MESHES[name]
+    n = 16 // mesh.size
+    placed = parallel.place(batch_of(16, TINY), mesh)
+    for x, field in zip(placed, batch_of(16, TINY), strict=True):
+        for device, shard in zip(mesh.devices.ravel(), shards(x, mesh), strict=True):
+            assert shard.device == device
+        np.testing.assert_array_equal(np.concatenate([s.data for s in shards(x, mesh)]), field)
+        assert all(len(s.data) == n for s in shards(x, mesh))
+
+
+def shards(x, mesh):
+    order = mesh.devices.ravel().tolist()
+    return sorted(x.addressable_shards, key=lambda shard: order.index(shard.device))

@@ -1,0 +1,354 @@
+"""A run does what it says, goes on where it stopped, and fails in one line."""
+
+import json
+import os
+import re
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import nano  # noqa: F401  (its preset)
+import numpy as np
+import pytest
+from commands import NANO, SMALL, run, start
+from hub_copies import make_copy
+from PIL import Image
+
+from datasets_config import DATASET_CONFIGS
+from errors import RunError, UserError
+from train import TrainConfig, Trainer, TrainState
+
+TIMES = {"images_per_second", "seconds_per_step", "mfu"}
+TINY = TrainConfig(
+    model="DiT-Nano/8",
+    batch_size=8,
+    n_steps=12,
+    warmup_steps=2,
+    log_every=5,
+    eval_save_steps=6,
+    sample_every_n=100,
+    n_eval_batches=1,
+    n_sample_steps=2,
+)
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """The record of a run, less what a clock says."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: v for name, v in line.items() if name not in TIMES} for line in lines]
+
+
+def assert_same(a: TrainState, b: TrainState) -> None:
+    """Bit for bit."""
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Trainer:
+    """A small run from beginning to end."""
+    trainer = Trainer(replace(TINY, run_dir=tmp_path_factory.mktemp("runs") / "whole"))
+    trainer.fit()
+    return trainer
+
+
+def test_a_run_leaves_what_it_promises(whole, capsys):
+    folder = whole.run_dir
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == [5, 6, 10, 12]
+    for line in lines[::2]:
+        assert {"loss", "grad_norm", "param_norm", "update_norm", "learning_rate"} < set(line)
+        assert len(line["loss_by_t"]) == 10
+    assert set(lines[1]) == set(lines[3]) == {"step", "eval_loss"}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"6", "12"}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["batch_size"] == 8 and config["learning_rate"] == 3e-3
+    assert config["model_config"]["patch_size"] == 8
+    assert config["dataset"]["label_names"] == [str(i) for i in range(10)]
+    with Image.open(folder / "samples" / "trajectory.gif") as gif:
+        assert gif.n_frames == 3  # two solver steps have three states
+    with Image.open(folder / "samples" / "final.png") as picture:
+        assert min(picture.size) > 256  # large enough for a person to see
+
+
+def test_the_loss_is_the_mean_since_the_last_line(whole, tmp_path):
+    """Not the last step's: with one line per step, five lines average to one of five steps."""
+    each = Trainer(
+        replace(TINY, log_every=1, n_steps=5, schedule="constant", run_dir=tmp_path / "a")
+    )
+    five = Trainer(
+        replace(TINY, log_every=5, n_steps=5, schedule="constant", run_dir=tmp_path / "b")
+    )
+    losses = []
+    for batch in each.data.train_batches(0, 5):
+        losses.append(each.train_step(batch)["window"]["loss"].item())
+        window = five.train_step(batch)["window"]
+    np.testing.assert_allclose(window["loss"] / window["steps"], np.mean(losses), rtol=1e-6)
+
+
+def test_interrupted_and_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, capsys):
+    """At a step that is no multiple of anything: the signal of a cluster, then a new process."""
+    broken = Trainer(replace(TINY, run_dir=tmp_path / "run"))
+    steps = iter(range(1, 100))
+    honest_step = Trainer.train_step
+
+    def step(self, batch):
+        if next(steps) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest_step(self, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    with pytest.raises(SystemExit) as exit:
+        broken.fit()
+    assert exit.value.code == 143
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["4"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    resumed = Trainer.from_run(tmp_path / "run")
+    assert resumed.step == 4
+    resumed.fit()
+    assert_same(resumed.state, whole.state)
+    assert metrics(tmp_path / "run") == metrics(whole.run_dir)
+
+
+def test_a_killed_process_loses_only_what_was_not_saved(tmp_path, cache):
+    """kill -9 at a random moment after the first checkpoint, as often as it takes to finish."""
+    flags = [*SMALL, "--n_steps", 1500, "--eval_save_steps", 100, "--log_every", 20]
+    flags += ["--sample_every_n", 1000]
+    done = run(NANO, *flags, "--run_dir", tmp_path / "whole", cache=cache)
+    assert done.returncode == 0, done.stderr
+
+    process = start(NANO, *flags, "--run_dir", tmp_path / "run", cache=cache)
+    for _ in range(600):
+        if list((tmp_path / "run/checkpoints").glob("[0-9]*0")):
+            break
+        time.sleep(0.1)
+    time.sleep(float(np.random.default_rng().uniform(0, 1)))
+    process.kill()
+    process.communicate()
+    again = run(NANO, "--resume", "--run_dir", tmp_path / "run", cache=cache)
+    assert again.returncode == 0, again.stderr
+    assert "going on at step" in again.stdout
+    whole, resumed = Trainer.from_run(tmp_path / "whole"), Trainer.from_run(tmp_path / "run")
+    assert whole.step == resumed.step == 1500
+    assert_same(whole.state, resumed.state)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves(tmp_path, cache, number, code):
+    flags = ["--n_steps", 100_000, "--eval_save_steps", 100_000, "--log_every", 1]
+    process = start(NANO, *SMALL, *flags, "--run_dir", tmp_path / "run", cache=cache)
+    for line in process.stdout:  # type: ignore[union-attr]
+        if line.startswith("step"):
+            break
+    process.send_signal(number)
+    sent = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code and time.monotonic() - sent < 30
+    assert "Traceback" not in err
+    assert len(list((tmp_path / "run/checkpoints").glob("[0-9]*"))) == 1
+
+
+def test_one_device_and_eight_train_alike(tmp_path, cache):
+    flags = [*SMALL, "--n_steps", 10, "--log_every", 1]
+    records = []
+    for n_devices in (1, 8):
+        folder = tmp_path / str(n_devices)
+        done = run(NANO, *flags, "--run_dir", folder, cache=cache, n_devices=n_devices)
+        assert done.returncode == 0, done.stderr
+        records.append(metrics(folder))
+    for one, eight in zip(*records, strict=True):
+        for name in one.keys() & {"loss", "grad_norm", "eval_loss"}:
+            np.testing.assert_allclose(eight[name], one[name], rtol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
+    trainer = Trainer(replace(TINY, run_dir=tmp_path / "run"))
+    trainer.fit(6)
+    broken = jax.tree.map(lambda x: x * np.nan, trainer.state.params)
+    trainer.state = replace(trainer.state, params=broken)
+    with pytest.raises(
+        RunError, match=r"not finite at step 7; .* is step 6; .* are \[\d+"
+    ) as error:
+        trainer.fit()
+    rows = re.findall(r"\d+", str(error.value).split(" are ")[1])
+    assert list(map(int, rows)) == trainer.data.rows(6).tolist()
+    assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"6"}
+
+
+def test_a_bad_row_ends_the_run_with_its_name_and_a_checkpoint(tmp_path, capsys):
+    folder = make_copy("cifar10", tmp_path / "data", n=64)
+    config = replace(
+        TINY, dataset_name="cifar10", data_dir=folder, in_memory=False, n_workers=0, n_steps=8
+    )
+    trainer = Trainer(replace(config, run_dir=tmp_path / "run"))
+    bad = int(trainer.data.rows(3)[2])
+    honest = trainer.data.train_batches
+
+    def batches(start, stop):
+        yield from honest(start, 3)
+        raise UserError(f"data set 'cifar10', split 'train', row {bad}, column 'img': broken")
+
+    trainer.data.train_batches = batches
+    with pytest.raises(UserError, match=f"row {bad}, column 'img'"):
+        trainer.fit()
+    assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"3"}
+
+
+def test_it_overfits_eight_pictures(tmp_path, capsys):
+    copy = make_copy("digits", tmp_path / "data", n=8)
+    config = replace(
+        TINY,
+        model="DiT-Nano/4",
+        data_dir=copy,
+        n_steps=250,
+        time_density="uniform",
+        learning_rate=2e-3,
+        label_dropout=0.0,
+        eval_save_steps=1000,
+        log_every=50,
+    )
+    trainer = Trainer(replace(config, run_dir=tmp_path / "run"))
+    trainer.fit()
+    losses = [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line]
+    assert losses[-1] < 0.4 * losses[0]
+
+
+def test_evaluation_is_always_of_the_same_times_and_noise(whole):
+    assert whole.evaluate() == whole.evaluate()
+
+
+def test_samples_come_from_the_average(whole):
+    averaged, raw = whole.sample([3, "7"]), whole.sample([3, 7], ema=False)
+    assert averaged.shape == (2, 8, 8, 1) and averaged.dtype == np.float32
+    assert np.abs(averaged - raw).max() > 1e-3
+    np.testing.assert_array_equal(averaged, whole.sample([3, 7]))
+    assert whole.sample([1], trajectory=True).shape == (3, 1, 8, 8, 1)
+
+
+def test_the_live_model_survives_training(whole):
+    model = whole.model()
+    batch = next(whole.data.train_batches(0, 1))
+    before = whole.state, whole.step
+    trainer = Trainer.from_run(whole.run_dir)
+    kept = trainer.model()
+    trainer.train_step(batch)
+    x = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
+    t, label = jax.numpy.full(8, 0.5), jax.numpy.arange(8)
+    np.testing.assert_allclose(kept(x, t, label), model(x, t, label), atol=1e-6)
+    assert before == (whole.state, whole.step)
+
+
+def test_half_precision_keeps_its_weights_in_float32(tmp_path):
+    trainer = Trainer(replace(TINY, half_precision=True, run_dir=tmp_path / "run"))
+    batch = next(trainer.data.train_batches(0, 1))
+    full = Trainer(replace(TINY, run_dir=tmp_path / "full"))
+    for _ in range(3):
+        half_loss = trainer.train_step(batch)["window"]["loss"]
+        full_loss = full.train_step(batch)["window"]["loss"]
+    assert {x.dtype for x in jax.tree.leaves(trainer.state.params)} == {np.dtype("float32")}
+    assert half_loss.dtype == np.float32 and half_loss != full_loss
+    np.testing.assert_allclose(half_loss, full_loss, rtol=2e-2)
+
+
+def test_fsdp_trains_as_replicas_do(tmp_path):
+    """And its checkpoint opens without it."""
+    reports = []
+    for fsdp in (1, 4):
+        config = replace(TINY, fsdp=fsdp, run_dir=tmp_path / str(fsdp), n_steps=3)
+        trainer = Trainer(config)
+        for batch in trainer.data.train_batches(0, 3):
+            report = trainer.train_step(batch)
+        reports.append(jax.device_get(report["window"]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *reports)
+    trainer.save()
+    opened = Trainer(TrainConfig(run_dir=tmp_path / "4", resume=True, fsdp=1))
+    assert_same(opened.state, trainer.state)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"dataset_name": "cifar"}, "unknown dataset 'cifar'; did you mean 'cifar10'"),
+        ({"model": "DiT-M/2"}, "unknown model 'DiT-M/2'"),
+        ({"block": "adaln-zero"}, "unknown block 'adaln-zero'; did you mean 'adaln_zero'"),
+        ({"patch_size": 3}, "image_size 8 is not divisible by patch_size 3"),
+        ({"batch_size": 12}, "--batch_size 12 is not divisible by the 8 devices"),
+        ({"fsdp": 3}, "--fsdp 3 does not divide the 8 devices"),
+        ({"learning_rate": 0.0}, "--learning_rate 0.0: must be above 0"),
+        ({"solver": "rk4"}, "unknown solver 'rk4'"),
+        ({"data_dir": Path("/nowhere")}, "/nowhere"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(tmp_path, changes, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        Trainer(replace(TINY, run_dir=tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use_is_refused(whole):
+    with pytest.raises(UserError, match="already exists; go on with it by --resume"):
+        Trainer(replace(TINY, run_dir=whole.run_dir))
+
+
+def test_a_resume_that_disagrees_names_the_fields(whole):
+    with pytest.raises(
+        UserError, match=r"batch_size was 8, not 16; learning_rate was 0\.003, not 0\.1"
+    ):
+        Trainer(TrainConfig(run_dir=whole.run_dir, resume=True, batch_size=16, learning_rate=0.1))
+
+
+def test_a_resume_on_other_data_is_refused(whole, tmp_path):
+    other = make_copy("digits", tmp_path / "data", n=16)
+    with pytest.raises(UserError, match="digits had 1437 training rows, now it has 16"):
+        Trainer(TrainConfig(run_dir=whole.run_dir, resume=True, data_dir=other))
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"is not a run: it has no config\.json"):
+        Trainer.from_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--n_stepz", "5"], "error: unknown flag --n_stepz; did you mean --n_steps?"),
+        (["--batch_size", "many"], "error: --batch_size 'many': expected a whole number"),
+        (["--dataset_name", "mnits"], "error: unknown dataset 'mnits'; did you mean 'mnist'?"),
+    ],
+)
+def test_a_mistake_at_the_keyboard_ends_in_one_line(tmp_path, cache, flags, message):
+    done = run("train.py", *flags, "--run_dir", tmp_path / "run", cache=cache)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DATASET_CONFIGS)
+def test_every_data_set_trains(tmp_path, name, capsys):
+    """Five steps on a local copy in the hub's schema."""
+    config = replace(
+        TINY,
+        dataset_name=name,
+        data_dir=make_copy(name, tmp_path / "data"),
+        model="DiT-Nano/8" if DATASET_CONFIGS[name].image_size % 8 == 0 else "DiT-Nano/4",
+        n_steps=5,
+        eval_save_steps=5,
+        run_dir=tmp_path / "run",
+    )
+    trainer = Trainer(config)
+    trainer.fit()
+    assert trainer.step == 5 and np.isfinite(metrics(tmp_path / "run")[-1]["eval_loss"])
+
+
+@pytest.mark.slow
+def test_a_profile_of_the_largest_model_prints_its_figures(tmp_path, cache):
+    flags = ["--profile", "--model", "DiT-XL/2", "--image_size", 32, "--channels", 4]
+    flags += ["--batch_size", 8, "--run_dir", tmp_path / "run"]
+    done = run("train.py", *flags, cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert "674 Mparameters" in done.stdout and "n/a" in done.stdout

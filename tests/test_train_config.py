@@ -1,0 +1,321 @@
+"""A setting comes from the flag, the resumed run, the data set or the default, in that order; one
+that cannot be is named; none is ignored.
+"""
+
+import ast
+import dataclasses
+import inspect
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from datasets_config import DATASET_CONFIGS
+from errors import UserError
+from model import MODELS
+from objectives import logit_normal
+from train_config import DEFAULTS, TrainConfig, network, objective, resolve, take_up
+
+ROOT = Path(__file__).parents[1]
+FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
+DIGITS = DATASET_CONFIGS["digits"]
+
+
+def resolved(dataset=DIGITS, *, n_rows=1000, platform="cpu", **flags: Any):
+    return resolve(TrainConfig(**flags), dataset, n_rows=n_rows, n_devices=8, platform=platform)
+
+
+def resumed(run, **flags: Any):
+    return take_up(TrainConfig(resume=True, **flags), run)
+
+
+def saved(**flags: Any):
+    """The `config.json` of a run, as it is read back."""
+    return json.loads(json.dumps(vars(resolved(**flags)), default=str))
+
+
+# --- where a value comes from ---------------------------------------------------------------------
+
+
+def test_the_flag_wins_over_the_data_set_and_that_over_the_default():
+    recommends = replace(DIGITS, batch_size=24, cfg_scale=3.0)
+    assert (
+        resolved(recommends).batch_size == 24 and resolved(recommends, batch_size=8).batch_size == 8
+    )
+    assert resolved(recommends).schedule == DEFAULTS["schedule"]
+    assert resolved(recommends, schedule="linear").schedule == "linear"
+    # 0 and False are said, not left out.
+    assert resolved(recommends, cfg_scale=0.0).cfg_scale == 0
+    assert resolved(platform="gpu", half_precision=False).half_precision is False
+
+
+def test_the_flag_wins_over_the_resumed_run_and_that_over_the_data_set():
+    run = saved(batch_size=16, solver="heun", learning_rate=1e-4)
+    config = resolve(
+        resumed(run, solver="euler"),
+        DIGITS,
+        n_rows=1000,
+        n_devices=8,
+        platform="cpu",
+    )
+    assert (config.batch_size, config.learning_rate, config.solver) == (16, 1e-4, "euler")
+
+
+def test_a_run_taken_up_as_it_is_resolves_to_what_it_was():
+    run = saved(batch_size=16, n_epochs=3.0, rope=True, half_precision=True, model="DiT-S/2")
+    config = resumed(run)
+    again = resolve(config, DIGITS, n_rows=1000, n_devices=8, platform="gpu")
+    assert json.loads(json.dumps(vars(again), default=str)) == run | {"resume": True}
+
+
+def test_nothing_is_left_open():
+    may_be_none = {"data_dir", "image_column", "label_column", "in_memory", "n_workers", "n_epochs"}
+    may_be_none |= {"run_dir", "peak_tflops"}
+    config = resolved()
+    assert {name for name in FIELDS if getattr(config, name) is None} == may_be_none
+
+
+@pytest.mark.parametrize("name", DATASET_CONFIGS)
+def test_every_data_sets_recommendation_can_be(name):
+    dataset = DATASET_CONFIGS[name]
+    config = resolved(dataset)
+    model = network(config, dataset, "gpu")
+    assert (model.n_classes, model.image_size) == (dataset.n_classes, dataset.image_size)
+    assert model.channels == model.out_channels == dataset.channels
+
+
+# --- how long -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_rows, n_epochs, n_steps", [(1000, 2, 125), (1000, 0.5, 32), (17, 1, 2)])
+def test_epochs_become_steps(n_rows, n_epochs, n_steps):
+    assert resolved(n_rows=n_rows, n_epochs=n_epochs, batch_size=16).n_steps == n_steps
+
+
+def test_steps_win_over_epochs():
+    assert resolved(n_steps=7, n_epochs=100).n_steps == 7
+
+
+@pytest.mark.parametrize("first", [{"n_steps": 50}, {"n_epochs": 4.0}])
+def test_a_resumed_run_may_go_on_for_longer(first):
+    for more, n_steps in (({"n_steps": 90}, 90), ({"n_epochs": 8.0}, 500)):
+        config = resumed(saved(batch_size=16, **first), **more)
+        config = resolve(config, DIGITS, n_rows=1000, n_devices=8, platform="cpu")
+        assert config.n_steps == n_steps
+
+
+def test_what_follows_from_the_length_follows():
+    config = resolved(n_steps=400)
+    assert (config.warmup_steps, config.eval_save_steps, config.sample_every_n) == (20, 100, 100)
+    short = resolved(n_steps=1)
+    assert (short.warmup_steps, short.eval_save_steps, short.sample_every_n) == (0, 1, 1)
+
+
+# --- going on -------------------------------------------------------------------------------------
+
+
+def test_a_disagreement_names_every_field_and_both_values():
+    with pytest.raises(UserError) as error:
+        run = saved(learning_rate=1e-4, batch_size=16)
+        resumed(run, learning_rate=1e-5, batch_size=8, rope=True, log_every=3)
+    assert str(error.value) == (
+        "cannot resume: rope was False, not True; batch_size was 16, not 8; "
+        "learning_rate was 0.0001, not 1e-05"
+    )
+
+
+def test_saying_the_same_again_is_no_disagreement():
+    flags = {"learning_rate": 1e-4, "model": "DiT-S/4", "dataset_name": "digits", "seed": 3}
+    resumed(saved(**flags), **flags)
+
+
+FREE = {
+    "data_dir": Path("/elsewhere"),
+    "in_memory": True,
+    "n_workers": 2,
+    "fsdp": 4,
+    "remat": True,
+    "log_every": 3,
+    "eval_save_steps": 11,
+    "n_eval_batches": 1,
+    "sample_every_n": 13,
+    "keep_checkpoints": 9,
+    "cfg_scale": 4.0,
+    "n_sample_steps": 7,
+    "solver": "heun",
+    "sample_shift": 2.0,
+    "peak_tflops": 1.0,
+}
+
+
+@pytest.mark.parametrize("name, value", FREE.items(), ids=FREE)
+def test_what_leaves_the_numbers_alone_may_change(name, value):
+    config = resumed(saved(), **{name: value})
+    assert getattr(config, name) == value
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    {
+        "model": "DiT-S/2",
+        "patch_size": 4,
+        "seed": 1,
+        "schedule": "linear",
+        "ema_decay": 0.5,
+        "label_dropout": 0.2,
+        "half_precision": True,
+        "image_size": 16,
+    }.items(),
+)
+def test_what_changes_the_numbers_may_not(name, value):
+    with pytest.raises(UserError, match=f"cannot resume: {name} was"):
+        resumed(saved(), **{name: value})
+
+
+# --- what cannot be -------------------------------------------------------------------------------
+
+BAD = [
+    *[(name, 0) for name in ("n_steps", "batch_size", "patch_size", "image_size", "fsdp")],
+    *[(name, 0) for name in ("log_every", "eval_save_steps", "sample_every_n", "n_eval_batches")],
+    *[(name, 0) for name in ("keep_checkpoints", "n_sample_steps")],
+    *[(name, 0.0) for name in ("learning_rate", "logit_std", "time_shift", "sample_shift")],
+    *[(name, -1.0) for name in ("learning_rate", "weight_decay", "clip_norm", "label_dropout")],
+    *[(name, -1.0) for name in ("ema_decay", "beta1", "beta2", "n_epochs", "peak_tflops")],
+    *[(name, 1.5) for name in ("label_dropout", "ema_decay", "beta1", "beta2")],
+    # Adam divides by 1 − βⁿ.
+    *[(name, 1.0) for name in ("beta1", "beta2")],
+    *[
+        (name, float("nan"))
+        for name in ("learning_rate", "cfg_scale", "logit_mean", "weight_decay")
+    ],
+    ("learning_rate", float("inf")),
+    ("warmup_steps", -1),
+    ("n_epochs", 0.0),
+    ("n_workers", -1),
+    # Esser et al. 2024, eq. 20: beyond −1 … 2 / (π − 2), times leave 0 … 1.
+    *[("mode_scale", scale) for scale in (-1.5, 2.0)],
+    ("model", "DiT-S/3"),
+    ("schedule", "cosin"),
+    ("solver", "rk4"),
+    ("time_density", "normal"),
+    ("batch_size", 12),
+    ("fsdp", 3),
+]
+
+
+@pytest.mark.parametrize("name, value", BAD, ids=[f"{name} {value}" for name, value in BAD])
+def test_a_value_that_cannot_be_is_named_with_its_flag(name, value):
+    with pytest.raises(UserError) as error:
+        resolved(**{name: value})
+    assert name in str(error.value) and str(value) in str(error.value)
+
+
+def test_epochs_of_empty_batches_are_refused():
+    with pytest.raises(UserError, match="--batch_size 0: must be above 0"):
+        resolved(n_epochs=1.0, batch_size=0)
+
+
+@pytest.mark.parametrize("name", ["block", "position", "mlp", "norm"])
+def test_a_part_of_the_model_that_does_not_exist_is_named(name):
+    part: Any = {name: "nonesuch"}
+    with pytest.raises(UserError, match=f"unknown {name} 'nonesuch'"):
+        network(resolved(**part), DIGITS, "cpu")
+
+
+def test_a_picture_that_no_patch_divides_is_named():
+    with pytest.raises(UserError, match="image_size 30 is not divisible by patch_size 4"):
+        network(resolved(image_size=30, patch_size=4), DIGITS, "cpu")
+
+
+# --- the model and the loss that are meant --------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_presets_patch_is_used_unless_another_is_asked_for(name):
+    dataset = replace(DIGITS, image_size=32)
+    preset = network(resolved(dataset, model=name), dataset, "cpu")
+    assert preset.patch_size == int(name.split("/")[1])
+    assert network(resolved(dataset, model=name, patch_size=16), dataset, "cpu").grid == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "platform, said, dtype",
+    [
+        ("cpu", None, "float32"),
+        ("gpu", None, "bfloat16"),
+        ("tpu", None, "bfloat16"),
+        ("cpu", True, "bfloat16"),
+        ("gpu", False, "float32"),
+    ],
+)
+def test_half_precision_is_for_accelerators_unless_said_otherwise(platform, said, dtype):
+    config = resolved(platform=platform, half_precision=said)
+    assert network(config, DIGITS, platform).dtype == dtype
+
+
+def test_every_choice_of_the_model_arrives_there():
+    chosen: dict[str, Any] = {
+        "block": "adaln_zero",
+        "position": "learned",
+        "rope": True,
+        "qk_norm": True,
+        "mlp": "swiglu",
+        "norm": "rms",
+        "remat": True,
+        "patch_size": 4,
+        "image_size": 16,
+        "channels": 3,
+    }
+    model = network(resolved(**chosen), DIGITS, "cpu")
+    assert {name: getattr(model, name) for name in chosen} == chosen
+
+
+def test_the_large_models_recompute_unless_told_not_to():
+    assert network(resolved(model="DiT-XL/2"), DIGITS, "gpu").remat
+    assert not network(resolved(model="DiT-B/2"), DIGITS, "gpu").remat
+    assert not network(resolved(model="DiT-XL/2", remat=False), DIGITS, "gpu").remat
+
+
+def test_every_choice_of_the_loss_arrives_there(monkeypatch):
+    asked = {}
+    monkeypatch.setattr("objectives.rectified_flow", lambda **kwargs: asked.update(kwargs))
+    config = resolved(time_density="logit_normal", logit_mean=-0.5, logit_std=0.7, time_shift=3.0)
+    objective(config, label_dropout=0.25)
+    u = jnp.linspace(0.1, 0.9, 9)
+    assert (asked["density"](u) == logit_normal(-0.5, 0.7)(u)).all()
+    assert asked["shift"] == 3.0 and asked["label_dropout"] == 0.25
+
+
+# --- no field is ignored --------------------------------------------------------------------------
+
+
+def test_every_field_is_documented():
+    documented = re.findall(r"^ {4}(\w+):", inspect.getdoc(TrainConfig) or "", re.MULTILINE)
+    assert documented == FIELDS
+
+
+def read_fields(path):
+    """The attributes that a module reads of a thing called config or c, outside the functions that
+    treat all settings alike.
+    """
+    tree = ast.parse((ROOT / path).read_text())
+    tree.body = [
+        node for node in tree.body if getattr(node, "name", "") not in ("validate", "take_up")
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner = node.value
+            name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
+            if name in ("c", "config"):
+                yield node.attr
+
+
+def test_every_field_is_read():
+    """A setting that nothing reads is a promise that nobody keeps."""
+    modules = ("train.py", "train_config.py", "train_profile.py")
+    read = {name for module in modules for name in read_fields(module)}
+    assert set(FIELDS) - read == set()
