@@ -5,13 +5,11 @@ from collections.abc import Iterable
 
 
 class RunError(RuntimeError):
-    """A run that failed for a reason its message tells in full: `cli.run` prints it and exits with
-    1.
-    """
+    """A run that failed, and whose message tells why: `cli.run` prints it and exits with 1."""
 
 
 class UserError(ValueError):
-    """A mistake at the keyboard or in the data: `cli.run` prints it as one line and exits with 2."""
+    """A mistake at the keyboard or in the data: `cli.run` prints one line and exits with 2."""
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:

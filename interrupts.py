@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM as a wish to stop soon, so that a run can save before it leaves."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -35,7 +36,8 @@ def stopping() -> Iterator[Stop]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         stop.signal = number
-        print("\nstopping after this step; once more to leave at once", flush=True)
+        # Not `print`, which this may have interrupted and which cannot be entered twice.
+        os.write(2, b"\nstopping after this step; once more to leave at once\n")
         restore()
 
     def restore() -> None:

@@ -188,7 +188,7 @@ def model_config(name: str, **fields) -> ModelConfig:
 
 @lru_cache
 def graphdef(config: ModelConfig) -> nnx.GraphDef:
-    """All of a model but its weights: static and hashable. `nnx.merge(graphdef, params)` is live."""
+    """All of a model but its weights, static and hashable: `nnx.merge(graphdef, params)` lives."""
     return nnx.split(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))))[0]
 
 

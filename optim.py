@@ -30,7 +30,7 @@ SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear}
 def learning_rate_schedule(
     name: str, peak: float, *, warmup_steps: int, n_steps: int
 ) -> optax.Schedule:
-    """A linear rise to `peak` over `warmup_steps`, then the named schedule down to step `n_steps`."""
+    """A linear rise to `peak` over `warmup_steps`, then the named fall until step `n_steps`."""
     # The rise starts one notch above zero: an update of size zero is a wasted step.
     rise = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
     fall = SCHEDULES[name](peak, max(1, n_steps - warmup_steps))

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,16 +27,17 @@ def new(dataset_name: str, model: str, *, root: Path = RUNS) -> Path:
 
 
 def newest(dataset_name: str, model: str | None, *, root: Path = RUNS) -> Path:
-    """The run of this data set (and model, if named) that was started last.
+    """The run of this data set (and model, if named) that was last started or gone on with.
 
     Raises:
         UserError: there is none.
     """
     runs = sorted(root.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in runs:
-        config = read_config(path.parent)
-        if config["dataset_name"] == dataset_name and model in (None, config["model"]):
-            return path.parent
+        with suppress(UserError):  # one damaged run must not hide the others
+            config = read_config(path.parent)
+            if config["dataset_name"] == dataset_name and model in (None, config["model"]):
+                return path.parent
     of_model = f" with {model}" if model else ""
     raise UserError(f"nothing to resume: {root}/ holds no run of {dataset_name}{of_model}")
 
@@ -47,6 +48,14 @@ def require_new(run_dir: Path) -> None:
         raise UserError(
             f"'{run_dir}' already exists; go on with it by --resume, or name another --run_dir"
         )
+
+
+def make(run_dir: Path) -> None:
+    """Create the folder, if need be. Raises UserError where that cannot be."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run's folder '{run_dir}': {error.strerror}") from None
 
 
 @contextmanager

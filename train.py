@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 import cli
 import generate
@@ -35,6 +35,7 @@ import optim
 import parallel
 import profiling
 import run_folder
+import showcase
 from checkpoint import Checkpoints
 from errors import RunError, UserError
 from interrupts import stopping
@@ -47,7 +48,6 @@ from train_profile import profile
 
 __all__ = ["TrainConfig", "TrainState", "Trainer"]
 DIGITS = TrainConfig()
-INIT, EVAL = 0, 1  # what a run's key is folded with for its weights and for its evaluations
 
 
 @jax.tree_util.register_dataclass
@@ -136,7 +136,7 @@ class Trainer:
             jax.devices()[0].device_kind, self.model_config.dtype, peak_tflops=c.peak_tflops
         )
         self.mesh = parallel.make_mesh(c.fsdp)
-        self.key = jax.random.key(c.seed)
+        self.init_key, self.train_key, self.eval_key = jax.random.split(jax.random.key(c.seed), 3)
         self.schedule = optim.learning_rate_schedule(
             c.schedule, c.learning_rate, warmup_steps=c.warmup_steps, n_steps=c.n_steps
         )
@@ -155,8 +155,15 @@ class Trainer:
 
     @classmethod
     def from_run(cls, run_dir: str | Path) -> "Trainer":
-        """The trainer of a run's folder at its newest checkpoint: to sample or to go on with."""
-        return cls(TrainConfig(run_dir=Path(run_dir), resume=True))
+        """The trainer of a run's folder at its newest checkpoint: to sample or to go on with.
+
+        Raises:
+            UserError: the folder is not a run, or has no complete checkpoint yet.
+        """
+        trainer = cls(TrainConfig(run_dir=Path(run_dir), resume=True))
+        if not trainer.step:
+            raise UserError(f"'{run_dir}' has no complete checkpoint yet")
+        return trainer
 
     @cached_property
     def data(self) -> Pipeline:
@@ -176,7 +183,8 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> dict[str, Any]:
         """One asynchronous update with this process's rows of a batch, and its unread report."""
-        self.state, report = self.update(self.state, parallel.place(batch, self.mesh), self.key)
+        batch = parallel.place(batch, self.mesh)
+        self.state, report = self.update(self.state, batch, self.train_key)
         self.step += 1
         return report
 
@@ -199,10 +207,10 @@ class Trainer:
         return jax.jit(lambda params, batch, key: loss(model(params), batch, key)[0])
 
     def _initial_state(self) -> TrainState:
-        params = init_params(self.model_config, jax.random.fold_in(self.key, INIT))
+        params = init_params(self.model_config, self.init_key)
         loss = objective(self.config, label_dropout=self.config.label_dropout)
         model = nnx.merge(graphdef(self.model_config), params)
-        metrics = jax.eval_shape(lambda b: loss(model, b, self.key)[1], self.blank_batch())
+        metrics = jax.eval_shape(lambda b: loss(model, b, self.train_key)[1], self.blank_batch())
         window = {name: jnp.zeros(metric.shape) for name, metric in metrics.items()}
         window |= {name: jnp.zeros(()) for name in ("loss", "grad_norm", "steps")}
         # The average starts as a copy: one buffer in two places of the state cannot be donated.
@@ -252,15 +260,18 @@ class Trainer:
                 if stop:
                     break
             else:
-                self._finish(run)
+                self._show(run, "final.png", gif=True)
+                run.tracker.message(showcase.farewell(self.run_dir, self.step))
         stop.leave()
 
     def evaluate(self) -> dict[str, float]:
         """The averaged weights' loss on the evaluation split, always at the same (t, noise)."""
-        key, losses = jax.random.fold_in(self.key, EVAL), []
+        losses = []
         for i, batch in enumerate(self.data.eval_batches(self.config.n_eval_batches)):
             batch = parallel.place(batch, self.mesh)
-            losses.append(self.eval_loss(self.state.ema, batch, jax.random.fold_in(key, i)))
+            losses.append(
+                self.eval_loss(self.state.ema, batch, jax.random.fold_in(self.eval_key, i))
+            )
         return {"eval_loss": float(np.mean(jax.device_get(losses)))}
 
     def sample(
@@ -325,7 +336,7 @@ class Trainer:
     @contextmanager
     def _open(self, last: int) -> Iterator[Run]:
         """The run's folder, locked, with its configuration written."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        run_folder.make(self.run_dir)
         with (
             run_folder.locked(self.run_dir),
             Checkpoints(self.run_dir, keep=self.config.keep_checkpoints) as checkpoints,
@@ -410,42 +421,15 @@ class Trainer:
         notes = {"config": self.describe(), "data": {"n_rows": len(self.source.train)}}
         run.checkpoints.save(self.step, as_items(self.state), notes)
 
-    def _show(self, run: Run, name: str) -> None:
-        """A grid of up to ten classes, four pictures each, in samples/ and TensorBoard."""
-        labels = self._showcase()
-        grid = self._grid(self.sample(labels), labels)
-        images.save_png(grid, self.run_dir / "samples" / name)
-        run.tracker.image(self.step, "samples", grid)
-
-    def _showcase(self) -> list[int]:
-        """Four rows of up to ten classes, spread over all; 16 pictures where there are none."""
-        n = self.model_config.n_classes
-        return [*np.linspace(0, n - 1, min(n, 10)).astype(int).tolist()] * 4 if n else [0] * 16
-
-    def _grid(self, x: Float[np.ndarray, "b h w c"], labels: Sequence[int]):
-        names = self.dataset.label_names
-        captions = [names[label] for label in labels] if names else None
-        return images.grid(images.to_uint8(x), columns=len(labels) // 4, captions=captions)
-
-    def _finish(self, run: Run) -> None:
-        """The last pictures, and a paragraph that says where everything is and what to do next."""
-        labels, folder = self._showcase(), self.run_dir / "samples"
-        frames = [self._grid(x, labels) for x in self.sample(labels, trajectory=True)]
-        images.save_png(frames[-1], folder / "final.png")
-        images.save_gif(frames, folder / "trajectory.gif")
-        run.tracker.image(self.step, "samples", frames[-1])
-        pad, more = " " * (4 - len(str(self.step))), 2 * self.step
-        run.tracker.message(FAREWELL.format(run=self.run_dir, step=self.step, pad=pad, more=more))
-
-
-FAREWELL = """
-Done: step {step}. Everything is in {run}/
-  samples/final.png        what the model draws; samples/trajectory.gif is its way from noise
-  metrics.jsonl            losses, norms, speed; TensorBoard shows them from the same folder
-  checkpoints/{step}/{pad}        weights, their average and the optimizer
-Next:
-  python generate.py --run {run} --n 64 --out samples.png
-  python train.py --resume --run_dir {run} --n_steps {more}"""
+    def _show(self, run: Run, name: str, *, gif: bool = False) -> None:
+        """A sheet of samples in samples/ and TensorBoard and, with `gif`, its way from noise."""
+        labels, folder = showcase.labels(self.model_config.n_classes), self.run_dir / "samples"
+        states = self.sample(labels, trajectory=True) if gif else [self.sample(labels)]
+        sheets = [showcase.sheet(x, labels, self.dataset.label_names) for x in states]
+        images.save_png(sheets[-1], folder / name)
+        if gif:
+            images.save_gif(sheets, folder / "trajectory.gif")
+        run.tracker.image(self.step, "samples", sheets[-1])
 
 
 def as_items(state: TrainState) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def profile(trainer: "Trainer") -> str:
     Leaves the trainer's weights changed, and a trace of the training step in `profile/` of the
     run's folder.
     """
-    m, batch, key = trainer.model_config, trainer.blank_batch(), trainer.key
+    m, batch, key = trainer.model_config, trainer.blank_batch(), trainer.train_key
     batch = parallel.place(batch, trainer.mesh)
     forward = trainer.config.batch_size * sum(profiling.flops_by_module(m).values())
     guide = m.n_classes > 0

@@ -5,28 +5,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import FAST
+
 ROOT = Path(__file__).parents[1]
 NANO = "tests/nano.py"
 SMALL = ["--model", "DiT-Nano/8", "--batch_size", "8", "--n_eval_batches", "1"]
 SMALL += ["--n_sample_steps", "2", "--warmup_steps", "2"]
 
 
-def environment(folder: Path, n_devices: int = 1) -> dict[str, str]:
-    """Compiled programs are shared between the processes of a test session."""
-    return {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={n_devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(folder),
+def start(
+    *words: object, cache: Path, n_devices: int = 1, fast_compile: bool = True
+) -> subprocess.Popen:
+    """A command on so many virtual devices. `cache` holds the session's compiled programs."""
+    flags = f"--xla_force_host_platform_device_count={n_devices}"
+    settings = {
+        "XLA_FLAGS": f"{flags} {FAST}" if fast_compile else flags,
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-
-
-def start(*words: object, cache: Path, n_devices: int = 1) -> subprocess.Popen:
-    command = [sys.executable, *map(str, words)]
     return subprocess.Popen(
-        command,
+        [sys.executable, *map(str, words)],
         cwd=ROOT,
-        env=environment(cache, n_devices),
+        env=os.environ | settings,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -34,7 +34,8 @@ def start(*words: object, cache: Path, n_devices: int = 1) -> subprocess.Popen:
     )
 
 
-def run(*words: object, cache: Path, n_devices: int = 1) -> subprocess.CompletedProcess:
-    process = start(*words, cache=cache, n_devices=n_devices)
-    out, err = process.communicate(timeout=600)
+def run(*words: object, **how) -> subprocess.CompletedProcess:
+    """`start`, to its end."""
+    process = start(*words, **how)
+    out, err = process.communicate(timeout=900)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)

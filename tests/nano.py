@@ -1,4 +1,4 @@
-"""`train.py` with one more preset, small enough for tests: python tests/nano.py --model DiT-Nano/8."""
+"""`train.py` with one more size, small enough for tests: DiT-Nano."""
 
 import sys
 from pathlib import Path

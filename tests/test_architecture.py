@@ -16,7 +16,7 @@ RANKS = {
     **dict.fromkeys(("cli", "images", "layers", "objectives", "sampling", "parallel", "optim"), 0),
     **dict.fromkeys(("datasets_config", "interrupts", "run_folder"), 0),
     **dict.fromkeys(("model", "sources", "pipeline", "tracking", "profiling"), 1),
-    **dict.fromkeys(("checkpoint", "train_config"), 2),
+    **dict.fromkeys(("checkpoint", "train_config", "showcase"), 2),
     "generate": 3,
     **dict.fromkeys(("train", "train_profile"), 4),
 }

@@ -26,7 +26,7 @@ def test_a_patch_is_a_square_of_neighbours():
 
 def test_attention_is_the_formula():
     q, k, v = jax.random.normal(key, (3, 2, 5, 4, 8))
-    scores = np.einsum("bnhk,bmhk->bhnm", *np.float64((q, k))) / np.sqrt(8)
+    scores = np.einsum("bnhk,bmhk->bhnm", np.float64(q), np.float64(k)) / np.sqrt(8)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     expected = np.einsum("bhnm,bmhk->bnhk", weights, np.float64(v))
@@ -86,7 +86,7 @@ def test_norms_are_computed_in_float32(norm):
     assert (half == reference).all()
 
 
-class Doubling(nnx.Module):
+class Affine(nnx.Module):
     def __init__(self, rngs):
         self.weight = nnx.Param(jax.random.normal(rngs.params(), (3,)))
 
@@ -97,7 +97,7 @@ class Doubling(nnx.Module):
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("unroll", [1, 4])
 def test_scan_equals_a_loop_over_the_blocks(remat, unroll):
-    blocks = layers.stack(lambda rngs: Doubling(rngs), 4, nnx.Rngs(0))
+    blocks = layers.stack(lambda rngs: Affine(rngs), 4, nnx.Rngs(0))
     x, bias = jnp.ones((2, 3)), jnp.full((2, 3), 0.5)
 
     def loop(weight):
@@ -106,14 +106,11 @@ def test_scan_equals_a_loop_over_the_blocks(remat, unroll):
             y = y * row.reshape(1, -1) + bias
         return y
 
-    def scanned(weight):
-        blocks.weight[...] = weight
-        return layers.scan(blocks, x, bias, remat=remat, unroll=unroll)
-
-    weight = blocks.weight[...]
-    assert len(np.unique(weight)) == 12  # every block drew its own
-    np.testing.assert_allclose(scanned(weight), loop(weight), rtol=1e-6)
     graphdef, state = nnx.split(blocks)
+    weight = jax.tree.leaves(state)[0]
+    assert len(np.unique(weight)) == 12  # every block drew its own
+    scanned = layers.scan(blocks, x, bias, remat=remat, unroll=unroll)
+    np.testing.assert_allclose(scanned, loop(weight), rtol=1e-6)
     grad = jax.grad(
         lambda s: layers.scan(nnx.merge(graphdef, s), x, bias, remat=remat, unroll=unroll).sum()
     )(state)

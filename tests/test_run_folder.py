@@ -172,14 +172,14 @@ def second_acts():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_the_second_acts(second_acts, number, capsys):
+def test_the_first_signal_asks_and_the_second_acts(second_acts, number, capfd):
     with stopping() as stop:
         assert not stop
         os.kill(os.getpid(), number)
         assert stop and stop.signal == number and second_acts == []
         os.kill(os.getpid(), number)
         assert second_acts == [number]
-    assert "stopping after this step" in capsys.readouterr().out
+    assert "stopping after this step" in capfd.readouterr().err
 
 
 def test_afterwards_the_handlers_are_as_before(second_acts):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from commands import NANO, SMALL, run, start
 from hub_copies import make_copy
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from datasets_config import DATASET_CONFIGS
 from errors import RunError, UserError
@@ -68,7 +68,7 @@ def test_a_run_leaves_what_it_promises(whole, capsys):
     assert config["model_config"]["patch_size"] == 8
     assert config["dataset"]["label_names"] == [str(i) for i in range(10)]
     with Image.open(folder / "samples" / "trajectory.gif") as gif:
-        assert gif.n_frames == 3  # two solver steps have three states
+        assert len(list(ImageSequence.Iterator(gif))) == 3  # the states of two solver steps
     with Image.open(folder / "samples" / "final.png") as picture:
         assert min(picture.size) > 256  # large enough for a person to see
 
@@ -115,7 +115,7 @@ def test_interrupted_and_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, 
 
 def test_a_killed_process_loses_only_what_was_not_saved(tmp_path, cache):
     """kill -9 at a random moment after the first checkpoint, as often as it takes to finish."""
-    flags = [*SMALL, "--n_steps", 1500, "--eval_save_steps", 100, "--log_every", 20]
+    flags = [*SMALL, "--n_steps", 800, "--eval_save_steps", 100, "--log_every", 20]
     flags += ["--sample_every_n", 1000]
     done = run(NANO, *flags, "--run_dir", tmp_path / "whole", cache=cache)
     assert done.returncode == 0, done.stderr
@@ -132,7 +132,7 @@ def test_a_killed_process_loses_only_what_was_not_saved(tmp_path, cache):
     assert again.returncode == 0, again.stderr
     assert "going on at step" in again.stdout
     whole, resumed = Trainer.from_run(tmp_path / "whole"), Trainer.from_run(tmp_path / "run")
-    assert whole.step == resumed.step == 1500
+    assert whole.step == resumed.step == 800
     assert_same(whole.state, resumed.state)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
 
@@ -204,9 +204,9 @@ def test_it_overfits_eight_pictures(tmp_path, capsys):
         TINY,
         model="DiT-Nano/4",
         data_dir=copy,
-        n_steps=250,
+        n_steps=400,
         time_density="uniform",
-        learning_rate=2e-3,
+        learning_rate=1e-2,
         label_dropout=0.0,
         eval_save_steps=1000,
         log_every=50,
@@ -246,9 +246,9 @@ def test_half_precision_keeps_its_weights_in_float32(tmp_path):
     trainer = Trainer(replace(TINY, half_precision=True, run_dir=tmp_path / "run"))
     batch = next(trainer.data.train_batches(0, 1))
     full = Trainer(replace(TINY, run_dir=tmp_path / "full"))
-    for _ in range(3):
-        half_loss = trainer.train_step(batch)["window"]["loss"]
-        full_loss = full.train_step(batch)["window"]["loss"]
+    for _ in range(2):
+        trainer.train_step(batch), full.train_step(batch)
+    half_loss, full_loss = (x.train_step(batch)["window"]["loss"] for x in (trainer, full))
     assert {x.dtype for x in jax.tree.leaves(trainer.state.params)} == {np.dtype("float32")}
     assert half_loss.dtype == np.float32 and half_loss != full_loss
     np.testing.assert_allclose(half_loss, full_loss, rtol=2e-2)

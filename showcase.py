@@ -1,0 +1,46 @@
+"""What a run shows a person: its first words, its sample sheets and its last words.
+
+Takes plain values; it neither samples nor writes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+import images
+
+ROWS = 4
+COLUMNS = 10
+
+
+def labels(n_classes: int) -> list[int]:
+    """The labels of a sheet: up to ten classes, spread over all, four rows of them.
+
+    Without classes, the null label.
+    """
+    classes = np.linspace(0, max(0, n_classes - 1), min(n_classes, COLUMNS) or ROWS)
+    return classes.astype(int).tolist() * ROWS
+
+
+def sheet(
+    x: Float[np.ndarray, "b h w c"], labels: Sequence[int], names: Sequence[str]
+) -> Image.Image:
+    """Samples in −1 … 1 as a grid, with the names of their classes."""
+    captions = [names[label] for label in labels] if names else None
+    return images.grid(images.to_uint8(x), columns=len(labels) // ROWS, captions=captions)
+
+
+def farewell(run_dir: Path, step: int) -> str:
+    """Where everything is, and what to do next."""
+    checkpoint = f"checkpoints/{step}/"
+    return f"""
+Done: step {step}. Everything is in {run_dir}/
+  {"samples/final.png":24} what the model draws; samples/trajectory.gif is its way from noise
+  {"metrics.jsonl":24} losses, norms, speed; TensorBoard shows them from the same folder
+  {checkpoint:24} weights, their average and the optimizer
+Next:
+  python generate.py --run {run_dir} --n 64 --out samples.png
+  python train.py --resume --run_dir {run_dir} --n_steps {2 * step}"""

@@ -1,0 +1,137 @@
+"""A picture is a function of its weights, label, seed and place; files hold what they promise."""
+
+from dataclasses import replace
+
+import jax
+import nano  # noqa: F401  (its sizes)
+import numpy as np
+import pytest
+from commands import NANO, SMALL, run
+from PIL import Image, ImageSequence
+
+import generate
+import parallel
+from errors import UserError
+from generate import GenerateConfig, Sampler, label_ids, sample, spread
+from model import init_params, model_config
+from run_folder import read_config
+
+CONFIG = model_config("DiT-Nano/4", image_size=8, channels=1, out_channels=1, n_classes=10)
+DIGITS = [str(i) for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Weights away from their zero start."""
+    fresh = init_params(CONFIG, jax.random.key(0))
+    return jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), fresh)
+
+
+def pictures(params, labels, *, mesh=None, **how):
+    how = {"sampler": Sampler(n_steps=3), "cfg_scale": 2.0, "seed": 5} | how
+    return sample(params, CONFIG, labels, mesh=mesh or parallel.make_mesh(), **how)
+
+
+def test_batches_and_devices_do_not_change_a_picture(params):
+    labels = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+    whole = pictures(params, labels).x
+    assert whole.shape == (10, 8, 8, 1)
+    np.testing.assert_allclose(pictures(params, labels, batch_size=4).x, whole, atol=1e-5)
+    one = parallel.make_mesh(devices=jax.devices()[:1])
+    np.testing.assert_allclose(pictures(params, labels, mesh=one).x, whole, atol=1e-5)
+    np.testing.assert_allclose(pictures(params, labels[:3]).x, whole[:3], atol=1e-5)
+    assert np.abs(pictures(params, labels, seed=6).x - whole).max() > 0.1
+    assert np.abs(whole[1] - whole[3]).max() > 0.1  # the same label, another place
+
+
+def test_a_scale_of_one_is_the_conditional_model(params):
+    plain = pictures(params, [3, 7], cfg_scale=1.0).x
+    nearly = pictures(params, [3, 7], cfg_scale=1.0 + 1e-6).x
+    np.testing.assert_allclose(plain, nearly, atol=1e-4)
+
+
+def test_the_trajectory_ends_in_the_picture(params):
+    result = pictures(params, [1, 2, 3], trajectory=True, batch_size=2)
+    assert result.trajectory is not None and result.trajectory.shape == (4, 3, 8, 8, 1)
+    np.testing.assert_array_equal(result.trajectory[-1], result.x)
+    assert abs(result.trajectory[0].std() - 1) < 0.2
+
+
+@pytest.mark.parametrize(
+    "words, names, ids",
+    [
+        ([3, "7"], DIGITS, [3, 7]),
+        (["ship", "0"], ["cat", "ship"], [1, 0]),
+        (["1"], ["1", "0"], [0]),  # a name wins over a number
+        (["2"], [], [2]),
+    ],
+)
+def test_labels_are_names_or_numbers(words, names, ids):
+    assert label_ids(words, names, len(names) or 3) == ids
+
+
+def test_a_label_that_does_not_exist_is_named():
+    with pytest.raises(UserError, match="unknown label 'catt'; did you mean 'cat'"):
+        label_ids(["catt"], ["cat", "ship"], 2)
+    with pytest.raises(UserError, match="unknown label '10'"):
+        label_ids([10], DIGITS, 10)
+
+
+def test_labels_share_the_pictures():
+    assert spread([3, 7], 5).tolist() == [3, 3, 3, 7, 7]
+    assert spread([3, 7, 9], 2).tolist() == [3, 7]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"out": "grid.jpg"}, "must end in .png"),
+        ({"trajectory": "way.mp4"}, "must end in .gif"),
+        ({"n": 0}, "--n 0: must be at least 1"),
+        ({"out": "/nowhere/grid.png"}, "folder /nowhere does not exist"),
+        ({}, "is not a run"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_it_starts(tmp_path, fields, message):
+    paths = {name: type(tmp_path)(v) if isinstance(v, str) else v for name, v in fields.items()}
+    with pytest.raises(UserError, match=message):
+        generate.main(GenerateConfig(run=tmp_path, **paths))
+
+
+def test_the_command_draws_from_a_run(tmp_path, cache):
+    flags = [*SMALL, "--n_steps", 4, "--log_every", 2, "--eval_save_steps", 2]
+    trained = run(NANO, *flags, "--run_dir", tmp_path / "run", cache=cache)
+    assert trained.returncode == 0, trained.stderr
+    before = sorted((tmp_path / "run").rglob("*"))
+
+    def draw(name, *words):
+        command = ["generate.py", "--run", tmp_path / "run", "--out", tmp_path / name, *words]
+        done = run(*command, cache=cache)
+        assert done.returncode == 0, done.stderr
+        return tmp_path / name
+
+    gif = tmp_path / "way.gif"
+    first = draw("a.npz", "--labels", "3", "7", "--n", "6", "--n_steps", "4", "--trajectory", gif)
+    with np.load(first) as arrays:
+        averaged, labels = arrays["arr_0"], arrays["arr_1"]
+    assert averaged.shape == (6, 8, 8, 1) and averaged.dtype == np.uint8
+    assert labels.tolist() == [3, 3, 3, 7, 7, 7]
+    with Image.open(gif) as frames:
+        assert len(list(ImageSequence.Iterator(frames))) == 5
+    with np.load(draw("b.npz", "--labels", "3,7", "--n", "6", "--ema", "False")) as arrays:
+        assert (arrays["arr_0"] != averaged).any()
+    with Image.open(draw("grid.png", "--step", "2")) as grid:
+        assert min(grid.size) > 200
+    assert sorted((tmp_path / "run").rglob("*")) == before  # a reader leaves no trace
+    assert read_config(tmp_path / "run")["model"] == "DiT-Nano/8"
+
+    wrong = run("generate.py", "--run", tmp_path / "run", "--labels", "eleven", cache=cache)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: unknown label 'eleven'") and wrong.stdout == ""
+
+
+def test_a_sampler_that_does_not_exist_is_named():
+    with pytest.raises(UserError, match="unknown solver 'rk4'"):
+        Sampler(solver="rk4")
+    with pytest.raises(UserError, match="must be at least 1"):
+        replace(Sampler(), n_steps=0)
