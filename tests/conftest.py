@@ -22,7 +22,8 @@ jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """Compiled programs, shared by all tests of a session and the processes they start."""
-    folder = tmp_path_factory.mktemp("xla")
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "xla"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     return folder

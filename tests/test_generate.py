@@ -6,7 +6,7 @@ import jax
 import nano  # noqa: F401  (its sizes)
 import numpy as np
 import pytest
-from commands import NANO, SMALL, run
+from commands import run
 from PIL import Image, ImageSequence
 
 import generate
@@ -14,7 +14,7 @@ import parallel
 from errors import UserError
 from generate import GenerateConfig, Sampler, label_ids, sample, spread
 from model import init_params, model_config
-from run_folder import read_config
+from train import TrainConfig, Trainer
 
 CONFIG = model_config("DiT-Nano/4", image_size=8, channels=1, out_channels=1, n_classes=10)
 DIGITS = [str(i) for i in range(10)]
@@ -98,34 +98,34 @@ def test_what_cannot_work_is_refused_before_it_starts(tmp_path, fields, message)
         generate.main(GenerateConfig(run=tmp_path, **paths))
 
 
-def test_the_command_draws_from_a_run(tmp_path, cache):
-    flags = [*SMALL, "--n_steps", 4, "--log_every", 2, "--eval_save_steps", 2]
-    trained = run(NANO, *flags, "--run_dir", tmp_path / "run", cache=cache)
-    assert trained.returncode == 0, trained.stderr
-    before = sorted((tmp_path / "run").rglob("*"))
+def test_the_command_draws_from_a_run(tmp_path, cache, capsys):
+    folder = tmp_path / "run"
+    config = TrainConfig(model="DiT-Nano/8", batch_size=8, n_steps=4, eval_save_steps=2)
+    config = replace(config, n_eval_batches=1, n_sample_steps=2, run_dir=folder)
+    Trainer(config).fit()
+    before = sorted(folder.rglob("*"))
 
-    def draw(name, *words):
-        command = ["generate.py", "--run", tmp_path / "run", "--out", tmp_path / name, *words]
-        done = run(*command, cache=cache)
-        assert done.returncode == 0, done.stderr
-        return tmp_path / name
-
-    gif = tmp_path / "way.gif"
-    first = draw("a.npz", "--labels", "3", "7", "--n", "6", "--n_steps", "4", "--trajectory", gif)
-    with np.load(first) as arrays:
+    command = ["generate.py", "--run", folder, "--labels", "3", "7", "--n", 6, "--n_steps", 4]
+    command += ["--out", tmp_path / "a.npz", "--trajectory", tmp_path / "way.gif"]
+    done = run(*command, cache=cache)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "a.npz") as arrays:
         averaged, labels = arrays["arr_0"], arrays["arr_1"]
     assert averaged.shape == (6, 8, 8, 1) and averaged.dtype == np.uint8
     assert labels.tolist() == [3, 3, 3, 7, 7, 7]
-    with Image.open(gif) as frames:
+    with Image.open(tmp_path / "way.gif") as frames:
         assert len(list(ImageSequence.Iterator(frames))) == 5
-    with np.load(draw("b.npz", "--labels", "3,7", "--n", "6", "--ema", "False")) as arrays:
-        assert (arrays["arr_0"] != averaged).any()
-    with Image.open(draw("grid.png", "--step", "2")) as grid:
-        assert min(grid.size) > 200
-    assert sorted((tmp_path / "run").rglob("*")) == before  # a reader leaves no trace
-    assert read_config(tmp_path / "run")["model"] == "DiT-Nano/8"
 
-    wrong = run("generate.py", "--run", tmp_path / "run", "--labels", "eleven", cache=cache)
+    how = GenerateConfig(run=folder, labels=("3", "7"), n=6, n_steps=4, out=tmp_path / "b.npz")
+    generate.main(replace(how, ema=False))
+    with np.load(tmp_path / "b.npz") as arrays:
+        assert (arrays["arr_0"] != averaged).any()
+    generate.main(replace(how, step=2, out=tmp_path / "grid.png"))
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert min(grid.size) > 100
+    assert sorted(folder.rglob("*")) == before  # a reader leaves no trace
+
+    wrong = run("generate.py", "--run", folder, "--labels", "eleven", cache=cache)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: unknown label 'eleven'") and wrong.stdout == ""
 

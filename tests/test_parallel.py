@@ -122,6 +122,7 @@ def distance(a, b):
 
 
 @pytest.mark.parametrize("name", list(MESHES)[1:])
+@pytest.mark.slow
 def test_five_clipped_steps_report_what_one_device_reports(results, name):
     """The gradient norm too: a mean in the wrong place makes it n_devices times too large."""
     got, expected = results[name]["reports"], results["1 device"]["reports"]

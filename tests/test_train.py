@@ -113,6 +113,7 @@ def test_interrupted_and_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, 
     assert metrics(tmp_path / "run") == metrics(whole.run_dir)
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_only_what_was_not_saved(tmp_path, cache):
     """kill -9 at a random moment after the first checkpoint, as often as it takes to finish."""
     flags = [*SMALL, "--n_steps", 800, "--eval_save_steps", 100, "--log_every", 20]
@@ -137,7 +138,10 @@ def test_a_killed_process_loses_only_what_was_not_saved(tmp_path, cache):
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code",
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_and_leaves(tmp_path, cache, number, code):
     flags = ["--n_steps", 100_000, "--eval_save_steps", 100_000, "--log_every", 1]
     process = start(NANO, *SMALL, *flags, "--run_dir", tmp_path / "run", cache=cache)
@@ -152,6 +156,7 @@ def test_a_signal_saves_and_leaves(tmp_path, cache, number, code):
     assert len(list((tmp_path / "run/checkpoints").glob("[0-9]*"))) == 1
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_train_alike(tmp_path, cache):
     flags = [*SMALL, "--n_steps", 10, "--log_every", 1]
     records = []
@@ -198,6 +203,7 @@ def test_a_bad_row_ends_the_run_with_its_name_and_a_checkpoint(tmp_path, capsys)
     assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"3"}
 
 
+@pytest.mark.slow
 def test_it_overfits_eight_pictures(tmp_path, capsys):
     copy = make_copy("digits", tmp_path / "data", n=8)
     config = replace(
@@ -247,7 +253,8 @@ def test_half_precision_keeps_its_weights_in_float32(tmp_path):
     batch = next(trainer.data.train_batches(0, 1))
     full = Trainer(replace(TINY, run_dir=tmp_path / "full"))
     for _ in range(2):
-        trainer.train_step(batch), full.train_step(batch)
+        trainer.train_step(batch)
+        full.train_step(batch)
     half_loss, full_loss = (x.train_step(batch)["window"]["loss"] for x in (trainer, full))
     assert {x.dtype for x in jax.tree.leaves(trainer.state.params)} == {np.dtype("float32")}
     assert half_loss.dtype == np.float32 and half_loss != full_loss
