@@ -6,7 +6,9 @@ Reads a run's `config.json` and newest checkpoint and nothing of training; `samp
 trainer itself calls.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,7 @@ from errors import UserError, unknown
 from model import ModelConfig, graphdef, init_params
 from run_folder import atomic, read_config
 from sampling import SOLVERS, Solution, guided, initial_noise, time_grid
+from showcase import captions
 
 Labels = Sequence[int] | Int[np.ndarray, "n"]
 
@@ -109,6 +112,10 @@ def sample(
     `batch_size` nor the number of devices changes it. Label `config.n_classes` is "no class";
     `cfg_scale` 1 samples the conditional model in half the time.
     """
+    if not len(labels):
+        raise UserError("no labels to draw")
+    if not math.isfinite(cfg_scale) or not 0 <= seed < 2**31:
+        raise UserError(f"cfg_scale {cfg_scale} must be finite and seed {seed} in 0 … {2**31 - 1}")
     config = replace(config, remat=False, unroll=1)
     guide = cfg_scale != 1.0 and config.n_classes > 0
     size = -(-min(batch_size, len(labels)) // mesh.size) * mesh.size
@@ -141,16 +148,20 @@ def label_ids(words: Sequence[int | str], names: Sequence[str], n_classes: int) 
     Raises:
         UserError: no such class.
     """
-    ids = {str(i): i for i in range(n_classes)} | {name: i for i, name in enumerate(names)}
+    # Without classes there is one label, the null label 0.
+    ids = {str(i): i for i in range(n_classes or 1)} | {name: i for i, name in enumerate(names)}
     for word in words:
         if str(word) not in ids:
-            raise unknown("label", word, names or [f"0 … {n_classes - 1}"])
+            raise unknown("label", word, names or [f"0 … {max(1, n_classes) - 1}"])
     return [ids[str(word)] for word in words]
 
 
-def captions(labels: Labels, names: Sequence[str]) -> list[str] | None:
-    """The class name of every picture; None where classes have no names."""
-    return [names[label] for label in labels] if names else None
+def saved_model(run: Path) -> ModelConfig:
+    """The shape of a run's model. Raises UserError where `config.json` does not describe one."""
+    try:
+        return ModelConfig(**read_config(run)["model_config"])
+    except TypeError as error:
+        raise UserError(f"the config.json of '{run}' is damaged: {error}") from None
 
 
 def load_params(
@@ -232,19 +243,30 @@ def write(out: Path, pictures, labels, names: Sequence[str]) -> None:
             np.savez(file, arr_0=pictures, arr_1=np.asarray(labels, np.int64))
 
 
+@contextmanager
+def unwritable(path: Path) -> Iterator[None]:
+    """Turns what the system says of a path into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
 def main(config: GenerateConfig) -> None:
     """Load, draw, write."""
     check(config)
     run = read_config(config.run)
-    model, names = ModelConfig(**run["model_config"]), run["dataset"]["label_names"]
-    ids = label_ids(config.labels, names, model.n_classes) or range(max(1, model.n_classes))
-    labels = spread(list(ids), config.n)
+    model, names = saved_model(config.run), run["dataset"]["label_names"]
+    ids = label_ids(config.labels, names, model.n_classes)
+    if config.n < len(ids):
+        raise UserError(f"--n {config.n} is fewer than the {len(ids)} labels")
+    labels = spread(ids or range(max(1, model.n_classes)), config.n)
 
     mesh = parallel.make_mesh()
     step, params = load_params(config.run, model, mesh, ema=config.ema, step=config.step)
     sampler = Sampler(
         solver=config.solver or run["solver"],
-        n_steps=config.n_steps or run["n_sample_steps"],
+        n_steps=run["n_sample_steps"] if config.n_steps is None else config.n_steps,
         shift=run["sample_shift"],
     )
     pictures = sample(
@@ -258,12 +280,14 @@ def main(config: GenerateConfig) -> None:
         batch_size=config.batch_size,
         trajectory=config.trajectory is not None,
     )
-    write(config.out, images.to_uint8(pictures.x), labels, names)
+    with unwritable(config.out):
+        write(config.out, images.to_uint8(pictures.x), labels, names)
     print(f"{config.n} pictures from step {step} of {config.run}: {config.out}")
     if config.trajectory and pictures.trajectory is not None:
         states = images.to_uint8(pictures.trajectory)
         frames = [images.grid(x, captions=captions(labels, names)) for x in states]
-        images.save_gif(frames, config.trajectory)
+        with unwritable(config.trajectory):
+            images.save_gif(frames, config.trajectory)
         print(f"their way from noise: {config.trajectory}")
 
 

@@ -50,7 +50,8 @@ def upright(raw: bytes | Image.Image) -> Image.Image:
         raise
     except (Exception, Image.DecompressionBombWarning) as error:
         # Pillow's parsers raise anything from SyntaxError to struct.error on a damaged file.
-        raise UserError(f"the picture cannot be read ({error or type(error).__name__})") from error
+        reason = str(error).partition("<")[0].strip()  # Pillow names the buffer it read from
+        raise UserError(f"the picture cannot be read ({reason or type(error).__name__})") from error
 
 
 def to_uint8(x: Float[np.ndarray, "*n h w c"]) -> UInt8[np.ndarray, "*n h w c"]:

@@ -6,6 +6,7 @@ Nothing here knows of checkpoints, metrics or models; they are written into the 
 import fcntl
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from errors import UserError
 
 RUNS = Path("runs")
 CONFIG = "config.json"
+NEEDED = ("dataset_name", "model", "model_config", "dataset")
 
 
 def new(dataset_name: str, model: str, *, root: Path = RUNS) -> Path:
@@ -43,8 +45,13 @@ def newest(dataset_name: str, model: str | None, *, root: Path = RUNS) -> Path:
 
 
 def require_new(run_dir: Path) -> None:
-    """Raises UserError if the folder holds anything: a run is new or resumed, never mixed."""
-    if run_dir.exists() and not (run_dir.is_dir() and not any(run_dir.iterdir())):
+    """Raises UserError if the folder is in use: a run is new or resumed, never mixed.
+
+    A profile, which needs no run, may lie there already.
+    """
+    if run_dir.exists() and not (
+        run_dir.is_dir() and all(path.name == "profile" for path in run_dir.iterdir())
+    ):
         raise UserError(
             f"'{run_dir}' already exists; go on with it by --resume, or name another --run_dir"
         )
@@ -54,8 +61,10 @@ def make(run_dir: Path) -> None:
     """Create the folder, if need be. Raises UserError where that cannot be."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass  # it can be written to
     except OSError as error:
-        raise UserError(f"cannot make the run's folder '{run_dir}': {error.strerror}") from None
+        raise UserError(f"cannot write to the run's folder '{run_dir}': {error.strerror}") from None
 
 
 @contextmanager
@@ -80,14 +89,18 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     """The settings a run was started with, its `model_config` and its `dataset`.
 
     Raises:
-        UserError: the folder is not a run.
+        UserError: the folder is not a run, or the file is damaged.
     """
     try:
-        return json.loads((run_dir / CONFIG).read_text())
+        config = json.loads((run_dir / CONFIG).read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"'{run_dir}' is not a run: it has no {CONFIG}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not even text
         raise UserError(f"{run_dir / CONFIG} is damaged: {error}") from None
+    lacks = [name for name in NEEDED if not isinstance(config, dict) or name not in config]
+    if lacks:
+        raise UserError(f"{run_dir / CONFIG} is damaged: it lacks {', '.join(lacks)}")
+    return config
 
 
 def write_config(run_dir: Path, config: dict[str, Any]) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 
 import images
 
+Labels = Sequence[int] | Int[np.ndarray, "n"]
 ROWS = 4
 COLUMNS = 10
 
@@ -25,12 +26,17 @@ def labels(n_classes: int) -> list[int]:
     return classes.astype(int).tolist() * ROWS
 
 
+def captions(labels: Labels, names: Sequence[str]) -> list[str] | None:
+    """The class name of every picture; None where classes have no names."""
+    return [names[label] for label in labels] if names else None
+
+
 def sheet(
     x: Float[np.ndarray, "b h w c"], labels: Sequence[int], names: Sequence[str]
 ) -> Image.Image:
     """Samples in −1 … 1 as a grid, with the names of their classes."""
-    captions = [names[label] for label in labels] if names else None
-    return images.grid(images.to_uint8(x), columns=len(labels) // ROWS, captions=captions)
+    columns = len(labels) // ROWS
+    return images.grid(images.to_uint8(x), columns=columns, captions=captions(labels, names))
 
 
 def farewell(run_dir: Path, step: int) -> str:

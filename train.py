@@ -13,6 +13,7 @@ Start reading here: `update` is one step, `Trainer.fit` is a run in the order of
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -43,7 +44,15 @@ from model import graphdef, init_params
 from pipeline import Batch, Pipeline
 from sources import open_source
 from tracking import Throughput, Tracker
-from train_config import DEFAULTS, TrainConfig, network, objective, resolve, take_up
+from train_config import (
+    DEFAULTS,
+    TrainConfig,
+    network,
+    objective,
+    require_even_batches,
+    resolve,
+    take_up,
+)
 from train_profile import profile
 
 __all__ = ["TrainConfig", "TrainState", "Trainer"]
@@ -109,7 +118,7 @@ class Trainer:
             UserError: settings or data that cannot work.
         """
         dataset_name = config.dataset_name or DEFAULTS["dataset_name"]
-        run_dir, saved = config.run_dir, None
+        run_dir, saved = config.run_dir and Path(config.run_dir), None
         if config.resume:
             run_dir = run_dir or run_folder.newest(dataset_name, config.model)
             saved = run_folder.read_config(run_dir)
@@ -130,6 +139,8 @@ class Trainer:
         c = self.config = resolve(
             config, self.dataset, n_rows=n_rows, n_devices=n_devices, platform=platform
         )
+        if not saved:  # a finished run may be sampled on any number of devices
+            require_even_batches(c, n_devices)
         self.run_dir = run_dir or run_folder.new(c.dataset_name, c.model)
         self.model_config = network(c, self.dataset, platform)
         self.peak = profiling.peak(
@@ -160,7 +171,9 @@ class Trainer:
         Raises:
             UserError: the folder is not a run, or has no complete checkpoint yet.
         """
-        trainer = cls(TrainConfig(run_dir=Path(run_dir), resume=True))
+        # On fewer devices than it was trained on, fewer share the weights.
+        fsdp = math.gcd(run_folder.read_config(Path(run_dir))["fsdp"], jax.device_count())
+        trainer = cls(TrainConfig(run_dir=Path(run_dir), resume=True, fsdp=fsdp))
         if not trainer.step:
             raise UserError(f"'{run_dir}' has no complete checkpoint yet")
         return trainer
@@ -234,7 +247,9 @@ class Trainer:
             RunError: the loss is not finite.
             KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, once all is saved.
         """
-        c, last = self.config, n_steps or self.config.n_steps
+        c, last = self.config, self.config.n_steps if n_steps is None else n_steps
+        require_even_batches(c, jax.device_count())
+        _ = self.data  # decoded now: a bad picture must end this before anything is written
         with stopping() as stop, self._open(last) as run:
             run.tracker.message(self._headline(last))
             pending = None
@@ -290,11 +305,12 @@ class Trainer:
         result, (n_steps + 1, b, h, w, c).
         """
         c, n_classes = self.config, self.model_config.n_classes
+        n_steps = c.n_sample_steps if n_steps is None else n_steps
         solution = generate.sample(
             self.state.ema if ema else self.state.params,
             self.model_config,
             generate.label_ids(labels, self.dataset.label_names, n_classes),
-            sampler=generate.Sampler(c.solver, n_steps or c.n_sample_steps, c.sample_shift),
+            sampler=generate.Sampler(c.solver, n_steps, c.sample_shift),
             mesh=self.mesh,
             cfg_scale=c.cfg_scale if cfg_scale is None else cfg_scale,
             seed=seed,

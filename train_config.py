@@ -55,7 +55,7 @@ class TrainConfig:
         time_shift: moves training times towards noise; above 1 for large pictures.
         label_dropout: share of rows trained without their label, for guidance.
         n_epochs: how long to train; n_steps wins.
-        n_steps: how long to train, in updates.
+        n_steps: how long to train, in updates; more on a resumed run stretches its schedule.
         batch_size: pictures per update, over all devices.
         learning_rate: the peak of the schedule.
         schedule: constant, cosine or linear.
@@ -180,7 +180,7 @@ POSITIVE = (
     *("logit_std", "time_shift", "sample_shift", "log_every", "eval_save_steps", "sample_every_n"),
     *("n_eval_batches", "keep_checkpoints", "n_sample_steps", "peak_tflops"),
 )
-NOT_NEGATIVE = ("weight_decay", "clip_norm", "warmup_steps", "n_workers")
+NOT_NEGATIVE = ("weight_decay", "clip_norm", "warmup_steps", "n_workers", "seed")
 BETWEEN = {
     "label_dropout": (0, 1),
     "ema_decay": (0, 1),
@@ -203,14 +203,16 @@ def take_up(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
     """
     said = {name: value for name, value in vars(config).items() if value is not None}
     changed = [
-        f"{name} was {saved[name]}, not {value}"
+        f"{name} was {saved.get(name)}, not {value}"
         for name, value in said.items()
-        if name not in FREE_ON_RESUME and saved[name] != value
+        if name not in FREE_ON_RESUME and saved.get(name) != value
     ]
     if changed:
         raise UserError(f"cannot resume: {'; '.join(changed)}")
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
-    kept = {name: saved[name] for name in fields - {"run_dir", "resume", "profile"}}
+    kept: dict[str, Any] = {
+        name: saved.get(name) for name in fields - {"run_dir", "resume", "profile"}
+    }
     if "n_epochs" in said:
         kept["n_steps"] = None
     if kept["data_dir"]:
@@ -281,6 +283,10 @@ def validate(config: TrainConfig, n_devices: int) -> None:
             raise unknown(name, getattr(config, name), table)
     if n_devices % config.fsdp:
         raise UserError(f"--fsdp {config.fsdp} does not divide the {n_devices} devices")
+
+
+def require_even_batches(config: TrainConfig, n_devices: int) -> None:
+    """Raises UserError if a batch cannot be split over the devices."""
     if config.batch_size % n_devices:
         raise UserError(
             f"--batch_size {config.batch_size} is not divisible by the {n_devices} devices"

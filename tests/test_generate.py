@@ -130,6 +130,14 @@ def test_the_command_draws_from_a_run(tmp_path, cache, capsys):
     assert wrong.stderr.startswith("error: unknown label 'eleven'") and wrong.stdout == ""
 
 
+@pytest.mark.parametrize("how", [{"seed": 2**40}, {"seed": -1}, {"cfg_scale": float("inf")}])
+def test_numbers_that_cannot_be_are_refused(params, how):
+    with pytest.raises(UserError, match="must be finite and seed"):
+        pictures(params, [1], **how)
+    with pytest.raises(UserError, match="no labels"):
+        pictures(params, [])
+
+
 def test_a_sampler_that_does_not_exist_is_named():
     with pytest.raises(UserError, match="unknown solver 'rk4'"):
         Sampler(solver="rk4")

@@ -41,7 +41,8 @@ def test_runs_started_in_the_same_second_have_names_of_their_own(tmp_path):
 
 def start(root, name, dataset_name, model, *, age=0):
     (root / name).mkdir()
-    run_folder.write_config(root / name, {"dataset_name": dataset_name, "model": model})
+    config = {"dataset_name": dataset_name, "model": model, "model_config": {}, "dataset": {}}
+    run_folder.write_config(root / name, config)
     at = 1_700_000_000 - age
     os.utime(root / name / "config.json", (at, at))
     return root / name
@@ -53,6 +54,8 @@ def test_the_newest_run_is_the_newest_of_that_data_and_model(tmp_path):
     c = start(tmp_path, "c", "digits", "DiT-B/2", age=20)
     start(tmp_path, "d", "mnist", "DiT-S/2", age=10)
     (tmp_path / "not a run").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/config.json").write_text("{}")
     assert run_folder.newest("digits", "DiT-S/2", root=tmp_path) == b
     assert run_folder.newest("digits", None, root=tmp_path) == c
     with pytest.raises(UserError, match="no run of mnist with DiT-B/2"):
@@ -74,7 +77,8 @@ def test_a_run_is_new_or_resumed_and_never_mixed(tmp_path):
 
 
 def test_a_configuration_comes_back(tmp_path):
-    config = {"dataset_name": "digits", "learning_rate": 3e-3, "data_dir": None, "rope": False}
+    config = {"dataset_name": "digits", "model": "DiT-S/2", "data_dir": None, "rope": False}
+    config |= {"model_config": {"mlp_ratio": 4.0}, "dataset": {"label_names": ["0", "1"]}}
     run_folder.write_config(tmp_path, config)
     assert run_folder.read_config(tmp_path) == config
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

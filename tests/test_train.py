@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -16,6 +17,7 @@ from commands import NANO, SMALL, run, start
 from hub_copies import make_copy
 from PIL import Image, ImageSequence
 
+import generate
 from datasets_config import DATASET_CONFIGS
 from errors import RunError, UserError
 from train import TrainConfig, Trainer, TrainState
@@ -286,6 +288,7 @@ def test_fsdp_trains_as_replicas_do(tmp_path):
         ({"batch_size": 12}, "--batch_size 12 is not divisible by the 8 devices"),
         ({"fsdp": 3}, "--fsdp 3 does not divide the 8 devices"),
         ({"learning_rate": 0.0}, "--learning_rate 0.0: must be above 0"),
+        ({"seed": -1}, "--seed -1: must not be below 0"),
         ({"solver": "rk4"}, "unknown solver 'rk4'"),
         ({"data_dir": Path("/nowhere")}, "/nowhere"),
     ],
@@ -317,6 +320,50 @@ def test_a_resume_on_other_data_is_refused(whole, tmp_path):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"is not a run: it has no config\.json"):
         Trainer.from_run(tmp_path)
+
+
+def test_a_set_without_classes_trains_and_draws(tmp_path, capsys):
+    trainer = Trainer(replace(TINY, label_column="", n_steps=2, run_dir=tmp_path / "run"))
+    trainer.fit()
+    assert trainer.model_config.n_classes == 0
+    assert trainer.sample([0, 0]).shape == (2, 8, 8, 1)
+    generate.main(generate.GenerateConfig(run=tmp_path / "run", n=2, out=tmp_path / "a.png"))
+
+
+def test_a_run_opens_on_fewer_devices_than_it_was_trained_on(whole, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 5)  # divides neither the batch nor fsdp
+    config = json.loads((whole.run_dir / "config.json").read_text())
+    assert Trainer.from_run(whole.run_dir).step == 12 and config["batch_size"] == 8
+
+
+def test_bad_pictures_end_a_run_before_it_writes(tmp_path, capsys):
+    for name in ("cat", "dog"):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        for i in range(8):
+            Image.new("L", (8, 8), i).save(folder / f"{i}.png")
+    (tmp_path / "data/dog/9.png").write_text("not a picture")
+    config = replace(TINY, dataset_name=f"folder:{tmp_path / 'data'}", run_dir=tmp_path / "run")
+    with pytest.raises(UserError, match=r"row \d+, column 'image': the picture cannot be read"):
+        Trainer(config).fit()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "\udcff", '{"model": 1}'])
+def test_a_damaged_configuration_is_said(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        Trainer.from_run(str(tmp_path))
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        generate.main(generate.GenerateConfig(run=tmp_path))
+
+
+def test_a_run_of_an_older_version_goes_on_with_new_settings_at_their_defaults(whole, tmp_path):
+    shutil.copytree(whole.run_dir, tmp_path / "run")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    del config["beta1"]
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    assert Trainer.from_run(tmp_path / "run").config.beta1 == 0.9
 
 
 @pytest.mark.parametrize(
@@ -355,7 +402,9 @@ def test_every_data_set_trains(tmp_path, name, capsys):
 @pytest.mark.slow
 def test_a_profile_of_the_largest_model_prints_its_figures(tmp_path, cache):
     flags = ["--profile", "--model", "DiT-XL/2", "--image_size", 32, "--channels", 4]
-    flags += ["--batch_size", 8, "--run_dir", tmp_path / "run"]
+    flags += ["--batch_size", 1, "--run_dir", tmp_path / "run"]
     done = run("train.py", *flags, cache=cache)
     assert done.returncode == 0, done.stderr
-    assert "674 Mparameters" in done.stdout and "n/a" in done.stdout
+    assert "674 M parameters" in done.stdout and "237 GFLOP" in done.stdout
+    assert "MFU                                  n/a" in done.stdout
+    assert list((tmp_path / "run/profile").rglob("*.trace.json.gz"))

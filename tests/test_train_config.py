@@ -202,7 +202,6 @@ BAD = [
     ("schedule", "cosin"),
     ("solver", "rk4"),
     ("time_density", "normal"),
-    ("batch_size", 12),
     ("fsdp", 3),
 ]
 
