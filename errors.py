@@ -13,9 +13,7 @@ class UserError(ValueError):
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
-    """The error for a name that is not in a table: names it, the nearest name and all allowed
-    names.
-    """
+    """For a name that is not in a table: the name, the nearest one and what is allowed."""
     known = list(known)
     near = difflib.get_close_matches(str(name), known, n=1)
     hint = f"; did you mean '{near[0]}'?" if near else ""

@@ -38,18 +38,14 @@ class Linear(nnx.Module):
 
 
 def layer_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    """Zero mean and unit variance over the last axis, without learned parameters (adaLN supplies
-    them).
-    """
+    """Zero mean and unit variance over the last axis; adaLN supplies scale and shift."""
     y = x.astype(jnp.float32)
     y = y - y.mean(-1, keepdims=True)
     return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
 def rms_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    """Unit mean square over the last axis (Zhang & Sennrich 2019, eq. 4), without learned
-    parameters.
-    """
+    """Unit mean square over the last axis (Zhang & Sennrich 2019, eq. 4)."""
     y = x.astype(jnp.float32)
     return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
@@ -58,9 +54,7 @@ NORMS = {"layer": layer_norm, "rms": rms_norm}
 
 
 class RMSNorm(nnx.Module):
-    """`rms_norm` with a learned scale: keeps queries and keys, and so the logits, bounded (Esser et
-    al. 2024, §5.3.2).
-    """
+    """`rms_norm` with a learned scale: it keeps attention's logits bounded (Esser et al. 2024)."""
 
     def __init__(self, dim: int):
         self.scale = nnx.Param(jnp.ones(dim))
@@ -75,9 +69,7 @@ def identity(x: Array) -> Array:
 
 
 def modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]):
-    """adaLN: every token of a picture is scaled and shifted by that picture's condition (Peebles &
-    Xie 2023, §3.2).
-    """
+    """adaLN: a picture's condition scales and shifts its tokens (Peebles & Xie 2023, §3.2)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -160,18 +152,14 @@ def rotate(x: Float[Array, "b n h k"], grid: tuple[int, int]) -> Float[Array, "b
 
 
 def time_features(t: Float[Array, "b"], n: int = 256) -> Float[Array, "b n"]:
-    """Cosines and sines of t at n / 2 frequencies from 1 down to 1/10 000 (Vaswani et al. 2017,
-    §3.5).
-    """
+    """Cosines and sines of t, frequencies from 1 down to 1/10 000 (Vaswani et al. 2017, §3.5)."""
     frequency = jnp.exp(-np.log(10_000.0) * jnp.arange(n // 2) / (n // 2))
     angle = t.astype(jnp.float32)[:, None] * frequency[None]
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
 class TimeEmbedder(nnx.Module):
-    """t in [0, 1] → a vector. `time_scale` = 1000 spreads t over the frequencies, which were made
-    for 1000 steps.
-    """
+    """t in [0, 1] → a vector. The sinusoids were made for 0 … 1000, hence `time_scale`."""
 
     def __init__(self, width: int, *, time_scale: float, dtype: str, rngs: nnx.Rngs):
         self.hidden = Linear(256, width, dtype=dtype, rngs=rngs, init=small_normal)
@@ -183,9 +171,7 @@ class TimeEmbedder(nnx.Module):
 
 
 class LabelEmbedder(nnx.Module):
-    """A learned vector for each class and, as row `n_classes`, one for "no class" (Ho & Salimans
-    2022).
-    """
+    """A learned vector for each class; row `n_classes` is "no class" (Ho & Salimans 2022)."""
 
     def __init__(self, n_classes: int, width: int, *, dtype: str, rngs: nnx.Rngs):
         self.table = nnx.Param(small_normal(rngs.params(), (n_classes + 1, width)))
@@ -199,18 +185,14 @@ class LabelEmbedder(nnx.Module):
 
 
 def attention(q: Float[Array, "b n h k"], k: Float[Array, "b m h k"], v: Float[Array, "b m h k"]):
-    """softmax(q kᵀ / √k) v for each head, with scores and softmax in float32 (Vaswani et al. 2017,
-    eq. 1).
-    """
+    """softmax(q kᵀ / √k) v per head, softmax in float32 (Vaswani et al. 2017, eq. 1)."""
     q = q * (1 / np.sqrt(q.shape[-1])).astype(q.dtype)
     scores = jnp.einsum("bnhk,bmhk->bhnm", q, k, preferred_element_type=jnp.float32)
     return jnp.einsum("bhnm,bmhk->bnhk", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention, with optional normalised queries and keys and optional rotary
-    positions on `grid`.
-    """
+    """Multi-head self-attention; optional norms of q and k, optional rotary positions on `grid`."""
 
     def __init__(
         self,
@@ -250,9 +232,7 @@ class GeluMLP(nnx.Module):
 
 
 class SwiGLUMLP(nnx.Module):
-    """A gated linear unit (Shazeer 2020, eq. 5); two thirds of the hidden width, so that it costs
-    what `GeluMLP` does.
-    """
+    """A gated linear unit (Shazeer 2020, eq. 5), narrower so that it costs what `GeluMLP` does."""
 
     def __init__(self, width: int, hidden: int, *, dtype: str, rngs: nnx.Rngs):
         hidden = round(hidden * 2 / 3 / 8) * 8

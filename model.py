@@ -117,9 +117,7 @@ BLOCKS = {"adaln_zero": AdaLNZeroBlock}
 
 
 class FinalLayer(nnx.Module):
-    """Tokens → patches of the prediction. Starts at zero, as every block does: the untrained model
-    predicts 0.
-    """
+    """Tokens → patches. Starts at zero, as every block does: the untrained model predicts 0."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         c, d = config, config.width

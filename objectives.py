@@ -58,9 +58,7 @@ def mode(scale: float = 1.29) -> Density:
 
 
 def shift_time(t: Float[Array, "*n"], shift: float) -> Float[Array, "*n"]:
-    """Move times towards noise for larger pictures: t' = s·t / (1 + (s − 1)·t) (Esser et al. 2024,
-    eq. 23).
-    """
+    """More noise for larger pictures: s·t / (1 + (s − 1)·t) (Esser et al. 2024, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -76,9 +74,7 @@ class RowKeys(NamedTuple):
 
 
 def row_keys(key: Key[Array, ""], row: Int[Array, "b"]) -> RowKeys:
-    """Keys that are a function of the step's key and the row's index in the global batch, and of
-    nothing else.
-    """
+    """Keys that depend on the step's key and the row's index in the global batch alone."""
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 3))(row)
     return RowKeys(time=keys[:, 0], noise=keys[:, 1], drop=keys[:, 2])
 

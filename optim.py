@@ -45,9 +45,7 @@ def optimizer(
     weight_decay: float,
     clip_norm: float,
 ) -> optax.GradientTransformation:
-    """Clip the global norm (0: never), then AdamW (Loshchilov & Hutter 2019), decaying only the
-    matrices of linear maps.
-    """
+    """Clip the norm (0: never), then AdamW (Loshchilov & Hutter 2019); only matrices decay."""
 
     def matrices(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)

@@ -66,9 +66,7 @@ def abstract(make: Callable[[], Any], mesh: Mesh) -> Any:
 
 
 def create(make: Callable[[], Any], mesh: Mesh) -> Any:
-    """Run `make` so that each device computes and holds its own shards: the whole never exists
-    anywhere.
-    """
+    """Run `make` with each device computing its own shards: the whole never exists anywhere."""
     return jax.jit(make, out_shardings=shardings(jax.eval_shape(make), mesh))()
 
 
@@ -114,9 +112,7 @@ class Gathered(nnx.Module):
 
 
 def live_model(graphdef, params: Any, specs: Any) -> nnx.Module:
-    """The model on this device's shards: `blocks` gather themselves one by one, everything else is
-    gathered here.
-    """
+    """The model on this device's shards; `blocks` gather themselves, the rest is gathered here."""
     axes = sharded_axes(specs, jax.tree.map(lambda x: x.ndim, params))
     names = [path[0].key for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     outside = tuple(None if n == "blocks" else axis for n, axis in zip(names, axes, strict=True))

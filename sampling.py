@@ -16,18 +16,14 @@ Velocity = Callable[[Float[Array, "b *s"], Float[Array, ""]], Float[Array, "b *s
 
 
 class Solution(NamedTuple):
-    """Where a solver arrived and, if asked for, every state on the way: the noise first, the result
-    last.
-    """
+    """Where a solver arrived and, if asked for, all states: noise first, result last."""
 
     x: Float[Array, "b *s"]
     trajectory: Float[Array, "times b *s"] | None
 
 
 def time_grid(n_steps: int, *, shift: float = 1.0) -> Float[Array, "{n_steps}+1"]:
-    """n + 1 times from 1 to 0. `shift` > 1 spends more of them near the noise (Esser et al. 2024,
-    eq. 23).
-    """
+    """n + 1 times from 1 to 0; `shift` > 1 puts more near the noise, as in `shift_time`."""
     t = jnp.linspace(1.0, 0.0, n_steps + 1)
     return shift * t / (1 + (shift - 1) * t)
 
@@ -35,9 +31,7 @@ def time_grid(n_steps: int, *, shift: float = 1.0) -> Float[Array, "{n_steps}+1"
 def initial_noise(
     seed: Int[Array, ""] | int, index: Int[Array, "b"], shape: tuple[int, ...]
 ) -> Float[Array, "b *s"]:
-    """Standard normal noise: a function of the seed and each picture's index, whatever the batch it
-    is drawn in.
-    """
+    """Standard normal noise: a function of the seed and a picture's index, not of its batch."""
     key = jax.random.key(seed)
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(index)
 
