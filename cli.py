@@ -18,7 +18,7 @@ import select
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
@@ -31,10 +31,16 @@ from errors import RunError, UserError, unknown
 T = TypeVar("T")
 
 
-def parse(config: type[T], argv: Sequence[str] | None = None) -> T:
+def parse(
+    config: type[T],
+    argv: Sequence[str] | None = None,
+    *,
+    filled: Mapping[str, Any] | None = None,
+) -> T:
     """The dataclass `config` filled from `argv`, by default the words after the command's name.
 
-    `-h` or `--help` prints a page made from the docstring's `Args:` and leaves with 0.
+    `-h` or `--help` prints a page made from the docstring's `Args:` and leaves with 0; `filled`
+    says there what a default of None will become.
 
     Raises:
         UserError: an unknown, repeated or missing flag, a stray word, a value of the wrong type.
@@ -49,7 +55,7 @@ def parse(config: type[T], argv: Sequence[str] | None = None) -> T:
         found.update(words)
 
     record.__doc__ = config.__doc__
-    record.__signature__ = _signature(fields, kinds)  # type: ignore
+    record.__signature__ = _signature(fields, kinds, filled or {})  # type: ignore
     if "-h" in argv or "--help" in argv:
         print(_help_page(record))
         sys.exit(0)
@@ -212,12 +218,15 @@ def _required(field: dataclasses.Field) -> bool:
     return field.default is MISSING and field.default_factory is MISSING
 
 
-def _signature(fields: dict[str, dataclasses.Field], kinds: dict[str, Any]) -> inspect.Signature:
+def _signature(
+    fields: dict[str, dataclasses.Field], kinds: dict[str, Any], filled: Mapping[str, Any]
+) -> inspect.Signature:
     """What Fire prints: types in words, and each default as a person would type it."""
 
     def parameter(name: str, field: dataclasses.Field) -> inspect.Parameter:
         make = field.default_factory
         default = field.default if make is MISSING else make()
+        default = filled.get(name) if default is None else default
         words = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
         shown = type("Default", (), {"__repr__": lambda _: "none" if words == "None" else words})()
         return inspect.Parameter(

@@ -46,6 +46,7 @@ from sources import open_source
 from tracking import Throughput, Tracker
 from train_config import (
     DEFAULTS,
+    FILLED,
     TrainConfig,
     network,
     objective,
@@ -460,7 +461,7 @@ def from_items(items: dict[str, Any]) -> TrainState:
 
 
 def main() -> None:
-    config = cli.parse(TrainConfig)
+    config = cli.parse(TrainConfig, filled=FILLED)
     # Compiled programs are kept for the next start. Here, because importing must not change JAX.
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dit-jax"

@@ -175,6 +175,14 @@ RECOMMENDED = (
     *("model", "batch_size", "learning_rate", "n_steps", "ema_decay", "cfg_scale"),
     *("image_size", "channels"),
 )
+# What the help page says of values that are not given.
+FILLED = (
+    DEFAULTS
+    | dict.fromkeys(RECOMMENDED, "as the data set recommends")
+    | dict.fromkeys(("eval_save_steps", "sample_every_n"), "n_steps / 4, at most 1000")
+    | {"warmup_steps": "n_steps / 20, at most 1000", "patch_size": "the model's"}
+    | {"remat": "for L and XL", "half_precision": "except on a CPU", "run_dir": "a new one"}
+)
 POSITIVE = (
     *("n_steps", "n_epochs", "batch_size", "learning_rate", "patch_size", "image_size", "fsdp"),
     *("logit_std", "time_shift", "sample_shift", "log_every", "eval_save_steps", "sample_every_n"),

@@ -217,3 +217,11 @@ def test_a_reader_that_leaves_is_not_talked_about():
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait() == 1
+
+
+def test_help_says_what_a_hole_is_filled_with(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(Config, ["--help"], filled={"n_steps": "as the recipe says", "rate": "unseen"})
+    page = capsys.readouterr().out
+    assert "Default: as the recipe says" in page and "Default: 0.5" in page
+    assert "unseen" not in page
