@@ -98,6 +98,7 @@ def test_what_cannot_work_is_refused_before_it_starts(tmp_path, fields, message)
         generate.main(GenerateConfig(run=tmp_path, **paths))
 
 
+@pytest.mark.slow
 def test_the_command_draws_from_a_run(tmp_path, cache, capsys):
     folder = tmp_path / "run"
     config = TrainConfig(model="DiT-Nano/8", batch_size=8, n_steps=4, eval_save_steps=2)

@@ -75,6 +75,7 @@ def test_a_run_leaves_what_it_promises(whole, capsys):
         assert min(picture.size) > 256  # large enough for a person to see
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_mean_since_the_last_line(whole, tmp_path):
     """Not the last step's: with one line per step, five lines average to one of five steps."""
     each = Trainer(
@@ -237,6 +238,7 @@ def test_samples_come_from_the_average(whole):
     assert whole.sample([1], trajectory=True).shape == (3, 1, 8, 8, 1)
 
 
+@pytest.mark.slow
 def test_the_live_model_survives_training(whole):
     model = whole.model()
     batch = next(whole.data.train_batches(0, 1))
@@ -250,6 +252,7 @@ def test_the_live_model_survives_training(whole):
     assert before == (whole.state, whole.step)
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_its_weights_in_float32(tmp_path):
     trainer = Trainer(replace(TINY, half_precision=True, run_dir=tmp_path / "run"))
     batch = next(trainer.data.train_batches(0, 1))
@@ -263,6 +266,7 @@ def test_half_precision_keeps_its_weights_in_float32(tmp_path):
     np.testing.assert_allclose(half_loss, full_loss, rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_fsdp_trains_as_replicas_do(tmp_path):
     """And its checkpoint opens without it."""
     reports = []
@@ -322,6 +326,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         Trainer.from_run(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_set_without_classes_trains_and_draws(tmp_path, capsys):
     trainer = Trainer(replace(TINY, label_column="", n_steps=2, run_dir=tmp_path / "run"))
     trainer.fit()
