@@ -141,9 +141,10 @@ def test_a_killed_process_loses_only_what_was_not_saved(tmp_path, cache):
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number, code",
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130)],
 )
 def test_a_signal_saves_and_leaves(tmp_path, cache, number, code):
     flags = ["--n_steps", 100_000, "--eval_save_steps", 100_000, "--log_every", 1]
@@ -187,6 +188,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"6"}
 
 
+@pytest.mark.slow
 def test_a_bad_row_ends_the_run_with_its_name_and_a_checkpoint(tmp_path, capsys):
     folder = make_copy("cifar10", tmp_path / "data", n=64)
     config = replace(
@@ -363,6 +365,7 @@ def test_a_damaged_configuration_is_said(tmp_path, text):
         generate.main(generate.GenerateConfig(run=tmp_path))
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_goes_on_with_new_settings_at_their_defaults(whole, tmp_path):
     shutil.copytree(whole.run_dir, tmp_path / "run")
     config = json.loads((tmp_path / "run/config.json").read_text())
