@@ -1,16 +1,21 @@
 """What a run shows a person: its first words, its sample sheets and its last words.
 
-Takes plain values; it neither samples nor writes.
+It neither samples nor writes.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
 import images
+
+if TYPE_CHECKING:
+    from train import Trainer
 
 Labels = Sequence[int] | Int[np.ndarray, "n"]
 ROWS = 4
@@ -37,6 +42,20 @@ def sheet(
     """Samples in −1 … 1 as a grid, with the names of their classes."""
     columns = len(labels) // ROWS
     return images.grid(images.to_uint8(x), columns=columns, captions=captions(labels, names))
+
+
+def greeting(trainer: "Trainer", last: int) -> str:
+    """What is trained, on what, from where to where."""
+    c, m, source = trainer.config, trainer.model_config, trainer.source
+    n_params = sum(x.size for x in jax.tree.leaves(trainer.state.params))
+    devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
+    begin = f"going on at step {trainer.step}" if trainer.step else "starting"
+    return (
+        f"{c.model}, {n_params / 1e6:.3g} M parameters, {m.dtype}, on {devices}\n"
+        f"{source.config.name}: {len(source.train)} training pictures of "
+        f"{m.image_size}×{m.image_size}×{m.channels}, {m.n_classes} classes\n"
+        f"{begin}: {last} steps of {c.batch_size} pictures, into {trainer.run_dir}"
+    )
 
 
 def farewell(run_dir: Path, step: int) -> str:

@@ -20,7 +20,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,12 +101,14 @@ def update(
     return TrainState(state.step + 1, params, ema, opt_state, window), report
 
 
-class Run(NamedTuple):
-    """What `fit` holds open."""
+@dataclass
+class Run:
+    """What `fit` holds open, and the step whose report it has not read yet."""
 
     tracker: Tracker
     checkpoints: Checkpoints
     throughput: Throughput
+    unread: tuple[int, dict[str, Any]] | None = None
 
 
 class Trainer:
@@ -252,20 +254,18 @@ class Trainer:
         require_even_batches(c, jax.device_count())
         _ = self.data  # decoded now: a bad picture must end this before anything is written
         with stopping() as stop, self._open(last) as run:
-            run.tracker.message(self._headline(last))
-            pending = None
+            run.tracker.message(showcase.greeting(self, last))
             for batch in self._batches(run, last):
                 report = self.train_step(batch)
                 # Step k's numbers are read only after step k + 1 is dispatched: reading them now
                 # would idle the device.
-                self._read(run, pending)
-                pending = self.step, report
+                self._read(run)
+                run.unread = self.step, report
 
                 evaluate = self.step % c.eval_save_steps == 0 or self.step == last
                 sample = self.step % c.sample_every_n == 0 and not stop
                 if evaluate or sample or stop:
-                    self._read(run, pending)
-                    pending = None
+                    self._read(run)
                     with run.throughput.paused():
                         if evaluate:
                             run.tracker.log(self.step, self.evaluate())
@@ -362,18 +362,6 @@ class Trainer:
             run_folder.write_config(self.run_dir, self.describe())
             yield Run(tracker, checkpoints, Throughput())
 
-    def _headline(self, last: int) -> str:
-        c, m = self.config, self.model_config
-        n_params = sum(x.size for x in jax.tree.leaves(self.state.params))
-        devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
-        begin = f"going on at step {self.step}" if self.step else "starting"
-        return (
-            f"{c.model}, {n_params / 1e6:.3g} M parameters, {m.dtype}, on {devices}\n"
-            f"{self.dataset.name}: {len(self.source.train)} training pictures of "
-            f"{m.image_size}×{m.image_size}×{m.channels}, {m.n_classes} classes\n"
-            f"{begin}: {last} steps of {c.batch_size} pictures, into {self.run_dir}"
-        )
-
     def describe(self) -> dict[str, Any]:
         """What `config.json` holds: every setting, the model's shape and the facts of the data."""
         settings = {
@@ -391,14 +379,15 @@ class Trainer:
             try:
                 yield from batches
             except UserError:
+                self._read(run)  # or a step that went wrong would be saved
                 self._save(run)
                 raise
 
-    def _read(self, run: Run, pending: tuple[int, dict[str, Any]] | None) -> None:
-        """Wait for a step, stop if it went wrong, log it if it is its turn."""
-        if pending is None:
+    def _read(self, run: Run) -> None:
+        """Wait for the unread step, stop if it went wrong, log it if it is its turn."""
+        if run.unread is None:
             return
-        step, report = pending
+        (step, report), run.unread = run.unread, None
         if not report["finite"]:
             raise RunError(
                 f"the loss or its gradient is not finite at step {step}; "

@@ -208,6 +208,22 @@ def test_a_bad_row_ends_the_run_with_its_name_and_a_checkpoint(tmp_path, capsys)
     assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"3"}
 
 
+def test_bad_data_after_a_bad_step_saves_nothing(tmp_path, capsys):
+    trainer = Trainer(replace(TINY, run_dir=tmp_path / "run"))
+    broken = jax.tree.map(lambda x: x * np.nan, trainer.state.params)
+    trainer.state = replace(trainer.state, params=broken)
+    honest = trainer.data.train_batches
+
+    def batches(start, stop):
+        yield from honest(start, 1)
+        raise UserError("row 5 is broken")
+
+    trainer.data.train_batches = batches
+    with pytest.raises(RunError, match="not finite at step 1"):
+        trainer.fit()
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
 @pytest.mark.slow
 def test_it_overfits_eight_pictures(tmp_path, capsys):
     copy = make_copy("digits", tmp_path / "data", n=8)
