@@ -34,6 +34,6 @@ install: .venv/installed
 	$(PIP) -r requirements.txt
 	touch $@
 
-.venv/installed-dev: requirements-dev.txt .venv/installed
+.venv/installed-dev: requirements-dev.txt requirements-text.txt .venv/installed
 	$(PIP) -r requirements-dev.txt
 	touch $@

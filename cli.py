@@ -21,7 +21,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import fire
 from fire.decorators import SetParseFn
@@ -29,6 +29,7 @@ from fire.decorators import SetParseFn
 from errors import RunError, UserError, unknown
 
 T = TypeVar("T")
+Text = Annotated[str, "may hold commas"]
 
 
 def parse(
@@ -47,7 +48,7 @@ def parse(
     """
     argv = sys.argv[1:] if argv is None else argv
     fields = {field.name: field for field in dataclasses.fields(config)}  # type: ignore
-    hints = typing.get_type_hints(config)
+    hints = typing.get_type_hints(config, include_extras=True)
     kinds = {name: hints[name] for name in fields}
     found: dict[str, list[str]] = {}
 
@@ -154,6 +155,8 @@ def _coerce(name: str, words: Sequence[str], kind: Any) -> Any:
 def _value(words: Sequence[str], kind: Any) -> Any:
     """What words mean under one member of an annotation; ValueError or KeyError if nothing."""
     inner = typing.get_args(kind)
+    if kind == tuple[Text, ...]:
+        return tuple(words)
     if typing.get_origin(kind) is tuple:  # one word may hold several, split by commas
         parts = words[0].split(",") if len(words) == 1 else words
         return tuple(_value([_filled(part.strip())], inner[0]) for part in parts)
@@ -183,13 +186,14 @@ def _number(word: str) -> float:
 
 
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-SCALARS: dict[type, tuple[str, Callable[[str], Any]]] = {
+SCALARS: dict[Any, tuple[str, Callable[[str], Any]]] = {
     type(None): ("none", lambda word: {"none": None}[word.lower()]),
     int: ("a whole number", _whole),
     float: ("a number", _number),
     bool: ("true or false", lambda word: BOOLS[word.lower()]),
     Path: ("a path", lambda word: Path(_filled(word))),
     str: ("text", str),
+    Text: ("text", str),
 }
 
 

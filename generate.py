@@ -1,6 +1,7 @@
 """A trained run → pictures.
 
     python generate.py --run runs/digits --labels 3 7 --n 16 --cfg_scale 2 --out grid.png
+    python generate.py --run runs/coco --prompts "a cat on a sofa, from above" --n 4
 
 Reads a run's `config.json` and newest checkpoint and nothing of training; `sample` is what the
 trainer itself calls.
@@ -23,14 +24,16 @@ from jaxtyping import Array, Float, Int
 import cli
 import images
 import parallel
+import text
 from checkpoint import Checkpoints
 from errors import UserError, unknown
-from model import ModelConfig, graphdef, init_params
+from model import Label, ModelConfig, graphdef, init_params
 from run_folder import atomic, read_config
 from sampling import SOLVERS, Solution, guided, initial_noise, time_grid
 from showcase import captions
+from text import Caption
 
-Labels = Sequence[int] | Int[np.ndarray, "n"]
+Labels = Sequence[int] | Int[np.ndarray, "n"] | Caption
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Sampler:
 @partial(jax.jit, static_argnames=("config", "sampler", "guide", "trajectory"))
 def draw(
     params: Any,
-    label: Int[Array, "b"],
+    label: Label,
     index: Int[Array, "b"],
     seed: Int[Array, ""],
     cfg_scale: Float[Array, ""],
@@ -78,7 +81,7 @@ def draw(
         return model(x, jnp.full(x.shape[0], t), label)
 
     if guide:
-        null = jnp.full_like(label, config.n_classes)
+        null = jax.tree.map(lambda x: jnp.full_like(x, config.n_classes), label)
         bound = guided(velocity, label, null, cfg_scale, interval=sampler.interval)
     else:
         bound = partial(velocity, label=label)
@@ -106,24 +109,31 @@ def sample(
     batch_size: int = 256,
     trajectory: bool = False,
 ) -> Pictures:
-    """Pictures of `labels`.
+    """Pictures of `labels`: ids of classes, or encoded captions.
 
     A picture is a function of the weights, its label, the seed and its place in `labels`: neither
     `batch_size` nor the number of devices changes it. Label `config.n_classes` is "no class";
     `cfg_scale` 1 samples the conditional model in half the time.
     """
-    if not len(labels):
+    labels = labels if isinstance(labels, Caption) else np.asarray(labels, np.int32)
+    n = len(jax.tree.leaves(labels)[0])
+    if not n:
         raise UserError("no labels to draw")
     if not math.isfinite(cfg_scale) or not 0 <= seed < 2**31:
         raise UserError(f"cfg_scale {cfg_scale} must be finite and seed {seed} in 0 … {2**31 - 1}")
+    guide = cfg_scale != 1.0
+    if guide and not (config.n_classes or config.text_width):
+        raise UserError(
+            f"cfg_scale {cfg_scale}: an unconditional model has no label to be guided by; "
+            "leave it at 1"
+        )
     config = replace(config, remat=False, unroll=1)
-    guide = cfg_scale != 1.0 and config.n_classes > 0
-    size = -(-min(batch_size, len(labels)) // mesh.size) * mesh.size
+    size = -(-min(batch_size, n) // mesh.size) * mesh.size
     parts = []
-    for start in range(0, len(labels), size):
-        label = np.full(size, config.n_classes, np.int32)
-        label[: len(labels) - start] = labels[start : start + size]
+    for start in range(0, n, size):
         index = np.arange(start, start + size, dtype=np.int32)
+        rows = np.minimum(index, n - 1)  # the last batch is filled up with its last label
+        label = jax.tree.map(lambda x, rows=rows: x[rows], labels)
         label, index = parallel.place((label, index), mesh)
         solution = draw(
             params,
@@ -137,9 +147,9 @@ def sample(
             trajectory=trajectory,
         )
         parts.append(jax.device_get(solution))
-    x = np.concatenate([part.x for part in parts])[: len(labels)]
+    x = np.concatenate([part.x for part in parts])[:n]
     states = np.concatenate([part.trajectory for part in parts], axis=1) if trajectory else None
-    return Pictures(x, None if states is None else states[:, : len(labels)])
+    return Pictures(x, None if states is None else states[:, :n])
 
 
 def label_ids(words: Sequence[int | str], names: Sequence[str], n_classes: int) -> list[int]:
@@ -187,12 +197,13 @@ class GenerateConfig:
     Args:
         run: the run's folder.
         labels: class names or numbers; all classes if not given. Each gets an equal share of n.
+        prompts: captions, for a run that was trained on them; each in quotes.
         n: how many pictures.
         cfg_scale: guidance scale; 1 is none. Default: the run's own.
         n_steps: solver steps. Default: the run's own.
         seed: of the noise. The same seed gives the same pictures.
-        out: where they go: .png is a grid with class names, .npz holds arr_0 (uint8 images, n h w
-            c) and arr_1 (labels).
+        out: where they go: .png is a grid with class names or prompts, .npz holds arr_0 (uint8
+            images, n h w c) and arr_1 (labels, or the prompts' places).
         trajectory: a .gif of the way from noise to pictures.
         ema: use the averaged weights; False uses the raw ones.
         step: of the checkpoint; the newest if not given.
@@ -202,6 +213,7 @@ class GenerateConfig:
 
     run: Path
     labels: tuple[str, ...] = ()
+    prompts: tuple[cli.Text, ...] = ()
     n: int = 16
     cfg_scale: float | None = None
     n_steps: int | None = None
@@ -234,8 +246,40 @@ def spread(ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:
     return np.repeat(np.asarray(ids, np.int32), [share + (i < rest) for i in range(len(ids))])
 
 
+class Subjects(NamedTuple):
+    """What n pictures are of: each one's place in `names`, and what the model is told."""
+
+    which: Int[np.ndarray, "n"]
+    names: Sequence[str]
+    labels: Labels
+
+
+def subjects(config: GenerateConfig, run: dict[str, Any], model: ModelConfig) -> Subjects:
+    """The labels or prompts asked for, each as often as the others.
+
+    Raises:
+        UserError: they are not what the run was trained on, or more than the pictures.
+    """
+    if config.prompts and not model.text_width:
+        raise UserError("this run was trained without captions; choose classes by --labels")
+    if model.text_width and (config.labels or not config.prompts):
+        raise UserError('this run was trained on captions; say what to draw by --prompts "…"')
+    names = config.prompts or run["dataset"]["label_names"]
+    ids = label_ids(config.labels, names, model.n_classes) or range(max(1, model.n_classes))
+    ids = range(len(config.prompts)) or ids
+    if config.n < len(config.prompts or config.labels):
+        raise UserError(f"--n {config.n} is fewer than the {len(ids)} that were asked for")
+    which = spread(ids, config.n)
+    if not config.prompts:
+        return Subjects(which, names, which)
+    encoded = text.encode(
+        names, run["text_towers"], run["text_revisions"], length=model.text_length
+    )
+    return Subjects(which, names, jax.tree.map(lambda x: x[which], encoded))
+
+
 def write(out: Path, pictures, labels, names: Sequence[str]) -> None:
-    """A grid with class names, or the arrays in the layout of the ADM evaluation suite."""
+    """A grid with names, or the arrays in the layout of the ADM evaluation suite."""
     if out.suffix == ".png":
         images.save_png(images.grid(pictures, captions=captions(labels, names)), out)
     else:
@@ -256,12 +300,8 @@ def main(config: GenerateConfig) -> None:
     """Load, draw, write."""
     check(config)
     run = read_config(config.run)
-    model, names = saved_model(config.run), run["dataset"]["label_names"]
-    ids = label_ids(config.labels, names, model.n_classes)
-    if config.n < len(ids):
-        raise UserError(f"--n {config.n} is fewer than the {len(ids)} labels")
-    labels = spread(ids or range(max(1, model.n_classes)), config.n)
-
+    model = saved_model(config.run)
+    which, names, labels = subjects(config, run, model)
     mesh = parallel.make_mesh()
     step, params = load_params(config.run, model, mesh, ema=config.ema, step=config.step)
     sampler = Sampler(
@@ -281,11 +321,11 @@ def main(config: GenerateConfig) -> None:
         trajectory=config.trajectory is not None,
     )
     with unwritable(config.out):
-        write(config.out, images.to_uint8(pictures.x), labels, names)
+        write(config.out, images.to_uint8(pictures.x), which, names)
     print(f"{config.n} pictures from step {step} of {config.run}: {config.out}")
     if config.trajectory and pictures.trajectory is not None:
         states = images.to_uint8(pictures.trajectory)
-        frames = [images.grid(x, captions=captions(labels, names)) for x in states]
+        frames = [images.grid(x, captions=captions(which, names)) for x in states]
         with unwritable(config.trajectory):
             images.save_gif(frames, config.trajectory)
         print(f"their way from noise: {config.trajectory}")

@@ -18,6 +18,7 @@ from errors import UserError
 
 GAP = 4  # pixels between the pictures of a grid
 FONT_SIZE = 13
+MOST_LINES = 3  # of a caption
 DEPTH_16 = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 OPAQUE = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
 
@@ -65,9 +66,13 @@ def grid(
     *,
     columns: int | None = None,
     captions: Sequence[str] | None = None,
-    min_side: int = 64,
+    min_side: int | None = None,
 ) -> Image.Image:
-    """The pictures in rows, enlarged by a whole factor to `min_side` pixels, captions below."""
+    """The pictures in rows, captions below them in up to `MOST_LINES` lines.
+
+    They are enlarged by a whole factor to `min_side` pixels: by default 64, and for long captions
+    up to 128.
+    """
     images = np.asarray(images)
     n, height, width, channels = images.shape
     if images.dtype != np.uint8 or channels not in (1, 3):
@@ -76,21 +81,28 @@ def grid(
             " decode latents first"
         )
     columns = columns or math.ceil(math.sqrt(n))
+    font = ImageFont.load_default(size=FONT_SIZE)
+    if min_side is None:
+        words = [word for caption in captions or () for word in caption.split()]
+        needed = [font.getlength(text) / 2 for text in captions or ()]
+        needed += [font.getlength(word) + 2 for word in words]
+        min_side = math.ceil(np.clip(max(needed, default=0), 64, 128))
     scale = max(1, math.ceil(min_side / min(height, width)))
     cell_width, cell_height = width * scale, height * scale
+    lines = [_lines(c, width=cell_width - 2, font=font) for c in captions or ()]  # glyphs overhang
+    line_height = FONT_SIZE + GAP // 2
     step_x = cell_width + GAP
-    step_y = cell_height + GAP + (FONT_SIZE + GAP if captions else 0)
+    step_y = cell_height + GAP + (max(map(len, lines)) * line_height + GAP // 2 if lines else 0)
     rows = math.ceil(n / columns)
     sheet = Image.new("RGB", (GAP + columns * step_x, GAP + rows * step_y), "white")
-    font, draw = ImageFont.load_default(size=FONT_SIZE), ImageDraw.Draw(sheet)
+    draw = ImageDraw.Draw(sheet)
     for i, picture in enumerate(images):
         x, y = GAP + i % columns * step_x, GAP + i // columns * step_y
         picture = Image.fromarray(picture.squeeze(-1) if channels == 1 else picture)
         sheet.paste(picture.resize((cell_width, cell_height), Image.Resampling.NEAREST), (x, y))
-        if captions:
-            text = _fit(captions[i], width=cell_width - 2, font=font)  # glyphs overhang
-            middle = (x + cell_width / 2, y + cell_height + GAP / 2)
-            draw.text(middle, text, fill="black", font=font, anchor="ma")
+        for number, line in enumerate(lines[i] if lines else ()):
+            middle = (x + cell_width / 2, y + cell_height + GAP / 2 + number * line_height)
+            draw.text(middle, line, fill="black", font=font, anchor="ma")
     return sheet
 
 
@@ -137,6 +149,20 @@ def _grey_from_16_bits(image: Image.Image) -> Image.Image:
     if values.min() < 0 or values.max() > 65535:
         raise UserError("the grey values of a 16-bit picture must lie in 0 … 65535")
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _lines(
+    text: str, *, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+) -> list[str]:
+    """The text, broken between words; what is left over for the last line is cut."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or len(lines) == MOST_LINES or font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return [_fit(line, width=width, font=font) for line in lines]
 
 
 def _fit(text: str, *, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

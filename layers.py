@@ -7,13 +7,15 @@ of a whole model, a loss or a device.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
 xavier = jax.nn.initializers.xavier_uniform()
 zeros = jax.nn.initializers.zeros
@@ -64,6 +66,21 @@ class RMSNorm(nnx.Module):
         return rms_norm(x) * scale.astype(x.dtype)
 
 
+class AffineNorm(nnx.Module):
+    """A norm of `NORMS` with a learned scale and shift, where no condition supplies them."""
+
+    def __init__(self, kind: str, dim: int):
+        self.norm = NORMS[kind]
+        self.scale, self.shift = nnx.Param(jnp.ones(dim)), nnx.Param(jnp.zeros(dim))
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        scale, shift = (
+            p[...].reshape([1] * (x.ndim - 1) + [-1]).astype(x.dtype)
+            for p in (self.scale, self.shift)
+        )
+        return self.norm(x) * scale + shift
+
+
 def identity(x: Array) -> Array:
     return x
 
@@ -86,14 +103,16 @@ def unpatchify(tokens: Float[Array, "b n k"], p: int, rows: int) -> Float[Array,
     return rearrange(tokens, "b (h w) (p q c) -> b (h p) (w q) c", p=p, q=p, h=rows)
 
 
-def sincos_table(width: int, rows: int, columns: int) -> Float[np.ndarray, "n d"]:
+def sincos_table(
+    width: int, rows: Float[np.ndarray, "r"], columns: Float[np.ndarray, "c"]
+) -> Float[np.ndarray, "r*c d"]:
     """Absolute positions on a grid: half of the channels encode the column, half the row
     (Dosovitskiy et al. 2021, D.4).
 
     Column first, as in the published DiT weights.
     """
     frequency = 10_000.0 ** -(np.arange(width // 4) / (width // 4))
-    row, column = (axis.reshape(-1, 1) for axis in np.mgrid[:rows, :columns])
+    row, column = (axis.reshape(-1, 1) for axis in np.meshgrid(rows, columns, indexing="ij"))
     angle = [column * frequency, row * frequency]
     table = np.concatenate([f(a) for a in angle for f in (np.sin, np.cos)], axis=1)
     return table.astype(np.float32)
@@ -106,7 +125,29 @@ class SinCosPosition(nnx.Module):
         self.width, self.grid = width, grid
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        return x + jnp.asarray(sincos_table(self.width, *self.grid), x.dtype)[None]
+        places = [np.arange(side, dtype=float) for side in self.grid]
+        return x + jnp.asarray(sincos_table(self.width, *places), x.dtype)[None]
+
+
+class CroppedPosition(nnx.Module):
+    """The middle of a large sine-cosine table, so that pictures of every size and shape share
+    their centre (Esser et al. 2024, §5.3.2). `side` and `spacing` of the places are SD3's.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        grid: tuple[int, int],
+        *,
+        rngs: nnx.Rngs,
+        side: int = 192,
+        spacing: float = 1 / 3,
+    ):
+        self.width, self.grid, self.side, self.spacing = width, grid, side, spacing
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        places = [((self.side - n) // 2 + np.arange(n)) * self.spacing for n in self.grid]
+        return x + jnp.asarray(sincos_table(self.width, *places), x.dtype)[None]
 
 
 class LearnedPosition(nnx.Module):
@@ -129,7 +170,12 @@ class NoPosition(nnx.Module):
         return x
 
 
-POSITIONS = {"sincos": SinCosPosition, "learned": LearnedPosition, "none": NoPosition}
+POSITIONS = {
+    "sincos": SinCosPosition,
+    "cropped": CroppedPosition,
+    "learned": LearnedPosition,
+    "none": NoPosition,
+}
 
 
 def rotate(x: Float[Array, "b n h k"], grid: tuple[int, int]) -> Float[Array, "b n h k"]:
@@ -137,12 +183,14 @@ def rotate(x: Float[Array, "b n h k"], grid: tuple[int, int]) -> Float[Array, "b
     half).
 
     Scores of rotated queries and keys depend only on the two offsets (Su et al. 2021, eq. 16; one
-    axis of the grid for each half of the channels).
+    axis of the grid for each half of the channels). Tokens that stand before the grid's are left
+    as they are.
     """
     n_frequencies = x.shape[-1] // 4
     frequency = 10_000.0 ** -(np.arange(n_frequencies) / n_frequencies)
     row, column = (axis.reshape(-1, 1) for axis in np.mgrid[: grid[0], : grid[1]])
-    angle = np.concatenate([row * frequency, column * frequency], axis=1)[None, :, None]
+    angle = np.concatenate([row * frequency, column * frequency], axis=1)
+    angle = np.pad(angle, ((x.shape[1] - len(angle), 0), (0, 0)))[None, :, None]
     cos, sin = jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
@@ -158,66 +206,114 @@ def time_features(t: Float[Array, "b"], n: int = 256) -> Float[Array, "b n"]:
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
+class VectorEmbedder(nnx.Module):
+    """Features → a vector of the condition, by two linear maps."""
+
+    def __init__(self, n_in: int, width: int, *, dtype: str, rngs: nnx.Rngs):
+        self.hidden = Linear(n_in, width, dtype=dtype, rngs=rngs, init=small_normal)
+        self.out = Linear(width, width, dtype=dtype, rngs=rngs, init=small_normal)
+
+    def __call__(self, features: Float[Array, "b f"]) -> Float[Array, "b d"]:
+        return self.out(jax.nn.silu(self.hidden(features)))
+
+
 class TimeEmbedder(nnx.Module):
     """t in [0, 1] → a vector. The sinusoids were made for 0 … 1000, hence `time_scale`."""
 
     def __init__(self, width: int, *, time_scale: float, dtype: str, rngs: nnx.Rngs):
-        self.hidden = Linear(256, width, dtype=dtype, rngs=rngs, init=small_normal)
-        self.out = Linear(width, width, dtype=dtype, rngs=rngs, init=small_normal)
+        self.mlp = VectorEmbedder(256, width, dtype=dtype, rngs=rngs)
         self.time_scale = time_scale
 
     def __call__(self, t: Float[Array, "b"]) -> Float[Array, "b d"]:
-        return self.out(jax.nn.silu(self.hidden(time_features(self.time_scale * t))))
-
-
-class LabelEmbedder(nnx.Module):
-    """A learned vector for each class; row `n_classes` is "no class" (Ho & Salimans 2022)."""
-
-    def __init__(self, n_classes: int, width: int, *, dtype: str, rngs: nnx.Rngs):
-        self.table = nnx.Param(small_normal(rngs.params(), (n_classes + 1, width)))
-        self.dtype = dtype
-
-    def __call__(self, label: Int[Array, "b"]) -> Float[Array, "b d"]:
-        return self.table[...][label].astype(self.dtype)
+        return self.mlp(time_features(self.time_scale * t))
 
 
 # --- inside a block -------------------------------------------------------------------------------
 
 
-def attention(q: Float[Array, "b n h k"], k: Float[Array, "b m h k"], v: Float[Array, "b m h k"]):
-    """softmax(q kᵀ / √k) v per head, softmax in float32 (Vaswani et al. 2017, eq. 1)."""
+def attention(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b m h k"],
+    v: Float[Array, "b m h k"],
+    mask: Bool[Array, "b m"] | None = None,
+) -> Float[Array, "b n h*k"]:
+    """softmax(q kᵀ / √k) v per head, softmax in float32, heads side by side (Vaswani et al. 2017,
+    eq. 1).
+
+    Keys where `mask` is False are not seen; each row needs one that is.
+    """
     q = q * (1 / np.sqrt(q.shape[-1])).astype(q.dtype)
     scores = jnp.einsum("bnhk,bmhk->bhnm", q, k, preferred_element_type=jnp.float32)
-    return jnp.einsum("bhnm,bmhk->bnhk", jax.nn.softmax(scores).astype(v.dtype), v)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
+    y = jnp.einsum("bhnm,bmhk->bnhk", jax.nn.softmax(scores).astype(v.dtype), v)
+    return rearrange(y, "b n h k -> b n (h k)")
 
 
-class Attention(nnx.Module):
-    """Multi-head self-attention; optional norms of q and k, optional rotary positions on `grid`."""
+class Heads(nnx.Module):
+    """Tokens → the queries, keys and values of every head: those that `parts`, such as "qkv",
+    names.
+
+    Optional norms of q and k, and rotary positions of both on `grid`.
+    """
 
     def __init__(
         self,
+        parts: str,
         width: int,
         n_heads: int,
         *,
-        grid: tuple[int, int] | None,
+        grid: tuple[int, int] | None = None,
         qk_norm: bool,
         dtype: str,
         rngs: nnx.Rngs,
     ):
-        self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
-        self.out = Linear(width, width, dtype=dtype, rngs=rngs)
-        self.norm_q = RMSNorm(width // n_heads) if qk_norm else identity
-        self.norm_k = RMSNorm(width // n_heads) if qk_norm else identity
-        self.n_heads, self.grid = n_heads, grid
+        self.linear = Linear(width, len(parts) * width, dtype=dtype, rngs=rngs)
+        self.norm_q = RMSNorm(width // n_heads) if qk_norm and "q" in parts else identity
+        self.norm_k = RMSNorm(width // n_heads) if qk_norm and "k" in parts else identity
+        self.parts, self.n_heads, self.grid = parts, n_heads, grid
 
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        q, k, v = rearrange(
-            self.qkv(x), "b n (three h k) -> three b n h k", three=3, h=self.n_heads
+    def __call__(self, x: Float[Array, "b n d"]) -> tuple[Float[Array, "b n h k"], ...]:
+        heads = rearrange(
+            self.linear(x), "b n (p h k) -> p b n h k", p=len(self.parts), h=self.n_heads
         )
-        q, k = self.norm_q(q), self.norm_k(k)
-        if self.grid:
-            q, k = rotate(q, self.grid), rotate(k, self.grid)
-        return self.out(rearrange(attention(q, k, v), "b n h k -> b n (h k)"))
+        place = partial(rotate, grid=self.grid) if self.grid else identity
+        finish = {
+            "q": lambda q: place(self.norm_q(q)),
+            "k": lambda k: place(self.norm_k(k)),
+            "v": identity,
+        }
+        return tuple(finish[part](head) for part, head in zip(self.parts, heads, strict=True))
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, width: int, n_heads: int, *, dtype: str, rngs: nnx.Rngs, **heads):
+        self.qkv = Heads("qkv", width, n_heads, dtype=dtype, rngs=rngs, **heads)
+        self.out = Linear(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None
+    ) -> Float[Array, "b n d"]:
+        return self.out(attention(*self.qkv(x), mask=mask))
+
+
+class CrossAttention(nnx.Module):
+    """Multi-head attention from the tokens of a picture to those of its condition."""
+
+    def __init__(self, width: int, n_heads: int, *, dtype: str, rngs: nnx.Rngs, **heads):
+        self.q = Heads("q", width, n_heads, dtype=dtype, rngs=rngs, **heads)
+        self.kv = Heads("kv", width, n_heads, dtype=dtype, rngs=rngs, **heads)
+        self.out = Linear(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        context: Float[Array, "b m d"],
+        mask: Bool[Array, "b m"] | None = None,
+    ) -> Float[Array, "b n d"]:
+        return self.out(attention(*self.q(x), *self.kv(context), mask=mask))
 
 
 class GeluMLP(nnx.Module):
@@ -255,7 +351,7 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) ->
     return nnx.split_rngs(splits=depth)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
 
 
-def scan(blocks: nnx.Module, x: Array, *args, remat: bool, unroll: int) -> Array:
+def scan(blocks: nnx.Module, x: Any, *args, remat: bool, unroll: int) -> Any:
     """x → block(… block(x, *args) …, *args) over the leading axis of the stacked weights.
 
     Compile time does not grow with depth. `remat` keeps only each block's input for the backward

@@ -1,34 +1,44 @@
 """The networks: what a diffusion transformer is made of and how its blocks are conditioned.
 
-A model maps (x_t, t, label) to a velocity. It knows nothing of noise, losses, guidance or devices,
-takes no random key and has no train flag; a label it should not see arrives as `n_classes`.
+A model maps (x_t, t, label) to a velocity. A label says what the picture is of: the id of a class,
+or a caption as a text tower encoded it. The model knows nothing of noise, losses, guidance or
+devices, takes no random key and has no train flag; a label it should not see arrives as the null
+class or the empty caption.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from errors import UserError, unknown
 from layers import (
     MLPS,
     NORMS,
     POSITIONS,
+    AffineNorm,
     Attention,
-    LabelEmbedder,
+    CrossAttention,
+    Heads,
     Linear,
     TimeEmbedder,
+    VectorEmbedder,
+    attention,
     modulate,
     patchify,
+    rms_norm,
     scan,
+    small_normal,
     stack,
     unpatchify,
     zeros,
 )
+from text import Caption
 
 
 @dataclass(frozen=True)
@@ -41,8 +51,13 @@ class ModelConfig:
         patch_size: pixels (or latents) to a side of a token.
         image_size, channels: of the pictures, which are square.
         out_channels: of the prediction; the paper's learned sigma has twice `channels`.
-        n_classes: 0 for unconditional. Label `n_classes` is the null class.
-        position: sincos, learned or none; `rope` adds rotary positions in attention.
+        n_classes: label `n_classes` is the null class. 0 for unconditional and for captions, whose
+            null is the caption without tokens.
+        n_class_tokens: with joint blocks, the length of the sequence that stands for a class.
+        text_length, text_width, pooled_width: of captions: tokens as trained (any number works),
+            channels of a token and of the pooled vector; 0 for none.
+        block: of `BLOCKS`, or joint (MMDiT).
+        position: sincos, cropped, learned or none; `rope` adds rotary positions in attention.
         mlp: gelu or swiglu, `mlp_ratio` × width wide. norm: layer or rms.
         time_scale: what t in [0, 1] is multiplied by before its sinusoids.
         dtype: of matrix products and of the tokens between blocks; weights are always float32.
@@ -57,6 +72,10 @@ class ModelConfig:
     channels: int
     out_channels: int
     n_classes: int
+    n_class_tokens: int = 4
+    text_length: int = 0
+    text_width: int = 0
+    pooled_width: int = 0
     block: str = "adaln_zero"
     position: str = "sincos"
     rope: bool = False
@@ -70,7 +89,12 @@ class ModelConfig:
     unroll: int = 1
 
     def __post_init__(self):
-        tables = {"block": BLOCKS, "position": POSITIONS, "mlp": MLPS, "norm": NORMS}
+        tables = {
+            "block": (*BLOCKS, JOINT),
+            "position": POSITIONS,
+            "mlp": MLPS,
+            "norm": NORMS,
+        }
         for field, table in tables.items():
             if getattr(self, field) not in table:
                 raise unknown(field, getattr(self, field), table)
@@ -85,39 +109,163 @@ class ModelConfig:
         side = self.image_size // self.patch_size
         return side, side
 
+    @property
+    def rotary_grid(self) -> tuple[int, int] | None:
+        return self.grid if self.rope else None
+
+
+# --- the condition --------------------------------------------------------------------------------
+
+Label = Int[Array, "b"] | Caption
+
+
+class Condition(NamedTuple):
+    """What a block may read: one vector, and a sequence of tokens. Those where `mask` is False are
+    padding; without a mask all count.
+    """
+
+    vector: Float[Array, "b d"]
+    tokens: Float[Array, "b m d"]
+    mask: Bool[Array, "b m"] | None
+
+
+class ClassVector(nnx.Module):
+    """A learned vector for each class; row `n_classes` is "no class" (Ho & Salimans 2022)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.table = nnx.Param(small_normal(rngs.params(), (config.n_classes + 1, config.width)))
+        self.dtype = config.dtype
+
+    def __call__(self, label: Int[Array, "b"]) -> Condition:
+        vector = self.table[...][label].astype(self.dtype)
+        return Condition(vector, vector[:, None], None)
+
+
+class ClassTokens(nnx.Module):
+    """What a caption would be, learned for each class: a vector and a short sequence."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        n, m, d = config.n_classes + 1, config.n_class_tokens, config.width
+        self.table = nnx.Param(small_normal(rngs.params(), (n, d)))
+        self.tokens = nnx.Param(jax.nn.initializers.normal(1.0)(rngs.params(), (n, m, d)))
+        self.dtype = config.dtype
+
+    def __call__(self, label: Int[Array, "b"]) -> Condition:
+        vector, tokens = (p[...][label].astype(self.dtype) for p in (self.table, self.tokens))
+        return Condition(vector, tokens, None)
+
+
+class CaptionEmbedder(nnx.Module):
+    """A text tower's tokens and pooled vector, of whatever scale, brought to the model's width."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        c, d = config, config.width
+        self.tokens = Linear(c.text_width, d, dtype=c.dtype, rngs=rngs)
+        self.pooled = VectorEmbedder(c.pooled_width, d, dtype=c.dtype, rngs=rngs)
+
+    def __call__(self, caption: Caption) -> Condition:
+        tokens, pooled = (rms_norm(x.astype(jnp.float32)) for x in (caption.tokens, caption.pooled))
+        return Condition(self.pooled(pooled), self.tokens(tokens), caption.mask)
+
+
+def label_embedder(config: ModelConfig, of_class: Callable[..., Any], *, rngs: nnx.Rngs) -> Any:
+    """What turns a label into a `Condition`: captions are told alike to every model."""
+    return (CaptionEmbedder if config.text_width else of_class)(config, rngs=rngs)
+
+
+def widen(mask: Bool[Array, "b m"] | None, *, before: int = 0, after: int = 0):
+    """The mask of a sequence with tokens that all count put before or after it."""
+    if mask is None:
+        return None
+    return jnp.pad(mask, ((0, 0), (before, after)), constant_values=True)
+
+
+# --- blocks: four ways to condition a transformer (Peebles & Xie 2023, §3.2 and fig. 3) -----------
+
+
+def self_attention(c: ModelConfig, *, rngs: nnx.Rngs) -> Attention:
+    how = {"grid": c.rotary_grid, "qk_norm": c.qk_norm, "dtype": c.dtype}
+    return Attention(c.width, c.n_heads, rngs=rngs, **how)
+
+
+def feed_forward(c: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
+    return MLPS[c.mlp](c.width, round(c.mlp_ratio * c.width), dtype=c.dtype, rngs=rngs)
+
 
 class AdaLNZeroBlock(nnx.Module):
-    """A transformer block whose norms and residual gates are functions of the condition (Peebles &
-    Xie 2023, fig. 3).
+    """A transformer block whose norms and residual gates are functions of the condition.
 
     "Zero": the modulation starts at zero, so that at first every block is exactly the identity.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         c, d = config, config.width
-        grid = c.grid if c.rope else None
         self.norm = NORMS[c.norm]
         self.modulation = Linear(d, 6 * d, dtype=c.dtype, rngs=rngs, init=zeros)
-        self.attention = Attention(
-            d, c.n_heads, grid=grid, qk_norm=c.qk_norm, dtype=c.dtype, rngs=rngs
-        )
-        self.mlp = MLPS[c.mlp](d, round(c.mlp_ratio * d), dtype=c.dtype, rngs=rngs)
+        self.attention = self_attention(c, rngs=rngs)
+        self.mlp = feed_forward(c, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "b n d"], cond: Float[Array, "b d"]
-    ) -> Float[Array, "b n d"]:
+    def __call__(self, x: Float[Array, "b n d"], cond: Condition) -> Float[Array, "b n d"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
-            self.modulation(jax.nn.silu(cond)), 6, axis=-1
+            self.modulation(jax.nn.silu(cond.vector)), 6, axis=-1
         )
         x = x + gate1[:, None] * self.attention(modulate(self.norm(x), shift1, scale1))
         return x + gate2[:, None] * self.mlp(modulate(self.norm(x), shift2, scale2))
 
 
-BLOCKS = {"adaln_zero": AdaLNZeroBlock}
+class AdaLNBlock(nnx.Module):
+    """A transformer block whose norms are functions of the condition."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        c, d = config, config.width
+        self.norm = NORMS[c.norm]
+        self.modulation = Linear(d, 4 * d, dtype=c.dtype, rngs=rngs, init=zeros)
+        self.attention = self_attention(c, rngs=rngs)
+        self.mlp = feed_forward(c, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"], cond: Condition) -> Float[Array, "b n d"]:
+        shift1, scale1, shift2, scale2 = jnp.split(
+            self.modulation(jax.nn.silu(cond.vector)), 4, axis=-1
+        )
+        x = x + self.attention(modulate(self.norm(x), shift1, scale1))
+        return x + self.mlp(modulate(self.norm(x), shift2, scale2))
 
 
-class FinalLayer(nnx.Module):
-    """Tokens → patches. Starts at zero, as every block does: the untrained model predicts 0."""
+class CrossAttentionBlock(nnx.Module):
+    """A transformer block that looks at the tokens of the condition after those of the picture."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        c, d = config, config.width
+        self.norm1, self.norm2, self.norm3 = (AffineNorm(c.norm, d) for _ in range(3))
+        self.attention = self_attention(c, rngs=rngs)
+        self.cross_attention = CrossAttention(
+            d, c.n_heads, qk_norm=c.qk_norm, dtype=c.dtype, rngs=rngs
+        )
+        self.mlp = feed_forward(c, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"], cond: Condition) -> Float[Array, "b n d"]:
+        x = x + self.attention(self.norm1(x))
+        x = x + self.cross_attention(self.norm2(x), cond.tokens, cond.mask)
+        return x + self.mlp(self.norm3(x))
+
+
+class InContextBlock(nnx.Module):
+    """The plain transformer block: the condition's tokens stand before the picture's, in x."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        c, d = config, config.width
+        self.norm1, self.norm2 = (AffineNorm(c.norm, d) for _ in range(2))
+        self.attention = self_attention(c, rngs=rngs)
+        self.mlp = feed_forward(c, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b s d"], cond: Condition) -> Float[Array, "b s d"]:
+        mask = widen(cond.mask, after=x.shape[1] - cond.tokens.shape[1])
+        x = x + self.attention(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class AdaptiveFinalLayer(nnx.Module):
+    """Tokens → patches, under a modulated norm. Its zeros make the untrained model predict 0."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         c, d = config, config.width
@@ -126,15 +274,163 @@ class FinalLayer(nnx.Module):
         n_out = c.patch_size**2 * c.out_channels
         self.out = Linear(d, n_out, dtype=c.dtype, rngs=rngs, init=zeros)
 
-    def __call__(
-        self, x: Float[Array, "b n d"], cond: Float[Array, "b d"]
-    ) -> Float[Array, "b n k"]:
-        shift, scale = jnp.split(self.modulation(jax.nn.silu(cond)), 2, axis=-1)
+    def __call__(self, x: Float[Array, "b n d"], cond: Condition) -> Float[Array, "b n k"]:
+        shift, scale = jnp.split(self.modulation(jax.nn.silu(cond.vector)), 2, axis=-1)
         return self.out(modulate(self.norm(x), shift, scale))
+
+
+class PlainFinalLayer(nnx.Module):
+    """Tokens → patches, for blocks that do without modulation."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        c, d = config, config.width
+        self.norm = AffineNorm(c.norm, d)
+        n_out = c.patch_size**2 * c.out_channels
+        self.out = Linear(d, n_out, dtype=c.dtype, rngs=rngs, init=zeros)
+
+    def __call__(self, x: Float[Array, "b n d"], cond: Condition) -> Float[Array, "b n k"]:
+        return self.out(self.norm(x))
+
+
+class Design(NamedTuple):
+    """A block, the layer after the last block, and how many of the condition's tokens join the
+    picture's (None: all).
+    """
+
+    block: Callable[..., nnx.Module]
+    final: Callable[..., nnx.Module]
+    n_joining: int | None = 0
+
+
+JOINT = "joint"  # the block of an MMDiT
+BLOCKS = {
+    "adaln_zero": Design(AdaLNZeroBlock, AdaptiveFinalLayer),
+    "adaln": Design(AdaLNBlock, AdaptiveFinalLayer),
+    "cross_attention": Design(CrossAttentionBlock, PlainFinalLayer),
+    "in_context": Design(InContextBlock, PlainFinalLayer, n_joining=None),
+}
 
 
 class DiT(nnx.Module):
     """Diffusion transformer (Peebles & Xie 2023): patches → blocks under a condition → patches."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        c, d, design = config, config.width, BLOCKS[config.block]
+        self.config, self.n_joining = c, design.n_joining
+        self.patch = Linear(c.patch_size**2 * c.channels, d, dtype=c.dtype, rngs=rngs)
+        self.position = POSITIONS[c.position](d, c.grid, rngs=rngs)
+        self.time = TimeEmbedder(d, time_scale=c.time_scale, dtype=c.dtype, rngs=rngs)
+        self.label = label_embedder(c, ClassVector, rngs=rngs)
+        self.blocks = stack(lambda rngs: design.block(c, rngs=rngs), c.depth, rngs)
+        self.final = design.final(c, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], t: Float[Array, "b"], label: Label
+    ) -> Float[Array, "b h w o"]:
+        """The velocity at x_t, float32. A class is in 0 … n_classes; n_classes means none."""
+        c = self.config
+        cond = with_time(self.time(t), self.label(label))
+        x = self.position(self.patch(patchify(x, c.patch_size)))
+        n = x.shape[1]
+        x = jnp.concatenate([cond.tokens[:, : self.n_joining], x], axis=1)
+        x = scan(self.blocks, x, cond, remat=c.remat, unroll=c.unroll)
+        x = self.final(x[:, -n:], cond)
+        return unpatchify(x, c.patch_size, c.grid[0]).astype(jnp.float32)
+
+
+def with_time(time: Float[Array, "b d"], label: Condition) -> Condition:
+    """t joins the label: added to its vector, and as a token of its own before its tokens."""
+    tokens = jnp.concatenate([time[:, None], label.tokens], axis=1)
+    return Condition(time + label.vector, tokens, widen(label.mask, before=1))
+
+
+# --- MMDiT: two streams with one attention (Esser et al. 2024, §4 and fig. 2b) --------------------
+
+
+class Streams(NamedTuple):
+    """The tokens of a picture and of its condition."""
+
+    picture: Float[Array, "b n d"]
+    context: Float[Array, "b m d"]
+
+
+class Stream(nnx.Module):
+    """One stream's own weights in a joint block: those of an adaLN-Zero block, with the attention
+    left to the block.
+    """
+
+    def __init__(self, config: ModelConfig, *, grid: tuple[int, int] | None, rngs: nnx.Rngs):
+        c, d = config, config.width
+        self.norm = NORMS[c.norm]
+        self.modulation = Linear(d, 6 * d, dtype=c.dtype, rngs=rngs, init=zeros)
+        self.qkv = Heads(
+            "qkv", d, c.n_heads, grid=grid, qk_norm=c.qk_norm, dtype=c.dtype, rngs=rngs
+        )
+        self.out = Linear(d, d, dtype=c.dtype, rngs=rngs)
+        self.mlp = feed_forward(c, rngs=rngs)
+
+    def modulations(self, vector: Float[Array, "b d"]) -> list[Float[Array, "b d"]]:
+        """shift, scale and gate of the attention, then of the MLP."""
+        return jnp.split(self.modulation(jax.nn.silu(vector)), 6, axis=-1)
+
+    def before(self, x: Float[Array, "b n d"], m) -> tuple[Float[Array, "b n h k"], ...]:
+        """This stream's queries, keys and values."""
+        return self.qkv(modulate(self.norm(x), m[0], m[1]))
+
+    def after(self, x: Float[Array, "b n d"], y: Float[Array, "b n d"], m) -> Float[Array, "b n d"]:
+        """Takes in what attention found, then applies the MLP."""
+        x = x + m[2][:, None] * self.out(y)
+        return x + m[5][:, None] * self.mlp(modulate(self.norm(x), m[3], m[4]))
+
+
+class JointBlock(nnx.Module):
+    """Two streams, each with its own weights, that attend to all tokens of both."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.picture = Stream(config, grid=config.rotary_grid, rngs=rngs)
+        self.context = Stream(config, grid=None, rngs=rngs)
+
+    def __call__(self, x: Streams, cond: Condition) -> Streams:
+        n = x.picture.shape[1]
+        mp = self.picture.modulations(cond.vector)
+        mc = self.context.modulations(cond.vector)
+        q, k, v = join(self.picture.before(x.picture, mp), self.context.before(x.context, mc))
+        y = attention(q, k, v, widen(cond.mask, before=n))
+        return Streams(
+            self.picture.after(x.picture, y[:, :n], mp), self.context.after(x.context, y[:, n:], mc)
+        )
+
+
+def join(picture, context) -> list[Float[Array, "b s h k"]]:
+    """Queries, keys or values of both streams as one sequence."""
+    return [jnp.concatenate(pair, axis=1) for pair in zip(picture, context, strict=True)]
+
+
+class LastJointBlock(nnx.Module):
+    """The last block, of which only the picture's tokens are wanted: the context is looked at and
+    not changed (as in SD3).
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        c, d = config, config.width
+        self.picture = Stream(c, grid=c.rotary_grid, rngs=rngs)
+        self.norm = NORMS[c.norm]
+        self.modulation = Linear(d, 2 * d, dtype=c.dtype, rngs=rngs, init=zeros)
+        self.kv = Heads("kv", d, c.n_heads, qk_norm=c.qk_norm, dtype=c.dtype, rngs=rngs)
+
+    def __call__(self, x: Streams, cond: Condition) -> Float[Array, "b n d"]:
+        mp = self.picture.modulations(cond.vector)
+        shift, scale = jnp.split(self.modulation(jax.nn.silu(cond.vector)), 2, axis=-1)
+        q, *kv = self.picture.before(x.picture, mp)
+        k, v = join(kv, self.kv(modulate(self.norm(x.context), shift, scale)))
+        y = attention(q, k, v, widen(cond.mask, before=x.picture.shape[1]))
+        return self.picture.after(x.picture, y, mp)
+
+
+class MMDiT(nnx.Module):
+    """Multimodal diffusion transformer (Esser et al. 2024): t and the label's vector modulate both
+    streams, and the label's tokens are the second.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         c, d = config, config.width
@@ -142,23 +438,29 @@ class DiT(nnx.Module):
         self.patch = Linear(c.patch_size**2 * c.channels, d, dtype=c.dtype, rngs=rngs)
         self.position = POSITIONS[c.position](d, c.grid, rngs=rngs)
         self.time = TimeEmbedder(d, time_scale=c.time_scale, dtype=c.dtype, rngs=rngs)
-        self.label = LabelEmbedder(c.n_classes, d, dtype=c.dtype, rngs=rngs)
-        self.blocks = stack(lambda rngs: BLOCKS[c.block](c, rngs=rngs), c.depth, rngs)
-        self.final = FinalLayer(c, rngs=rngs)
+        self.label = label_embedder(c, ClassTokens, rngs=rngs)
+        self.blocks = stack(lambda rngs: JointBlock(c, rngs=rngs), c.depth - 1, rngs)
+        self.last = LastJointBlock(c, rngs=rngs)
+        self.final = AdaptiveFinalLayer(c, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b h w c"], t: Float[Array, "b"], label: Int[Array, "b"]
+        self, x: Float[Array, "b h w c"], t: Float[Array, "b"], label: Label
     ) -> Float[Array, "b h w o"]:
-        """The velocity at x_t, float32. `label` is in 0 … n_classes; n_classes means none."""
+        """The velocity at x_t, float32. A class is in 0 … n_classes; n_classes means none."""
         c = self.config
-        cond = self.time(t) + self.label(label)
-        tokens = self.position(self.patch(patchify(x, c.patch_size)))
-        tokens = scan(self.blocks, tokens, cond, remat=c.remat, unroll=c.unroll)
-        tokens = self.final(tokens, cond)
-        return unpatchify(tokens, c.patch_size, c.grid[0]).astype(jnp.float32)
+        cond = self.label(label)
+        cond = cond._replace(vector=self.time(t) + cond.vector)
+        picture = self.position(self.patch(patchify(x, c.patch_size)))
+        streams = scan(
+            self.blocks, Streams(picture, cond.tokens), cond, remat=c.remat, unroll=c.unroll
+        )
+        picture = self.final(self.last(streams, cond), cond)
+        return unpatchify(picture, c.patch_size, c.grid[0]).astype(jnp.float32)
 
 
-# Table 1 of the paper, and a tiny size for laptops.
+# --- presets --------------------------------------------------------------------------------------
+
+# Table 1 of the paper (Peebles & Xie), and a tiny size for laptops.
 SIZES = {
     "Ti": {"width": 128, "depth": 6, "n_heads": 4},
     "S": {"width": 384, "depth": 12, "n_heads": 6},
@@ -170,6 +472,11 @@ MODELS: dict[str, dict[str, Any]] = {
     f"DiT-{size}/{p}": shape | {"patch_size": p}
     for size, shape in SIZES.items()
     for p in (1, 2, 4, 8)
+}
+# The picture's stream is a DiT of the same name; positions and norms of q and k are as in SD3.
+MODELS |= {
+    f"MM{name}": shape | {"block": JOINT, "qk_norm": True, "position": "cropped"}
+    for name, shape in MODELS.items()
 }
 
 
@@ -184,12 +491,17 @@ def model_config(name: str, **fields) -> ModelConfig:
     return ModelConfig(**MODELS[name] | fields)
 
 
+def build(config: ModelConfig, rngs: nnx.Rngs) -> DiT | MMDiT:
+    """The network of a configuration."""
+    return (MMDiT if config.block == JOINT else DiT)(config, rngs=rngs)
+
+
 @lru_cache
 def graphdef(config: ModelConfig) -> nnx.GraphDef:
     """All of a model but its weights, static and hashable: `nnx.merge(graphdef, params)` lives."""
-    return nnx.split(nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0))))[0]
+    return nnx.split(nnx.eval_shape(lambda: build(config, nnx.Rngs(0))))[0]
 
 
 def init_params(config: ModelConfig, key: Key[Array, ""]) -> dict[str, Any]:
     """Fresh weights as a plain tree of float32 arrays (Peebles & Xie 2023, §4)."""
-    return nnx.to_pure_dict(nnx.split(DiT(config, rngs=nnx.Rngs(params=key)))[1])
+    return nnx.to_pure_dict(nnx.split(build(config, nnx.Rngs(params=key)))[1])

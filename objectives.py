@@ -1,9 +1,9 @@
 """What a model is trained to predict: a path from data to noise, a density of times, a loss.
 
 An objective is `loss(model, batch, key) -> (loss, metrics)`: the mean over the rows it is given and
-means to report beside it. `batch` has `row`, `image` and `label`. Each row draws from its own key,
-folded from its index in the global batch, so the numbers do not depend on how rows are spread over
-devices. Time runs from data (t = 0) to noise (t = 1).
+means to report beside it. `batch` has `row`, `image` and `label`, and a label may be any tree of
+arrays. Each row draws from its own key, folded from its index in the global batch, so the numbers
+do not depend on how rows are spread over devices. Time runs from data (t = 0) to noise (t = 1).
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
 N_TIME_BINS = 10
 Metrics = dict[str, Array]
@@ -79,6 +79,19 @@ def row_keys(key: Key[Array, ""], row: Int[Array, "b"]) -> RowKeys:
     return RowKeys(time=keys[:, 0], noise=keys[:, 1], drop=keys[:, 2])
 
 
+def drop_labels(
+    label: PyTree[Array], drop: Bool[Array, "b"], n_classes: int | Int[Array, ""]
+) -> PyTree[Array]:
+    """The null label in the rows to drop: class `n_classes`, or with no classes the empty caption,
+    which is all zeros.
+    """
+
+    def leaf(x):
+        return jnp.where(drop.reshape(-1, *[1] * (x.ndim - 1)), jnp.asarray(n_classes, x.dtype), x)
+
+    return jax.tree.map(leaf, label)
+
+
 def by_time(t: Float[Array, "b"], error: Float[Array, "b"]) -> Metrics:
     """The loss in ten equal bins of t, as two means that can be averaged over devices and steps
     before they are divided.
@@ -99,7 +112,7 @@ def rectified_flow(
     Args:
         density: of the training times.
         shift: `shift_time` of them; 1 leaves them alone.
-        label_dropout: share of rows that see the null class, which guidance needs (Ho & Salimans
+        label_dropout: share of rows that see the null label, which guidance needs (Ho & Salimans
             2022, alg. 1).
     """
 
@@ -111,7 +124,7 @@ def rectified_flow(
         u = jax.vmap(lambda key: jax.random.uniform(key, minval=jnp.finfo(jnp.float32).tiny))
         t = shift_time(density(u(keys.time)), shift)
         drop = jax.vmap(lambda key: jax.random.bernoulli(key, label_dropout))(keys.drop)
-        label = jnp.where(drop, model.config.n_classes, batch.label)
+        label = drop_labels(batch.label, drop, model.config.n_classes)
 
         x_t, velocity = interpolate(data, noise, t)
         error = jnp.square(model(x_t, t, label) - velocity).mean((1, 2, 3))

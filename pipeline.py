@@ -16,23 +16,29 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Float64, Int32, Int64, UInt8
 
+from captions import CaptionStore
 from errors import UserError
 from sources import Source, Split, open_source
+from text import Caption
 
 __all__ = ["Batch", "Pipeline", "Source", "open_source"]
 
 HELD_BYTES = 2**30  # decoded pictures up to this size stay in memory
-FLIPS = 1  # NumPy's seeds (s, e) and (s, e, 0) are one stream, so the flips' constant is not 0
+# NumPy's seeds (s, e) and (s, e, 0) are one stream, so no constant is 0.
+FLIPS, CAPTIONS = 1, 2
 
 
 class Batch(NamedTuple):
-    """One process's rows of a global batch; `row` is the index there, not in the data set."""
+    """One process's rows of a global batch; `row` is the index there, not in the data set.
+
+    A label is the id of a class or, where the model is told in words, an encoded caption.
+    """
 
     row: Int32[np.ndarray, "b"]
     image: UInt8[np.ndarray, "b h w c"]
-    label: Int32[np.ndarray, "b"]
+    label: Int32[np.ndarray, "b"] | Caption
 
 
 class Pipeline:
@@ -53,6 +59,7 @@ class Pipeline:
         n_processes: int = 1,
         n_workers: int | None = None,
         in_memory: bool | None = None,
+        encoded: CaptionStore | None = None,
     ):
         """Decodes the whole set when it is held.
 
@@ -61,6 +68,7 @@ class Pipeline:
             n_workers: processes that decode a set which is not held; 0 for threads only, None for
                 half of the CPUs, at most 16.
             in_memory: None to hold sets of at most `HELD_BYTES`.
+            encoded: of a source with captions.
         """
         if batch_size < 1 or batch_size % n_processes:
             raise UserError(
@@ -76,20 +84,29 @@ class Pipeline:
             in_memory = n_rows * c.image_size**2 * c.channels <= HELD_BYTES
         splits = {"train": source.train, "eval": source.eval} if in_memory else {}
         self._held = {name: _all_images(split) for name, split in splits.items()}
+        self.encoded = encoded
+        if encoded:
+            both = {"train": source.train, "eval": source.eval}
+            self._captions = {name: CaptionIds(s.captions, encoded) for name, s in both.items()}
 
     def rows(self, step: int) -> Int64[np.ndarray, "b"]:
         """The training rows of the global batch of `step`, which counts from 0."""
+        n = len(self.source.train)
+        rows = [permutation(self.seed, epoch, n)[places] for epoch, places in self._epochs(step)]
+        return np.concatenate(rows)
+
+    def _epochs(self, step: int) -> Iterator[tuple[int, Int64[np.ndarray, "n"]]]:
+        """The epochs that a global batch lies in, with its places in each."""
         positions = step * self.batch_size + np.arange(self.batch_size)
         n = len(self.source.train)
-        rows = np.empty_like(positions)
         for epoch in range(positions[0] // n, positions[-1] // n + 1):
-            here = positions // n == epoch
-            rows[here] = permutation(self.seed, epoch, n)[positions[here] % n]
-        return rows
+            yield epoch, positions[positions // n == epoch] % n
 
     def train_batch(self, step: int) -> Batch:
         """This process's rows of the batch of `step`, half of it mirrored if the set allows."""
-        batch = self._batch("train", self.rows(step))
+        n = len(self.source.train)
+        draws = [uniforms(self.seed, epoch, n)[places] for epoch, places in self._epochs(step)]
+        batch = self._batch("train", self.rows(step), np.concatenate(draws))
         if self.source.config.flip:
             flips = np.random.default_rng((self.seed, step, FLIPS)).random(self.batch_size) < 0.5
             mine = flips[batch.row]
@@ -121,23 +138,31 @@ class Pipeline:
             yield from stream
 
     def eval_batches(self, n: int, batch_size: int | None = None) -> Iterator[Batch]:
-        """The same n batches on every call: a fixed mix of the evaluation rows, never mirrored."""
+        """The same n batches on every call: a fixed mix of the evaluation rows, never mirrored,
+        with the first of their captions.
+        """
         size = batch_size or self.batch_size
         # Shuffled, because the first rows of a set are often all of one class.
         order = permutation(0, 0, len(self.source.eval))
         for first in range(0, n * size, size):
-            yield self._batch("eval", order[(first + np.arange(size)) % len(order)])
+            rows = order[(first + np.arange(size)) % len(order)]
+            yield self._batch("eval", rows, np.zeros(size))
 
     def images(self, split: str) -> tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, "n"]]:
         """All pictures and labels of "train" or "eval", in the order of the rows."""
         labels = getattr(self.source, split).labels
         return self._images(split, np.arange(len(labels))), labels
 
-    def _batch(self, split: str, rows: Int64[np.ndarray, "n"]) -> Batch:
+    def _batch(
+        self, split: str, rows: Int64[np.ndarray, "n"], draws: Float64[np.ndarray, "n"]
+    ) -> Batch:
         parts = np.split(np.arange(len(rows), dtype=np.int32), self.n_processes)
         row = parts[self.process_index]
-        labels = getattr(self.source, split).labels
-        return Batch(row, self._images(split, rows[row]), labels[rows[row]])
+        if self.encoded:
+            label = self.encoded(self._captions[split].pick(rows[row], draws[row]))
+        else:
+            label = getattr(self.source, split).labels[rows[row]]
+        return Batch(row, self._images(split, rows[row]), label)
 
     def _images(self, split: str, indices: Int64[np.ndarray, "b"]) -> UInt8[np.ndarray, "b h w c"]:
         if self._held:
@@ -151,6 +176,29 @@ def permutation(seed: int, epoch: int, n: int) -> Int64[np.ndarray, "n"]:
     order = np.random.default_rng((seed, epoch)).permutation(n)
     order.flags.writeable = False
     return order
+
+
+@functools.lru_cache(maxsize=2)
+def uniforms(seed: int, epoch: int, n: int) -> Float64[np.ndarray, "n"]:
+    """A number in 0 … 1 for each place in an epoch: which of its captions a picture has there."""
+    draws = np.random.default_rng((seed, epoch, CAPTIONS)).random(n)
+    draws.flags.writeable = False
+    return draws
+
+
+class CaptionIds:
+    """Where the captions of each row of a split are among the encoded ones."""
+
+    def __init__(self, captions: list[tuple[str, ...]], encoded: CaptionStore):
+        self.counts = np.array([len(several) for several in captions])
+        self.starts = np.cumsum(self.counts) - self.counts
+        self.ids = encoded.ids([caption for several in captions for caption in several])
+
+    def pick(
+        self, rows: Int64[np.ndarray, "b"], draws: Float64[np.ndarray, "b"]
+    ) -> Int64[np.ndarray, "b"]:
+        """One caption of each row: the first for a draw of 0, any other as likely."""
+        return self.ids[self.starts[rows] + (draws * self.counts[rows]).astype(np.int64)]
 
 
 def _all_images(split: Split) -> UInt8[np.ndarray, "n h w c"]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -21,29 +21,66 @@ FREQUENCIES = 256  # of the sinusoid that the t embedder's MLP reads
 
 
 def flops_by_module(config: Any) -> dict[str, float]:
-    """Forward FLOPs per image of a DiT with adaLN-Zero blocks, 2 per multiply-add.
+    """Forward FLOPs per image, 2 per multiply-add, with captions of the trained length.
 
     Counts matrix products, attention's scores and values among them. Norms, activations, softmax
-    and residuals are left out: XLA counts 0.7 % more for DiT-S/2. Looking up a label is free.
+    and residuals are left out: XLA counts 0.7 % more for DiT-S/2. Looking up a class is free.
     """
-    d, depth = config.width, config.depth
-    n = (config.image_size // config.patch_size) ** 2
-    patch_in = config.patch_size**2 * config.channels
-    patch_out = config.patch_size**2 * config.out_channels
-    if config.mlp == "swiglu":  # three products, two thirds as wide
-        mlp = 3 * n * d * round(int(config.mlp_ratio * d) * 2 / 3 / 8) * 8
-    else:
-        mlp = 2 * n * d * int(config.mlp_ratio * d)
+    c, d, n = config, config.width, config.grid[0] * config.grid[1]
+    m = c.text_length or (c.n_class_tokens if c.block == "joint" else 1)
+    patch_in, patch_out = (c.patch_size**2 * channels for channels in (c.channels, c.out_channels))
+    caption = c.text_length * c.text_width * d + (c.pooled_width * d + d * d) * bool(c.text_width)
+    blocks = block_products(c, n, m)
     products = {
         "patch embedding": n * patch_in * d,
-        "t and label embedding": FREQUENCIES * d + d * d,
-        "adaLN modulation": depth * d * 6 * d + d * 2 * d,  # per image; the 2 are the final layer's
-        "attention projections": depth * 4 * n * d * d,
-        "attention scores, values": depth * 2 * n * n * d,
-        "MLP": depth * mlp,
+        "t and label embedding": FREQUENCIES * d + d * d + caption,
+        "adaLN modulation": blocks.modulations * d * d,  # per image, not per token
+        "attention projections": blocks.projections * d * d,
+        "attention scores, values": blocks.scores * 2 * d,
+        "MLP": blocks.mlp_tokens * mlp_products(c),
         "final layer": n * d * patch_out,
     }
     return {module: 2.0 * count for module, count in products.items()}
+
+
+class BlockProducts(NamedTuple):
+    """What all blocks and the final layer multiply: maps of a vector and of tokens, each d × d;
+    pairs of tokens that attend; tokens that pass an MLP.
+    """
+
+    modulations: int
+    projections: int
+    scores: int
+    mlp_tokens: int
+
+
+def block_products(config: Any, n: int, m: int) -> BlockProducts:
+    """For n tokens of the picture and m of the label; a DiT's t is one token more."""
+    depth, m_and_t = config.depth, m + 1
+    everything = n + m_and_t
+    if config.block == "joint":  # the last block leaves the context as it is
+        joint, both = depth - 1, n + m
+        return BlockProducts(
+            modulations=12 * joint + 6 + 2 + 2,
+            projections=4 * both * joint + 4 * n + 2 * m,
+            scores=both * both * joint + n * both,
+            mlp_tokens=both * joint + n,
+        )
+    if config.block == "cross_attention":
+        projections = (4 * n + 2 * n + 2 * m_and_t) * depth
+        return BlockProducts(0, projections, n * (n + m_and_t) * depth, n * depth)
+    if config.block == "in_context":
+        return BlockProducts(0, 4 * everything * depth, everything**2 * depth, everything * depth)
+    per_block = {"adaln_zero": 6, "adaln": 4}[config.block]
+    return BlockProducts(per_block * depth + 2, 4 * n * depth, n * n * depth, n * depth)
+
+
+def mlp_products(config: Any) -> int:
+    """Multiply-adds of one token in one MLP."""
+    d, hidden = config.width, round(config.mlp_ratio * config.width)
+    if config.mlp == "swiglu":  # three products, two thirds as wide
+        return 3 * d * round(hidden * 2 / 3 / 8) * 8
+    return 2 * d * hidden
 
 
 @dataclass(frozen=True)

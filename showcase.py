@@ -4,7 +4,6 @@ It neither samples nor writes.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
@@ -17,29 +16,32 @@ import images
 if TYPE_CHECKING:
     from train import Trainer
 
-Labels = Sequence[int] | Int[np.ndarray, "n"]
+Labels = Sequence[int | str] | Int[np.ndarray, "n"]
 ROWS = 4
 COLUMNS = 10
 
 
-def labels(n_classes: int) -> list[int]:
-    """The labels of a sheet: up to ten classes, spread over all, four rows of them.
-
-    Without classes, the null label.
+def labels(trainer: "Trainer") -> list[int] | list[str]:
+    """The labels of a sheet: up to ten classes, spread over all, or captions of the evaluation
+    split; four rows of them. Without either, the null label.
     """
+    if trainer.encoded:
+        captions = dict.fromkeys(several[0] for several in trainer.source.eval.captions)
+        return list(captions)[:COLUMNS] * ROWS
+    n_classes = trainer.model_config.n_classes
     classes = np.linspace(0, max(0, n_classes - 1), min(n_classes, COLUMNS) or ROWS)
     return classes.astype(int).tolist() * ROWS
 
 
 def captions(labels: Labels, names: Sequence[str]) -> list[str] | None:
-    """The class name of every picture; None where classes have no names."""
-    return [names[label] for label in labels] if names else None
+    """What stands below every picture: its caption, or its class's name if it has one."""
+    if names:
+        return [label if isinstance(label, str) else names[label] for label in labels]
+    return [label for label in labels if isinstance(label, str)] or None
 
 
-def sheet(
-    x: Float[np.ndarray, "b h w c"], labels: Sequence[int], names: Sequence[str]
-) -> Image.Image:
-    """Samples in −1 … 1 as a grid, with the names of their classes."""
+def sheet(x: Float[np.ndarray, "b h w c"], labels: Labels, names: Sequence[str]) -> Image.Image:
+    """Samples in −1 … 1 as a grid, with what they are of."""
     columns = len(labels) // ROWS
     return images.grid(images.to_uint8(x), columns=columns, captions=captions(labels, names))
 
@@ -53,19 +55,30 @@ def greeting(trainer: "Trainer", last: int) -> str:
     return (
         f"{c.model}, {n_params / 1e6:.3g} M parameters, {m.dtype}, on {devices}\n"
         f"{source.config.name}: {len(source.train)} training pictures of "
-        f"{m.image_size}×{m.image_size}×{m.channels}, {m.n_classes} classes\n"
+        f"{m.image_size}×{m.image_size}×{m.channels}, {told(trainer)}\n"
         f"{begin}: {last} steps of {c.batch_size} pictures, into {trainer.run_dir}"
     )
 
 
-def farewell(run_dir: Path, step: int) -> str:
+def told(trainer: "Trainer") -> str:
+    """What the model is told of a picture."""
+    if not trainer.encoded:
+        return f"{trainer.model_config.n_classes or 'no'} classes"
+    n_cut = trainer.encoded.n_cut
+    cut = f" ({n_cut} were cut to what the text tower takes)" if n_cut else ""
+    return f"captions of up to {trainer.encoded.length} tokens{cut}"
+
+
+def farewell(trainer: "Trainer") -> str:
     """Where everything is, and what to do next."""
+    run_dir, step = trainer.run_dir, trainer.step
     checkpoint = f"checkpoints/{step}/"
+    prompts = ' --prompts "…"' if trainer.encoded else ""
     return f"""
 Done: step {step}. Everything is in {run_dir}/
   {"samples/final.png":24} what the model draws; samples/trajectory.gif is its way from noise
   {"metrics.jsonl":24} losses, norms, speed; TensorBoard shows them from the same folder
   {checkpoint:24} weights, their average and the optimizer
 Next:
-  python generate.py --run {run_dir} --n 64 --out samples.png
+  python generate.py --run {run_dir}{prompts} --n 64 --out samples.png
   python train.py --resume --run_dir {run_dir} --n_steps {2 * step}"""

@@ -7,6 +7,7 @@ and the making of batches are the pipeline's.
 import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from jaxtyping import Int32, Int64, UInt8
 import datasets_config
 import images
 from datasets_config import DATASET_CONFIGS, DatasetConfig
-from errors import UserError
+from errors import UserError, unknown
 
 if TYPE_CHECKING:  # at run time they are imported where they are used: together they take a second
     import pyarrow
@@ -30,13 +31,14 @@ MODELS_BY_SIDE = {16: "DiT-Ti/2", 32: "DiT-S/2", 64: "DiT-S/4", math.inf: "DiT-B
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Some rows of one split, with undecoded pictures and checked labels."""
+    """Some rows of one split, with undecoded pictures and checked labels or captions."""
 
     config: DatasetConfig
     name: str
     data: "Dataset"  # all rows of the split as stored
     rows: Int64[np.ndarray, "n"]  # those that belong here
     labels: Int32[np.ndarray, "n"]
+    captions: list[tuple[str, ...]]  # those of each picture; empty where there are none
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -70,6 +72,9 @@ def open_source(
     data_dir: str | Path | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    conditioning: str | None = None,
+    caption_column: str | None = None,
+    captions: tuple[str, ...] = (),
     image_size: int | None = None,
     channels: int | None = None,
 ) -> Source:
@@ -79,20 +84,34 @@ def open_source(
         name: a key of `DATASET_CONFIGS`, `folder:PATH` or `hf:owner/name[:configuration]`.
         data_dir: a local copy: a folder of Parquet files or pictures, or of `save_to_disk`.
         label_column: "" to train without classes.
+        conditioning: class, text or none; by default what the arguments and the data suggest.
+        captions: made from class names, as "a photo of a {label}".
     """
     if channels not in (None, 1, 3) or (image_size is not None and image_size < 2):
         raise UserError("channels must be 1 or 3, and image_size at least 2")
     entry = _entry(name)
+    conditioning = _conditioning(entry, conditioning, label_column, caption_column, captions)
     splits = _load(entry, _folder(entry, data_dir))
     (train, train_rows), (held_out, held_out_rows) = _choose_splits(entry, splits)
     features = splits[train].features
     image_column = _image_column(entry, features, image_column)
+    captions = captions or (() if caption_column else entry.captions)
+    if conditioning == "text" and not captions:
+        caption_column = _caption_column(entry, features, caption_column)
+    if conditioning == "none" or caption_column:
+        label_column = ""
     label_column = _label_column(entry, features, label_column)
+    if conditioning in ("class", "text") and not (label_column or caption_column):
+        raise UserError(
+            f"data set '{entry.name}' has no classes to tell a model; pass --label_column"
+        )
     names = _class_names(entry, splits[train], label_column)
     config = dataclasses.replace(
         entry,
         image_column=image_column,
         label_column=label_column,
+        caption_column=caption_column,
+        captions=captions if conditioning == "text" else (),
         n_classes=len(names),
         label_names=names,
         image_size=image_size or entry.image_size,
@@ -217,6 +236,58 @@ def _label_column(entry: DatasetConfig, features: "Features", wanted: str | None
     return _column_name(entry, features, fitting, wanted=wanted, flag="label_column")
 
 
+def _conditioning(
+    entry: DatasetConfig,
+    wanted: str | None,
+    label_column: str | None,
+    caption_column: str | None,
+    captions: tuple[str, ...],
+) -> str | None:
+    """What a model shall be told; None for classes where there are any."""
+    if wanted not in (None, "class", "text", "none"):
+        raise unknown("conditioning", wanted, ("class", "text", "none"))
+    if (caption_column or captions) and wanted not in (None, "text"):
+        raise UserError(f"captions are for --conditioning text, not {wanted}")
+    if caption_column and captions:
+        raise UserError("pass --caption_column or --caption, not both")
+    if wanted:
+        return wanted
+    return "text" if caption_column or captions or entry.conditioning == "text" else None
+
+
+def _caption_column(entry: DatasetConfig, features: "Features", wanted: str | None) -> str:
+    texts = re.compile(r"((large_)?list<\w+: )?(large_)?string>?")
+    fitting = [field.name for field in features.arrow_schema if texts.fullmatch(str(field.type))]
+    column = _column_name(entry, features, fitting, wanted=wanted, flag="caption_column")
+    if column not in fitting:
+        raise UserError(
+            f"data set '{entry.name}', column '{column}': holds no texts; pass --caption_column"
+        )
+    return column
+
+
+def _captions(
+    config: DatasetConfig, data: "Dataset", labels: Int32[np.ndarray, "n"]
+) -> list[tuple[str, ...]]:
+    """The captions of every row; an empty one where there is none, which is the null caption."""
+    if config.caption_column:
+        cells = _column(data, config.caption_column).to_pylist()
+        texts = ((cell,) if isinstance(cell, str) else cell for cell in cells)
+        return [tuple(text or "" for text in several or ("",)) for several in texts]
+    if not config.captions:
+        return []
+    try:
+        of_class = [
+            tuple(template.format(label=name) for template in config.captions)
+            for name in config.label_names
+        ]
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(
+            f"--caption {' '.join(map(repr, config.captions))}: only {{label}} may stand in braces"
+        ) from error
+    return [of_class[label] for label in labels]
+
+
 def _column_name(
     entry: DatasetConfig, features: "Features", fitting: list[str], *, wanted: str | None, flag: str
 ) -> str:
@@ -276,7 +347,8 @@ def _split(
     """The rows with labels 0 … n_classes − 1; all 0, the null id, when there are no classes."""
     from datasets import Image
 
-    columns = [c for c in (config.image_column, config.label_column) if c is not None]
+    wanted = (config.image_column, config.label_column, config.caption_column)
+    columns = [column for column in wanted if column]
     if not set(columns) <= set(data.column_names):
         raise UserError(
             f"data set '{config.name}', split '{name}' needs the columns {' and '.join(columns)}"
@@ -292,7 +364,8 @@ def _split(
     labels = np.zeros(len(data), np.int32)
     if config.label_column is not None:
         labels = _label_ids(config, name, _column(data, config.label_column))
-    return Split(config, name, pictures, rows, labels[rows])
+    captions = _captions(config, data.select(rows), labels[rows])
+    return Split(config, name, pictures, rows, labels[rows], captions)
 
 
 def _label_ids(

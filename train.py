@@ -29,6 +29,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Key
 
+import captions
 import cli
 import generate
 import images
@@ -37,6 +38,8 @@ import parallel
 import profiling
 import run_folder
 import showcase
+import text
+from captions import CaptionStore
 from checkpoint import Checkpoints
 from errors import RunError, UserError
 from interrupts import stopping
@@ -115,7 +118,8 @@ class Trainer:
     """A data set, a model, its optimizer, and their state on all devices."""
 
     def __init__(self, config: TrainConfig = DIGITS):
-        """Open the data, fill in the settings, create the state or restore it. Writes nothing.
+        """Open the data, fill in the settings, create the state or restore it. Writes nothing, but
+        captions that are not encoded yet are (into their cache, with a progress bar).
 
         Raises:
             UserError: settings or data that cannot work.
@@ -133,6 +137,9 @@ class Trainer:
             data_dir=config.data_dir,
             image_column=config.image_column,
             label_column=config.label_column,
+            conditioning=config.conditioning,
+            caption_column=config.caption_column,
+            captions=config.caption or (),
             image_size=config.image_size,
             channels=None if config.profile else config.channels,  # a profile reads no pictures
         )
@@ -146,6 +153,15 @@ class Trainer:
             require_even_batches(c, n_devices)
         self.run_dir = run_dir or run_folder.new(c.dataset_name, c.model)
         self.model_config = network(c, self.dataset, platform)
+        self.encoded = None
+        if c.conditioning == "text":
+            self.encoded = self._encode_captions(saved["text_revisions"] if saved else None)
+            self.model_config = dataclasses.replace(
+                self.model_config,
+                text_length=self.encoded.length,
+                text_width=self.encoded.width,
+                pooled_width=self.encoded.pooled,
+            )
         self.peak = profiling.peak(
             jax.devices()[0].device_kind, self.model_config.dtype, peak_tflops=c.peak_tflops
         )
@@ -181,6 +197,12 @@ class Trainer:
             raise UserError(f"'{run_dir}' has no complete checkpoint yet")
         return trainer
 
+    def _encode_captions(self, revisions: Sequence[str] | None) -> CaptionStore:
+        c, splits = self.config, (self.source.train, self.source.eval)
+        folder = c.caption_cache or captions.default_folder(c.dataset_name, c.data_dir)
+        texts = [text for split in splits for several in split.captions for text in several]
+        return CaptionStore.open(folder, texts, c.text_towers, revisions=revisions)
+
     @cached_property
     def data(self) -> Pipeline:
         """The batches. A small set is decoded here, once."""
@@ -193,6 +215,7 @@ class Trainer:
             n_processes=jax.process_count(),
             n_workers=c.n_workers,
             in_memory=c.in_memory,
+            encoded=self.encoded,
         )
 
     # --- one step ---------------------------------------------------------------------------------
@@ -238,7 +261,8 @@ class Trainer:
         """This process's part of a batch, with nothing in it."""
         n, m = self.config.batch_size // jax.process_count(), self.model_config
         image = np.zeros((n, m.image_size, m.image_size, m.channels), np.uint8)
-        return Batch(row=np.arange(n, dtype=np.int32), image=image, label=np.zeros(n, np.int32))
+        label = self.encoded.blank(n) if self.encoded else np.zeros(n, np.int32)
+        return Batch(row=np.arange(n, dtype=np.int32), image=image, label=label)
 
     # --- a run, in the order of time --------------------------------------------------------------
 
@@ -277,7 +301,7 @@ class Trainer:
                     break
             else:
                 self._show(run, "final.png", gif=True)
-                run.tracker.message(showcase.farewell(self.run_dir, self.step))
+                run.tracker.message(showcase.farewell(self))
         stop.leave()
 
     def evaluate(self) -> dict[str, float]:
@@ -300,17 +324,18 @@ class Trainer:
         ema: bool = True,
         trajectory: bool = False,
     ) -> np.ndarray:
-        """Pictures of `labels` (numbers or names), in about −1 … 1, from the averaged weights.
+        """Pictures of `labels` (numbers, names or captions), in about −1 … 1, from the averaged
+        weights.
 
         Returns float32 (b, h, w, c) or, with `trajectory`, every state from the noise to the
         result, (n_steps + 1, b, h, w, c).
         """
-        c, n_classes = self.config, self.model_config.n_classes
+        c = self.config
         n_steps = c.n_sample_steps if n_steps is None else n_steps
         solution = generate.sample(
             self.state.ema if ema else self.state.params,
             self.model_config,
-            generate.label_ids(labels, self.dataset.label_names, n_classes),
+            self._told(labels),
             sampler=generate.Sampler(c.solver, n_steps, c.sample_shift),
             mesh=self.mesh,
             cfg_scale=c.cfg_scale if cfg_scale is None else cfg_scale,
@@ -318,6 +343,17 @@ class Trainer:
             trajectory=trajectory,
         )
         return solution.x if solution.trajectory is None else solution.trajectory
+
+    def _told(self, labels: Sequence[int | str]) -> generate.Labels:
+        """What the model is told of pictures with these labels or captions."""
+        if not self.encoded:
+            names, n_classes = self.dataset.label_names, self.model_config.n_classes
+            return generate.label_ids(labels, names, n_classes)
+        words = [str(label) for label in labels]
+        if all(word in self.encoded for word in words):
+            return self.encoded(self.encoded.ids(words))
+        towers, revisions = self.config.text_towers, self.encoded.revisions
+        return text.encode(words, towers, revisions, length=self.encoded.length)
 
     def model(self, ema: bool = True) -> nnx.Module:
         """The live model, `model(x, t, label)`, with averaged or raw weights."""
@@ -371,6 +407,7 @@ class Trainer:
             "run_dir": str(self.run_dir),
             "model_config": dataclasses.asdict(self.model_config),
             "dataset": dataclasses.asdict(self.dataset),
+            "text_revisions": self.encoded.revisions if self.encoded else (),
         }
 
     def _batches(self, run: Run, last: int) -> Iterator[Batch]:
@@ -429,7 +466,7 @@ class Trainer:
 
     def _show(self, run: Run, name: str, *, gif: bool = False) -> None:
         """A sheet of samples in samples/ and TensorBoard and, with `gif`, its way from noise."""
-        labels, folder = showcase.labels(self.model_config.n_classes), self.run_dir / "samples"
+        labels, folder = showcase.labels(self), self.run_dir / "samples"
         states = self.sample(labels, trajectory=True) if gif else [self.sample(labels)]
         sheets = [showcase.sheet(x, labels, self.dataset.label_names) for x in states]
         images.save_png(sheets[-1], folder / name)

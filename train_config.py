@@ -13,9 +13,10 @@ from typing import Any
 import objectives
 import optim
 import sampling
+from cli import Text
 from datasets_config import DatasetConfig
 from errors import UserError, unknown
-from model import MODELS, ModelConfig, model_config
+from model import BLOCKS, JOINT, MODELS, ModelConfig, model_config
 
 UNSAID: Any = None  # filled by `resolve`
 
@@ -34,14 +35,21 @@ class TrainConfig:
             folder.
         image_column: where to find pictures in folder: and hf: data.
         label_column: where to find classes in folder: and hf: data.
+        conditioning: what the model is told: class, text or none; by default what the data have.
+        caption_column: where to find captions, one or a list of them a picture.
+        caption: captions made from class names, such as "a photo of a {label}".
+        text_towers: that encode captions, by Hugging Face id or folder; several are joined as in
+            SD3.
+        caption_cache: where encoded captions are kept; by default beside the data set.
         image_size: pixels to a side after centre crop and resize.
         channels: 1 (grey) or 3 (RGB).
         in_memory: decode the whole set once and hold it; by default up to 1 GiB.
         n_workers: processes that decode a set that is not held.
         model: a preset such as DiT-S/2.
         patch_size: overrides the preset's.
-        block: how blocks are conditioned: adaln_zero.
-        position: absolute positions: sincos, learned or none.
+        block: how a DiT's blocks are conditioned: adaln_zero, adaln, cross_attention or in_context.
+        position: absolute positions: sincos, cropped (from the middle of SD3's table), learned or
+            none.
         rope: 2-D rotary positions in attention.
         qk_norm: normalise queries and keys.
         mlp: gelu or swiglu.
@@ -53,7 +61,7 @@ class TrainConfig:
         logit_std: of the logit-normal density.
         mode_scale: of the mode density.
         time_shift: moves training times towards noise; above 1 for large pictures.
-        label_dropout: share of rows trained without their label, for guidance.
+        label_dropout: share of rows trained without their label or caption, for guidance.
         n_epochs: how long to train; n_steps wins.
         n_steps: how long to train, in updates; more on a resumed run stretches its schedule.
         batch_size: pictures per update, over all devices.
@@ -86,6 +94,11 @@ class TrainConfig:
     data_dir: Path | None = None
     image_column: str | None = None
     label_column: str | None = None
+    conditioning: str = UNSAID
+    caption_column: str | None = None
+    caption: tuple[Text, ...] | None = None
+    text_towers: tuple[str, ...] = UNSAID
+    caption_cache: Path | None = None
     image_size: int = UNSAID
     channels: int = UNSAID
     in_memory: bool | None = None
@@ -136,10 +149,8 @@ class TrainConfig:
 
 DEFAULTS: dict[str, Any] = {
     "dataset_name": "digits",
-    "block": "adaln_zero",
-    "position": "sincos",
+    "text_towers": ("openai/clip-vit-large-patch14",),
     "rope": False,
-    "qk_norm": False,
     "mlp": "gelu",
     "norm": "layer",
     "time_density": "logit_normal",
@@ -166,21 +177,24 @@ DEFAULTS: dict[str, Any] = {
 # What may change when a run goes on: where things lie, how often they are looked at, how long it
 # goes, and what leaves the numbers as they are.
 FREE_ON_RESUME = {
-    *("run_dir", "resume", "data_dir", "in_memory", "n_workers", "fsdp", "remat"),
+    *("run_dir", "resume", "data_dir", "caption_cache", "in_memory", "n_workers", "fsdp", "remat"),
     *("n_steps", "n_epochs", "log_every", "eval_save_steps", "n_eval_batches", "sample_every_n"),
     *("keep_checkpoints", "cfg_scale", "n_sample_steps", "solver", "sample_shift"),
     *("profile", "peak_tflops"),
 }
+OF_ONE_START = {"run_dir", "resume", "profile"}
 RECOMMENDED = (
     *("model", "batch_size", "learning_rate", "n_steps", "ema_decay", "cfg_scale"),
-    *("image_size", "channels"),
+    *("image_size", "channels", "conditioning"),
 )
+PRESET = ("patch_size", "block", "position", "qk_norm")  # of the model, if not said
 # What the help page says of values that are not given.
 FILLED = (
     DEFAULTS
     | dict.fromkeys(RECOMMENDED, "as the data set recommends")
     | dict.fromkeys(("eval_save_steps", "sample_every_n"), "n_steps / 4, at most 1000")
-    | {"warmup_steps": "n_steps / 20, at most 1000", "patch_size": "the model's"}
+    | {"warmup_steps": "n_steps / 20, at most 1000"}
+    | dict.fromkeys(PRESET, "the model's")
     | {"remat": "for L and XL", "half_precision": "except on a CPU", "run_dir": "a new one"}
 )
 POSITIVE = (
@@ -210,6 +224,8 @@ def take_up(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
         UserError: `config` says something else about what cannot change, with the fields' names.
     """
     said = {name: value for name, value in vars(config).items() if value is not None}
+    # JSON has no tuples.
+    saved = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
     changed = [
         f"{name} was {saved.get(name)}, not {value}"
         for name, value in said.items()
@@ -218,13 +234,12 @@ def take_up(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
     if changed:
         raise UserError(f"cannot resume: {'; '.join(changed)}")
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
-    kept: dict[str, Any] = {
-        name: saved.get(name) for name in fields - {"run_dir", "resume", "profile"}
-    }
+    kept: dict[str, Any] = {name: saved[name] for name in fields & set(saved) - OF_ONE_START}
     if "n_epochs" in said:
         kept["n_steps"] = None
-    if kept["data_dir"]:
-        kept["data_dir"] = Path(kept["data_dir"])
+    for name in ("data_dir", "caption_cache"):
+        if kept.get(name):
+            kept[name] = Path(kept[name])
     return TrainConfig(**kept | said)
 
 
@@ -243,6 +258,8 @@ def resolve(
     """
     said = {name: value for name, value in vars(config).items() if value is not None}
     filled = DEFAULTS | {name: getattr(dataset, name) for name in RECOMMENDED} | said
+    if filled["conditioning"] == "none":
+        filled["cfg_scale"] = said.get("cfg_scale", 1.0)
     check_numbers(filled)
     if config.n_epochs is not None and config.n_steps is None:
         filled["n_steps"] = math.ceil(config.n_epochs * n_rows / filled["batch_size"])
@@ -254,9 +271,10 @@ def resolve(
 def derived(filled: dict[str, Any], platform: str) -> dict[str, Any]:
     """Defaults that follow from other values."""
     quarter = max(1, min(1000, filled["n_steps"] // 4))
+    preset = MODELS.get(filled["model"], {})
     return {
-        "patch_size": MODELS.get(filled["model"], {}).get("patch_size"),
-        "remat": filled["model"].startswith(("DiT-L/", "DiT-XL/")),
+        **{name: preset.get(name, getattr(ModelConfig, name, None)) for name in PRESET},
+        "remat": "DiT-L/" in filled["model"] or "DiT-XL/" in filled["model"],
         "half_precision": platform != "cpu",
         "warmup_steps": min(1000, filled["n_steps"] // 20),
         "eval_save_steps": quarter,
@@ -289,6 +307,15 @@ def validate(config: TrainConfig, n_devices: int) -> None:
     for name, table in tables.items():
         if getattr(config, name) not in table:
             raise unknown(name, getattr(config, name), table)
+    joint = MODELS[config.model].get("block") == JOINT
+    if joint != (config.block == JOINT):
+        allowed = "joint blocks only" if joint else f"a DiT's, one of: {', '.join(BLOCKS)}"
+        raise UserError(f"--block {config.block}: {config.model} has {allowed}")
+    if config.conditioning == "none" and config.cfg_scale != 1:
+        raise UserError(
+            f"--cfg_scale {config.cfg_scale}: an unconditional model has no label to be guided by; "
+            "leave it at 1"
+        )
     if n_devices % config.fsdp:
         raise UserError(f"--fsdp {config.fsdp} does not divide the {n_devices} devices")
 
@@ -302,7 +329,7 @@ def require_even_batches(config: TrainConfig, n_devices: int) -> None:
 
 
 def network(config: TrainConfig, dataset: DatasetConfig, platform: str) -> ModelConfig:
-    """The model that a resolved `config` describes."""
+    """The model that a resolved `config` describes, but for the shape of captions."""
     depth = MODELS[config.model]["depth"]
     return model_config(
         config.model,
@@ -310,7 +337,7 @@ def network(config: TrainConfig, dataset: DatasetConfig, platform: str) -> Model
         image_size=config.image_size,
         channels=config.channels,
         out_channels=config.channels,
-        n_classes=dataset.n_classes,
+        n_classes=dataset.n_classes if config.conditioning == "class" else 0,
         block=config.block,
         position=config.position,
         rope=config.rope,

@@ -26,7 +26,7 @@ def profile(trainer: "Trainer") -> str:
     m, batch, key = trainer.model_config, trainer.blank_batch(), trainer.train_key
     batch = parallel.place(batch, trainer.mesh)
     forward = trainer.config.batch_size * sum(profiling.flops_by_module(m).values())
-    guide = m.n_classes > 0
+    guide = bool(m.n_classes or m.text_width)
     draw = partial(
         generate.draw,
         config=m,

@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as Picture
 
 from datasets_config import DATASET_CONFIGS
@@ -54,6 +54,14 @@ SCHEMAS = {
         *(("train", "validation"), "RGB", (256, 256), "JPEG"),
         {"label": ClassLabel(names=["female", "male"])},
     ),
+    "coco": (
+        *(("train",), "RGB", (64, 48), "JPEG"),
+        {
+            "filename": Value("string"),
+            "sentids": List(Value("int64")),
+            "sentences_raw": List(Value("string")),
+        },
+    ),
 }
 
 
@@ -84,8 +92,10 @@ def picture(
     return file.getvalue()
 
 
-def value(feature: ClassLabel | Value, i: int) -> object:
-    """The i-th value of a column that is no picture."""
+def value(feature: ClassLabel | Value | List, i: int) -> object:
+    """The i-th value of a column that is no picture; five of them where it holds lists."""
+    if isinstance(feature, List):
+        return [value(feature.feature, 5 * i + k) for k in range(5)]
     if isinstance(feature, ClassLabel):
         return i % len(feature.names)
     return {"int64": i, "bool": i % 2 == 0, "float64": i / 10, "string": f"row {i}"}[feature.dtype]

@@ -1,4 +1,4 @@
-"""`train.py` with one more size, small enough for tests: DiT-Nano."""
+"""`train.py` with one more size, small enough for tests: DiT-Nano and MMDiT-Nano."""
 
 import sys
 from pathlib import Path
@@ -9,6 +9,11 @@ import model
 
 model.MODELS |= {
     f"DiT-Nano/{p}": {"width": 32, "depth": 2, "n_heads": 2, "patch_size": p} for p in (4, 8)
+}
+model.MODELS |= {
+    f"MM{name}": shape | {"block": model.JOINT, "qk_norm": True}
+    for name, shape in model.MODELS.items()
+    if "Nano" in name
 }
 
 if __name__ == "__main__":

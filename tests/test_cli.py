@@ -33,6 +33,7 @@ class Config:
     mlp: Literal["gelu", "swiglu"] = "gelu"
     size: Literal[1, 2, 4] | None = None
     labels: tuple[str, ...] = ()
+    prompts: tuple[cli.Text, ...] = ()
     widths: tuple[int, ...] = (1, 2)
     folder: Path | None = None
 
@@ -74,6 +75,9 @@ def parse(line):
         ("--labels 3 7 cat --n_steps 2", {"labels": ("3", "7", "cat"), "n_steps": 2}),
         ("--labels=3,7", {"labels": ("3", "7")}),
         ("--labels a,b c", {"labels": ("a,b", "c")}),
+        ("--prompts a,b", {"prompts": ("a,b",)}),
+        ("--prompts a,b c --name x", {"prompts": ("a,b", "c"), "name": "x"}),
+        ("--prompts=", {"prompts": ("",)}),
         ("--widths 8 -1", {"widths": (8, -1)}),
         ("--folder runs/x", {"folder": Path("runs/x")}),
     ],

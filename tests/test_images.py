@@ -184,12 +184,23 @@ def test_the_grid_holds_every_picture_enlarged_in_its_place(channels):
 
 def test_captions_are_black_on_white_below_their_picture():
     white = np.full((2, 8, 8, 1), 255, np.uint8)
-    sheet = np.asarray(images.grid(white, columns=2, captions=["cat", "x" * 100]))
+    sheet = images.grid(white, columns=2, captions=["cat", "x" * 100], min_side=64)
+    sheet = np.asarray(sheet)
     ink = np.argwhere(sheet[..., 0] < 128)
     assert ink[:, 0].min() >= 64 + images.GAP
     gap = slice(64 + images.GAP, 64 + 2 * images.GAP)  # a long name must not run into its neighbour
     assert (sheet[:, gap] == 255).all() and (sheet[:, -images.GAP :] == 255).all()
     assert (ink[:, 1] < 64).any() and (ink[:, 1] > 72).any()
+
+
+def test_a_sentence_is_broken_between_words_and_its_pictures_are_larger():
+    white = np.full((2, 8, 8, 1), 255, np.uint8)
+    sentence = "the number seven, written by hand on a sheet of paper"
+    sheet = np.asarray(images.grid(white, columns=2, captions=["7", sentence]))
+    assert sheet.shape[1] == 2 * 128 + 3 * images.GAP
+    rows_with_ink = np.any(sheet[128 + images.GAP :, 128 + 2 * images.GAP :, 0] < 128, axis=1)
+    n_lines = (np.diff(rows_with_ink.astype(int), prepend=0) == 1).sum()
+    assert n_lines == images.MOST_LINES
 
 
 def test_latents_are_not_shown_as_pictures():

@@ -30,7 +30,20 @@ def test_attention_is_the_formula():
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     expected = np.einsum("bhnm,bmhk->bnhk", weights, np.float64(v))
+    expected = expected.reshape(2, 5, 32)
     np.testing.assert_allclose(layers.attention(q, k, v), expected, atol=1e-6)
+
+
+def test_a_masked_key_is_as_good_as_absent():
+    q, k, v = jax.random.normal(key, (3, 2, 5, 4, 8))
+    mask = jnp.asarray([[True] * 5, [True, True, False, True, False]])
+    y = layers.attention(q, k, v, mask)
+    np.testing.assert_allclose(y[0], layers.attention(q, k, v)[0], atol=1e-6)
+    kept = jnp.asarray([0, 1, 3])
+    alone = layers.attention(q[1:], k[1:, kept], v[1:, kept])
+    np.testing.assert_allclose(y[1:], alone, atol=1e-6)
+    garbage = jnp.where(mask[..., None, None], k, 1e4), jnp.where(mask[..., None, None], v, -1e4)
+    assert (layers.attention(q, *garbage, mask) == y).all()
 
 
 def test_attention_survives_large_bfloat16_scores():
@@ -38,7 +51,7 @@ def test_attention_survives_large_bfloat16_scores():
     q = jnp.ones((1, 1, 1, 1), jnp.bfloat16)
     k = jnp.asarray([300.0, 304.0], jnp.bfloat16).reshape(1, 2, 1, 1)
     v = jnp.asarray([0.0, 1.0], jnp.bfloat16).reshape(1, 2, 1, 1)
-    np.testing.assert_allclose(float(layers.attention(q, k, v)[0, 0, 0, 0]), 0.982, atol=4e-3)
+    np.testing.assert_allclose(float(layers.attention(q, k, v)[0, 0, 0]), 0.982, atol=4e-3)
 
 
 def test_rotary_scores_depend_on_the_two_offsets_alone():
@@ -61,12 +74,33 @@ def test_rotation_keeps_lengths():
     np.testing.assert_allclose(lengths, jnp.linalg.norm(q, axis=-1), rtol=1e-5)
 
 
+def test_tokens_before_the_grid_are_not_rotated():
+    q = jax.random.normal(key, (1, 15, 2, 8))
+    rotated = layers.rotate(q, (3, 4))
+    assert (rotated[:, :3] == q[:, :3]).all()
+    np.testing.assert_array_equal(rotated[:, 3:], layers.rotate(q[:, 3:], (3, 4)))
+
+
 @pytest.mark.parametrize("rows, columns", [(4, 4), (2, 6), (16, 16)])
 def test_sincos_positions_are_of_a_grid(rows, columns):
-    table = layers.sincos_table(32, rows, columns).reshape(rows, columns, 32)
+    table = layers.sincos_table(32, np.arange(float(rows)), np.arange(float(columns)))
+    table = table.reshape(rows, columns, 32)
     assert (table[:, :, :16] == table[:1, :, :16]).all()  # the column's half is equal in a column
     assert (table[:, :, 16:] == table[:, :1, 16:]).all()  # the row's half in a row
     assert len(np.unique(table.reshape(-1, 32).round(6), axis=0)) == rows * columns
+
+
+def test_the_cropped_table_has_one_centre_for_every_size():
+    """A small picture has the positions of the middle of a large one, as in SD3."""
+
+    def table(rows, columns):
+        position = layers.CroppedPosition(32, (rows, columns), rngs=nnx.Rngs(0))
+        return position(jnp.zeros((1, rows * columns, 32))).reshape(rows, columns, 32)
+
+    np.testing.assert_array_equal(table(8, 12)[2:-2, 4:-4], table(4, 4))
+    # SD3's own: 192 places, three to a unit.
+    expected = layers.sincos_table(32, np.arange(94, 98) / 3, np.arange(94, 98) / 3)
+    np.testing.assert_allclose(table(4, 4).reshape(16, 32), expected, atol=1e-5)
 
 
 def test_time_scale_makes_t_visible():
@@ -84,6 +118,15 @@ def test_norms_are_computed_in_float32(norm):
     np.testing.assert_allclose(jnp.square(exact).mean(-1), 1, rtol=1e-3)
     reference = norm(x.astype(jnp.bfloat16).astype(jnp.float32)).astype(jnp.bfloat16)
     assert (half == reference).all()
+
+
+@pytest.mark.parametrize("kind", layers.NORMS)
+def test_an_affine_norm_starts_as_the_norm(kind):
+    x = jax.random.normal(key, (2, 3, 16))
+    norm = layers.AffineNorm(kind, 16)
+    np.testing.assert_array_equal(norm(x), layers.NORMS[kind](x))
+    norm.scale[...], norm.shift[...] = jnp.arange(16.0), jnp.ones(16)
+    np.testing.assert_allclose(norm(x), layers.NORMS[kind](x) * jnp.arange(16.0)[None, None] + 1)
 
 
 class Affine(nnx.Module):

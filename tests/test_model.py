@@ -10,7 +10,18 @@ import pytest
 from flax import nnx
 
 from errors import UserError
-from model import MODELS, ModelConfig, graphdef, init_params, model_config
+from model import (
+    BLOCKS,
+    JOINT,
+    MODELS,
+    Condition,
+    ModelConfig,
+    Streams,
+    graphdef,
+    init_params,
+    model_config,
+)
+from text import Caption
 
 key = jax.random.key(0)
 TINY = ModelConfig(
@@ -23,20 +34,50 @@ TINY = ModelConfig(
     out_channels=3,
     n_classes=5,
 )
+BLOCK_VARIANTS = {block: replace(TINY, block=block) for block in (*BLOCKS, JOINT)}
+TEXT = {"n_classes": 0, "text_length": 6, "text_width": 10, "pooled_width": 7}
+TEXT_VARIANTS = {
+    f"{block}, captions": replace(TINY, block=block, **TEXT) for block in BLOCK_VARIANTS
+}
 VARIANTS = {
-    "plain": TINY,
+    **BLOCK_VARIANTS,
+    **TEXT_VARIANTS,
     "rope": replace(TINY, rope=True, position="none"),
     "learned": replace(TINY, position="learned"),
+    "cropped": replace(TINY, position="cropped"),
     "qk_norm": replace(TINY, qk_norm=True),
     "swiglu": replace(TINY, mlp="swiglu"),
     "rms": replace(TINY, norm="rms"),
     "remat": replace(TINY, remat=True),
     "unrolled": replace(TINY, unroll=2),
     "bfloat16": replace(TINY, dtype="bfloat16"),
+    "in_context, rope": replace(TINY, block="in_context", rope=True),
+    "joint, SD3": replace(TINY, block="joint", qk_norm=True, position="cropped", remat=True),
+    "joint, rope": replace(TINY, block="joint", rope=True, position="none", unroll=4),
+    "joint, bfloat16": replace(TINY, block="joint", dtype="bfloat16", **TEXT),
 }
 x = jax.random.normal(key, (4, 8, 8, 3))
 t = jnp.asarray([0.1, 0.4, 0.6, 0.9])
 label = jnp.asarray([0, 2, 4, 5])
+lengths = np.array([6, 3, 1, 0])  # the last is the null caption
+rng = np.random.default_rng(0)
+mask = np.arange(6) < lengths[:, None]
+caption = Caption(
+    jnp.asarray(rng.normal(size=(4, 6, 10)) * mask[..., None], jnp.float16),
+    jnp.asarray(mask),
+    jnp.asarray(rng.normal(size=(4, 7)) * (lengths[:, None] > 0), jnp.float16),
+)
+
+
+def told(config):
+    """Four labels: of what kind depends on the model."""
+    return caption if config.text_width else label
+
+
+def changed(labels):
+    """The same with another first row, and with its rows in reverse."""
+    first = Caption(*(v.at[0].set(v[1]) for v in caption)) if labels is caption else None
+    return first or label.at[0].set(1), jax.tree.map(lambda v: v[::-1], labels)
 
 
 def live(config, params=None):
@@ -52,41 +93,59 @@ def shaken(config):
     return live(config, jax.tree.unflatten(treedef, leaves))
 
 
+SHAPES = (4, 16, 32), (4, 6, 32), (4, 32)  # of a picture's tokens, a label's, and its vector
+
+
+def block_of(model):
+    """The first of a model's blocks."""
+    return nnx.merge(*jax.tree.map(lambda w: w[0], nnx.split(model.blocks)))
+
+
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
-def test_the_untrained_model_is_zero_and_its_blocks_the_identity(config):
-    model = live(config)
-    assert (model(x, t, label) == 0).all()
-    tokens = jax.random.normal(key, (4, 16, 32)).astype(config.dtype)
-    cond = jax.random.normal(key, (4, 32)).astype(config.dtype)
-    first = nnx.merge(*jax.tree.map(lambda w: w[0], nnx.split(model.blocks)))
-    assert (first(tokens, cond) == tokens).all()
+def test_the_untrained_model_is_zero(config):
+    assert (live(config)(x, t, told(config)) == 0).all()
+
+
+@pytest.mark.parametrize("name", ["adaln_zero", "adaln_zero, captions", "joint", "joint, captions"])
+def test_blocks_with_gates_start_as_the_identity(name):
+    model, c = live(VARIANTS[name]), VARIANTS[name]
+    picture, tokens, vector = (jax.random.normal(key, shape) for shape in SHAPES)
+    cond = Condition(vector, tokens, jnp.ones((4, 6), bool))
+    streams = Streams(picture, tokens) if c.block == JOINT else picture
+    before = jax.tree.leaves(streams)
+    after = jax.tree.leaves(block_of(model)(streams, cond))
+    for x, y in zip(before, after, strict=True):
+        assert (x == y).all()
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 def test_every_input_matters_and_rows_do_not_mix(config):
-    model = shaken(config)
-    y = model(x, t, label)
+    model, labels = shaken(config), told(config)
+    y = model(x, t, labels)
     assert y.dtype == jnp.float32
-    for changed in (model(x.at[0].add(1), t, label), model(x, t.at[0].add(0.3), label)):
-        assert jnp.abs(changed - y)[0].max() > 1e-3
-        assert (changed[1:] == y[1:]).all()
-    relabelled = model(x, t, label.at[0].set(1))
-    assert jnp.abs(relabelled - y)[0].max() > 1e-3
-    assert (relabelled[1:] == y[1:]).all()
+    others = [
+        (x.at[0].add(1), t, labels),
+        (x, t.at[0].add(0.3), labels),
+        (x, t, changed(labels)[0]),
+    ]
+    for other in others:
+        moved = model(*other)
+        assert jnp.abs(moved - y)[0].max() > 1e-3
+        assert (moved[1:] == y[1:]).all()
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 def test_one_step_of_training_makes_the_condition_matter(config):
-    """adaLN-Zero starts deaf to t and label; two updates must change that."""
+    """Every design starts deaf to t and label; a few updates must change that."""
     params, target = init_params(config, key), jax.random.normal(jax.random.key(2), x.shape)
     tx = optax.adam(1e-2)
-    opt = tx.init(params)
+    opt, labels = tx.init(params), told(config)
 
     @jax.jit
     def step(params, opt):
         grads = jax.grad(
             lambda p: jnp.square(
-                live(config, p)(x, t, label) - target * t.reshape(-1, 1, 1, 1)
+                live(config, p)(x, t, labels) - target * t.reshape(-1, 1, 1, 1)
             ).mean()
         )(params)
         updates, opt = tx.update(grads, opt)
@@ -95,8 +154,61 @@ def test_one_step_of_training_makes_the_condition_matter(config):
     for _ in range(3):
         params, opt = step(params, opt)
     model = live(config, params)
-    assert jnp.abs(model(x, t, label) - model(x, t, label[::-1])).max() > 1e-5
-    assert jnp.abs(model(x, t, label) - model(x, t[::-1], label)).max() > 1e-5
+    y = model(x, t, labels)
+    assert jnp.abs(y - model(x, t, changed(labels)[1])).max() > 1e-5
+    assert jnp.abs(y - model(x, t[::-1], labels)).max() > 1e-5
+
+
+@pytest.mark.parametrize("name", [*TEXT_VARIANTS, "joint, bfloat16"])
+def test_padding_is_hidden_exactly(name):
+    model = shaken(VARIANTS[name])
+    y = model(x, t, caption)
+    garbage = jnp.where(caption.mask[..., None], caption.tokens, 99)
+    assert (model(x, t, caption._replace(tokens=garbage)) == y).all()
+    longer = caption._replace(
+        tokens=jnp.pad(caption.tokens, ((0, 0), (0, 5), (0, 0))),
+        mask=jnp.pad(caption.mask, ((0, 0), (0, 5))),
+    )
+    np.testing.assert_allclose(model(x, t, longer), y, atol=1e-4 if name[-1] != "b" else 0.1)
+
+
+@pytest.mark.parametrize("name", ["cross_attention", "in_context", "joint"])
+def test_every_token_of_a_caption_matters(name):
+    model = shaken(TEXT_VARIANTS[f"{name}, captions"])
+    y = model(x, t, caption)
+    for i in range(6):
+        moved = model(x, t, caption._replace(tokens=caption.tokens.at[0, i].multiply(-1)))
+        assert jnp.abs(moved - y)[0].max() > 1e-4
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_streams_swap_symmetrically(qk_norm):
+    """A joint block does not know which stream is which: exchanged with their weights, they come
+    out exchanged.
+    """
+    block = block_of(shaken(replace(TINY, block=JOINT, qk_norm=qk_norm)))
+    picture, tokens, vector = (jax.random.normal(key, shape) for shape in SHAPES)
+    cond = Condition(vector, tokens, None)
+    y = block(Streams(picture, tokens), cond)
+    block.picture, block.context = block.context, block.picture
+    swapped = block(Streams(tokens, picture), cond)
+    np.testing.assert_allclose(swapped.context, y.picture, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(swapped.picture, y.context, rtol=1e-4, atol=1e-4)
+    assert jnp.abs(block(Streams(picture, tokens), cond).picture - y.picture).max() > 1e-2
+
+
+def test_every_weight_of_every_design_has_a_gradient():
+    """But those that read what the design leaves out: adaLN a caption's tokens, the two without it
+    the pooled vector.
+    """
+    for name, config in (BLOCK_VARIANTS | TEXT_VARIANTS).items():
+        params = nnx.to_pure_dict(nnx.split(shaken(config))[1])
+        grads = jax.grad(lambda p, c=config: live(c, p)(x, t, told(c)).std())(params)
+        paths = jax.tree_util.tree_leaves_with_path(grads)
+        dead = {f"{path[0].key}.{path[1].key}" for path, g in paths if not jnp.abs(g).max() > 0}
+        unread = {"adaln": "label.tokens", "cross": "label.pooled", "in_co": "label.pooled"}
+        expected = {unread[name[:5]]} if config.text_width and config.block != JOINT else set()
+        assert dead == expected, name
 
 
 def test_unrolling_and_recomputing_change_nothing():
@@ -113,8 +225,9 @@ def test_positions_tell_tokens_apart():
         rolled = model(jnp.roll(x, 2, axis=1), t, label)
         return float(jnp.abs(jnp.roll(rolled, -2, axis=1) - model(x, t, label)).max())
 
-    assert moves(replace(TINY, position="none")) < 1e-4
-    for name in ("plain", "learned", "rope"):
+    for block in ("adaln_zero", "in_context", JOINT):
+        assert moves(replace(TINY, block=block, position="none")) < 1e-4
+    for name in ("adaln_zero", "learned", "rope", "cropped", "in_context, rope", "joint, rope"):
         assert moves(VARIANTS[name]) > 1e-2
 
 
@@ -124,6 +237,15 @@ def count(config):
 
 def of_the_paper(name):
     return model_config(name, image_size=32, channels=4, out_channels=8, n_classes=1000)
+
+
+@pytest.mark.parametrize(
+    "block, millions",
+    [("in_context", 449), ("cross_attention", 598), ("adaln", 600), ("adaln_zero", 675)],
+)
+def test_parameter_counts_of_the_designs_are_the_papers(block, millions):
+    """DiT-XL/2, Peebles & Xie 2023, table 4."""
+    assert round(count(replace(of_the_paper("DiT-XL/2"), block=block)) / 1e6) == millions
 
 
 @pytest.mark.parametrize(
@@ -164,7 +286,8 @@ def test_the_null_class_is_the_last_row(n_classes):
     [
         ("DiT-S/3", {}, "unknown model 'DiT-S/3'; did you mean"),
         ("DiT-S/8", {"image_size": 12}, "image_size 12 is not divisible by patch_size 8"),
-        ("DiT-S/2", {"block": "adaln0"}, "unknown block 'adaln0'; did you mean 'adaln_zero'"),
+        ("MMDiT-S/2", {"block": "joined"}, "unknown block 'joined'; did you mean 'joint'"),
+        ("DiT-S/2", {"block": "adalnzero"}, "unknown block 'adalnzero'; did you mean 'adaln_zero'"),
         ("DiT-S/2", {"mlp": "relu"}, "unknown mlp 'relu'"),
     ],
 )

@@ -11,10 +11,22 @@ import pytest
 import objectives
 from objectives import interpolate, logit_normal, mode, rectified_flow, shift_time, uniform
 from pipeline import Batch
+from text import Caption
 
 key = jax.random.key(0)
 # Between the quantiles that float32 can hold, denser than any feature of a density.
 u = jnp.linspace(0, 1, 20_001)[1:-1]
+
+
+def test_dropping_makes_the_null_class_or_the_empty_caption():
+    drop = jnp.asarray([True, False, True])
+    label = objectives.drop_labels(jnp.asarray([3, 4, 5]), drop, 10)
+    assert label.tolist() == [10, 4, 10]
+    caption = Caption(jnp.ones((3, 2, 4), jnp.float16), jnp.ones((3, 2), bool), jnp.ones((3, 5)))
+    dropped = objectives.drop_labels(caption, drop, 0)
+    for part, whole in zip(dropped, caption, strict=True):
+        assert (part[0] == 0).all() and (part[2] == 0).all() and (part[1] == whole[1]).all()
+        assert part.dtype == whole.dtype
 
 
 class Spy:

@@ -1,5 +1,6 @@
 """However many devices there are and however the weights lie on them, the numbers are the same."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,9 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 import optim
 import parallel
-from model import ModelConfig, graphdef, init_params
+from model import BLOCKS, JOINT, ModelConfig, graphdef, init_params
 from objectives import logit_normal, rectified_flow
 from pipeline import Batch
+from text import Caption
 
 key = jax.random.key(0)
 DEVICES = jax.devices()
@@ -63,11 +65,15 @@ def weights(config):
 def batch_of(n, config, seed=0):
     rng = np.random.default_rng(seed)
     shape = (n, config.image_size, config.image_size, config.channels)
-    return Batch(
-        row=np.arange(n, dtype=np.int32),
-        image=rng.integers(0, 256, shape).astype(np.uint8),
-        label=rng.integers(0, config.n_classes, n).astype(np.int32),
-    )
+    image = rng.integers(0, 256, shape).astype(np.uint8)
+    if config.text_width:
+        mask = np.arange(config.text_length) < rng.integers(0, config.text_length, (n, 1))
+        tokens = rng.normal(size=(*mask.shape, config.text_width)).astype(np.float16)
+        pooled = rng.normal(size=(n, config.pooled_width)).astype(np.float16)
+        label = Caption(tokens, mask, pooled)
+    else:
+        label = rng.integers(0, config.n_classes, n).astype(np.int32)
+    return Batch(np.arange(n, dtype=np.int32), image, label)
 
 
 def per_device(tree):
@@ -135,6 +141,32 @@ def test_five_clipped_steps_report_what_one_device_reports(results, name):
 def test_gradients_are_those_of_one_device(results, name):
     assert distance(results[name]["grads"], results["1 device"]["grads"]) < 1e-5
     assert distance(results[name]["params"], results["1 device"]["params"]) < 1e-4
+
+
+TEXT = {"n_classes": 0, "text_length": 6, "text_width": 10, "pooled_width": 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [{}, TEXT], ids=["class", "captions"])
+@pytest.mark.parametrize("block", [*BLOCKS, JOINT])
+def test_every_design_has_one_devices_gradient_on_all(block, told):
+    config = replace(TINY, block=block, qk_norm=True, **told)
+    batch = batch_of(16, config)
+
+    def plain(params):
+        batch_on_one = jax.tree.map(jnp.asarray, batch)
+        return LOSS(nnx.merge(graphdef(config), params), batch_on_one, key)[0]
+
+    loss, expected = quickly_compiled(jax.value_and_grad(plain))(weights(config))
+    for mesh in (MESHES["DDP 8"], MESHES["hybrid 2x4"])[: 1 if block in BLOCKS else 2]:
+        step = quickly_compiled(parallel.value_and_grad(LOSS, graphdef(config), mesh))
+        params = jax.device_put(weights(config), parallel.shardings(weights(config), mesh))
+        (got, _), grads = step(params, parallel.place(batch, mesh), key)
+        np.testing.assert_allclose(got, loss, rtol=1e-5)
+        dead = jax.tree.map(lambda g: not np.abs(g).max() > 0, expected)
+        pairs = zip(*map(jax.tree.leaves, (dead, grads, expected)), strict=True)
+        alive = [(g, e) for d, g, e in pairs if not d]
+        assert distance(*map(list, zip(*alive, strict=True))) < 1e-4
 
 
 def test_one_devices_gradient_is_jax_grad(results):

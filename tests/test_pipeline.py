@@ -10,15 +10,17 @@ import time
 from pathlib import Path
 
 import datasets.config
+import jax
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from hub_copies import OTHER_ATTRIBUTES, make_copy, picture
 from PIL import Image as Picture
 
 from datasets_config import DATASET_CONFIGS
 from errors import UserError
 from pipeline import FLIPS, Batch, Pipeline, open_source
+from text import Caption
 
 ROOT = Path(__file__).parent.parent
 RNG = np.random.default_rng(0)
@@ -56,7 +58,8 @@ def cells(n: int, **options) -> list[dict]:
 
 
 def equal(a: Batch, b: Batch) -> bool:
-    return all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b))
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in leaves)
 
 
 # --- the order of the rows ---
@@ -108,7 +111,7 @@ def test_a_batch_holds_the_pictures_and_labels_of_its_rows_half_of_them_mirrored
         straight = (batch.image == pictures[rows]).all((1, 2, 3))
         flipped = (batch.image == pictures[rows][:, :, ::-1]).all((1, 2, 3))
         assert (straight ^ flipped).all()
-        assert (batch.label == labels[rows]).all()
+        assert np.array_equal(batch.label, labels[rows])
         mirrored += flipped.sum()
     assert 70 < mirrored < 122  # of 192, four standard deviations each way
 
@@ -281,6 +284,130 @@ def test_every_entry_opens_on_a_copy_with_the_hubs_schema(tmp_path, name):
     # Without classes every row has label 0, the null id.
     expected = [1, 0] * 12 if name == "celeba" else np.arange(24) % max(1, entry.n_classes)
     assert (source.train.labels == np.asarray(expected)[source.train.rows]).all()
+
+
+# --- captions ---
+
+
+class Echo:
+    """Stands for a `CaptionStore`: the embedding of a caption is its place among all."""
+
+    def __init__(self, source):
+        splits = (source.train.captions, source.eval.captions)
+        self.captions = sorted({c for split in splits for several in split for c in several})
+
+    def ids(self, captions):
+        return np.array([self.captions.index(caption) for caption in captions])
+
+    def __call__(self, ids):
+        one = ids.reshape(-1, 1)
+        return Caption(one[..., None].astype(np.float16), one >= 0, one.astype(np.float16))
+
+    def said(self, batch):
+        return [self.captions[int(i)] for i in batch.label.pooled[:, 0]]
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    """20 pictures to train on and 4 to evaluate with: row i has the captions row 5 i … 5 i + 4."""
+    copy = make_copy("coco", tmp_path_factory.mktemp("coco"))
+    source = open_source("coco", data_dir=copy)
+    return source, Echo(source)
+
+
+def test_each_epoch_draws_one_of_a_pictures_captions(coco):
+    source, encoded = coco
+    assert (source.config.conditioning, source.config.caption_column) == ("text", "sentences_raw")
+    n = len(source.train)
+    pipeline = Pipeline(source, batch_size=n, seed=1, encoded=encoded)
+    drawn = np.zeros((n, 5), int)
+    for epoch in range(200):
+        rows, batch = pipeline.rows(epoch), pipeline.train_batch(epoch)
+        for row, caption in zip(rows, encoded.said(batch), strict=True):
+            drawn[row, source.train.captions[row].index(caption)] += 1
+    assert (drawn.sum(axis=1) == 200).all()
+    assert drawn.min() > 15 and drawn.max() < 75  # 40 ± 5.7 each
+
+
+def test_captions_are_a_function_of_seed_and_step(coco):
+    source, encoded = coco
+    one, same, other = (Pipeline(source, batch_size=7, seed=s, encoded=encoded) for s in (1, 1, 2))
+    one.train_batch(20)
+    assert encoded.said(one.train_batch(9)) == encoded.said(same.train_batch(9))
+    assert encoded.said(one.train_batch(9)) != encoded.said(other.train_batch(9))
+    halves = [
+        Pipeline(source, batch_size=6, seed=1, encoded=encoded, process_index=i, n_processes=2)
+        for i in (0, 1)
+    ]
+    whole = Pipeline(source, batch_size=6, seed=1, encoded=encoded).train_batch(9)
+    assert [c for half in halves for c in encoded.said(half.train_batch(9))] == encoded.said(whole)
+
+
+def test_evaluation_takes_the_first_caption(coco):
+    source, encoded = coco
+    pipeline = Pipeline(source, batch_size=4, seed=1, encoded=encoded)
+    (batch,) = pipeline.eval_batches(1)
+    assert set(encoded.said(batch)) == {several[0] for several in source.eval.captions}
+
+
+def test_captions_can_be_made_from_class_names(cifar):
+    templates = ("a photo of a {label}", "{label}, small")
+    source = open_source("cifar10", data_dir=cifar, captions=templates)
+    assert source.config.conditioning == "text"
+    for label, several in zip(source.train.labels, source.train.captions, strict=True):
+        name = source.config.label_names[label]
+        assert several == (f"a photo of a {name}", f"{name}, small")
+
+
+def test_a_missing_caption_is_the_empty_one(tmp_path):
+    texts = ["a cat", None, "", "a dog"] * 3
+    lists = [["a cat", None], None, [], ["a dog"]] * 3
+    folder = write(tmp_path, features=None, image=cells(12), text=texts)
+    data = Dataset.from_dict(
+        {"image": cells(12), "text": texts, "texts": lists},
+        features=Features(
+            {"image": Image(), "text": Value("string"), "texts": List(Value("string"))}
+        ),
+    )
+    data.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    for column, expected in {
+        "text": {("a cat",), ("",), ("a dog",)},
+        "texts": {("a cat", ""), ("",), ("a dog",)},
+    }.items():
+        source = open_source(f"folder:{folder}", caption_column=column)
+        assert set(source.train.captions) == expected
+
+
+def test_no_conditioning_needs_no_labels(cifar):
+    source = open_source("cifar10", data_dir=cifar, conditioning="none")
+    assert (source.config.conditioning, source.config.n_classes) == ("none", 0)
+    assert (source.train.labels == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"conditioning": "words"}, "unknown conditioning 'words'"),
+        (
+            {"conditioning": "class", "captions": ("{label}",)},
+            "captions are for --conditioning text",
+        ),
+        ({"captions": ("a {name}",)}, r"only \{label\} may stand in braces"),
+        ({"captions": ("a {label",)}, r"only \{label\} may stand in braces"),
+        ({"captions": ("{label}",), "caption_column": "img"}, "not both"),
+        ({"captions": ("{label}",), "label_column": ""}, "no classes .* pass --label_column"),
+        ({"conditioning": "class", "label_column": ""}, "no classes .* pass --label_column"),
+        ({"conditioning": "text"}, "leaves open which column.* pass --caption_column"),
+        ({"caption_column": "words"}, "no column 'words'.* pass --caption_column"),
+        ({"caption_column": "img"}, "holds no texts.* pass --caption_column"),
+    ],
+)
+def test_captions_that_cannot_be_are_named(cifar, how, message):
+    with pytest.raises(UserError, match=message):
+        open_source("cifar10", data_dir=cifar, **how)
+
+
+# --- what is said of data that do not fit ---
 
 
 def test_an_unknown_name_suggests_the_nearest():

@@ -6,19 +6,19 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import profiling
+from model import BLOCKS, graphdef, init_params, model_config
 from profiling import Peak, StepCost, StepProfile, cost, flops_by_module, measure, peak, roofline
+from text import Caption
 
-SHAPES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 DEPTH, ROWS, WIDTH = 8, 64, 32
 
 
 def config(size, **changes):
-    width, depth, n_heads = SHAPES[size]
-    shape = {"width": width, "depth": depth, "n_heads": n_heads, "patch_size": 2, "image_size": 32}
-    rest = {"channels": 4, "out_channels": 4, "mlp": "gelu", "mlp_ratio": 4.0}
-    return SimpleNamespace(**{**shape, **rest, **changes})
+    given = {"image_size": 32, "channels": 4, "out_channels": 4, "n_classes": 1000} | changes
+    return model_config(f"{size}/2" if "DiT" in size else f"DiT-{size}/2", **given)
 
 
 def stacked_products(unroll):
@@ -39,6 +39,38 @@ def step_profile(intensity, *, flops=1e12):
 @pytest.mark.parametrize(("size", "gflops"), [("S", 12.1), ("B", 46.0), ("L", 161), ("XL", 237)])
 def test_forward_flops_of_the_paper(size, gflops):
     assert sum(flops_by_module(config(size)).values()) == pytest.approx(gflops * 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("block", "gflops"),
+    [("in_context", 119.4), ("cross_attention", 137.6), ("adaln", 118.6), ("adaln_zero", 118.6)],
+)
+def test_forward_flops_of_the_papers_designs(block, gflops):
+    """Peebles & Xie 2023, table 4, whose flops are multiply-adds."""
+    counted = sum(flops_by_module(config("XL", out_channels=8, block=block)).values()) / 2
+    assert counted == pytest.approx(gflops * 1e9, rel=0.005)
+
+
+CAPTIONS = {"text_length": 24, "text_width": 48, "pooled_width": 32, "n_classes": 0}
+
+
+@pytest.mark.parametrize("told", [{}, CAPTIONS], ids=["class", "caption"])
+@pytest.mark.parametrize("block", [*BLOCKS, "joint"])
+def test_every_design_is_counted_as_xla_counts_it(block, told):
+    size = "MMDiT-Ti" if block == "joint" else "DiT-Ti"
+    c = config(size, block=block, unroll=6, **told)
+    label = jax.ShapeDtypeStruct((2,), jnp.int32)
+    if told:
+        shapes = ((2, 24, 48), jnp.float16), ((2, 24), jnp.bool), ((2, 32), jnp.float16)
+        label = Caption(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    params = jax.eval_shape(lambda: init_params(c, jax.random.key(0)))
+    x, t = (
+        jax.ShapeDtypeStruct((2, 32, 32, 4), jnp.float32),
+        jax.ShapeDtypeStruct((2,), jnp.float32),
+    )
+    run = jax.jit(lambda params, *args: nnx.merge(graphdef(c), params)(*args))
+    xla = cost(run.lower(params, x, t, label).compile()).flops
+    assert xla and 2 * sum(flops_by_module(c).values()) == pytest.approx(xla, rel=0.06)
 
 
 def test_modules_scale_as_their_formulas_say():

@@ -16,8 +16,10 @@ import pytest
 from commands import NANO, SMALL, run, start
 from hub_copies import make_copy
 from PIL import Image, ImageSequence
+from towers import save_clip
 
 import generate
+import images
 from datasets_config import DATASET_CONFIGS
 from errors import RunError, UserError
 from train import TrainConfig, Trainer, TrainState
@@ -353,6 +355,90 @@ def test_a_set_without_classes_trains_and_draws(tmp_path, capsys):
     generate.main(generate.GenerateConfig(run=tmp_path / "run", n=2, out=tmp_path / "a.png"))
 
 
+def test_guidance_of_an_unconditional_model_is_refused(tmp_path, capsys):
+    with pytest.raises(UserError, match=r"--cfg_scale 2\.0: an unconditional model has no label"):
+        Trainer(replace(TINY, conditioning="none", cfg_scale=2.0))
+    trainer = Trainer(replace(TINY, conditioning="none", run_dir=tmp_path / "run"))
+    assert trainer.config.cfg_scale == 1.0 and trainer.sample([0, 0]).shape == (2, 8, 8, 1)
+    with pytest.raises(UserError, match=r"cfg_scale 2: an unconditional model has no label"):
+        trainer.sample([0], cfg_scale=2)
+
+
+# --- runs on captions -----------------------------------------------------------------------------
+
+TEMPLATES = ("a drawing of {label}", "number {label} in ink", "")
+
+
+@pytest.fixture(scope="module")
+def on_captions(tmp_path_factory) -> Trainer:
+    """A run on captions, one of them the null, whose text tower is gone."""
+    folder = tmp_path_factory.mktemp("captions")
+    trainer = Trainer(
+        replace(
+            TINY,
+            model="MMDiT-Nano/8",
+            caption=TEMPLATES,
+            text_towers=(save_clip(folder / "clip"),),
+            caption_cache=folder / "cache",
+            run_dir=folder / "run",
+        )
+    )
+    trainer.fit()
+    shutil.move(folder / "clip", folder / "gone")
+    return trainer
+
+
+@pytest.mark.slow
+def test_a_run_on_captions_goes_on_without_its_tower(on_captions, tmp_path, capsys):
+    half = tmp_path / "half"
+    config = replace(on_captions.config, run_dir=half)
+    shutil.copytree(on_captions.run_dir, half)
+    shutil.rmtree(half / "checkpoints/12")
+    resumed = Trainer(TrainConfig(run_dir=half, resume=True))
+    assert resumed.step == 6 and resumed.config.caption == config.caption == TEMPLATES
+    resumed.fit()
+    assert_same(resumed.state, on_captions.state)
+
+
+@pytest.mark.slow
+def test_a_prompt_is_encoded_by_the_tower_that_was_trained_with(on_captions, tmp_path, capsys):
+    seen = on_captions.sample(["a drawing of 3", "number 7 in ink"])
+    assert np.abs(seen[0] - seen[1]).max() > 0
+    with pytest.raises(UserError, match="cannot load the text tower"):
+        on_captions.sample(["never said"])
+    clip = Path(on_captions.config.text_towers[0])
+    other = save_clip(clip, seed=1)
+    with pytest.raises(UserError, match="is not the one that was trained with"):
+        on_captions.sample(["never said"])
+    shutil.rmtree(other)
+    shutil.copytree(clip.with_name("gone"), clip)
+    try:
+        run_dir, out = on_captions.run_dir, tmp_path / "a.npz"
+        how = generate.GenerateConfig(run=run_dir, n=4, out=out)
+        prompts = ("never said, before", "number 7 in ink")
+        generate.main(replace(how, prompts=prompts))
+        with np.load(out) as arrays:
+            assert arrays["arr_1"].tolist() == [0, 0, 1, 1]
+            drawn = arrays["arr_0"]
+        # The embedding that was trained on and the one made for a prompt are one.
+        cached = on_captions.sample(["", "", "number 7 in ink", "number 7 in ink"])[2:]
+        assert np.abs(drawn[2:].astype(int) - images.to_uint8(cached)).max() <= 1
+        for wrong in ({"labels": ("7",)}, {}):
+            with pytest.raises(UserError, match="say what to draw by --prompts"):
+                generate.main(replace(how, **wrong))
+    finally:
+        shutil.rmtree(clip)
+
+
+def test_a_prompt_for_a_model_of_classes_is_refused(whole):
+    how = generate.GenerateConfig(run=whole.run_dir, prompts=("a seven",))
+    with pytest.raises(UserError, match="choose classes by --labels"):
+        generate.main(how)
+
+
+# --- what goes wrong ------------------------------------------------------------------------------
+
+
 def test_a_run_opens_on_fewer_devices_than_it_was_trained_on(whole, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 5)  # divides neither the batch nor fsdp
     config = json.loads((whole.run_dir / "config.json").read_text())
@@ -413,6 +499,7 @@ def test_every_data_set_trains(tmp_path, name, capsys):
         TINY,
         dataset_name=name,
         data_dir=make_copy(name, tmp_path / "data"),
+        text_towers=(save_clip(tmp_path / "clip"),) if name == "coco" else None,
         model="DiT-Nano/8" if DATASET_CONFIGS[name].image_size % 8 == 0 else "DiT-Nano/4",
         n_steps=5,
         eval_save_steps=5,

@@ -74,7 +74,7 @@ def test_a_run_taken_up_as_it_is_resolves_to_what_it_was():
 
 def test_nothing_is_left_open():
     may_be_none = {"data_dir", "image_column", "label_column", "in_memory", "n_workers", "n_epochs"}
-    may_be_none |= {"run_dir", "peak_tflops"}
+    may_be_none |= {"run_dir", "peak_tflops", "caption_column", "caption", "caption_cache"}
     config = resolved()
     assert {name for name in FIELDS if getattr(config, name) is None} == may_be_none
 
@@ -135,6 +135,7 @@ def test_saying_the_same_again_is_no_disagreement():
 
 FREE = {
     "data_dir": Path("/elsewhere"),
+    "caption_cache": Path("/elsewhere"),
     "in_memory": True,
     "n_workers": 2,
     "fsdp": 4,
@@ -169,6 +170,9 @@ def test_what_leaves_the_numbers_alone_may_change(name, value):
         "label_dropout": 0.2,
         "half_precision": True,
         "image_size": 16,
+        "conditioning": "none",
+        "text_towers": ("another/tower",),
+        "caption": ("a {label}",),
     }.items(),
 )
 def test_what_changes_the_numbers_may_not(name, value):
@@ -241,6 +245,26 @@ def test_the_presets_patch_is_used_unless_another_is_asked_for(name):
     assert network(resolved(dataset, model=name, patch_size=16), dataset, "cpu").grid == (2, 2)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_presets_blocks_are_its_own_unless_another_is_asked_for(name):
+    joint = name.startswith("MMDiT")
+    config = resolved(model=name)
+    expected = ("joint", True, "cropped") if joint else ("adaln_zero", False, "sincos")
+    assert (config.block, config.qk_norm, config.position) == expected
+    changed = resolved(model=name, qk_norm=not joint, position="learned")
+    assert (changed.qk_norm, changed.position) == (not joint, "learned")
+    with pytest.raises(UserError, match=f"--block .*: {name} has"):
+        resolved(model=name, block="adaln" if joint else "joint")
+
+
+def test_an_unconditional_model_is_not_guided():
+    unlabelled = replace(DIGITS, label_column=None, n_classes=0, cfg_scale=3.0)
+    assert resolved(unlabelled).cfg_scale == resolved(conditioning="none").cfg_scale == 1
+    assert network(resolved(conditioning="none"), DIGITS, "cpu").n_classes == 0
+    with pytest.raises(UserError, match=r"--cfg_scale 2\.0: an unconditional model"):
+        resolved(conditioning="none", cfg_scale=2.0)
+
+
 @pytest.mark.parametrize(
     "platform, said, dtype",
     [
@@ -258,7 +282,7 @@ def test_half_precision_is_for_accelerators_unless_said_otherwise(platform, said
 
 def test_every_choice_of_the_model_arrives_there():
     chosen: dict[str, Any] = {
-        "block": "adaln_zero",
+        "block": "in_context",
         "position": "learned",
         "rope": True,
         "qk_norm": True,

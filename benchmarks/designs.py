@@ -1,0 +1,93 @@
+"""Every way to condition a transformer on the digits: what it costs and how well it draws.
+
+    python benchmarks/designs.py --out runs/designs
+
+Trains each with the settings of the default run, judges 1,000 of its samples as `digits.py` does,
+and times one training step of each in turn, in the same process.
+"""
+
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import cli
+from benchmarks.digits import judge_run
+from model import BLOCKS
+from train import TrainConfig, Trainer
+
+DESIGNS = {block: {"model": "DiT-Ti/2", "block": block} for block in BLOCKS}
+DESIGNS["MMDiT"] = {"model": "MMDiT-Ti/2"}
+BASELINE = "adaln_zero"
+
+
+@dataclass(frozen=True)
+class DesignsConfig:
+    """Train, judge and time every design.
+
+    Args:
+        out: a folder of runs, one for each design; those already there are only judged.
+        n: how many samples are judged.
+        n_steps: of training; the digits' own by default.
+        n_rounds: of timing, after one that is not counted.
+    """
+
+    out: Path
+    n: int = 1000
+    n_steps: int | None = None
+    n_rounds: int = 30
+
+
+def trained(run_dir: Path, settings: dict, n_steps: int | None) -> Trainer:
+    """The trainer of a finished run, which is trained if it is not there."""
+    if run_dir.exists():
+        return Trainer.from_run(run_dir)
+    trainer = Trainer(TrainConfig(run_dir=run_dir, n_steps=n_steps, **settings))  # pyright: ignore[reportArgumentType]
+    trainer.fit()
+    return trainer
+
+
+def relative_step_times(trainers: dict[str, Trainer], n_rounds: int) -> dict[str, float]:
+    """Median time of a step over the baseline's; one step of each in turn, so that what else the
+    machine does meets all alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    batch = trainers[BASELINE].data.train_batch(0)
+    for _ in range(n_rounds + 1):
+        for name, trainer in trainers.items():
+            start = time.perf_counter()
+            jax.block_until_ready(trainer.train_step(batch))
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    return {name: median / medians[BASELINE] for name, median in medians.items()}
+
+
+def main() -> None:
+    config = cli.parse(DesignsConfig)
+    trainers = {
+        name: trained(config.out / name, settings, config.n_steps)
+        for name, settings in DESIGNS.items()
+    }
+    judged = {name: judge_run(trainer, n=config.n) for name, trainer in trainers.items()}
+    times = relative_step_times(trainers, config.n_rounds)  # last, because it goes on training
+    print("\n| block | parameters | step time | asked-for digit | Fréchet |\n|---|---|---|---|---|")
+    results = {}
+    for name, trainer in trainers.items():
+        n_params = sum(x.size for x in jax.tree.leaves(trainer.state.params))
+        row = {"n_params": n_params, "step": times[name], **vars(judged[name])}
+        print(
+            f"| {name} | {n_params / 1e6:.2f} M | {row['step']:.2f} "
+            f"| {row['accuracy']:.1%} | {row['frechet']:.1f} |"
+        )
+        results[name] = row
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    cli.run(main)
