@@ -338,7 +338,7 @@ class Trainer:
             self._told(labels),
             sampler=generate.Sampler(c.solver, n_steps, c.sample_shift),
             mesh=self.mesh,
-            cfg_scale=c.cfg_scale if cfg_scale is None else cfg_scale,
+            cfg_scale=float(c.cfg_scale if cfg_scale is None else cfg_scale),
             seed=seed,
             trajectory=trajectory,
         )

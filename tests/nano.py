@@ -11,7 +11,7 @@ model.MODELS |= {
     f"DiT-Nano/{p}": {"width": 32, "depth": 2, "n_heads": 2, "patch_size": p} for p in (4, 8)
 }
 model.MODELS |= {
-    f"MM{name}": shape | {"block": model.JOINT, "qk_norm": True}
+    f"MM{name}": shape | {"block": model.JOINT, "qk_norm": True, "position": "cropped"}
     for name, shape in model.MODELS.items()
     if "Nano" in name
 }

@@ -86,13 +86,23 @@ def live(config, params=None):
 
 def shaken(config):
     """Weights away from their zero start, so that everything has an effect."""
-    params = init_params(config, key)
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    return live(config, jax.tree.unflatten(treedef, leaves))
+    rng = np.random.default_rng(1)
+
+    def weight(path, p):
+        return jnp.asarray(rng.normal(path[-1].key == "scale", 0.2, p.shape), p.dtype)
+
+    shapes = jax.eval_shape(lambda: init_params(config, key))
+    return live(config, jax.tree_util.tree_map_with_path(weight, shapes))
 
 
+# Initialising and training are compiled for each: the designs now, what varies them with the slow.
+EACH = pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, id=name, marks=[] if name in BLOCK_VARIANTS else pytest.mark.slow)
+        for name, config in VARIANTS.items()
+    ],
+)
 SHAPES = (4, 16, 32), (4, 6, 32), (4, 32)  # of a picture's tokens, a label's, and its vector
 
 
@@ -101,7 +111,7 @@ def block_of(model):
     return nnx.merge(*jax.tree.map(lambda w: w[0], nnx.split(model.blocks)))
 
 
-@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+@EACH
 def test_the_untrained_model_is_zero(config):
     assert (live(config)(x, t, told(config)) == 0).all()
 
@@ -134,7 +144,7 @@ def test_every_input_matters_and_rows_do_not_mix(config):
         assert (moved[1:] == y[1:]).all()
 
 
-@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+@EACH
 def test_one_step_of_training_makes_the_condition_matter(config):
     """Every design starts deaf to t and label; a few updates must change that."""
     params, target = init_params(config, key), jax.random.normal(jax.random.key(2), x.shape)
@@ -197,6 +207,7 @@ def test_streams_swap_symmetrically(qk_norm):
     assert jnp.abs(block(Streams(picture, tokens), cond).picture - y.picture).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_every_weight_of_every_design_has_a_gradient():
     """But those that read what the design leaves out: adaLN a caption's tokens, the two without it
     the pooled vector.
