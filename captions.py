@@ -59,8 +59,8 @@ class CaptionStore:
     revisions: tuple[str, ...]
     width: int  # channels of a token
     pooled: int  # channels of the pooled vector
-    length: int  # tokens of the longest caption, at least 1, rounded up to a multiple of 8
-    n_cut: int  # captions, not counting repetitions, that were longer than a tower takes
+    length: int  # tokens of the longest caption, rounded up to a multiple of 8, but at most `most`
+    n_cut: int  # captions, not counting repetitions, that were longer than that or a tower takes
 
     @classmethod
     def open(
@@ -70,6 +70,7 @@ class CaptionStore:
         towers: Sequence[str],
         *,
         revisions: Sequence[str | None] | None = None,
+        most: int | None = None,
         encoder: Callable[[], text.Towers] | None = None,
     ) -> "CaptionStore":
         """Encodes what the folder lacks, shard by shard.
@@ -77,6 +78,7 @@ class CaptionStore:
         Args:
             towers: names as `text.Towers` takes them.
             revisions: of the towers, None for the newest; see `text.revision`.
+            most: tokens that are shown of a caption; None for all that the towers take.
             encoder: makes the towers where they are needed.
 
         Raises:
@@ -96,9 +98,9 @@ class CaptionStore:
             _encode(subfolder, missing, made)
             del made
             text.release()
-        return cls(subfolder, wanted)
+        return cls(subfolder, wanted, most)
 
-    def __init__(self, subfolder: Path, captions: Sequence[str]):
+    def __init__(self, subfolder: Path, captions: Sequence[str], most: int | None):
         """Of distinct captions that all have their embeddings."""
         import pyarrow.compute
 
@@ -115,8 +117,9 @@ class CaptionStore:
             sizes.append(pyarrow.compute.call_function("binary_length", [tokens]).to_numpy())
             cut.append(was_cut.to_numpy(zero_copy_only=False))
         n_tokens = np.concatenate(sizes)[self._row] // (HALF.itemsize * self.width)
-        self.length = -(-int(n_tokens.max(initial=1)) // LENGTH_STEP) * LENGTH_STEP
-        self.n_cut = int(np.concatenate(cut)[self._row].sum())
+        longest = -(-int(n_tokens.max(initial=1)) // LENGTH_STEP) * LENGTH_STEP
+        self.length = min(longest, most or longest)
+        self.n_cut = int((np.concatenate(cut)[self._row] | (n_tokens > self.length)).sum())
 
     @cached_property
     def _shards(self) -> "list[list[pyarrow.Array]]":
@@ -183,7 +186,8 @@ def _names_and_revisions(
 
 def _plain(tower: str) -> str:
     path = Path(tower).expanduser()
-    return path.resolve().name if path.is_dir() else tower.replace("/", "--")
+    is_folder = path.is_dir() or path.is_absolute()  # also one that is gone
+    return path.resolve().name if is_folder else tower.replace("/", "--")
 
 
 def _read_info(subfolder: Path) -> dict[str, Any]:

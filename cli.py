@@ -144,6 +144,8 @@ def _field(flag: str, kinds: dict[str, Any]) -> tuple[str, bool]:
 
 def _coerce(name: str, words: Sequence[str], kind: Any) -> Any:
     for member in _members(kind):
+        if member is type(None) and len(words) > 1:
+            continue
         with contextlib.suppress(ValueError, KeyError):
             return _value(words, member)
     literals = [member for member in _members(kind) if typing.get_origin(member) is Literal]

@@ -21,7 +21,8 @@ class DatasetConfig:
         eval_split: None to hold back `eval_fraction` of the training rows.
         label_names: () for the data's own.
         caption_column: where each picture has a caption, or a list of them.
-        captions: made from class names where there is no such column, as "a photo of a {label}".
+        templates: of captions made from class names where there is no such column, as "a photo of
+            a {label}".
         flip: whether a mirrored picture is as good as the picture.
     """
 
@@ -32,7 +33,7 @@ class DatasetConfig:
     label_column: str | None = "label"
     train_split: str = "train"
     caption_column: str | None = None
-    captions: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
     eval_split: str | None = "test"
     eval_fraction: float = 0.1
     n_classes: int
@@ -50,7 +51,7 @@ class DatasetConfig:
     @property
     def conditioning(self) -> str:
         """What a model can be told of a picture: text, class or none."""
-        if self.caption_column or self.captions:
+        if self.caption_column or self.templates:
             return "text"
         return "class" if self.n_classes else "none"
 

@@ -198,6 +198,7 @@ class GenerateConfig:
         run: the run's folder.
         labels: class names or numbers; all classes if not given. Each gets an equal share of n.
         prompts: captions, for a run that was trained on them; each in quotes.
+        text_towers: where the run's text towers are now, if they have moved.
         n: how many pictures.
         cfg_scale: guidance scale; 1 is none. Default: the run's own.
         n_steps: solver steps. Default: the run's own.
@@ -214,6 +215,7 @@ class GenerateConfig:
     run: Path
     labels: tuple[str, ...] = ()
     prompts: tuple[cli.Text, ...] = ()
+    text_towers: tuple[str, ...] = ()
     n: int = 16
     cfg_scale: float | None = None
     n_steps: int | None = None
@@ -264,17 +266,20 @@ def subjects(config: GenerateConfig, run: dict[str, Any], model: ModelConfig) ->
         raise UserError("this run was trained without captions; choose classes by --labels")
     if model.text_width and (config.labels or not config.prompts):
         raise UserError('this run was trained on captions; say what to draw by --prompts "…"')
-    names = config.prompts or run["dataset"]["label_names"]
-    ids = label_ids(config.labels, names, model.n_classes) or range(max(1, model.n_classes))
-    ids = range(len(config.prompts)) or ids
     if config.n < len(config.prompts or config.labels):
-        raise UserError(f"--n {config.n} is fewer than the {len(ids)} that were asked for")
-    which = spread(ids, config.n)
+        raise UserError(f"--n {config.n} is fewer than the labels or prompts that it is to show")
     if not config.prompts:
+        names = run["dataset"]["label_names"]
+        ids = label_ids(config.labels, names, model.n_classes) or range(max(1, model.n_classes))
+        which = spread(ids, config.n)
         return Subjects(which, names, which)
-    encoded = text.encode(
-        names, run["text_towers"], run["text_revisions"], length=model.text_length
-    )
+    names, which = config.prompts, spread(range(len(config.prompts)), config.n)
+    towers = config.text_towers or run["text_towers"]
+    if len(towers) != len(run["text_revisions"]):
+        raise UserError(
+            f"--text_towers: the run has {len(run['text_revisions'])}, not {len(towers)}"
+        )
+    encoded = text.encode(names, towers, run["text_revisions"], length=model.text_length)
     return Subjects(which, names, jax.tree.map(lambda x: x[which], encoded))
 
 

@@ -98,6 +98,10 @@ class ModelConfig:
         for field, table in tables.items():
             if getattr(self, field) not in table:
                 raise unknown(field, getattr(self, field), table)
+        if self.n_classes and self.text_width:
+            raise UserError(
+                "a model is told classes or captions: n_classes or text_width must be 0"
+            )
         if self.image_size % self.patch_size:
             raise UserError(
                 f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
@@ -293,13 +297,13 @@ class PlainFinalLayer(nnx.Module):
 
 
 class Design(NamedTuple):
-    """A block, the layer after the last block, and how many of the condition's tokens join the
-    picture's (None: all).
+    """A block, the layer after the last one, and whether the condition's tokens stand before the
+    picture's.
     """
 
     block: Callable[..., nnx.Module]
     final: Callable[..., nnx.Module]
-    n_joining: int | None = 0
+    tokens_join: bool = False
 
 
 JOINT = "joint"  # the block of an MMDiT
@@ -307,7 +311,7 @@ BLOCKS = {
     "adaln_zero": Design(AdaLNZeroBlock, AdaptiveFinalLayer),
     "adaln": Design(AdaLNBlock, AdaptiveFinalLayer),
     "cross_attention": Design(CrossAttentionBlock, PlainFinalLayer),
-    "in_context": Design(InContextBlock, PlainFinalLayer, n_joining=None),
+    "in_context": Design(InContextBlock, PlainFinalLayer, tokens_join=True),
 }
 
 
@@ -316,7 +320,7 @@ class DiT(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         c, d, design = config, config.width, BLOCKS[config.block]
-        self.config, self.n_joining = c, design.n_joining
+        self.config, self.n_joining = c, None if design.tokens_join else 0  # None: all tokens
         self.patch = Linear(c.patch_size**2 * c.channels, d, dtype=c.dtype, rngs=rngs)
         self.position = POSITIONS[c.position](d, c.grid, rngs=rngs)
         self.time = TimeEmbedder(d, time_scale=c.time_scale, dtype=c.dtype, rngs=rngs)
@@ -354,6 +358,17 @@ class Streams(NamedTuple):
     context: Float[Array, "b m d"]
 
 
+class Modulations(NamedTuple):
+    """Of one stream: 1 around the attention, 2 around the MLP."""
+
+    shift1: Float[Array, "b d"]
+    scale1: Float[Array, "b d"]
+    gate1: Float[Array, "b d"]
+    shift2: Float[Array, "b d"]
+    scale2: Float[Array, "b d"]
+    gate2: Float[Array, "b d"]
+
+
 class Stream(nnx.Module):
     """One stream's own weights in a joint block: those of an adaLN-Zero block, with the attention
     left to the block.
@@ -369,18 +384,21 @@ class Stream(nnx.Module):
         self.out = Linear(d, d, dtype=c.dtype, rngs=rngs)
         self.mlp = feed_forward(c, rngs=rngs)
 
-    def modulations(self, vector: Float[Array, "b d"]) -> list[Float[Array, "b d"]]:
-        """shift, scale and gate of the attention, then of the MLP."""
-        return jnp.split(self.modulation(jax.nn.silu(vector)), 6, axis=-1)
+    def modulations(self, vector: Float[Array, "b d"]) -> Modulations:
+        return Modulations(*jnp.split(self.modulation(jax.nn.silu(vector)), 6, axis=-1))
 
-    def before(self, x: Float[Array, "b n d"], m) -> tuple[Float[Array, "b n h k"], ...]:
+    def before(
+        self, x: Float[Array, "b n d"], m: Modulations
+    ) -> tuple[Float[Array, "b n h k"], ...]:
         """This stream's queries, keys and values."""
-        return self.qkv(modulate(self.norm(x), m[0], m[1]))
+        return self.qkv(modulate(self.norm(x), m.shift1, m.scale1))
 
-    def after(self, x: Float[Array, "b n d"], y: Float[Array, "b n d"], m) -> Float[Array, "b n d"]:
+    def after(
+        self, x: Float[Array, "b n d"], y: Float[Array, "b n d"], m: Modulations
+    ) -> Float[Array, "b n d"]:
         """Takes in what attention found, then applies the MLP."""
-        x = x + m[2][:, None] * self.out(y)
-        return x + m[5][:, None] * self.mlp(modulate(self.norm(x), m[3], m[4]))
+        x = x + m.gate1[:, None] * self.out(y)
+        return x + m.gate2[:, None] * self.mlp(modulate(self.norm(x), m.shift2, m.scale2))
 
 
 class JointBlock(nnx.Module):

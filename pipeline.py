@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -88,6 +89,9 @@ class Pipeline:
         if encoded:
             both = {"train": source.train, "eval": source.eval}
             self._captions = {name: CaptionIds(s.captions, encoded) for name, s in both.items()}
+            # The texts are done with: worker processes get a copy of all that is held here.
+            bare = {name: replace(split, captions=[]) for name, split in both.items()}
+            self.source = replace(source, **bare)
 
     def rows(self, step: int) -> Int64[np.ndarray, "b"]:
         """The training rows of the global batch of `step`, which counts from 0."""
@@ -104,9 +108,7 @@ class Pipeline:
 
     def train_batch(self, step: int) -> Batch:
         """This process's rows of the batch of `step`, half of it mirrored if the set allows."""
-        n = len(self.source.train)
-        draws = [uniforms(self.seed, epoch, n)[places] for epoch, places in self._epochs(step)]
-        batch = self._batch("train", self.rows(step), np.concatenate(draws))
+        batch = self._batch("train", self.rows(step), self._draws(step))
         if self.source.config.flip:
             flips = np.random.default_rng((self.seed, step, FLIPS)).random(self.batch_size) < 0.5
             mine = flips[batch.row]
@@ -152,6 +154,14 @@ class Pipeline:
         """All pictures and labels of "train" or "eval", in the order of the rows."""
         labels = getattr(self.source, split).labels
         return self._images(split, np.arange(len(labels))), labels
+
+    def _draws(self, step: int) -> Float64[np.ndarray, "n"]:
+        """Which of its captions each row of a global batch has."""
+        if not self.encoded:
+            return np.zeros(self.batch_size)
+        n = len(self.source.train)
+        draws = [uniforms(self.seed, epoch, n)[places] for epoch, places in self._epochs(step)]
+        return np.concatenate(draws)
 
     def _batch(
         self, split: str, rows: Int64[np.ndarray, "n"], draws: Float64[np.ndarray, "n"]

@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 
 import jax
 
+from errors import UserError
+
 # The backward pass of a matrix product is two products of its size. Recomputation by remat is not
 # counted, as in PaLM's MFU (Chowdhery et al. 2022, appendix B): it is a cost, not a use.
 TRAIN_PER_FORWARD = 3
+COUNTED = ("adaln_zero", "adaln", "cross_attention", "in_context", "joint")  # blocks
 FREQUENCIES = 256  # of the sinusoid that the t embedder's MLP reads
 
 
@@ -71,6 +74,10 @@ def block_products(config: Any, n: int, m: int) -> BlockProducts:
         return BlockProducts(0, projections, n * (n + m_and_t) * depth, n * depth)
     if config.block == "in_context":
         return BlockProducts(0, 4 * everything * depth, everything**2 * depth, everything * depth)
+    if config.block not in COUNTED:
+        raise UserError(
+            f"the FLOPs of block '{config.block}' are not known: count them in profiling.py"
+        )
     per_block = {"adaln_zero": 6, "adaln": 4}[config.block]
     return BlockProducts(per_block * depth + 2, 4 * n * depth, n * n * depth, n * depth)
 

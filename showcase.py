@@ -65,8 +65,8 @@ def told(trainer: "Trainer") -> str:
     if not trainer.encoded:
         return f"{trainer.model_config.n_classes or 'no'} classes"
     n_cut = trainer.encoded.n_cut
-    cut = f" ({n_cut} were cut to what the text tower takes)" if n_cut else ""
-    return f"captions of up to {trainer.encoded.length} tokens{cut}"
+    cut = f"; {n_cut} are longer and were cut" if n_cut else ""
+    return f"captions, padded to {trainer.encoded.length} tokens{cut}"
 
 
 def farewell(trainer: "Trainer") -> str:

@@ -74,7 +74,7 @@ def open_source(
     label_column: str | None = None,
     conditioning: str | None = None,
     caption_column: str | None = None,
-    captions: tuple[str, ...] = (),
+    templates: tuple[str, ...] = (),
     image_size: int | None = None,
     channels: int | None = None,
 ) -> Source:
@@ -85,18 +85,18 @@ def open_source(
         data_dir: a local copy: a folder of Parquet files or pictures, or of `save_to_disk`.
         label_column: "" to train without classes.
         conditioning: class, text or none; by default what the arguments and the data suggest.
-        captions: made from class names, as "a photo of a {label}".
+        templates: of captions made from class names, as "a photo of a {label}".
     """
     if channels not in (None, 1, 3) or (image_size is not None and image_size < 2):
         raise UserError("channels must be 1 or 3, and image_size at least 2")
     entry = _entry(name)
-    conditioning = _conditioning(entry, conditioning, label_column, caption_column, captions)
+    conditioning = _conditioning(entry, conditioning, label_column, caption_column, templates)
     splits = _load(entry, _folder(entry, data_dir))
     (train, train_rows), (held_out, held_out_rows) = _choose_splits(entry, splits)
     features = splits[train].features
     image_column = _image_column(entry, features, image_column)
-    captions = captions or (() if caption_column else entry.captions)
-    if conditioning == "text" and not captions:
+    templates = templates or (() if caption_column else entry.templates)
+    if conditioning == "text" and not templates:
         caption_column = _caption_column(entry, features, caption_column)
     if conditioning == "none" or caption_column:
         label_column = ""
@@ -111,7 +111,7 @@ def open_source(
         image_column=image_column,
         label_column=label_column,
         caption_column=caption_column,
-        captions=captions if conditioning == "text" else (),
+        templates=templates if conditioning == "text" else (),
         n_classes=len(names),
         label_names=names,
         image_size=image_size or entry.image_size,
@@ -241,24 +241,30 @@ def _conditioning(
     wanted: str | None,
     label_column: str | None,
     caption_column: str | None,
-    captions: tuple[str, ...],
+    templates: tuple[str, ...],
 ) -> str | None:
     """What a model shall be told; None for classes where there are any."""
     if wanted not in (None, "class", "text", "none"):
         raise unknown("conditioning", wanted, ("class", "text", "none"))
-    if (caption_column or captions) and wanted not in (None, "text"):
+    if (caption_column or templates) and wanted not in (None, "text"):
         raise UserError(f"captions are for --conditioning text, not {wanted}")
-    if caption_column and captions:
-        raise UserError("pass --caption_column or --caption, not both")
+    if caption_column and (templates or label_column):
+        other = "--caption" if templates else "--label_column"
+        raise UserError(f"pass --caption_column or {other}, not both")
+    if label_column and wanted == "none":
+        raise UserError(f"--label_column {label_column} is of no use to --conditioning none")
     if wanted:
         return wanted
-    return "text" if caption_column or captions or entry.conditioning == "text" else None
+    listed = entry.conditioning == "text" and not label_column
+    return "text" if caption_column or templates or listed else None
 
 
 def _caption_column(entry: DatasetConfig, features: "Features", wanted: str | None) -> str:
     texts = re.compile(r"((large_)?list<\w+: )?(large_)?string>?")
     fitting = [field.name for field in features.arrow_schema if texts.fullmatch(str(field.type))]
-    column = _column_name(entry, features, fitting, wanted=wanted, flag="caption_column")
+    # Where several hold texts, such as file names, none is taken for want of the one that is meant.
+    only = fitting if len(fitting) == 1 else []
+    column = _column_name(entry, features, only, wanted=wanted, flag="caption_column")
     if column not in fitting:
         raise UserError(
             f"data set '{entry.name}', column '{column}': holds no texts; pass --caption_column"
@@ -274,16 +280,18 @@ def _captions(
         cells = _column(data, config.caption_column).to_pylist()
         texts = ((cell,) if isinstance(cell, str) else cell for cell in cells)
         return [tuple(text or "" for text in several or ("",)) for several in texts]
-    if not config.captions:
+    if not config.templates:
         return []
+    if not any("{label}" in template for template in config.templates):
+        raise UserError(f"--caption {config.templates[0]!r}: {{label}} must stand in one of them")
     try:
         of_class = [
-            tuple(template.format(label=name) for template in config.captions)
+            tuple(template.format(label=name) for template in config.templates)
             for name in config.label_names
         ]
-    except (KeyError, IndexError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"--caption {' '.join(map(repr, config.captions))}: only {{label}} may stand in braces"
+            f"--caption {' '.join(map(repr, config.templates))}: only {{label}} may stand in braces"
         ) from error
     return [of_class[label] for label in labels]
 

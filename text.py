@@ -163,7 +163,8 @@ def encode(
     """New captions as the towers of a trained run see them, padded to `length` or to the longest.
 
     Raises:
-        UserError: a tower is not to be had, or is no longer the one of these revisions.
+        UserError: a tower is not to be had, is no longer the one of these revisions, or takes less
+            than a whole caption.
     """
     for tower, known in zip(towers, revisions, strict=True):
         if Path(tower).expanduser().is_dir() and revision(tower) != known:
@@ -172,6 +173,10 @@ def encode(
                 f"{revision(tower)}, not {known}"
             )
     embeddings = Towers(towers, revisions).encode(captions)
+    release()
+    for caption, embedding in zip(captions, embeddings):
+        if embedding.cut:
+            raise UserError(f"longer than the text tower takes: '{caption}'")
     return pad(embeddings, max(length, *(len(e.tokens) for e in embeddings)))
 
 
@@ -261,13 +266,14 @@ def _load(name: str, revision: str | None) -> tuple[Any, Any, Any]:
     with _one_line(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
         model, report = kind.from_pretrained(**source, dtype=dtype, output_loading_info=True)
+        model.to(device)
     # transformers makes up what is missing, be it weights or a vocabulary, and goes on.
     if lacking := sorted(key for key in report["missing_keys"] if "pooler" not in key):
         raise UserError(f"the text tower '{name}' is not whole: its weights lack {lacking[0]}")
     if len(tokenizer) < model.config.vocab_size / 2:
         raise UserError(f"the text tower '{name}' is not whole: it lacks its tokenizer's files")
     model = model.get_encoder() if config.is_encoder_decoder else model
-    return tokenizer, model.to(device).eval(), config
+    return tokenizer, model.eval(), config
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """What a run tells about itself: metrics.jsonl, TensorBoard events, a bar or plain lines, speed.
 
-It writes and prints what it is given. It computes no metric but speed and knows no model.
+It writes and prints what it is given, and knows no model.
 """
 
 import json
@@ -173,6 +173,22 @@ def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
             yield from _scalars(f"{name}/{low:.1f}-{high:.1f}", number)
     elif value is not None:
         yield name, value
+
+
+def summary(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of metrics from a step's report: means over the steps since the last line, and norms
+    at this one.
+    """
+    window = report["window"]
+    mean = {name: total / window["steps"] for name, total in window.items()}
+    bins = zip(mean["binned_loss"], mean["bin_share"], strict=True)
+    return {
+        "loss": float(mean["loss"]),
+        "grad_norm": float(mean["grad_norm"]),
+        "param_norm": float(report["param_norm"]),
+        "update_norm": float(report["update_norm"]),
+        "loss_by_t": [float(loss / share) if share else None for loss, share in bins],
+    }
 
 
 class Throughput:

@@ -39,6 +39,7 @@ import profiling
 import run_folder
 import showcase
 import text
+import tracking
 from captions import CaptionStore
 from checkpoint import Checkpoints
 from errors import RunError, UserError
@@ -139,7 +140,7 @@ class Trainer:
             label_column=config.label_column,
             conditioning=config.conditioning,
             caption_column=config.caption_column,
-            captions=config.caption or (),
+            templates=config.caption or (),
             image_size=config.image_size,
             channels=None if config.profile else config.channels,  # a profile reads no pictures
         )
@@ -200,8 +201,11 @@ class Trainer:
     def _encode_captions(self, revisions: Sequence[str] | None) -> CaptionStore:
         c, splits = self.config, (self.source.train, self.source.eval)
         folder = c.caption_cache or captions.default_folder(c.dataset_name, c.data_dir)
-        texts = [text for split in splits for several in split.captions for text in several]
-        return CaptionStore.open(folder, texts, c.text_towers, revisions=revisions)
+        texts = [words for split in splits for several in split.captions for words in several]
+        if c.profile:
+            texts = texts[: captions.SHARD]  # a profile reads none of them
+        how = {"revisions": revisions, "most": c.text_length}
+        return CaptionStore.open(folder, texts, c.text_towers, **how)
 
     @cached_property
     def data(self) -> Pipeline:
@@ -316,7 +320,7 @@ class Trainer:
 
     def sample(
         self,
-        labels: Sequence[int | str],
+        labels: Sequence[int | str] | str,
         *,
         cfg_scale: float | None = None,
         n_steps: int | None = None,
@@ -344,9 +348,10 @@ class Trainer:
         )
         return solution.x if solution.trajectory is None else solution.trajectory
 
-    def _told(self, labels: Sequence[int | str]) -> generate.Labels:
+    def _told(self, labels: Sequence[int | str] | str) -> generate.Labels:
         """What the model is told of pictures with these labels or captions."""
-        if not self.encoded:
+        labels = [labels] if isinstance(labels, str) else labels
+        if not self.encoded or not len(labels):
             names, n_classes = self.dataset.label_names, self.model_config.n_classes
             return generate.label_ids(labels, names, n_classes)
         words = [str(label) for label in labels]
@@ -434,26 +439,14 @@ class Trainer:
         run.throughput.step(self.config.batch_size)
         run.tracker.advance(step)
         if step % self.config.log_every == 0:
-            run.tracker.log(step, self._summary(step, jax.device_get(report)) | self._rates(run))
-
-    def _summary(self, step: int, report: dict[str, Any]) -> dict[str, Any]:
-        """Means over the steps since the last line, and norms at this one."""
-        window = report["window"]
-        mean = {name: total / window["steps"] for name, total in window.items()}
-        bins = zip(mean["binned_loss"], mean["bin_share"], strict=True)
-        return {
-            "loss": float(mean["loss"]),
-            "grad_norm": float(mean["grad_norm"]),
-            "param_norm": float(report["param_norm"]),
-            "update_norm": float(report["update_norm"]),
-            "learning_rate": np.asarray(self.schedule(step - 1)).item(),
-            "loss_by_t": [float(loss / share) if share else None for loss, share in bins],
-        }
+            rate = np.asarray(self.schedule(step - 1)).item()
+            line = tracking.summary(jax.device_get(report)) | {"learning_rate": rate}
+            run.tracker.log(step, line | self._rates(run))
 
     def _rates(self, run: Run) -> dict[str, float]:
         """Images per second, seconds per step and, where the device's peak is known, MFU."""
         rates = run.throughput.take()
-        if rates and self.peak:
+        if rates and self.peak and self.model_config.block in profiling.COUNTED:
             forward = sum(profiling.flops_by_module(self.model_config).values())
             per_device = rates["images_per_second"] / jax.device_count()
             flops_per_second = profiling.TRAIN_PER_FORWARD * forward * per_device

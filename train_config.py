@@ -35,11 +35,13 @@ class TrainConfig:
             folder.
         image_column: where to find pictures in folder: and hf: data.
         label_column: where to find classes in folder: and hf: data.
-        conditioning: what the model is told: class, text or none; by default what the data have.
+        conditioning: what the model is told: class, text or none; by default text where captions
+            are named, class where there are classes.
         caption_column: where to find captions, one or a list of them a picture.
         caption: captions made from class names, such as "a photo of a {label}".
         text_towers: that encode captions, by Hugging Face id or folder; several are joined as in
             SD3.
+        text_length: tokens beyond which captions are cut; by default what the towers take.
         caption_cache: where encoded captions are kept; by default beside the data set.
         image_size: pixels to a side after centre crop and resize.
         channels: 1 (grey) or 3 (RGB).
@@ -98,6 +100,7 @@ class TrainConfig:
     caption_column: str | None = None
     caption: tuple[Text, ...] | None = None
     text_towers: tuple[str, ...] = UNSAID
+    text_length: int | None = None
     caption_cache: Path | None = None
     image_size: int = UNSAID
     channels: int = UNSAID
@@ -200,7 +203,7 @@ FILLED = (
 POSITIVE = (
     *("n_steps", "n_epochs", "batch_size", "learning_rate", "patch_size", "image_size", "fsdp"),
     *("logit_std", "time_shift", "sample_shift", "log_every", "eval_save_steps", "sample_every_n"),
-    *("n_eval_batches", "keep_checkpoints", "n_sample_steps", "peak_tflops"),
+    *("n_eval_batches", "keep_checkpoints", "n_sample_steps", "peak_tflops", "text_length"),
 )
 NOT_NEGATIVE = ("weight_decay", "clip_norm", "warmup_steps", "n_workers", "seed")
 BETWEEN = {
@@ -217,13 +220,25 @@ DENSITIES = {
 }
 
 
+def spoken(config: TrainConfig) -> dict[str, Any]:
+    """What was said, with the folders of text towers as they are called from anywhere."""
+    said = {name: value for name, value in vars(config).items() if value is not None}
+    if towers := said.get("text_towers"):
+        folders = [Path(tower).expanduser() for tower in towers]
+        said["text_towers"] = tuple(
+            str(folder.resolve()) if folder.is_dir() else tower
+            for folder, tower in zip(folders, towers)
+        )
+    return said
+
+
 def take_up(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
     """Fill holes from the `config.json` of the run to go on with.
 
     Raises:
         UserError: `config` says something else about what cannot change, with the fields' names.
     """
-    said = {name: value for name, value in vars(config).items() if value is not None}
+    said = spoken(config)
     # JSON has no tuples.
     saved = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
     changed = [
@@ -256,10 +271,15 @@ def resolve(
     Raises:
         UserError: a value that cannot be.
     """
-    said = {name: value for name, value in vars(config).items() if value is not None}
+    said = spoken(config)
     filled = DEFAULTS | {name: getattr(dataset, name) for name in RECOMMENDED} | said
     if filled["conditioning"] == "none":
         filled["cfg_scale"] = said.get("cfg_scale", 1.0)
+    if filled["conditioning"] != "text":
+        for name in ("text_towers", "text_length", "caption_cache"):
+            if said.get(name):
+                raise UserError(f"--{name} is for captions; pass --caption_column or --caption too")
+        filled["text_towers"] = ()
     check_numbers(filled)
     if config.n_epochs is not None and config.n_steps is None:
         filled["n_steps"] = math.ceil(config.n_epochs * n_rows / filled["batch_size"])
@@ -309,7 +329,7 @@ def validate(config: TrainConfig, n_devices: int) -> None:
             raise unknown(name, getattr(config, name), table)
     joint = MODELS[config.model].get("block") == JOINT
     if joint != (config.block == JOINT):
-        allowed = "joint blocks only" if joint else f"a DiT's, one of: {', '.join(BLOCKS)}"
+        allowed = "joint blocks only" if joint else f"one of: {', '.join(BLOCKS)}"
         raise UserError(f"--block {config.block}: {config.model} has {allowed}")
     if config.conditioning == "none" and config.cfg_scale != 1:
         raise UserError(

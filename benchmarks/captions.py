@@ -22,6 +22,7 @@ import images
 from benchmarks.digits import judge
 from errors import UserError
 from generate import spread
+from pipeline import Pipeline, open_source
 from train import TrainConfig, Trainer
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -79,7 +80,7 @@ def accuracy(trainer: Trainer, template: str, n: int) -> float:
     """The share of n samples that are the digit their caption names."""
     digits = spread(range(10), n)
     pictures = trainer.sample([says(template, digit) for digit in digits])
-    real = Trainer(TrainConfig()).data
+    real = Pipeline(open_source("digits"), batch_size=1, seed=0)
     train, test = real.images("train"), real.images("eval")
     return judge(images.to_uint8(pictures), digits, train=train, test=test).accuracy
 

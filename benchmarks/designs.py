@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -22,7 +23,9 @@ from benchmarks.digits import judge_run
 from model import BLOCKS
 from train import TrainConfig, Trainer
 
-DESIGNS = {block: {"model": "DiT-Ti/2", "block": block} for block in BLOCKS}
+DESIGNS: dict[str, dict[str, Any]] = {
+    block: {"model": "DiT-Ti/2", "block": block} for block in BLOCKS
+}
 DESIGNS["MMDiT"] = {"model": "MMDiT-Ti/2"}
 BASELINE = "adaln_zero"
 
@@ -32,7 +35,7 @@ class DesignsConfig:
     """Train, judge and time every design.
 
     Args:
-        out: a folder of runs, one for each design; those already there are only judged.
+        out: a folder of runs, one for each design; those that are finished are only judged.
         n: how many samples are judged.
         n_steps: of training; the digits' own by default.
         n_rounds: of timing, after one that is not counted.
@@ -45,11 +48,15 @@ class DesignsConfig:
 
 
 def trained(run_dir: Path, settings: dict, n_steps: int | None) -> Trainer:
-    """The trainer of a finished run, which is trained if it is not there."""
+    """The trainer of a finished run, which is begun or finished first if it is not."""
     if run_dir.exists():
-        return Trainer.from_run(run_dir)
-    trainer = Trainer(TrainConfig(run_dir=run_dir, n_steps=n_steps, **settings))  # pyright: ignore[reportArgumentType]
-    trainer.fit()
+        trainer = Trainer.from_run(run_dir)
+    else:
+        trainer = Trainer(TrainConfig(run_dir=run_dir, n_steps=n_steps, **settings))  # pyright: ignore[reportArgumentType]
+    if trainer.step < trainer.config.n_steps:
+        start = time.perf_counter()
+        trainer.fit()
+        print(f"{run_dir} took {time.perf_counter() - start:.0f} s")
     return trainer
 
 

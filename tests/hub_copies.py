@@ -57,6 +57,7 @@ SCHEMAS = {
     "coco": (
         *(("train",), "RGB", (64, 48), "JPEG"),
         {
+            "filepath": Value("string"),
             "filename": Value("string"),
             "sentids": List(Value("int64")),
             "sentences_raw": List(Value("string")),

@@ -76,6 +76,15 @@ def small_shards(monkeypatch):
 # --- what it holds --------------------------------------------------------------------------------
 
 
+def test_captions_can_be_shown_in_part(tmp_path):
+    whole = open_store(tmp_path, encoder=FakeTowers())
+    short = CaptionStore.open(tmp_path, CAPTIONS, TOWERS, revisions=REVISIONS, most=12)
+    assert short.length == 12 and short.n_cut == sum(len(caption) > 12 for caption in CAPTIONS)
+    ids = whole.ids(CAPTIONS)
+    np.testing.assert_array_equal(short(ids).tokens, whole(ids).tokens[:, :12])
+    np.testing.assert_array_equal(short(ids).mask, whole(ids).mask[:, :12])
+
+
 def test_embeddings_come_back_bit_for_bit(tmp_path, small_shards):
     store = open_store(tmp_path, [*CAPTIONS, ""], FakeTowers())
     assert_holds(store, [*CAPTIONS[::-1], "", CAPTIONS[3], CAPTIONS[3]])

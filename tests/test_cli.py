@@ -34,6 +34,7 @@ class Config:
     size: Literal[1, 2, 4] | None = None
     labels: tuple[str, ...] = ()
     prompts: tuple[cli.Text, ...] = ()
+    several: tuple[cli.Text, ...] | None = ("x",)
     widths: tuple[int, ...] = (1, 2)
     folder: Path | None = None
 
@@ -78,6 +79,8 @@ def parse(line):
         ("--prompts a,b", {"prompts": ("a,b",)}),
         ("--prompts a,b c --name x", {"prompts": ("a,b", "c"), "name": "x"}),
         ("--prompts=", {"prompts": ("",)}),
+        ("--several none a", {"several": ("none", "a")}),
+        ("--several none", {"several": None}),
         ("--widths 8 -1", {"widths": (8, -1)}),
         ("--folder runs/x", {"folder": Path("runs/x")}),
     ],

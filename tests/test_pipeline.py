@@ -352,7 +352,7 @@ def test_evaluation_takes_the_first_caption(coco):
 
 def test_captions_can_be_made_from_class_names(cifar):
     templates = ("a photo of a {label}", "{label}, small")
-    source = open_source("cifar10", data_dir=cifar, captions=templates)
+    source = open_source("cifar10", data_dir=cifar, templates=templates)
     assert source.config.conditioning == "text"
     for label, several in zip(source.train.labels, source.train.captions, strict=True):
         name = source.config.label_names[label]
@@ -378,6 +378,14 @@ def test_a_missing_caption_is_the_empty_one(tmp_path):
         assert set(source.train.captions) == expected
 
 
+def test_an_entrys_captions_are_not_taken_from_another_column(tmp_path):
+    """File names are texts too."""
+    texts = [f"train/{i}.jpg" for i in range(12)]
+    folder = write(tmp_path, image=cells(12), filepath=texts, caption=texts)
+    with pytest.raises(UserError, match=r"no column 'sentences_raw'.* pass --caption_column"):
+        open_source("coco", data_dir=folder)
+
+
 def test_no_conditioning_needs_no_labels(cifar):
     source = open_source("cifar10", data_dir=cifar, conditioning="none")
     assert (source.config.conditioning, source.config.n_classes) == ("none", 0)
@@ -389,13 +397,17 @@ def test_no_conditioning_needs_no_labels(cifar):
     [
         ({"conditioning": "words"}, "unknown conditioning 'words'"),
         (
-            {"conditioning": "class", "captions": ("{label}",)},
+            {"conditioning": "class", "templates": ("{label}",)},
             "captions are for --conditioning text",
         ),
-        ({"captions": ("a {name}",)}, r"only \{label\} may stand in braces"),
-        ({"captions": ("a {label",)}, r"only \{label\} may stand in braces"),
-        ({"captions": ("{label}",), "caption_column": "img"}, "not both"),
-        ({"captions": ("{label}",), "label_column": ""}, "no classes .* pass --label_column"),
+        ({"templates": ("{label} {name}",)}, r"only \{label\} may stand in braces"),
+        ({"templates": ("{label} {label.name}",)}, r"only \{label\} may stand in braces"),
+        ({"templates": ("a cat",)}, r"'a cat': \{label\} must stand in one"),
+        ({"caption_column": "img", "label_column": "label"}, "or --label_column, not both"),
+        ({"conditioning": "none", "label_column": "label"}, "of no use to --conditioning none"),
+        ({"templates": ("{label} {label",)}, r"only \{label\} may stand in braces"),
+        ({"templates": ("{label}",), "caption_column": "img"}, "not both"),
+        ({"templates": ("{label}",), "label_column": ""}, "no classes .* pass --label_column"),
         ({"conditioning": "class", "label_column": ""}, "no classes .* pass --label_column"),
         ({"conditioning": "text"}, "leaves open which column.* pass --caption_column"),
         ({"caption_column": "words"}, "no column 'words'.* pass --caption_column"),

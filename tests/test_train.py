@@ -404,6 +404,9 @@ def test_a_run_on_captions_goes_on_without_its_tower(on_captions, tmp_path, caps
 def test_a_prompt_is_encoded_by_the_tower_that_was_trained_with(on_captions, tmp_path, capsys):
     seen = on_captions.sample(["a drawing of 3", "number 7 in ink"])
     assert np.abs(seen[0] - seen[1]).max() > 0
+    assert on_captions.sample("a drawing of 3").shape == (1, 8, 8, 1)
+    with pytest.raises(UserError, match="no labels to draw"):
+        on_captions.sample([])
     with pytest.raises(UserError, match="cannot load the text tower"):
         on_captions.sample(["never said"])
     clip = Path(on_captions.config.text_towers[0])
@@ -423,6 +426,10 @@ def test_a_prompt_is_encoded_by_the_tower_that_was_trained_with(on_captions, tmp
         # The embedding that was trained on and the one made for a prompt are one.
         cached = on_captions.sample(["", "", "number 7 in ink", "number 7 in ink"])[2:]
         assert np.abs(drawn[2:].astype(int) - images.to_uint8(cached)).max() <= 1
+        with pytest.raises(UserError, match="longer than the text tower takes: 'word word"):
+            generate.main(replace(how, prompts=("word " * 40,)))
+        moved = (str(clip.with_name("gone")),)
+        generate.main(replace(how, prompts=prompts, text_towers=moved))
         for wrong in ({"labels": ("7",)}, {}):
             with pytest.raises(UserError, match="say what to draw by --prompts"):
                 generate.main(replace(how, **wrong))
@@ -499,8 +506,9 @@ def test_every_data_set_trains(tmp_path, name, capsys):
         TINY,
         dataset_name=name,
         data_dir=make_copy(name, tmp_path / "data"),
-        text_towers=(save_clip(tmp_path / "clip"),) if name == "coco" else None,
-        model="DiT-Nano/8" if DATASET_CONFIGS[name].image_size % 8 == 0 else "DiT-Nano/4",
+        text_towers=(save_clip(tmp_path / "clip"),) if name == "coco" else None,  # pyright: ignore[reportArgumentType]
+        model=("MM" if name in ("cifar10", "coco") else "")
+        + ("DiT-Nano/8" if DATASET_CONFIGS[name].image_size % 8 == 0 else "DiT-Nano/4"),
         n_steps=5,
         eval_save_steps=5,
         run_dir=tmp_path / "run",

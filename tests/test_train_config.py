@@ -75,6 +75,7 @@ def test_a_run_taken_up_as_it_is_resolves_to_what_it_was():
 def test_nothing_is_left_open():
     may_be_none = {"data_dir", "image_column", "label_column", "in_memory", "n_workers", "n_epochs"}
     may_be_none |= {"run_dir", "peak_tflops", "caption_column", "caption", "caption_cache"}
+    may_be_none |= {"text_length"}
     config = resolved()
     assert {name for name in FIELDS if getattr(config, name) is None} == may_be_none
 
@@ -255,6 +256,26 @@ def test_a_presets_blocks_are_its_own_unless_another_is_asked_for(name):
     assert (changed.qk_norm, changed.position) == (not joint, "learned")
     with pytest.raises(UserError, match=f"--block .*: {name} has"):
         resolved(model=name, block="adaln" if joint else "joint")
+
+
+@pytest.mark.parametrize(
+    "flag", [{"text_towers": ("a/b",)}, {"text_length": 8}, {"caption_cache": Path("x")}]
+)
+def test_what_is_for_captions_is_refused_without_them(flag):
+    with pytest.raises(UserError, match="is for captions; pass --caption_column or --caption too"):
+        resolved(**flag)
+    captioned = replace(DIGITS, templates=("a {label}",))
+    assert resolved(captioned, **flag).conditioning == "text"
+
+
+def test_a_towers_folder_is_known_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "tower").mkdir()
+    monkeypatch.chdir(tmp_path)
+    captioned = replace(DIGITS, templates=("a {label}",))
+    config = resolved(captioned, text_towers=("tower", "a/b"))
+    assert config.text_towers == (str(tmp_path / "tower"), "a/b")
+    run = json.loads(json.dumps(vars(config), default=str))
+    assert resumed(run, text_towers=("tower", "a/b")).text_towers == config.text_towers
 
 
 def test_an_unconditional_model_is_not_guided():
