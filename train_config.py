@@ -330,7 +330,7 @@ def validate(config: TrainConfig, n_devices: int) -> None:
     joint = MODELS[config.model].get("block") == JOINT
     if joint != (config.block == JOINT):
         allowed = "joint blocks only" if joint else f"one of: {', '.join(BLOCKS)}"
-        raise UserError(f"--block {config.block}: {config.model} has {allowed}")
+        raise UserError(f"--block {config.block}: {config.model} takes {allowed}")
     if config.conditioning == "none" and config.cfg_scale != 1:
         raise UserError(
             f"--cfg_scale {config.cfg_scale}: an unconditional model has no label to be guided by; "

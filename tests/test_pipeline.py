@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import datasets.config
@@ -17,10 +18,11 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Va
 from hub_copies import OTHER_ATTRIBUTES, make_copy, picture
 from PIL import Image as Picture
 
+from captions import CaptionStore
 from datasets_config import DATASET_CONFIGS
 from errors import UserError
 from pipeline import FLIPS, Batch, Pipeline, open_source
-from text import Caption
+from text import Caption, Embedding
 
 ROOT = Path(__file__).parent.parent
 RNG = np.random.default_rng(0)
@@ -341,6 +343,30 @@ def test_captions_are_a_function_of_seed_and_step(coco):
     ]
     whole = Pipeline(source, batch_size=6, seed=1, encoded=encoded).train_batch(9)
     assert [c for half in halves for c in encoded.said(half.train_batch(9))] == encoded.said(whole)
+
+
+class TwoWide:
+    """Stands for text towers: two channels that tell captions apart."""
+
+    width = pooled = 2
+
+    def encode(self, captions):
+        hashes = [zlib.crc32(caption.encode()) % 1000 for caption in captions]
+        return [Embedding(np.full((3, 2), h, "f2"), np.full(2, h, "f2"), False) for h in hashes]
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_captions(coco, tmp_path):
+    source, _ = coco
+    several = (c for split in (source.train, source.eval) for c in split.captions)
+    texts = [text for captions in several for text in captions]
+    revisions = ["0123456789ab"]
+    store = CaptionStore.open(tmp_path, texts, ["us/it"], revisions=revisions, encoder=TwoWide)  # pyright: ignore[reportArgumentType]
+    held = Pipeline(source, batch_size=6, seed=0, encoded=store)
+    streamed = Pipeline(source, batch_size=6, seed=0, encoded=store, in_memory=False, n_workers=1)
+    with contextlib.closing(streamed.train_batches(2, 1000)) as batches:
+        for step in range(2, 6):
+            assert equal(next(batches), held.train_batch(step))
 
 
 def test_evaluation_takes_the_first_caption(coco):

@@ -254,7 +254,7 @@ def test_a_presets_blocks_are_its_own_unless_another_is_asked_for(name):
     assert (config.block, config.qk_norm, config.position) == expected
     changed = resolved(model=name, qk_norm=not joint, position="learned")
     assert (changed.qk_norm, changed.position) == (not joint, "learned")
-    with pytest.raises(UserError, match=f"--block .*: {name} has"):
+    with pytest.raises(UserError, match=f"--block .*: {name} takes"):
         resolved(model=name, block="adaln" if joint else "joint")
 
 
