@@ -92,6 +92,7 @@ class CaptionStore:
         wanted = sorted(set(captions))
         missing = [caption for caption in wanted if caption not in held]
         if missing or not (subfolder / INFO).exists():
+            text.require_same(towers, known)
             _check_writable(subfolder)
             made = encoder() if encoder else text.Towers(towers, known)
             _write_info(subfolder, names, known, made)

@@ -157,6 +157,18 @@ class Towers:
         return Embedding(tokens, pooled, any(part.cut for part in parts))
 
 
+def require_same(towers: Sequence[str], revisions: Sequence[str]) -> None:
+    """Raises UserError if a tower's folder no longer holds what it held. (Of the hub, the revision
+    is what is loaded.)
+    """
+    for tower, known in zip(towers, revisions, strict=True):
+        if Path(tower).expanduser().is_dir() and (now := revision(tower)) != known:
+            raise UserError(
+                f"the text tower '{tower}' is not the one that was trained with: its revision is "
+                f"{now}, not {known}"
+            )
+
+
 def encode(
     captions: Sequence[str], towers: Sequence[str], revisions: Sequence[str], *, length: int
 ) -> Caption:
@@ -166,12 +178,7 @@ def encode(
         UserError: a tower is not to be had, is no longer the one of these revisions, or takes less
             than a whole caption.
     """
-    for tower, known in zip(towers, revisions, strict=True):
-        if Path(tower).expanduser().is_dir() and revision(tower) != known:
-            raise UserError(
-                f"the text tower '{tower}' is not the one that was trained with: its revision is "
-                f"{revision(tower)}, not {known}"
-            )
+    require_same(towers, revisions)
     embeddings = Towers(towers, revisions).encode(captions)
     release()
     for caption, embedding in zip(captions, embeddings):

@@ -401,6 +401,20 @@ def test_a_run_on_captions_goes_on_without_its_tower(on_captions, tmp_path, caps
 
 
 @pytest.mark.slow
+def test_captions_are_not_encoded_by_another_tower(on_captions, tmp_path):
+    """The cache is gone and so is the tower, in whose place another lies."""
+    half = tmp_path / "half"
+    shutil.copytree(on_captions.run_dir, half)
+    clip = save_clip(Path(on_captions.config.text_towers[0]), seed=1)
+    try:
+        with pytest.raises(UserError, match="is not the one that was trained with"):
+            Trainer(TrainConfig(run_dir=half, resume=True, caption_cache=tmp_path / "empty"))
+        assert not (tmp_path / "empty").exists()
+    finally:
+        shutil.rmtree(clip)
+
+
+@pytest.mark.slow
 def test_a_prompt_is_encoded_by_the_tower_that_was_trained_with(on_captions, tmp_path, capsys):
     seen = on_captions.sample(["a drawing of 3", "number 7 in ink"])
     assert np.abs(seen[0] - seen[1]).max() > 0
