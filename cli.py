@@ -68,15 +68,20 @@ def parse(
     return config(**{name: _coerce(name, words, kinds[name]) for name, words in found.items()})
 
 
-def run(main: Callable[[], object]) -> NoReturn:
-    """Call `main` and exit: 0, 2 for a person's mistake or a full disk, 130 for Ctrl-C, else 1."""
+def run(main: Callable[[], object], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
+    """Call `main` and exit: 0, 2 for a person's mistake or a full disk, 130 for Ctrl-C, else 1.
+
+    `leave` exits after a failure that one line explains.
+    """
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
-        _leave(str(error), 2)
+        _say(str(error))
+        leave(2)
     except RunError as error:
-        _leave(str(error), 1)
+        _say(str(error))
+        leave(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -85,14 +90,14 @@ def run(main: Callable[[], object]) -> NoReturn:
         # By text: Orbax wraps the operating system's error in one of its own.
         if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
             where = getattr(error, "filename", None) or f"the disk ({error})"
-            _leave(f"no space left on {where}", 2)
+            _say(f"no space left on {where}")
+            leave(2)
         raise
     sys.exit(0)
 
 
-def _leave(message: str, status: int) -> NoReturn:
+def _say(message: str) -> None:
     print("error:", " ".join(message.splitlines()), file=sys.stderr)
-    sys.exit(status)
 
 
 def _stdout_is_closed() -> bool:

@@ -1,15 +1,15 @@
-"""How gradients become updates: learning-rate schedules, AdamW, clipping, and the average of the
-weights (EMA).
+"""How gradients become updates: learning-rate schedules, AdamW, clipping, loss scaling, and the
+average of the weights (EMA).
 
 Plain optax transformations and functions of trees; nothing here knows of a model or of devices.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
 def constant(peak: float, n_steps: int) -> optax.Schedule:
@@ -53,6 +53,33 @@ def optimizer(
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
     adamw = optax.adamw(schedule, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=matrices)
     return optax.chain(clip, adamw)
+
+
+class LossScale(NamedTuple):
+    """What a loss is multiplied by, so that small gradients survive float16 (Micikevicius et al.
+    2018, §3.2), and for how many steps it has not been too large.
+    """
+
+    scale: Float[Array, ""]
+    n_good: Int[Array, ""]
+
+
+FIRST_SCALE, LEAST_SCALE = 2.0**15, 1.0
+GOOD_STEPS = 1000  # until a larger scale is tried
+
+
+def first_loss_scale() -> LossScale:
+    return LossScale(jnp.float32(FIRST_SCALE), jnp.int32(0))
+
+
+def next_loss_scale(loss_scale: LossScale, finite: Bool[Array, ""]) -> LossScale:
+    """Half of it after gradients that were not finite, twice after `GOOD_STEPS` that were."""
+    scale, n_good = loss_scale
+    grows = n_good + 1 == GOOD_STEPS
+    return LossScale(
+        jnp.where(finite, jnp.where(grows, scale * 2, scale), jnp.maximum(scale / 2, LEAST_SCALE)),
+        jnp.where(finite & ~grows, n_good + 1, 0),
+    )
 
 
 def ema_decay_at(step: Int[Array, ""], decay: float) -> Float[Array, ""]:

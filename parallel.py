@@ -8,9 +8,11 @@ hybrid. All three are the same code.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -93,60 +95,115 @@ def unshard(shards: Any, axes: tuple[int | None, ...]) -> Any:
 
 def sharded_axes(specs: Any, ndims: Any) -> tuple[int | None, ...]:
     """Every leaf's sharded axis, counted from the end so that it survives the scan over depth."""
-    specs = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
     return tuple(
         tuple(spec).index("fsdp") - ndim if "fsdp" in spec else None
-        for spec, ndim in zip(specs, jax.tree.leaves(ndims), strict=True)
+        for spec, ndim in zip(_leaves(specs), jax.tree.leaves(ndims), strict=True)
     )
 
 
-class Gathered(nnx.Module):
-    """A block whose sharded weights are gathered for the length of one call."""
+def _leaves(specs: Any) -> list[P]:
+    return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
 
-    def __init__(self, block: nnx.Module, axes: tuple[int | None, ...]):
-        self.block, self.axes = block, axes
+
+def all_but_gathered(primitive: Any, *_, **__) -> bool:
+    """What the backward pass finds again: everything but gathered weights and casts of them. Kept
+    for every block, they would add up to the whole model.
+    """
+    return primitive.name not in ("all_gather", "pvary", "convert_element_type")
+
+
+class Gathered(nnx.Module):
+    """A part of a model whose sharded weights are gathered for the length of one call, and once
+    more for its backward pass. With nothing to gather, it still keeps no copies of weights.
+    """
+
+    def __init__(self, part: nnx.Module, axes: tuple[int | None, ...]):
+        self.part, self.axes = part, axes
 
     def __call__(self, *args):
-        graphdef, shards = nnx.split(self.block)
-        return nnx.merge(graphdef, unshard(shards, self.axes))(*args)
+        graphdef, shards = nnx.split(self.part)
+
+        @partial(jax.checkpoint, policy=all_but_gathered)
+        def call(shards, *args):
+            return nnx.merge(graphdef, unshard(shards, self.axes))(*args)
+
+        return call(shards, *args)
 
 
 def live_model(graphdef, params: Any, specs: Any) -> nnx.Module:
-    """The model on this device's shards; `blocks` gather themselves, the rest is gathered here."""
-    axes = sharded_axes(specs, jax.tree.map(lambda x: x.ndim, params))
-    names = [path[0].key for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    outside = tuple(None if n == "blocks" else axis for n, axis in zip(names, axes, strict=True))
-    model = nnx.merge(graphdef, unshard(params, outside))
-    inside = tuple(axis for n, axis in zip(names, axes, strict=True) if n == "blocks")
-    model.blocks = Gathered(model.blocks, inside)
+    """The model on this device's shards, each part of which gathers itself when it is called."""
+    model = nnx.merge(graphdef, params)
+    for name, weights in params.items():
+        axes = sharded_axes(specs[name], jax.tree.map(lambda x: x.ndim, weights))
+        setattr(model, name, Gathered(getattr(model, name), axes))
     return model
 
 
-def value_and_grad(loss: Callable, graphdef, mesh: Mesh) -> Callable:
+def value_and_grad(loss: Callable, graphdef, mesh: Mesh, *, accumulate_steps: int = 1) -> Callable:
     """`jax.value_and_grad` of `loss(model, batch, key)`, averaged over every device's rows of the
     batch.
 
-    Returns `run(params, batch, key) -> ((loss, metrics), grads)`: the first two replicated,
-    gradients sharded as `params`. Every device must hold the same number of rows.
+    Returns `run(params, batch, key, scale=None) -> ((loss, metrics), grads)`: the first two
+    replicated, gradients sharded as `params`. The loss is multiplied by `scale` before it is
+    differentiated and the gradients are divided by it, so that small ones survive float16. Every
+    device must hold the same number of rows.
+
+    Args:
+        accumulate_steps: parts that a device's rows are cut into. Their gradients are added up one
+            after the other, which takes the memory of one part and gives the gradient of all.
     """
 
-    def run(params, batch, key):
+    def run(params, batch, key, scale=None):
         specs = partition(params, mesh)
+        share = (1 if scale is None else scale) / (mesh.size * accumulate_steps)
 
-        def local(params, batch, key):
-            def mean(params):
-                # The mean is taken inside the differentiated function: gradients come out summed
-                # over devices, and a mean taken afterwards would not divide them again (a norm
-                # n_devices times too large).
-                return jax.lax.pmean(loss(live_model(graphdef, params, specs), batch, key), AXES)
+        def local(params, batch, key, share):
+            def weighed(params, rows):
+                value, metrics = loss(live_model(graphdef, params, specs), rows, key)
+                return value * share, (value, metrics)
 
-            return jax.value_and_grad(mean, has_aux=True)(params)
+            gradient = jax.grad(weighed, has_aux=True)
+            if accumulate_steps == 1:  # summed over devices block by block, as they come
+                grads, means = gradient(params, batch)
+            else:  # summed over devices once, after all parts
+                own = jax.tree.map(lambda x, spec: _vary(x, _whole(spec)), params, specs)
+                grads, sums = _added_up(gradient, accumulate_steps)(own, batch)
+                grads = jax.tree.map(lambda g, spec: jax.lax.psum(g, _whole(spec)), grads, specs)
+                means = jax.tree.map(lambda x: x / accumulate_steps, sums)
+            return jax.lax.pmean(means, AXES), grads
 
-        return jax.shard_map(
+        means, grads = jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(specs, P(AXES), P()),
+            in_specs=(specs, P(AXES), P(), P()),
             out_specs=((P(), P()), specs),
-        )(params, batch, key)
+        )(params, batch, key, share)
+        return means, grads if scale is None else jax.tree.map(lambda g: g / scale, grads)
+
+    return run
+
+
+def _whole(spec: P) -> tuple[str, ...]:
+    """The axes along which devices hold the same."""
+    return tuple(axis for axis in AXES if axis not in spec)
+
+
+def _vary(x: Any, axes: tuple[str, ...]) -> Any:
+    """The same, as something that differs along these axes."""
+    return jax.lax.pcast(x, axes, to="varying")
+
+
+def _added_up(function: Callable, n: int) -> Callable:
+    """The sum of `function(params, rows)` over n equal parts of the rows, one after the other."""
+
+    def run(params, batch):
+        parts = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
+        shapes = jax.eval_shape(function, params, jax.tree.map(lambda x: x[0], parts))
+        nothing = jax.tree.map(lambda s: _vary(jnp.zeros(s.shape, s.dtype), AXES), shapes)
+
+        def add(total, rows):
+            return jax.tree.map(jnp.add, total, function(params, rows)), None
+
+        return jax.lax.scan(add, nothing, parts)[0]
 
     return run
