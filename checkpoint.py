@@ -2,24 +2,37 @@
 
 A step's folder gets its final name only when it is complete, so a crash in the middle of a save
 costs that save and nothing else. Weights, their average and the optimizer are separate items: a
-sampler reads only what it needs, on any number of devices.
+sampler reads only what it needs, on any number of devices. Sums of all bits are saved beside them:
+what comes back is what was saved, or is refused.
 """
 
 import logging
 import shutil
+import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from errors import UserError
 
 FOLDER = "checkpoints"
+DAMAGED = "damaged"  # checkpoints that cannot be read are moved here
 ARRAYS = ("params", "ema", "optimizer")
 NOTES = ("config", "data")
+SUMS = "sums"
+
+
+class DamageError(UserError):
+    """A checkpoint that cannot be read, or is not what was saved."""
+
+
+class DiskFullError(UserError):
+    """A checkpoint that was not written for want of space."""
 
 
 class Checkpoints:
@@ -44,7 +57,7 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
         )
-        items = ARRAYS + NOTES
+        items = (*ARRAYS, *NOTES, SUMS)
         self.manager = ocp.CheckpointManager(self.folder, item_names=items, options=options)
 
     @staticmethod
@@ -86,7 +99,7 @@ class Checkpoints:
         step again does nothing.
 
         Raises:
-            UserError: the disk is full, now or during the previous save. Earlier steps are intact.
+            DiskFullError: now or during the previous save. Earlier steps are intact.
             RuntimeError: a newer step is already there.
         """
         if step == self.latest():
@@ -94,6 +107,7 @@ class Checkpoints:
         self._check_space(step, arrays)
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         items |= {name: ocp.args.JsonSave(note) for name, note in notes.items()}
+        items[SUMS] = ocp.args.JsonSave({name: bit_sums(tree) for name, tree in arrays.items()})
         with self._disk_full_is_said():
             saved = self.manager.save(step, args=ocp.args.Composite(**items))
         if not saved:
@@ -105,18 +119,51 @@ class Checkpoints:
         The number of devices need not be the one that saved.
 
         Raises:
-            UserError: the checkpoint is damaged or was written by another configuration.
+            DamageError: the checkpoint is damaged or was written by another configuration.
         """
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+        items: dict[str, Any] = {n: ocp.args.StandardRestore(tree) for n, tree in like.items()}
+        items[SUMS] = ocp.args.JsonRestore()
         with self._damage_is_said(step):
             restored = self.manager.restore(step, args=ocp.args.Composite(**items))
+            for name in like:
+                changed = bit_sums(restored[name]).items() ^ restored[SUMS][name].items()
+                if changed:
+                    raise ValueError(f"bits of {name}{min(changed)[0]} are not those saved")
         return {name: restored[name] for name in like}
+
+    def restore_newest(self, like: dict[str, Any]) -> tuple[int, dict[str, Any], list[int]]:
+        """The newest step that can be read, its items, and the damaged steps after it, of which
+        each is said.
+
+        Raises:
+            UserError: there is no checkpoint.
+            DamageError: none can be read; with several processes, which would have to agree on it,
+                the newest cannot.
+        """
+        damaged, first = [], self.pick() and min(self.manager.all_steps())
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                return step, self.restore(step, like), damaged
+            except DamageError as error:
+                if step == first or jax.process_count() > 1:
+                    raise
+                print(f"warning: {error}; taking the one before it", file=sys.stderr)
+                damaged.append(step)
+        raise AssertionError("there is a first step")
+
+    def set_aside(self, steps: Iterable[int]) -> None:
+        """Move damaged checkpoints to `damaged/` of the run's folder: new ones take their place."""
+        aside = self.folder.parent / DAMAGED
+        for step in steps:
+            aside.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(_unused(aside / str(step)))
+        self.manager.reload()
 
     def note(self, step: int, name: str) -> dict[str, Any]:
         """One of the JSON objects of a step.
 
         Raises:
-            UserError: the checkpoint is damaged.
+            DamageError: the checkpoint is damaged.
         """
         items = {name: ocp.args.JsonRestore()}
         with self._damage_is_said(step):
@@ -144,6 +191,8 @@ class Checkpoints:
         except (ValueError, OSError) as error:
             if "No space left" not in str(error):
                 raise
+            for half_written in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(half_written, ignore_errors=True)
             raise self._disk_full("a checkpoint could not be written") from error
 
     @contextmanager
@@ -156,12 +205,12 @@ class Checkpoints:
             if not bare and not isinstance(error, (ValueError, KeyError, OSError)):
                 raise
             reason = str(error.__cause__ if bare else error).strip().partition("\n")[0]
-            raise UserError(
+            raise DamageError(
                 f"cannot read checkpoint {self.folder / str(step)}: {reason}"
             ) from error
 
-    def _disk_full(self, reason: str) -> UserError:
-        return UserError(
+    def _disk_full(self, reason: str) -> DiskFullError:
+        return DiskFullError(
             f"no space left on the disk of {self.folder}: {reason}; "
             f"the last complete checkpoint is step {self.latest()}"
         )
@@ -175,3 +224,27 @@ def _local_shards(tree: Any) -> Iterable[Any]:
         for shard in array.addressable_shards
         if shard.replica_id == 0
     )
+
+
+@jax.jit
+def _sums(tree: Any) -> Any:
+    def of(x):
+        words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        return jnp.sum(jax.lax.bitcast_convert_type(x, words), dtype=jnp.uint32)
+
+    return jax.tree.map(of, tree)
+
+
+def bit_sums(tree: Any) -> dict[str, int]:
+    """Of each array, the sum of its words modulo 2³²: any changed bit changes it.
+
+    Computed where the array lies, so that the way to the disk and back is covered; sums of whole
+    numbers do not depend on the number of devices.
+    """
+    sums = jax.tree_util.tree_leaves_with_path(jax.device_get(_sums(tree)))
+    return {jax.tree_util.keystr(path): int(x) for path, x in sums}
+
+
+def _unused(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}{suffix}") for suffix in ("", *"abcdefghij"))
+    return next(name for name in names if not name.exists())

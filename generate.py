@@ -134,7 +134,7 @@ def sample(
         index = np.arange(start, start + size, dtype=np.int32)
         rows = np.minimum(index, n - 1)  # the last batch is filled up with its last label
         label = jax.tree.map(lambda x, rows=rows: x[rows], labels)
-        label, index = parallel.place((label, index), mesh)
+        label, index = parallel.spread((label, index), mesh)
         solution = draw(
             params,
             label,
@@ -146,7 +146,7 @@ def sample(
             guide=guide,
             trajectory=trajectory,
         )
-        parts.append(jax.device_get(solution))
+        parts.append(parallel.fetch(solution))
     x = np.concatenate([part.x for part in parts])[:n]
     states = np.concatenate([part.trajectory for part in parts], axis=1) if trajectory else None
     return Pictures(x, None if states is None else states[:, :n])

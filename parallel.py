@@ -7,7 +7,8 @@ hybrid. All three are the same code.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -73,11 +74,80 @@ def create(make: Callable[[], Any], mesh: Mesh) -> Any:
 
 
 def place(batch: Any, mesh: Mesh) -> Any:
-    """This process's rows of a batch → one global array per field, split over all devices."""
+    """This process's rows of a batch → one global array per field, split over all devices. What is
+    on devices already stays as it is.
+    """
     sharding = NamedSharding(mesh, P(AXES))
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
-    )
+
+    def leaf(x):
+        if isinstance(x, jax.Array):
+            return x
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return jax.tree.map(leaf, batch)
+
+
+def prefetch(batches: Iterable[Any], mesh: Mesh, n: int = 2) -> Iterator[Any]:
+    """`place` of every batch, n of them ahead of the one in use: copies hide behind a step.
+
+    An error of `batches` comes out when those before it are used up.
+    """
+    ahead, iterator, error = deque(), iter(batches), None
+    while error is None:
+        try:
+            ahead.append(place(next(iterator), mesh))
+        except Exception as caught:
+            error = caught
+        while len(ahead) > (0 if error else n):
+            yield ahead.popleft()
+    if not isinstance(error, StopIteration):
+        raise error
+
+
+def spread(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that every process has in full → global arrays, their rows split over all devices."""
+    return _from_everywhere(tree, NamedSharding(mesh, P(AXES)))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that every process has in full → global arrays, whole on every device."""
+    return _from_everywhere(tree, NamedSharding(mesh, P()))
+
+
+def _from_everywhere(tree: Any, sharding: NamedSharding) -> Any:
+    def leaf(x):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(leaf, tree)
+
+
+def split_rows(tree: Any, mesh: Mesh) -> Any:
+    """Inside `jit`: let every device have its rows."""
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P(AXES)))
+
+
+def fetch(tree: Any) -> Any:
+    """Global arrays → NumPy arrays, in full in every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def any_process(flag: bool, mesh: Mesh) -> Any:
+    """Whether the flag is set in any process: a number that is there when the device has come to
+    it. Every process must ask.
+    """
+    if jax.process_count() == 1:
+        return flag
+    return _any(place(np.full(jax.local_device_count(), flag), mesh))
+
+
+@jax.jit
+def _any(flags: Any) -> Any:
+    return flags.any()
 
 
 # --- gradients ------------------------------------------------------------------------------------

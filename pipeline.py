@@ -14,7 +14,7 @@ import threading
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int32, Int64, UInt8
@@ -37,9 +37,9 @@ class Batch(NamedTuple):
     A label is the id of a class or, where the model is told in words, an encoded caption.
     """
 
-    row: Int32[np.ndarray, "b"]
-    image: UInt8[np.ndarray, "b h w c"]
-    label: Int32[np.ndarray, "b"] | Caption
+    row: Int32[Any, "b"]
+    image: UInt8[Any, "b h w c"]
+    label: Int32[Any, "b"] | Caption
 
 
 class Pipeline:

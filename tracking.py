@@ -6,6 +6,7 @@ It writes and prints what it is given, and knows no model.
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,8 +19,11 @@ from tqdm import tqdm
 
 if TYPE_CHECKING:
     import PIL.Image
+    from tensorboardX import SummaryWriter
 
 Metrics = Mapping[str, SupportsFloat | Sequence[SupportsFloat | None]]
+
+MIN_FREE_BYTES = 2**20
 
 # What a person watches; everything else is in the file.
 SHOWN: dict[str, Callable[[float], str]] = {
@@ -47,17 +51,15 @@ class Tracker:
     """
 
     def __init__(self, folder: Path, *, start_step: int = 0, n_steps: int, quiet: bool = False):
-        from tensorboardX import SummaryWriter  # 0.2 s that other commands need not wait for
-
-        self.n_steps, self.quiet = n_steps, quiet
+        self.folder, self.n_steps, self.quiet, self.room = folder, n_steps, quiet, True
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        resumed = path.exists()
+        self.path = folder / "metrics.jsonl"
+        resumed = self.path.exists()
         if resumed:
-            rewind(path, start_step)
-        self.file = path.open("a", encoding="utf-8")
+            rewind(self.path, start_step)
+        self.file = self.path.open("a", encoding="utf-8")
         purge_step = start_step + 1 if start_step else 0
-        self.writer = SummaryWriter(str(folder), purge_step=purge_step if resumed else None)
+        self.writer = _writer(folder, purge_step=purge_step if resumed else None)
         self.bar = None
         if sys.stdout.isatty() and not quiet:
             self.bar = tqdm(
@@ -78,25 +80,38 @@ class Tracker:
         if self.bar is not None:
             self.bar.close()
 
+    def rewind(self, step: int) -> None:
+        """Go back to `step`: what was recorded after it is dropped."""
+        self.file.close()
+        rewind(self.path, step)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.writer.close()
+        self.writer = _writer(self.folder, purge_step=step + 1)
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
     def log(self, step: int, metrics: Metrics) -> None:
-        """Record one line: {"step": step, …}.
+        """Record one line: {"step": step, …}; on a full disk, only show it.
 
         A list holds equal bins of t from 0 to 1, such as `loss_by_t`. None is an empty bin. A
         non-finite number becomes null in the file, for JSON has no word for it; TensorBoard gets
         neither.
         """
         line = {name: _plain(value) for name, value in metrics.items()}
-        # In one write and at once: a kill can tear this line but lose none before it.
-        self.file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
-        self.file.flush()
-        for name, value in line.items():
-            for tag, number in _scalars(name, value):
-                self.writer.add_scalar(tag, number, step)
-        self.writer.flush()
+        if self._has_room():
+            # In one write and at once: a kill can tear this line but lose none before it.
+            self.file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
+            self.file.flush()
+            for name, value in line.items():
+                for tag, number in _scalars(name, value):
+                    self.writer.add_scalar(tag, number, step)
+            self.writer.flush()
         self._show(step, metrics)
 
     def image(self, step: int, name: str, image: "PIL.Image.Image") -> None:
         """Put a picture into TensorBoard under `name`."""
+        if not self._has_room():
+            return
         self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
         self.writer.flush()
 
@@ -112,6 +127,15 @@ class Tracker:
         elif not self.quiet:
             print(text, flush=True)
 
+    def _has_room(self) -> bool:
+        """Whether the disk takes some lines more. Asked first: half a line would be worse than
+        none, and the writer of events waits forever for a thread that died of a full disk.
+        """
+        had_room, self.room = self.room, shutil.disk_usage(self.folder).free >= MIN_FREE_BYTES
+        if had_room and not self.room:
+            self.message(f"no space left on the disk of {self.folder}: metrics are not recorded")
+        return self.room
+
     def _show(self, step: int, metrics: Mapping[str, Any]) -> None:
         shown = {name: form(metrics[name]) for name, form in SHOWN.items() if name in metrics}
         if self.bar is not None:
@@ -123,6 +147,29 @@ class Tracker:
                 shown["left"] = f"{duration(left)} left"
             width = len(str(self.n_steps))
             self.message("   ".join([f"step {step:{width}}/{self.n_steps}", *shown.values()]))
+
+
+class Silence:
+    """What the other processes of a run tell of it: nothing. The methods of `Tracker` that are
+    called in a run.
+    """
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def _nothing(self, *_: object) -> None:
+        pass
+
+    rewind = log = image = advance = message = _nothing
+
+
+def _writer(folder: Path, *, purge_step: int | None) -> "SummaryWriter":
+    from tensorboardX import SummaryWriter  # 0.2 s that other commands need not wait for
+
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def rewind(path: Path, step: int) -> None:
@@ -180,9 +227,11 @@ def summary(report: Mapping[str, Any]) -> dict[str, Any]:
     at this one.
     """
     window = report["window"]
-    mean = {name: total / window["steps"] for name, total in window.items()}
+    n = window["steps"] or math.nan  # none of them was finite
+    mean = {name: total / n for name, total in window.items()}
     bins = zip(mean["binned_loss"], mean["bin_share"], strict=True)
-    return {
+    scale = {"loss_scale": float(report["loss_scale"])} if "loss_scale" in report else {}
+    return scale | {
         "loss": float(mean["loss"]),
         "grad_norm": float(mean["grad_norm"]),
         "param_norm": float(report["param_norm"]),

@@ -15,8 +15,7 @@ Start reading here: `update` is one step, `Trainer.fit` is a run in the order of
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -32,22 +31,22 @@ from jaxtyping import Array, Key
 import captions
 import cli
 import generate
-import images
 import optim
 import parallel
+import processes
 import profiling
+import resident
 import run_folder
 import showcase
 import text
-import tracking
 from captions import CaptionStore
 from checkpoint import Checkpoints
-from errors import RunError, UserError
+from errors import UserError
 from interrupts import stopping
 from model import graphdef, init_params
+from open_run import open_run
 from pipeline import Batch, Pipeline
 from sources import open_source
-from tracking import Throughput, Tracker
 from train_config import (
     DEFAULTS,
     FILLED,
@@ -70,49 +69,67 @@ class TrainState:
     """All that a step changes, and all that a checkpoint needs to go on bit for bit."""
 
     step: Array
+    position: Array  # batches so far; more than steps, where some were left out
+    skipped: Array  # steps that left the weights alone, for they were not finite
+    bad_steps: Array  # how many of them in a row, up to now
     params: Any
     ema: Any
     opt_state: Any
+    loss_scale: optim.LossScale | tuple[()]  # with float16
     window: dict[str, Array]  # sums of the metrics over the steps since the last log line
 
 
 def update(
     state: TrainState,
-    batch: Batch,
+    batch: Any,
     key: Key[Array, ""],
     *,
+    draw: Callable[[Any, Array], Batch],
     value_and_grad: Callable,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     log_every: int,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One step: gradients, clipped AdamW, EMA. Returns the new state and the step's report."""
-    step_key = jax.random.fold_in(key, state.step)
-    (loss, metrics), grads = value_and_grad(state.params, batch, step_key)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = optim.update_ema(state.ema, params, optim.ema_decay_at(state.step, ema_decay))
+    """One step: gradients, clipped AdamW, EMA. Returns the new state and the step's report.
 
-    metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads), "steps": jnp.ones(())}
-    first = state.step % log_every == 0
-    window = jax.tree.map(lambda w, m: jnp.where(first, 0, w) + m, state.window, metrics)
+    A loss or gradient that is not finite changes nothing but the counts.
+    """
+    s, step_key = state, jax.random.fold_in(key, state.position)
+    batch, scale = draw(batch, s.position), s.loss_scale[0] if s.loss_scale else None
+    (loss, metrics), grads = value_and_grad(s.params, batch, step_key, scale)
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer.update(grads, s.opt_state, s.params)
+    params = optax.apply_updates(s.params, updates)
+    ema = optim.update_ema(s.ema, params, optim.ema_decay_at(s.step, ema_decay))
+
+    def if_finite(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    metrics |= {"loss": loss, "grad_norm": grad_norm, "steps": jnp.ones(())}
+    window = jax.tree.map(lambda w: jnp.where(s.step % log_every == 0, 0, w), s.window)
+    window = if_finite(jax.tree.map(jnp.add, window, metrics), window)
+    # Too large a scale is no bad step: it is halved until gradients are finite, or it is 1.
+    bad = ~finite & (scale is None or ~jnp.isfinite(loss) | (scale <= optim.LEAST_SCALE))
+    new = TrainState(
+        step=s.step + 1,
+        position=s.position + 1,
+        skipped=s.skipped + ~finite,
+        bad_steps=jnp.where(bad, s.bad_steps + 1, 0),
+        params=if_finite(params, s.params),
+        ema=if_finite(ema, s.ema),
+        opt_state=if_finite(opt_state, s.opt_state),
+        loss_scale=optim.next_loss_scale(s.loss_scale, finite) if s.loss_scale else (),
+        window=window,
+    )
     report = {
-        "finite": jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"]),
+        "bad_steps": new.bad_steps,
+        "skipped": new.skipped,
         "window": window,
-        "param_norm": optax.tree.norm(params),
+        "param_norm": optax.tree.norm(new.params),
         "update_norm": optax.tree.norm(updates),
     }
-    return TrainState(state.step + 1, params, ema, opt_state, window), report
-
-
-@dataclass
-class Run:
-    """What `fit` holds open, and the step whose report it has not read yet."""
-
-    tracker: Tracker
-    checkpoints: Checkpoints
-    throughput: Throughput
-    unread: tuple[int, dict[str, Any]] | None = None
+    return new, report | ({"loss_scale": scale} if s.loss_scale else {})
 
 
 class Trainer:
@@ -125,16 +142,13 @@ class Trainer:
         Raises:
             UserError: settings or data that cannot work.
         """
-        dataset_name = config.dataset_name or DEFAULTS["dataset_name"]
-        run_dir, saved = config.run_dir and Path(config.run_dir), None
-        if config.resume:
-            run_dir = run_dir or run_folder.newest(dataset_name, config.model)
+        run_dir, saved = self._folder(config), None
+        if run_dir and config.resume:
             saved = run_folder.read_config(run_dir)
-            config = take_up(config, saved)
-        elif run_dir:
-            run_folder.require_new(run_dir)
+            fsdp = config.fsdp or math.gcd(saved["fsdp"], jax.device_count())
+            config = take_up(dataclasses.replace(config, fsdp=fsdp), saved)
         self.source = open_source(
-            config.dataset_name or dataset_name,
+            config.dataset_name or DEFAULTS["dataset_name"],
             data_dir=config.data_dir,
             image_column=config.image_column,
             label_column=config.label_column,
@@ -152,11 +166,14 @@ class Trainer:
         )
         if not saved:  # a finished run may be sampled on any number of devices
             require_even_batches(c, n_devices)
-        self.run_dir = run_dir or run_folder.new(c.dataset_name, c.model)
+        self.run_dir = run_dir or Path(
+            processes.first_says(lambda: str(run_folder.new(c.dataset_name, c.model)))
+        )
         self.model_config = network(c, self.dataset, platform)
         self.encoded = None
         if c.conditioning == "text":
-            self.encoded = self._encode_captions(saved["text_revisions"] if saved else None)
+            with processes.in_turn():
+                self.encoded = self._encode_captions(saved["text_revisions"] if saved else None)
             self.model_config = dataclasses.replace(
                 self.model_config,
                 text_length=self.encoded.length,
@@ -178,10 +195,10 @@ class Trainer:
             weight_decay=c.weight_decay,
             clip_norm=c.clip_norm,
         )
+        self.step, self.position, self.damaged = 0, 0, []
         if saved and Checkpoints.exist(self.run_dir):
             self.restore()
         else:
-            self.step = 0
             self.state = parallel.create(self._initial_state, self.mesh)
 
     @classmethod
@@ -191,12 +208,24 @@ class Trainer:
         Raises:
             UserError: the folder is not a run, or has no complete checkpoint yet.
         """
-        # On fewer devices than it was trained on, fewer share the weights.
-        fsdp = math.gcd(run_folder.read_config(Path(run_dir))["fsdp"], jax.device_count())
-        trainer = cls(TrainConfig(run_dir=Path(run_dir), resume=True, fsdp=fsdp))
+        trainer = cls(TrainConfig(run_dir=Path(run_dir), resume=True))
         if not trainer.step:
             raise UserError(f"'{run_dir}' has no complete checkpoint yet")
         return trainer
+
+    def _folder(self, config: TrainConfig) -> Path | None:
+        """The run's folder, where it is said or exists: the same in all processes."""
+        dataset_name = config.dataset_name or DEFAULTS["dataset_name"]
+
+        def find() -> str:
+            if config.resume and not config.run_dir:
+                return str(run_folder.newest(dataset_name, config.model))
+            if config.run_dir and not config.resume:
+                run_folder.require_new(Path(config.run_dir))
+            return str(config.run_dir or "")
+
+        found = processes.first_says(find)
+        return Path(found) if found else None
 
     def _encode_captions(self, revisions: Sequence[str] | None) -> CaptionStore:
         c, splits = self.config, (self.source.train, self.source.eval)
@@ -218,28 +247,44 @@ class Trainer:
             process_index=jax.process_index(),
             n_processes=jax.process_count(),
             n_workers=c.n_workers,
-            in_memory=c.in_memory,
+            in_memory=True if c.cache_on_device else c.in_memory,
             encoded=self.encoded,
         )
 
+    def batches(self, start: int, stop: int) -> Generator[Any]:
+        """What `train_step` takes, from one place in the order of all batches to another: this
+        process's rows or, with `cache_on_device`, what they are drawn from.
+        """
+        if self.config.cache_on_device:
+            return resident.batches(self.data, self.mesh, start, stop)
+        return self.data.train_batches(start, stop)
+
     # --- one step ---------------------------------------------------------------------------------
 
-    def train_step(self, batch: Batch) -> dict[str, Any]:
-        """One asynchronous update with this process's rows of a batch, and its unread report."""
+    def train_step(self, batch: Any) -> dict[str, Any]:
+        """One asynchronous update with one of `batches`, and its unread report."""
         batch = parallel.place(batch, self.mesh)
         self.state, report = self.update(self.state, batch, self.train_key)
-        self.step += 1
+        self.step, self.position = self.step + 1, self.position + 1
         return report
 
     @cached_property
     def update(self):
-        loss = objective(self.config, label_dropout=self.config.label_dropout)
+        c = self.config
+        loss = objective(c, label_dropout=c.label_dropout)
+        draw = partial(resident.draw, batch_size=c.batch_size, mesh=self.mesh)
         step = partial(
             update,
-            value_and_grad=parallel.value_and_grad(loss, graphdef(self.model_config), self.mesh),
+            draw=draw if c.cache_on_device else lambda batch, position: batch,
+            value_and_grad=parallel.value_and_grad(
+                loss,
+                graphdef(self.model_config),
+                self.mesh,
+                accumulate_steps=c.accumulate_steps,
+            ),
             optimizer=self.optimizer,
-            ema_decay=self.config.ema_decay,
-            log_every=self.config.log_every,
+            ema_decay=c.ema_decay,
+            log_every=c.log_every,
         )
         return jax.jit(step, donate_argnums=0)
 
@@ -259,7 +304,17 @@ class Trainer:
         # The average starts as a copy: one buffer in two places of the state cannot be donated.
         ema = jax.tree.map(jnp.copy, params)
         opt_state = self.optimizer.init(params)
-        return TrainState(jnp.zeros((), jnp.int32), params, ema, opt_state, window)
+        return TrainState(
+            step=jnp.int32(0),
+            position=jnp.int32(0),
+            skipped=jnp.int32(0),
+            bad_steps=jnp.int32(0),
+            params=params,
+            ema=ema,
+            opt_state=opt_state,
+            loss_scale=optim.first_loss_scale() if self.model_config.dtype == "float16" else (),
+            window=window,
+        )
 
     def blank_batch(self) -> Batch:
         """This process's part of a batch, with nothing in it."""
@@ -275,36 +330,39 @@ class Trainer:
         checkpoints in the run's folder.
 
         Raises:
-            RunError: the loss is not finite.
+            RunError: the loss stays not finite, also after returns to the last checkpoint.
             KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, once all is saved.
         """
         c, last = self.config, self.config.n_steps if n_steps is None else n_steps
         require_even_batches(c, jax.device_count())
         _ = self.data  # decoded now: a bad picture must end this before anything is written
-        with stopping() as stop, self._open(last) as run:
+        with stopping() as stop, open_run(self, last) as run:
             run.tracker.message(showcase.greeting(self, last))
-            for batch in self._batches(run, last):
+            for batch in run.batches():
                 report = self.train_step(batch)
                 # Step k's numbers are read only after step k + 1 is dispatched: reading them now
                 # would idle the device.
-                self._read(run)
-                run.unread = self.step, report
+                if not run.read():
+                    continue
+                run.dispatched(report, stop)
 
+                leaving = run.asked_to_stop(stop)
                 evaluate = self.step % c.eval_save_steps == 0 or self.step == last
-                sample = self.step % c.sample_every_n == 0 and not stop
-                if evaluate or sample or stop:
-                    self._read(run)
+                sample = self.step % c.sample_every_n == 0 and not leaving
+                if evaluate or sample or leaving:
+                    if not run.read():
+                        continue
                     with run.throughput.paused():
                         if evaluate:
                             run.tracker.log(self.step, self.evaluate())
-                        if evaluate or stop:
-                            self._save(run)
+                        if evaluate or leaving:
+                            run.save(required=leaving or self.step == last)
                         if sample:
-                            self._show(run, f"{self.step:07d}.png")
-                if stop:
+                            run.show(f"{self.step:07d}.png")
+                if leaving:
                     break
             else:
-                self._show(run, "final.png", gif=True)
+                run.show("final.png", gif=True)
                 run.tracker.message(showcase.farewell(self))
         stop.leave()
 
@@ -316,7 +374,7 @@ class Trainer:
             losses.append(
                 self.eval_loss(self.state.ema, batch, jax.random.fold_in(self.eval_key, i))
             )
-        return {"eval_loss": float(np.mean(jax.device_get(losses)))}
+        return {"eval_loss": float(np.mean(parallel.fetch(losses)))}
 
     def sample(
         self,
@@ -368,40 +426,48 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this step into the run's folder, and wait for it."""
-        with self._open(self.step) as run:
-            self._save(run)
+        with open_run(self, self.step) as run:
+            run.save(required=True)
+
+    def items(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a checkpoint holds: arrays, and notes about them."""
+        notes = {"config": self.describe(), "data": {"n_rows": len(self.source.train)}}
+        return as_items(self.state), notes
 
     def restore(self, step: int | None = None) -> None:
-        """Take the state of one of the run's checkpoints, the newest by default.
+        """Take the state of one of the run's checkpoints, by default the newest that is whole.
 
         Raises:
             UserError: there is none, it cannot be read, or the data have changed since.
         """
-        like = parallel.abstract(self._initial_state, self.mesh)
+        like = as_items(parallel.abstract(self._initial_state, self.mesh))
         with Checkpoints(self.run_dir, read_only=True) as checkpoints:
-            step = checkpoints.pick(step)
+            if step is None:
+                step, items, self.damaged = checkpoints.restore_newest(like)
+            else:
+                items = checkpoints.restore(checkpoints.pick(step), like)
             position, n_rows = checkpoints.note(step, "data"), len(self.source.train)
-            if position["n_rows"] != n_rows:
-                raise UserError(
-                    f"cannot resume: {self.dataset.name} had {position['n_rows']} training rows, "
-                    f"now it has {n_rows}"
-                )
-            self.state = from_items(checkpoints.restore(step, as_items(like)))
-        self.step = step
+        if position["n_rows"] != n_rows:
+            raise UserError(
+                f"cannot resume: {self.dataset.name} had {position['n_rows']} training rows, "
+                f"now it has {n_rows}"
+            )
+        self._take(from_items(items))
 
-    # --- what happens on the way ------------------------------------------------------------------
+    def go_back(self, checkpoints: Checkpoints, step: int, *, position: int) -> None:
+        """Take the state of a checkpoint, or of the start, and go on with other batches from
+        there.
+        """
+        if step:
+            like = as_items(parallel.abstract(self._initial_state, self.mesh))
+            state = from_items(checkpoints.restore(step, like))
+        else:
+            state = parallel.create(self._initial_state, self.mesh)
+        moved = parallel.replicate(np.int32(position), self.mesh)
+        self._take(dataclasses.replace(state, position=moved))
 
-    @contextmanager
-    def _open(self, last: int) -> Iterator[Run]:
-        """The run's folder, locked, with its configuration written."""
-        run_folder.make(self.run_dir)
-        with (
-            run_folder.locked(self.run_dir),
-            Checkpoints(self.run_dir, keep=self.config.keep_checkpoints) as checkpoints,
-            Tracker(self.run_dir, start_step=self.step, n_steps=last) as tracker,
-        ):
-            run_folder.write_config(self.run_dir, self.describe())
-            yield Run(tracker, checkpoints, Throughput())
+    def _take(self, state: TrainState) -> None:
+        self.state, self.step, self.position = state, int(state.step), int(state.position)
 
     def describe(self) -> dict[str, Any]:
         """What `config.json` holds: every setting, the model's shape and the facts of the data."""
@@ -415,63 +481,11 @@ class Trainer:
             "text_revisions": self.encoded.revisions if self.encoded else (),
         }
 
-    def _batches(self, run: Run, last: int) -> Iterator[Batch]:
-        """The batches up to step `last`. Bad data ends the run, but what it has is saved first."""
-        with closing(self.data.train_batches(self.step, last)) as batches:
-            try:
-                yield from batches
-            except UserError:
-                self._read(run)  # or a step that went wrong would be saved
-                self._save(run)
-                raise
-
-    def _read(self, run: Run) -> None:
-        """Wait for the unread step, stop if it went wrong, log it if it is its turn."""
-        if run.unread is None:
-            return
-        (step, report), run.unread = run.unread, None
-        if not report["finite"]:
-            raise RunError(
-                f"the loss or its gradient is not finite at step {step}; "
-                f"the last good checkpoint is step {run.checkpoints.latest()}; "
-                f"the batch's rows of the training split are {self.data.rows(step - 1).tolist()}"
-            )
-        run.throughput.step(self.config.batch_size)
-        run.tracker.advance(step)
-        if step % self.config.log_every == 0:
-            rate = np.asarray(self.schedule(step - 1)).item()
-            line = tracking.summary(jax.device_get(report)) | {"learning_rate": rate}
-            run.tracker.log(step, line | self._rates(run))
-
-    def _rates(self, run: Run) -> dict[str, float]:
-        """Images per second, seconds per step and, where the device's peak is known, MFU."""
-        rates = run.throughput.take()
-        if rates and self.peak and self.model_config.block in profiling.COUNTED:
-            forward = sum(profiling.flops_by_module(self.model_config).values())
-            per_device = rates["images_per_second"] / jax.device_count()
-            flops_per_second = profiling.TRAIN_PER_FORWARD * forward * per_device
-            rates["mfu"] = flops_per_second / self.peak.flops_per_second
-        return rates
-
-    def _save(self, run: Run) -> None:
-        notes = {"config": self.describe(), "data": {"n_rows": len(self.source.train)}}
-        run.checkpoints.save(self.step, as_items(self.state), notes)
-
-    def _show(self, run: Run, name: str, *, gif: bool = False) -> None:
-        """A sheet of samples in samples/ and TensorBoard and, with `gif`, its way from noise."""
-        labels, folder = showcase.labels(self), self.run_dir / "samples"
-        states = self.sample(labels, trajectory=True) if gif else [self.sample(labels)]
-        sheets = [showcase.sheet(x, labels, self.dataset.label_names) for x in states]
-        images.save_png(sheets[-1], folder / name)
-        if gif:
-            images.save_gif(sheets, folder / "trajectory.gif")
-        run.tracker.image(self.step, "samples", sheets[-1])
-
 
 def as_items(state: TrainState) -> dict[str, Any]:
     """A state as the items of a checkpoint."""
-    optimizer = {"step": state.step, "opt_state": state.opt_state, "window": state.window}
-    return {"params": state.params, "ema": state.ema, "optimizer": optimizer}
+    rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {"params": rest.pop("params"), "ema": rest.pop("ema"), "optimizer": rest}
 
 
 def from_items(items: dict[str, Any]) -> TrainState:
@@ -481,17 +495,24 @@ def from_items(items: dict[str, Any]) -> TrainState:
 
 def main() -> None:
     config = cli.parse(TrainConfig, filled=FILLED)
+    processes.join(
+        config.distributed,
+        coordinator=config.coordinator,
+        n_processes=config.n_processes,
+        process_index=config.process_index,
+    )
     # Compiled programs are kept for the next start. Here, because importing must not change JAX.
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dit-jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     trainer = Trainer(config)
-    if config.profile:
-        print(profile(trainer))
-    else:
+    if not config.profile:
         trainer.fit()
+    elif (report := profile(trainer)) and processes.is_first():
+        print(report)
+    processes.wait_for_all("the end")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, processes.leave)

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import objectives
 import optim
@@ -45,7 +45,10 @@ class TrainConfig:
         caption_cache: where encoded captions are kept; by default beside the data set.
         image_size: pixels to a side after centre crop and resize.
         channels: 1 (grey) or 3 (RGB).
+        streaming: read pictures from Parquet files, here or on the hub, as they are needed.
+        shuffle_buffer: rows of a streamed set that are mixed at a time.
         in_memory: decode the whole set once and hold it; by default up to 1 GiB.
+        cache_on_device: hold the whole set in device memory and draw batches there.
         n_workers: processes that decode a set that is not held.
         model: a preset such as DiT-S/2.
         patch_size: overrides the preset's.
@@ -57,7 +60,8 @@ class TrainConfig:
         mlp: gelu or swiglu.
         norm: layer or rms.
         remat: recompute blocks in the backward pass to save memory; on by default for L and XL.
-        half_precision: compute in bfloat16; by default on GPU and TPU, not on CPU.
+        half_precision: compute in bfloat16 (bf16 or true), or in float16 with loss scaling (fp16);
+            by default bf16 on GPU and TPU, not on CPU.
         time_density: of training times: uniform, logit_normal or mode.
         logit_mean: of the logit-normal density.
         logit_std: of the logit-normal density.
@@ -67,6 +71,7 @@ class TrainConfig:
         n_epochs: how long to train; n_steps wins.
         n_steps: how long to train, in updates; more on a resumed run stretches its schedule.
         batch_size: pictures per update, over all devices.
+        accumulate_steps: parts that a batch is computed in, one after the other, to save memory.
         learning_rate: the peak of the schedule.
         schedule: constant, cosine or linear.
         warmup_steps: of linear rise to the peak.
@@ -75,8 +80,15 @@ class TrainConfig:
         weight_decay: AdamW's, on matrices only.
         clip_norm: of the gradient; 0 never clips.
         ema_decay: of the averaged weights, which are the ones sampled and evaluated.
+        nan_patience: steps in a row without a finite loss and gradient, each of which leaves the
+            weights alone, before the run goes back to its last checkpoint.
         seed: of everything random.
         fsdp: devices that share one copy of the weights; 1 is plain data parallelism.
+        distributed: join the other processes of a cluster's job (SLURM, Open MPI, Kubernetes, Cloud
+            TPU), as JAX detects it.
+        coordinator: host:port of process 0, where no cluster is detected.
+        n_processes: of the run, likewise.
+        process_index: of this process, from 0, likewise.
         run_dir: the run's folder; by default runs/<dataset>-<model>-<time>.
         resume: go on in run_dir, or in the newest run of this data set and model.
         log_every: steps between lines of metrics.
@@ -104,7 +116,10 @@ class TrainConfig:
     caption_cache: Path | None = None
     image_size: int = UNSAID
     channels: int = UNSAID
+    streaming: bool = UNSAID
+    shuffle_buffer: int = UNSAID
     in_memory: bool | None = None
+    cache_on_device: bool = UNSAID
     n_workers: int | None = None
     model: str = UNSAID
     patch_size: int = UNSAID
@@ -115,7 +130,7 @@ class TrainConfig:
     mlp: str = UNSAID
     norm: str = UNSAID
     remat: bool = UNSAID
-    half_precision: bool = UNSAID
+    half_precision: bool | Literal["bf16", "fp16"] = UNSAID
     time_density: str = UNSAID
     logit_mean: float = UNSAID
     logit_std: float = UNSAID
@@ -125,6 +140,7 @@ class TrainConfig:
     n_epochs: float | None = None
     n_steps: int = UNSAID
     batch_size: int = UNSAID
+    accumulate_steps: int = UNSAID
     learning_rate: float = UNSAID
     schedule: str = UNSAID
     warmup_steps: int = UNSAID
@@ -133,8 +149,13 @@ class TrainConfig:
     weight_decay: float = UNSAID
     clip_norm: float = UNSAID
     ema_decay: float = UNSAID
+    nan_patience: int = UNSAID
     seed: int = UNSAID
     fsdp: int = UNSAID
+    distributed: bool = False
+    coordinator: str | None = None
+    n_processes: int | None = None
+    process_index: int | None = None
     run_dir: Path | None = None
     resume: bool = False
     log_every: int = UNSAID
@@ -167,6 +188,11 @@ DEFAULTS: dict[str, Any] = {
     "beta2": 0.999,
     "weight_decay": 0.0,
     "clip_norm": 1.0,
+    "streaming": False,
+    "shuffle_buffer": 10_000,
+    "cache_on_device": False,
+    "accumulate_steps": 1,
+    "nan_patience": 5,
     "seed": 0,
     "fsdp": 1,
     "log_every": 50,
@@ -181,11 +207,13 @@ DEFAULTS: dict[str, Any] = {
 # goes, and what leaves the numbers as they are.
 FREE_ON_RESUME = {
     *("run_dir", "resume", "data_dir", "caption_cache", "in_memory", "n_workers", "fsdp", "remat"),
+    *("accumulate_steps", "cache_on_device", "nan_patience"),
     *("n_steps", "n_epochs", "log_every", "eval_save_steps", "n_eval_batches", "sample_every_n"),
     *("keep_checkpoints", "cfg_scale", "n_sample_steps", "solver", "sample_shift"),
-    *("profile", "peak_tflops"),
+    *("profile", "peak_tflops", "distributed", "coordinator", "n_processes", "process_index"),
 }
-OF_ONE_START = {"run_dir", "resume", "profile"}
+PROCESSES = ("distributed", "coordinator", "n_processes", "process_index")
+OF_ONE_START = {"run_dir", "resume", "profile", *PROCESSES}
 RECOMMENDED = (
     *("model", "batch_size", "learning_rate", "n_steps", "ema_decay", "cfg_scale"),
     *("image_size", "channels", "conditioning"),
@@ -204,6 +232,7 @@ POSITIVE = (
     *("n_steps", "n_epochs", "batch_size", "learning_rate", "patch_size", "image_size", "fsdp"),
     *("logit_std", "time_shift", "sample_shift", "log_every", "eval_save_steps", "sample_every_n"),
     *("n_eval_batches", "keep_checkpoints", "n_sample_steps", "peak_tflops", "text_length"),
+    *("shuffle_buffer", "accumulate_steps", "nan_patience"),
 )
 NOT_NEGATIVE = ("weight_decay", "clip_norm", "warmup_steps", "n_workers", "seed")
 BETWEEN = {
@@ -213,6 +242,7 @@ BETWEEN = {
     "beta2": (0, 0.999999),
     "mode_scale": (-1, 1.75),  # beyond, its times are no longer in order, then no longer in 0 … 1
 }
+PRECISIONS = {False: "float32", True: "bfloat16", "bf16": "bfloat16", "fp16": "float16"}
 DENSITIES = {
     "uniform": lambda config: objectives.uniform(),
     "logit_normal": lambda config: objectives.logit_normal(config.logit_mean, config.logit_std),
@@ -338,13 +368,21 @@ def validate(config: TrainConfig, n_devices: int) -> None:
         )
     if n_devices % config.fsdp:
         raise UserError(f"--fsdp {config.fsdp} does not divide the {n_devices} devices")
+    if config.streaming and config.in_memory:
+        raise UserError("a set that is held --in_memory is not --streaming; pass one of them")
+    if config.cache_on_device and (config.streaming or config.in_memory is False):
+        raise UserError("--cache_on_device holds the whole set; drop --streaming or --noin_memory")
+    if config.cache_on_device and config.conditioning == "text":
+        raise UserError("--cache_on_device is for classes; captions are read from their own cache")
 
 
 def require_even_batches(config: TrainConfig, n_devices: int) -> None:
-    """Raises UserError if a batch cannot be split over the devices."""
-    if config.batch_size % n_devices:
+    """Raises UserError if a batch cannot be split over the devices, and then into its parts."""
+    parts = n_devices * config.accumulate_steps
+    if config.batch_size % parts:
+        times = f" × {config.accumulate_steps} parts" if config.accumulate_steps > 1 else ""
         raise UserError(
-            f"--batch_size {config.batch_size} is not divisible by the {n_devices} devices"
+            f"--batch_size {config.batch_size} is not divisible by the {n_devices} devices{times}"
         )
 
 
@@ -364,7 +402,7 @@ def network(config: TrainConfig, dataset: DatasetConfig, platform: str) -> Model
         qk_norm=config.qk_norm,
         mlp=config.mlp,
         norm=config.norm,
-        dtype="bfloat16" if config.half_precision else "float32",
+        dtype=PRECISIONS[config.half_precision],
         remat=config.remat,
         # On a CPU shallow models are a tenth faster unrolled, and still compile in seconds.
         unroll=depth if platform == "cpu" and depth <= 12 and not config.remat else 1,

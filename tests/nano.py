@@ -18,6 +18,7 @@ model.MODELS |= {
 
 if __name__ == "__main__":
     import cli
+    import processes
     import train
 
-    cli.run(train.main)
+    cli.run(train.main, processes.leave)
