@@ -1,6 +1,7 @@
 """Runs the project's commands as a person would: in a process of their own."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -39,3 +40,10 @@ def run(*words: object, **how) -> subprocess.CompletedProcess:
     process = start(*words, **how)
     out, err = process.communicate(timeout=900)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def free_port() -> int:
+    """For processes that are to meet."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

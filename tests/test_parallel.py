@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from commands import free_port, start
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -36,6 +37,7 @@ TINY = ModelConfig(
     out_channels=1,
     n_classes=5,
 )
+CONFIGS = {"DiT": TINY, "MMDiT": replace(TINY, block=JOINT, qk_norm=True)}
 WIDE = ModelConfig(
     width=256,
     depth=6,
@@ -88,9 +90,9 @@ def nbytes(tree):
 # --- the same numbers -----------------------------------------------------------------------------
 
 
-def five_steps(mesh):
+def steps(config, mesh, n=20):
     """Every step's loss, metrics and norms; the first step's gradient; the weights at last."""
-    value_and_grad = parallel.value_and_grad(LOSS, graphdef(TINY), mesh)
+    value_and_grad = parallel.value_and_grad(LOSS, graphdef(config), mesh)
 
     @quickly_compiled
     def step(params, state, batch, key):
@@ -99,22 +101,28 @@ def five_steps(mesh):
         norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
         return optax.apply_updates(params, updates), state, metrics | norms | {"loss": loss}, grads
 
-    params = weights(TINY)
-    params = jax.device_put(params, parallel.shardings(params, mesh))
-    state = parallel.create(lambda: OPTIMIZER.init(weights(TINY)), mesh)
+    params = parallel.create(lambda: jax.tree.map(jnp.asarray, weights(config)), mesh)
+    state = parallel.create(lambda: OPTIMIZER.init(weights(config)), mesh)
     reports, gradients = [], []
-    for i in range(5):
-        batch = parallel.place(batch_of(16, TINY, seed=i), mesh)
+    for i in range(n):
+        batch = parallel.spread(batch_of(16, config, seed=i), mesh)
         params, state, report, grads = step(params, state, batch, jax.random.fold_in(key, i))
-        reports.append(report)
+        reports.append(parallel.fetch(report))
         gradients.append(grads)
-    reports = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(reports))
+    reports = jax.tree.map(lambda *x: np.stack(x), *reports)
     return {"reports": reports, "grads": gradients[0], "params": params}
 
 
 @pytest.fixture(scope="module")
 def results():
-    return {name: five_steps(mesh) for name, mesh in MESHES.items()}
+    return {name: steps(CONFIGS["DiT"], mesh) for name, mesh in MESHES.items()}
+
+
+def assert_same_reports(got, expected):
+    """The gradient norm too: a mean in the wrong place makes it n_devices times too large."""
+    assert (expected["grad_norm"] > 0.1).all()  # so that clipping acts
+    for metric in ("loss", "grad_norm", "update_norm", "binned_loss", "bin_share"):
+        np.testing.assert_allclose(got[metric], expected[metric], rtol=1e-5, err_msg=metric)
 
 
 def distance(a, b):
@@ -128,13 +136,55 @@ def distance(a, b):
 
 
 @pytest.mark.parametrize("name", list(MESHES)[1:])
+def test_twenty_clipped_steps_of_a_dit_report_what_one_device_reports(results, name):
+    assert_same_reports(results[name]["reports"], results["1 device"]["reports"])
+
+
 @pytest.mark.slow
-def test_five_clipped_steps_report_what_one_device_reports(results, name):
-    """The gradient norm too: a mean in the wrong place makes it n_devices times too large."""
-    got, expected = results[name]["reports"], results["1 device"]["reports"]
-    assert (expected["grad_norm"] > 0.1).all()  # so that clipping acts
-    for metric in ("loss", "grad_norm", "update_norm", "binned_loss", "bin_share"):
-        np.testing.assert_allclose(got[metric], expected[metric], rtol=1e-5, err_msg=metric)
+def test_twenty_clipped_steps_of_an_mmdit_report_what_one_device_reports():
+    expected = steps(CONFIGS["MMDiT"], MESHES["1 device"])["reports"]
+    for name in list(MESHES)[1:]:
+        assert_same_reports(steps(CONFIGS["MMDiT"], MESHES[name])["reports"], expected)
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_devices_report_what_one_device_reports(tmp_path):
+    """FSDP inside each process, and the data axis across them."""
+    how = {"cache": tmp_path / "xla", "n_devices": 4}
+    port = free_port()
+    pair = [start("tests/two_processes.py", port, index, tmp_path, **how) for index in (0, 1)]
+    for process in pair:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    for name, config in CONFIGS.items():
+        with np.load(tmp_path / f"{name}.npz") as got:
+            assert_same_reports(got, steps(config, MESHES["1 device"])["reports"])
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_parts_of_a_batch_add_up_to_the_gradient_of_all(name):
+    batch = batch_of(32, TINY)
+    whole, parts = (
+        quickly_compiled(
+            parallel.value_and_grad(LOSS, graphdef(TINY), MESHES[name], accumulate_steps=n)
+        )
+        for n in (1, 4)
+    )
+    params = parallel.create(lambda: jax.tree.map(jnp.asarray, weights(TINY)), MESHES[name])
+    expected = whole(params, parallel.place(batch, MESHES[name]), key)
+    got = parts(params, parallel.place(batch, MESHES[name]), key)
+    assert distance(got, expected) < 1e-5
+    for p, g in zip(jax.tree.leaves(params), jax.tree.leaves(got[1]), strict=True):
+        assert g.sharding.is_equivalent_to(p.sharding, g.ndim)
+
+
+def test_a_scale_leaves_the_gradient_as_it_is():
+    mesh, batch = MESHES["hybrid 2x4"], batch_of(16, TINY)
+    step = quickly_compiled(parallel.value_and_grad(LOSS, graphdef(TINY), mesh))
+    params = parallel.create(lambda: jax.tree.map(jnp.asarray, weights(TINY)), mesh)
+    plain = step(params, parallel.place(batch, mesh), key)
+    scaled = step(params, parallel.place(batch, mesh), key, jnp.float32(1024))
+    assert distance(scaled, plain) < 1e-6
 
 
 @pytest.mark.parametrize("name", list(MESHES)[1:])
