@@ -5,6 +5,7 @@ It trains nothing; of several processes the first one alone writes records and p
 """
 
 import errno
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -118,8 +119,14 @@ class OpenRun:
         return True
 
     def asked_to_stop(self, stop: Stop) -> bool:
-        """Several processes go by the step that was read last, so that all leave at the same."""
-        return self.stop_was_asked if processes.several() else bool(stop)
+        """Several processes go by the step that was read last, so that all leave at the same, and
+        as the one that was asked does.
+        """
+        if not processes.several():
+            return bool(stop)
+        if self.stop_was_asked and not stop:
+            stop.signal = signal.SIGTERM
+        return self.stop_was_asked
 
     def save(self, *, required: bool = False) -> None:
         """A checkpoint of this step, if it was a good one. Unless it is `required`, a full disk is

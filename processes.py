@@ -16,6 +16,7 @@ from errors import UserError
 
 SAID_BYTES = 4096
 SECONDS_TO_PART = 20
+SECONDS_OF_SILENCE = 45  # until a process counts as dead and the others end
 
 
 def join(
@@ -47,7 +48,11 @@ def join(
     try:
         # A process that fails does not wait long for the others, who are told that it has gone.
         jax.distributed.initialize(
-            coordinator, n_processes, process_index, shutdown_timeout_seconds=SECONDS_TO_PART
+            coordinator,
+            n_processes,
+            process_index,
+            heartbeat_timeout_seconds=SECONDS_OF_SILENCE,
+            shutdown_timeout_seconds=SECONDS_TO_PART,
         )
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]

@@ -158,3 +158,26 @@ def test_after_a_thousand_steps_the_warmed_average_has_forgotten_its_start():
             ema, {"w": jnp.zeros(1)}, optim.ema_decay_at(jnp.asarray(step), 0.9999)
         )
     assert ema["w"][0] < 1e-6
+
+
+# --- loss scaling ---------------------------------------------------------------------------------
+
+
+def scales(*finite, start=None):
+    state = start or optim.first_loss_scale()
+    for ok in finite:
+        state = optim.next_loss_scale(state, jnp.asarray(ok))
+    return state
+
+
+def test_the_loss_scale_is_halved_after_each_overflow_but_not_below_one():
+    assert scales(False, False, True).scale == optim.FIRST_SCALE / 4
+    assert scales(*[False] * 40).scale == 1
+
+
+def test_the_loss_scale_is_doubled_after_enough_good_steps_in_a_row(monkeypatch):
+    monkeypatch.setattr(optim, "GOOD_STEPS", 3)
+    assert scales(True, True).scale == optim.FIRST_SCALE
+    assert scales(True, True, True).scale == 2 * optim.FIRST_SCALE
+    assert scales(*[True] * 6).scale == 4 * optim.FIRST_SCALE
+    assert scales(True, True, False, True, True).scale == optim.FIRST_SCALE / 2

@@ -340,17 +340,77 @@ def test_the_live_model_survives_training(whole):
 
 
 @pytest.mark.slow
-def test_half_precision_keeps_its_weights_in_float32(tmp_path):
-    trainer = Trainer(replace(TINY, half_precision=True, run_dir=tmp_path / "run"))
+@pytest.mark.parametrize("precision", [True, "fp16"])
+def test_half_precision_keeps_its_weights_in_float32(tmp_path, precision):
+    trainer = Trainer(replace(TINY, half_precision=precision, run_dir=tmp_path / "run"))
     batch = next(trainer.data.train_batches(0, 1))
     full = Trainer(replace(TINY, run_dir=tmp_path / "full"))
     for _ in range(2):
         trainer.train_step(batch)
         full.train_step(batch)
     half_loss, full_loss = (x.train_step(batch)["window"]["loss"] for x in (trainer, full))
+    assert trainer.model_config.dtype == {"fp16": "float16"}.get(precision, "bfloat16")
     assert {x.dtype for x in jax.tree.leaves(trainer.state.params)} == {np.dtype("float32")}
     assert half_loss.dtype == np.float32 and half_loss != full_loss
     np.testing.assert_allclose(half_loss, full_loss, rtol=2e-2)
+
+
+def fp16(tmp_path, scale, **changes):
+    config = replace(TINY, half_precision="fp16", run_dir=tmp_path / "run", **changes)
+    trainer = Trainer(config)
+    loss_scale = trainer.state.loss_scale._replace(scale=jax.numpy.float32(scale))
+    trainer.state = replace(trainer.state, loss_scale=loss_scale)
+    return trainer
+
+
+def test_too_large_a_loss_scale_is_no_bad_step_and_is_halved(tmp_path):
+    """The first gradient in float16 overflows at 2⁴⁰, and no longer a few halvings later."""
+    trainer = fp16(tmp_path, 2.0**40)
+    (batch,) = trainer.data.train_batches(0, 1)
+    before = jax.device_get(trainer.state)
+    report = jax.device_get(trainer.train_step(batch))
+    after = jax.device_get(trainer.state)
+    assert (report["bad_steps"], report["skipped"], report["loss_scale"]) == (0, 1, 2.0**40)
+    assert after.loss_scale.scale == 2.0**39
+    assert_same(after.params, before.params)
+    while report["skipped"] == after.step:
+        report = jax.device_get(trainer.train_step(batch))
+        after = jax.device_get(trainer.state)
+    assert report["bad_steps"] == 0 and 4 < report["skipped"] < 30
+    assert np.isfinite(report["window"]["grad_norm"])
+
+
+def test_a_loss_that_is_not_finite_in_float16_is_a_bad_step(tmp_path):
+    trainer = fp16(tmp_path, 2.0**10)
+    (batch,) = trainer.data.train_batches(0, 1)
+    break_weights(trainer)
+    assert jax.device_get(trainer.train_step(batch))["bad_steps"] == 1
+
+
+@pytest.mark.slow
+def test_a_run_in_float16_records_its_loss_scale_and_goes_on_bit_for_bit(tmp_path, capsys):
+    trainer = fp16(tmp_path, 2.0**30)
+    trainer.fit(6)
+    resumed = Trainer.from_run(tmp_path / "run")
+    assert resumed.model_config.dtype == "float16"
+    assert_same(resumed.state, trainer.state)
+    resumed.fit()
+    trainer.fit()
+    assert_same(resumed.state, trainer.state)
+    lines = [line for line in metrics(tmp_path / "run") if "loss" in line]
+    assert all(line["loss_scale"] < 2**30 for line in lines)
+
+
+@pytest.mark.slow
+def test_parts_of_a_batch_train_as_the_whole_does(tmp_path, capsys):
+    records = []
+    for n in (1, 4):
+        config = replace(TINY, batch_size=32, accumulate_steps=n, run_dir=tmp_path / str(n))
+        Trainer(replace(config, log_every=1)).fit()
+        records.append(metrics(tmp_path / str(n)))
+    for one, four in zip(*records, strict=True):
+        for name in one.keys() & {"loss", "grad_norm", "eval_loss"}:
+            np.testing.assert_allclose(four[name], one[name], rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -377,6 +437,8 @@ def test_fsdp_trains_as_replicas_do(tmp_path):
         ({"block": "adaln-zero"}, "unknown block 'adaln-zero'; did you mean 'adaln_zero'"),
         ({"patch_size": 3}, "image_size 8 is not divisible by patch_size 3"),
         ({"batch_size": 12}, "--batch_size 12 is not divisible by the 8 devices"),
+        ({"accumulate_steps": 2}, "--batch_size 8 is not divisible by the 8 devices × 2 parts"),
+        ({"nan_patience": 0}, "--nan_patience 0: must be above 0"),
         ({"fsdp": 3}, "--fsdp 3 does not divide the 8 devices"),
         ({"learning_rate": 0.0}, "--learning_rate 0.0: must be above 0"),
         ({"seed": -1}, "--seed -1: must not be below 0"),

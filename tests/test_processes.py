@@ -1,0 +1,136 @@
+"""Two processes are one run: the same numbers, one record, one end."""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+from commands import NANO, SMALL, free_port, run, start
+
+import processes
+from errors import UserError
+
+FLAGS = [*SMALL, "--n_steps", 20, "--log_every", 1, "--eval_save_steps", 10]
+FLAGS += ["--sample_every_n", 10]
+
+
+def start_pair(*flags, cache, n_devices=4):
+    port = free_port()
+    common = ["--coordinator", f"127.0.0.1:{port}", "--n_processes", 2]
+    return [
+        start(*(NANO, *flags, *common, "--process_index", index), cache=cache, n_devices=n_devices)
+        for index in (0, 1)
+    ]
+
+
+def ends(pair, timeout=300):
+    """Exit status, output and errors of each, without what Gloo prints."""
+    outputs = [process.communicate(timeout=timeout) for process in pair]
+    said = [
+        ["\n".join(x for x in text.splitlines() if "Gloo" not in x) for text in both]
+        for both in outputs
+    ]
+    return [(process.returncode, *texts) for process, texts in zip(pair, said, strict=True)]
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        (line["step"], name): line[name]
+        for line in lines
+        for name in ("loss", "grad_norm", "eval_loss")
+        if name in line
+    }
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    np.testing.assert_allclose([a[k] for k in a], [b[k] for k in a], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    done = run(NANO, *FLAGS, "--run_dir", folder, cache=cache, n_devices=1)
+    assert done.returncode == 0, done.stderr
+    return losses(folder)
+
+
+@pytest.mark.slow
+def test_two_processes_train_evaluate_draw_and_save_as_one_does(tmp_path, cache, alone):
+    folder = tmp_path / "run"
+    first, second = ends(start_pair(*FLAGS, "--fsdp", 4, "--run_dir", folder, cache=cache))
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert "Done: step 20" in first[1] and second[1] == ""
+    same(losses(folder), alone)
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"10", "20"}
+    assert (folder / "samples/final.png").exists() and (folder / "samples/0000010.png").exists()
+    out = tmp_path / "drawn.npz"  # by one process with one device
+    done = run("generate.py", "--run", folder, "--n", 4, "--out", out, cache=cache)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(tmp_path, cache, alone):
+    """And one process with one device goes on from there."""
+    folder = tmp_path / "run"
+    pair = start_pair(*FLAGS, "--run_dir", folder, cache=cache)
+    for line in pair[0].stdout:
+        if line.startswith("step"):
+            break
+    pair[1].send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    first, second = ends(pair, timeout=60)
+    assert time.monotonic() - sent < 30
+    assert (first[0], second[0]) == (143, 143), first[2] + second[2]
+    (step,) = (int(path.name) for path in (folder / "checkpoints").glob("[0-9]*"))
+    assert 0 < step < 20
+    done = run(NANO, "--resume", "--run_dir", folder, cache=cache)
+    assert done.returncode == 0 and f"going on at step {step}" in done.stdout, done.stderr
+    same(losses(folder), alone)
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_all_processes_with_one_line_each(tmp_path, cache):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").touch()
+    for code, out, err in ends(
+        start_pair(*FLAGS, "--run_dir", tmp_path / "run", cache=cache), timeout=60
+    ):
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ") and "already exists" in err and err.count("\n") == 0
+
+
+@pytest.mark.slow
+def test_the_death_of_one_process_ends_the_other(tmp_path, cache):
+    flags = [*SMALL, "--n_steps", 100_000, "--log_every", 1, "--run_dir", tmp_path / "run"]
+    pair = start_pair(*flags, cache=cache)
+    for line in pair[0].stdout:
+        if line.startswith("step"):
+            break
+    pair[1].kill()
+    pair[1].communicate()
+    pair[0].communicate(timeout=180)
+    assert pair[0].returncode != 0
+
+
+@pytest.mark.parametrize(
+    "how", [{"coordinator": "a:1"}, {"n_processes": 2}, {"coordinator": "a:1", "n_processes": 2}]
+)
+def test_what_lacks_to_meet_is_said(how):
+    with pytest.raises(UserError, match=r"--process_index.* must be said too, or --distributed"):
+        processes.join(**how)
+
+
+def test_no_cluster_is_one_line(cache):
+    done = run(NANO, "--distributed", cache=cache)
+    assert done.returncode == 2 and "no cluster is detected" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_one_process_is_the_first_and_waits_for_nobody():
+    assert processes.is_first() and not processes.several()
+    assert processes.first_says(lambda: "word") == "word"
+    with processes.in_turn():
+        processes.wait_for_all("nobody")
