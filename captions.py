@@ -9,6 +9,7 @@ Only `text` knows of towers, and they are loaded only if a caption is missing. W
 belongs to is the caller's.
 """
 
+import copy
 import glob
 import hashlib
 import json
@@ -130,6 +131,12 @@ class CaptionStore:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_shards"}
+
+    def nameless(self) -> "CaptionStore":
+        """A copy that can only be called, for processes that are told ids: it pickles no texts."""
+        copied = copy.copy(self)
+        copied._ids = {}
+        return copied
 
     def __contains__(self, caption: str) -> bool:
         return caption in self._ids

@@ -183,11 +183,14 @@ def load_params(
     step: int | None = None,
 ) -> tuple[int, Any]:
     """(step, weights) of a run's checkpoint, the newest if no step is named, averaged or raw."""
+    item = "ema" if ema else "params"
+    like = {item: parallel.abstract(partial(init_params, config, jax.random.key(0)), mesh)}
     with Checkpoints(run, read_only=True) as checkpoints:
-        step = checkpoints.pick(step)
-        item = "ema" if ema else "params"
-        like = parallel.abstract(partial(init_params, config, jax.random.key(0)), mesh)
-        return step, checkpoints.restore(step, {item: like})[item]
+        if step is None:
+            step, items, _ = checkpoints.restore_newest(like)
+        else:
+            items = checkpoints.restore(checkpoints.pick(step), like)
+    return step, items[item]
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,8 @@ class GenerateConfig:
         step: of the checkpoint; the newest if not given.
         solver: euler or heun. Default: the run's own.
         batch_size: pictures drawn at a time.
+        fsdp: devices that share one copy of the weights. Default: the run's own, as far as there
+            are so many.
     """
 
     run: Path
@@ -226,6 +231,7 @@ class GenerateConfig:
     step: int | None = None
     solver: str | None = None
     batch_size: int = 256
+    fsdp: int | None = None
 
 
 def check(config: GenerateConfig) -> None:
@@ -240,6 +246,8 @@ def check(config: GenerateConfig) -> None:
     for name in ("n", "batch_size"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
+    if config.fsdp is not None and (config.fsdp < 1 or jax.device_count() % config.fsdp):
+        raise UserError(f"--fsdp {config.fsdp} does not divide the {jax.device_count()} devices")
 
 
 def spread(ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:
@@ -307,7 +315,7 @@ def main(config: GenerateConfig) -> None:
     run = read_config(config.run)
     model = saved_model(config.run)
     which, names, labels = subjects(config, run, model)
-    mesh = parallel.make_mesh()
+    mesh = parallel.make_mesh(config.fsdp or math.gcd(run["fsdp"], jax.device_count()))
     step, params = load_params(config.run, model, mesh, ema=config.ema, step=config.step)
     sampler = Sampler(
         solver=config.solver or run["solver"],

@@ -1,26 +1,22 @@
 """From an opened data set to shuffled uint8 batches, where a batch is a function of (seed, step).
 
-It knows nothing of devices, floats or training, and never imports JAX: Grain, which does, is only
-imported to stream a set that is too large to hold.
+It knows nothing of devices, floats or training, and never imports JAX.
 """
 
 import contextlib
 import functools
-import multiprocessing
 import os
-import signal
-import sys
-import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float64, Int32, Int64, UInt8
+from jaxtyping import Bool, Float64, Int32, Int64, UInt8
 
+import workers
 from captions import CaptionStore
-from errors import UserError
+from errors import RunError, UserError
 from sources import Source, Split, open_source
 from text import Caption
 
@@ -40,6 +36,38 @@ class Batch(NamedTuple):
     row: Int32[Any, "b"]
     image: UInt8[Any, "b h w c"]
     label: Int32[Any, "b"] | Caption
+
+
+class Draw(NamedTuple):
+    """What a batch will be, before anything is decoded."""
+
+    row: Int32[np.ndarray, "b"]  # the index in the global batch
+    source: Int64[np.ndarray, "b"]  # the row of the split
+    mirrored: Bool[np.ndarray, "b"]
+    label: Int32[np.ndarray, "b"] | Int64[np.ndarray, "b"]  # the id of a class or of a caption
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """A draw's batch. A pickled one holds what is needed for that and neither pictures nor texts:
+    it reads the data set's files.
+    """
+
+    split: Split
+    encoded: CaptionStore | None
+    held: UInt8[np.ndarray, "n h w c"] | None = None  # all pictures of the split
+
+    def __call__(self, draw: Draw) -> Batch:
+        image = self.images(draw.source)
+        image[draw.mirrored] = image[draw.mirrored, :, ::-1]
+        return Batch(draw.row, image, self.encoded(draw.label) if self.encoded else draw.label)
+
+    def images(self, rows: Int64[np.ndarray, "b"]) -> UInt8[np.ndarray, "b h w c"]:
+        return self.split.images(rows) if self.held is None else self.held[rows]
+
+    def __getstate__(self) -> dict[str, Any]:
+        bare = replace(self.split, labels=self.split.labels[:0], captions=[])
+        return {"split": bare, "encoded": self.encoded and self.encoded.nameless(), "held": None}
 
 
 class Pipeline:
@@ -83,101 +111,122 @@ class Pipeline:
             c = source.config
             n_rows = len(source.train) + len(source.eval)
             in_memory = n_rows * c.image_size**2 * c.channels <= HELD_BYTES
-        splits = {"train": source.train, "eval": source.eval} if in_memory else {}
-        self._held = {name: _all_images(split) for name, split in splits.items()}
         self.encoded = encoded
+        splits = {"train": source.train, "eval": source.eval}
+        self._decoders = {
+            name: Decoder(split, encoded, _all_images(split) if in_memory else None)
+            for name, split in splits.items()
+        }
         if encoded:
-            both = {"train": source.train, "eval": source.eval}
-            self._captions = {name: CaptionIds(s.captions, encoded) for name, s in both.items()}
-            # The texts are done with: worker processes get a copy of all that is held here.
-            bare = {name: replace(split, captions=[]) for name, split in both.items()}
-            self.source = replace(source, **bare)
+            self._captions = {name: CaptionIds(s.captions, encoded) for name, s in splits.items()}
+
+    # --- what is drawn ----------------------------------------------------------------------------
+
+    def order(self, epoch: int) -> Int64[np.ndarray, "n"]:
+        """The training rows in the order of this epoch."""
+        return permutation(self.seed, epoch, len(self.source.train))
+
+    def flips(self, epoch: int) -> Bool[np.ndarray, "n"]:
+        """For each place in this epoch, whether the picture there is mirrored."""
+        n = len(self.source.train)
+        return flips(self.seed, epoch, n) if self.source.config.flip else np.zeros(n, bool)
 
     def rows(self, step: int) -> Int64[np.ndarray, "b"]:
         """The training rows of the global batch of `step`, which counts from 0."""
-        n = len(self.source.train)
-        rows = [permutation(self.seed, epoch, n)[places] for epoch, places in self._epochs(step)]
+        whole = np.arange(self.batch_size)
+        rows = [self.order(epoch)[places] for epoch, places in self._epochs(step, whole)]
         return np.concatenate(rows)
 
-    def _epochs(self, step: int) -> Iterator[tuple[int, Int64[np.ndarray, "n"]]]:
-        """The epochs that a global batch lies in, with its places in each."""
-        positions = step * self.batch_size + np.arange(self.batch_size)
+    def _epochs(
+        self, step: int, row: Int64[np.ndarray, "b"]
+    ) -> Iterator[tuple[int, Int64[np.ndarray, "n"]]]:
+        """The epochs that rows of a global batch lie in, with their places in each."""
         n = len(self.source.train)
+        positions = step * self.batch_size + row
         for epoch in range(positions[0] // n, positions[-1] // n + 1):
             yield epoch, positions[positions // n == epoch] % n
 
+    def _mine(self, batch_size: int) -> Int64[np.ndarray, "b"]:
+        """This process's part of a global batch."""
+        return np.array_split(np.arange(batch_size), self.n_processes)[self.process_index]
+
+    def _draw(self, step: int) -> Draw:
+        """This process's rows of the batch of `step`."""
+        row, n = self._mine(self.batch_size), len(self.source.train)
+        epochs = list(self._epochs(step, row))
+        rows = np.concatenate([self.order(epoch)[places] for epoch, places in epochs])
+        mirrored = np.concatenate([self.flips(epoch)[places] for epoch, places in epochs])
+        draws = np.zeros(len(row))
+        if self.encoded:
+            parts = [uniforms(self.seed, epoch, n)[places] for epoch, places in epochs]
+            draws = np.concatenate(parts)
+        return Draw(row.astype(np.int32), rows, mirrored, self._labels("train", rows, draws))
+
+    def _labels(self, split: str, rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        if self.encoded:
+            return self._captions[split].pick(rows, draws)
+        return getattr(self.source, split).labels[rows]
+
+    # --- and decoded ------------------------------------------------------------------------------
+
     def train_batch(self, step: int) -> Batch:
         """This process's rows of the batch of `step`, half of it mirrored if the set allows."""
-        batch = self._batch("train", self.rows(step), self._draws(step))
-        if self.source.config.flip:
-            flips = np.random.default_rng((self.seed, step, FLIPS)).random(self.batch_size) < 0.5
-            mine = flips[batch.row]
-            batch.image[mine] = batch.image[mine, :, ::-1]
-        return batch
+        return self._decoders["train"](self._draw(step))
 
     def train_batches(self, start: int, stop: int) -> Generator[Batch]:
         """`train_batch` of the steps start … stop − 1, decoded ahead of time where that takes long.
 
         Close the iterator (or exhaust it) to end its worker processes.
+
+        Raises:
+            UserError: a picture of the step that is due cannot be decoded.
+            RunError: a worker process dies over the same rows again and again.
         """
-        if self._held:
+        decoder = self._decoders["train"]
+        if decoder.held is not None:
             yield from map(self.train_batch, range(start, stop))
             return
-        import grain
-        from absl import flags
-
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which only an absl app parses
-        n_threads = 2 if self.n_workers else os.cpu_count() or 1
-        threads = grain.ReadOptions(num_threads=n_threads, prefetch_buffer_size=n_threads)
-        workers = grain.MultiprocessingOptions(num_workers=self.n_workers, per_worker_buffer_size=2)
-        # By pipes: shared memory leaks on an early close, and containers often have only 64 MB.
-        pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
-        steps = grain.MapDataset.range(start, stop).map(self.train_batch).to_iter_dataset(threads)
-        steps = grain.experimental.WithOptionsIterDataset(steps, pipes)
-        stream = iter(steps.mp_prefetch(workers, _start_worker))
-        with contextlib.closing(stream):
-            yield from stream
+        n = self.batch_size // self.n_processes
+        # A worker always gets the same part of a batch.
+        parts = np.array_split(np.arange(n), min(n, self.n_workers or os.cpu_count() or 1))
+        callers = [workers.Worker(decoder) if self.n_workers else decoder for _ in parts]
+        draws = map(self._draw, range(start, stop))
+        calls = ([Draw(*(x[part] for x in draw)) for part in parts] for draw in draws)
+        try:
+            with contextlib.closing(workers.ahead(callers, calls)) as answers:
+                yield from map(joined, answers)
+        except workers.WorkerDied as died:
+            raise RunError(
+                f"{died}, decoding rows of the training split: {died.call.source.tolist()}"
+            ) from died
 
     def eval_batches(self, n: int, batch_size: int | None = None) -> Iterator[Batch]:
         """The same n batches on every call: a fixed mix of the evaluation rows, never mirrored,
         with the first of their captions.
         """
         size = batch_size or self.batch_size
+        row, decoder = self._mine(size), self._decoders["eval"]
         # Shuffled, because the first rows of a set are often all of one class.
         order = permutation(0, 0, len(self.source.eval))
+        nothing = np.zeros(len(row))
         for first in range(0, n * size, size):
-            rows = order[(first + np.arange(size)) % len(order)]
-            yield self._batch("eval", rows, np.zeros(size))
+            rows = order[(first + row) % len(order)]
+            labels = self._labels("eval", rows, nothing)
+            yield decoder(Draw(row.astype(np.int32), rows, nothing.astype(bool), labels))
 
     def images(self, split: str) -> tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, "n"]]:
         """All pictures and labels of "train" or "eval", in the order of the rows."""
-        labels = getattr(self.source, split).labels
-        return self._images(split, np.arange(len(labels))), labels
+        decoder, labels = self._decoders[split], getattr(self.source, split).labels
+        if decoder.held is not None:
+            return decoder.held, labels
+        return decoder.images(np.arange(len(labels))), labels
 
-    def _draws(self, step: int) -> Float64[np.ndarray, "n"]:
-        """Which of its captions each row of a global batch has."""
-        if not self.encoded:
-            return np.zeros(self.batch_size)
-        n = len(self.source.train)
-        draws = [uniforms(self.seed, epoch, n)[places] for epoch, places in self._epochs(step)]
-        return np.concatenate(draws)
 
-    def _batch(
-        self, split: str, rows: Int64[np.ndarray, "n"], draws: Float64[np.ndarray, "n"]
-    ) -> Batch:
-        parts = np.split(np.arange(len(rows), dtype=np.int32), self.n_processes)
-        row = parts[self.process_index]
-        if self.encoded:
-            label = self.encoded(self._captions[split].pick(rows[row], draws[row]))
-        else:
-            label = getattr(self.source, split).labels[rows[row]]
-        return Batch(row, self._images(split, rows[row]), label)
-
-    def _images(self, split: str, indices: Int64[np.ndarray, "b"]) -> UInt8[np.ndarray, "b h w c"]:
-        if self._held:
-            return self._held[split][indices]
-        return getattr(self.source, split).images(indices)
+def joined(parts: Sequence[Any]) -> Any:
+    """Batches one after another as one, leaf by leaf."""
+    if isinstance(parts[0], tuple):
+        return type(parts[0])(*map(joined, zip(*parts)))  # pyright: ignore[reportCallIssue]
+    return np.concatenate(parts)
 
 
 @functools.lru_cache(maxsize=4)  # an epoch, the one it runs into, the evaluation
@@ -186,6 +235,14 @@ def permutation(seed: int, epoch: int, n: int) -> Int64[np.ndarray, "n"]:
     order = np.random.default_rng((seed, epoch)).permutation(n)
     order.flags.writeable = False
     return order
+
+
+@functools.lru_cache(maxsize=2)
+def flips(seed: int, epoch: int, n: int) -> Bool[np.ndarray, "n"]:
+    """For each place in an epoch, heads or tails."""
+    heads = np.random.default_rng((seed, epoch, FLIPS)).random(n) < 0.5
+    heads.flags.writeable = False
+    return heads
 
 
 @functools.lru_cache(maxsize=2)
@@ -222,17 +279,5 @@ def _all_images(split: Split) -> UInt8[np.ndarray, "n h w c"]:
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(fill, np.array_split(np.arange(len(split)), len(split) // 256 + 1)):
             pass  # an error comes out here, and ends the pool
+    decoded.flags.writeable = False  # it is handed out
     return decoded
-
-
-def _start_worker(index: int, count: int) -> None:
-    """A worker leaves Ctrl-C to its parent and ends when the parent is gone, however it ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        if parent is not None:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()

@@ -14,10 +14,11 @@ ROOT = Path(__file__).parents[1]
 RANKS = {
     "errors": -1,
     **dict.fromkeys(("cli", "images", "layers", "objectives", "sampling", "parallel", "optim"), 0),
-    **dict.fromkeys(("datasets_config", "interrupts", "run_folder", "text"), 0),
+    **dict.fromkeys(("datasets_config", "interrupts", "run_folder", "text", "workers"), 0),
+    "processes": 0,
     **dict.fromkeys(("captions", "model", "sources", "pipeline", "tracking", "profiling"), 1),
-    **dict.fromkeys(("checkpoint", "train_config", "showcase"), 2),
-    "generate": 3,
+    **dict.fromkeys(("checkpoint", "train_config", "showcase", "resident"), 2),
+    **dict.fromkeys(("generate", "open_run"), 3),
     **dict.fromkeys(("train", "train_profile"), 4),
 }
 NEIGHBOURS = {("pipeline", "captions"), ("pipeline", "sources"), ("train", "train_profile")}
@@ -66,7 +67,8 @@ def test_the_method_can_be_lifted_into_another_project(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["datasets_config", "sources", "pipeline", "images", "tracking", "text", "captions"]
+    "name",
+    ["datasets_config", "sources", "pipeline", "workers", "images", "tracking", "text", "captions"],
 )
 def test_data_and_pictures_know_nothing_of_jax(name):
     assert not set(imports(FILES[name])) & {"jax", "flax", "optax", "model", "layers"}

@@ -126,6 +126,12 @@ def test_the_command_draws_from_a_run(tmp_path, cache, capsys):
         assert min(grid.size) > 100
     assert sorted(folder.rglob("*")) == before  # a reader leaves no trace
 
+    generate.main(replace(how, fsdp=8, out=tmp_path / "sharded.npz"))
+    with np.load(tmp_path / "sharded.npz") as arrays:
+        assert np.abs(arrays["arr_0"].astype(int) - averaged).max() <= 1
+    with pytest.raises(UserError, match="--fsdp 3 does not divide the 8 devices"):
+        generate.main(replace(how, fsdp=3))
+
     wrong = run("generate.py", "--run", folder, "--labels", "eleven", cache=cache)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: unknown label 'eleven'") and wrong.stdout == ""

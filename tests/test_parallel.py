@@ -12,6 +12,7 @@ from commands import free_port, start
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+import generate
 import optim
 import parallel
 from model import BLOCKS, JOINT, ModelConfig, graphdef, init_params
@@ -253,18 +254,40 @@ def test_fsdp_holds_an_eighth_of_weights_average_and_moments():
         assert per_device(tree) <= 1.3 / 8 * nbytes(tree), name
 
 
-def test_fsdp_never_holds_the_whole_model():
-    """Blocks are gathered one by one: temporaries stay below what gathering all would take."""
-    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch_of(8, WIDE)))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("remat", [True, False])
+def test_fsdp_never_holds_the_whole_model(remat, dtype):
+    """Blocks are gathered one by one, and again in the backward pass, where activations are kept
+    too: temporaries stay below what gathering all would take.
+    """
+    config = replace(WIDE, remat=remat, dtype=dtype)
+    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch_of(8, config)))
     mesh = MESHES["FSDP 8"]
-    params = parallel.abstract(lambda: init_params(WIDE, key), mesh)
-    value_and_grad = jax.jit(parallel.value_and_grad(LOSS, graphdef(WIDE), mesh))
+    params = parallel.abstract(lambda: init_params(config, key), mesh)
+    value_and_grad = jax.jit(parallel.value_and_grad(LOSS, graphdef(config), mesh))
     memory = value_and_grad.lower(params, batch, key).compile().memory_analysis()
     assert memory
     whole = sum(4 * x.size for x in jax.tree.leaves(params))
     assert memory.argument_size_in_bytes < 1.3 / 8 * whole
     assert memory.output_size_in_bytes < 1.3 / 8 * whole
     assert memory.temp_size_in_bytes < whole / 2
+
+
+def test_sampling_and_evaluation_never_hold_the_whole_model():
+    """They are plain `jit` over sharded weights, which XLA gathers one block at a time."""
+    mesh, config = MESHES["FSDP 8"], replace(WIDE, depth=12, remat=False)
+    params = parallel.abstract(lambda: init_params(config, key), mesh)
+    whole = sum(4 * x.size for x in jax.tree.leaves(params))
+    batch = parallel.place(batch_of(8, config), mesh)
+    sampler, how = generate.Sampler(n_steps=3), {"guide": True, "trajectory": False}
+    draw = generate.draw.lower(
+        params, batch.label, batch.row, 0, 2.0, config=config, sampler=sampler, **how
+    )
+    loss = jax.jit(lambda p, b: LOSS(nnx.merge(graphdef(config), p), b, key)[0])
+    for lowered in (draw, loss.lower(params, batch)):
+        memory = lowered.compile().memory_analysis()
+        assert memory and memory.argument_size_in_bytes < 1.3 / 8 * whole
+        assert memory.temp_size_in_bytes < whole / 4
 
 
 # --- where arrays live ----------------------------------------------------------------------------

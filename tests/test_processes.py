@@ -24,14 +24,20 @@ def start_pair(*flags, cache, n_devices=4):
     ]
 
 
-def ends(pair, timeout=300):
+def wait_for_a_step(process):
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+
+
+def ends(pair, timeout=300) -> list[tuple[int, str, str]]:
     """Exit status, output and errors of each, without what Gloo prints."""
+
+    def without_gloo(text: str) -> str:
+        return "\n".join(line for line in text.splitlines() if "Gloo" not in line)
+
     outputs = [process.communicate(timeout=timeout) for process in pair]
-    said = [
-        ["\n".join(x for x in text.splitlines() if "Gloo" not in x) for text in both]
-        for both in outputs
-    ]
-    return [(process.returncode, *texts) for process, texts in zip(pair, said, strict=True)]
+    return [(p.returncode, *map(without_gloo, both)) for p, both in zip(pair, outputs, strict=True)]
 
 
 def losses(folder):
@@ -76,9 +82,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(tmp_path, cache
     """And one process with one device goes on from there."""
     folder = tmp_path / "run"
     pair = start_pair(*FLAGS, "--run_dir", folder, cache=cache)
-    for line in pair[0].stdout:
-        if line.startswith("step"):
-            break
+    wait_for_a_step(pair[0])
     pair[1].send_signal(signal.SIGTERM)
     sent = time.monotonic()
     first, second = ends(pair, timeout=60)
@@ -106,9 +110,7 @@ def test_a_mistake_ends_all_processes_with_one_line_each(tmp_path, cache):
 def test_the_death_of_one_process_ends_the_other(tmp_path, cache):
     flags = [*SMALL, "--n_steps", 100_000, "--log_every", 1, "--run_dir", tmp_path / "run"]
     pair = start_pair(*flags, cache=cache)
-    for line in pair[0].stdout:
-        if line.startswith("step"):
-            break
+    wait_for_a_step(pair[0])
     pair[1].kill()
     pair[1].communicate()
     pair[0].communicate(timeout=180)

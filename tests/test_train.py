@@ -20,6 +20,7 @@ from towers import save_clip
 
 import generate
 import images
+import optim
 import parallel
 from datasets_config import DATASET_CONFIGS
 from errors import RunError, UserError
@@ -358,7 +359,7 @@ def test_half_precision_keeps_its_weights_in_float32(tmp_path, precision):
 def fp16(tmp_path, scale, **changes):
     config = replace(TINY, half_precision="fp16", run_dir=tmp_path / "run", **changes)
     trainer = Trainer(config)
-    loss_scale = trainer.state.loss_scale._replace(scale=jax.numpy.float32(scale))
+    loss_scale = optim.LossScale(jax.numpy.float32(scale), jax.numpy.int32(0))
     trainer.state = replace(trainer.state, loss_scale=loss_scale)
     return trainer
 

@@ -1,0 +1,74 @@
+"""What is drawn on the devices is what the host would have sent."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from hub_copies import make_copy
+from test_train import TINY, metrics
+
+import parallel
+import resident
+from errors import UserError
+from pipeline import Pipeline, open_source
+from train import Trainer
+
+MESH = parallel.make_mesh()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """24 coloured pictures, which are mirrored at random."""
+    return open_source("cifar10", data_dir=make_copy("cifar10", tmp_path_factory.mktemp("cifar")))
+
+
+@pytest.mark.parametrize("batch_size", [8, 24, 40, 16])
+def test_batches_drawn_on_devices_are_the_pipelines(source, batch_size):
+    """Within epochs, across them, and of several; also from a step in the middle."""
+    data = Pipeline(source, batch_size=batch_size, seed=1)
+    draw = jax.jit(partial(resident.draw, batch_size=batch_size, mesh=MESH))
+    for start, stop in ((0, 12), (1001, 1004)):
+        expected = data.train_batches(start, stop)
+        drawn = resident.batches(data, MESH, start, stop)
+        for step, host, held in zip(range(start, stop), expected, drawn, strict=True):
+            jax.tree.map(np.testing.assert_array_equal, draw(held, step), host)
+
+
+def test_the_host_sends_something_new_only_with_new_epochs(source):
+    data = Pipeline(source, batch_size=8, seed=1)
+    held = list(resident.batches(data, MESH, 0, 60))
+    assert len({id(x) for x in held}) <= 60 * 8 / 24 / 2 + 1
+    assert len({id(x.image) for x in held}) == 1
+
+
+def test_a_drawn_batch_lies_split_over_the_devices(source):
+    data = Pipeline(source, batch_size=16, seed=0)
+    held = next(resident.batches(data, MESH, 0, 1))
+    batch = jax.jit(partial(resident.draw, batch_size=16, mesh=MESH))(held, 0)
+    assert {len(shard.data) for shard in batch.image.addressable_shards} == {2}
+
+
+def test_a_run_with_its_data_on_the_device_is_the_same_run(tmp_path, capsys):
+    runs = []
+    for cached in (False, True):
+        config = replace(TINY, cache_on_device=cached, run_dir=tmp_path / str(cached))
+        runs.append(Trainer(config))
+        runs[-1].fit()
+    leaves = zip(*(jax.tree.leaves(run.state) for run in runs), strict=True)
+    assert all(np.array_equal(a, b) for a, b in leaves)
+    assert metrics(tmp_path / "False") == metrics(tmp_path / "True")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"streaming": True}, "--cache_on_device holds the whole set"),
+        ({"in_memory": False}, "--cache_on_device holds the whole set"),
+        ({"caption": ("a {label}",)}, "--cache_on_device is for classes"),
+    ],
+)
+def test_what_cannot_lie_on_devices_is_said(how, message):
+    with pytest.raises(UserError, match=message):
+        Trainer(replace(TINY, cache_on_device=True, **how))
