@@ -37,7 +37,10 @@ def ends(pair, timeout=300) -> list[tuple[int, str, str]]:
         return "\n".join(line for line in text.splitlines() if "Gloo" not in line)
 
     outputs = [process.communicate(timeout=timeout) for process in pair]
-    return [(p.returncode, *map(without_gloo, both)) for p, both in zip(pair, outputs, strict=True)]
+    return [
+        (process.returncode, without_gloo(out), without_gloo(err))
+        for process, (out, err) in zip(pair, outputs, strict=True)
+    ]
 
 
 def losses(folder):
