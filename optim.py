@@ -4,6 +4,7 @@ average of the weights (EMA).
 Plain optax transformations and functions of trees; nothing here knows of a model or of devices.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -44,15 +45,53 @@ def optimizer(
     beta2: float,
     weight_decay: float,
     clip_norm: float,
-) -> optax.GradientTransformation:
-    """Clip the norm (0: never), then AdamW (Loshchilov & Hutter 2019); only matrices decay."""
+) -> optax.GradientTransformationExtraArgs:
+    """Clip the norm (0: never), then AdamW; only matrices decay."""
 
     def matrices(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
-    adamw = optax.adamw(schedule, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=matrices)
-    return optax.chain(clip, adamw)
+    return optax.chain(clip, adamw(schedule, beta1, beta2, weight_decay, matrices))
+
+
+def adamw(
+    schedule: optax.Schedule,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    mask: Callable[[PyTree], PyTree],
+    epsilon: float = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW (Kingma & Ba 2015, Algorithm 1; Loshchilov & Hutter 2019, Algorithm 2) whose
+    `update(grads, state, params, finite=True)` changes nothing where `finite` is false.
+
+    `optax.adamw` and a choice between old and new afterwards come to the same, for one more copy of
+    the moments: here they are chosen before they are read.
+    """
+
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return optax.ScaleByAdamState(jnp.int32(0), zeros, jax.tree.map(jnp.copy, zeros))
+
+    def update(grads, state, params=None, *, finite: Any = True, **_):
+        def moving(average, new, decay):
+            return jnp.where(finite, decay * average + (1 - decay) * new, average)
+
+        count, rate = state.count + jnp.int32(finite), schedule(state.count)
+        mu = jax.tree.map(lambda m, g: moving(m, g, beta1), state.mu, grads)
+        nu = jax.tree.map(lambda n, g: moving(n, g * g, beta2), state.nu, grads)
+        mu_share, nu_share = 1 - beta1**count, 1 - beta2**count  # of what has come in so far
+
+        def step(m, n, p, decays):
+            direction = m / mu_share / (jnp.sqrt(n / nu_share) + epsilon)
+            # The negative zero is the one that changes no number.
+            return jnp.where(finite, -rate * (direction + weight_decay * decays * p), -0.0)
+
+        updates = jax.tree.map(step, mu, nu, params, mask(params))
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class LossScale(NamedTuple):

@@ -86,7 +86,7 @@ def update(
     *,
     draw: Callable[[Any, Array], Batch],
     value_and_grad: Callable,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     ema_decay: float,
     log_every: int,
 ) -> tuple[TrainState, dict[str, Any]]:
@@ -99,7 +99,7 @@ def update(
     (loss, metrics), grads = value_and_grad(s.params, batch, step_key, scale)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updates, opt_state = optimizer.update(grads, s.opt_state, s.params)
+    updates, opt_state = optimizer.update(grads, s.opt_state, s.params, finite=finite)
     params = optax.apply_updates(s.params, updates)
     ema = optim.update_ema(s.ema, params, optim.ema_decay_at(s.step, ema_decay))
 
@@ -116,9 +116,9 @@ def update(
         position=s.position + 1,
         skipped=s.skipped + ~finite,
         bad_steps=jnp.where(bad, s.bad_steps + 1, 0),
-        params=if_finite(params, s.params),
+        params=params,
         ema=if_finite(ema, s.ema),
-        opt_state=if_finite(opt_state, s.opt_state),
+        opt_state=opt_state,
         loss_scale=optim.next_loss_scale(s.loss_scale, finite) if s.loss_scale else (),
         window=window,
     )
