@@ -74,13 +74,13 @@ def adamw(
         zeros = jax.tree.map(jnp.zeros_like, params)
         return optax.ScaleByAdamState(jnp.int32(0), zeros, jax.tree.map(jnp.copy, zeros))
 
-    def update(grads, state, params=None, *, finite: Any = True, **_):
+    def update(updates, state, params=None, *, finite: Any = True, **_):
         def moving(average, new, decay):
             return jnp.where(finite, decay * average + (1 - decay) * new, average)
 
-        count, rate = state.count + jnp.int32(finite), schedule(state.count)
-        mu = jax.tree.map(lambda m, g: moving(m, g, beta1), state.mu, grads)
-        nu = jax.tree.map(lambda n, g: moving(n, g * g, beta2), state.nu, grads)
+        count, rate = state.count + jnp.int32(finite), jnp.asarray(schedule(state.count))
+        mu = jax.tree.map(lambda m, g: moving(m, g, beta1), state.mu, updates)
+        nu = jax.tree.map(lambda n, g: moving(n, g * g, beta2), state.nu, updates)
         mu_share, nu_share = 1 - beta1**count, 1 - beta2**count  # of what has come in so far
 
         def step(m, n, p, decays):
@@ -88,8 +88,8 @@ def adamw(
             # The negative zero is the one that changes no number.
             return jnp.where(finite, -rate * (direction + weight_decay * decays * p), -0.0)
 
-        updates = jax.tree.map(step, mu, nu, params, mask(params))
-        return updates, optax.ScaleByAdamState(count, mu, nu)
+        steps = jax.tree.map(step, mu, nu, params, mask(params))
+        return steps, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -17,12 +17,15 @@ from jaxtyping import Bool, Float64, Int32, Int64, UInt8
 import workers
 from captions import CaptionStore
 from errors import RunError, UserError
+from lanes import Lanes
 from sources import Source, Split, open_source
+from streams import Streamed
 from text import Caption
 
 __all__ = ["Batch", "Pipeline", "Source", "open_source"]
 
 HELD_BYTES = 2**30  # decoded pictures up to this size stay in memory
+EVAL_LANES = 16  # row groups of a streamed set that an evaluation reads at a time
 # NumPy's seeds (s, e) and (s, e, 0) are one stream, so no constant is 0.
 FLIPS, CAPTIONS = 1, 2
 
@@ -75,7 +78,8 @@ class Pipeline:
 
     Row i of step s is row s · batch_size + i of an endless chain of epochs, each a permutation of
     the training rows: no row comes twice in an epoch, no tail is dropped, and any step can be had
-    without the steps before it. A process gets a contiguous part of each global batch.
+    without the steps before it. A process gets a contiguous part of each global batch. Of a
+    streamed set, the permutation is one that reads few row groups at a time (see `Lanes`).
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class Pipeline:
         n_processes: int = 1,
         n_workers: int | None = None,
         in_memory: bool | None = None,
+        shuffle_buffer: int = 10_000,
         encoded: CaptionStore | None = None,
     ):
         """Decodes the whole set when it is held.
@@ -96,7 +101,8 @@ class Pipeline:
             batch_size: of all processes together.
             n_workers: processes that decode a set which is not held; 0 for threads only, None for
                 half of the CPUs, at most 16.
-            in_memory: None to hold sets of at most `HELD_BYTES`.
+            in_memory: None to hold sets of at most `HELD_BYTES` that are not streamed.
+            shuffle_buffer: rows of a streamed set that are mixed at a time.
             encoded: of a source with captions.
         """
         if batch_size < 1 or batch_size % n_processes:
@@ -107,10 +113,16 @@ class Pipeline:
         self.process_index, self.n_processes = process_index, n_processes
         n_cpus = os.cpu_count() or 1
         self.n_workers = min(16, max(1, n_cpus // 2)) if n_workers is None else n_workers
+        self.lanes, stream = None, source.train.data
+        if isinstance(stream, Streamed):
+            self.lanes = lanes(source.train, batch_size, shuffle_buffer)
+            self._eval_lanes = lanes(source.eval, EVAL_LANES, EVAL_LANES)
+            stream.capacity = self.lanes.open_groups(n_processes * max(1, self.n_workers))
         if in_memory is None:
             c = source.config
             n_rows = len(source.train) + len(source.eval)
-            in_memory = n_rows * c.image_size**2 * c.channels <= HELD_BYTES
+            fits = n_rows * c.image_size**2 * c.channels <= HELD_BYTES
+            in_memory = fits and not self.lanes
         self.encoded = encoded
         splits = {"train": source.train, "eval": source.eval}
         self._decoders = {
@@ -124,6 +136,8 @@ class Pipeline:
 
     def order(self, epoch: int) -> Int64[np.ndarray, "n"]:
         """The training rows in the order of this epoch."""
+        if self.lanes:
+            return laned(self.lanes, self.seed, epoch)
         return permutation(self.seed, epoch, len(self.source.train))
 
     def flips(self, epoch: int) -> Bool[np.ndarray, "n"]:
@@ -207,7 +221,8 @@ class Pipeline:
         size = batch_size or self.batch_size
         row, decoder = self._mine(size), self._decoders["eval"]
         # Shuffled, because the first rows of a set are often all of one class.
-        order = permutation(0, 0, len(self.source.eval))
+        n_rows = len(self.source.eval)
+        order = laned(self._eval_lanes, 0, 0) if self.lanes else permutation(0, 0, n_rows)
         nothing = np.zeros(len(row))
         for first in range(0, n * size, size):
             rows = order[(first + row) % len(order)]
@@ -222,6 +237,18 @@ class Pipeline:
         return decoder.images(np.arange(len(labels))), labels
 
 
+def lanes(split: Split, batch_size: int, shuffle_buffer: int) -> Lanes:
+    """The order of a streamed split."""
+    assert isinstance(split.data, Streamed)
+    group = split.data.group(split.rows)
+    return Lanes.plan(
+        np.unique(group, return_counts=True)[1],
+        group_bytes=float(split.data.bytes.mean()),
+        batch_size=batch_size,
+        shuffle_buffer=shuffle_buffer,
+    )
+
+
 def joined(parts: Sequence[Any]) -> Any:
     """Batches one after another as one, leaf by leaf."""
     if isinstance(parts[0], tuple):
@@ -233,6 +260,14 @@ def joined(parts: Sequence[Any]) -> Any:
 def permutation(seed: int, epoch: int, n: int) -> Int64[np.ndarray, "n"]:
     """The order of the rows in one epoch."""
     order = np.random.default_rng((seed, epoch)).permutation(n)
+    order.flags.writeable = False
+    return order
+
+
+@functools.lru_cache(maxsize=3)
+def laned(lanes: Lanes, seed: int, epoch: int) -> Int64[np.ndarray, "n"]:
+    """The order of the rows in one epoch of a streamed set."""
+    order = lanes.order(seed, epoch)
     order.flags.writeable = False
     return order
 

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ import datasets_config
 import images
 from datasets_config import DATASET_CONFIGS, DatasetConfig
 from errors import UserError, unknown
+from streams import Streamed
 
 if TYPE_CHECKING:  # at run time they are imported where they are used: together they take a second
     import pyarrow
@@ -29,13 +30,42 @@ EVAL_SPLITS = ("validation", "valid", "val", "test")
 MODELS_BY_SIDE = {16: "DiT-Ti/2", 32: "DiT-S/2", 64: "DiT-S/4", math.inf: "DiT-B/8"}
 
 
+class Stored:
+    """All rows of a split as `datasets` keeps them on this machine. `Streamed` is the other way."""
+
+    def __init__(self, data: "Dataset"):
+        self.data, self.features = data, data.features
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def column(self, name: str) -> "pyarrow.ChunkedArray":
+        """A whole column: of labels or captions."""
+        return self.data.select_columns([name]).with_format("arrow")[:][name]
+
+    def pictures(self, name: str) -> "Stored":
+        """The same rows, of which `cells` are those of this column.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: the column holds no pictures.
+        """
+        from datasets import Image
+
+        return Stored(self.data.select_columns([name]).cast_column(name, Image(decode=False)))
+
+    def cells(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """The undecoded pictures of these rows."""
+        (column,) = self.data[rows].values()
+        return column
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """Some rows of one split, with undecoded pictures and checked labels or captions."""
 
     config: DatasetConfig
     name: str
-    data: "Dataset"  # all rows of the split as stored
+    data: Stored | Streamed  # the pictures of all rows
     rows: Int64[np.ndarray, "n"]  # those that belong here
     labels: Int32[np.ndarray, "n"]
     captions: list[tuple[str, ...]]  # those of each picture; empty where there are none
@@ -48,7 +78,7 @@ class Split:
         size, channels = self.config.image_size, self.config.channels
         decoded = np.empty((len(indices), size, size, channels), np.uint8)
         rows = self.rows[indices].tolist()
-        for i, cell in enumerate(self.data[rows][self.config.image_column]):
+        for i, cell in enumerate(self.data.cells(rows)):
             try:
                 decoded[i] = images.decode(_content(cell), channels=channels, size=size)
             except UserError as error:
@@ -77,6 +107,7 @@ def open_source(
     templates: tuple[str, ...] = (),
     image_size: int | None = None,
     channels: int | None = None,
+    streaming: bool = False,
 ) -> Source:
     """Opens a data set and checks every label; a `UserError` says what is wrong and what to pass.
 
@@ -86,12 +117,13 @@ def open_source(
         label_column: "" to train without classes.
         conditioning: class, text or none; by default what the arguments and the data suggest.
         templates: of captions made from class names, as "a photo of a {label}".
+        streaming: read Parquet files where they lie, a row group at a time, whatever their size.
     """
     if channels not in (None, 1, 3) or (image_size is not None and image_size < 2):
         raise UserError("channels must be 1 or 3, and image_size at least 2")
     entry = _entry(name)
     conditioning = _conditioning(entry, conditioning, label_column, caption_column, templates)
-    splits = _load(entry, _folder(entry, data_dir))
+    splits = _load(entry, _folder(entry, data_dir), streaming)
     (train, train_rows), (held_out, held_out_rows) = _choose_splits(entry, splits)
     features = splits[train].features
     image_column = _image_column(entry, features, image_column)
@@ -156,28 +188,54 @@ def _folder(entry: DatasetConfig, data_dir: str | Path | None) -> Path | None:
     return embedded if entry.name in DATASET_CONFIGS and embedded.is_dir() else None
 
 
-def _load(entry: DatasetConfig, folder: Path | None) -> dict[str, "Dataset"]:
+def _load(
+    entry: DatasetConfig, folder: Path | None, streaming: bool
+) -> dict[str, Stored | Streamed]:
     """All splits of the set."""
-    import datasets
-
     if folder and not folder.is_dir():
         raise UserError(f"data set '{entry.name}': there is no folder '{folder}'")
     try:
-        if folder is None:
-            splits = datasets.load_dataset(entry.path, entry.config_name)
-        elif (folder / "dataset_dict.json").exists():
-            splits = datasets.DatasetDict.load_from_disk(folder)
-        elif (folder / "state.json").exists():
-            splits = {"train": datasets.Dataset.load_from_disk(folder)}
-        else:
-            with _without_progress_bars():
-                splits = datasets.load_dataset(str(folder))
+        splits = _parquet(entry, folder) if streaming else _stored(entry, folder)
+    except UserError:
+        raise
     except Exception as error:  # datasets, pyarrow and the hub each raise their own kinds
         reason = str(error).partition("\n")[0] or type(error).__name__
         where = f"folder '{folder}'" if folder else f"'{entry.path}' of the Hugging Face hub"
         hint = "" if folder else "; --data_dir FOLDER opens a local copy"
         raise UserError(f"data set '{entry.name}': cannot open {where} ({reason}){hint}") from error
     return {str(name): data for name, data in splits.items()}
+
+
+def _stored(entry: DatasetConfig, folder: Path | None) -> dict[Any, Stored]:
+    import datasets
+
+    if folder is None:
+        splits = datasets.load_dataset(entry.path, entry.config_name)
+    elif (folder / "dataset_dict.json").exists():
+        splits = datasets.DatasetDict.load_from_disk(folder)
+    elif (folder / "state.json").exists():
+        splits = {"train": datasets.Dataset.load_from_disk(folder)}
+    else:
+        with _without_progress_bars():
+            splits = datasets.load_dataset(str(folder))
+    return {name: Stored(data) for name, data in splits.items()}
+
+
+def _parquet(entry: DatasetConfig, folder: Path | None) -> dict[Any, Streamed]:
+    import datasets
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    saved = folder and any((folder / f).exists() for f in ("dataset_dict.json", "state.json"))
+    path, name = (str(folder), None) if folder else (entry.path, entry.config_name)
+    builder = None if saved else datasets.load_dataset_builder(path, name)
+    if not isinstance(builder, Parquet):
+        kind = "a folder of save_to_disk" if builder is None else f"of the kind '{builder.name}'"
+        raise UserError(
+            f"data set '{entry.name}': --streaming reads Parquet files, and this is {kind}; "
+            "drop --streaming"
+        )
+    files = builder.config.data_files or {}
+    return {name: Streamed(files[name], builder.info.features) for name in files}
 
 
 @contextlib.contextmanager
@@ -194,7 +252,7 @@ def _without_progress_bars() -> Iterator[None]:
 
 
 def _choose_splits(
-    entry: DatasetConfig, splits: Mapping[str, "Dataset"]
+    entry: DatasetConfig, splits: Mapping[str, Stored | Streamed]
 ) -> list[tuple[str, Int64[np.ndarray, "n"]]]:
     """Name and rows of the training and the evaluation split; the latter is carved if need be."""
     train = entry.train_split if len(splits) > 1 else next(iter(splits))
@@ -207,14 +265,24 @@ def _choose_splits(
     rows = [np.arange(len(splits[s])) for s in chosen]
     if len(chosen) == 1:
         # Which rows are held back depends on nothing but their number: two runs can be compared.
-        order = np.random.default_rng(0).permutation(rows[0])
-        n_eval = max(1, round(entry.eval_fraction * len(order)))
-        chosen, rows = [train, train], [np.sort(order[n_eval:]), np.sort(order[:n_eval])]
+        chosen, rows = [train, train], _carved(splits[train], entry.eval_fraction)
     if not all(len(r) for r in rows):
         raise UserError(
             f"data set '{entry.name}' has too few rows to train on and to evaluate with"
         )
     return list(zip(chosen, rows))
+
+
+def _carved(data: Stored | Streamed, fraction: float) -> list[Int64[np.ndarray, "n"]]:
+    """Rows to train on and rows held back, of what is streamed whole row groups if it has many."""
+    unit = rows = np.arange(len(data))
+    if isinstance(data, Streamed) and len(data.sizes) * fraction > 2:
+        unit = data.group(rows)
+    order = np.random.default_rng(0).permutation(unit[-1] + 1)
+    counts = np.cumsum(np.bincount(unit)[order])
+    n_units = np.searchsorted(counts, max(1, round(fraction * len(rows)))) + 1
+    held_back = np.isin(unit, order[:n_units])
+    return [rows[~held_back], rows[held_back]]
 
 
 def _image_column(entry: DatasetConfig, features: "Features", wanted: str | None) -> str:
@@ -273,11 +341,14 @@ def _caption_column(entry: DatasetConfig, features: "Features", wanted: str | No
 
 
 def _captions(
-    config: DatasetConfig, data: "Dataset", labels: Int32[np.ndarray, "n"]
+    config: DatasetConfig,
+    data: Stored | Streamed,
+    rows: Int64[np.ndarray, "n"],
+    labels: Int32[np.ndarray, "n"],
 ) -> list[tuple[str, ...]]:
     """The captions of every row; an empty one where there is none, which is the null caption."""
     if config.caption_column:
-        cells = _column(data, config.caption_column).to_pylist()
+        cells = data.column(config.caption_column).take(rows).to_pylist()
         texts = ((cell,) if isinstance(cell, str) else cell for cell in cells)
         return [tuple(text or "" for text in several or ("",)) for several in texts]
     if not config.templates:
@@ -322,7 +393,9 @@ def _label_kind(feature: Any) -> str | None:
     return next((kind for kind in ("bool", "int", "string") if kind in dtype), None)
 
 
-def _class_names(entry: DatasetConfig, data: "Dataset", column: str | None) -> tuple[str, ...]:
+def _class_names(
+    entry: DatasetConfig, data: Stored | Streamed, column: str | None
+) -> tuple[str, ...]:
     """One name per class, in the order of the ids; () when there are no classes."""
     if column is None:
         return ()
@@ -333,7 +406,7 @@ def _class_names(entry: DatasetConfig, data: "Dataset", column: str | None) -> t
         return tuple(feature.names)
     if kind == "bool":
         return listed or (f"not {column}", column)
-    values = [v for v in _column(data, column).unique().to_pylist() if v is not None]
+    values = [v for v in data.column(column).unique().to_pylist() if v is not None]
     if kind == "string":
         return tuple(sorted(values))
     if kind == "int":
@@ -345,34 +418,28 @@ def _class_names(entry: DatasetConfig, data: "Dataset", column: str | None) -> t
     )
 
 
-def _column(data: "Dataset", name: str) -> "pyarrow.ChunkedArray":
-    return data.select_columns([name]).with_format("arrow")[:][name]
-
-
 def _split(
-    config: DatasetConfig, name: str, data: "Dataset", rows: Int64[np.ndarray, "n"]
+    config: DatasetConfig, name: str, data: Stored | Streamed, rows: Int64[np.ndarray, "n"]
 ) -> Split:
     """The rows with labels 0 … n_classes − 1; all 0, the null id, when there are no classes."""
-    from datasets import Image
-
     wanted = (config.image_column, config.label_column, config.caption_column)
     columns = [column for column in wanted if column]
-    if not set(columns) <= set(data.column_names):
+    if not set(columns) <= set(data.features):
         raise UserError(
             f"data set '{config.name}', split '{name}' needs the columns {' and '.join(columns)}"
-            f" but has {', '.join(data.column_names)}"
+            f" but has {', '.join(data.features)}"
         )
     try:
-        pictures = data.select_columns(columns[:1]).cast_column(columns[0], Image(decode=False))
+        pictures = data.pictures(columns[0])
     except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's
         raise UserError(
             f"data set '{config.name}', split '{name}': column '{columns[0]}' holds no pictures"
-            f" (columns: {', '.join(data.column_names)}); pass --image_column"
+            f" (columns: {', '.join(data.features)}); pass --image_column"
         ) from error
     labels = np.zeros(len(data), np.int32)
     if config.label_column is not None:
-        labels = _label_ids(config, name, _column(data, config.label_column))
-    captions = _captions(config, data.select(rows), labels[rows])
+        labels = _label_ids(config, name, data.column(config.label_column))
+    captions = _captions(config, data, rows, labels[rows])
     return Split(config, name, pictures, rows, labels[rows], captions)
 
 
@@ -402,7 +469,7 @@ def _with_measured_pictures(split: Split) -> DatasetConfig:
     if not config.image_size:
         row = int(split.rows[0])
         try:
-            side = min(images.upright(_content(split.data[row][config.image_column])).size)
+            side = min(images.upright(_content(split.data.cells([row])[0])).size)
         except UserError as error:
             raise _bad_cell(config, split.name, row, config.image_column, str(error)) from error
         config = dataclasses.replace(config, image_size=min(64, max(8, side // 8 * 8)))

@@ -157,6 +157,7 @@ class Trainer:
             templates=config.caption or (),
             image_size=config.image_size,
             channels=None if config.profile else config.channels,  # a profile reads no pictures
+            streaming=config.streaming or DEFAULTS["streaming"],
         )
         self.dataset = self.source.config
         platform, n_devices = jax.default_backend(), jax.device_count()
@@ -248,6 +249,7 @@ class Trainer:
             n_processes=jax.process_count(),
             n_workers=c.n_workers,
             in_memory=True if c.cache_on_device else c.in_memory,
+            shuffle_buffer=c.shuffle_buffer,
             encoded=self.encoded,
         )
 

@@ -15,7 +15,7 @@ RANKS = {
     "errors": -1,
     **dict.fromkeys(("cli", "images", "layers", "objectives", "sampling", "parallel", "optim"), 0),
     **dict.fromkeys(("datasets_config", "interrupts", "run_folder", "text", "workers"), 0),
-    "processes": 0,
+    **dict.fromkeys(("processes", "lanes", "streams"), 0),
     **dict.fromkeys(("captions", "model", "sources", "pipeline", "tracking", "profiling"), 1),
     **dict.fromkeys(("checkpoint", "train_config", "showcase", "resident"), 2),
     **dict.fromkeys(("generate", "open_run"), 3),
@@ -68,7 +68,10 @@ def test_the_method_can_be_lifted_into_another_project(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["datasets_config", "sources", "pipeline", "workers", "images", "tracking", "text", "captions"],
+    (
+        *("datasets_config", "sources", "streams", "lanes", "pipeline", "workers"),
+        *("images", "tracking", "text", "captions"),
+    ),
 )
 def test_data_and_pictures_know_nothing_of_jax(name):
     assert not set(imports(FILES[name])) & {"jax", "flax", "optax", "model", "layers"}
