@@ -121,6 +121,20 @@ def test_interrupted_and_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
+def test_a_streamed_run_that_is_resumed_is_one_that_was_not(tmp_path, capsys):
+    config = replace(TINY, streaming=True, shuffle_buffer=100, n_workers=0)
+    whole = Trainer(replace(config, run_dir=tmp_path / "whole"))
+    whole.fit()
+    Trainer(replace(config, run_dir=tmp_path / "run")).fit(7)
+    resumed = Trainer.from_run(tmp_path / "run")
+    assert resumed.step == 7 and resumed.data.lanes
+    resumed.fit()
+    assert_same(resumed.state, whole.state)
+    # Its batches are others than those of a set that is drawn from as a whole.
+    assert not np.array_equal(whole.data.rows(0), Trainer(TINY).data.rows(0))
+
+
+@pytest.mark.slow
 def test_a_killed_process_loses_only_what_was_not_saved(tmp_path, cache):
     """kill -9 at a random moment after the first checkpoint, as often as it takes to finish."""
     flags = [*SMALL, "--n_steps", 800, "--eval_save_steps", 100, "--log_every", 20]
