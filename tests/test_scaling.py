@@ -111,6 +111,7 @@ def test_which_devices_meet_in_which_collective():
     assert summed.array_bytes == 4 * scaling.n_params(SMALL) and summed.n_hosts == 1
 
 
+KINDS = ("all-gather", "reduce-scatter", "all-reduce")
 SIZES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
 
 
@@ -120,13 +121,14 @@ def sent_by_hlo(text):
     """
     bodies = re.split(r"\n(?=(?:ENTRY )?%\S+ \()", text)
     trips = {}
+    kinds = "|".join(KINDS)
     for body, n in re.findall(r"body=(%[\w.-]+).*?known_trip_count\":\{\"n\":\"(\d+)\"", text):
         trips[body] = int(n)
-    total = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce"), 0)
+    total: dict[str, int] = dict.fromkeys(KINDS, 0)
     for body in bodies:
         name = body.removeprefix("ENTRY ").split(" ", 1)[0]
         for line in body.splitlines():
-            found = re.search(r"= (.*?) (all-gather|reduce-scatter|all-reduce)\(", line)
+            found = re.search(rf"= (.*?) ({kinds})\(", line)
             group = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
             if found and group and (n := len(group[1].split(","))) > 1:
                 arrays = re.findall(r"(\w+)\[([\d,]*)\]", found[1])
@@ -229,6 +231,7 @@ def real_step(folder, *, depth, width=128, fsdp=1, remat=True, learning_rate=1e-
             run_dir=folder / "run",
         )
         trainer = Trainer(settings)
+    jax.block_until_ready(trainer.state)  # what makes it must not be timed with what comes next
     batch = parallel.place(trainer.blank_batch(), trainer.mesh)
     return trainer, trainer.update.lower(trainer.state, batch, trainer.train_key)
 
@@ -270,14 +273,17 @@ def n_instructions(text):
 
 @pytest.mark.slow
 def test_compiling_28_blocks_takes_no_longer_than_6(tmp_path):
-    """The program is the same but for its shapes. Seconds are the best of three, in turn."""
+    """The program is the same but for its shapes. Seconds of processors, which what else the
+    machine does leaves alone; the best of three, in turn.
+    """
     seconds, sizes = {6: [], 28: []}, {}
     for i in range(3):
         for depth, times in seconds.items():
             # Another number each time: not what the compilation cache has.
             _, lowered = real_step(tmp_path, depth=depth, fsdp=8, learning_rate=1e-3 + 1e-4 * i)
-            start = time.perf_counter()
-            sizes[depth] = n_instructions(lowered.compile().as_text())
-            times.append(time.perf_counter() - start)
+            start = time.process_time()
+            compiled = lowered.compile()
+            times.append(time.process_time() - start)
+            sizes[depth] = n_instructions(compiled.as_text())
     assert sizes[28] == pytest.approx(sizes[6], rel=0.01)
     assert min(seconds[28]) <= 1.3 * min(seconds[6])
