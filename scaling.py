@@ -339,7 +339,7 @@ class Plan:
             weights=here,
             average=here,
             moments=MOMENTS * here,
-            gradients=here,
+            gradients=here * (2 if self.accumulate_steps > 1 else 1),  # of all parts, and of one
             activations=self.rows / self.accumulate_steps * per_row,
             gathered=copies / FP32 * self.weights.gathered,
             update=UPDATE_TREES * here,
@@ -396,7 +396,7 @@ class Plan:
 
 
 FILLED = 0.9  # of a device's memory: the rest is for CUDA, NCCL and fragments
-LARGEST_BATCH = 4096  # over all devices: beyond it more devices do not train sooner
+LARGEST_BATCH = 4096  # over all devices: a choice, 16 times that of Peebles & Xie (2023, §4)
 
 
 def fitting(
@@ -527,15 +527,16 @@ def tables() -> str:
                     for n in (8, 64, 1024)
                 ]
             )
-    lines += ["", "### DDP, hybrid and FSDP at 256² on 64 H100: the fastest of each that fits", ""]
-    compared = []
     for name in ("DiT-XL/2", "MMDiT-5B/2"):
+        lines += ["", f"### {name} at 256² on 64 H100: the fastest of each kind that fits", ""]
+        compared = []
         plans = list(fitting(models()[name, 256], DEVICES["H100"], 64))
         for fsdp in (1, 8, 64):
             of_it = [plan for plan in plans if plan.fsdp == fsdp]
             best = max(of_it, key=lambda plan: plan.images_per_second, default=None)
             compared.append((f"64 H100, {64 // fsdp}×{fsdp}", best))
-    return "\n".join([*lines, *table(compared)])
+        lines += table(compared)
+    return "\n".join(lines)
 
 
 def refreshed(document: str) -> str:
