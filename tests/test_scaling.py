@@ -141,7 +141,7 @@ def sent_by_hlo(text):
     return total
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["DiT", pytest.param("MMDiT", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_bytes_of_collectives_are_those_of_the_compiled_program(name, mesh):
     """Hosts exchange shards: summed before they were scattered, they would be `fsdp` times as
@@ -205,6 +205,7 @@ def test_the_choice_fits_and_is_the_fastest():
     assert scaling.choose(five, h100, 1) is None
 
 
+@pytest.mark.slow
 def test_the_tables_of_the_document_are_the_codes():
     document = scaling.DOCUMENT.read_text()
     assert scaling.refreshed(document) == document
