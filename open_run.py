@@ -53,6 +53,7 @@ def open_run(trainer: "Trainer", last: int) -> Iterator["OpenRun"]:
 def _take(trainer: "Trainer", stack: ExitStack) -> str:
     run_folder.make(trainer.run_dir)
     stack.enter_context(run_folder.locked(trainer.run_dir))
+    run_folder.tidy(trainer.run_dir)
     run_folder.write_config(trainer.run_dir, trainer.describe())
     return ""
 
