@@ -6,11 +6,20 @@ sampler reads only what it needs, on any number of devices. Sums of all bits are
 what comes back is what was saved, or is refused.
 """
 
+import errno
+import json
 import logging
+import os
 import shutil
 import sys
-from collections.abc import Iterable
+import textwrap
+import threading
+import traceback
+import warnings
+import zlib
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +34,8 @@ DAMAGED = "damaged"  # checkpoints that cannot be read are moved here
 ARRAYS = ("params", "ema", "optimizer")
 NOTES = ("config", "data")
 SUMS = "sums"
+# What Orbax raises over damaged files. A lack of memory is a RuntimeError and no damage.
+DAMAGE = (ValueError, LookupError, OSError, AttributeError, TypeError, AssertionError)
 
 
 class DamageError(UserError):
@@ -49,7 +60,7 @@ class Checkpoints:
             read_only: never touch the folder, which another process may be writing to. Without it,
                 what a killed process left half-written is removed.
         """
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's; what matters is said here
         self.folder = run_dir.resolve() / FOLDER
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -107,7 +118,9 @@ class Checkpoints:
         self._check_space(step, arrays)
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         items |= {name: ocp.args.JsonSave(note) for name, note in notes.items()}
-        items[SUMS] = ocp.args.JsonSave({name: bit_sums(tree) for name, tree in arrays.items()})
+        sums: dict[str, Any] = {name: bit_sums(tree) for name, tree in arrays.items()}
+        sums |= {name: checksum(note) for name, note in notes.items()}
+        items[SUMS] = ocp.args.JsonSave(sums)
         with self._disk_full_is_said():
             saved = self.manager.save(step, args=ocp.args.Composite(**items))
         if not saved:
@@ -133,7 +146,7 @@ class Checkpoints:
 
     def restore_newest(self, like: dict[str, Any]) -> tuple[int, dict[str, Any], list[int]]:
         """The newest step that can be read, its items, and the damaged steps after it, of which
-        each is said.
+        each is said. One with damaged notes counts as damaged.
 
         Raises:
             UserError: there is no checkpoint.
@@ -143,7 +156,10 @@ class Checkpoints:
         damaged, first = [], self.pick() and min(self.manager.all_steps())
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
-                return step, self.restore(step, like), damaged
+                items = self.restore(step, like)
+                for name in NOTES:
+                    self.note(step, name)
+                return step, items, damaged
             except DamageError as error:
                 if step == first or jax.process_count() > 1:
                     raise
@@ -165,9 +181,13 @@ class Checkpoints:
         Raises:
             DamageError: the checkpoint is damaged.
         """
-        items = {name: ocp.args.JsonRestore()}
+        items = {name: ocp.args.JsonRestore() for name in (name, SUMS)}
         with self._damage_is_said(step):
-            return self.manager.restore(step, args=ocp.args.Composite(**items))[name]
+            restored = self.manager.restore(step, args=ocp.args.Composite(**items))
+            found = checksum(restored[name])
+            if restored[SUMS].get(name, found) != found:  # older checkpoints have no sum of it
+                raise ValueError(f"'{name}' is not what was saved")
+        return restored[name]
 
     def wait(self) -> None:
         """Wait until all that was saved is on disk."""
@@ -188,9 +208,11 @@ class Checkpoints:
     def _disk_full_is_said(self):
         try:
             yield
-        except (ValueError, OSError) as error:
-            if "No space left" not in str(error):
+        except Exception as error:
+            # By text: Orbax wraps the operating system's error in one of its own.
+            if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
                 raise
+            _hush_orbax()
             for half_written in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half_written, ignore_errors=True)
             raise self._disk_full("a checkpoint could not be written") from error
@@ -202,11 +224,16 @@ class Checkpoints:
         except Exception as error:
             # A truncated array is a bare Exception of Orbax, caused by what is wrong with it.
             bare = type(error) is Exception
-            if not bare and not isinstance(error, (ValueError, KeyError, OSError)):
+            if not bare and not isinstance(error, DAMAGE):
                 raise
-            reason = str(error.__cause__ if bare else error).strip().partition("\n")[0]
+            _hush_orbax()
+            cause = error.__cause__ or error if bare else error
+            reason = " ".join(str(cause).split())
+            if not isinstance(cause, OSError) and type(cause) is not ValueError:
+                reason = f"{type(cause).__name__}: {reason}"  # a KeyError's text is a bare name
             raise DamageError(
-                f"cannot read checkpoint {self.folder / str(step)}: {reason}"
+                f"cannot read checkpoint {self.folder / str(step)}: "
+                f"{textwrap.shorten(reason, 200, placeholder=' …')}"
             ) from error
 
     def _disk_full(self, reason: str) -> DiskFullError:
@@ -243,6 +270,30 @@ def bit_sums(tree: Any) -> dict[str, int]:
     """
     sums = jax.tree_util.tree_leaves_with_path(jax.device_get(_sums(tree)))
     return {jax.tree_util.keystr(path): int(x) for path, x in sums}
+
+
+def checksum(note: dict[str, Any]) -> int:
+    """Of what a JSON object says, however it is written."""
+    return zlib.crc32(json.dumps(note, sort_keys=True).encode())
+
+
+def _hush_orbax() -> None:
+    """After a failure, which is said once, let the reads and writes that Orbax gives up end in
+    silence: each would print a traceback of its own, from a thread or as it is forgotten.
+    """
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    for module, name in ((sys, "unraisablehook"), (threading, "excepthook")):
+        hook = getattr(module, name)
+        if getattr(hook, "func", None) is not _unless_orbax:
+            setattr(module, name, partial(_unless_orbax, hook))
+
+
+def _unless_orbax(hook: Callable[[Any], None], unhandled: Any) -> None:
+    """What Python calls with an exception that nobody catches."""
+    trace = "".join(traceback.format_tb(unhandled.exc_traceback))
+    closed = "Event loop is closed" in str(unhandled.exc_value)  # by whom, its trace does not tell
+    if not closed and "orbax" not in trace and "tensorstore" not in trace:
+        hook(unhandled)
 
 
 def _unused(path: Path) -> Path:

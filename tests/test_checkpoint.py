@@ -7,13 +7,13 @@ import shutil
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from commands import ROOT
 
 import parallel
 from checkpoint import Checkpoints
@@ -187,8 +187,6 @@ def test_reading_a_run_without_checkpoints_creates_nothing(tmp_path):
 # --- damage ---------------------------------------------------------------------------------------
 
 
-# Orbax's reads that are given up may fail to report to an event loop that has closed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_another_models_weights_are_refused(tmp_path, first):
     save(tmp_path, (4, first))
     other = like(DDP)
@@ -203,9 +201,6 @@ def truncate(path, share):
     os.truncate(path, int(share * path.stat().st_size))
 
 
-# Of the arrays that were being read beside the damaged one.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("share", [0, 0.5])
 @pytest.mark.parametrize("name", ["largest", "manifest.ocdbt", "_METADATA"])
 def test_a_truncated_checkpoint_is_refused_by_name(tmp_path, first, name, share):
@@ -227,6 +222,73 @@ def test_a_truncated_note_is_refused_by_name(tmp_path, first, share):
     refused = pytest.raises(UserError, match=re.escape(str(folder)))
     with Checkpoints(tmp_path, read_only=True) as checkpoints, refused:
         checkpoints.note(4, "data")
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"a": 1'])
+@pytest.mark.parametrize("name", ["params/_METADATA", "params/array_metadatas/process_0", "sums"])
+def test_metadata_that_say_something_else_are_damage(tmp_path, first, name, text):
+    """Orbax trips over them in many ways."""
+    save(tmp_path, (4, first))
+    folder = tmp_path / "checkpoints" / "4"
+    (folder / name.replace("sums", "sums/metadata")).write_text(text)
+    with pytest.raises(UserError, match=rf"^cannot read checkpoint {re.escape(str(folder))}: .+"):
+        restore(tmp_path)
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_a_note_of_which_a_bit_has_changed_is_refused_and_the_one_before_it_taken(
+    tmp_path, first, second, name, capsys
+):
+    save(tmp_path, (4, first), (8, second))
+    note = tmp_path / "checkpoints/8" / name / "metadata"
+    changed = note.read_bytes().replace(b"3", b"7").replace(b"17", b"16")
+    assert changed != note.read_bytes()
+    note.write_bytes(changed)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        with pytest.raises(UserError, match=rf"checkpoints/8: '{name}' is not what was saved$"):
+            checkpoints.note(8, name)
+        step, arrays, damaged = checkpoints.restore_newest(like(DDP))
+    assert (step, damaged) == (4, [8])
+    assert_same(arrays, first)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_reason_is_one_short_line(tmp_path, first):
+    """TensorStore's are two thousand letters."""
+    save(tmp_path, (4, first))
+    (tmp_path / "checkpoints/4/params/manifest.ocdbt").write_bytes(b"")
+    with pytest.raises(UserError) as refused:
+        restore(tmp_path)
+    reason = str(refused.value).partition("checkpoints/4: ")[2]
+    assert 20 < len(reason) <= 200 and "\n" not in reason
+
+
+READER = """
+import sys
+import test_checkpoint
+from errors import UserError
+from pathlib import Path
+
+for _ in range(8):
+    try:
+        test_checkpoint.restore(Path(sys.argv[1]))
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_damage_is_said_once_and_orbaxs_threads_are_silent(tmp_path, first, cache):
+    """The reads that are given up would print tracebacks, now or at the exit."""
+    save(tmp_path, (4, first))
+    for name in ("params", "ema", "optimizer"):
+        files = (path for path in (tmp_path / "checkpoints/4" / name).rglob("d/*"))
+        for path in files:
+            truncate(path, 0.5)
+    environment = os.environ | {"PYTHONPATH": "tests", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-c", READER, str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.count("cannot read checkpoint") == 8
+    assert done.stderr == "" and done.returncode == 0
 
 
 # --- kill -9 --------------------------------------------------------------------------------------
@@ -262,7 +324,7 @@ DELAYS = ("rename", "0.0", "0.02", "0.05", "0.1")
 def test_kill_9_during_a_save_costs_that_save_and_nothing_else(tmp_path):
     environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", VICTIM, str(tmp_path), " ".join(DELAYS)]
-    subprocess.run(command, env=environment, cwd=Path(__file__).parent.parent, timeout=120)
+    subprocess.run(command, env=environment, cwd=ROOT, timeout=120)
     interrupted = 0
     for delay in DELAYS:
         folder = tmp_path / delay / "checkpoints"
