@@ -15,7 +15,6 @@ import sys
 import textwrap
 import threading
 import traceback
-import warnings
 import zlib
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -60,7 +59,7 @@ class Checkpoints:
             read_only: never touch the folder, which another process may be writing to. Without it,
                 what a killed process left half-written is removed.
         """
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's; what matters is said here
+        _hush_orbax()
         self.folder = run_dir.resolve() / FOLDER
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -212,7 +211,6 @@ class Checkpoints:
             # By text: Orbax wraps the operating system's error in one of its own.
             if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
                 raise
-            _hush_orbax()
             for half_written in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half_written, ignore_errors=True)
             raise self._disk_full("a checkpoint could not be written") from error
@@ -226,7 +224,6 @@ class Checkpoints:
             bare = type(error) is Exception
             if not bare and not isinstance(error, DAMAGE):
                 raise
-            _hush_orbax()
             cause = error.__cause__ or error if bare else error
             reason = " ".join(str(cause).split())
             if not isinstance(cause, OSError) and type(cause) is not ValueError:
@@ -278,17 +275,23 @@ def checksum(note: dict[str, Any]) -> int:
 
 
 def _hush_orbax() -> None:
-    """After a failure, which is said once, let the reads and writes that Orbax gives up end in
-    silence: each would print a traceback of its own, from a thread or as it is forgotten.
+    """What goes wrong is raised, and said once. Let the reads and writes that Orbax then gives up
+    end in silence: each would print a traceback of its own, from a thread or as it is forgotten.
     """
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").addFilter(_is_not_orbaxs)
     for module, name in ((sys, "unraisablehook"), (threading, "excepthook")):
         hook = getattr(module, name)
-        if getattr(hook, "func", None) is not _unless_orbax:
-            setattr(module, name, partial(_unless_orbax, hook))
+        if getattr(hook, "func", None) is not _unless_orbaxs:
+            setattr(module, name, partial(_unless_orbaxs, hook))
 
 
-def _unless_orbax(hook: Callable[[Any], None], unhandled: Any) -> None:
+def _is_not_orbaxs(record: logging.LogRecord) -> bool:
+    """Of a future whose exception nobody has asked for, TensorStore's name is all there is."""
+    return "OCDBT" not in record.getMessage()
+
+
+def _unless_orbaxs(hook: Callable[[Any], None], unhandled: Any) -> None:
     """What Python calls with an exception that nobody catches."""
     trace = "".join(traceback.format_tb(unhandled.exc_traceback))
     closed = "Event loop is closed" in str(unhandled.exc_value)  # by whom, its trace does not tell

@@ -22,6 +22,7 @@ import generate
 import images
 import optim
 import parallel
+from checkpoint import Checkpoints, DiskFullError
 from datasets_config import DATASET_CONFIGS
 from errors import RunError, UserError
 from train import TrainConfig, Trainer, TrainState
@@ -292,6 +293,26 @@ def test_bad_data_after_a_bad_step_saves_nothing(tmp_path, capsys):
         trainer.fit()
     assert "step 1 is not saved: it went wrong" in capsys.readouterr().out
     assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_a_checkpoint_that_fails_while_training_goes_on_is_said_under_its_own_step(
+    tmp_path, capsys, monkeypatch
+):
+    """And the next is saved all the same."""
+    failures = iter([DiskFullError("no space left")])
+    honest_wait = Checkpoints.wait
+
+    def wait(self):
+        honest_wait(self)
+        if self.latest() == 6:
+            for failure in failures:
+                raise failure
+
+    monkeypatch.setattr(Checkpoints, "wait", wait)
+    trainer = Trainer(replace(TINY, run_dir=tmp_path / "run"))
+    trainer.fit()
+    assert "step 6 is not saved, training goes on: no space left" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"6", "12"}
 
 
 @pytest.mark.slow
