@@ -14,20 +14,26 @@ SMALL = ["--model", "DiT-Nano/8", "--batch_size", "8", "--n_eval_batches", "1"]
 SMALL += ["--n_sample_steps", "2", "--warmup_steps", "2"]
 
 
-def start(
-    *words: object, cache: Path, n_devices: int = 1, fast_compile: bool = True
-) -> subprocess.Popen:
-    """A command on so many virtual devices. `cache` holds the session's compiled programs."""
+def settings(cache: Path, n_devices: int = 1, fast_compile: bool = True) -> dict[str, str]:
+    """Environment of a command on so many virtual devices. `cache` holds the session's compiled
+    programs.
+    """
     flags = f"--xla_force_host_platform_device_count={n_devices}"
-    settings = {
+    return {
         "XLA_FLAGS": f"{flags} {FAST}" if fast_compile else flags,
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+
+
+def start(
+    *words: object, cache: Path, n_devices: int = 1, fast_compile: bool = True
+) -> subprocess.Popen:
+    """A command in an environment of `settings`."""
     return subprocess.Popen(
         [sys.executable, *map(str, words)],
         cwd=ROOT,
-        env=os.environ | settings,
+        env=os.environ | settings(cache, n_devices, fast_compile),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
