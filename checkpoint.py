@@ -15,9 +15,10 @@ import sys
 import textwrap
 import threading
 import traceback
+import warnings
 import zlib
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,11 +110,14 @@ class Checkpoints:
         step again does nothing.
 
         Raises:
-            DiskFullError: now or during the previous save. Earlier steps are intact.
+            DiskFullError: now or during the previous save, if nobody has waited for it. Earlier
+                steps are intact.
             RuntimeError: a newer step is already there.
         """
+        self.wait()
         if step == self.latest():
             return
+        self._remove_half_written()
         self._check_space(step, arrays)
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         items |= {name: ocp.args.JsonSave(note) for name, note in notes.items()}
@@ -200,8 +204,23 @@ class Checkpoints:
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise self._disk_full(
-                f"step {step} needs {needed >> 20} MiB, {free >> 20} MiB are free"
+                f"a checkpoint needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free"
             )
+
+    def _forget_errors(self) -> None:
+        """One full disk is several errors of Orbax. It would raise the others at the next save."""
+        for _ in range(10):
+            with suppress(Exception):
+                self.manager.check_for_errors()
+                break
+
+    def _remove_half_written(self) -> None:
+        """While no save goes on. After a failure, and before the next save again: a thread of Orbax
+        may have made its folders after all.
+        """
+        if jax.process_index() == 0:  # which alone makes these folders
+            for half_written in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(half_written, ignore_errors=True)
 
     @contextmanager
     def _disk_full_is_said(self):
@@ -211,9 +230,9 @@ class Checkpoints:
             # By text: Orbax wraps the operating system's error in one of its own.
             if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
                 raise
-            for half_written in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(half_written, ignore_errors=True)
-            raise self._disk_full("a checkpoint could not be written") from error
+            self._forget_errors()
+            self._remove_half_written()
+            raise self._disk_full("a checkpoint could not be written whole") from error
 
     @contextmanager
     def _damage_is_said(self, step: int):
@@ -234,10 +253,9 @@ class Checkpoints:
             ) from error
 
     def _disk_full(self, reason: str) -> DiskFullError:
-        return DiskFullError(
-            f"no space left on the disk of {self.folder}: {reason}; "
-            f"the last complete checkpoint is step {self.latest()}"
-        )
+        last = self.latest()
+        left = "there is none yet" if last is None else f"the last complete one is step {last}"
+        return DiskFullError(f"no space left for {self.folder}: {reason}; {left}")
 
 
 def _local_shards(tree: Any) -> Iterable[Any]:
@@ -279,6 +297,8 @@ def _hush_orbax() -> None:
     end in silence: each would print a traceback of its own, from a thread or as it is forgotten.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    forgotten = r"coroutine '(Store\._get_array_metadatas|_read_array_\w+)' was never awaited"
+    warnings.filterwarnings("ignore", forgotten, RuntimeWarning)
     logging.getLogger("asyncio").addFilter(_is_not_orbaxs)
     for module, name in ((sys, "unraisablehook"), (threading, "excepthook")):
         hook = getattr(module, name)
@@ -287,8 +307,9 @@ def _hush_orbax() -> None:
 
 
 def _is_not_orbaxs(record: logging.LogRecord) -> bool:
-    """Of a future whose exception nobody has asked for, TensorStore's name is all there is."""
-    return "OCDBT" not in record.getMessage()
+    """asyncio tells of exceptions that nobody has asked for."""
+    told = logging.Formatter().format(record)  # with the traceback
+    return not any(name in told for name in ("OCDBT", "TensorStore", "orbax"))
 
 
 def _unless_orbaxs(hook: Callable[[Any], None], unhandled: Any) -> None:

@@ -1,11 +1,13 @@
 """What was saved comes back bit for bit, and no death costs more than the save it interrupts."""
 
+import errno
 import gc
 import os
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from functools import partial
 
 import jax
@@ -16,7 +18,7 @@ import pytest
 from commands import ROOT
 
 import parallel
-from checkpoint import Checkpoints
+from checkpoint import Checkpoints, DiskFullError
 from errors import UserError
 
 ONE = parallel.make_mesh(devices=jax.devices()[:1])
@@ -363,6 +365,64 @@ def test_a_full_disk_is_said_and_the_last_good_checkpoint_survives(
     if not foreseen:  # somebody else fills it while the save goes on
         monkeypatch.setattr(Checkpoints, "_check_space", lambda *_: None)
     huge = {"params": {"w": jnp.asarray(np.random.default_rng(0).normal(size=2**21))}}
-    with pytest.raises(UserError, match=r"no space left .*the last complete checkpoint is step 1"):
+    with pytest.raises(UserError, match=r"no space left .*the last complete one is step 1"):
         save(small_disk, (2, huge))
     assert_same(restore(small_disk), first)
+
+
+def fill(disk, free_bytes):
+    """With a file, up to so many bytes."""
+    with suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    os.truncate(disk / "filler", (disk / "filler").stat().st_size - free_bytes)
+
+
+@pytest.mark.parametrize("free_kib", [0, 4, 16, 32, 64])
+def test_once_there_is_room_the_next_checkpoint_is_saved(
+    small_disk, first, second, free_kib, monkeypatch
+):
+    """Wherever the disk was full in the one before."""
+    monkeypatch.setattr(Checkpoints, "_check_space", lambda *_: None)
+    with Checkpoints(small_disk) as checkpoints:
+        checkpoints.save(1, first, NOTES)
+        checkpoints.wait()
+        fill(small_disk, 1024 * free_kib)
+        checkpoints.save(2, first, NOTES)
+        with pytest.raises(
+            DiskFullError, match="could not be written whole; the last complete one is step 1"
+        ):
+            checkpoints.wait()
+        checkpoints.wait()
+        (small_disk / "filler").unlink()
+        checkpoints.save(3, second, NOTES)
+    assert_same(restore(small_disk), second)
+
+
+def test_what_a_failed_save_has_left_goes_with_the_next(tmp_path, first, second):
+    """Threads that gave up may still write when the failure is known."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, first, NOTES)
+        checkpoints.wait()
+        (tmp_path / "checkpoints/2.orbax-checkpoint-tmp/params").mkdir(parents=True)
+        checkpoints.save(3, second, NOTES)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "3"}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_used_up_quota_is_a_full_disk(tmp_path, first, code, monkeypatch):
+    def save(*_, **__):
+        raise ValueError(f"RESOURCE_EXHAUSTED: Failed writing: {os.strerror(code)}")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints.manager, "save", save)
+        with pytest.raises(DiskFullError, match="no space left for"):
+            checkpoints.save(1, first, NOTES)
+
+
+def test_what_is_lacking_is_said_in_numbers_that_differ(small_disk):
+    huge = {"params": {"w": jnp.zeros(2**20)}}
+    fill(small_disk, 2**19)
+    said = r"checkpoints: a checkpoint needs 4\.0 MiB, 0\.5 MiB are free; there is none yet"
+    with Checkpoints(small_disk) as checkpoints, pytest.raises(DiskFullError, match=said):
+        checkpoints.save(2, huge, NOTES)

@@ -309,9 +309,10 @@ def test_a_full_disk_costs_what_it_has_no_room_for(small_disk, forks, whole):
     there = newest(folder)
     status, out, err = forks.end()
     assert status == 2 and err.count("\n") == 1
-    assert err.startswith(f"error: no space left on the disk of {folder}/checkpoints: ")
-    assert err.endswith(f"the last complete checkpoint is step {there}\n")
-    assert re.search(r"\nstep \d+ is not saved, training goes on: no space left on the disk", out)
+    assert err.startswith(f"error: no space left for {folder}/checkpoints: a checkpoint ")
+    assert err.endswith(f"; the last complete one is step {there}\n")
+    unsaved = re.findall(r"step (\d+) is not saved, training goes on: no space left for", out)
+    assert [int(step) for step in unsaved] == list(range(there + SAVE_EVERY, 200, SAVE_EVERY))
     assert f"no space left on the disk of {folder}: metrics are not recorded" in out
     assert f"no space left for {folder}/samples/" in out and "step 200/200" in out
     filler.unlink()
