@@ -14,6 +14,7 @@ import shutil
 import sys
 import textwrap
 import threading
+import time
 import traceback
 import warnings
 import zlib
@@ -68,6 +69,7 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
         )
+        self.failed = False  # the last save
         items = (*ARRAYS, *NOTES, SUMS)
         self.manager = ocp.CheckpointManager(self.folder, item_names=items, options=options)
 
@@ -115,10 +117,11 @@ class Checkpoints:
             RuntimeError: a newer step is already there.
         """
         self.wait()
+        if self.failed:
+            self._after_a_failure()
         if step == self.latest():
             return
-        self._remove_half_written()
-        self._check_space(step, arrays)
+        self._check_space(arrays)
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         items |= {name: ocp.args.JsonSave(note) for name, note in notes.items()}
         sums: dict[str, Any] = {name: bit_sums(tree) for name, tree in arrays.items()}
@@ -193,12 +196,18 @@ class Checkpoints:
         return restored[name]
 
     def wait(self) -> None:
-        """Wait until all that was saved is on disk."""
+        """Wait until all that was saved is on disk. A failed save is said once.
+
+        Raises:
+            DiskFullError: it cannot be.
+        """
+        if self.failed:
+            return
         with self._disk_full_is_said():
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
 
-    def _check_space(self, step: int, arrays: dict[str, Any]) -> None:
+    def _check_space(self, arrays: dict[str, Any]) -> None:
         # Asked first: when Orbax itself meets a full disk, its threads print their tracebacks.
         needed = sum(shard.data.nbytes for shard in _local_shards(arrays))
         free = shutil.disk_usage(self.folder).free
@@ -207,20 +216,19 @@ class Checkpoints:
                 f"a checkpoint needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free"
             )
 
-    def _forget_errors(self) -> None:
-        """One full disk is several errors of Orbax. It would raise the others at the next save."""
+    def _after_a_failure(self) -> None:
+        """Make way for the next save. The failed one's threads go on for a while, and trip over
+        what is removed under them; their errors would be taken for the next one's.
+        """
+        time.sleep(1)  # nothing waits for them all
         for _ in range(10):
             with suppress(Exception):
                 self.manager.check_for_errors()
                 break
-
-    def _remove_half_written(self) -> None:
-        """While no save goes on. After a failure, and before the next save again: a thread of Orbax
-        may have made its folders after all.
-        """
         if jax.process_index() == 0:  # which alone makes these folders
             for half_written in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half_written, ignore_errors=True)
+        self.failed = False
 
     @contextmanager
     def _disk_full_is_said(self):
@@ -230,8 +238,7 @@ class Checkpoints:
             # By text: Orbax wraps the operating system's error in one of its own.
             if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
                 raise
-            self._forget_errors()
-            self._remove_half_written()
+            self.failed = True
             raise self._disk_full("a checkpoint could not be written whole") from error
 
     @contextmanager

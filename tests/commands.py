@@ -1,11 +1,15 @@
 """Runs the project's commands as a person would: in a process of their own."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pytest
 from conftest import FAST
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +50,29 @@ def run(*words: object, **how) -> subprocess.CompletedProcess:
     process = start(*words, **how)
     out, err = process.communicate(timeout=900)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@contextmanager
+def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
+    """A new folder that is a disk of its own. Skips the test where that cannot be."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(disk: Path, free_bytes: int = 0) -> Path:
+    """Up to so many bytes, with the file that is returned."""
+    filler = disk / "filler"
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:  # others write too: how much is free is not known beforehand
+            file.write(bytes(4096))
+    os.truncate(filler, filler.stat().st_size - free_bytes)
+    return filler
 
 
 def free_port() -> int:

@@ -4,10 +4,8 @@ import errno
 import gc
 import os
 import re
-import shutil
 import subprocess
 import sys
-from contextlib import suppress
 from functools import partial
 
 import jax
@@ -15,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from commands import ROOT
+from commands import ROOT, fill, small_disk
 
 import parallel
 from checkpoint import Checkpoints, DiskFullError
@@ -346,67 +344,71 @@ def test_kill_9_during_a_save_costs_that_save_and_nothing_else(tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 4 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+def disk(tmp_path):
+    with small_disk(tmp_path / "disk", 4) as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("foreseen", [True, False])
 def test_a_full_disk_is_said_and_the_last_good_checkpoint_survives(
-    small_disk, first, foreseen, monkeypatch
+    disk, first, foreseen, monkeypatch
 ):
-    save(small_disk, (1, first))
+    save(disk, (1, first))
     if not foreseen:  # somebody else fills it while the save goes on
         monkeypatch.setattr(Checkpoints, "_check_space", lambda *_: None)
     huge = {"params": {"w": jnp.asarray(np.random.default_rng(0).normal(size=2**21))}}
     with pytest.raises(UserError, match=r"no space left .*the last complete one is step 1"):
-        save(small_disk, (2, huge))
-    assert_same(restore(small_disk), first)
-
-
-def fill(disk, free_bytes):
-    """With a file, up to so many bytes."""
-    with suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-    os.truncate(disk / "filler", (disk / "filler").stat().st_size - free_bytes)
+        save(disk, (2, huge))
+    assert_same(restore(disk), first)
 
 
 @pytest.mark.parametrize("free_kib", [0, 4, 16, 32, 64])
 def test_once_there_is_room_the_next_checkpoint_is_saved(
-    small_disk, first, second, free_kib, monkeypatch
+    disk, first, second, free_kib, monkeypatch
 ):
     """Wherever the disk was full in the one before."""
     monkeypatch.setattr(Checkpoints, "_check_space", lambda *_: None)
-    with Checkpoints(small_disk) as checkpoints:
+    with Checkpoints(disk) as checkpoints:
         checkpoints.save(1, first, NOTES)
         checkpoints.wait()
-        fill(small_disk, 1024 * free_kib)
+        filler = fill(disk, 1024 * free_kib)
         checkpoints.save(2, first, NOTES)
         with pytest.raises(
             DiskFullError, match="could not be written whole; the last complete one is step 1"
         ):
             checkpoints.wait()
         checkpoints.wait()
-        (small_disk / "filler").unlink()
+        filler.unlink()
         checkpoints.save(3, second, NOTES)
-    assert_same(restore(small_disk), second)
+    assert_same(restore(disk), second)
 
 
-def test_what_a_failed_save_has_left_goes_with_the_next(tmp_path, first, second):
-    """Threads that gave up may still write when the failure is known."""
-    with Checkpoints(tmp_path) as checkpoints:
+def test_what_a_failed_save_leaves_and_says_too_late_does_not_harm_the_next(
+    disk, first, second, monkeypatch
+):
+    """Its threads may still write, and find that they cannot, when the failure is known."""
+    monkeypatch.setattr(Checkpoints, "_check_space", lambda *_: None)
+    with Checkpoints(disk) as checkpoints:
         checkpoints.save(1, first, NOTES)
         checkpoints.wait()
-        (tmp_path / "checkpoints/2.orbax-checkpoint-tmp/params").mkdir(parents=True)
+        filler = fill(disk)
+        with pytest.raises(DiskFullError):
+            checkpoints.save(2, first, NOTES)
+            checkpoints.wait()
+        filler.unlink()
+        honest_check, late = checkpoints.manager.check_for_errors, iter([OSError("no folder")] * 3)
+
+        def check():
+            for error in late:
+                raise error
+            honest_check()
+
+        monkeypatch.setattr(checkpoints.manager, "check_for_errors", check)
+        (disk / "checkpoints/2.orbax-checkpoint-tmp/late").mkdir(parents=True, exist_ok=True)
+        checkpoints.wait()
         checkpoints.save(3, second, NOTES)
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "3"}
+    assert not (disk / "checkpoints/2.orbax-checkpoint-tmp/late").exists()
+    assert_same(restore(disk), second)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
@@ -420,9 +422,9 @@ def test_a_used_up_quota_is_a_full_disk(tmp_path, first, code, monkeypatch):
             checkpoints.save(1, first, NOTES)
 
 
-def test_what_is_lacking_is_said_in_numbers_that_differ(small_disk):
+def test_what_is_lacking_is_said_in_numbers_that_differ(disk):
     huge = {"params": {"w": jnp.zeros(2**20)}}
-    fill(small_disk, 2**19)
+    fill(disk, 2**19)
     said = r"checkpoints: a checkpoint needs 4\.0 MiB, 0\.5 MiB are free; there is none yet"
-    with Checkpoints(small_disk) as checkpoints, pytest.raises(DiskFullError, match=said):
+    with Checkpoints(disk) as checkpoints, pytest.raises(DiskFullError, match=said):
         checkpoints.save(2, huge, NOTES)

@@ -12,17 +12,16 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import NANO, ROOT, SMALL, run, settings
+from commands import NANO, ROOT, SMALL, fill, run, settings, small_disk
 from PIL import Image
+from test_train import metrics
 
 from pipeline import Pipeline, open_source
 
-TIMES = {"images_per_second", "seconds_per_step", "mfu"}
 SAVE_EVERY, SAMPLE_EVERY = 20, 15
 EVERY = ["--eval_save_steps", SAVE_EVERY, "--sample_every_n", SAMPLE_EVERY, "--log_every", 5]
 FLAGS = [*SMALL, *EVERY, "--n_steps", 200]
@@ -107,15 +106,9 @@ def whole(server, tmp_path_factory) -> Path:
     return folder
 
 
-def record(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, less what a clock says."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: v for name, v in line.items() if name not in TIMES} for line in lines]
-
-
 def assert_same_end(forks: Forks, folder: Path, whole: Path) -> None:
     """Both have recorded the same and ended with the same bits, and nothing lies about."""
-    assert record(folder) == record(whole)
+    assert metrics(folder) == metrics(whole)
     assert forks.digest(folder) == forks.digest(whole)
     assert not [*folder.rglob("*tmp*")]
 
@@ -286,26 +279,18 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(forks,
 
 
 @pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A disk of 24 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+def disk(tmp_path, server) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", 24) as disk:
+        yield disk
 
 
 @pytest.mark.slow
-def test_a_full_disk_costs_what_it_has_no_room_for(small_disk, forks, whole):
+def test_a_full_disk_costs_what_it_has_no_room_for(disk, forks, whole):
     """Not the run, until its last checkpoint; nor what was saved before."""
-    folder, filler = small_disk / "run", small_disk / "filler"
+    folder = disk / "run"
     forks.start(*FLAGS, "--run_dir", folder)
     wait_until(lambda: newest(folder))
-    with suppress(OSError), filler.open("wb", buffering=0) as file:
-        while True:  # the run writes too: how much is free is not known beforehand
-            file.write(bytes(4096))
+    filler = fill(disk)
     there = newest(folder)
     status, out, err = forks.end()
     assert status == 2 and err.count("\n") == 1
@@ -386,7 +371,7 @@ def test_what_eight_devices_saved_goes_on_on_fewer(forks, tmp_path, fsdp):
         assert forks.digest(folder, n_devices) == saved
         status, out, err = forks.run("--resume", "--run_dir", folder, n_devices=n_devices)
         assert status == 0 and f"on {n_devices} × cpu" in out and "going on at step 20:" in out, err
-        for ours, theirs in zip(record(folder), record(whole), strict=True):
+        for ours, theirs in zip(metrics(folder), metrics(whole), strict=True):
             assert ours.keys() == theirs.keys()
             for name in ours.keys() & {"step", "loss", "grad_norm", "eval_loss"}:
                 np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5)
