@@ -304,7 +304,8 @@ def _hush_orbax() -> None:
     end in silence: each would print a traceback of its own, from a thread or as it is forgotten.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    forgotten = r"coroutine '(Store\._get_array_metadatas|_read_array_\w+)' was never awaited"
+    names = r"Store\._get_array_metadatas|_read_array_\S+|async_serialize_\S+"
+    forgotten = f"coroutine '({names})' was never awaited"
     warnings.filterwarnings("ignore", forgotten, RuntimeWarning)
     logging.getLogger("asyncio").addFilter(_is_not_orbaxs)
     for module, name in ((sys, "unraisablehook"), (threading, "excepthook")):
@@ -322,6 +323,8 @@ def _is_not_orbaxs(record: logging.LogRecord) -> bool:
 def _unless_orbaxs(hook: Callable[[Any], None], unhandled: Any) -> None:
     """What Python calls with an exception that nobody catches."""
     trace = "".join(traceback.format_tb(unhandled.exc_traceback))
+    coroutine = getattr(getattr(unhandled, "object", None), "cr_code", None)
+    trace += coroutine.co_filename if coroutine else ""
     closed = "Event loop is closed" in str(unhandled.exc_value)  # by whom, its trace does not tell
     if not closed and "orbax" not in trace and "tensorstore" not in trace:
         hook(unhandled)

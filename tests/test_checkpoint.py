@@ -2,11 +2,14 @@
 
 import errno
 import gc
+import logging
 import os
 import re
 import subprocess
 import sys
+import threading
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -289,6 +292,35 @@ def test_damage_is_said_once_and_orbaxs_threads_are_silent(tmp_path, first, cach
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.count("cannot read checkpoint") == 8
     assert done.stderr == "" and done.returncode == 0
+
+
+def test_what_others_give_up_is_still_told(tmp_path, monkeypatch):
+    """By a thread, or by a coroutine that is forgotten; what Orbax gives up is not."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    for _ in range(2):
+        Checkpoints(tmp_path).manager.close()
+    code = "async def forgotten(): pass\ncoroutine = forgotten()"
+    for file in ("/site-packages/orbax/checkpoint/serialization.py", "/home/me/notebook.py"):
+        names = {}
+        exec(compile(code, file, "exec"), names)
+        unraisable = {"exc_value": RuntimeWarning("never awaited"), "exc_traceback": None}
+        sys.unraisablehook(SimpleNamespace(**unraisable, object=names["coroutine"]))  # pyright: ignore
+        names["coroutine"].close()
+    assert [unraisable.object.cr_code.co_filename for unraisable in told] == [file]
+    closed = SimpleNamespace(exc_value=RuntimeError("Event loop is closed"), exc_traceback=None)
+    other = SimpleNamespace(exc_value=RuntimeError("something else"), exc_traceback=None)
+    for error in (closed, other):
+        threading.excepthook(error)  # pyright: ignore
+    assert told[1:] == [other]
+
+
+@pytest.mark.parametrize("lost", ["a tensor of OCDBT", "a tensor of mine"])
+def test_asyncio_tells_of_all_exceptions_but_orbaxs(tmp_path, lost, caplog):
+    Checkpoints(tmp_path).manager.close()
+    logging.getLogger("asyncio").error("Future exception was never retrieved: %s", lost)
+    assert len(caplog.records) == (lost == "a tensor of mine")
 
 
 # --- kill -9 --------------------------------------------------------------------------------------

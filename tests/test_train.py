@@ -122,31 +122,6 @@ def test_interrupted_and_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_a_killed_process_loses_only_what_was_not_saved(tmp_path, cache):
-    """kill -9 at a random moment after the first checkpoint, as often as it takes to finish."""
-    flags = [*SMALL, "--n_steps", 800, "--eval_save_steps", 100, "--log_every", 20]
-    flags += ["--sample_every_n", 1000]
-    done = run(NANO, *flags, "--run_dir", tmp_path / "whole", cache=cache)
-    assert done.returncode == 0, done.stderr
-
-    process = start(NANO, *flags, "--run_dir", tmp_path / "run", cache=cache)
-    for _ in range(600):
-        if list((tmp_path / "run/checkpoints").glob("[0-9]*0")):
-            break
-        time.sleep(0.1)
-    time.sleep(float(np.random.default_rng().uniform(0, 1)))
-    process.kill()
-    process.communicate()
-    again = run(NANO, "--resume", "--run_dir", tmp_path / "run", cache=cache)
-    assert again.returncode == 0, again.stderr
-    assert "going on at step" in again.stdout
-    whole, resumed = Trainer.from_run(tmp_path / "whole"), Trainer.from_run(tmp_path / "run")
-    assert whole.step == resumed.step == 800
-    assert_same(whole.state, resumed.state)
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "number, code",
     [(signal.SIGTERM, 143), (signal.SIGINT, 130)],
