@@ -208,7 +208,7 @@ class Checkpoints:
             self.manager.check_for_errors()
 
     def _check_space(self, arrays: dict[str, Any]) -> None:
-        # Asked first: when Orbax itself meets a full disk, its threads print their tracebacks.
+        # Asked first: what Orbax has half written when it meets the end takes room from others.
         needed = sum(shard.data.nbytes for shard in _local_shards(arrays))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
