@@ -147,5 +147,8 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write into a full disk does not tell where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
