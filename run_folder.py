@@ -148,7 +148,8 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a write into a full disk does not tell where
+        if error.errno and not error.filename:  # a write into a full disk does not tell where
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
