@@ -147,5 +147,9 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.errno and not error.filename:  # a write into a full disk does not tell where
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """A run's folder has one name and one writer, and its files are whole or not there."""
 
+import errno
 import json
 import os
 import signal
@@ -106,6 +107,12 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         file.write(b"ne")
         raise OSError("full")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_said_of_the_file_that_was_to_be_written(tmp_path):
+    with pytest.raises(OSError) as full, run_folder.atomic(tmp_path / "config.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert full.value.filename == str(tmp_path / "config.json")
 
 
 @pytest.fixture
