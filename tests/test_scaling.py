@@ -263,7 +263,7 @@ def test_the_real_step_holds_and_needs_what_is_planned(tmp_path, remat):
         assert memory.state == pytest.approx(held, rel=1e-4)
         assert memory.state == pytest.approx(found.argument_bytes, rel=0.01)
         assert 0.75 < memory.temporaries / found.temporary_bytes < 1.33, mesh
-        assert 0.85 < memory.total / found.memory_bytes < 1.15, mesh
+        assert 0.85 < memory.total / found.memory_bytes < 1.2, mesh
         needed[mesh] = found.temporary_bytes
     assert needed["FSDP"] < needed["hybrid"] < needed["DDP"]
 
