@@ -159,15 +159,21 @@ class Checkpoints:
             DamageError: none can be read; with several processes, which would have to agree on it,
                 the newest cannot.
         """
-        damaged, first = [], self.pick() and min(self.manager.all_steps())
-        for step in sorted(self.manager.all_steps(), reverse=True):
+        self.pick()
+        damaged, steps = [], sorted(self.manager.all_steps(), reverse=True)
+        for step in steps:
             try:
                 items = self.restore(step, like)
                 for name in NOTES:
                     self.note(step, name)
                 return step, items, damaged
             except DamageError as error:
-                if step == first or jax.process_count() > 1:
+                self.manager.reload()
+                if sorted(self.manager.all_steps(), reverse=True) != steps:
+                    return self.restore_newest(
+                        like
+                    )  # its run goes on: new ones came, old ones went
+                if step == steps[-1] or jax.process_count() > 1:
                     raise
                 print(f"warning: {error}; taking the one before it", file=sys.stderr)
                 damaged.append(step)

@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -254,6 +255,20 @@ def test_a_note_of_which_a_bit_has_changed_is_refused_and_the_one_before_it_take
     assert (step, damaged) == (4, [8])
     assert_same(arrays, first)
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_checkpoints_that_come_and_go_while_they_are_looked_for_are_not_damaged(
+    tmp_path, first, second, capsys
+):
+    """A run that goes on removes old ones, perhaps the one that is being read."""
+    save(tmp_path, (4, first))
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        shutil.move(tmp_path / "checkpoints/4", tmp_path / "gone")
+        save(tmp_path, (8, second))
+        step, arrays, damaged = checkpoints.restore_newest(like(DDP))
+    assert (step, damaged) == (8, [])
+    assert_same(arrays, second)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_reason_is_one_short_line(tmp_path, first):
