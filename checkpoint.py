@@ -170,9 +170,8 @@ class Checkpoints:
             except DamageError as error:
                 self.manager.reload()
                 if sorted(self.manager.all_steps(), reverse=True) != steps:
-                    return self.restore_newest(
-                        like
-                    )  # its run goes on: new ones came, old ones went
+                    # Its run goes on: new ones have come, and old ones gone.
+                    return self.restore_newest(like)
                 if step == steps[-1] or jax.process_count() > 1:
                     raise
                 print(f"warning: {error}; taking the one before it", file=sys.stderr)

@@ -141,8 +141,9 @@ class Streamed:
                 with fsspec.open(path) as file, pyarrow.parquet.ParquetFile(file) as parquet:
                     return read(parquet)
             except Exception as error:  # the network, the hub's server, the disk: many kinds
-                damaged = isinstance(error, pyarrow.ArrowInvalid)
-                pause = None if damaged else next(pauses, None)
+                # Damaged, without the column, not there, not for us: it stays so.
+                lasting = (pyarrow.ArrowInvalid, LookupError, FileNotFoundError, PermissionError)
+                pause = None if isinstance(error, lasting) else next(pauses, None)
                 reason = str(error).partition("\n")[0] or type(error).__name__
                 problem = f"cannot read {path} ({reason})"
                 if pause is None:

@@ -199,3 +199,19 @@ def test_a_file_elsewhere_that_is_out_of_reach_is_tried_again(folder, monkeypatc
     with pytest.raises(UserError, match=r"cannot read memory://.* \(no route\)"):
         stream.cells([30])
     assert pauses == [1, 4, 1, 4, 16, 60]
+
+
+@pytest.mark.parametrize("what", ["missing", "damaged", "column"])
+def test_what_will_not_change_is_not_tried_again(folder, monkeypatch, what):
+    def sleep(seconds):
+        raise AssertionError("nobody should wait for this")
+
+    monkeypatch.setattr(streams.time, "sleep", sleep)
+    files = in_memory(folder)
+    if what == "missing":
+        files = ["memory://set/elsewhere.parquet"]
+    if what == "damaged":
+        with fsspec.open(files[0], "wb") as file:
+            file.write(b"PAR1 and no more")  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(UserError, match=r"cannot read memory://set/"):
+        Streamed(files).column("no such column")
