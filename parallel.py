@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp")
@@ -32,10 +32,15 @@ def make_mesh(fsdp: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
 
 
+def abstract_mesh(data: int, fsdp: int) -> AbstractMesh:
+    """A mesh of devices that are not here: enough for `partition`."""
+    return AbstractMesh((data, fsdp), AXES)
+
+
 # --- where arrays live ----------------------------------------------------------------------------
 
 
-def partition(tree: Any, mesh: Mesh) -> Any:
+def partition(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The shape rule: the `PartitionSpec` of every array, for parameters, their moments and their
     averages alike.
 
@@ -153,11 +158,15 @@ def _any(flags: Any) -> Any:
 # --- gradients ------------------------------------------------------------------------------------
 
 
-def unshard(shards: Any, axes: tuple[int | None, ...]) -> Any:
-    """Gather every leaf that has an axis. The transpose is the reduce-scatter of its gradient."""
+def unshard(shards: Any, axes: tuple[int | None, ...], across: tuple[str, ...]) -> Any:
+    """Gather every leaf that has an axis. The transpose is the reduce-scatter of its gradient, and
+    then the sum of shards over the axes `across` which they lie: hosts exchange shards, not wholes.
+    """
     leaves, treedef = jax.tree.flatten(shards)
     full = [
-        x if axis is None else jax.lax.all_gather(x, "fsdp", axis=x.ndim + axis, tiled=True)
+        x
+        if axis is None
+        else jax.lax.all_gather(_vary(x, across), "fsdp", axis=x.ndim + axis, tiled=True)
         for x, axis in zip(leaves, axes, strict=True)
     ]
     return jax.tree.unflatten(treedef, full)
@@ -187,25 +196,27 @@ class Gathered(nnx.Module):
     more for its backward pass. With nothing to gather, it still keeps no copies of weights.
     """
 
-    def __init__(self, part: nnx.Module, axes: tuple[int | None, ...]):
-        self.part, self.axes = part, axes
+    def __init__(
+        self, part: nnx.Module, axes: tuple[int | None, ...], across: tuple[str, ...] = ()
+    ):
+        self.part, self.axes, self.across = part, axes, across
 
     def __call__(self, *args):
         graphdef, shards = nnx.split(self.part)
 
         @partial(jax.checkpoint, policy=all_but_gathered)
         def call(shards, *args):
-            return nnx.merge(graphdef, unshard(shards, self.axes))(*args)
+            return nnx.merge(graphdef, unshard(shards, self.axes, self.across))(*args)
 
         return call(shards, *args)
 
 
-def live_model(graphdef, params: Any, specs: Any) -> nnx.Module:
+def live_model(graphdef, params: Any, specs: Any, across: tuple[str, ...] = ()) -> nnx.Module:
     """The model on this device's shards, each part of which gathers itself when it is called."""
     model = nnx.merge(graphdef, params)
     for name, weights in params.items():
         axes = sharded_axes(specs[name], jax.tree.map(lambda x: x.ndim, weights))
-        setattr(model, name, Gathered(getattr(model, name), axes))
+        setattr(model, name, Gathered(getattr(model, name), axes, across))
     return model
 
 
@@ -227,9 +238,12 @@ def value_and_grad(loss: Callable, graphdef, mesh: Mesh, *, accumulate_steps: in
         specs = partition(params, mesh)
         share = (1 if scale is None else scale) / (mesh.size * accumulate_steps)
 
+        # With parts to add up, gradients of shards stay this device's own until the end.
+        across = ("data",) if accumulate_steps == 1 else ()
+
         def local(params, batch, key, share):
             def weighed(params, rows):
-                value, metrics = loss(live_model(graphdef, params, specs), rows, key)
+                value, metrics = loss(live_model(graphdef, params, specs, across), rows, key)
                 return value * share, (value, metrics)
 
             gradient = jax.grad(weighed, has_aux=True)

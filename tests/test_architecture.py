@@ -17,7 +17,7 @@ RANKS = {
     **dict.fromkeys(("datasets_config", "interrupts", "run_folder", "text", "workers"), 0),
     **dict.fromkeys(("processes", "lanes", "streams"), 0),
     **dict.fromkeys(("captions", "model", "sources", "pipeline", "tracking", "profiling"), 1),
-    **dict.fromkeys(("checkpoint", "train_config", "showcase", "resident"), 2),
+    **dict.fromkeys(("checkpoint", "train_config", "showcase", "resident", "scaling"), 2),
     **dict.fromkeys(("generate", "open_run"), 3),
     **dict.fromkeys(("train", "train_profile"), 4),
 }

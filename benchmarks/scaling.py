@@ -1,0 +1,242 @@
+"""What scaling costs on this machine, and how far the plan on paper is from what is measured.
+
+    python benchmarks/scaling.py
+
+Compile time at depth 28 and 6; a gradient with and without `shard_map`, and over eight virtual
+devices; the real step's memory beside `scaling.py`'s; its time on one device beside the roofline of
+this processor, whose speed is measured in the same run. Virtual devices share the same cores: their
+times say what sharding costs, not what it brings.
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import cli
+import model
+import parallel
+import profiling
+import scaling
+from model import graphdef, init_params, model_config
+from objectives import logit_normal, rectified_flow
+from pipeline import Batch
+from train import TrainConfig, Trainer
+
+MESHES = {"DDP": (8, 1), "hybrid": (2, 4), "FSDP": (1, 8)}
+LOSS = rectified_flow(density=logit_normal(), label_dropout=0.1)
+LATENTS: dict[str, Any] = {"image_size": 32, "channels": 3, "profile": True}  # no pictures are read
+# The width of DiT-S in two depths, for compile times.
+DEEP = {f"DiT-{n}/2": {"width": 384, "depth": n, "n_heads": 6, "patch_size": 2} for n in (6, 28)}
+model.MODELS |= DEEP
+
+
+@dataclass(frozen=True)
+class ScalingConfig:
+    """Measure what scaling costs.
+
+    Args:
+        n_rounds: of timing, after one that is not counted; what is compared is timed in turn.
+        n_compiles: of each depth.
+    """
+
+    n_rounds: int = 5
+    n_compiles: int = 2
+
+
+def lowered_step(trainer: Trainer) -> Any:
+    jax.block_until_ready(trainer.state)  # what makes it must not be timed with what comes next
+    batch = parallel.place(trainer.blank_batch(), trainer.mesh)
+    return trainer.update.lower(trainer.state, batch, trainer.train_key)
+
+
+def compile_times(n: int) -> dict[str, float]:
+    """Seconds to compile the train step of 28 and of 6 blocks: of processors and by the clock, the
+    best of n in turn.
+    """
+    busy, waited = {name: [] for name in DEEP}, {name: [] for name in DEEP}
+    for _ in range(n):
+        for name in DEEP:
+            lowered = lowered_step(Trainer(TrainConfig(model=name, batch_size=8, remat=True)))
+            clock, processors = time.perf_counter(), time.process_time()
+            lowered.compile()
+            busy[name].append(time.process_time() - processors)
+            waited[name].append(time.perf_counter() - clock)
+    few, many = DEEP
+    return {
+        "depth_6_s": min(waited[few]),
+        "depth_28_s": min(waited[many]),
+        "ratio_by_clock": min(waited[many]) / min(waited[few]),
+        "ratio_of_processor_time": min(busy[many]) / min(busy[few]),
+    }
+
+
+def interleaved(steps: dict[str, Callable[[], Any]], n_rounds: int) -> dict[str, float]:
+    """Median seconds of each; one step of each in turn, so that what else the machine does meets
+    all alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(n_rounds + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            jax.block_until_ready(step())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def gradient_times(n_rounds: int) -> dict[str, float]:
+    """A gradient of DiT-Ti/2 on 32×32×4, 16 rows: plain jax, ours on one device, and on eight that
+    share the same cores.
+    """
+    c = model_config("DiT-Ti/2", image_size=32, channels=4, out_channels=4, n_classes=10)
+    key, rows = jax.random.key(0), 16
+
+    def make() -> Batch:
+        image = jax.random.randint(key, (rows, 32, 32, 4), 0, 256).astype(jnp.uint8)
+        return Batch(jnp.arange(rows, dtype=jnp.int32), image, jnp.zeros(rows, jnp.int32))
+
+    def plain(params, batch):
+        return LOSS(nnx.merge(graphdef(c), params), batch, key)
+
+    meshes = {"ours": parallel.make_mesh(devices=jax.devices()[:1])}
+    meshes |= {name: parallel.make_mesh(fsdp) for name, (_, fsdp) in MESHES.items()}
+    gradient = jax.jit(jax.value_and_grad(plain, has_aux=True))
+    params, batch = init_params(c, key), make()
+    steps: dict[str, Callable[[], Any]] = {"plain": lambda: gradient(params, batch)}
+    for name, mesh in meshes.items():
+        run = jax.jit(parallel.value_and_grad(LOSS, graphdef(c), mesh))
+        args = (
+            parallel.create(lambda: init_params(c, key), mesh),
+            parallel.place(jax.device_get(batch), mesh),
+            key,
+        )
+        steps[name] = lambda run=run, args=args: run(*args)
+    return interleaved(steps, n_rounds)
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Bytes of one device: XLA's figures and the plan's."""
+
+    mesh: str
+    remat: bool
+    arguments: float
+    temporaries: float
+    planned_state: float
+    planned_temporaries: float
+
+    @property
+    def ratio(self) -> float:
+        """Planned over XLA's, all together. Outputs are the arguments' buffers."""
+        planned = self.planned_state + self.planned_temporaries
+        return planned / (self.arguments + self.temporaries)
+
+
+def memory(rows: int = 4) -> list[MemoryRow]:
+    """Of the real step of DiT-S/2 on 32×32×3."""
+    found = []
+    for name, (data, fsdp) in (("DDP", (8, 1)), ("FSDP", (1, 8))):
+        for remat in (True, False):
+            settings = TrainConfig(
+                model="DiT-S/2", batch_size=rows * data * fsdp, fsdp=fsdp, remat=remat, **LATENTS
+            )
+            trainer = Trainer(settings)
+            cost = profiling.cost(lowered_step(trainer).compile())
+            assert cost.argument_bytes and cost.temporary_bytes
+            planned = scaling.Plan(trainer.model_config, UNKNOWN, data, fsdp, rows).memory
+            xla = (cost.argument_bytes, cost.temporary_bytes)
+            found.append(MemoryRow(name, remat, *xla, planned.state, planned.temporaries))
+    return found
+
+
+UNKNOWN = scaling.Device("unknown", *[1.0] * 9)
+
+
+def step_time(n_rounds: int, rows: int = 8) -> tuple[scaling.Plan, float]:
+    """The plan of a step of DiT-S/2 on 32×32×3 on all cores as one device, whose speed is what a
+    large float32 product and a large copy attain between the steps; and the step's seconds.
+    """
+    one = parallel.make_mesh(devices=jax.devices()[:1])
+    with patch.object(parallel, "make_mesh", lambda fsdp: one):
+        trainer = Trainer(TrainConfig(model="DiT-S/2", batch_size=rows, **LATENTS))
+    batch = trainer.blank_batch()
+    n, size = 2048, 2**26
+    matrix, arrays = jnp.ones((n, n)), [jnp.ones(size)]
+    multiply = jax.jit(jnp.matmul)
+    rewrite = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: new pages would be timed too
+
+    def copy():
+        for _ in range(10):
+            arrays[0] = rewrite(arrays[0])
+        return arrays[0]
+
+    seconds = interleaved(
+        {
+            "step": lambda: trainer.train_step(batch),
+            "multiply": lambda: [multiply(matrix, matrix) for _ in range(10)],
+            "copy": copy,
+        },
+        n_rounds,
+    )
+    speed = 10 * 2 * n**3 / seconds["multiply"]
+    processor = replace(
+        UNKNOWN,
+        name="this processor",
+        flops_per_second=speed,
+        peak_flops_per_second=speed,
+        memory_bytes_per_second=10 * 2 * 4 * size / seconds["copy"],
+    )
+    return scaling.Plan(trainer.model_config, processor, 1, 1, rows), seconds["step"]
+
+
+def main() -> None:
+    config = cli.parse(ScalingConfig)
+    plan, measured = step_time(config.n_rounds)
+    device = plan.device
+    print(
+        f"this processor: {device.flops_per_second / 1e9:.0f} GFLOP/s in a float32 product, "
+        f"{device.memory_bytes_per_second / 1e9:.1f} GB/s in a copy\n"
+        f"DiT-S/2, {plan.rows} rows, one device: planned {plan.seconds:.2f} s "
+        f"(products {plan.arithmetic_seconds:.2f}, memory {plan.memory_seconds:.2f}), "
+        f"measured {measured:.2f} s, planned / measured {plan.seconds / measured:.2f}"
+    )
+    gradients = gradient_times(config.n_rounds)
+    print("\n| gradient, 16 rows | s | ratio |\n|---|---|---|")
+    for name, seconds in gradients.items():
+        print(f"| {name} | {seconds:.3f} | {seconds / gradients['plain']:.2f} |")
+    compiled = compile_times(config.n_compiles)
+    print("\n" + "\n".join(f"compile {name}: {value:.2f}" for name, value in compiled.items()))
+    held = memory()
+    print("\n| DiT-S/2, 4 rows a device | remat | arguments MB | planned | temporaries MB ", end="")
+    print("| planned | planned / XLA, together |\n|---|---|---|---|---|---|---|")
+    for row in held:
+        amounts = (row.arguments, row.planned_state, row.temporaries, row.planned_temporaries)
+        numbers = " | ".join(f"{amount / 1e6:.1f}" for amount in amounts)
+        print(f"| {row.mesh} | {'yes' if row.remat else 'no'} | {numbers} | {row.ratio:.2f} |")
+    results = {
+        "gflops": device.flops_per_second / 1e9,
+        "gb_per_s": device.memory_bytes_per_second / 1e9,
+        "step_planned_s": plan.seconds,
+        "step_measured_s": measured,
+        "gradient_s": gradients,
+        "compile": compiled,
+        "memory": [vars(row) | {"ratio": row.ratio} for row in held],
+    }
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    cli.run(main)
