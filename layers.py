@@ -22,6 +22,31 @@ zeros = jax.nn.initializers.zeros
 small_normal = jax.nn.initializers.normal(0.02)
 
 
+@jax.custom_vjp
+def product(x: Float[Array, "*b i"], w: Float[Array, "i o"]) -> Float[Array, "*b o"]:
+    """x W with operands in x's precision and sums in float32, forward and backward.
+
+    With y's gradient g: dx = g Wᵀ, dW = xᵀ g. JAX's own rule would multiply float32 gradients by
+    bfloat16 operands, in float32. dW contracts all leading axes at once and stays float32.
+    """
+    return jnp.einsum("...i,io->...o", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _product_forward(x, w):
+    return product(x, w), (x, w)
+
+
+def _product_backward(kept, g):
+    x, w = kept
+    g = g.astype(x.dtype)
+    to_float = {"preferred_element_type": jnp.float32}
+    dx = jnp.einsum("...o,io->...i", g, w.astype(x.dtype), **to_float)
+    return dx.astype(x.dtype), jnp.einsum("...i,...o->io", x, g, **to_float)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 class Linear(nnx.Module):
     """y = x W + b over the last axis, computed in `dtype` with float32 weights."""
 
@@ -31,9 +56,8 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        y = jnp.einsum("...i,io->...o", x.astype(self.dtype), kernel)
-        return y + bias.reshape([1] * (y.ndim - 1) + [-1])
+        y = product(x.astype(self.dtype), self.kernel[...])
+        return (y + self.bias[...].reshape([1] * (y.ndim - 1) + [-1])).astype(self.dtype)
 
 
 # --- norms ----------------------------------------------------------------------------------------
