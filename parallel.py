@@ -180,11 +180,12 @@ def _leaves(specs: Any) -> list[P]:
     return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
 
 
-def all_but_gathered(primitive: Any, *_, **__) -> bool:
-    """What the backward pass finds again: everything but gathered weights and casts of them. Kept
-    for every block, they would add up to the whole model.
+def dear(primitive: Any, *_, **__) -> bool:
+    """What the backward pass finds again: products and what a layer names. All else is cheaper to
+    compute once more than to keep: norms, activations, casts, and gathered weights, which would add
+    up to the whole model.
     """
-    return primitive.name not in ("all_gather", "pvary", "convert_element_type")
+    return primitive.name in ("dot_general", "name")
 
 
 class Gathered(nnx.Module):
@@ -198,7 +199,7 @@ class Gathered(nnx.Module):
     def __call__(self, *args):
         graphdef, shards = nnx.split(self.part)
 
-        @partial(jax.checkpoint, policy=all_but_gathered)
+        @partial(jax.checkpoint, policy=dear)
         def call(shards, *args):
             return nnx.merge(graphdef, unshard(shards, self.axes))(*args)
 
