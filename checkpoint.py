@@ -6,11 +6,21 @@ sampler reads only what it needs, on any number of devices. Sums of all bits are
 what comes back is what was saved, or is refused.
 """
 
+import errno
+import json
 import logging
+import os
 import shutil
 import sys
-from collections.abc import Iterable
-from contextlib import contextmanager
+import textwrap
+import threading
+import time
+import traceback
+import warnings
+import zlib
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +35,8 @@ DAMAGED = "damaged"  # checkpoints that cannot be read are moved here
 ARRAYS = ("params", "ema", "optimizer")
 NOTES = ("config", "data")
 SUMS = "sums"
+# What Orbax raises over damaged files. A lack of memory is a RuntimeError and no damage.
+DAMAGE = (ValueError, LookupError, OSError, AttributeError, TypeError, AssertionError)
 
 
 class DamageError(UserError):
@@ -49,7 +61,7 @@ class Checkpoints:
             read_only: never touch the folder, which another process may be writing to. Without it,
                 what a killed process left half-written is removed.
         """
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        _hush_orbax()
         self.folder = run_dir.resolve() / FOLDER
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -57,6 +69,7 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
         )
+        self.failed = False  # the last save
         items = (*ARRAYS, *NOTES, SUMS)
         self.manager = ocp.CheckpointManager(self.folder, item_names=items, options=options)
 
@@ -99,15 +112,21 @@ class Checkpoints:
         step again does nothing.
 
         Raises:
-            DiskFullError: now or during the previous save. Earlier steps are intact.
+            DiskFullError: now or during the previous save, if nobody has waited for it. Earlier
+                steps are intact.
             RuntimeError: a newer step is already there.
         """
+        self.wait()
+        if self.failed:
+            self._after_a_failure()
         if step == self.latest():
             return
-        self._check_space(step, arrays)
+        self._check_space(arrays)
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         items |= {name: ocp.args.JsonSave(note) for name, note in notes.items()}
-        items[SUMS] = ocp.args.JsonSave({name: bit_sums(tree) for name, tree in arrays.items()})
+        sums: dict[str, Any] = {name: bit_sums(tree) for name, tree in arrays.items()}
+        sums |= {name: checksum(note) for name, note in notes.items()}
+        items[SUMS] = ocp.args.JsonSave(sums)
         with self._disk_full_is_said():
             saved = self.manager.save(step, args=ocp.args.Composite(**items))
         if not saved:
@@ -133,19 +152,28 @@ class Checkpoints:
 
     def restore_newest(self, like: dict[str, Any]) -> tuple[int, dict[str, Any], list[int]]:
         """The newest step that can be read, its items, and the damaged steps after it, of which
-        each is said.
+        each is said. One with damaged notes counts as damaged.
 
         Raises:
             UserError: there is no checkpoint.
             DamageError: none can be read; with several processes, which would have to agree on it,
                 the newest cannot.
         """
-        damaged, first = [], self.pick() and min(self.manager.all_steps())
-        for step in sorted(self.manager.all_steps(), reverse=True):
+        self.pick()
+        damaged, steps = [], sorted(self.manager.all_steps(), reverse=True)
+        for step in steps:
             try:
-                return step, self.restore(step, like), damaged
+                items = self.restore(step, like)
+                for name in NOTES:
+                    self.note(step, name)
+                return step, items, damaged
             except DamageError as error:
-                if step == first or jax.process_count() > 1:
+                self.manager.reload()
+                if sorted(self.manager.all_steps(), reverse=True) != steps:
+                    return self.restore_newest(
+                        like
+                    )  # its run goes on: new ones came, old ones went
+                if step == steps[-1] or jax.process_count() > 1:
                     raise
                 print(f"warning: {error}; taking the one before it", file=sys.stderr)
                 damaged.append(step)
@@ -165,35 +193,59 @@ class Checkpoints:
         Raises:
             DamageError: the checkpoint is damaged.
         """
-        items = {name: ocp.args.JsonRestore()}
+        items = {name: ocp.args.JsonRestore() for name in (name, SUMS)}
         with self._damage_is_said(step):
-            return self.manager.restore(step, args=ocp.args.Composite(**items))[name]
+            restored = self.manager.restore(step, args=ocp.args.Composite(**items))
+            found = checksum(restored[name])
+            if restored[SUMS].get(name, found) != found:  # older checkpoints have no sum of it
+                raise ValueError(f"'{name}' is not what was saved")
+        return restored[name]
 
     def wait(self) -> None:
-        """Wait until all that was saved is on disk."""
+        """Wait until all that was saved is on disk. A failed save is said once.
+
+        Raises:
+            DiskFullError: it cannot be.
+        """
+        if self.failed:
+            return
         with self._disk_full_is_said():
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
 
-    def _check_space(self, step: int, arrays: dict[str, Any]) -> None:
-        # Asked first: when Orbax itself meets a full disk, its threads print their tracebacks.
+    def _check_space(self, arrays: dict[str, Any]) -> None:
+        # Asked first: what Orbax has half written when it meets the end takes room from others.
         needed = sum(shard.data.nbytes for shard in _local_shards(arrays))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise self._disk_full(
-                f"step {step} needs {needed >> 20} MiB, {free >> 20} MiB are free"
+                f"a checkpoint needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free"
             )
+
+    def _after_a_failure(self) -> None:
+        """Make way for the next save. The failed one's threads go on for a while, and trip over
+        what is removed under them; their errors would be taken for the next one's.
+        """
+        time.sleep(1)  # nothing waits for them all
+        for _ in range(10):
+            with suppress(Exception):
+                self.manager.check_for_errors()
+                break
+        if jax.process_index() == 0:  # which alone makes these folders
+            for half_written in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(half_written, ignore_errors=True)
+        self.failed = False
 
     @contextmanager
     def _disk_full_is_said(self):
         try:
             yield
-        except (ValueError, OSError) as error:
-            if "No space left" not in str(error):
+        except Exception as error:
+            # By text: Orbax wraps the operating system's error in one of its own.
+            if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
                 raise
-            for half_written in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(half_written, ignore_errors=True)
-            raise self._disk_full("a checkpoint could not be written") from error
+            self.failed = True
+            raise self._disk_full("a checkpoint could not be written whole") from error
 
     @contextmanager
     def _damage_is_said(self, step: int):
@@ -202,18 +254,21 @@ class Checkpoints:
         except Exception as error:
             # A truncated array is a bare Exception of Orbax, caused by what is wrong with it.
             bare = type(error) is Exception
-            if not bare and not isinstance(error, (ValueError, KeyError, OSError)):
+            if not bare and not isinstance(error, DAMAGE):
                 raise
-            reason = str(error.__cause__ if bare else error).strip().partition("\n")[0]
+            cause = error.__cause__ or error if bare else error
+            reason = " ".join(str(cause).split())
+            if not isinstance(cause, OSError) and type(cause) is not ValueError:
+                reason = f"{type(cause).__name__}: {reason}"  # a KeyError's text is a bare name
             raise DamageError(
-                f"cannot read checkpoint {self.folder / str(step)}: {reason}"
+                f"cannot read checkpoint {self.folder / str(step)}: "
+                f"{textwrap.shorten(reason, 200, placeholder=' …')}"
             ) from error
 
     def _disk_full(self, reason: str) -> DiskFullError:
-        return DiskFullError(
-            f"no space left on the disk of {self.folder}: {reason}; "
-            f"the last complete checkpoint is step {self.latest()}"
-        )
+        last = self.latest()
+        left = "there is none yet" if last is None else f"the last complete one is step {last}"
+        return DiskFullError(f"no space left for {self.folder}: {reason}; {left}")
 
 
 def _local_shards(tree: Any) -> Iterable[Any]:
@@ -243,6 +298,42 @@ def bit_sums(tree: Any) -> dict[str, int]:
     """
     sums = jax.tree_util.tree_leaves_with_path(jax.device_get(_sums(tree)))
     return {jax.tree_util.keystr(path): int(x) for path, x in sums}
+
+
+def checksum(note: dict[str, Any]) -> int:
+    """Of what a JSON object says, however it is written."""
+    return zlib.crc32(json.dumps(note, sort_keys=True).encode())
+
+
+def _hush_orbax() -> None:
+    """What goes wrong is raised, and said once. Let the reads and writes that Orbax then gives up
+    end in silence: each would print a traceback of its own, from a thread or as it is forgotten.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    names = r"Store\._get_array_metadatas|_read_array_\S+|async_serialize_\S+"
+    forgotten = f"coroutine '({names})' was never awaited"
+    warnings.filterwarnings("ignore", forgotten, RuntimeWarning)
+    logging.getLogger("asyncio").addFilter(_is_not_orbaxs)
+    for module, name in ((sys, "unraisablehook"), (threading, "excepthook")):
+        hook = getattr(module, name)
+        if getattr(hook, "func", None) is not _unless_orbaxs:
+            setattr(module, name, partial(_unless_orbaxs, hook))
+
+
+def _is_not_orbaxs(record: logging.LogRecord) -> bool:
+    """asyncio tells of exceptions that nobody has asked for."""
+    told = logging.Formatter().format(record)  # with the traceback
+    return not any(name in told for name in ("OCDBT", "TensorStore", "orbax"))
+
+
+def _unless_orbaxs(hook: Callable[[Any], None], unhandled: Any) -> None:
+    """What Python calls with an exception that nobody catches."""
+    trace = "".join(traceback.format_tb(unhandled.exc_traceback))
+    coroutine = getattr(getattr(unhandled, "object", None), "cr_code", None)
+    trace += coroutine.co_filename if coroutine else ""
+    closed = "Event loop is closed" in str(unhandled.exc_value)  # by whom, its trace does not tell
+    if not closed and "orbax" not in trace and "tensorstore" not in trace:
+        hook(unhandled)
 
 
 def _unused(path: Path) -> Path:

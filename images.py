@@ -178,7 +178,7 @@ def _replace(path: str | Path, write: Callable[[Path], object]) -> None:
     """Writes a neighbour and renames it, so that a reader or a crash never sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # as in run_folder
     try:
         write(temporary)
         os.replace(temporary, path)

@@ -7,7 +7,7 @@ It trains nothing; of several processes the first one alone writes records and p
 import errno
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,7 @@ def open_run(trainer: "Trainer", last: int) -> Iterator["OpenRun"]:
 def _take(trainer: "Trainer", stack: ExitStack) -> str:
     run_folder.make(trainer.run_dir)
     stack.enter_context(run_folder.locked(trainer.run_dir))
+    run_folder.tidy(trainer.run_dir)
     run_folder.write_config(trainer.run_dir, trainer.describe())
     return ""
 
@@ -69,6 +70,7 @@ class OpenRun:
     unread: tuple[int, int, dict[str, Any]] | None = None  # a step, its batch, its report
     finite: bool = True  # the step that was read last
     stop_was_asked: bool = False  # of any process, when that step was dispatched
+    saving: int = 0  # the step of the last checkpoint, which may still be being written
     rollbacks: list[str] = field(default_factory=list)
 
     def batches(self) -> Iterator[Batch]:
@@ -133,15 +135,13 @@ class OpenRun:
         only said: there may be room for the next.
         """
         t = self.trainer
+        self._finish_saving()
         if not self.finite:
             self.tracker.message(f"step {t.step} is not saved: it went wrong")
             return
-        try:
+        self.saving = t.step
+        with nullcontext() if required else self._unsaved_is_said():
             self.checkpoints.save(t.step, *t.items())
-        except DiskFullError as error:
-            if required:
-                raise
-            self.tracker.message(f"step {t.step} is not saved, training goes on: {error}")
 
     def show(self, name: str, *, gif: bool = False) -> None:
         """A sheet of samples in samples/ and TensorBoard and, with `gif`, its way from noise."""
@@ -157,6 +157,18 @@ class OpenRun:
                 images.save_gif(sheets, folder / "trajectory.gif")
             self.tracker.image(t.step, "samples", sheets[-1])
 
+    def _finish_saving(self) -> None:
+        """Wait for the last checkpoint: if it fails, that is said under its own step."""
+        with self._unsaved_is_said():
+            self.checkpoints.wait()
+
+    @contextmanager
+    def _unsaved_is_said(self) -> Iterator[None]:
+        try:
+            yield
+        except DiskFullError as error:
+            self.tracker.message(f"step {self.saving} is not saved, training goes on: {error}")
+
     @contextmanager
     def _full_disk_is_said(self, path: Path) -> Iterator[None]:
         try:
@@ -171,7 +183,7 @@ class OpenRun:
         Chowdhery et al. 2022, §5.1, do after a spike of the loss).
         """
         t = self.trainer
-        self.checkpoints.wait()
+        self._finish_saving()
         back = self.checkpoints.latest() or 0
         self.rollbacks.append(f"step {step} (back to step {back})")
         rows = t.data.rows(position).tolist()

@@ -6,6 +6,7 @@ Nothing here knows of checkpoints, metrics or models; they are written into the 
 import fcntl
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from errors import UserError
 
 RUNS = Path("runs")
 CONFIG = "config.json"
+TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")  # .NAME.PID.tmp: two processes never share one
 NEEDED = ("dataset_name", "model", "model_config", "dataset")
 
 
@@ -47,11 +49,14 @@ def newest(dataset_name: str, model: str | None, *, root: Path = RUNS) -> Path:
 def require_new(run_dir: Path) -> None:
     """Raises UserError if the folder is in use: a run is new or resumed, never mixed.
 
-    A profile, which needs no run, may lie there already.
+    A profile, which needs no run, may lie there already, and what a process left that was killed
+    before it wrote anything whole.
     """
-    if run_dir.exists() and not (
-        run_dir.is_dir() and all(path.name == "profile" for path in run_dir.iterdir())
-    ):
+
+    def is_nothing(path: Path) -> bool:
+        return path.name == "profile" or bool(TEMPORARY.fullmatch(path.name))
+
+    if run_dir.exists() and not (run_dir.is_dir() and all(map(is_nothing, run_dir.iterdir()))):
         raise UserError(
             f"'{run_dir}' already exists; go on with it by --resume, or name another --run_dir"
         )
@@ -85,6 +90,29 @@ def locked(run_dir: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def tidy(run_dir: Path) -> None:
+    """Remove what `atomic` had not finished in the folder or its subfolders when its process was
+    killed. Call it as the only writer.
+    """
+    for path in (*run_dir.glob(".*.tmp"), *run_dir.glob("*/.*.tmp")):
+        found = TEMPORARY.fullmatch(path.name)
+        if found and not _is_alive(int(found[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    """Whether that is another process: one that draws pictures, perhaps."""
+    if process == os.getpid():  # in a container the next process often has the same number
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def read_config(run_dir: Path) -> dict[str, Any]:
     """The settings a run was started with, its `model_config` and its `dataset`.
 
@@ -111,11 +139,17 @@ def write_config(run_dir: Path, config: dict[str, Any]) -> None:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the name `path` only when all of it is written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """A file that takes the name `path` only when all of it is on disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.errno and not error.filename:  # a write into a full disk does not tell where
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)

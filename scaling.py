@@ -27,9 +27,9 @@ from text import Caption
 HOST = 8  # devices
 FP32 = 4  # bytes of a weight, a gradient, a moment, an average
 MOMENTS = 2
-# Trees of the gradient's size while weights are updated: itself and two that `update` makes anew
-# before it chooses between new and old. Found in XLA's buffer assignment on CPU.
-UPDATE_TREES = 3
+# Trees of the gradient's size while weights are updated: itself, and the steps that are taken.
+# Found in XLA's buffer assignment on CPU.
+UPDATE_TREES = 2
 # AdamW and EMA read gradient, weights, two moments and average and write all but the gradient; its
 # norm reads the gradient once more.
 UPDATE_PASSES = 10

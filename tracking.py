@@ -5,7 +5,6 @@ It writes and prints what it is given, and knows no model.
 
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import numpy as np
 from tqdm import tqdm
+
+from run_folder import atomic
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -186,12 +187,8 @@ def rewind(path: Path, step: int) -> None:
     new = "".join(f"{line}\n" for line in lines if belongs(line)).encode()
     if new == old:
         return
-    neighbour = path.with_name(path.name + ".tmp")
-    with neighbour.open("wb") as file:
+    with atomic(path) as file:
         file.write(new)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(neighbour, path)
 
 
 def duration(seconds: float) -> str:

@@ -1,22 +1,26 @@
 """What was saved comes back bit for bit, and no death costs more than the save it interrupts."""
 
+import errno
 import gc
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from functools import partial
-from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from commands import ROOT, fill, small_disk
 
 import parallel
-from checkpoint import Checkpoints
+from checkpoint import Checkpoints, DiskFullError
 from errors import UserError
 
 ONE = parallel.make_mesh(devices=jax.devices()[:1])
@@ -187,8 +191,6 @@ def test_reading_a_run_without_checkpoints_creates_nothing(tmp_path):
 # --- damage ---------------------------------------------------------------------------------------
 
 
-# Orbax's reads that are given up may fail to report to an event loop that has closed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_another_models_weights_are_refused(tmp_path, first):
     save(tmp_path, (4, first))
     other = like(DDP)
@@ -203,9 +205,6 @@ def truncate(path, share):
     os.truncate(path, int(share * path.stat().st_size))
 
 
-# Of the arrays that were being read beside the damaged one.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("share", [0, 0.5])
 @pytest.mark.parametrize("name", ["largest", "manifest.ocdbt", "_METADATA"])
 def test_a_truncated_checkpoint_is_refused_by_name(tmp_path, first, name, share):
@@ -227,6 +226,116 @@ def test_a_truncated_note_is_refused_by_name(tmp_path, first, share):
     refused = pytest.raises(UserError, match=re.escape(str(folder)))
     with Checkpoints(tmp_path, read_only=True) as checkpoints, refused:
         checkpoints.note(4, "data")
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"a": 1'])
+@pytest.mark.parametrize("name", ["params/_METADATA", "params/array_metadatas/process_0", "sums"])
+def test_metadata_that_say_something_else_are_damage(tmp_path, first, name, text):
+    """Orbax trips over them in many ways."""
+    save(tmp_path, (4, first))
+    folder = tmp_path / "checkpoints" / "4"
+    (folder / name.replace("sums", "sums/metadata")).write_text(text)
+    with pytest.raises(UserError, match=rf"^cannot read checkpoint {re.escape(str(folder))}: .+"):
+        restore(tmp_path)
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_a_note_of_which_a_bit_has_changed_is_refused_and_the_one_before_it_taken(
+    tmp_path, first, second, name, capsys
+):
+    save(tmp_path, (4, first), (8, second))
+    note = tmp_path / "checkpoints/8" / name / "metadata"
+    changed = note.read_bytes().replace(b"3", b"7").replace(b"17", b"16")
+    assert changed != note.read_bytes()
+    note.write_bytes(changed)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        with pytest.raises(UserError, match=rf"checkpoints/8: '{name}' is not what was saved$"):
+            checkpoints.note(8, name)
+        step, arrays, damaged = checkpoints.restore_newest(like(DDP))
+    assert (step, damaged) == (4, [8])
+    assert_same(arrays, first)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_checkpoints_that_come_and_go_while_they_are_looked_for_are_not_damaged(
+    tmp_path, first, second, capsys
+):
+    """A run that goes on removes old ones, perhaps the one that is being read."""
+    save(tmp_path, (4, first))
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        shutil.move(tmp_path / "checkpoints/4", tmp_path / "gone")
+        save(tmp_path, (8, second))
+        step, arrays, damaged = checkpoints.restore_newest(like(DDP))
+    assert (step, damaged) == (8, [])
+    assert_same(arrays, second)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_reason_is_one_short_line(tmp_path, first):
+    """TensorStore's are two thousand letters."""
+    save(tmp_path, (4, first))
+    (tmp_path / "checkpoints/4/params/manifest.ocdbt").write_bytes(b"")
+    with pytest.raises(UserError) as refused:
+        restore(tmp_path)
+    reason = str(refused.value).partition("checkpoints/4: ")[2]
+    assert 20 < len(reason) <= 200 and "\n" not in reason
+
+
+READER = """
+import sys
+import test_checkpoint
+from errors import UserError
+from pathlib import Path
+
+for _ in range(8):
+    try:
+        test_checkpoint.restore(Path(sys.argv[1]))
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_damage_is_said_once_and_orbaxs_threads_are_silent(tmp_path, first, cache):
+    """The reads that are given up would print tracebacks, now or at the exit."""
+    save(tmp_path, (4, first))
+    for name in ("params", "ema", "optimizer"):
+        files = (path for path in (tmp_path / "checkpoints/4" / name).rglob("d/*"))
+        for path in files:
+            truncate(path, 0.5)
+    environment = os.environ | {"PYTHONPATH": "tests", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-c", READER, str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.count("cannot read checkpoint") == 8
+    assert done.stderr == "" and done.returncode == 0
+
+
+def test_what_others_give_up_is_still_told(tmp_path, monkeypatch):
+    """By a thread, or by a coroutine that is forgotten; what Orbax gives up is not."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    for _ in range(2):
+        Checkpoints(tmp_path).manager.close()
+    code = "async def forgotten(): pass\ncoroutine = forgotten()"
+    for file in ("/site-packages/orbax/checkpoint/serialization.py", "/home/me/notebook.py"):
+        names = {}
+        exec(compile(code, file, "exec"), names)
+        unraisable = {"exc_value": RuntimeWarning("never awaited"), "exc_traceback": None}
+        sys.unraisablehook(SimpleNamespace(**unraisable, object=names["coroutine"]))  # pyright: ignore
+        names["coroutine"].close()
+    assert [unraisable.object.cr_code.co_filename for unraisable in told] == [file]
+    closed = SimpleNamespace(exc_value=RuntimeError("Event loop is closed"), exc_traceback=None)
+    other = SimpleNamespace(exc_value=RuntimeError("something else"), exc_traceback=None)
+    for error in (closed, other):
+        threading.excepthook(error)  # pyright: ignore
+    assert told[1:] == [other]
+
+
+@pytest.mark.parametrize("lost", ["a tensor of OCDBT", "a tensor of mine"])
+def test_asyncio_tells_of_all_exceptions_but_orbaxs(tmp_path, lost, caplog):
+    Checkpoints(tmp_path).manager.close()
+    logging.getLogger("asyncio").error("Future exception was never retrieved: %s", lost)
+    assert len(caplog.records) == (lost == "a tensor of mine")
 
 
 # --- kill -9 --------------------------------------------------------------------------------------
@@ -262,7 +371,7 @@ DELAYS = ("rename", "0.0", "0.02", "0.05", "0.1")
 def test_kill_9_during_a_save_costs_that_save_and_nothing_else(tmp_path):
     environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", VICTIM, str(tmp_path), " ".join(DELAYS)]
-    subprocess.run(command, env=environment, cwd=Path(__file__).parent.parent, timeout=120)
+    subprocess.run(command, env=environment, cwd=ROOT, timeout=120)
     interrupted = 0
     for delay in DELAYS:
         folder = tmp_path / delay / "checkpoints"
@@ -282,25 +391,87 @@ def test_kill_9_during_a_save_costs_that_save_and_nothing_else(tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 4 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+def disk(tmp_path):
+    with small_disk(tmp_path / "disk", 4) as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("foreseen", [True, False])
 def test_a_full_disk_is_said_and_the_last_good_checkpoint_survives(
-    small_disk, first, foreseen, monkeypatch
+    disk, first, foreseen, monkeypatch
 ):
-    save(small_disk, (1, first))
+    save(disk, (1, first))
     if not foreseen:  # somebody else fills it while the save goes on
         monkeypatch.setattr(Checkpoints, "_check_space", lambda *_: None)
     huge = {"params": {"w": jnp.asarray(np.random.default_rng(0).normal(size=2**21))}}
-    with pytest.raises(UserError, match=r"no space left .*the last complete checkpoint is step 1"):
-        save(small_disk, (2, huge))
-    assert_same(restore(small_disk), first)
+    with pytest.raises(UserError, match=r"no space left .*the last complete one is step 1"):
+        save(disk, (2, huge))
+    assert_same(restore(disk), first)
+
+
+@pytest.mark.parametrize("free_kib", [0, 4, 16, 32, 64])
+def test_once_there_is_room_the_next_checkpoint_is_saved(
+    disk, first, second, free_kib, monkeypatch
+):
+    """Wherever the disk was full in the one before."""
+    monkeypatch.setattr(Checkpoints, "_check_space", lambda *_: None)
+    with Checkpoints(disk) as checkpoints:
+        checkpoints.save(1, first, NOTES)
+        checkpoints.wait()
+        filler = fill(disk, 1024 * free_kib)
+        checkpoints.save(2, first, NOTES)
+        with pytest.raises(
+            DiskFullError, match="could not be written whole; the last complete one is step 1"
+        ):
+            checkpoints.wait()
+        checkpoints.wait()
+        filler.unlink()
+        checkpoints.save(3, second, NOTES)
+    assert_same(restore(disk), second)
+
+
+def test_what_a_failed_save_leaves_and_says_too_late_does_not_harm_the_next(
+    disk, first, second, monkeypatch
+):
+    """Its threads may still write, and find that they cannot, when the failure is known."""
+    monkeypatch.setattr(Checkpoints, "_check_space", lambda *_: None)
+    with Checkpoints(disk) as checkpoints:
+        checkpoints.save(1, first, NOTES)
+        checkpoints.wait()
+        filler = fill(disk)
+        with pytest.raises(DiskFullError):
+            checkpoints.save(2, first, NOTES)
+            checkpoints.wait()
+        filler.unlink()
+        honest_check, late = checkpoints.manager.check_for_errors, iter([OSError("no folder")] * 3)
+
+        def check():
+            for error in late:
+                raise error
+            honest_check()
+
+        monkeypatch.setattr(checkpoints.manager, "check_for_errors", check)
+        (disk / "checkpoints/2.orbax-checkpoint-tmp/late").mkdir(parents=True, exist_ok=True)
+        checkpoints.wait()
+        checkpoints.save(3, second, NOTES)
+    assert not (disk / "checkpoints/2.orbax-checkpoint-tmp/late").exists()
+    assert_same(restore(disk), second)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_used_up_quota_is_a_full_disk(tmp_path, first, code, monkeypatch):
+    def save(*_, **__):
+        raise ValueError(f"RESOURCE_EXHAUSTED: Failed writing: {os.strerror(code)}")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints.manager, "save", save)
+        with pytest.raises(DiskFullError, match="no space left for"):
+            checkpoints.save(1, first, NOTES)
+
+
+def test_what_is_lacking_is_said_in_numbers_that_differ(disk):
+    huge = {"params": {"w": jnp.zeros(2**20)}}
+    fill(disk, 2**19)
+    said = r"checkpoints: a checkpoint needs 4\.0 MiB, 0\.5 MiB are free; there is none yet"
+    with Checkpoints(disk) as checkpoints, pytest.raises(DiskFullError, match=said):
+        checkpoints.save(2, huge, NOTES)

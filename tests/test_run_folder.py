@@ -1,5 +1,6 @@
 """A run's folder has one name and one writer, and its files are whole or not there."""
 
+import errno
 import json
 import os
 import signal
@@ -106,6 +107,40 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         file.write(b"ne")
         raise OSError("full")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_said_of_the_file_that_was_to_be_written(tmp_path):
+    with pytest.raises(OSError) as full, run_folder.atomic(tmp_path / "config.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert full.value.filename == str(tmp_path / "config.json")
+
+
+@pytest.fixture
+def ended():
+    """The number of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(tmp_path, ended):
+    (tmp_path / "samples").mkdir()
+    living = os.getppid()
+    ours = [f".config.json.{ended}.tmp", f"samples/.1.png.{ended}.tmp", f".a.{os.getpid()}.tmp"]
+    others = [f".out.png.{living}.tmp", "samples/1.png", "notes.tmp", ".hidden.tmp", ".x.1"]
+    for name in (*ours, *others):
+        (tmp_path / name).touch()
+    run_folder.tidy(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == set(others)
+
+
+def test_a_run_may_begin_where_one_was_killed_before_it_had_begun(tmp_path, ended):
+    (tmp_path / f".config.json.{ended}.tmp").touch()
+    run_folder.require_new(tmp_path)
+    (tmp_path / "notes.tmp").touch()
+    with pytest.raises(UserError, match="already exists"):
+        run_folder.require_new(tmp_path)
 
 
 # --- one writer -----------------------------------------------------------------------------------

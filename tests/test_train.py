@@ -22,6 +22,7 @@ import generate
 import images
 import optim
 import parallel
+from checkpoint import Checkpoints, DiskFullError
 from datasets_config import DATASET_CONFIGS
 from errors import RunError, UserError
 from train import TrainConfig, Trainer, TrainState
@@ -132,31 +133,6 @@ def test_a_streamed_run_that_is_resumed_is_one_that_was_not(tmp_path, capsys):
     assert_same(resumed.state, whole.state)
     # Its batches are others than those of a set that is drawn from as a whole.
     assert not np.array_equal(whole.data.rows(0), Trainer(TINY).data.rows(0))
-
-
-@pytest.mark.slow
-def test_a_killed_process_loses_only_what_was_not_saved(tmp_path, cache):
-    """kill -9 at a random moment after the first checkpoint, as often as it takes to finish."""
-    flags = [*SMALL, "--n_steps", 800, "--eval_save_steps", 100, "--log_every", 20]
-    flags += ["--sample_every_n", 1000]
-    done = run(NANO, *flags, "--run_dir", tmp_path / "whole", cache=cache)
-    assert done.returncode == 0, done.stderr
-
-    process = start(NANO, *flags, "--run_dir", tmp_path / "run", cache=cache)
-    for _ in range(600):
-        if list((tmp_path / "run/checkpoints").glob("[0-9]*0")):
-            break
-        time.sleep(0.1)
-    time.sleep(float(np.random.default_rng().uniform(0, 1)))
-    process.kill()
-    process.communicate()
-    again = run(NANO, "--resume", "--run_dir", tmp_path / "run", cache=cache)
-    assert again.returncode == 0, again.stderr
-    assert "going on at step" in again.stdout
-    whole, resumed = Trainer.from_run(tmp_path / "whole"), Trainer.from_run(tmp_path / "run")
-    assert whole.step == resumed.step == 800
-    assert_same(whole.state, resumed.state)
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -306,6 +282,26 @@ def test_bad_data_after_a_bad_step_saves_nothing(tmp_path, capsys):
         trainer.fit()
     assert "step 1 is not saved: it went wrong" in capsys.readouterr().out
     assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_a_checkpoint_that_fails_while_training_goes_on_is_said_under_its_own_step(
+    tmp_path, capsys, monkeypatch
+):
+    """And the next is saved all the same."""
+    failures = iter([DiskFullError("no space left")])
+    honest_wait = Checkpoints.wait
+
+    def wait(self):
+        honest_wait(self)
+        if self.latest() == 6:
+            for failure in failures:
+                raise failure
+
+    monkeypatch.setattr(Checkpoints, "wait", wait)
+    trainer = Trainer(replace(TINY, run_dir=tmp_path / "run"))
+    trainer.fit()
+    assert "step 6 is not saved, training goes on: no space left" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"6", "12"}
 
 
 @pytest.mark.slow
