@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -79,6 +80,9 @@ class Peer:
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`)
         self.process = subprocess.Popen(
             [sys.executable, __file__],
+            # Where others use the processor too, threads that spin while they wait cost torch a
+            # multiple of its time.
+            env={"OMP_WAIT_POLICY": "passive"} | os.environ,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

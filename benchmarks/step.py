@@ -12,7 +12,7 @@ peer shares, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -28,9 +28,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import cli
 import parallel
 import profiling
-from benchmarks.peer import PEERS, Peer, PeerMissing
-from benchmarks.timing import Times, interleaved, json_line, number, percent, table, turn
-from errors import unknown
+from benchmarks.peer import PEERS, Peer
+from benchmarks.timing import (
+    Times,
+    interleaved,
+    json_line,
+    number,
+    or_left_out,
+    percent,
+    require,
+    table,
+    turn,
+)
 from model import ModelConfig
 from train import TrainConfig, Trainer
 
@@ -92,20 +101,11 @@ def matmul(precision: str) -> Entry:
     return Entry(turn(lambda: dot(a, b), n=8), {"flops": 2.0 * side**3})
 
 
-def build(
-    config: StepConfig,
-    model: str,
-    batch_size: int,
-    precision: str,
-    remat: bool | None,
-    unroll: int | None,
-) -> Trainer:
-    """The trainer of a variant, where None is what training does by default."""
-    settings = {"half_precision": PRECISIONS[precision].half_precision, "remat": remat}
-    shape = {"image_size": config.image_size, "channels": config.channels}
-    trainer = Trainer(
-        TrainConfig(model=model, batch_size=batch_size, profile=True, **shape, **settings)
-    )  # a profile reads no pictures, so they may have any size
+def build(config: TrainConfig, precision: str, *, unroll: int | None = None) -> Trainer:
+    """A trainer of made-up pictures. What is None is what training does by default."""
+    half_precision = PRECISIONS[precision].half_precision
+    # A profile reads no pictures, so they may have any shape.
+    trainer = Trainer(replace(config, half_precision=half_precision, profile=True))
     if unroll:
         m = trainer.model_config
         trainer.model_config = replace(m, unroll=min(unroll, m.depth))
@@ -134,7 +134,7 @@ def ours(trainer: Trainer, precision: str, *, n: int) -> Entry:
 
     jax.block_until_ready(step())
     m = trainer.model_config
-    facts = shape(m) | {
+    facts = known(m) | {
         "by": f"ours {precision}{', remat' * m.remat}, unroll {m.unroll}",
         "precision": precision,
         "n_params": sum(x.size for x in jax.tree.leaves(trainer.state.params)),
@@ -145,7 +145,7 @@ def ours(trainer: Trainer, precision: str, *, n: int) -> Entry:
     return Entry(turn(step, n=n), facts)
 
 
-def shape(m: ModelConfig) -> dict[str, Any]:
+def known(m: ModelConfig) -> dict[str, Any]:
     """What is known of a model before it is built."""
     forward = sum(profiling.flops_by_module(m).values())
     flops = profiling.TRAIN_PER_FORWARD * forward
@@ -161,7 +161,7 @@ def torch(kind: str, m: ModelConfig, stack: contextlib.ExitStack, **how: Any) ->
     """A peer of the model, which ends with `stack`."""
     peer = Peer(kind, "step", m, platform=jax.default_backend(), remat=m.remat, **how)
     stack.enter_context(contextlib.closing(peer))
-    facts = shape(m) | {
+    facts = known(m) | {
         "by": f"torch {kind}{', remat' * m.remat}",
         "kind": kind,
         "precision": "bf16" if PEERS[kind].autocast else "fp32",
@@ -173,19 +173,6 @@ def torch(kind: str, m: ModelConfig, stack: contextlib.ExitStack, **how: Any) ->
     return Entry(peer.turn, facts)
 
 
-@contextlib.contextmanager
-def or_left_out(what: str) -> Iterator[None]:
-    """Says in one line why something cannot be measured, and goes on."""
-    try:
-        yield
-    except PeerMissing as reason:
-        print(f"left out: {what}: {reason}", flush=True)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(f"left out: {what}: out of memory", flush=True)
-
-
 def entries(
     config: StepConfig, model: str, batch_size: int, stack: contextlib.ExitStack
 ) -> list[Entry]:
@@ -194,7 +181,9 @@ def entries(
     variants = product(config.precision, config.remat or [None], config.unroll or [None])
     for precision, remat, unroll in variants:
         with or_left_out(f"{model} × {batch_size}, {precision}, remat {remat}, unroll {unroll}"):
-            trainer = build(config, model, batch_size, precision, remat, unroll)
+            settings: dict[str, Any] = {"model": model, "batch_size": batch_size, "remat": remat}
+            settings |= {"image_size": config.image_size, "channels": config.channels}
+            trainer = build(TrainConfig(**settings), precision, unroll=unroll)
             found.append(ours(trainer, precision, n=config.steps_per_turn))
             models[trainer.model_config.remat] = trainer.model_config
     for m, kind in product(models.values(), config.peer or ()):
@@ -271,13 +260,8 @@ def cells(row: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, str]:
 
 def main() -> None:
     config = cli.parse(StepConfig)
-    for name, given, known in (
-        ("precision", config.precision, PRECISIONS),
-        ("peer", config.peer or (), PEERS),
-    ):
-        for value in given:
-            if value not in known:
-                raise unknown(name, value, known)
+    require("precision", config.precision, PRECISIONS)
+    require("peer", config.peer, PEERS)
     # Else a compile time might be the time to read a file.
     jax.config.update("jax_enable_compilation_cache", False)
     rows = []

@@ -5,6 +5,7 @@ round. The first round, which warms caches, is dropped; medians, minima and rati
 Knows nothing of what a step does.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -12,7 +13,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +22,8 @@ from typing import Any
 
 import jax
 
-from errors import UserError
+from benchmarks.peer import PeerMissing
+from errors import UserError, unknown
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "diffusers")
 
@@ -71,6 +73,26 @@ def interleaved(turns: Mapping[str, Callable[[], float]], rounds: int) -> dict[s
         for name in names[first:] + names[:first]:
             seconds[name].append(turns[name]())
     return {name: Times(tuple(several[1:])) for name, several in seconds.items()}
+
+
+@contextlib.contextmanager
+def or_left_out(what: str) -> Iterator[None]:
+    """Says in one line why something cannot be measured, and goes on."""
+    try:
+        yield
+    except PeerMissing as reason:
+        print(f"left out: {what}: {reason}", flush=True)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"left out: {what}: out of memory", flush=True)
+
+
+def require(flag: str, given: Iterable[str] | None, known: Iterable[str]) -> None:
+    """Raises UserError where a flag has a value that does not exist."""
+    for value in given or ():
+        if value not in known:
+            raise unknown(flag, value, known)
 
 
 def device() -> str:
