@@ -175,7 +175,7 @@ def train_step(
     learning_rate: float = 1e-4,
     clip_norm: float = 1.0,
     ema_decay: float = 0.9999,
-) -> Callable[[], None]:
+) -> Callable[[], Any]:
     """Training on one batch of random pictures. `remat` keeps only blocks' inputs."""
     import torch
 
@@ -189,7 +189,7 @@ def train_step(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
     network = torch.compile(model) if how.compile else model
 
-    def step() -> None:
+    def step() -> Any:
         data = image.float() / 127.5 - 1
         noise = torch.randn_like(data)
         t = torch.randn(batch_size, device=device).sigmoid()  # logit-normal
@@ -207,6 +207,7 @@ def train_step(
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             torch._foreach_lerp_(ema, parameters, 1 - ema_decay)  # pyright: ignore
+        return loss.detach()
 
     return step
 

@@ -73,51 +73,49 @@ def ours(trainer: Trainer, config: SampleConfig, precision: str) -> Entry:
     start = time.perf_counter()
     sample()
     facts = {"by": f"ours {precision}", "precision": precision}
-    return Entry(turn(sample), facts | {"first_s": time.perf_counter() - start})
+    return Entry(
+        turn(sample), trainer.model_config, facts | {"first_s": time.perf_counter() - start}
+    )
 
 
-def torch(kind: str, m: Any, config: SampleConfig, stack: contextlib.ExitStack) -> Entry:
+def theirs(kind: str, m: Any, config: SampleConfig, stack: contextlib.ExitStack) -> Entry:
     """A peer of the model, which ends with `stack`."""
     how = {"platform": jax.default_backend(), "batch_size": config.n}
     peer = Peer(kind, "sample", m, n_steps=config.n_steps, cfg_scale=CFG_SCALE, **how)
     stack.enter_context(contextlib.closing(peer))
     precision = "bf16" if PEERS[kind].autocast else "fp32"
     facts = {"by": f"torch {kind}", "kind": kind, "precision": precision}
-    return Entry(peer.turn, facts | {"first_s": peer.first_seconds})
+    return Entry(peer.turn, m, facts | {"first_s": peer.first_seconds})
 
 
 def measure(config: SampleConfig, model: str) -> list[dict[str, Any]]:
     """What is found of one model, in every precision."""
-    found, m = [], None
+    found: list[Entry] = []
     with contextlib.ExitStack() as stack:
         for precision in config.precision:
             with or_left_out(f"{model}, {precision}"):
-                shape: dict[str, Any] = {
-                    "image_size": config.image_size,
-                    "channels": config.channels,
-                }
-                trainer = build(TrainConfig(model=model, batch_size=config.n, **shape), precision)
-                m = trainer.model_config
+                shape: dict[str, Any] = {"image_size": config.image_size}
+                shape |= {"channels": config.channels, "batch_size": config.n}
+                trainer = build(TrainConfig(model=model, **shape), precision)
                 found.append(ours(trainer, config, precision))
-        for kind in (config.peer or ()) if m else ():
+        for kind in (config.peer or ()) if found else ():
             with or_left_out(f"{model}, torch {kind}"):
-                found.append(torch(kind, m, config, stack))
+                found.append(theirs(kind, found[0].model, config, stack))
         times = interleaved({entry.facts["by"]: entry.turn for entry in found}, config.rounds)
-    # Guidance asks the model twice a step.
-    flops = 2 * sum(profiling.flops_by_module(m).values()) * config.n * config.n_steps if m else 0
     return [
         {"model": model, "n": config.n, "n_steps": config.n_steps}
         | entry.facts
-        | results(entry, found, times, flops)
+        | results(entry, found, times, config)
         for entry in found
     ]
 
 
 def results(
-    entry: Entry, found: list[Entry], times: dict[str, Times], flops: float
+    entry: Entry, found: list[Entry], times: dict[str, Times], config: SampleConfig
 ) -> dict[str, Any]:
     """What follows from the times; peers count in the same precision only."""
-    own = times[entry.facts["by"]]
+    own, forward = times[entry.facts["by"]], sum(profiling.flops_by_module(entry.model).values())
+    flops = 2 * forward * config.n * config.n_steps  # guidance asks the model twice
     return {
         "median_s": own.median,
         "min_s": own.min,

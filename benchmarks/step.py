@@ -85,20 +85,21 @@ class StepConfig:
 
 
 class Entry(NamedTuple):
-    """One that takes turns, and what is known of it besides its times."""
+    """One that takes turns, its model, and what is known of it besides its times."""
 
     turn: Callable[[], float]
+    model: ModelConfig
     facts: dict[str, Any]
 
 
-def matmul(precision: str) -> Entry:
-    """A product of large random matrices with float32 results."""
+def matmul(precision: str) -> tuple[Callable[[], float], float]:
+    """A turn of products of large random matrices with float32 results, and the FLOPs of one."""
     side = 2048 if jax.default_backend() == "cpu" else 8192
     keys = jax.random.split(jax.random.key(0))
     dtype = PRECISIONS[precision].dtype
     a, b = (jax.random.normal(key, (side, side), dtype) for key in keys)
     dot = jax.jit(partial(jnp.dot, preferred_element_type=jnp.float32))
-    return Entry(turn(lambda: dot(a, b), n=8), {"flops": 2.0 * side**3})
+    return turn(lambda: dot(a, b), n=8), 2.0 * side**3
 
 
 def build(config: TrainConfig, precision: str, *, unroll: int | None = None) -> Trainer:
@@ -142,7 +143,7 @@ def ours(trainer: Trainer, precision: str, *, n: int) -> Entry:
         "planned_bytes": profiling.cost(compiled).memory_bytes,
         "device_bytes": memory_stats().get("peak_bytes_in_use"),
     }
-    return Entry(turn(step, n=n), facts)
+    return Entry(turn(step, n=n), m, facts)
 
 
 def known(m: ModelConfig) -> dict[str, Any]:
@@ -157,7 +158,7 @@ def memory_stats() -> dict[str, int]:
     return jax.devices()[0].memory_stats() or {}
 
 
-def torch(kind: str, m: ModelConfig, stack: contextlib.ExitStack, **how: Any) -> Entry:
+def theirs(kind: str, m: ModelConfig, stack: contextlib.ExitStack, **how: Any) -> Entry:
     """A peer of the model, which ends with `stack`."""
     peer = Peer(kind, "step", m, platform=jax.default_backend(), remat=m.remat, **how)
     stack.enter_context(contextlib.closing(peer))
@@ -170,26 +171,32 @@ def torch(kind: str, m: ModelConfig, stack: contextlib.ExitStack, **how: Any) ->
         "planned_bytes": None,
         "device_bytes": peer.memory_bytes,
     }
-    return Entry(peer.turn, facts)
+    return Entry(peer.turn, m, facts)
 
 
 def entries(
     config: StepConfig, model: str, batch_size: int, stack: contextlib.ExitStack
 ) -> list[Entry]:
     """Ours in every variant, and a peer of each kind for each remat; less what cannot be."""
-    found, models = [], {}
+    found: list[Entry] = []
     variants = product(config.precision, config.remat or [None], config.unroll or [None])
     for precision, remat, unroll in variants:
         with or_left_out(f"{model} × {batch_size}, {precision}, remat {remat}, unroll {unroll}"):
             settings: dict[str, Any] = {"model": model, "batch_size": batch_size, "remat": remat}
             settings |= {"image_size": config.image_size, "channels": config.channels}
-            trainer = build(TrainConfig(**settings), precision, unroll=unroll)
-            found.append(ours(trainer, precision, n=config.steps_per_turn))
-            models[trainer.model_config.remat] = trainer.model_config
+            # Not kept by a name: one that has no room must not take it from the next.
+            found.append(
+                ours(
+                    build(TrainConfig(**settings), precision, unroll=unroll),
+                    precision,
+                    n=config.steps_per_turn,
+                )
+            )
+    models = {entry.model.remat: entry.model for entry in found}
     for m, kind in product(models.values(), config.peer or ()):
         with or_left_out(f"{model} × {batch_size}, torch, {kind}"):
             how = {"batch_size": batch_size, "n": config.steps_per_turn}
-            found.append(torch(kind, m, stack, **how))
+            found.append(theirs(kind, m, stack, **how))
     return found
 
 
@@ -198,10 +205,10 @@ def measure(config: StepConfig, model: str, batch_size: int) -> list[dict[str, A
     with contextlib.ExitStack() as stack:
         found = entries(config, model, batch_size, stack)
         products = {precision: matmul(precision) for precision in PRECISIONS}
-        turns = {name: product.turn for name, product in products.items()}
+        turns = {precision: run for precision, (run, _) in products.items()}
         times = interleaved(turns | {e.facts["by"]: e.turn for e in found}, config.rounds)
     # The best of a product beside the median of a step: a peak is what can be reached.
-    peaks = {name: e.facts["flops"] / times[name].min for name, e in products.items()}
+    peaks = {name: flops / times[name].min for name, (_, flops) in products.items()}
     return [
         {"model": model, "batch_size": batch_size}
         | e.facts
