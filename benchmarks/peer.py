@@ -11,13 +11,13 @@ import dataclasses
 import importlib.util
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -92,7 +92,7 @@ class Peer:
         order |= {"platform": platform, "batch_size": batch_size, "n": n}
         order["settings"] = settings
         self.n_params = self._ask(order)["n_params"]
-        self.memory_bytes = 0.0
+        self.memory_bytes: float | None = None
         self.first_seconds = self.turn()
 
     def turn(self) -> float:
@@ -261,14 +261,16 @@ def device_of(platform: str) -> str:
     raise SystemExit(f"this torch has no device for JAX's platform '{platform}'")
 
 
-def memory_bytes(device: str) -> float:
+def memory_bytes(device: str) -> float | None:
     """The most that was in use: of device memory, on a CPU by the whole process."""
     import torch
 
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    scale = 1 if sys.platform == "darwin" else 1024  # what the unit is depends on the system
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    # Not `resource`, whose figure begins with that of the process that started this one.
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024.0 * int(s.split()[1]) for s in lines if s.startswith("VmHWM:")), None)
 
 
 def serve() -> None:
