@@ -1,9 +1,10 @@
 """The parts of a diffusion transformer: linear maps, norms, attention, positions, embedders,
 stacked blocks.
 
-Every module holds only `nnx.Param`. Weights are float32; `dtype` is what matrix products are
-computed in, while norms, the softmax and embeddings of time are always float32. Nothing here knows
-of a whole model, a loss or a device.
+Every module holds only `nnx.Param`. Weights are float32; `dtype` is what the operands of matrix
+products are rounded to, while their sums, norms, the softmax and embeddings of time are always
+float32. What is worth keeping for the backward pass has a name (`checkpoint_name`). Nothing here
+knows of a whole model, a loss or a device.
 """
 
 from collections.abc import Callable
@@ -58,7 +59,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         y = product(x.astype(self.dtype), self.kernel[...])
-        return (y + self.bias[...].reshape([1] * (y.ndim - 1) + [-1])).astype(self.dtype)
+        y = (y + self.bias[...].reshape([1] * (y.ndim - 1) + [-1])).astype(self.dtype)
+        return checkpoint_name(y, "linear")
 
 
 # --- norms ----------------------------------------------------------------------------------------

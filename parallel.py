@@ -180,12 +180,9 @@ def _leaves(specs: Any) -> list[P]:
     return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
 
 
-def dear(primitive: Any, *_, **__) -> bool:
-    """What the backward pass finds again: products and what a layer names. All else is cheaper to
-    compute once more than to keep: norms, activations, casts, and gathered weights, which would add
-    up to the whole model.
-    """
-    return primitive.name in ("dot_general", "name")
+# What the backward pass finds again: what layers name. All else is cheaper to compute once more
+# than to keep: norms, activations, casts, and gathered weights, which would add up to the model.
+named = jax.checkpoint_policies.save_any_names_but_these()
 
 
 class Gathered(nnx.Module):
@@ -199,7 +196,7 @@ class Gathered(nnx.Module):
     def __call__(self, *args):
         graphdef, shards = nnx.split(self.part)
 
-        @partial(jax.checkpoint, policy=dear)
+        @partial(jax.checkpoint, policy=named)
         def call(shards, *args):
             return nnx.merge(graphdef, unshard(shards, self.axes))(*args)
 
