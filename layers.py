@@ -1,9 +1,10 @@
 """The parts of a diffusion transformer: linear maps, norms, attention, positions, embedders,
 stacked blocks.
 
-Every module holds only `nnx.Param`. Weights are float32; `dtype` is what matrix products are
-computed in, while norms, the softmax and embeddings of time are always float32. Nothing here knows
-of a whole model, a loss or a device.
+Every module holds only `nnx.Param`. Weights are float32; `dtype` is what the operands of matrix
+products are rounded to, while their sums, norms, the softmax and embeddings of time are always
+float32. What is worth keeping for the backward pass has a name (`checkpoint_name`). Nothing here
+knows of a whole model, a loss or a device.
 """
 
 from collections.abc import Callable
@@ -15,11 +16,37 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 xavier = jax.nn.initializers.xavier_uniform()
 zeros = jax.nn.initializers.zeros
 small_normal = jax.nn.initializers.normal(0.02)
+
+
+@jax.custom_vjp
+def product(x: Float[Array, "*b i"], w: Float[Array, "i o"]) -> Float[Array, "*b o"]:
+    """x W with operands in x's precision and sums in float32, forward and backward.
+
+    With y's gradient g: dx = g Wᵀ, dW = xᵀ g. JAX's own rule would multiply float32 gradients by
+    bfloat16 operands, in float32. dW contracts all leading axes at once and stays float32.
+    """
+    return jnp.einsum("...i,io->...o", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _product_forward(x, w):
+    return product(x, w), (x, w)
+
+
+def _product_backward(kept, g):
+    x, w = kept
+    g = g.astype(x.dtype)
+    to_float = {"preferred_element_type": jnp.float32}
+    dx = jnp.einsum("...o,io->...i", g, w.astype(x.dtype), **to_float)
+    return dx.astype(x.dtype), jnp.einsum("...i,...o->io", x, g, **to_float)
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nnx.Module):
@@ -31,9 +58,9 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        y = jnp.einsum("...i,io->...o", x.astype(self.dtype), kernel)
-        return y + bias.reshape([1] * (y.ndim - 1) + [-1])
+        y = product(x.astype(self.dtype), self.kernel[...])
+        y = (y + self.bias[...].reshape([1] * (y.ndim - 1) + [-1])).astype(self.dtype)
+        return checkpoint_name(y, "linear")
 
 
 # --- norms ----------------------------------------------------------------------------------------
@@ -242,12 +269,60 @@ def attention(
 
     Keys where `mask` is False are not seen; each row needs one that is.
     """
-    q = q * (1 / np.sqrt(q.shape[-1])).astype(q.dtype)
-    scores = jnp.einsum("bnhk,bmhk->bhnm", q, k, preferred_element_type=jnp.float32)
-    if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
-    y = jnp.einsum("bhnm,bmhk->bnhk", jax.nn.softmax(scores).astype(v.dtype), v)
-    return rearrange(y, "b n h k -> b n (h k)")
+    b, _, h, width = q.shape
+    if mask is None:
+        mask = jnp.ones((b, k.shape[1]), bool)
+    q, k, v = (rearrange(x, "b n h k -> (b h) n k") for x in (q, k, v))
+    scale = jnp.asarray(1 / np.sqrt(width), q.dtype)
+    y = attend(q * scale, k, v, jnp.where(jnp.repeat(mask, h, axis=0), 0.0, HIDDEN))
+    return rearrange(y, "(b h) n k -> b n (h k)", h=h)
+
+
+HIDDEN = float(jnp.finfo(jnp.float32).min) / 2  # what a score is when its key is not seen
+
+
+@jax.custom_vjp
+def attend(
+    q: Float[Array, "z n k"],
+    k: Float[Array, "z m k"],
+    v: Float[Array, "z m k"],
+    bias: Float[Array, "z m"],
+) -> Float[Array, "z n k"]:
+    """softmax(q kᵀ + bias) v for each of z heads. The backward pass computes the scores again
+    instead of keeping them: they are n · m numbers a head, and the rest is n · k (Dao et al. 2022,
+    §3.1 and B.4).
+    """
+    return _attend_forward(q, k, v, bias)[0]
+
+
+def _attend_forward(q, k, v, bias):
+    scores = _product("znk,zmk->znm", q, k) + bias[:, None]
+    peak = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - peak)
+    total = weights.sum(-1, keepdims=True)
+    y = (_product("znm,zmk->znk", weights.astype(v.dtype), v) / total).astype(v.dtype)
+    y, log_sum = checkpoint_name((y, (peak + jnp.log(total))[..., 0]), "attention")
+    return y, (q, k, v, bias, y, log_sum)
+
+
+def _attend_backward(kept, g):
+    """With weights p = exp(s − log Σ exp s): dv = pᵀ g, ds = p ∘ (g vᵀ − rowsum(g ∘ y)), dq = ds k,
+    dk = dsᵀ q. All of it transposed, keys before queries, which is how dv and dk need it.
+    """
+    q, k, v, bias, y, log_sum = kept
+    p = jnp.exp(_product("zmk,znk->zmn", k, q) + bias[..., None] - log_sum[:, None])
+    own = (g.astype(jnp.float32) * y).sum(-1)
+    ds = (p * (_product("zmk,znk->zmn", v, g) - own[:, None])).astype(q.dtype)
+    dv = _product("zmn,znk->zmk", p.astype(g.dtype), g)
+    dk, dq = _product("zmn,znk->zmk", ds, q), _product("zmn,zmk->znk", ds, k)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), jnp.zeros_like(bias)
+
+
+def _product(pattern: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(pattern, a, b, preferred_element_type=jnp.float32)
+
+
+attend.defvjp(_attend_forward, _attend_backward)
 
 
 class Heads(nnx.Module):

@@ -158,15 +158,11 @@ def _any(flags: Any) -> Any:
 # --- gradients ------------------------------------------------------------------------------------
 
 
-def unshard(shards: Any, axes: tuple[int | None, ...], across: tuple[str, ...]) -> Any:
-    """Gather every leaf that has an axis. The transpose is the reduce-scatter of its gradient, and
-    then the sum of shards over the axes `across` which they lie: hosts exchange shards, not wholes.
-    """
+def unshard(shards: Any, axes: tuple[int | None, ...]) -> Any:
+    """Gather every leaf that has an axis. The transpose is the reduce-scatter of its gradient."""
     leaves, treedef = jax.tree.flatten(shards)
     full = [
-        x
-        if axis is None
-        else jax.lax.all_gather(_vary(x, across), "fsdp", axis=x.ndim + axis, tiled=True)
+        x if axis is None else jax.lax.all_gather(x, "fsdp", axis=x.ndim + axis, tiled=True)
         for x, axis in zip(leaves, axes, strict=True)
     ]
     return jax.tree.unflatten(treedef, full)
@@ -184,11 +180,9 @@ def _leaves(specs: Any) -> list[P]:
     return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
 
 
-def all_but_gathered(primitive: Any, *_, **__) -> bool:
-    """What the backward pass finds again: everything but gathered weights and casts of them. Kept
-    for every block, they would add up to the whole model.
-    """
-    return primitive.name not in ("all_gather", "pvary", "convert_element_type")
+# What the backward pass finds again: what layers name. All else is cheaper to compute once more
+# than to keep: norms, activations, casts, and gathered weights, which would add up to the model.
+named = jax.checkpoint_policies.save_any_names_but_these()
 
 
 class Gathered(nnx.Module):
@@ -196,27 +190,25 @@ class Gathered(nnx.Module):
     more for its backward pass. With nothing to gather, it still keeps no copies of weights.
     """
 
-    def __init__(
-        self, part: nnx.Module, axes: tuple[int | None, ...], across: tuple[str, ...] = ()
-    ):
-        self.part, self.axes, self.across = part, axes, across
+    def __init__(self, part: nnx.Module, axes: tuple[int | None, ...]):
+        self.part, self.axes = part, axes
 
     def __call__(self, *args):
         graphdef, shards = nnx.split(self.part)
 
-        @partial(jax.checkpoint, policy=all_but_gathered)
+        @partial(jax.checkpoint, policy=named)
         def call(shards, *args):
-            return nnx.merge(graphdef, unshard(shards, self.axes, self.across))(*args)
+            return nnx.merge(graphdef, unshard(shards, self.axes))(*args)
 
         return call(shards, *args)
 
 
-def live_model(graphdef, params: Any, specs: Any, across: tuple[str, ...] = ()) -> nnx.Module:
+def live_model(graphdef, params: Any, specs: Any) -> nnx.Module:
     """The model on this device's shards, each part of which gathers itself when it is called."""
     model = nnx.merge(graphdef, params)
     for name, weights in params.items():
         axes = sharded_axes(specs[name], jax.tree.map(lambda x: x.ndim, weights))
-        setattr(model, name, Gathered(getattr(model, name), axes, across))
+        setattr(model, name, Gathered(getattr(model, name), axes))
     return model
 
 
@@ -238,22 +230,18 @@ def value_and_grad(loss: Callable, graphdef, mesh: Mesh, *, accumulate_steps: in
         specs = partition(params, mesh)
         share = (1 if scale is None else scale) / (mesh.size * accumulate_steps)
 
-        # With parts to add up, gradients of shards stay this device's own until the end.
-        across = ("data",) if accumulate_steps == 1 else ()
-
         def local(params, batch, key, share):
             def weighed(params, rows):
-                value, metrics = loss(live_model(graphdef, params, specs, across), rows, key)
+                value, metrics = loss(live_model(graphdef, params, specs), rows, key)
                 return value * share, (value, metrics)
 
-            gradient = jax.grad(weighed, has_aux=True)
-            if accumulate_steps == 1:  # summed over devices block by block, as they come
-                grads, means = gradient(params, batch)
-            else:  # summed over devices once, after all parts
-                own = jax.tree.map(lambda x, spec: _vary(x, _whole(spec)), params, specs)
-                grads, sums = _added_up(gradient, accumulate_steps)(own, batch)
-                grads = jax.tree.map(lambda g, spec: jax.lax.psum(g, _whole(spec)), grads, specs)
-                means = jax.tree.map(lambda x: x / accumulate_steps, sums)
+            # Each device differentiates by weights of its own, and the sum over devices that hold
+            # the same comes last: what was scattered is summed as shards, and parts only once.
+            own = jax.tree.map(lambda x, spec: _vary(x, _whole(spec)), params, specs)
+            gradient = _added_up(jax.grad(weighed, has_aux=True), accumulate_steps)
+            grads, sums = gradient(own, batch)
+            grads = jax.tree.map(lambda g, spec: jax.lax.psum(g, _whole(spec)), grads, specs)
+            means = jax.tree.map(lambda x: x / accumulate_steps, sums)
             return jax.lax.pmean(means, AXES), grads
 
         means, grads = jax.shard_map(
@@ -279,6 +267,8 @@ def _vary(x: Any, axes: tuple[str, ...]) -> Any:
 
 def _added_up(function: Callable, n: int) -> Callable:
     """The sum of `function(params, rows)` over n equal parts of the rows, one after the other."""
+    if n == 1:
+        return function
 
     def run(params, batch):
         parts = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)

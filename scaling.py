@@ -9,7 +9,7 @@ what a pass keeps it asks of JAX, by tracing `model.py`. It measures nothing and
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from flax import nnx
 
 import parallel
 import profiling
@@ -33,7 +33,8 @@ UPDATE_TREES = 2
 # AdamW and EMA read gradient, weights, two moments and average and write all but the gradient; its
 # norm reads the gradient once more.
 UPDATE_PASSES = 10
-# Forward: written, read. Backward: read; its gradient written, read. Remat: written, read again.
+# Forward: written, read. Backward: read; its gradient written, read. What is not kept is written
+# and read once more.
 PASSES, PASSES_OF_REMAT = 5, 2
 
 
@@ -142,37 +143,42 @@ def n_blocks(config: ModelConfig) -> int:
     return config.depth - 1 if config.block == JOINT else config.depth
 
 
-class Kept(NamedTuple):
-    """Bytes that the forward pass of one picture leaves for the backward pass."""
+class Pass(NamedTuple):
+    """Bytes of one picture's forward pass."""
 
-    scores: int  # attention's, and their softmax
-    others: int
+    made: int  # what the backward pass reads, but for scores
+    kept: int  # of this, what is not computed again
+    scores: int  # attention's, and their softmax: never kept
 
 
 @lru_cache
-def kept(config: ModelConfig) -> Kept:
+def forward(config: ModelConfig) -> Pass:
     """As JAX splits the model that devices run into two passes: the difference that a row makes,
     by which weights drop out.
     """
-    params, few, many = shapes(config), 97, 101  # no sizes of a model, so that axes can be told
+    params, few, many = shapes(config), 97, 101
     specs = parallel.partition(params, parallel.abstract_mesh(1, 1))
 
-    def residuals(params, inputs):
-        def run(params):
-            return parallel.live_model(graphdef(config), params, specs)(*inputs)
+    def plain(params):
+        return nnx.merge(graphdef(replace(config, remat=False)), params)
 
-        return jax.vjp(run, params)[1]
+    def frugal(params):
+        return parallel.live_model(graphdef(config), params, specs)
 
-    def count(rows: int) -> np.ndarray:
-        scores = others = 0
-        for x in jax.tree.leaves(jax.eval_shape(residuals, params, inputs_of(config, rows))):
-            size = x.size * x.dtype.itemsize
-            is_score = x.ndim > 3 and x.shape[-4:-2] == (rows, config.n_heads)
-            scores, others = (scores + size, others) if is_score else (scores, others + size)
-        return np.array([scores, others])
+    def residuals(make: Callable, rows: int) -> int:
+        def split(params, inputs):
+            return jax.vjp(lambda params: make(params)(*inputs), params)[1]
 
-    scores, others = ((count(many) - count(few)) // (many - few)).tolist()
-    return Kept(scores, others)
+        found = jax.tree.leaves(jax.eval_shape(split, params, inputs_of(config, rows)))
+        return sum(x.size * x.dtype.itemsize for x in found)
+
+    made, kept = (
+        (residuals(make, many) - residuals(make, few)) // (many - few) for make in (plain, frugal)
+    )
+    # Two tensors of as many numbers as there are products of a query and a key.
+    products = profiling.flops_by_module(config)["attention scores, values"]
+    scores = 2 * FP32 * products * config.n_heads // (4 * config.width)
+    return Pass(made, kept, round(scores))
 
 
 def inputs_of(config: ModelConfig, rows: int) -> tuple[Any, ...]:
@@ -190,10 +196,9 @@ def inputs_of(config: ModelConfig, rows: int) -> tuple[Any, ...]:
     return array(side, side, config.channels), array(), label
 
 
-def kept_by_a_block(config: ModelConfig) -> Kept:
-    """What one block keeps while its backward pass runs, without remat."""
-    two, three = (kept(replace(config, depth=depth, remat=False)) for depth in (2, 3))
-    return Kept(three.scores - two.scores, three.others - two.others)
+def forward_of_a_block(config: ModelConfig) -> Pass:
+    two, three = (forward(replace(config, depth=depth, remat=False)) for depth in (2, 3))
+    return Pass(*(b - a for a, b in zip(two, three, strict=True)))
 
 
 # --- collectives ----------------------------------------------------------------------------------
@@ -205,7 +210,7 @@ class Collective:
 
     Args:
         kind: all-gather, reduce-scatter or all-reduce.
-        n: how many, if XLA combines those of one block.
+        n: how many, if XLA combines those of one block, and those after the last.
         array_bytes: of what is gathered or summed, whole, in all of them.
         size: devices of a group. per_host: those of them in one host.
     """
@@ -252,14 +257,14 @@ class Collective:
 def collectives(w: Weights, data: int, fsdp: int, accumulate_steps: int = 1) -> list[Collective]:
     """Of `parallel.value_and_grad`, all in fp32. A block is gathered for each pass and its gradient
     reduce-scattered, in every part of a batch; shards are summed over `data`, and what is not split
-    over all devices, once.
+    over all devices, once, at the end.
     """
     n, parts, in_host = w.calls, accumulate_steps, min(fsdp, HOST)
     found = [
         Collective("all-gather", 2 * parts * n, 2 * parts * w.split, fsdp, in_host),
         Collective("reduce-scatter", parts * n, parts * w.split, fsdp, in_host),
-        Collective("all-reduce", n, w.split / fsdp, data, max(1, min(data, HOST // fsdp))),
-        Collective("all-reduce", n, w.alike, data * fsdp, min(data * fsdp, HOST)),
+        Collective("all-reduce", 1, w.split / fsdp, data, max(1, min(data, HOST // fsdp))),
+        Collective("all-reduce", 1, w.alike, data * fsdp, min(data * fsdp, HOST)),
     ]
     return [c for c in found if c.size > 1 and c.array_bytes]
 
@@ -302,7 +307,8 @@ class Plan:
         rows: of the batch, on each device.
         accumulate_steps: parts that these are computed in.
         scores_stay: whether attention's scores never leave the chip. Those of `layers.attention`
-            do: a flash or cuDNN kernel's would not (Dao et al. 2022).
+            do, if only for the length of a block: a flash or cuDNN kernel's would not (Dao et al.
+            2022).
     """
 
     config: ModelConfig
@@ -325,13 +331,14 @@ class Plan:
     def collectives(self) -> list[Collective]:
         return collectives(self.weights, self.data, self.fsdp, self.accumulate_steps)
 
-    def _bytes(self, tensors: Kept) -> int:
-        return tensors.others + (0 if self.scores_stay else tensors.scores)
+    def _made(self, tensors: Pass) -> int:
+        return tensors.made + (0 if self.scores_stay else tensors.scores)
 
     @cached_property
     def memory(self) -> Memory:
         here, c = self.weights.on_device, self.config
-        per_row = self._bytes(kept(c)) + (self._bytes(kept_by_a_block(c)) if c.remat else 0)
+        block = forward_of_a_block(c)  # computed again, beside what is kept of it already
+        per_row = forward(c).kept + self._made(block) - (0 if c.remat else block.kept)
         cast = 0 if c.dtype == "float32" else jnp.dtype(c.dtype).itemsize
         # A block as gathered, as cast, and its gradient before it is scattered.
         copies = (FP32 if self.fsdp > 1 else 0) + cast + FP32
@@ -360,9 +367,10 @@ class Plan:
     @property
     def memory_seconds(self) -> float:
         """Of moving the tensors between two operations and the trees of the update."""
-        passes = PASSES + PASSES_OF_REMAT * self.config.remat
-        tensors = self.rows * self._bytes(kept(replace(self.config, remat=False)))
-        moved = passes * tensors + UPDATE_PASSES * self.weights.on_device
+        tensors = forward(self.config)
+        made = self._made(tensors)
+        moved = self.rows * (PASSES * made + PASSES_OF_REMAT * (made - tensors.kept))
+        moved += UPDATE_PASSES * self.weights.on_device
         return moved / self.device.memory_bytes_per_second
 
     @property
@@ -509,12 +517,12 @@ def table(plans: list[tuple[str, Plan | None]]) -> list[str]:
 def tables() -> str:
     lines = ["### The models", ""]
     columns = ("model", "width", "depth", "parameters", "tokens", "forward GFLOP/image")
-    lines += [row(*columns, "kept MB/image", "of which scores"), row(*["---"] * 8)]
+    lines += [row(*columns, "kept MB/image", "scores MB/image"), row(*["---"] * 8)]
     for (name, side), c in models().items():
-        forward, k = sum(profiling.flops_by_module(c).values()), kept(c)
+        flops, tensors = sum(profiling.flops_by_module(c).values()), forward(c)
         count = f"{n_params(c):,}"
         facts = (f"{name}, {side}²", c.width, c.depth, count, math.prod(c.grid))
-        amounts = (f"{forward / 1e9:,.0f}", f"{sum(k) / 1e6:,.0f}", f"{k.scores / sum(k):.0%}")
+        amounts = (f"{x:,.0f}" for x in (flops / 1e9, tensors.kept / 1e6, tensors.scores / 1e6))
         lines.append(row(*facts, *amounts))
     for side, scores_stay in ((256, False), (1024, False), (1024, True)):
         for name in ("DiT-XL/2", "MMDiT-5B/2"):

@@ -170,7 +170,7 @@ class Trainer:
         self.run_dir = run_dir or Path(
             processes.first_says(lambda: str(run_folder.new(c.dataset_name, c.model)))
         )
-        self.model_config = network(c, self.dataset, platform)
+        self.model_config = network(c, self.dataset)
         self.encoded = None
         if c.conditioning == "text":
             with processes.in_turn():

@@ -386,9 +386,8 @@ def require_even_batches(config: TrainConfig, n_devices: int) -> None:
         )
 
 
-def network(config: TrainConfig, dataset: DatasetConfig, platform: str) -> ModelConfig:
+def network(config: TrainConfig, dataset: DatasetConfig) -> ModelConfig:
     """The model that a resolved `config` describes, but for the shape of captions."""
-    depth = MODELS[config.model]["depth"]
     return model_config(
         config.model,
         patch_size=config.patch_size,
@@ -404,8 +403,6 @@ def network(config: TrainConfig, dataset: DatasetConfig, platform: str) -> Model
         norm=config.norm,
         dtype=PRECISIONS[config.half_precision],
         remat=config.remat,
-        # On a CPU shallow models are a tenth faster unrolled, and still compile in seconds.
-        unroll=depth if platform == "cpu" and depth <= 12 and not config.remat else 1,
     )
 
 

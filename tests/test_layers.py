@@ -54,6 +54,53 @@ def test_attention_survives_large_bfloat16_scores():
     np.testing.assert_allclose(float(layers.attention(q, k, v)[0, 0, 0]), 0.982, atol=4e-3)
 
 
+# Heads of the presets, and tokens: 16 … 256 of a picture, with four of a class or a caption's.
+SHAPES = [(16, 16, 4, 32), (64, 68, 6, 64), (256, 256, 2, 64), (256, 333, 2, 72)]
+BOUNDS = {"float32": 1e-6, "bfloat16": 5e-3}
+
+
+def exact_gradients(function, inputs, g):
+    """In float64, by JAX's own rules."""
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.float64(x)) for x in inputs]
+        y, backward = jax.vjp(function, *wide)
+        return [np.asarray(x) for x in (y, *backward(jnp.asarray(np.float64(g))))]
+
+
+def assert_close(found, expected, bound):
+    """Norms of differences, relative to those of the arrays."""
+    for x, y in zip(found, expected, strict=True):
+        assert np.linalg.norm(np.float64(x) - y) <= bound * np.linalg.norm(y)
+
+
+def plain_attention(q, k, v):
+    scores = jnp.einsum("bnhk,bmhk->bhnm", q, k) / np.sqrt(q.shape[-1])
+    y = jnp.einsum("bhnm,bmhk->bnhk", jax.nn.softmax(scores), v)
+    return y.reshape(*y.shape[:2], -1)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("n, m, h, k", SHAPES)
+def test_attention_and_its_gradients_are_the_plain_forms(n, m, h, k, dtype):
+    keys = dict(zip("qkvg", jax.random.split(key, 4), strict=True))
+    q, g = jax.random.normal(keys["q"], (2, n, h, k)), jax.random.normal(keys["g"], (2, n, h * k))
+    k, v = (jax.random.normal(keys[name], (2, m, h, k)) for name in "kv")
+    q, k, v, g = (x.astype(dtype) for x in (q, k, v, g))
+    y, backward = jax.vjp(layers.attention, q, k, v)
+    expected = exact_gradients(plain_attention, (q, k, v), g)
+    assert_close((y, *backward(g)), expected, BOUNDS[dtype])
+
+
+def test_attention_gives_no_gradient_to_masked_keys():
+    q, k, v = jax.random.normal(key, (3, 2, 5, 4, 8))
+    mask = jnp.asarray([[True] * 5, [True, True, False, True, False]])
+    y, backward = jax.vjp(lambda q, k, v: layers.attention(q, k, v, mask), q, k, v)
+    _, dk, dv = backward(jnp.ones_like(y))
+    assert (dk[1, [2, 4]] == 0).all() and (dv[1, [2, 4]] == 0).all()
+    _, backward = jax.vjp(layers.attention, q[:1], k[:1], v[:1])
+    np.testing.assert_allclose(dv[:1], backward(jnp.ones_like(y[:1]))[2], atol=1e-6)
+
+
 def test_rotary_scores_depend_on_the_two_offsets_alone():
     rows, columns = 5, 7
     q, k = jax.random.normal(key, (2, 1, 1, 2, 16))
@@ -159,6 +206,21 @@ def test_scan_equals_a_loop_over_the_blocks(remat, unroll):
     )(state)
     expected = jax.grad(lambda w: loop(w).sum())(weight)
     np.testing.assert_allclose(jax.tree.leaves(grad)[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("shape", [(128, 768), (384, 1152), (384, 1536), (1536, 384), (1152, 16)])
+def test_products_and_their_gradients_are_the_plain_forms(shape, dtype):
+    keys = dict(zip("xwg", jax.random.split(key, 3), strict=True))
+    x = jax.random.normal(keys["x"], (2, 64, shape[0])).astype(dtype)
+    g = jax.random.normal(keys["g"], (2, 64, shape[1])).astype(dtype)
+    w = jax.random.normal(keys["w"], shape)
+    y, backward = jax.vjp(layers.product, x, w)
+    assert y.dtype == jnp.float32
+    expected = exact_gradients(lambda x, w: x @ w, (x, w), g)
+    dx, dw = backward(g.astype(jnp.float32))
+    assert (dx.dtype, dw.dtype) == (x.dtype, jnp.float32)
+    assert_close((y, dx, dw), expected, BOUNDS[dtype])
 
 
 def test_linear_computes_in_half_and_keeps_its_weights():

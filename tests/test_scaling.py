@@ -68,16 +68,21 @@ def test_shards_sum_to_the_whole_and_lie_as_planned(name, fsdp):
 
 def test_what_a_pass_keeps_scales_as_its_parts_do():
     config = model_config("DiT-S/2", image_size=32, channels=4, out_channels=4, n_classes=10)
-    coarse, fine = scaling.kept(config), scaling.kept(replace(config, image_size=64))
+    coarse, fine = scaling.forward(config), scaling.forward(replace(config, image_size=64))
     assert fine.scores == pytest.approx(16 * coarse.scores, rel=0.02)  # tokens squared
-    assert fine.others == pytest.approx(4 * coarse.others, rel=0.02)
-    block = scaling.kept_by_a_block(config)
-    deeper = scaling.kept(replace(config, depth=20))
-    assert sum(deeper) - sum(coarse) == 8 * sum(block)
-    half = scaling.kept(replace(config, dtype="bfloat16"))
-    assert 0.5 < sum(half) / sum(coarse) < 1
-    remat = scaling.kept(replace(config, remat=True))
-    assert sum(coarse) / sum(remat) > 10 and remat.scores == 0
+    assert coarse.scores == 2 * 4 * 12 * 6 * 256**2
+    assert fine.kept == pytest.approx(4 * coarse.kept, rel=0.02)
+    assert fine.made == pytest.approx(4 * coarse.made, rel=0.02)
+    block, deeper = scaling.forward_of_a_block(config), scaling.forward(replace(config, depth=20))
+    for field in ("made", "kept", "scores"):
+        assert getattr(deeper, field) - getattr(coarse, field) == 8 * getattr(block, field)
+    half = scaling.forward(replace(config, dtype="bfloat16"))
+    assert 0.5 < half.kept / coarse.kept < 0.55
+    remat = scaling.forward(replace(config, remat=True))
+    assert coarse.kept / remat.kept > 10 and remat.made == coarse.made
+    # Of a block eleven numbers a channel of a token: its input, queries, keys and values, what
+    # attention found, two maps back, the MLP's four; and the softmax's sum of each head.
+    assert coarse.kept == pytest.approx(12 * 256 * (11 * 384 + 6) * 4, rel=0.02)
 
 
 # --- collectives ----------------------------------------------------------------------------------

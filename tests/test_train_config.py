@@ -84,7 +84,7 @@ def test_nothing_is_left_open():
 def test_every_data_sets_recommendation_can_be(name):
     dataset = DATASET_CONFIGS[name]
     config = resolved(dataset)
-    model = network(config, dataset, "gpu")
+    model = network(config, dataset)
     assert (model.n_classes, model.image_size) == (dataset.n_classes, dataset.image_size)
     assert model.channels == model.out_channels == dataset.channels
 
@@ -227,12 +227,12 @@ def test_epochs_of_empty_batches_are_refused():
 def test_a_part_of_the_model_that_does_not_exist_is_named(name):
     part: Any = {name: "nonesuch"}
     with pytest.raises(UserError, match=f"unknown {name} 'nonesuch'"):
-        network(resolved(**part), DIGITS, "cpu")
+        network(resolved(**part), DIGITS)
 
 
 def test_a_picture_that_no_patch_divides_is_named():
     with pytest.raises(UserError, match="image_size 30 is not divisible by patch_size 4"):
-        network(resolved(image_size=30, patch_size=4), DIGITS, "cpu")
+        network(resolved(image_size=30, patch_size=4), DIGITS)
 
 
 # --- the model and the loss that are meant --------------------------------------------------------
@@ -241,9 +241,9 @@ def test_a_picture_that_no_patch_divides_is_named():
 @pytest.mark.parametrize("name", MODELS)
 def test_the_presets_patch_is_used_unless_another_is_asked_for(name):
     dataset = replace(DIGITS, image_size=32)
-    preset = network(resolved(dataset, model=name), dataset, "cpu")
+    preset = network(resolved(dataset, model=name), dataset)
     assert preset.patch_size == int(name.split("/")[1])
-    assert network(resolved(dataset, model=name, patch_size=16), dataset, "cpu").grid == (2, 2)
+    assert network(resolved(dataset, model=name, patch_size=16), dataset).grid == (2, 2)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -281,7 +281,7 @@ def test_a_towers_folder_is_known_from_anywhere(tmp_path, monkeypatch):
 def test_an_unconditional_model_is_not_guided():
     unlabelled = replace(DIGITS, label_column=None, n_classes=0, cfg_scale=3.0)
     assert resolved(unlabelled).cfg_scale == resolved(conditioning="none").cfg_scale == 1
-    assert network(resolved(conditioning="none"), DIGITS, "cpu").n_classes == 0
+    assert network(resolved(conditioning="none"), DIGITS).n_classes == 0
     with pytest.raises(UserError, match=r"--cfg_scale 2\.0: an unconditional model"):
         resolved(conditioning="none", cfg_scale=2.0)
 
@@ -298,7 +298,7 @@ def test_an_unconditional_model_is_not_guided():
 )
 def test_half_precision_is_for_accelerators_unless_said_otherwise(platform, said, dtype):
     config = resolved(platform=platform, half_precision=said)
-    assert network(config, DIGITS, platform).dtype == dtype
+    assert network(config, DIGITS).dtype == dtype
 
 
 def test_every_choice_of_the_model_arrives_there():
@@ -314,14 +314,14 @@ def test_every_choice_of_the_model_arrives_there():
         "image_size": 16,
         "channels": 3,
     }
-    model = network(resolved(**chosen), DIGITS, "cpu")
+    model = network(resolved(**chosen), DIGITS)
     assert {name: getattr(model, name) for name in chosen} == chosen
 
 
 def test_the_large_models_recompute_unless_told_not_to():
-    assert network(resolved(model="DiT-XL/2"), DIGITS, "gpu").remat
-    assert not network(resolved(model="DiT-B/2"), DIGITS, "gpu").remat
-    assert not network(resolved(model="DiT-XL/2", remat=False), DIGITS, "gpu").remat
+    assert network(resolved(model="DiT-XL/2"), DIGITS).remat
+    assert not network(resolved(model="DiT-B/2"), DIGITS).remat
+    assert not network(resolved(model="DiT-XL/2", remat=False), DIGITS).remat
 
 
 def test_every_choice_of_the_loss_arrives_there(monkeypatch):

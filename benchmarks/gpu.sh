@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# One short visit to a machine with a GPU fills the table: at most eight minutes, tables last.
+#
+#   benchmarks/gpu.sh          what matters most comes first; what there is no time for is named
+#   benchmarks/gpu.sh --dry    the same commands with tiny shapes, on a CPU
+#
+# Needs this repository and installed packages only; without torch with CUDA and diffusers there is
+# no peer. PYTHON is the Python to use, JSON a file to which each command's JSON line is added.
+set -u
+cd "$(dirname "$0")/.."
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+limit=450 # seconds, after which nothing new begins and what runs is stopped
+
+size() { echo "$1"; }
+S=DiT-S/2 B=DiT-B/2 L=DiT-L/2 XL=DiT-XL/2 MMDiT=MMDiT-B/2
+common="--rounds 4" turns="--steps_per_turn 8" n_steps=50 compiled=autocast+compile
+if [ "${1-}" = --dry ]; then
+    size() { echo 2; }
+    S=DiT-Ti/8 B=$S L=$S XL=$S MMDiT=MMDiT-Ti/8
+    common="--rounds 1 --image_size 16" turns="" n_steps=2 limit=1800
+    compiled=autocast # compiling even this takes a CPU a minute: once is enough, below
+    export JAX_PLATFORMS=cpu
+fi
+export XLA_PYTHON_CLIENT_PREALLOCATE=false       # torch's process needs memory too
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} # figures are of one GPU
+export PYTHONUNBUFFERED=1
+found=$(mktemp)
+trap 'rm -f "$found"' EXIT
+
+bench() { # script, then its flags
+    local script=$1 left=$((limit - SECONDS)) said status
+    shift
+    echo "--- $SECONDS s: $script $*"
+    [ "$left" -gt 20 ] || { echo "left out, no time: $script $*" >>"$found"; return; }
+    # shellcheck disable=SC2086 (several words)
+    said=$(timeout "$left" "$python" "benchmarks/$script" "$@" $common)
+    status=$?
+    echo "$said" | grep -v '^{'
+    [ -z "${JSON-}" ] || echo "$said" | grep '^{' >>"$JSON"
+    echo "$said" | grep -E '^(\||left out)' >>"$found"
+    [ $status -eq 0 ] || echo "left out, status $status: $script $*" >>"$found"
+    echo >>"$found"
+}
+step() { bench step.py --precision bf16 $turns "$@"; }
+
+step --model $XL --batch_size "$(size 32)" --remat false --peer autocast+compile
+step --model $XL --batch_size "$(size 128)" --remat true --peer none
+step --model $B --batch_size "$(size 256)" --peer $compiled
+bench sample.py --model $XL --precision bf16 --n_steps $n_steps --peer $compiled
+step --model $S --batch_size "$(size 256)" --unroll 1 12 --peer none
+step --model $XL --batch_size "$(size 64)" --remat false true --peer none
+step --model $MMDiT --batch_size "$(size 128)" --peer none
+step --model $L --batch_size "$(size 64)" --remat false true --peer none
+step --model $S --batch_size "$(size 1024)" --peer $compiled
+step --model $B --batch_size "$(size 64)" --unroll 1 12 --peer none
+
+echo
+echo "=== $SECONDS s; $("$python" -c 'from importlib.metadata import version as v; print("jax", v("jax"))')"
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
+cat "$found"

@@ -1,0 +1,306 @@
+"""The peer: `diffusers`' DiT in PyTorch, with a plain rectified-flow training and sampling loop.
+
+The same network as an adaLN-Zero `DiT` of `model.py`, and the same step: uint8 pictures, label
+dropout, logit-normal times, AdamW, clipping, the average of the weights. It runs in a process of
+its own (`Peer`): two runtimes in one would fight for threads, device memory and CUDA libraries.
+Where torch or diffusers is missing, or the peer fails, `PeerMissing` says why in one line.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+TIME_SCALE = 1000  # the sinusoids of t were made for 0 … 1000
+
+
+class How(NamedTuple):
+    """In what precision a peer computes, and whether it is compiled."""
+
+    autocast: bool
+    compile: bool
+
+
+PEERS = {
+    "fp32": How(autocast=False, compile=False),
+    "autocast": How(autocast=True, compile=False),
+    "fp32+compile": How(autocast=False, compile=True),
+    "autocast+compile": How(autocast=True, compile=True),
+}
+
+
+class PeerMissing(Exception):
+    """Why there is no peer."""
+
+
+# --- seen from the benchmark ----------------------------------------------------------------------
+
+
+class Peer:
+    """A torch process that takes a turn when it is asked to, and waits idle otherwise."""
+
+    def __init__(
+        self,
+        kind: str,
+        task: str,
+        config: Any,
+        *,
+        platform: str,
+        batch_size: int,
+        n: int = 1,
+        **settings: Any,
+    ):
+        """Start it, and wait until it has taken a first turn, in which it may compile.
+
+        Args:
+            kind: of `PEERS`.
+            task: of `TASKS`; `settings` are its own.
+            config: the `ModelConfig` of the model that it is to equal.
+            platform: that JAX runs on; the peer must run on the same.
+            n: steps of a turn.
+
+        Raises:
+            PeerMissing: torch or diffusers is not installed, diffusers has no such model, or it
+                failed.
+        """
+        if missing := [p for p in ("torch", "diffusers") if not importlib.util.find_spec(p)]:
+            raise PeerMissing(f"{' and '.join(missing)} not installed: requirements-bench.txt")
+        if config.block != "adaln_zero":
+            raise PeerMissing(f"diffusers has no DiT with blocks '{config.block}'")
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            # Where others use the processor too, threads that spin while they wait cost torch a
+            # multiple of its time.
+            env={"OMP_WAIT_POLICY": "passive"} | os.environ,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+        )
+        order = {"kind": kind, "task": task, "config": dataclasses.asdict(config)}
+        order |= {"platform": platform, "batch_size": batch_size, "n": n}
+        order["settings"] = settings
+        self.n_params = self._ask(order)["n_params"]
+        self.memory_bytes: float | None = None
+        self.first_seconds = self.turn()
+
+    def turn(self) -> float:
+        """Seconds of one step, when the last of the turn is done.
+
+        Raises:
+            PeerMissing: it failed.
+        """
+        answer = self._ask({})
+        self.memory_bytes = answer["memory_bytes"]
+        return answer["seconds"]
+
+    def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin and self.process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(order), file=self.process.stdin, flush=True)
+        if answer := self.process.stdout.readline():
+            return json.loads(answer)
+        self.process.wait()
+        self.errors.seek(0)
+        lines = [line.strip() for line in self.errors if line.strip()]
+        self.close()
+        raise PeerMissing(lines[-1] if lines else f"it ended with {self.process.returncode}")
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
+
+
+# --- the torch process ----------------------------------------------------------------------------
+
+
+def build(config: Any) -> Any:
+    """The diffusers model with a `ModelConfig`'s shapes, and as many parameters.
+
+    diffusers gives every block an embedder of t and the label of its own; the paper and `model.py`
+    have one, so here all blocks share the first block's. Labels are dropped by the training loop,
+    once a row, and not again in each block.
+    """
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+    c = config
+    model: Any = DiTTransformer2DModel(
+        num_attention_heads=c.n_heads,
+        attention_head_dim=c.width // c.n_heads,
+        in_channels=c.channels,
+        out_channels=c.out_channels,
+        num_layers=c.depth,
+        sample_size=c.image_size,
+        patch_size=c.patch_size,
+        num_embeds_ada_norm=c.n_classes,
+        norm_eps=1e-6,
+    )
+    embedder = model.transformer_blocks[0].norm1.emb
+    embedder.class_embedder.dropout_prob = 0.0
+    embedder.time_proj.downscale_freq_shift = 0  # frequencies down to 1/10 000, as in the paper
+    for block in model.transformer_blocks:
+        block.norm1.emb = embedder
+    return model
+
+
+def precision(device: str, how: How) -> Any:
+    """What a forward pass runs under."""
+    import torch
+
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=how.autocast)
+
+
+def train_step(
+    model: Any,
+    config: Any,
+    how: How,
+    *,
+    device: str,
+    batch_size: int,
+    remat: bool,
+    label_dropout: float = 0.1,
+    learning_rate: float = 1e-4,
+    clip_norm: float = 1.0,
+    ema_decay: float = 0.9999,
+) -> Callable[[], Any]:
+    """Training on one batch of random pictures. `remat` keeps only blocks' inputs."""
+    import torch
+
+    shape = (batch_size, config.channels, config.image_size, config.image_size)
+    image = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    label = torch.randint(0, config.n_classes, (batch_size,), device=device)
+    if remat:
+        model.enable_gradient_checkpointing()
+    parameters = list(model.parameters())
+    ema = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
+    network = torch.compile(model) if how.compile else model
+
+    def step() -> Any:
+        data = image.float() / 127.5 - 1
+        noise = torch.randn_like(data)
+        t = torch.randn(batch_size, device=device).sigmoid()  # logit-normal
+        at = t[:, None, None, None]
+        drop = torch.rand(batch_size, device=device) < label_dropout
+        told = torch.where(drop, config.n_classes, label)
+        with precision(device, how):
+            velocity = network(
+                (1 - at) * data + at * noise, TIME_SCALE * t, told, return_dict=False
+            )[0]
+        loss = (velocity.float() - (noise - data)).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(ema, parameters, 1 - ema_decay)  # pyright: ignore
+        return loss.detach()
+
+    return step
+
+
+def guided_sampling(
+    model: Any,
+    config: Any,
+    how: How,
+    *,
+    device: str,
+    batch_size: int,
+    n_steps: int,
+    cfg_scale: float = 2.0,
+) -> Callable[[], Any]:
+    """Euler's method from noise to pictures on the host; both halves of guidance in one batch."""
+    import torch
+
+    network = torch.compile(model) if how.compile else model
+    label = torch.arange(batch_size, device=device) % config.n_classes
+    both = torch.cat([label, torch.full_like(label, config.n_classes)])
+    shape = (batch_size, config.channels, config.image_size, config.image_size)
+    times = torch.linspace(1, 0, n_steps + 1).tolist()
+
+    def sample() -> Any:
+        x = torch.randn(shape, device=device)
+        # One context around the loop: autocast then casts each weight once, not once a step.
+        with torch.no_grad(), precision(device, how):
+            for t, s in pairwise(times):
+                time = torch.full((2 * batch_size,), TIME_SCALE * t, device=device)
+                velocity = network(torch.cat([x, x]), time, both, return_dict=False)[0].float()
+                conditional, null = velocity.chunk(2)
+                x = x + (s - t) * (null + cfg_scale * (conditional - null))
+        return x.cpu()
+
+    return sample
+
+
+TASKS = {"step": train_step, "sample": guided_sampling}
+
+
+def device_of(platform: str) -> str:
+    """torch's name of JAX's platform."""
+    import torch
+
+    if platform == "cpu":
+        return "cpu"
+    if platform == "gpu" and torch.cuda.is_available():
+        # JAX multiplies float32 in TF32 on NVIDIA cards.
+        torch.set_float32_matmul_precision("high")
+        return "cuda"
+    raise SystemExit(f"this torch has no device for JAX's platform '{platform}'")
+
+
+def memory_bytes(device: str) -> float | None:
+    """The most that was in use: of device memory, on a CPU by the whole process."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    # Not `resource`, whose figure begins with that of the process that started this one.
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024.0 * int(s.split()[1]) for s in lines if s.startswith("VmHWM:")), None)
+
+
+def serve() -> None:
+    """Build what the first line of the input orders; then a turn, and its time, for each line."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print
+    order = json.loads(input())
+    device, config = device_of(order["platform"]), SimpleNamespace(**order["config"])
+    import torch
+
+    model = build(config).to(device).train(order["task"] == "step")
+    run = TASKS[order["task"]](
+        model,
+        config,
+        PEERS[order["kind"]],
+        device=device,
+        batch_size=order["batch_size"],
+        **order["settings"],
+    )
+    n_params = sum(p.numel() for p in model.parameters())
+    print(json.dumps({"n_params": n_params}), file=answers, flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        for _ in range(order["n"]):
+            run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = (time.perf_counter() - start) / order["n"]
+        answer = {"seconds": seconds, "memory_bytes": memory_bytes(device)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve()

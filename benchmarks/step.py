@@ -1,0 +1,287 @@
+"""How fast is the train step? By model, batch, precision, remat and unroll, beside the torch peer.
+
+    python benchmarks/step.py
+    python benchmarks/step.py --model DiT-XL/2 --batch_size 64 128 --peer autocast+compile
+
+What is timed is `Trainer.update`: gradients, AdamW, the average of the weights and the metrics, on
+one batch of random pictures. All variants of one model and batch take turns, with their peers and
+with a large matrix product, the speed of which is what "of matmul" compares with. On a GPU that a
+peer shares, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import cli
+import parallel
+import profiling
+from benchmarks.peer import PEERS, Peer
+from benchmarks.timing import (
+    Times,
+    interleaved,
+    json_line,
+    number,
+    or_left_out,
+    percent,
+    require,
+    table,
+    turn,
+)
+from model import ModelConfig
+from train import TrainConfig, Trainer
+
+
+class Precision(NamedTuple):
+    """What training calls it, and what it multiplies."""
+
+    half_precision: Any
+    dtype: Any
+
+
+PRECISIONS = {"fp32": Precision(False, jnp.float32), "bf16": Precision("bf16", jnp.bfloat16)}
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """Time the train step.
+
+    Args:
+        model: presets such as DiT-S/2.
+        batch_size: pictures of a step.
+        precision: of matrix products: fp32, bf16.
+        remat: whether blocks are recomputed in the backward pass, there and in the peer; by default
+            as in training.
+        unroll: blocks compiled side by side; by default as in training.
+        image_size: pixels, or latents, to a side.
+        channels: of the pictures.
+        rounds: that count, after one that does not.
+        steps_per_turn: sent off one after the other before waiting; on a GPU more than one.
+        peer: torch, as fp32, autocast, fp32+compile or autocast+compile; none for no peer.
+    """
+
+    model: tuple[str, ...] = ("DiT-S/2",)
+    batch_size: tuple[int, ...] = (16,)
+    precision: tuple[str, ...] = ("fp32", "bf16")
+    remat: tuple[bool, ...] | None = None
+    unroll: tuple[int, ...] | None = None
+    image_size: int = 32
+    channels: int = 4
+    rounds: int = 4
+    steps_per_turn: int = 1
+    peer: tuple[str, ...] | None = ("fp32", "autocast")
+
+
+class Entry(NamedTuple):
+    """One that takes turns, its model, and what is known of it besides its times."""
+
+    turn: Callable[[], float]
+    model: ModelConfig
+    facts: dict[str, Any]
+
+
+def matmul(precision: str) -> tuple[Callable[[], float], float]:
+    """A turn of products of large random matrices with float32 results, and the FLOPs of one."""
+    side = 2048 if jax.default_backend() == "cpu" else 8192
+    keys = jax.random.split(jax.random.key(0))
+    dtype = PRECISIONS[precision].dtype
+    a, b = (jax.random.normal(key, (side, side), dtype) for key in keys)
+    dot = jax.jit(partial(jnp.dot, preferred_element_type=jnp.float32))
+    return turn(lambda: dot(a, b), n=8), 2.0 * side**3
+
+
+def build(config: TrainConfig, precision: str, *, unroll: int | None = None) -> Trainer:
+    """A trainer of made-up pictures. What is None is what training does by default."""
+    half_precision = PRECISIONS[precision].half_precision
+    # A profile reads no pictures, so they may have any shape.
+    trainer = Trainer(replace(config, half_precision=half_precision, profile=True))
+    if unroll:
+        m = trainer.model_config
+        trainer.model_config = replace(m, unroll=min(unroll, m.depth))
+    jax.block_until_ready(trainer.state)
+    return trainer
+
+
+def random_batch(trainer: Trainer) -> Any:
+    """A batch on the device. Not a blank one: a GPU multiplies zeros faster."""
+    rng, blank = np.random.default_rng(0), trainer.blank_batch()
+    image = rng.integers(0, 256, blank.image.shape, np.uint8)
+    label = rng.integers(0, trainer.model_config.n_classes, len(image), np.int32)
+    return parallel.place(blank._replace(image=image, label=label), trainer.mesh)
+
+
+def ours(trainer: Trainer, precision: str, *, n: int) -> Entry:
+    """The update of a trainer, compiled and taken once."""
+    batch = random_batch(trainer)
+    start = time.perf_counter()
+    compiled = trainer.update.lower(trainer.state, batch, trainer.train_key).compile()
+    compile_seconds = time.perf_counter() - start
+
+    def step() -> Any:
+        trainer.state, report = compiled(trainer.state, batch, trainer.train_key)
+        return report
+
+    jax.block_until_ready(step())
+    m = trainer.model_config
+    facts = known(m) | {
+        "by": f"ours {precision}{', remat' * m.remat}, unroll {m.unroll}",
+        "precision": precision,
+        "n_params": sum(x.size for x in jax.tree.leaves(trainer.state.params)),
+        "compile_s": compile_seconds,
+        "planned_bytes": profiling.cost(compiled).memory_bytes,
+        "device_bytes": memory_stats().get("peak_bytes_in_use"),
+    }
+    return Entry(turn(step, n=n), m, facts)
+
+
+def known(m: ModelConfig) -> dict[str, Any]:
+    """What is known of a model before it is built."""
+    forward = sum(profiling.flops_by_module(m).values())
+    flops = profiling.TRAIN_PER_FORWARD * forward
+    return {"remat": m.remat, "unroll": m.unroll, "train_flops_per_image": flops}
+
+
+def memory_stats() -> dict[str, int]:
+    """The allocator's own figures; none on a CPU."""
+    return jax.devices()[0].memory_stats() or {}
+
+
+def theirs(kind: str, m: ModelConfig, stack: contextlib.ExitStack, **how: Any) -> Entry:
+    """A peer of the model, which ends with `stack`."""
+    peer = Peer(kind, "step", m, platform=jax.default_backend(), remat=m.remat, **how)
+    stack.enter_context(contextlib.closing(peer))
+    facts = known(m) | {
+        "by": f"torch {kind}{', remat' * m.remat}",
+        "kind": kind,
+        "precision": "bf16" if PEERS[kind].autocast else "fp32",
+        "n_params": peer.n_params,
+        "compile_s": peer.first_seconds if PEERS[kind].compile else None,
+        "planned_bytes": None,
+        "device_bytes": peer.memory_bytes,
+    }
+    return Entry(peer.turn, m, facts)
+
+
+def entries(
+    config: StepConfig, model: str, batch_size: int, stack: contextlib.ExitStack
+) -> list[Entry]:
+    """Ours in every variant, and a peer of each kind for each remat; less what cannot be."""
+    found: list[Entry] = []
+    variants = product(config.precision, config.remat or [None], config.unroll or [None])
+    for precision, remat, unroll in variants:
+        with or_left_out(f"{model} × {batch_size}, {precision}, remat {remat}, unroll {unroll}"):
+            settings: dict[str, Any] = {"model": model, "batch_size": batch_size, "remat": remat}
+            settings |= {"image_size": config.image_size, "channels": config.channels}
+            # Not kept by a name: one that has no room must not take it from the next.
+            found.append(
+                ours(
+                    build(TrainConfig(**settings), precision, unroll=unroll),
+                    precision,
+                    n=config.steps_per_turn,
+                )
+            )
+    models = {entry.model.remat: entry.model for entry in found}
+    for m, kind in product(models.values(), config.peer or ()):
+        with or_left_out(f"{model} × {batch_size}, torch, {kind}"):
+            how = {"batch_size": batch_size, "n": config.steps_per_turn}
+            found.append(theirs(kind, m, stack, **how))
+    return found
+
+
+def measure(config: StepConfig, model: str, batch_size: int) -> list[dict[str, Any]]:
+    """What is found of all variants of one model and batch."""
+    with contextlib.ExitStack() as stack:
+        found = entries(config, model, batch_size, stack)
+        products = {precision: matmul(precision) for precision in PRECISIONS}
+        turns = {precision: run for precision, (run, _) in products.items()}
+        times = interleaved(turns | {e.facts["by"]: e.turn for e in found}, config.rounds)
+    # The best of a product beside the median of a step: a peak is what can be reached.
+    peaks = {name: flops / times[name].min for name, (_, flops) in products.items()}
+    return [
+        {"model": model, "batch_size": batch_size}
+        | e.facts
+        | speeds(e.facts, times[e.facts["by"]], batch_size, peaks)
+        | {"times_as_fast_as": ratios(e, found, times)}
+        for e in found
+    ]
+
+
+def ratios(entry: Entry, found: list[Entry], times: dict[str, Times]) -> dict[str, float]:
+    """How many times as fast this one is as each peer with the same remat."""
+    own = times[entry.facts["by"]]
+    return {
+        peer.facts["kind"]: own.times_as_fast_as(times[peer.facts["by"]])
+        for peer in found
+        if "kind" in peer.facts and peer.facts["remat"] == entry.facts["remat"]
+    }
+
+
+def speeds(
+    facts: dict[str, Any], times: Times, batch_size: int, peaks: dict[str, float]
+) -> dict[str, Any]:
+    """What follows from times and the FLOPs of a picture, in which recomputation is not counted."""
+    rate = facts["train_flops_per_image"] * batch_size / jax.device_count() / times.median
+    dtype = PRECISIONS[facts["precision"]].dtype.__name__
+    sheet = profiling.peak(jax.devices()[0].device_kind, dtype)
+    return {
+        "median_s": times.median,
+        "min_s": times.min,
+        "seconds": times.seconds,
+        "images_per_second": batch_size / times.median,
+        "flops_per_second": rate,
+        "matmul_flops_per_second": peaks[facts["precision"]],
+        "of_matmul": rate / peaks[facts["precision"]],
+        "of_data_sheet": profiling.mfu(rate, sheet),
+    }
+
+
+def cells(row: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, str]:
+    """A line of the table, by column."""
+    si = profiling.si
+    return {
+        "model × batch": f"{row['model']} × {row['batch_size']}",
+        "by": row["by"],
+        "s / step": number(row["median_s"]),
+        "min": number(row["min_s"]),
+        "images/s": number(row["images_per_second"]),
+        "FLOP/s": si(row["flops_per_second"], ""),
+        "of matmul": percent(row["of_matmul"]),
+        "of data sheet": percent(row["of_data_sheet"]),
+        "plan": si(row["planned_bytes"], "B"),
+        "peak": si(row["device_bytes"], "B"),
+        "compile": si(row["compile_s"], "s"),
+    } | {f"× {kind}": number(row["times_as_fast_as"].get(kind)) for kind in kinds}
+
+
+def main() -> None:
+    config = cli.parse(StepConfig)
+    require("precision", config.precision, PRECISIONS)
+    require("peer", config.peer, PEERS)
+    # Else a compile time might be the time to read a file.
+    jax.config.update("jax_enable_compilation_cache", False)
+    rows = []
+    for model, batch_size in product(config.model, config.batch_size):
+        rows += measure(config, model, batch_size)
+        print(f"{model} × {batch_size}: done", file=sys.stderr)
+    print(table([cells(row, config.peer or ()) for row in rows]))
+    print("of matmul: of a large matrix product in the same rounds. plan: memory as XLA plans it.")
+    print(
+        "peak: memory held at most so far, of torch on a CPU the whole process. × torch: as fast."
+    )
+    print(json_line("step", rows=rows))
+
+
+if __name__ == "__main__":
+    cli.run(main)

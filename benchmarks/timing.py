@@ -1,0 +1,158 @@
+"""Times of steps that take turns, and how they are printed.
+
+Machines are shared and noisy: what is compared runs in the same minutes, one turn of each in every
+round. The first round, which warms caches, is dropped; medians, minima and ratios are of the rest.
+Knows nothing of what a step does.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+
+from benchmarks.peer import PeerMissing
+from errors import UserError, unknown
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "diffusers")
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one step, one figure a round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def min(self) -> float:
+        return min(self.seconds)
+
+    def times_as_fast_as(self, other: "Times") -> float:
+        """The median over rounds of how much sooner this one was done: above 1 is faster."""
+        return median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
+
+
+def turn(run: Callable[[], Any], *, n: int = 1) -> Callable[[], float]:
+    """What runs n steps one after the other, waits for the last, and returns the seconds of one."""
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        for _ in range(n):
+            result = run()
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) / n
+
+    return seconds
+
+
+def interleaved(turns: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Times]:
+    """One turn of each in every round, after a round that is dropped.
+
+    Each round begins with another one, so that none always follows the same.
+    """
+    if rounds < 1:
+        raise UserError(f"--rounds {rounds}: must be at least 1")
+    names, seconds = list(turns), {name: [] for name in turns}
+    for i in range(rounds + 1):
+        first = i % max(1, len(names))
+        for name in names[first:] + names[:first]:
+            seconds[name].append(turns[name]())
+    return {name: Times(tuple(several[1:])) for name, several in seconds.items()}
+
+
+@contextlib.contextmanager
+def or_left_out(what: str) -> Iterator[None]:
+    """Says in one line why something cannot be measured, and goes on."""
+    try:
+        yield
+    except PeerMissing as reason:
+        print(f"left out: {what}: {reason}", flush=True)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"left out: {what}: out of memory", flush=True)
+
+
+def require(flag: str, given: Iterable[str] | None, known: Iterable[str]) -> None:
+    """Raises UserError where a flag has a value that does not exist."""
+    for value in given or ():
+        if value not in known:
+            raise unknown(flag, value, known)
+
+
+def device() -> str:
+    """What everything ran on: the accelerators, or the processor."""
+    if jax.default_backend() != "cpu":
+        return f"{jax.device_count()} × {jax.devices()[0].device_kind}"
+    cpuinfo, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
+    if cpuinfo.exists():  # Linux, where `platform` knows no more than x86_64
+        name = next(
+            (s.split(": ")[1] for s in cpuinfo.read_text().splitlines() if "model name" in s), name
+        )
+    return f"{os.cpu_count()} cores of {name}"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows by column, as lines that a person and Markdown can read; all but the first column stand
+    to the right, and columns of which nothing is known are left out.
+    """
+    columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
+    lines = [[], [], *([] for _ in rows)]
+    for i, (name, column) in enumerate(columns.items()):
+        if set(column) == {"n/a"}:
+            continue
+        width = max(map(len, (name, *column)))
+        lines[0].append(name.rjust(width) if i else name.ljust(width))
+        lines[1].append("-" * (width - 1) + ":" if i else "-" * width)
+        for line, cell in zip(lines[2:], column, strict=True):
+            line.append(cell.rjust(width) if i else cell.ljust(width))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def json_line(benchmark: str, **results: Any) -> str:
+    """The last line of a benchmark: its results, and where they come from."""
+    facts = {
+        "benchmark": benchmark,
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "device": device(),
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": versions(),
+    }
+    return json.dumps(facts | results)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three digits, or n/a."""
+    if value is None:
+        return "n/a"
+    return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
+
+
+def percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.0%}"
