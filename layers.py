@@ -2,13 +2,13 @@
 stacked blocks.
 
 Every module holds only `nnx.Param`. Weights are float32; `dtype` is what the operands of matrix
-products are rounded to, while their sums, norms, the softmax and embeddings of time are always
-float32. What is worth keeping for the backward pass has a name (`checkpoint_name`). Nothing here
-knows of a whole model, a loss or a device.
+products are rounded to, while their sums and what stands between them, from norms to the softmax,
+are computed in float32. What is worth keeping for the backward pass says so (`keep`). Nothing here
+knows of a whole model, a loss or a mesh.
 """
 
+import functools
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -24,59 +24,119 @@ zeros = jax.nn.initializers.zeros
 small_normal = jax.nn.initializers.normal(0.02)
 
 
-@jax.custom_vjp
-def product(x: Float[Array, "*b i"], w: Float[Array, "i o"]) -> Float[Array, "*b o"]:
-    """x W with operands in x's precision and sums in float32, forward and backward.
+# --- precision and what is kept -------------------------------------------------------------------
 
-    With y's gradient g: dx = g Wᵀ, dW = xᵀ g. JAX's own rule would multiply float32 gradients by
-    bfloat16 operands, in float32. dW contracts all leading axes at once and stays float32.
+
+@jax.custom_jvp
+def keep(x: Array) -> Array:
+    """x, which the backward pass finds again under the name "kept" instead of computing it again.
+
+    Half precision is kept as bits: of numbers XLA for CPUs would keep a copy in float32.
     """
-    return jnp.einsum("...i,io->...o", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    return _keep(x)
 
 
-def _product_forward(x, w):
-    return product(x, w), (x, w)
+def _keep(x):
+    if x.dtype.itemsize > 2:
+        return checkpoint_name(x, "kept")
+    bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), "kept")
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
-def _product_backward(kept, g):
+# Not `keep` itself: inside a function with its own derivative a name is not seen.
+keep.defjvp(lambda primals, tangents: (_keep(*primals), *tangents))
+
+
+def in_float32(function: Callable[..., Array]) -> Callable[..., Array]:
+    """A function of arrays that is computed in float32 and rounded to the first one's precision
+    once, at the end: exact, and on a CPU several times as fast as rounding every step.
+    """
+
+    @functools.wraps(function)
+    def exact(*arrays):
+        return function(*(x.astype(jnp.float32) for x in arrays)).astype(arrays[0].dtype)
+
+    return exact
+
+
+# --- linear maps ----------------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def affine(
+    x: Float[Array, "*b i"], w: Float[Array, "i o"], bias: Float[Array, "o"]
+) -> Float[Array, "*b o"]:
+    """x W + bias with operands in x's precision and sums in float32, forward and backward.
+
+    With y's gradient g: dx = g Wᵀ, dW = Σ xᵀ g, dbias = Σ g. JAX's own rule would multiply in
+    float32 wherever a gradient is.
+    """
+    y = _product("...i,io->...o", x, w.astype(x.dtype))
+    return (y + bias.reshape([1] * (y.ndim - 1) + [-1])).astype(x.dtype)
+
+
+def _affine_forward(x, w, bias):
+    return affine(x, w, bias), (x, w)
+
+
+def _affine_backward(kept, g):
     x, w = kept
-    g = g.astype(x.dtype)
-    to_float = {"preferred_element_type": jnp.float32}
-    dx = jnp.einsum("...o,io->...i", g, w.astype(x.dtype), **to_float)
-    return dx.astype(x.dtype), jnp.einsum("...i,...o->io", x, g, **to_float)
+    dx = _product("...o,io->...i", g, w.astype(x.dtype)).astype(x.dtype)
+    if x.shape[-1] > g.shape[-1]:
+        # On a CPU the first operand is transposed before it is multiplied, and what made it is
+        # computed column by column: better the narrow one. Without the barrier XLA would put the
+        # outer transpose into the product, which then cannot take bfloat16.
+        dw = jax.lax.optimization_barrier(_product("...o,...i->oi", g, x)).T
+    else:
+        dw = _product("...i,...o->io", x, g)
+    return dx, dw, g.sum(tuple(range(g.ndim - 1)), dtype=jnp.float32)
 
 
-product.defvjp(_product_forward, _product_backward)
+def _product(pattern: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(pattern, a, b, preferred_element_type=jnp.float32)
+
+
+affine.defvjp(_affine_forward, _affine_backward)
 
 
 class Linear(nnx.Module):
-    """y = x W + b over the last axis, computed in `dtype` with float32 weights."""
+    """y = x W + b over the last axis, computed in `dtype` with float32 weights. The result is kept
+    for the backward pass, unless what follows keeps what it makes of it.
+    """
 
-    def __init__(self, n_in: int, n_out: int, *, dtype: str, rngs: nnx.Rngs, init=xavier):
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        dtype: str,
+        rngs: nnx.Rngs,
+        init=xavier,
+        kept: bool = True,
+    ):
         self.kernel = nnx.Param(init(rngs.params(), (n_in, n_out), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(n_out))
-        self.dtype = dtype
+        self.dtype, self.kept = dtype, kept
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        y = product(x.astype(self.dtype), self.kernel[...])
-        y = (y + self.bias[...].reshape([1] * (y.ndim - 1) + [-1])).astype(self.dtype)
-        return checkpoint_name(y, "linear")
+        y = affine(x.astype(self.dtype), self.kernel[...], self.bias[...])
+        return keep(y) if self.kept else y
 
 
 # --- norms ----------------------------------------------------------------------------------------
 
 
+@in_float32
 def layer_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """Zero mean and unit variance over the last axis; adaLN supplies scale and shift."""
-    y = x.astype(jnp.float32)
-    y = y - y.mean(-1, keepdims=True)
-    return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
 
 
+@in_float32
 def rms_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """Unit mean square over the last axis (Zhang & Sennrich 2019, eq. 4)."""
-    y = x.astype(jnp.float32)
-    return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
 
 
 NORMS = {"layer": layer_norm, "rms": rms_norm}
@@ -90,7 +150,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         scale = self.scale[...].reshape([1] * (x.ndim - 1) + [-1])
-        return rms_norm(x) * scale.astype(x.dtype)
+        return rms_norm(keep(x)) * scale.astype(x.dtype)
 
 
 class AffineNorm(nnx.Module):
@@ -112,9 +172,16 @@ def identity(x: Array) -> Array:
     return x
 
 
+@in_float32
 def modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]):
     """adaLN: a picture's condition scales and shifts its tokens (Peebles & Xie 2023, §3.2)."""
     return x * (1 + scale[:, None]) + shift[:, None]
+
+
+@in_float32
+def add_gated(x: Float[Array, "b n d"], gate: Float[Array, "b d"], y: Float[Array, "b n d"]):
+    """The residual of adaLN-Zero: x + gate ∘ y, and a picture has one gate for all its tokens."""
+    return x + gate[:, None] * y
 
 
 # --- pictures and positions -----------------------------------------------------------------------
@@ -267,15 +334,27 @@ def attention(
     """softmax(q kᵀ / √k) v per head, softmax in float32, heads side by side (Vaswani et al. 2017,
     eq. 1).
 
-    Keys where `mask` is False are not seen; each row needs one that is.
+    Keys where `mask` is False are not seen; each row needs one that is. Half precision on a new
+    enough NVIDIA GPU goes through cuDNN's kernel, all else through `attend`.
     """
-    b, _, h, width = q.shape
-    if mask is None:
-        mask = jnp.ones((b, k.shape[1]), bool)
-    q, k, v = (rearrange(x, "b n h k -> (b h) n k") for x in (q, k, v))
-    scale = jnp.asarray(1 / np.sqrt(width), q.dtype)
-    y = attend(q * scale, k, v, jnp.where(jnp.repeat(mask, h, axis=0), 0.0, HIDDEN))
+    h, width = q.shape[2:]
+    if has_cudnn_attention() and q.dtype != jnp.float32 and width % 8 == 0 and width <= 128:
+        if mask is not None:
+            mask = jnp.broadcast_to(mask[:, None, None], (len(q), 1, q.shape[1], k.shape[1]))
+        q, k, v = keep(q), keep(k), keep(v)
+        y = keep(jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn"))
+        return rearrange(y, "b n h k -> b n (h k)")
+    bias = None if mask is None else jnp.where(jnp.repeat(mask, h, axis=0), 0.0, HIDDEN)
+    q, k, v = (keep(rearrange(x, "b n h k -> (b h) n k")) for x in (q, k, v))
+    y = attend(q * jnp.asarray(1 / np.sqrt(width), q.dtype), k, v, bias)
     return rearrange(y, "(b h) n k -> b n (h k)", h=h)
+
+
+@functools.cache
+def has_cudnn_attention() -> bool:
+    """Whether devices are NVIDIA's of Ampere or later, which cuDNN's flash attention needs."""
+    device = jax.devices()[0]
+    return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
 
 
 HIDDEN = float(jnp.finfo(jnp.float32).min) / 2  # what a score is when its key is not seen
@@ -286,9 +365,9 @@ def attend(
     q: Float[Array, "z n k"],
     k: Float[Array, "z m k"],
     v: Float[Array, "z m k"],
-    bias: Float[Array, "z m"],
+    bias: Float[Array, "z m"] | None,
 ) -> Float[Array, "z n k"]:
-    """softmax(q kᵀ + bias) v for each of z heads. The backward pass computes the scores again
+    """softmax(q kᵀ + bias) v for each of z heads, where the bias is not learned. The backward pass computes the scores again
     instead of keeping them: they are n · m numbers a head, and the rest is n · k (Dao et al. 2022,
     §3.1 and B.4).
     """
@@ -296,12 +375,12 @@ def attend(
 
 
 def _attend_forward(q, k, v, bias):
-    scores = _product("znk,zmk->znm", q, k) + bias[:, None]
+    scores = _biased(_product("znk,zmk->znm", q, k), bias, axis=1)
     peak = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - peak)
     total = weights.sum(-1, keepdims=True)
-    y = (_product("znm,zmk->znk", weights.astype(v.dtype), v) / total).astype(v.dtype)
-    y, log_sum = checkpoint_name((y, (peak + jnp.log(total))[..., 0]), "attention")
+    y = _keep((_product("znm,zmk->znk", weights.astype(v.dtype), v) / total).astype(v.dtype))
+    log_sum = _keep((peak + jnp.log(total))[..., 0])
     return y, (q, k, v, bias, y, log_sum)
 
 
@@ -310,16 +389,18 @@ def _attend_backward(kept, g):
     dk = dsᵀ q. All of it transposed, keys before queries, which is how dv and dk need it.
     """
     q, k, v, bias, y, log_sum = kept
-    p = jnp.exp(_product("zmk,znk->zmn", k, q) + bias[..., None] - log_sum[:, None])
+    scores = _biased(_product("zmk,znk->zmn", k, q), bias, axis=2)
+    p = jnp.exp(scores - log_sum[:, None])
     own = (g.astype(jnp.float32) * y).sum(-1)
     ds = (p * (_product("zmk,znk->zmn", v, g) - own[:, None])).astype(q.dtype)
     dv = _product("zmn,znk->zmk", p.astype(g.dtype), g)
     dk, dq = _product("zmn,znk->zmk", ds, q), _product("zmn,zmk->znk", ds, k)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), jnp.zeros_like(bias)
+    dbias = None if bias is None else jnp.zeros_like(bias)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dbias
 
 
-def _product(pattern: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(pattern, a, b, preferred_element_type=jnp.float32)
+def _biased(scores, bias, *, axis: int):
+    return scores if bias is None else scores + jnp.expand_dims(bias, axis)
 
 
 attend.defvjp(_attend_forward, _attend_backward)
@@ -343,16 +424,18 @@ class Heads(nnx.Module):
         dtype: str,
         rngs: nnx.Rngs,
     ):
-        self.linear = Linear(width, len(parts) * width, dtype=dtype, rngs=rngs)
+        # Attention keeps what is made of it.
+        self.linear = Linear(width, len(parts) * width, dtype=dtype, rngs=rngs, kept=False)
         self.norm_q = RMSNorm(width // n_heads) if qk_norm and "q" in parts else identity
         self.norm_k = RMSNorm(width // n_heads) if qk_norm and "k" in parts else identity
         self.parts, self.n_heads, self.grid = parts, n_heads, grid
 
     def __call__(self, x: Float[Array, "b n d"]) -> tuple[Float[Array, "b n h k"], ...]:
-        heads = rearrange(
-            self.linear(x), "b n (p h k) -> p b n h k", p=len(self.parts), h=self.n_heads
-        )
-        place = partial(rotate, grid=self.grid) if self.grid else identity
+        heads = [
+            rearrange(part, "b n (h k) -> b n h k", h=self.n_heads)
+            for part in jnp.split(self.linear(x), len(self.parts), axis=-1)
+        ]
+        place = functools.partial(rotate, grid=self.grid) if self.grid else identity
         finish = {
             "q": lambda q: place(self.norm_q(q)),
             "k": lambda k: place(self.norm_k(k)),
@@ -391,6 +474,16 @@ class CrossAttention(nnx.Module):
         return self.out(attention(*self.q(x), *self.kv(context), mask=mask))
 
 
+@in_float32
+def gelu(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    return jax.nn.gelu(x, approximate=True)
+
+
+@in_float32
+def swiglu(gate: Float[Array, "*b d"], x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    return jax.nn.silu(gate) * x
+
+
 class GeluMLP(nnx.Module):
     """Two linear maps with a GELU (its tanh form, as the published DiT) between them."""
 
@@ -399,7 +492,7 @@ class GeluMLP(nnx.Module):
         self.down = Linear(hidden, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+        return self.down(gelu(self.up(x)))
 
 
 class SwiGLUMLP(nnx.Module):
@@ -412,7 +505,7 @@ class SwiGLUMLP(nnx.Module):
         self.down = Linear(hidden, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(swiglu(self.gate(x), self.up(x)))
 
 
 MLPS = {"gelu": GeluMLP, "swiglu": SwiGLUMLP}

@@ -28,6 +28,7 @@ from layers import (
     Linear,
     TimeEmbedder,
     VectorEmbedder,
+    add_gated,
     attention,
     modulate,
     patchify,
@@ -213,8 +214,8 @@ class AdaLNZeroBlock(nnx.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
             self.modulation(jax.nn.silu(cond.vector)), 6, axis=-1
         )
-        x = x + gate1[:, None] * self.attention(modulate(self.norm(x), shift1, scale1))
-        return x + gate2[:, None] * self.mlp(modulate(self.norm(x), shift2, scale2))
+        x = add_gated(x, gate1, self.attention(modulate(self.norm(x), shift1, scale1)))
+        return add_gated(x, gate2, self.mlp(modulate(self.norm(x), shift2, scale2)))
 
 
 class AdaLNBlock(nnx.Module):
@@ -397,8 +398,8 @@ class Stream(nnx.Module):
         self, x: Float[Array, "b n d"], y: Float[Array, "b n d"], m: Modulations
     ) -> Float[Array, "b n d"]:
         """Takes in what attention found, then applies the MLP."""
-        x = x + m.gate1[:, None] * self.out(y)
-        return x + m.gate2[:, None] * self.mlp(modulate(self.norm(x), m.shift2, m.scale2))
+        x = add_gated(x, m.gate1, self.out(y))
+        return add_gated(x, m.gate2, self.mlp(modulate(self.norm(x), m.shift2, m.scale2)))
 
 
 class JointBlock(nnx.Module):

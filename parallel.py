@@ -180,7 +180,7 @@ def _leaves(specs: Any) -> list[P]:
     return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
 
 
-# What the backward pass finds again: what layers name. All else is cheaper to compute once more
+# What the backward pass finds again: what layers `keep`. All else is cheaper to compute once more
 # than to keep: norms, activations, casts, and gathered weights, which would add up to the model.
 named = jax.checkpoint_policies.save_any_names_but_these()
 

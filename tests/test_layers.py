@@ -208,19 +208,94 @@ def test_scan_equals_a_loop_over_the_blocks(remat, unroll):
     np.testing.assert_allclose(jax.tree.leaves(grad)[0], expected, rtol=1e-5)
 
 
+# Widening, narrowing, and a final layer's.
+MAPS = [(128, 768), (384, 1152), (384, 1536), (1536, 384), (1152, 16)]
+
+
 @pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("shape", [(128, 768), (384, 1152), (384, 1536), (1536, 384), (1152, 16)])
-def test_products_and_their_gradients_are_the_plain_forms(shape, dtype):
-    keys = dict(zip("xwg", jax.random.split(key, 3), strict=True))
+@pytest.mark.parametrize("shape", MAPS)
+def test_affine_maps_and_their_gradients_are_the_plain_forms(shape, dtype):
+    keys = dict(zip("xwbg", jax.random.split(key, 4), strict=True))
     x = jax.random.normal(keys["x"], (2, 64, shape[0])).astype(dtype)
     g = jax.random.normal(keys["g"], (2, 64, shape[1])).astype(dtype)
-    w = jax.random.normal(keys["w"], shape)
-    y, backward = jax.vjp(layers.product, x, w)
-    assert y.dtype == jnp.float32
-    expected = exact_gradients(lambda x, w: x @ w, (x, w), g)
-    dx, dw = backward(g.astype(jnp.float32))
-    assert (dx.dtype, dw.dtype) == (x.dtype, jnp.float32)
-    assert_close((y, dx, dw), expected, BOUNDS[dtype])
+    w, bias = jax.random.normal(keys["w"], shape), jax.random.normal(keys["b"], shape[1:])
+    y, backward = jax.vjp(jax.jit(layers.affine), x, w, bias)
+    expected = exact_gradients(lambda x, w, bias: x @ w + bias[None, None], (x, w, bias), g)
+    dx, dw, dbias = backward(g)
+    assert [z.dtype for z in (y, dx, dw, dbias)] == [x.dtype, x.dtype, jnp.float32, jnp.float32]
+    assert_close((y, dx, dw, dbias), expected, BOUNDS[dtype])
+
+
+def plain_swiglu(gate, x):
+    return gate / (1 + jnp.exp(-gate)) * x
+
+
+def plain_gelu(x):
+    return x / 2 * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def plain_modulate(x, shift, scale):
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+POINTWISE = {
+    layers.gelu: (plain_gelu, "x"),
+    layers.swiglu: (plain_swiglu, "xx"),
+    layers.modulate: (plain_modulate, "xvv"),
+    layers.add_gated: (lambda x, gate, y: x + gate[:, None] * y, "xvx"),
+}
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("function", POINTWISE, ids=lambda function: function.__name__)
+def test_what_is_between_products_is_computed_in_float32(function, dtype):
+    plain, kinds = POINTWISE[function]
+    shapes = [{"x": (4, 64, 48), "v": (4, 48)}[kind] for kind in kinds]
+    *drawn, g = (
+        jax.random.normal(jax.random.fold_in(key, i), s)
+        for i, s in enumerate([*shapes, (4, 64, 48)])
+    )
+    inputs, g = [x.astype(dtype) for x in drawn], g.astype(dtype)
+    y, backward = jax.vjp(jax.jit(function), *inputs)
+    assert all(x.dtype == dtype for x in (y, *backward(g)))
+    assert_close((y, *backward(g)), exact_gradients(plain, inputs, g), BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_what_is_kept_is_found_again_in_its_own_precision(dtype):
+    """And what is not is computed again: here the product, but not its argument."""
+    x = jax.random.normal(key, (8, 8)).astype(dtype)
+
+    def loss(x):
+        kept = layers.keep(jnp.tanh(x))
+        return (kept * kept @ kept).astype(jnp.float32).sum()
+
+    policy = jax.checkpoint_policies.save_any_names_but_these()
+    backward = jax.vjp(jax.checkpoint(loss, policy=policy), x)[1]
+    kept = [leaf for leaf in jax.tree.leaves(backward) if leaf.shape == (8, 8)]
+    assert sorted(leaf.dtype.itemsize for leaf in kept) == [x.dtype.itemsize] * 2  # and x itself
+    np.testing.assert_array_equal(
+        *(np.float32(grad(x)) for grad in (jax.grad(jax.checkpoint(loss)), jax.grad(loss)))
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_half_precision_on_a_gpu_goes_through_cudnn(masked, monkeypatch):
+    """Forward and backward, in one compiled step on several devices; run only where one is."""
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91_100)
+    monkeypatch.setattr(layers, "has_cudnn_attention", lambda: True)
+    shape = jax.ShapeDtypeStruct((2, 64, 4, 72), jnp.bfloat16)
+    mask = jnp.ones((2, 64), bool) if masked else None
+
+    @jax.grad
+    def step(q):
+        return layers.attention(q, q, q, mask).astype(jnp.float32).sum()
+
+    program = jax.jit(step).trace(shape).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("@__cudnn$fmha") == 2
+    exact = jax.ShapeDtypeStruct(shape.shape, jnp.float32)
+    assert "cudnn" not in jax.jit(step).trace(exact).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_linear_computes_in_half_and_keeps_its_weights():
