@@ -49,10 +49,12 @@ keep.defjvp(lambda primals, tangents: (_keep(*primals), *tangents))
 
 def in_float32(function: Callable[..., Array]) -> Callable[..., Array]:
     """A function of arrays that is computed in float32 and rounded to the first one's precision
-    once, at the end: exact, and on a CPU several times as fast as rounding every step.
+    once, at the end: exact, and on a CPU several times as fast as rounding every step. Of its own
+    numbers it keeps none for the backward pass.
     """
 
     @functools.wraps(function)
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def exact(*arrays):
         return function(*(x.astype(jnp.float32) for x in arrays)).astype(arrays[0].dtype)
 
@@ -367,9 +369,9 @@ def attend(
     v: Float[Array, "z m k"],
     bias: Float[Array, "z m"] | None,
 ) -> Float[Array, "z n k"]:
-    """softmax(q kᵀ + bias) v for each of z heads, where the bias is not learned. The backward pass computes the scores again
-    instead of keeping them: they are n · m numbers a head, and the rest is n · k (Dao et al. 2022,
-    §3.1 and B.4).
+    """softmax(q kᵀ + bias) v for each of z heads, where the bias is not learned. The backward pass
+    computes the scores again instead of keeping them: they are n · m numbers a head, and the rest
+    is n · k (Dao et al. 2022, §3.1 and B.4).
     """
     return _attend_forward(q, k, v, bias)[0]
 
