@@ -82,7 +82,8 @@ def draw(
 
     if guide:
         null = jax.tree.map(lambda x: jnp.full_like(x, config.n_classes), label)
-        bound = guided(velocity, label, null, cfg_scale, interval=sampler.interval)
+        how = {"interval": sampler.interval, "together": jax.default_backend() != "cpu"}
+        bound = guided(velocity, label, null, cfg_scale, **how)
     else:
         bound = partial(velocity, label=label)
     noise = initial_noise(seed, index, (config.image_size, config.image_size, config.channels))

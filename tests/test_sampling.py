@@ -115,6 +115,12 @@ def test_outside_its_interval_guidance_is_the_condition(t, inside):
     np.testing.assert_allclose(guided_at(3.0, t, interval=(0.2, 0.7)), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+def test_both_halves_in_one_call_are_as_good_as_two(scale):
+    one, two = (guided_at(scale, together=together) for together in (True, False))
+    np.testing.assert_allclose(one, two, rtol=1e-6)
+
+
 @pytest.mark.parametrize("solver, calls_per_step", [("euler", 1), ("heun", 2)])
 def test_a_guided_step_calls_the_model_once_with_both_halves(solver, calls_per_step):
     calls = []
