@@ -40,7 +40,8 @@ def split_processor(most: int = 4) -> None:
 
 def is_split_processor() -> bool:
     """Whether the devices are cores, so that fewer of them are no less powerful."""
-    return jax.default_backend() == "cpu" and jax.config.jax_num_cpu_devices > 1
+    n_cores = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+    return jax.default_backend() == "cpu" and n_cores > 1
 
 
 def make_mesh(fsdp: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
