@@ -207,6 +207,14 @@ def test_sample(cache):
     assert [set(row["times_as_fast_as"]) for row in rows] == [{"fp32"}, {"autocast"}] * 2
 
 
+def test_attention(cache):
+    flags = ["--rounds", 1, "--batch_size", 1, "--tokens", 16, "--heads", 2, "--width", 24]
+    rows, text = benchmark("attention.py", *flags, cache=cache)
+    assert [row["way"] for row in rows] == ["own", "XLA"] * 2 and "left out: cuDNN" in text
+    done = run("benchmarks/attention.py", "--heads", 2, cache=cache)
+    assert done.returncode == 2 and "each number of heads needs its width" in done.stderr
+
+
 @pytest.mark.slow
 def test_startup(cache):
     flags = ["--model", "DiT-Ti/8", "--rounds", 1, "--peer", "false"]
@@ -221,7 +229,7 @@ def test_the_gpu_script_without_a_gpu(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "status" not in done.stdout and "no time" not in done.stdout
-    assert done.stdout.count("| model × batch") >= 8
+    assert done.stdout.count("| model × batch") >= 8 and "| batch × tokens" in done.stdout
 
 
 def test_the_gpu_script_is_well_formed():
