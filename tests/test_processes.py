@@ -1,6 +1,7 @@
 """Two processes are one run: the same numbers, one record, one end."""
 
 import json
+import re
 import signal
 import time
 
@@ -30,14 +31,17 @@ def wait_for_a_step(process):
             break
 
 
+GLOO = re.compile(r"\[Gloo\]|is connected to|peer ranks")
+
+
 def ends(pair, timeout=300) -> list[tuple[int, str, str]]:
     """Exit status, output and errors of each, without what Gloo prints, also when two of its
     threads print into one line.
     """
 
     def without_gloo(text: str) -> str:
-        lines = text.splitlines()
-        return "\n".join(x for x in lines if "Gloo" not in x and "peer ranks" not in x)
+        lines = (line for line in text.splitlines() if not GLOO.search(line))
+        return "\n".join(line for line in lines if not line.strip().isdigit())
 
     outputs = [process.communicate(timeout=timeout) for process in pair]
     return [
