@@ -170,7 +170,7 @@ def step_time(n_rounds: int, rows: int = 8) -> tuple[scaling.Plan, float]:
     large float32 product and a large copy attain between the steps; and the step's seconds.
     """
     one = parallel.make_mesh(devices=jax.devices()[:1])
-    with patch.object(parallel, "make_mesh", lambda fsdp: one):
+    with patch.object(parallel, "make_mesh", lambda *_, **__: one):
         trainer = Trainer(TrainConfig(model="DiT-S/2", batch_size=rows, **LATENTS))
     batch = trainer.blank_batch()
     n, size = 2048, 2**26
