@@ -280,7 +280,7 @@ def test_what_is_kept_is_found_again_in_its_own_precision(dtype):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_half_precision_on_a_gpu_goes_through_cudnn(masked, monkeypatch):
-    """Forward and backward, in one compiled step on several devices; run only where one is."""
+    """Forward and backward lower to its kernels. Running them takes a GPU."""
     fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91_100)
     monkeypatch.setattr(layers, "has_cudnn_attention", lambda: True)
