@@ -43,7 +43,7 @@ install: .venv/installed
 	$(PIP) -r requirements.txt
 	touch $@
 
-.venv/installed-dev: requirements-dev.txt requirements-text.txt .venv/installed
+.venv/installed-dev: requirements-dev.txt requirements-text.txt requirements-bench.txt .venv/installed
 	$(PIP) -r requirements-dev.txt
 	touch $@
 
