@@ -207,7 +207,7 @@ class OpenRun:
         t, rates = self.trainer, self.throughput.take()
         if rates and t.peak and t.model_config.block in profiling.COUNTED:
             forward = sum(profiling.flops_by_module(t.model_config).values())
-            per_device = rates["images_per_second"] / t.mesh.size
+            per_device = rates["images_per_second"] / jax.device_count()
             flops_per_second = profiling.TRAIN_PER_FORWARD * forward * per_device
             rates["mfu"] = flops_per_second / t.peak.flops_per_second
         return rates

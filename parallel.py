@@ -7,7 +7,6 @@ hybrid. All three are the same code.
 """
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -22,26 +21,6 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp")
 MIN_SHARDED_SIZE = 1024  # elements; smaller arrays cost more to gather than to keep
-
-
-def split_processor(most: int = 4) -> None:
-    """Let JAX see the cores of a processor as devices, up to `most`: small steps fill them better
-    with rows for each than with threads inside of every operation (benchmarks/RESULTS.md).
-
-    Call it before anything asks JAX for a device. It changes nothing for accelerators, nor where
-    the environment says how many devices a processor shall be.
-    """
-    said = os.environ.get("XLA_FLAGS", "") + " ".join(os.environ)
-    if "host_platform_device_count" in said or "JAX_NUM_CPU_DEVICES" in said:
-        return
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jax.config.update("jax_num_cpu_devices", min(n_cores or 1, most))
-
-
-def is_split_processor() -> bool:
-    """Whether the devices are cores, so that fewer of them are no less powerful."""
-    n_cores = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
-    return jax.default_backend() == "cpu" and n_cores > 1
 
 
 def make_mesh(fsdp: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:

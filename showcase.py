@@ -50,7 +50,7 @@ def greeting(trainer: "Trainer", last: int) -> str:
     """What is trained, on what, from where to where."""
     c, m, source = trainer.config, trainer.model_config, trainer.source
     n_params = sum(x.size for x in jax.tree.leaves(trainer.state.params))
-    devices = f"{trainer.mesh.size} × {jax.devices()[0].device_kind}"
+    devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
     begin = f"going on at step {trainer.step}" if trainer.step else "starting"
     return (
         f"{c.model}, {n_params / 1e6:.3g} M parameters, {m.dtype}, on {devices}\n"

@@ -55,7 +55,6 @@ from train_config import (
     objective,
     require_even_batches,
     resolve,
-    suits_cores,
     take_up,
 )
 from train_profile import profile
@@ -166,9 +165,6 @@ class Trainer:
         c = self.config = resolve(
             config, self.dataset, n_rows=n_rows, n_devices=n_devices, platform=platform
         )
-        if c.fsdp == 1 and parallel.is_split_processor() and not suits_cores(c, n_devices):
-            n_devices = 1
-        self.mesh = parallel.make_mesh(c.fsdp, devices=jax.devices()[:n_devices])
         if not saved:  # a finished run may be sampled on any number of devices
             require_even_batches(c, n_devices)
         self.run_dir = run_dir or Path(
@@ -188,6 +184,7 @@ class Trainer:
         self.peak = profiling.peak(
             jax.devices()[0].device_kind, self.model_config.dtype, peak_tflops=c.peak_tflops
         )
+        self.mesh = parallel.make_mesh(c.fsdp)
         self.init_key, self.train_key, self.eval_key = jax.random.split(jax.random.key(c.seed), 3)
         self.schedule = optim.learning_rate_schedule(
             c.schedule, c.learning_rate, warmup_steps=c.warmup_steps, n_steps=c.n_steps
@@ -339,7 +336,7 @@ class Trainer:
             KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, once all is saved.
         """
         c, last = self.config, self.config.n_steps if n_steps is None else n_steps
-        require_even_batches(c, self.mesh.size)
+        require_even_batches(c, jax.device_count())
         _ = self.data  # decoded now: a bad picture must end this before anything is written
         with stopping() as stop, open_run(self, last) as run:
             run.tracker.message(showcase.greeting(self, last))
@@ -506,8 +503,6 @@ def main() -> None:
         n_processes=config.n_processes,
         process_index=config.process_index,
     )
-    if not (config.profile or jax.distributed.is_initialized()):
-        parallel.split_processor()
     # Compiled programs are kept for the next start. Here, because importing must not change JAX.
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dit-jax"

@@ -16,7 +16,7 @@ import sampling
 from cli import Text
 from datasets_config import DatasetConfig
 from errors import UserError, unknown
-from model import BLOCKS, JOINT, MODELS, SIZES, ModelConfig, model_config
+from model import BLOCKS, JOINT, MODELS, ModelConfig, model_config
 
 UNSAID: Any = None  # filled by `resolve`
 
@@ -384,14 +384,6 @@ def require_even_batches(config: TrainConfig, n_devices: int) -> None:
         raise UserError(
             f"--batch_size {config.batch_size} is not divisible by the {n_devices} devices{times}"
         )
-
-
-def suits_cores(config: TrainConfig, n_cores: int) -> bool:
-    """Whether each core of a processor may be a device: the batch can be split, and a copy of the
-    state for each is small.
-    """
-    even = config.batch_size % (n_cores * config.accumulate_steps) == 0
-    return even and MODELS[config.model]["width"] <= SIZES["S"]["width"]
 
 
 def network(config: TrainConfig, dataset: DatasetConfig) -> ModelConfig:

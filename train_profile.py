@@ -69,7 +69,7 @@ def profile(trainer: "Trainer") -> str:
         sum(x.size for x in jax.tree.leaves(trainer.state.params)),
         profiles,
         device_kind=jax.devices()[0].device_kind,
-        n_devices=trainer.mesh.size,
+        n_devices=jax.device_count(),
         dtype=m.dtype,
         peak=trainer.peak,
         trace_file=trace,

@@ -18,11 +18,11 @@ SMALL = ["--model", "DiT-Nano/8", "--batch_size", "8", "--n_eval_batches", "1"]
 SMALL += ["--n_sample_steps", "2", "--warmup_steps", "2"]
 
 
-def settings(cache: Path, n_devices: int | None = 1, fast_compile: bool = True) -> dict[str, str]:
-    """Environment of a command on so many virtual devices, or on as many as it takes by itself.
-    `cache` holds the session's compiled programs.
+def settings(cache: Path, n_devices: int = 1, fast_compile: bool = True) -> dict[str, str]:
+    """Environment of a command on so many virtual devices. `cache` holds the session's compiled
+    programs.
     """
-    flags = f"--xla_force_host_platform_device_count={n_devices}" if n_devices else ""
+    flags = f"--xla_force_host_platform_device_count={n_devices}"
     return {
         "XLA_FLAGS": f"{flags} {FAST}" if fast_compile else flags,
         "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -31,7 +31,7 @@ def settings(cache: Path, n_devices: int | None = 1, fast_compile: bool = True) 
 
 
 def start(
-    *words: object, cache: Path, n_devices: int | None = 1, fast_compile: bool = True
+    *words: object, cache: Path, n_devices: int = 1, fast_compile: bool = True
 ) -> subprocess.Popen:
     """A command in an environment of `settings`."""
     return subprocess.Popen(

@@ -168,22 +168,6 @@ def test_one_device_and_eight_train_alike(tmp_path, cache):
             np.testing.assert_allclose(eight[name], one[name], rtol=1e-5)
 
 
-@pytest.mark.slow
-def test_the_cores_of_a_processor_are_devices_where_the_batch_can_be_split(tmp_path, cache):
-    """And a run that began on several goes on, and one whose batch is odd begins."""
-    n_cores = min(4, len(os.sched_getaffinity(0)))
-    if n_cores < 2:
-        pytest.skip("this machine has one core")
-    here = {"cache": cache, "n_devices": None}
-    flags = ["--n_steps", 2, "--run_dir", tmp_path / "even"]
-    assert f"on {n_cores} × cpu\n" in run(NANO, *SMALL, *flags, **here).stdout
-    more = run(NANO, "--resume", "--n_steps", 3, "--run_dir", tmp_path / "even", **here)
-    assert f"on {n_cores} × cpu\n" in more.stdout and "Done: step 3." in more.stdout
-    odd = ["9" if word == "8" else word for word in SMALL]
-    odd += ["--n_steps", 2, "--run_dir", tmp_path / "odd"]
-    assert "on 1 × cpu\n" in run(NANO, *odd, **here).stdout
-
-
 def break_weights(trainer):
     broken = jax.tree.map(lambda x: x * np.nan, trainer.state.params)
     trainer.state = replace(trainer.state, params=broken)

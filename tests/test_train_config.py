@@ -18,15 +18,7 @@ from datasets_config import DATASET_CONFIGS
 from errors import UserError
 from model import MODELS
 from objectives import logit_normal
-from train_config import (
-    DEFAULTS,
-    TrainConfig,
-    network,
-    objective,
-    resolve,
-    suits_cores,
-    take_up,
-)
+from train_config import DEFAULTS, TrainConfig, network, objective, resolve, take_up
 
 ROOT = Path(__file__).parents[1]
 FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
@@ -371,22 +363,3 @@ def test_every_field_is_read():
     modules = ("train.py", "train_config.py", "train_profile.py", "open_run.py")
     read = {name for module in modules for name in read_fields(module)}
     assert set(FIELDS) - read == set()
-
-
-@pytest.mark.parametrize(
-    "model, batch_size, accumulate_steps, expected",
-    [
-        ("DiT-Ti/2", 64, 1, True),
-        ("MMDiT-S/2", 64, 16, True),
-        ("DiT-Ti/2", 66, 1, False),
-        ("DiT-Ti/2", 64, 32, False),
-        ("DiT-B/2", 64, 1, False),
-    ],
-)
-def test_cores_are_devices_where_batch_and_model_suit_them(
-    model, batch_size, accumulate_steps, expected
-):
-    config = replace(
-        TrainConfig(), model=model, batch_size=batch_size, accumulate_steps=accumulate_steps
-    )
-    assert suits_cores(config, 4) == expected
