@@ -64,30 +64,23 @@ class AutoencoderConfig:
     force_upcast: bool = True
 
     def __post_init__(self):
-        if not isinstance(self.block_out_channels, tuple) or not self.block_out_channels:
-            raise UserError(
-                f"block_out_channels {self.block_out_channels}: must be a list of widths"
-            )
-        counts = [(f"block_out_channels {n}", n) for n in self.block_out_channels]
-        counts += [(f"{name} {getattr(self, name)}", getattr(self, name)) for name in COUNTS]
-        for said, n in counts:
-            if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-                raise UserError(f"{said}: must be a whole number above 0")
+        if not self.block_out_channels:
+            raise UserError("block_out_channels must have a width")
+        counts = [("block_out_channels", n) for n in self.block_out_channels]
+        for name, n in counts + [(name, getattr(self, name)) for name in COUNTS]:
+            if n < 1:
+                raise UserError(f"{name} {n}: must be above 0")
         for n in self.block_out_channels:
             if n % self.norm_num_groups:
                 raise UserError(
-                    f"block_out_channels {n} is not divisible by norm_num_groups "
+                    f"block_out_channels {n}: not divisible by norm_num_groups "
                     f"{self.norm_num_groups}"
                 )
-        for name in FACTORS:
-            value = getattr(self, name)
-            if not isinstance(value, float | int) or not math.isfinite(value):
-                raise UserError(f"{name} {value}: must be a finite number")
+        for name in ("scaling_factor", "shift_factor"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name} {getattr(self, name)}: must be finite")
         if self.scaling_factor <= 0:
             raise UserError(f"scaling_factor {self.scaling_factor}: must be above 0")
-        for name in SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                raise UserError(f"{name} {getattr(self, name)}: must be true or false")
 
     @property
     def downsampling(self) -> int:
@@ -99,8 +92,6 @@ COUNTS = (
     *("in_channels", "out_channels", "latent_channels", "layers_per_block"),
     *("norm_num_groups", "sample_size"),
 )
-FACTORS = ("scaling_factor", "shift_factor")
-SWITCHES = (*("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention", "force_upcast"),)
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -266,12 +257,10 @@ class Level(nnx.Module):
         return self.resize(x)
 
 
-def levels(widths: list[int], n_blocks: int, resize, **how) -> nnx.List:
+def levels(widths: list[int], n_blocks: int, resize, **how) -> list[Level]:
     """One for each width but the first, which is that of what comes in."""
     steps = [resize] * (len(widths) - 2) + [None]
-    return nnx.List(
-        Level(a, b, n_blocks, step, **how) for a, b, step in zip(widths, widths[1:], steps)
-    )
+    return [Level(a, b, n_blocks, step, **how) for (a, b), step in zip(pairwise(widths), steps)]
 
 
 # --- the two halves -------------------------------------------------------------------------------
@@ -286,12 +275,12 @@ class Encoder(nnx.Module):
         c, widths = config, config.block_out_channels
         how: dict[str, Any] = {"groups": c.norm_num_groups, "dtype": dtype, "rngs": rngs}
         self.conv_in = Conv(c.in_channels, widths[0], dtype=dtype, rngs=rngs)
-        self.levels = levels([widths[0], *widths], c.layers_per_block, Downsample, **how)
+        self.levels = nnx.List(levels([widths[0], *widths], c.layers_per_block, Downsample, **how))
         self.middle = Middle(widths[-1], attends=c.mid_block_add_attention, **how)
         self.norm_out = GroupNorm(widths[-1], c.norm_num_groups, then=jax.nn.silu)
         self.conv_out = Conv(widths[-1], 2 * c.latent_channels, dtype="float32", rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b h w 2*z"]:
+    def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b h w m"]:
         x = self.conv_in(x)
         for level in self.levels:
             x = level(x)
@@ -307,7 +296,9 @@ class Decoder(nnx.Module):
         how: dict[str, Any] = {"groups": c.norm_num_groups, "dtype": dtype, "rngs": rngs}
         self.conv_in = Conv(c.latent_channels, widths[0], dtype=dtype, rngs=rngs)
         self.middle = Middle(widths[0], attends=c.mid_block_add_attention, **how)
-        self.levels = levels([widths[0], *widths], c.layers_per_block + 1, Upsample, **how)
+        self.levels = nnx.List(
+            levels([widths[0], *widths], c.layers_per_block + 1, Upsample, **how)
+        )
         self.norm_out = GroupNorm(widths[-1], c.norm_num_groups, then=jax.nn.silu)
         self.conv_out = Conv(widths[-1], c.out_channels, dtype="float32", rngs=rngs)
 
@@ -321,8 +312,8 @@ class Decoder(nnx.Module):
 class Moments(NamedTuple):
     """The normal distribution of a picture's latents, each number for itself; float32, unscaled."""
 
-    mean: Float[Array, "b h w c"]
-    log_variance: Float[Array, "b h w c"]
+    mean: Float[Array, "b h w z"]
+    log_variance: Float[Array, "b h w z"]
 
 
 class AutoencoderKL(nnx.Module):
@@ -353,7 +344,7 @@ class AutoencoderKL(nnx.Module):
         mean, log_variance = jnp.split(self.quant(self.encoder(image)), 2, axis=-1)
         return Moments(mean, jnp.clip(log_variance, *LOG_VARIANCES))
 
-    def decode(self, z: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
+    def decode(self, z: Float[Array, "b h w z"]) -> Float[Array, "b H W c"]:
         """Of unscaled latents; float32, about −1 … 1."""
         if z.shape[-1] != self.config.latent_channels:
             raise UserError(
@@ -392,13 +383,13 @@ def init_params(config: AutoencoderConfig, key: Key[Array, ""]) -> dict[str, Any
 # --- latents --------------------------------------------------------------------------------------
 
 
-def sample(moments: Moments, key: Key[Array, ""]) -> Float[Array, "b h w c"]:
+def sample(moments: Moments, key: Key[Array, ""]) -> Float[Array, "b h w z"]:
     """Latents drawn from their distribution (Kingma & Welling 2014, §2.4), unscaled."""
     noise = jax.random.normal(key, moments.mean.shape, moments.mean.dtype)
     return moments.mean + jnp.exp(moments.log_variance / 2) * noise
 
 
-def mode(moments: Moments) -> Float[Array, "b h w c"]:
+def mode(moments: Moments) -> Float[Array, "b h w z"]:
     """The likeliest latents, unscaled."""
     return moments.mean
 
@@ -417,12 +408,12 @@ def unscale(z: Float[Any, "*b"], *, scaling_factor: float, shift_factor: float) 
 
 def decode_tiled(
     decode: Callable[[Any], Any],
-    z: Float[Any, "b h w c"],
+    z: Float[Any, "b h w z"],
     *,
     tile: int,
     overlap: int,
     downsampling: int,
-) -> Float[np.ndarray, "b H W o"]:
+) -> Float[np.ndarray, "b H W c"]:
     """Decode large pictures tile by tile, so that the device's memory does not grow with them.
 
     The tiles are of one size, so that `decode` is compiled once, and spread evenly, so that
