@@ -41,8 +41,8 @@ REQUIRED = [
 
 
 def imports(path):
-    """Every module that is imported when the code runs, also inside functions, by its whole name and
-    its first part; not what only a type checker sees.
+    """Every module that is imported when the code runs, also inside functions, by whole name and
+    by first part; not what only a type checker sees.
     """
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
