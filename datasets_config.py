@@ -6,8 +6,12 @@ training of `digits` is measured; the others are sensible starts on a single GPU
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import errors
+
+if TYPE_CHECKING:
+    from latents import Encoding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,9 @@ class DatasetConfig:
         templates: of captions made from class names where there is no such column, as "a photo of
             a {label}".
         flip: whether a mirrored picture is as good as the picture.
+        latents_dir: where the set's latents lie, if it is for them and not for its pictures that
+            the training is recommended.
+        encoding: of a set that is opened as latents; `image_size` and `channels` are then theirs.
     """
 
     name: str
@@ -47,6 +54,8 @@ class DatasetConfig:
     flip: bool = True
     ema_decay: float = 0.9995
     cfg_scale: float = 1.5
+    latents_dir: str | None = None
+    encoding: "Encoding | None" = None
 
     @property
     def conditioning(self) -> str:
@@ -179,6 +188,20 @@ DATASET_CONFIGS = {
             learning_rate=2e-4,
             n_steps=150_000,
             ema_decay=0.9999,
+        ),
+        DatasetConfig(
+            name="imagenet",
+            path="ILSVRC/imagenet-1k",  # gated: log in and accept its terms
+            eval_split="validation",
+            n_classes=1000,
+            image_size=256,
+            latents_dir="latents/imagenet",
+            model="DiT-B/2",
+            batch_size=256,
+            learning_rate=1e-4,
+            n_steps=400_000,
+            ema_decay=0.9999,
+            cfg_scale=1.5,
         ),
         DatasetConfig(
             name="coco",

@@ -26,7 +26,9 @@ import images
 import parallel
 import text
 from checkpoint import Checkpoints
+from codec import Codec
 from errors import UserError, unknown
+from latents import Encoding
 from model import Label, ModelConfig, graphdef, init_params
 from run_folder import atomic, read_config
 from sampling import SOLVERS, Solution, guided, initial_noise, time_grid
@@ -109,8 +111,10 @@ def sample(
     seed: int = 0,
     batch_size: int = 256,
     trajectory: bool = False,
+    codec: Codec | None = None,
 ) -> Pictures:
-    """Pictures of `labels`: ids of classes, or encoded captions.
+    """Pictures of `labels`: ids of classes, or encoded captions; of a model of latents, as its
+    `codec` decodes them.
 
     A picture is a function of the weights, its label, the seed and its place in `labels`: neither
     `batch_size` nor the number of devices changes it. Label `config.n_classes` is "no class";
@@ -149,8 +153,13 @@ def sample(
         )
         parts.append(parallel.fetch(solution))
     x = np.concatenate([part.x for part in parts])[:n]
-    states = np.concatenate([part.trajectory for part in parts], axis=1) if trajectory else None
-    return Pictures(x, None if states is None else states[:, :n])
+    states = (
+        np.concatenate([part.trajectory for part in parts], axis=1)[:, :n] if trajectory else None
+    )
+    if codec:
+        x = codec.decode(x)
+        states = None if states is None else codec.decode(states)
+    return Pictures(x, states)
 
 
 def label_ids(words: Sequence[int | str], names: Sequence[str], n_classes: int) -> list[int]:
@@ -203,6 +212,7 @@ class GenerateConfig:
         labels: class names or numbers; all classes if not given. Each gets an equal share of n.
         prompts: captions, for a run that was trained on them; each in quotes.
         text_towers: where the run's text towers are now, if they have moved.
+        vae: where the VAE of a run on latents is now, if it has moved.
         n: how many pictures.
         cfg_scale: guidance scale; 1 is none. Default: the run's own.
         n_steps: solver steps. Default: the run's own.
@@ -222,6 +232,7 @@ class GenerateConfig:
     labels: tuple[str, ...] = ()
     prompts: tuple[cli.Text, ...] = ()
     text_towers: tuple[str, ...] = ()
+    vae: str | None = None
     n: int = 16
     cfg_scale: float | None = None
     n_steps: int | None = None
@@ -317,6 +328,11 @@ def main(config: GenerateConfig) -> None:
     model = saved_model(config.run)
     which, names, labels = subjects(config, run, model)
     mesh = parallel.make_mesh(config.fsdp or math.gcd(run["fsdp"], jax.device_count()))
+    codec = None
+    if encoding := run["dataset"].get("encoding"):
+        codec = Codec.of(Encoding.of(encoding), mesh, vae=config.vae or run["vae"])
+    elif config.vae:
+        raise UserError(f"--vae {config.vae}: the run was trained on pictures, not on latents")
     step, params = load_params(config.run, model, mesh, ema=config.ema, step=config.step)
     sampler = Sampler(
         solver=config.solver or run["solver"],
@@ -333,6 +349,7 @@ def main(config: GenerateConfig) -> None:
         seed=config.seed,
         batch_size=config.batch_size,
         trajectory=config.trajectory is not None,
+        codec=codec,
     )
     with unwritable(config.out):
         write(config.out, images.to_uint8(pictures.x), which, names)

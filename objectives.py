@@ -16,12 +16,19 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 N_TIME_BINS = 10
 Metrics = dict[str, Array]
 Objective = Callable[[Any, Any, Any], tuple[Array, Metrics]]
+# What a picture is to a model: `read(image, keys)`, with a key for each row.
+Read = Callable[[Array, Key[Array, "b"]], Float[Array, "b h w c"]]
 Density = Callable[[Float[Array, "b"]], Float[Array, "b"]]
 
 
 def to_float(image: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """Bytes 0 … 255 → −1 … 1, on the device: a quarter of the bytes cross the wire."""
     return image.astype(jnp.float32) / 127.5 - 1
+
+
+def pixels(image: UInt8[Array, "b h w c"], keys: Key[Array, "b"]) -> Float[Array, "b h w c"]:
+    """A picture as itself; its keys are not used."""
+    return to_float(image)
 
 
 # --- the path -------------------------------------------------------------------------------------
@@ -71,12 +78,13 @@ class RowKeys(NamedTuple):
     time: Key[Array, "b"]
     noise: Key[Array, "b"]
     drop: Key[Array, "b"]
+    data: Key[Array, "b"]
 
 
 def row_keys(key: Key[Array, ""], row: Int[Array, "b"]) -> RowKeys:
     """Keys that depend on the step's key and the row's index in the global batch alone."""
-    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 3))(row)
-    return RowKeys(time=keys[:, 0], noise=keys[:, 1], drop=keys[:, 2])
+    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 4))(row)
+    return RowKeys(time=keys[:, 0], noise=keys[:, 1], drop=keys[:, 2], data=keys[:, 3])
 
 
 def drop_labels(
@@ -104,7 +112,7 @@ def by_time(t: Float[Array, "b"], error: Float[Array, "b"]) -> Metrics:
 
 
 def rectified_flow(
-    *, density: Density, shift: float = 1.0, label_dropout: float = 0.0
+    *, density: Density, shift: float = 1.0, label_dropout: float = 0.0, read: Read = pixels
 ) -> Objective:
     """Match the velocity of the straight path: E |model(x_t, t, label) − (noise − data)|² (Liu et
     al. 2022, eq. 1).
@@ -114,11 +122,12 @@ def rectified_flow(
         shift: `shift_time` of them; 1 leaves them alone.
         label_dropout: share of rows that see the null label, which guidance needs (Ho & Salimans
             2022, alg. 1).
+        read: what makes data of a batch's `image`.
     """
 
     def loss(model, batch, key):
         keys = row_keys(key, batch.row)
-        data = to_float(batch.image)
+        data = read(batch.image, keys.data)
         noise = jax.vmap(lambda key: jax.random.normal(key, data.shape[1:]))(keys.noise)
         # The smallest normal number instead of 0, which is no quantile of an unbounded density.
         u = jax.vmap(lambda key: jax.random.uniform(key, minval=jnp.finfo(jnp.float32).tiny))

@@ -5,6 +5,7 @@ It knows nothing of devices, floats or training, and never imports JAX.
 
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int32, Int64, UInt8
+from jaxtyping import Bool, Float16, Float64, Int32, Int64, UInt8
 
 import workers
 from captions import CaptionStore
 from errors import RunError, UserError
 from lanes import Lanes
-from sources import Source, Split, open_source
+from sources import Pictures, Source, Split, open_source
 from streams import Streamed
 from text import Caption
 
@@ -33,11 +34,12 @@ FLIPS, CAPTIONS = 1, 2
 class Batch(NamedTuple):
     """One process's rows of a global batch; `row` is the index there, not in the data set.
 
-    A label is the id of a class or, where the model is told in words, an encoded caption.
+    An image is bytes, or the moments of a latent: mean and log-variance. A label is the id of a
+    class or, where the model is told in words, an encoded caption.
     """
 
     row: Int32[Any, "b"]
-    image: UInt8[Any, "b h w c"]
+    image: UInt8[Any, "b h w c"] | Float16[Any, "b h w k"]
     label: Int32[Any, "b"] | Caption
 
 
@@ -58,14 +60,19 @@ class Decoder:
 
     split: Split
     encoded: CaptionStore | None
-    held: UInt8[np.ndarray, "n h w c"] | None = None  # all pictures of the split
+    held: Pictures | None = None  # all of the split
 
     def __call__(self, draw: Draw) -> Batch:
-        image = self.images(draw.source)
-        image[draw.mirrored] = image[draw.mirrored, :, ::-1]
+        image, mirrored = self.images(draw.source), draw.mirrored
+        encoding = self.split.config.encoding
+        if encoding and encoding.mirrored:  # a row holds both views
+            as_is, other = np.split(image, 2, axis=-1)
+            image = np.where(mirrored[:, None, None, None], other, as_is)
+        elif mirrored.any():
+            image[mirrored] = image[mirrored, :, ::-1]
         return Batch(draw.row, image, self.encoded(draw.label) if self.encoded else draw.label)
 
-    def images(self, rows: Int64[np.ndarray, "b"]) -> UInt8[np.ndarray, "b h w c"]:
+    def images(self, rows: Int64[np.ndarray, "b"]) -> Pictures:
         return self.split.images(rows) if self.held is None else self.held[rows]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,10 +126,10 @@ class Pipeline:
             self._eval_lanes = lanes(source.eval, EVAL_LANES, EVAL_LANES)
             stream.capacity = self.lanes.open_groups(n_processes * max(1, self.n_workers))
         if in_memory is None:
-            c = source.config
+            shape, dtype = source.train.picture
+            row_bytes = math.prod(shape) * np.dtype(dtype).itemsize
             n_rows = len(source.train) + len(source.eval)
-            fits = n_rows * c.image_size**2 * c.channels <= HELD_BYTES
-            in_memory = fits and not self.lanes
+            in_memory = n_rows * row_bytes <= HELD_BYTES and not self.lanes
         self.encoded = encoded
         splits = {"train": source.train, "eval": source.eval}
         self._decoders = {
@@ -229,8 +236,10 @@ class Pipeline:
             labels = self._labels("eval", rows, nothing)
             yield decoder(Draw(row.astype(np.int32), rows, nothing.astype(bool), labels))
 
-    def images(self, split: str) -> tuple[UInt8[np.ndarray, "n h w c"], Int32[np.ndarray, "n"]]:
-        """All pictures and labels of "train" or "eval", in the order of the rows."""
+    def images(self, split: str) -> tuple[Pictures, Int32[np.ndarray, "n"]]:
+        """All pictures and labels of "train" or "eval", in the order of the rows. Those of latents
+        are moments, with those of the mirrored pictures where there are any.
+        """
         decoder, labels = self._decoders[split], getattr(self.source, split).labels
         if decoder.held is not None:
             return decoder.held, labels
@@ -303,10 +312,10 @@ class CaptionIds:
         return self.ids[self.starts[rows] + (draws * self.counts[rows]).astype(np.int64)]
 
 
-def _all_images(split: Split) -> UInt8[np.ndarray, "n h w c"]:
+def _all_images(split: Split) -> Pictures:
     """Every picture of the split, by threads: Pillow decodes without the interpreter's lock."""
-    c = split.config
-    decoded = np.empty((len(split), c.image_size, c.image_size, c.channels), np.uint8)
+    shape, dtype = split.picture
+    decoded = np.empty((len(split), *shape), dtype)
 
     def fill(rows: Int64[np.ndarray, "b"]) -> None:
         decoded[rows] = split.images(rows)

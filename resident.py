@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, UInt8
+from jaxtyping import Array, Bool, Float16, Int, UInt8
 
 import parallel
 from pipeline import Batch, Pipeline
@@ -17,7 +17,8 @@ from pipeline import Batch, Pipeline
 class Resident(NamedTuple):
     """The training set on every device, and where some epochs have their rows."""
 
-    image: UInt8[Array, "n h w c"]
+    image: UInt8[Array, "n h w c"] | Float16[Array, "n h w k"]
+    mirrored: Float16[Array, "n h w k"] | None  # the other view of latents, which no flip can make
     label: Int[Array, "n"]
     order: Int[Array, "places"]  # rows, of whole epochs one after the other
     flip: Bool[Array, "places"]
@@ -32,7 +33,10 @@ def batches(data: Pipeline, mesh: parallel.Mesh, start: int, stop: int) -> Gener
     image, label = data.images("train")
     n, size = len(label), data.batch_size
     n_epochs = 2 + size // n  # those that a batch can lie in, and one more
-    image, label = parallel.replicate((image, label), mesh)
+    encoding, mirrored = data.source.config.encoding, None
+    if encoding and encoding.mirrored:
+        image, mirrored = np.split(image, 2, axis=-1)
+    image, mirrored, label = parallel.replicate((image, mirrored, label), mesh)
     epochs, now = range(0), None
     for step in range(start, stop):
         first, last = step * size // n, (step * size + size - 1) // n
@@ -42,7 +46,7 @@ def batches(data: Pipeline, mesh: parallel.Mesh, start: int, stop: int) -> Gener
             flip = np.concatenate([data.flips(epoch) for epoch in epochs])
             place = np.int32(step * size - first * n)
             changing = parallel.replicate((order, flip, np.int32(step), place), mesh)
-            now = Resident(image, label, *changing)
+            now = Resident(image, mirrored, label, *changing)
         assert now is not None
         yield now
 
@@ -56,5 +60,6 @@ def draw(
     row, place = parallel.split_rows((row, place), mesh)
     index, flip = resident.order[place], resident.flip[place]
     image = resident.image[index]
-    image = jnp.where(flip[:, None, None, None], image[:, :, ::-1], image)
+    other = image[:, :, ::-1] if resident.mirrored is None else resident.mirrored[index]
+    image = jnp.where(flip[:, None, None, None], other, image)
     return parallel.split_rows(Batch(row, image, resident.label[index]), mesh)

@@ -54,10 +54,17 @@ def greeting(trainer: "Trainer", last: int) -> str:
     begin = f"going on at step {trainer.step}" if trainer.step else "starting"
     return (
         f"{c.model}, {n_params / 1e6:.3g} M parameters, {m.dtype}, on {devices}\n"
-        f"{source.config.name}: {len(source.train)} training pictures of "
+        f"{source.config.name}: {len(source.train)} training {subject(trainer)} of "
         f"{m.image_size}×{m.image_size}×{m.channels}, {told(trainer)}\n"
         f"{begin}: {last} steps of {c.batch_size} pictures, into {trainer.run_dir}"
     )
+
+
+def subject(trainer: "Trainer") -> str:
+    """What there is to learn."""
+    if not (e := trainer.dataset.encoding):
+        return "pictures"
+    return f"latents ({e.image_size}×{e.image_size} pictures through {e.vae})"
 
 
 def told(trainer: "Trainer") -> str:

@@ -11,13 +11,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Float16, Int32, Int64, UInt8
 
 import datasets_config
 import images
+import latents
 from datasets_config import DATASET_CONFIGS, DatasetConfig
 from errors import UserError, unknown
 from streams import Streamed
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # at run time they are imported where they are used: together
     from datasets import Dataset, Features
 
 EVAL_SPLITS = ("validation", "valid", "val", "test")
+Pictures = UInt8[np.ndarray, "b h w c"] | Float16[np.ndarray, "b h w k"]
 MODELS_BY_SIDE = {16: "DiT-Ti/2", 32: "DiT-S/2", 64: "DiT-S/4", math.inf: "DiT-B/8"}
 
 
@@ -44,19 +46,32 @@ class Stored:
         return self.data.select_columns([name]).with_format("arrow")[:][name]
 
     def pictures(self, name: str) -> "Stored":
-        """The same rows, of which `cells` are those of this column.
+        """The same rows, of which `cells` are those of this column, of pictures or plain bytes.
 
         Raises:
-            TypeError, ValueError, NotImplementedError: the column holds no pictures.
+            TypeError, ValueError, NotImplementedError: the column holds neither.
         """
-        from datasets import Image
+        from datasets import Image, Value
 
-        return Stored(self.data.select_columns([name]).cast_column(name, Image(decode=False)))
+        only = self.data.select_columns([name])
+        if self.features[name] == Value("binary"):
+            return Stored(only)
+        return Stored(only.cast_column(name, Image(decode=False)))
 
     def cells(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """The undecoded pictures of these rows."""
         (column,) = self.data[rows].values()
-        return column
+        return [{"bytes": c, "path": None} if isinstance(c, bytes) else c for c in column]
+
+
+class Readable(NamedTuple):
+    """Pictures of those rows of a split that have any, and of each other row of the data what is
+    wrong with it.
+    """
+
+    rows: Int64[np.ndarray, "b"]
+    images: UInt8[np.ndarray, "b h w c"]
+    problems: dict[int, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +88,24 @@ class Split:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def images(self, indices: Int64[np.ndarray, "b"]) -> UInt8[np.ndarray, "b h w c"]:
-        """Decodes these rows of the split; a `UserError` names the data set, row and column."""
+    @property
+    def picture(self) -> tuple[tuple[int, int, int], Any]:
+        """Shape and type of what `images` has for a row."""
+        c = self.config
+        if c.encoding:
+            return c.encoding.moments_shape, np.float16
+        return (c.image_size, c.image_size, c.channels), np.uint8
+
+    def images(self, indices: Int64[np.ndarray, "b"]) -> Pictures:
+        """Decodes these rows of the split; a `UserError` names the data set, row and column. Of
+        latents, they are moments.
+        """
+        rows = self.rows[indices].tolist()
+        if self.config.encoding:
+            cells = [cell["bytes"] for cell in self.data.cells(rows)]
+            return latents.unpack(cells, self.config.encoding)
         size, channels = self.config.image_size, self.config.channels
         decoded = np.empty((len(indices), size, size, channels), np.uint8)
-        rows = self.rows[indices].tolist()
         for i, cell in enumerate(self.data.cells(rows)):
             try:
                 decoded[i] = images.decode(_content(cell), channels=channels, size=size)
@@ -85,6 +113,20 @@ class Split:
                 column = self.config.image_column
                 raise _bad_cell(self.config, self.name, rows[i], column, str(error)) from error
         return decoded
+
+    def readable(self, indices: Int64[np.ndarray, "b"]) -> Readable:
+        """Decodes those of these rows that can be."""
+        try:
+            return Readable(indices, self.images(indices), {})
+        except UserError:  # not said which others there are
+            good, problems = [], {}
+            for place, index in enumerate(indices):
+                try:
+                    self.images(indices[place : place + 1])
+                    good.append(place)
+                except UserError as error:
+                    problems[int(self.rows[index])] = str(error)
+            return Readable(indices[good], self.images(indices[good]), problems)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +150,7 @@ def open_source(
     image_size: int | None = None,
     channels: int | None = None,
     streaming: bool = False,
+    latents_dir: Path | None = None,
 ) -> Source:
     """Opens a data set and checks every label; a `UserError` says what is wrong and what to pass.
 
@@ -118,10 +161,14 @@ def open_source(
         conditioning: class, text or none; by default what the arguments and the data suggest.
         templates: of captions made from class names, as "a photo of a {label}".
         streaming: read Parquet files where they lie, a row group at a time, whatever their size.
+        latents_dir: what `convert_imagenet.py` made of the set, to be read in place of pictures.
     """
-    if channels not in (None, 1, 3) or (image_size is not None and image_size < 2):
-        raise UserError("channels must be 1 or 3, and image_size at least 2")
     entry = _entry(name)
+    if latents_dir:
+        entry = _of_latents(entry, latents_dir, data_dir, image_column, image_size, channels)
+        data_dir = latents_dir
+    elif channels not in (None, 1, 3) or (image_size is not None and image_size < 2):
+        raise UserError("channels must be 1 or 3, and image_size at least 2")
     conditioning = _conditioning(entry, conditioning, label_column, caption_column, templates)
     splits = _load(entry, _folder(entry, data_dir), streaming)
     (train, train_rows), (held_out, held_out_rows) = _choose_splits(entry, splits)
@@ -177,6 +224,49 @@ def _entry(name: str) -> DatasetConfig:
         model="",
         n_steps=20_000,
         flip=False,  # there may be letters in the pictures
+    )
+
+
+def _of_latents(
+    entry: DatasetConfig,
+    folder: Path,
+    data_dir: str | Path | None,
+    image_column: str | None,
+    image_size: int | None,
+    channels: int | None,
+) -> DatasetConfig:
+    """The entry with what its latents are, and a model for their size."""
+    encoding = latents.examine(folder).encoding
+    if encoding.dataset_name != entry.name:
+        raise UserError(
+            f"the latents in '{folder}' are of {encoding.dataset_name}, not {entry.name}"
+        )
+    if data_dir or image_column:
+        raise UserError("latents are read from their own folder: no --data_dir or --image_column")
+    side, n_channels = encoding.shape[0], encoding.shape[-1]
+    for flag, value, fixed in (
+        ("image_size", image_size, side),
+        ("channels", channels, n_channels),
+    ):
+        if value not in (None, fixed):
+            raise UserError(f"--{flag} {value}: the latents in '{folder}' have {fixed}")
+    if entry.latents_dir:
+        model = entry.model
+    else:
+        model = next(model for most, model in MODELS_BY_SIDE.items() if side <= most)
+    return dataclasses.replace(
+        entry,
+        image_column=latents.COLUMN,
+        label_column="",
+        caption_column=latents.CAPTION if encoding.captions else None,
+        eval_split="",
+        n_classes=0,
+        label_names=(),
+        image_size=side,
+        channels=n_channels,
+        model=model,
+        flip=encoding.mirrored,
+        encoding=encoding,
     )
 
 

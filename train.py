@@ -41,6 +41,7 @@ import showcase
 import text
 from captions import CaptionStore
 from checkpoint import Checkpoints
+from codec import Codec
 from errors import UserError
 from interrupts import stopping
 from model import graphdef, init_params
@@ -54,8 +55,10 @@ from train_config import (
     network,
     objective,
     require_even_batches,
+    require_same_latents,
     resolve,
     take_up,
+    with_subject,
 )
 from train_profile import profile
 
@@ -147,8 +150,9 @@ class Trainer:
             saved = run_folder.read_config(run_dir)
             fsdp = config.fsdp or math.gcd(saved["fsdp"], jax.device_count())
             config = take_up(dataclasses.replace(config, fsdp=fsdp), saved)
+        config = with_subject(config)
         self.source = open_source(
-            config.dataset_name or DEFAULTS["dataset_name"],
+            config.dataset_name,
             data_dir=config.data_dir,
             image_column=config.image_column,
             label_column=config.label_column,
@@ -158,8 +162,11 @@ class Trainer:
             image_size=config.image_size,
             channels=None if config.profile else config.channels,  # a profile reads no pictures
             streaming=config.streaming or DEFAULTS["streaming"],
+            latents_dir=config.latents,
         )
         self.dataset = self.source.config
+        if saved:
+            require_same_latents(self.dataset.encoding, saved)
         platform, n_devices = jax.default_backend(), jax.device_count()
         n_rows = len(self.source.train)
         c = self.config = resolve(
@@ -185,6 +192,10 @@ class Trainer:
             jax.devices()[0].device_kind, self.model_config.dtype, peak_tflops=c.peak_tflops
         )
         self.mesh = parallel.make_mesh(c.fsdp)
+        self.codec = None
+        if self.dataset.encoding and not c.profile:
+            with processes.in_turn():
+                self.codec = Codec.of(self.dataset.encoding, self.mesh, vae=c.vae)
         self.init_key, self.train_key, self.eval_key = jax.random.split(jax.random.key(c.seed), 3)
         self.schedule = optim.learning_rate_schedule(
             c.schedule, c.learning_rate, warmup_steps=c.warmup_steps, n_steps=c.n_steps
@@ -216,11 +227,11 @@ class Trainer:
 
     def _folder(self, config: TrainConfig) -> Path | None:
         """The run's folder, where it is said or exists: the same in all processes."""
-        dataset_name = config.dataset_name or DEFAULTS["dataset_name"]
 
         def find() -> str:
             if config.resume and not config.run_dir:
-                return str(run_folder.newest(dataset_name, config.model))
+                name = with_subject(config).dataset_name
+                return str(run_folder.newest(name, config.model))
             if config.run_dir and not config.resume:
                 run_folder.require_new(Path(config.run_dir))
             return str(config.run_dir or "")
@@ -273,7 +284,7 @@ class Trainer:
     @cached_property
     def update(self):
         c = self.config
-        loss = objective(c, label_dropout=c.label_dropout)
+        loss = objective(c, self.dataset.encoding, label_dropout=c.label_dropout)
         draw = partial(resident.draw, batch_size=c.batch_size, mesh=self.mesh)
         step = partial(
             update,
@@ -292,13 +303,14 @@ class Trainer:
 
     @cached_property
     def eval_loss(self):
-        loss = objective(self.config, label_dropout=0.0)
+        loss = objective(self.config, self.dataset.encoding, label_dropout=0.0)
         model = partial(nnx.merge, graphdef(self.model_config))
         return jax.jit(lambda params, batch, key: loss(model(params), batch, key)[0])
 
     def _initial_state(self) -> TrainState:
         params = init_params(self.model_config, self.init_key)
-        loss = objective(self.config, label_dropout=self.config.label_dropout)
+        c = self.config
+        loss = objective(c, self.dataset.encoding, label_dropout=c.label_dropout)
         model = nnx.merge(graphdef(self.model_config), params)
         metrics = jax.eval_shape(lambda b: loss(model, b, self.train_key)[1], self.blank_batch())
         window = {name: jnp.zeros(metric.shape) for name, metric in metrics.items()}
@@ -321,7 +333,9 @@ class Trainer:
     def blank_batch(self) -> Batch:
         """This process's part of a batch, with nothing in it."""
         n, m = self.config.batch_size // jax.process_count(), self.model_config
-        image = np.zeros((n, m.image_size, m.image_size, m.channels), np.uint8)
+        # Of latents, means and log-variances.
+        k, dtype = (2, np.float16) if self.dataset.encoding else (1, np.uint8)
+        image = np.zeros((n, m.image_size, m.image_size, k * m.channels), dtype)
         label = self.encoded.blank(n) if self.encoded else np.zeros(n, np.int32)
         return Batch(row=np.arange(n, dtype=np.int32), image=image, label=label)
 
@@ -389,7 +403,7 @@ class Trainer:
         trajectory: bool = False,
     ) -> np.ndarray:
         """Pictures of `labels` (numbers, names or captions), in about −1 … 1, from the averaged
-        weights.
+        weights. Latents are decoded.
 
         Returns float32 (b, h, w, c) or, with `trajectory`, every state from the noise to the
         result, (n_steps + 1, b, h, w, c).
@@ -405,6 +419,7 @@ class Trainer:
             cfg_scale=float(c.cfg_scale if cfg_scale is None else cfg_scale),
             seed=seed,
             trajectory=trajectory,
+            codec=self.codec,
         )
         return solution.x if solution.trajectory is None else solution.trajectory
 

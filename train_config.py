@@ -7,16 +7,20 @@ result; every other module takes plain arguments.
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import latents
 import objectives
 import optim
 import sampling
 from cli import Text
-from datasets_config import DatasetConfig
+from datasets_config import DATASET_CONFIGS, DatasetConfig
 from errors import UserError, unknown
+from latents import Encoding
 from model import BLOCKS, JOINT, MODELS, ModelConfig, model_config
+from vae import autoencoder
 
 UNSAID: Any = None  # filled by `resolve`
 
@@ -45,6 +49,8 @@ class TrainConfig:
         caption_cache: where encoded captions are kept; by default beside the data set.
         image_size: pixels to a side after centre crop and resize.
         channels: 1 (grey) or 3 (RGB).
+        latents: a folder of convert_imagenet.py, to train on in place of pictures.
+        vae: where the VAE of the latents is now, if it has moved.
         streaming: read pictures from Parquet files, here or on the hub, as they are needed.
         shuffle_buffer: rows of a streamed set that are mixed at a time.
         in_memory: decode the whole set once and hold it; by default up to 1 GiB.
@@ -116,6 +122,8 @@ class TrainConfig:
     caption_cache: Path | None = None
     image_size: int = UNSAID
     channels: int = UNSAID
+    latents: Path | None = None
+    vae: str | None = None
     streaming: bool = UNSAID
     shuffle_buffer: int = UNSAID
     in_memory: bool | None = None
@@ -206,7 +214,8 @@ DEFAULTS: dict[str, Any] = {
 # What may change when a run goes on: where things lie, how often they are looked at, how long it
 # goes, and what leaves the numbers as they are.
 FREE_ON_RESUME = {
-    *("run_dir", "resume", "data_dir", "caption_cache", "in_memory", "n_workers", "fsdp", "remat"),
+    *("run_dir", "resume", "data_dir", "latents", "vae", "caption_cache", "in_memory"),
+    *("n_workers", "fsdp", "remat"),
     *("accumulate_steps", "cache_on_device", "nan_patience"),
     *("n_steps", "n_epochs", "log_every", "eval_save_steps", "n_eval_batches", "sample_every_n"),
     *("keep_checkpoints", "cfg_scale", "n_sample_steps", "solver", "sample_shift"),
@@ -282,10 +291,33 @@ def take_up(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
     kept: dict[str, Any] = {name: saved[name] for name in fields & set(saved) - OF_ONE_START}
     if "n_epochs" in said:
         kept["n_steps"] = None
-    for name in ("data_dir", "caption_cache"):
+    for name in ("data_dir", "latents", "caption_cache"):
         if kept.get(name):
             kept[name] = Path(kept[name])
     return TrainConfig(**kept | said)
+
+
+def with_subject(config: TrainConfig) -> TrainConfig:
+    """The data set and its latents, where one follows from the other."""
+    name = config.dataset_name
+    if config.latents and not name:
+        name = latents.read(config.latents).encoding.dataset_name
+    name = name or DEFAULTS["dataset_name"]
+    entry = DATASET_CONFIGS.get(name)
+    folder = config.latents
+    if not folder and entry and entry.latents_dir:
+        folder = Path(entry.latents_dir)
+    return dataclasses.replace(config, dataset_name=name, latents=folder)
+
+
+def require_same_latents(encoding: Encoding | None, saved: dict[str, Any]) -> None:
+    """Raises UserError if a run would go on with latents of another VAE or size."""
+    before, now = (saved["dataset"].get("encoding") or {}), (encoding and vars(encoding)) or {}
+    for name in ("vae_hash", "image_size", "scaling_factor", "shift_factor"):
+        if before.get(name) != now.get(name):
+            raise UserError(
+                f"cannot resume: {name} of the latents was {before.get(name)}, not {now.get(name)}"
+            )
 
 
 def resolve(
@@ -406,9 +438,18 @@ def network(config: TrainConfig, dataset: DatasetConfig) -> ModelConfig:
     )
 
 
-def objective(config: TrainConfig, *, label_dropout: float) -> objectives.Objective:
-    """The loss that a resolved `config` describes."""
+def objective(
+    config: TrainConfig, encoding: Encoding | None, *, label_dropout: float
+) -> objectives.Objective:
+    """The loss that a resolved `config` describes, on pictures or on latents."""
     density = DENSITIES[config.time_density](config)
+    read = objectives.pixels
+    if encoding:
+        read = partial(
+            autoencoder.draw,
+            scaling_factor=encoding.scaling_factor,
+            shift_factor=encoding.shift_factor,
+        )
     return objectives.rectified_flow(
-        density=density, shift=config.time_shift, label_dropout=label_dropout
+        density=density, shift=config.time_shift, label_dropout=label_dropout, read=read
     )

@@ -413,6 +413,21 @@ def unscale(z: Float[Any, "*b"], *, scaling_factor: float, shift_factor: float) 
     return z / scaling_factor + shift_factor
 
 
+def draw(
+    moments: Float[Array, "b h w 2*z"],
+    keys: Key[Array, "b"],
+    *,
+    scaling_factor: float,
+    shift_factor: float,
+) -> Float[Array, "b h w z"]:
+    """What a diffusion model is trained on: latents drawn from means and log-variances that stand
+    side by side, each row by its own key, and scaled.
+    """
+    mean, log_variance = jnp.split(moments.astype(jnp.float32)[:, None], 2, axis=-1)
+    z = jax.vmap(sample)(Moments(mean, log_variance), keys)[:, 0]
+    return scale(z, scaling_factor=scaling_factor, shift_factor=shift_factor)
+
+
 def decode_tiled(
     decode: Callable[[Any], Any],
     z: Float[Any, "b h w z"],

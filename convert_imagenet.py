@@ -1,0 +1,463 @@
+"""Pictures → latents, once, so that training reads them instead of running a VAE at every step.
+
+    python convert_imagenet.py                        # ImageNet at 256×256 through SDXL's VAE
+    python convert_imagenet.py --dataset_name digits --image_size 32 --vae runs/vae/vae
+    python convert_imagenet.py --doctor latents/digits
+
+Stop it whenever you like and say the same again: files that are whole stay, and the result is the
+same, byte for byte. `latents.py` says what is in the folder.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections import deque
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Float16, Int64
+from tqdm import tqdm
+
+import cli
+import images
+import latents
+import parallel
+import run_folder
+import workers
+from codec import Codec
+from errors import UserError
+from latents import Encoding, LatentSet, Sums
+from sources import Readable, Source, Split, open_source
+from vae.autoencoder import scale
+
+GROUP = 512  # rows of a row group, which a streamed training reads at a time
+IN_FLIGHT = 2  # batches on the devices whose results are not read yet
+SHOWN = 16  # pictures of a contact sheet
+UNLIKE = 0.5  # of the latents' variance: more is lost by decoding and encoding with another VAE
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Make latents of a data set's pictures, in a folder that training and `load_dataset` open.
+
+    Args:
+        dataset_name: a key of DATASET_CONFIGS, folder:PATH or hf:owner/name.
+        data_dir: a local copy of the data set.
+        image_column: where to find pictures in folder: and hf: data.
+        label_column: where to find classes in folder: and hf: data.
+        caption_column: where to find captions.
+        image_size: pixels to a side after centre crop and resize; by default as the data set
+            recommends.
+        streaming: read pictures from Parquet files, here or on the hub, as they are needed.
+        vae: a folder in diffusers' layout, or an id on the hub.
+        out: the folder; by default latents/<data set>.
+        mirror: make latents of the mirrored pictures too; by default where the set allows flips.
+        half_precision: run the VAE in bfloat16; by default except on a CPU.
+        batch_size: pictures at a time, over all devices; by default 64 a device, 16 on a CPU.
+        rows_per_file: of the source; what is lost when it is stopped is one file's work.
+        n_workers: processes that decode; 0 for threads, by default half of the CPUs.
+        verify: afterwards, decode so many rows and compare them with the pictures.
+        doctor: do nothing but look whether this folder's latents are sound.
+    """
+
+    dataset_name: str = "imagenet"
+    data_dir: Path | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    caption_column: str | None = None
+    image_size: int | None = None
+    streaming: bool = False
+    vae: str = "stabilityai/sdxl-vae"
+    out: Path | None = None
+    mirror: bool | None = None
+    half_precision: bool | None = None
+    batch_size: int | None = None
+    rows_per_file: int = 10_000
+    n_workers: int | None = None
+    verify: int = 0
+    doctor: Path | None = None
+
+
+# --- what is read ---------------------------------------------------------------------------------
+
+
+def whole(source: Source) -> dict[str, Split]:
+    """The splits of a source with all of their rows: what was held back of the training rows for
+    evaluation is put back, and will be held back again from the latents.
+    """
+    train, held_out = source.train, source.eval
+    if train.name != held_out.name:
+        return {"train": train, held_out.name: held_out}
+    order = np.argsort(rows := np.concatenate([train.rows, held_out.rows]))
+    labels = np.concatenate([train.labels, held_out.labels])[order]
+    captions = train.captions + held_out.captions
+    captions = [captions[i] for i in order] if captions else []
+    return {"train": dataclasses.replace(train, rows=rows[order], labels=labels, captions=captions)}
+
+
+def revision(source: Source, data_dir: Path | None) -> str:
+    """Where the pictures are from: of the hub, with the commit."""
+    if data_dir or source.config.name.startswith("folder:"):
+        return str(data_dir or source.config.path)
+    data: Any = source.train.data
+    files = getattr(data, "files", None) or getattr(data.data.info, "download_checksums", None)
+    commit = re.search(r"@([0-9a-f]{40})/", " ".join(files or ()))
+    return source.config.path + (f"@{commit[1]}" if commit else "")
+
+
+# --- a file ---------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """A file, and the rows of the split that it is made from: first … last − 1."""
+
+    file: Path
+    first: int
+    last: int
+
+    def chunks(self, batch_size: int) -> list[Int64[np.ndarray, "b"]]:
+        """The rows in batches. No batch lies in two files, so that each file can be made alone."""
+        starts = range(self.first, self.last, batch_size)
+        return [np.arange(start, min(start + batch_size, self.last)) for start in starts]
+
+
+class Piece(NamedTuple):
+    """What became of a batch."""
+
+    rows: Int64[np.ndarray, "b"]
+    moments: Float16[np.ndarray, "b h w k"]
+    problems: dict[int, str]
+
+
+def plan(folder: Path, split: str, n_rows: int, rows_per_file: int) -> list[Part]:
+    """The files of a split, each from as many rows, in their order."""
+    starts = range(0, n_rows, rows_per_file)
+    files = latents.files(folder, split, len(starts))
+    return [Part(file, i, min(i + rows_per_file, n_rows)) for file, i in zip(files, starts)]
+
+
+def is_made(part: Part, encoding: Encoding) -> bool:
+    """Whether the file is there, whole and of this encoding.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not part.file.exists():
+        return False
+    record = latents.record_of(part.file)
+    wanted = dataclasses.asdict(encoding) | {"rows": [part.first, part.last]}
+    found = dataclasses.asdict(Encoding.of(record["encoding"])) | {"rows": record["rows"]}
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise UserError(
+                f"'{part.file.parents[1]}' was begun with {name} {found[name]}, not {value}; go on "
+                "as it was begun, or name another --out"
+            )
+    return True
+
+
+def write(part: Part, pieces: Sequence[Piece], split: Split, encoding: Encoding) -> None:
+    """The file, which takes its name when it is whole. Nothing in it depends on when it is made."""
+    import pyarrow
+    import pyarrow.parquet
+    from datasets import ClassLabel, Features, List, Value
+
+    rows = np.concatenate([piece.rows for piece in pieces])
+    moments = np.concatenate([piece.moments for piece in pieces])
+    kinds: dict[str, Any] = {latents.COLUMN: Value("binary")}
+    columns: dict[str, Any] = {latents.COLUMN: latents.pack(moments)}
+    if split.config.n_classes:
+        kinds[latents.LABEL] = ClassLabel(names=list(split.config.label_names))
+        columns[latents.LABEL] = split.labels[rows].astype(np.int64)
+    if encoding.captions:
+        kinds[latents.CAPTION] = List(Value("string"))
+        columns[latents.CAPTION] = [list(split.captions[row]) for row in rows]
+    record = {
+        "encoding": dataclasses.asdict(encoding),
+        "rows": [part.first, part.last],
+        "skipped": sorted(row for piece in pieces for row in piece.problems),
+        "sums": Sums.over(moments, encoding.shape[-1]).record(),
+    }
+    schema = Features(kinds).arrow_schema
+    schema = schema.with_metadata((schema.metadata or {}) | {latents.KEY: json.dumps(record)})
+    with run_folder.atomic(part.file) as file:
+        content = pyarrow.table(columns, schema=schema)
+        pyarrow.parquet.write_table(content, file, row_group_size=GROUP)
+
+
+# --- all of them ----------------------------------------------------------------------------------
+
+
+def encoded(
+    split: Split,
+    chunks: Sequence[Int64[np.ndarray, "b"]],
+    codec: Codec,
+    *,
+    mirrored: bool,
+    batch_size: int,
+    n_workers: int,
+) -> Generator[Piece]:
+    """The chunks in their order. Pictures are decoded ahead of the devices, and what these make is
+    waited for as late as can be.
+    """
+    decode = dataclasses.replace(split, labels=split.labels[:0], captions=[]).readable
+    callers = [workers.Worker(decode) for _ in range(n_workers)] or [decode] * (os.cpu_count() or 1)
+    steps = (np.array_split(rows, len(callers)) for rows in chunks)
+    flying: deque[tuple[Readable, list[jax.Array]]] = deque()
+
+    def land() -> Piece:
+        (rows, _, problems), views = flying.popleft()
+        moments = [parallel.fetch(view)[: len(rows)] for view in views]
+        return Piece(rows, np.concatenate(moments, axis=-1), problems)
+
+    with closing(workers.ahead(callers, steps)) as answers:
+        for answer in answers:
+            batch = joined(answer)
+            padded = np.zeros((batch_size, *batch.images.shape[1:]), np.uint8)
+            padded[: len(batch.images)] = batch.images
+            views = [padded, padded[:, :, ::-1]] if mirrored else [padded]
+            flying.append((batch, [codec.encode(view) for view in views]))
+            if len(flying) > IN_FLIGHT:
+                yield land()
+    while flying:
+        yield land()
+
+
+def joined(parts: Sequence[Readable]) -> Readable:
+    """What several readers made of a batch."""
+    rows, pictures, problems = zip(*parts)
+    every = {row: why for several in problems for row, why in several.items()}
+    return Readable(np.concatenate(rows), np.concatenate(pictures), every)
+
+
+def convert(config: ConvertConfig, source: Source, codec: Codec, folder: Path) -> LatentSet:
+    """Make what is missing of the folder, and then say that it is whole."""
+    c, splits = config, whole(source)
+    encoding = encoding_of(config, source, codec)
+    n_workers = max(1, (os.cpu_count() or 1) // 2) if c.n_workers is None else c.n_workers
+    size = c.batch_size or (16 if jax.default_backend() == "cpu" else 64) * jax.device_count()
+    how = {"mirrored": encoding.mirrored, "batch_size": size, "n_workers": n_workers}
+    parts = {name: plan(folder, name, len(s), c.rows_per_file) for name, s in splits.items()}
+    require_same(folder, parts)
+    missing = {name: [p for p in parts[name] if not is_made(p, encoding)] for name in parts}
+    n_left = sum(p.last - p.first for several in missing.values() for p in several)
+    n_rows = sum(map(len, splits.values()))
+    with tqdm(total=n_rows, initial=n_rows - n_left, unit=" images", smoothing=0.05) as bar:
+        for name, split in splits.items():
+            chunks = [rows for part in missing[name] for rows in part.chunks(size)]
+            with closing(encoded(split, chunks, codec, **how)) as stream:
+                for part in missing[name]:
+                    pieces = []
+                    for rows in part.chunks(size):
+                        pieces.append(next(stream))
+                        bar.update(len(rows))
+                    write(part, pieces, split, encoding)
+    return complete(folder, encoding, parts)
+
+
+def encoding_of(config: ConvertConfig, source: Source, codec: Codec) -> Encoding:
+    """How the folder is made."""
+    c, side = source.config, source.config.image_size
+    if side % codec.config.downsampling:
+        raise UserError(
+            f"--image_size {side}: must be a multiple of {codec.config.downsampling}, which the "
+            "VAE divides it by"
+        )
+    small = side // codec.config.downsampling
+    return Encoding(
+        dataset_name=c.name,
+        source=revision(source, config.data_dir),
+        image_size=side,
+        shape=(small, small, codec.config.latent_channels),
+        vae=codec.id,
+        vae_hash=codec.hash,
+        scaling_factor=codec.scaling_factor,
+        shift_factor=codec.shift_factor,
+        precision=codec.dtype,
+        mirrored=c.flip if config.mirror is None else config.mirror,
+        captions=bool(c.caption_column),
+    )
+
+
+def require_same(folder: Path, parts: dict[str, list[Part]]) -> None:
+    """Raises UserError if the folder has files that are not of this plan."""
+    planned = {part.file for several in parts.values() for part in several}
+    others = sorted(set((folder / "data").glob("*.parquet")) - planned)
+    if others:
+        raise UserError(
+            f"'{folder}' has {others[0].name}, which is not of this conversion; go on as it was "
+            "begun (with the same --rows_per_file), or name another --out"
+        )
+
+
+def complete(folder: Path, encoding: Encoding, parts: dict[str, list[Part]]) -> LatentSet:
+    """Write what is true of all files together: `latents.json` and the card."""
+    records = {
+        name: [latents.record_of(p.file) for p in several] for name, several in parts.items()
+    }
+    sums = latents.sum_of(Sums.of(record["sums"]) for record in records["train"])
+    done = LatentSet(
+        encoding=encoding,
+        channel_mean=tuple(sums.mean.tolist()),
+        channel_std=tuple(sums.std.tolist()),
+        n_rows={name: sum(r["n_rows"] for r in several) for name, several in records.items()},
+        n_files={name: len(several) for name, several in records.items()},
+        skipped={
+            name: [row for r in several for row in r["skipped"]]
+            for name, several in records.items()
+        },
+    )
+    with run_folder.atomic(folder / "README.md") as file:
+        file.write(card(done).encode())
+    with run_folder.atomic(folder / latents.FACTS) as file:
+        file.write(latents.as_json(done))
+    return done
+
+
+def card(done: LatentSet) -> str:
+    """What the folder's page on the hub says."""
+    e = done.encoding
+    files = "\n".join(f"  - split: {name}\n    path: data/{name}-*.parquet" for name in done.n_rows)
+    height, width, n = e.moments_shape
+    views = ", then both of the mirrored picture" if e.mirrored else ""
+    rows = ", ".join(f"{n} {name} rows" for name, n in done.n_rows.items())
+    return f"""---
+configs:
+- config_name: default
+  data_files:
+{files}
+---
+
+# Latents of {e.dataset_name} at {e.image_size}×{e.image_size}
+
+{rows}, made by `convert_imagenet.py` from `{e.source}` with the VAE `{e.vae}`
+(SHA-256 of its weights: {e.vae_hash}).
+
+    np.frombuffer(row["{latents.COLUMN}"], "<f2").reshape({height}, {width}, {n})
+
+are the means and log-variances of {e.shape[-1]} channels each{views}. A diffusion model is
+given (z − {e.shift_factor}) · {e.scaling_factor}, where z is drawn from them.
+
+The licence is that of the pictures.
+"""
+
+
+# --- is it right? ---------------------------------------------------------------------------------
+
+
+def verify(done: LatentSet, folder: Path, source: Source, codec: Codec, n: int) -> str:
+    """Decode n rows, compare them with their pictures, and lay some side by side."""
+    split, name = whole(source)["train"], "train"
+    skipped = set(done.skipped[name])
+    kept = np.flatnonzero([row not in skipped for row in split.rows.tolist()])
+    places = np.unique(np.linspace(0, len(kept) - 1, min(n, len(kept))).astype(int))
+    pictures = split.images(kept[places])
+    x = codec.decode(mean_latents(folder, done, places))
+    decoded = images.to_uint8(x)
+    errors = np.square(decoded.astype(np.float64) - pictures).mean((1, 2, 3)) / 255**2
+    psnr = -10 * np.log10(np.maximum(errors, 1e-10))
+    sheet = np.concatenate([pictures[:SHOWN], decoded[:SHOWN]])
+    images.save_png(images.grid(sheet, columns=min(SHOWN, len(pictures))), folder / "verify.png")
+    return (
+        f"{len(places)} rows decoded: PSNR {psnr.mean():.1f} dB on average, {psnr.min():.1f} at "
+        f"worst; pictures above what became of them: {folder / 'verify.png'}"
+    )
+
+
+def mean_latents(
+    folder: Path, done: LatentSet, places: Int64[np.ndarray, "n"]
+) -> Float[np.ndarray, "n h w c"]:
+    """The likeliest latents of these training rows, scaled as a model sees them."""
+    e = done.encoding
+    opened = open_source(e.dataset_name, latents_dir=folder)
+    moments = whole(opened)["train"].images(places)
+    mean = moments[..., : e.shape[-1]].astype(np.float32)
+    return scale(mean, scaling_factor=e.scaling_factor, shift_factor=e.shift_factor)
+
+
+def examine(folder: Path, mesh: parallel.Mesh, vae: str | None = None) -> str:
+    """All that can be found wrong with latents, and their VAE.
+
+    Raises:
+        UserError: what is wrong.
+    """
+    done = latents.examine(folder)
+    e, codec = done.encoding, Codec.of(done.encoding, mesh, vae=vae)
+    for name in ("scaling_factor", "shift_factor"):
+        said, own = getattr(e, name), getattr(codec.config, name)
+        if said != own:
+            raise UserError(f"latents in '{folder}': {name} is {said}, and the VAE's own is {own}")
+    x = mean_latents(folder, done, np.arange(min(SHOWN, done.n_rows["train"])))
+    again = codec.encode(images.to_uint8(codec.decode(x)))
+    found = scale(
+        np.asarray(parallel.fetch(again))[..., : e.shape[-1]].astype(np.float32),
+        scaling_factor=e.scaling_factor,
+        shift_factor=e.shift_factor,
+    )
+    lost = float(np.square(found - x).mean() / x.var())
+    if lost > UNLIKE:
+        raise UserError(
+            f"latents in '{folder}': decoding and encoding them again changes {lost:.0%} of their "
+            "variance; they are not of this VAE"
+        )
+    rows = ", ".join(f"{n} {name} rows" for name, n in done.n_rows.items())
+    return (
+        f"{folder}: sound. {rows} of {'×'.join(map(str, e.shape))} from {e.vae}; scaled, their "
+        f"standard deviation is {done.scaled_std:.2f}; decoding and encoding again changes "
+        f"{lost:.0%} of their variance"
+    )
+
+
+def main() -> None:
+    config = cli.parse(ConvertConfig)
+    for name in ("rows_per_file", "batch_size", "image_size"):
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    mesh = parallel.make_mesh()
+    if config.doctor:
+        print(examine(config.doctor, mesh))
+        return
+    half = (
+        jax.default_backend() != "cpu" if config.half_precision is None else config.half_precision
+    )
+    codec = Codec.open(config.vae, mesh, dtype="bfloat16" if half else "float32")
+    source = open_source(
+        config.dataset_name,
+        data_dir=config.data_dir,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        caption_column=config.caption_column,
+        image_size=config.image_size,
+        channels=codec.config.in_channels,
+        streaming=config.streaming,
+    )
+    name = Path(config.dataset_name.partition(":")[2] or config.dataset_name).name
+    folder = config.out or Path("latents") / name
+    run_folder.make(folder / "data")
+    with run_folder.locked(folder):
+        run_folder.tidy(folder)
+        done = convert(config, source, codec, folder)
+        if config.verify:
+            print(verify(done, folder, source, codec, config.verify))
+    print(farewell(done, folder))
+
+
+def farewell(done: LatentSet, folder: Path) -> str:
+    """What there is, and what to do next."""
+    rows = ", ".join(f"{n} {name} rows" for name, n in done.n_rows.items())
+    skipped = sum(map(len, done.skipped.values()))
+    without = f" ({skipped} pictures could not be read and were left out)" if skipped else ""
+    return (
+        f"{rows}{without} of {'×'.join(map(str, done.encoding.shape))} in {folder}/\n"
+        f"Next:\n  python train.py --latents {folder}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
