@@ -348,7 +348,7 @@ def attention(
         return rearrange(y, "b n h k -> b n (h k)")
     bias = None if mask is None else jnp.where(jnp.repeat(mask, h, axis=0), 0.0, HIDDEN)
     q, k, v = (keep(rearrange(x, "b n h k -> (b h) n k")) for x in (q, k, v))
-    y = attend(q * jnp.asarray(1 / np.sqrt(width), q.dtype), k, v, bias)
+    y = attend(q, k, v, bias)
     return rearrange(y, "(b h) n k -> b n (h k)", h=h)
 
 
@@ -369,15 +369,16 @@ def attend(
     v: Float[Array, "z m k"],
     bias: Float[Array, "z m"] | None,
 ) -> Float[Array, "z n k"]:
-    """softmax(q kᵀ + bias) v for each of z heads, where the bias is not learned. The backward pass
-    computes the scores again instead of keeping them: they are n · m numbers a head, and the rest
-    is n · k (Dao et al. 2022, §3.1 and B.4).
+    """softmax(q kᵀ / √k + bias) v for each of z heads, where the bias is not learned.
+
+    The backward pass computes the scores again instead of keeping them: they are n · m numbers a
+    head, and the rest is n · k (Dao et al. 2022, §3.1 and B.4).
     """
     return _attend_forward(q, k, v, bias)[0]
 
 
 def _attend_forward(q, k, v, bias):
-    scores = _biased(_product("znk,zmk->znm", q, k), bias, axis=1)
+    scores = _biased(_product("znk,zmk->znm", q, k) * q.shape[-1] ** -0.5, bias, axis=1)
     peak = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - peak)
     total = weights.sum(-1, keepdims=True)
@@ -387,14 +388,16 @@ def _attend_forward(q, k, v, bias):
 
 
 def _attend_backward(kept, g):
-    """With weights p = exp(s − log Σ exp s): dv = pᵀ g, ds = p ∘ (g vᵀ − rowsum(g ∘ y)), dq = ds k,
-    dk = dsᵀ q. All of it transposed, keys before queries, which is how dv and dk need it.
+    """With weights p = exp(s − log Σ exp s): dv = pᵀ g, ds = p ∘ (g vᵀ − rowsum(g ∘ y)) / √k,
+    dq = ds k, dk = dsᵀ q. All of it transposed, keys before queries, which is how dv and dk need
+    it.
     """
     q, k, v, bias, y, log_sum = kept
-    scores = _biased(_product("zmk,znk->zmn", k, q), bias, axis=2)
+    scale = q.shape[-1] ** -0.5
+    scores = _biased(_product("zmk,znk->zmn", k, q) * scale, bias, axis=2)
     p = jnp.exp(scores - log_sum[:, None])
     own = (g.astype(jnp.float32) * y).sum(-1)
-    ds = (p * (_product("zmk,znk->zmn", v, g) - own[:, None])).astype(q.dtype)
+    ds = (p * (_product("zmk,znk->zmn", v, g) - own[:, None]) * scale).astype(q.dtype)
     dv = _product("zmn,znk->zmk", p.astype(g.dtype), g)
     dk, dq = _product("zmn,znk->zmk", ds, q), _product("zmn,zmk->znk", ds, k)
     dbias = None if bias is None else jnp.zeros_like(bias)

@@ -2,6 +2,7 @@
 
     python benchmarks/step.py
     python benchmarks/step.py --model DiT-XL/2 --batch_size 64 128 --peer autocast+compile
+    python benchmarks/step.py --model DiT-XL/2 --batch_size 32 --remat true false --plan_only
 
 What is timed is `Trainer.update`: gradients, AdamW, the average of the weights and the metrics, on
 one batch of random pictures. All variants of one model and batch take turns, with their peers and
@@ -18,6 +19,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +72,8 @@ class StepConfig:
         rounds: that count, after one that does not.
         steps_per_turn: sent off one after the other before waiting; on a GPU more than one.
         peer: torch, as fp32, autocast, fp32+compile or autocast+compile; none for no peer.
+        plan_only: compile and take no step, without weights or peers, so that models may be larger
+            than this machine.
     """
 
     model: tuple[str, ...] = ("DiT-S/2",)
@@ -82,6 +86,7 @@ class StepConfig:
     rounds: int = 4
     steps_per_turn: int = 1
     peer: tuple[str, ...] | None = ("fp32", "autocast")
+    plan_only: bool = False
 
 
 class Entry(NamedTuple):
@@ -122,8 +127,8 @@ def random_batch(trainer: Trainer) -> Any:
     return parallel.place(blank._replace(image=image, label=label), trainer.mesh)
 
 
-def ours(trainer: Trainer, precision: str, *, n: int) -> Entry:
-    """The update of a trainer, compiled and taken once."""
+def ours(trainer: Trainer, precision: str, *, n: int, plan_only: bool) -> Entry:
+    """The update of a trainer, compiled and, but for a plan, taken once."""
     batch = random_batch(trainer)
     start = time.perf_counter()
     compiled = trainer.update.lower(trainer.state, batch, trainer.train_key).compile()
@@ -133,7 +138,8 @@ def ours(trainer: Trainer, precision: str, *, n: int) -> Entry:
         trainer.state, report = compiled(trainer.state, batch, trainer.train_key)
         return report
 
-    jax.block_until_ready(step())
+    if not plan_only:
+        jax.block_until_ready(step())
     m = trainer.model_config
     facts = known(m) | {
         "by": f"ours {precision}{', remat' * m.remat}, unroll {m.unroll}",
@@ -190,9 +196,10 @@ def entries(
                     build(TrainConfig(**settings), precision, unroll=unroll),
                     precision,
                     n=config.steps_per_turn,
+                    plan_only=config.plan_only,
                 )
             )
-    models = {entry.model.remat: entry.model for entry in found}
+    models = {} if config.plan_only else {entry.model.remat: entry.model for entry in found}
     for m, kind in product(models.values(), config.peer or ()):
         with or_left_out(f"{model} × {batch_size}, torch, {kind}"):
             how = {"batch_size": batch_size, "n": config.steps_per_turn}
@@ -214,6 +221,19 @@ def measure(config: StepConfig, model: str, batch_size: int) -> list[dict[str, A
         | e.facts
         | speeds(e.facts, times[e.facts["by"]], batch_size, peaks)
         | {"times_as_fast_as": ratios(e, found, times)}
+        for e in found
+    ]
+
+
+def plan(config: StepConfig, model: str, batch_size: int) -> list[dict[str, Any]]:
+    """What the compiler knows of all variants of one model and batch."""
+    with mock.patch.object(parallel, "create", parallel.abstract), contextlib.ExitStack() as stack:
+        found = entries(config, model, batch_size, stack)
+    untimed = dict.fromkeys(
+        ["median_s", "min_s", "images_per_second", "flops_per_second", "of_matmul", "of_data_sheet"]
+    )
+    return [
+        {"model": model, "batch_size": batch_size, "times_as_fast_as": {}} | e.facts | untimed
         for e in found
     ]
 
@@ -273,7 +293,7 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     rows = []
     for model, batch_size in product(config.model, config.batch_size):
-        rows += measure(config, model, batch_size)
+        rows += (plan if config.plan_only else measure)(config, model, batch_size)
         print(f"{model} × {batch_size}: done", file=sys.stderr)
     print(table([cells(row, config.peer or ()) for row in rows]))
     print("of matmul: of a large matrix product in the same rounds. plan: memory as XLA plans it.")

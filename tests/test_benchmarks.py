@@ -182,6 +182,15 @@ def test_step_without_a_peer(cache):
         )
 
 
+def test_a_plan_of_a_step_takes_none(cache):
+    """The same memory as of a step that is taken."""
+    how = [*TINY, "--batch_size", 2, "--unroll", 1, "--precision", "bf16", "--peer", "none"]
+    (planned,), _ = benchmark("step.py", *how, "--plan_only", cache=cache)
+    (taken,), _ = benchmark("step.py", *how, cache=cache)
+    assert planned["planned_bytes"] == taken["planned_bytes"] > 0
+    assert planned["median_s"] is None and planned["n_params"] == taken["n_params"]
+
+
 @pytest.mark.slow
 @needs_torch
 def test_step_beside_torch(cache):

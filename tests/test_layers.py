@@ -1,5 +1,9 @@
 """Patches are undone exactly, positions are two-dimensional, attention is the formula."""
 
+from functools import cache, partial
+from itertools import product
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +11,8 @@ import pytest
 from flax import nnx
 
 import layers
+import model
+from text import Caption
 
 key = jax.random.key(0)
 
@@ -54,8 +60,6 @@ def test_attention_survives_large_bfloat16_scores():
     np.testing.assert_allclose(float(layers.attention(q, k, v)[0, 0, 0]), 0.982, atol=4e-3)
 
 
-# Heads of the presets, and tokens: 16 … 256 of a picture, with four of a class or a caption's.
-SHAPES = [(16, 16, 4, 32), (64, 68, 6, 64), (256, 256, 2, 64), (256, 333, 2, 72)]
 BOUNDS = {"float32": 1e-6, "bfloat16": 5e-3}
 
 
@@ -67,28 +71,86 @@ def exact_gradients(function, inputs, g):
         return [np.asarray(x) for x in (y, *backward(jnp.asarray(np.float64(g))))]
 
 
+@partial(jax.jit, static_argnums=0)
+def value_and_gradients(function, g, *inputs):
+    y, backward = jax.vjp(function, *inputs)
+    return y, backward(g)
+
+
 def assert_close(found, expected, bound):
     """Norms of differences, relative to those of the arrays."""
     for x, y in zip(found, expected, strict=True):
         assert np.linalg.norm(np.float64(x) - y) <= bound * np.linalg.norm(y)
 
 
-def plain_attention(q, k, v):
-    scores = jnp.einsum("bnhk,bmhk->bhnm", q, k) / np.sqrt(q.shape[-1])
-    y = jnp.einsum("bhnm,bmhk->bnhk", jax.nn.softmax(scores), v)
-    return y.reshape(*y.shape[:2], -1)
+class Shapes(NamedTuple):
+    maps: list  # (inputs, outputs)
+    attentions: list  # (queries, keys, width of a head)
+
+
+@cache
+def shapes_of_presets(size):
+    """Of every linear map and every attention, in all presets of a size with all blocks, told
+    classes or captions, on the 32×32×4 latents of a 256×256 picture.
+    """
+    maps, attentions = set(), set()
+    affine, attention = layers.affine, layers.attention
+
+    def seen_affine(x, w, bias):
+        maps.add(w.shape)
+        return affine(x, w, bias)
+
+    def seen_attention(q, k, v, mask=None):
+        attentions.add((q.shape[1], k.shape[1], q.shape[-1]))
+        return attention(q, k, v, mask)
+
+    x, t = jnp.ones((1, 32, 32, 4)), jnp.ones(1)
+    caption = Caption(
+        tokens=jnp.ones((1, 77, 768)), pooled=jnp.ones((1, 768)), mask=jnp.ones((1, 77), bool)
+    )
+    captioned = {"n_classes": 0, "text_length": 77, "text_width": 768, "pooled_width": 768}
+    told = [(jnp.ones(1, jnp.int32), {"n_classes": 10}), (caption, captioned)]
+    names = [f"DiT-{size}/{p}" for p in (1, 2, 4, 8)]
+    networks = [(name, {"block": block}) for name in names for block in model.BLOCKS]
+    networks += [(f"MM{name}", {}) for name in names]
+    picture = {"image_size": 32, "channels": 4, "out_channels": 4}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "affine", seen_affine)
+        for module in (layers, model):
+            patch.setattr(module, "attention", seen_attention)
+        for (name, block), (label, words) in product(networks, told):
+            config = model.model_config(name, **picture, **block, **words)
+            nnx.eval_shape(
+                partial(lambda c, y: model.build(c, nnx.Rngs(0))(x, t, y), config, label)
+            )
+    return Shapes(sorted(maps), sorted(attentions))
+
+
+def exact_attention(q, k, v, g):
+    """softmax(q kᵀ / √width) v and the gradients of q, k and v, by the book, in float64."""
+    q, k, v, g = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (q, k, v, g.reshape(q.shape)))
+    width = q.shape[-1]
+    p = np.exp(q @ k.swapaxes(2, 3) / np.sqrt(width))
+    p /= p.sum(-1, keepdims=True)
+    dp = g @ v.swapaxes(2, 3)
+    ds = p * (dp - (p * dp).sum(-1, keepdims=True)) / np.sqrt(width)
+    found = (p @ v, ds @ k, ds.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ g)
+    y, *gradients = (x.swapaxes(1, 2) for x in found)
+    return y.reshape(*y.shape[:2], -1), *gradients
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("n, m, h, k", SHAPES)
-def test_attention_and_its_gradients_are_the_plain_forms(n, m, h, k, dtype):
-    keys = dict(zip("qkvg", jax.random.split(key, 4), strict=True))
-    q, g = jax.random.normal(keys["q"], (2, n, h, k)), jax.random.normal(keys["g"], (2, n, h * k))
-    k, v = (jax.random.normal(keys[name], (2, m, h, k)) for name in "kv")
-    q, k, v, g = (x.astype(dtype) for x in (q, k, v, g))
-    y, backward = jax.vjp(layers.attention, q, k, v)
-    expected = exact_gradients(plain_attention, (q, k, v), g)
-    assert_close((y, *backward(g)), expected, BOUNDS[dtype])
+@pytest.mark.parametrize(
+    "size", {c["width"] // c["n_heads"]: s for s, c in model.SIZES.items()}.values()
+)
+def test_attention_and_its_gradients_are_the_plain_forms(size, dtype):
+    for n, m, width in shapes_of_presets(size).attentions:
+        keys = dict(zip("qkvg", jax.random.split(key, 4), strict=True))
+        q = jax.random.normal(keys["q"], (1, n, 1, width)).astype(dtype)
+        k, v = (jax.random.normal(keys[name], (1, m, 1, width)).astype(dtype) for name in "kv")
+        g = jax.random.normal(keys["g"], (1, n, width)).astype(dtype)
+        y, gradients = value_and_gradients(layers.attention, g, q, k, v)
+        assert_close((y, *gradients), exact_attention(q, k, v, g), BOUNDS[dtype])
 
 
 def test_attention_gives_no_gradient_to_masked_keys():
@@ -208,22 +270,20 @@ def test_scan_equals_a_loop_over_the_blocks(remat, unroll):
     np.testing.assert_allclose(jax.tree.leaves(grad)[0], expected, rtol=1e-5)
 
 
-# Widening, narrowing, and a final layer's.
-MAPS = [(128, 768), (384, 1152), (384, 1536), (1536, 384), (1152, 16)]
-
-
 @pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("shape", MAPS)
-def test_affine_maps_and_their_gradients_are_the_plain_forms(shape, dtype):
-    keys = dict(zip("xwbg", jax.random.split(key, 4), strict=True))
-    x = jax.random.normal(keys["x"], (2, 64, shape[0])).astype(dtype)
-    g = jax.random.normal(keys["g"], (2, 64, shape[1])).astype(dtype)
-    w, bias = jax.random.normal(keys["w"], shape), jax.random.normal(keys["b"], shape[1:])
-    y, backward = jax.vjp(jax.jit(layers.affine), x, w, bias)
-    expected = exact_gradients(lambda x, w, bias: x @ w + bias[None, None], (x, w, bias), g)
-    dx, dw, dbias = backward(g)
-    assert [z.dtype for z in (y, dx, dw, dbias)] == [x.dtype, x.dtype, jnp.float32, jnp.float32]
-    assert_close((y, dx, dw, dbias), expected, BOUNDS[dtype])
+@pytest.mark.parametrize("size", model.SIZES)
+def test_affine_maps_and_their_gradients_are_the_plain_forms(size, dtype):
+    for shape in shapes_of_presets(size).maps:
+        keys = dict(zip("xwbg", jax.random.split(key, 4), strict=True))
+        x = jax.random.normal(keys["x"], (2, 16, shape[0])).astype(dtype)
+        g = jax.random.normal(keys["g"], (2, 16, shape[1])).astype(dtype)
+        w, bias = jax.random.normal(keys["w"], shape), jax.random.normal(keys["b"], shape[1:])
+        y, (dx, dw, dbias) = value_and_gradients(layers.affine, g, x, w, bias)
+        types = [z.dtype for z in (y, dx, dw, dbias)]
+        assert types == [x.dtype, x.dtype, jnp.float32, jnp.float32]
+        x, w, bias, g = (np.asarray(z, np.float64) for z in (x, w, bias, g))
+        expected = x @ w + bias, g @ w.T, np.einsum("bni,bno->io", x, g), g.sum((0, 1))
+        assert_close((y, dx, dw, dbias), expected, BOUNDS[dtype])
 
 
 def plain_swiglu(gate, x):
