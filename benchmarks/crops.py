@@ -1,0 +1,77 @@
+"""Real photographs without a download: crops of the two that scikit-learn carries, as a folder of
+pictures with two classes.
+
+    python benchmarks/crops.py --out runs/photos
+
+The lowest quarter of each photograph is the test split: nothing of it is in any training crop.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import cli
+import images
+from errors import UserError
+
+TEST_SHARE = 0.25
+LARGEST = 2.5  # times the size of a crop: what is shrunk to it
+
+
+@dataclass(frozen=True)
+class CropsConfig:
+    """Cut crops of two photographs.
+
+    Args:
+        out: the folder, which must not exist.
+        size: pixels to a side.
+        n_train: training crops of each photograph.
+        n_test: test crops of each.
+        seed: of where they are.
+    """
+
+    out: Path
+    size: int = 64
+    n_train: int = 1000
+    n_test: int = 100
+    seed: int = 0
+
+
+def crop(photo: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, size: int) -> Image.Image:
+    """A square of a random place and size, shrunk to `size`."""
+    height, width, _ = photo.shape
+    side = int(rng.uniform(size, min(LARGEST * size, height, width)))
+    top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
+    square = Image.fromarray(photo[top : top + side, left : left + side])
+    return square.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def main(config: CropsConfig) -> None:
+    from sklearn.datasets import load_sample_image
+
+    if config.out.exists():
+        raise UserError(f"--out {config.out} exists already")
+    rng = np.random.default_rng(config.seed)
+    for name in ("china", "flower"):
+        photo = load_sample_image(f"{name}.jpg")
+        edge = round(len(photo) * (1 - TEST_SHARE))
+        parts = {
+            "train": (photo[:edge], config.n_train),
+            "test": (photo[edge:], config.n_test),
+        }
+        for split, (part, n) in parts.items():
+            folder = config.out / split / name
+            folder.mkdir(parents=True)
+            for i in range(n):
+                images.save_png(crop(part, rng, config.size), folder / f"{i:04d}.png")
+    print(f"{2 * config.n_train} training and {2 * config.n_test} test crops: {config.out}")
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(cli.parse(CropsConfig)))
