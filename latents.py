@@ -64,7 +64,9 @@ class Encoding:
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Encoding":
-        return cls(**record | {"shape": tuple(record["shape"])})
+        """From what JSON has made of one, which has no tuples."""
+        facts: dict[str, Any] = record | {"shape": tuple(record["shape"])}
+        return cls(**facts)
 
 
 @dataclass(frozen=True)

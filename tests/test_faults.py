@@ -262,7 +262,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(forks,
     child = forks.start(*SMALL, *EVERY, "--n_steps", 100_000, "--run_dir", folder)
     wait_until(lambda: newest(folder))
     for flags, why in (
-        (["--resume"], f"another process is training in '{folder}'"),
+        (["--resume"], f"another process is writing to '{folder}'"),
         (FLAGS, f"'{folder}' already exists; go on with it by --resume"),
     ):
         done = run(NANO, *flags, "--run_dir", folder, cache=cache)

@@ -75,6 +75,7 @@ def test_a_run_taken_up_as_it_is_resolves_to_what_it_was():
 def test_nothing_is_left_open():
     may_be_none = {"data_dir", "image_column", "label_column", "in_memory", "n_workers", "n_epochs"}
     may_be_none |= {"run_dir", "peak_tflops", "caption_column", "caption", "caption_cache"}
+    may_be_none |= {"latents", "vae"}
     may_be_none |= {"text_length", "coordinator", "n_processes", "process_index"}
     config = resolved()
     assert {name for name in FIELDS if getattr(config, name) is None} == may_be_none
@@ -328,7 +329,7 @@ def test_every_choice_of_the_loss_arrives_there(monkeypatch):
     asked = {}
     monkeypatch.setattr("objectives.rectified_flow", lambda **kwargs: asked.update(kwargs))
     config = resolved(time_density="logit_normal", logit_mean=-0.5, logit_std=0.7, time_shift=3.0)
-    objective(config, label_dropout=0.25)
+    objective(config, None, label_dropout=0.25)
     u = jnp.linspace(0.1, 0.9, 9)
     assert (asked["density"](u) == logit_normal(-0.5, 0.7)(u)).all()
     assert asked["shift"] == 3.0 and asked["label_dropout"] == 0.25
