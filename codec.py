@@ -67,7 +67,12 @@ class Codec:
         Raises:
             UserError: it cannot be read, or has other weights.
         """
-        e, found = encoding, pretrained.load(vae or encoding.vae)
+        e = encoding
+        try:
+            found = pretrained.load(vae or e.vae)
+        except UserError as error:
+            hint = "" if vae else "; if the VAE has moved, say where to by --vae"
+            raise UserError(f"{error}{hint}") from None
         if found.hash != e.vae_hash:
             raise UserError(
                 f"the VAE '{vae or e.vae}' is not the one that the latents of {e.dataset_name} "
