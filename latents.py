@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +139,13 @@ def read(folder: Path) -> LatentSet:
     """
     try:
         record = json.loads((folder / FACTS).read_text())
-        said = LatentSet(Encoding.of(record.pop("encoding")), **record)
+        encoding = Encoding.of(record["encoding"])
+        channels = {name: tuple(record[name]) for name in ("channel_mean", "channel_std")}
+        said = LatentSet(**record | channels | {"encoding": encoding})
         if not said.n_files["train"] or said.n_files.keys() != said.n_rows.keys():
             raise ValueError("it counts no rows to train on")
+        if {len(said.channel_mean), len(said.channel_std)} != {encoding.shape[-1]}:
+            raise ValueError("its statistics are not of as many channels")
         return said
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
@@ -242,7 +247,7 @@ def examine(folder: Path) -> LatentSet:
         split: {file: record_of(file) for file in files(folder, split, n)}
         for split, n in said.n_files.items()
     }
-    for problem in (*_wrong_files(said, records), *_wrong_statistics(said, records["train"])):
+    for problem in chain(_wrong_files(said, records), _wrong_statistics(said, records["train"])):
         raise UserError(f"latents in '{folder}': {problem}")
     return said
 
@@ -261,9 +266,8 @@ def _wrong_files(said: LatentSet, records: dict[str, dict[Path, dict[str, Any]]]
 
 def _wrong_statistics(said: LatentSet, records: dict[Path, dict[str, Any]]) -> Iterator[str]:
     sums = sum_of(record["sums"] for record in records.values())
-    written = np.asarray([said.channel_mean, said.channel_std])
-    found = np.asarray([sums.mean, sums.std])
-    if found.shape != written.shape or not np.allclose(found, written, rtol=1e-6, atol=1e-12):
+    written, found = (said.channel_mean, said.channel_std), (sums.mean, sums.std)
+    if not np.allclose(found, written, rtol=1e-6, atol=1e-12):
         yield (
             f"channels have mean {numbers(sums.mean)} and std {numbers(sums.std)}, and {FACTS} "
             f"says {numbers(said.channel_mean)} and {numbers(said.channel_std)}"
