@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import averaging
 import jax
@@ -292,12 +293,13 @@ def test_latents_are_those_of_the_pictures_with_their_labels(latent_digits, stre
 def test_the_right_size_may_be_said_and_a_wrong_one_is_one_line(latent_digits):
     opened = partial(open_source, "digits", latents_dir=latent_digits)
     assert opened(image_size=8, channels=2).config.image_size == 8
-    for how, message in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"image_size": 16}, "--image_size 16: the latents in .* have 8"),
         ({"channels": 1}, "--channels 1: the latents in .* have 2"),
         ({"data_dir": latent_digits}, "no --data_dir or --image_column"),
         ({"image_column": "moments"}, "no --data_dir or --image_column"),
-    ):
+    ]
+    for how, message in wrong:
         with pytest.raises(UserError, match=message):
             opened(**how)
     with pytest.raises(UserError, match="are of digits, not mnist"):
