@@ -31,7 +31,9 @@ from pretrained import autoencoder as pretrained
 from train import TrainConfig, Trainer
 from train_config import require_same_latents, with_subject
 
-EVERY = ["--n_steps", 24, "--eval_save_steps", 6, "--sample_every_n", 100, "--log_every", 5]
+N_STEPS = 18
+EVERY = ["--n_steps", N_STEPS, "--eval_save_steps", 6, "--sample_every_n", 100]
+EVERY += ["--log_every", 5]
 COMMON = [*SMALL[2:], *EVERY]  # but for the model
 FLAGS = ["--model", "DiT-Nano/4", *COMMON]
 
@@ -84,7 +86,7 @@ def fails(forks: Forks, *flags: Any) -> str:
 def test_the_greeting_says_what_is_learnt(whole, vae):
     _, out = whole
     assert f"digits: 1437 training latents (16×16 pictures through {vae}) of 8×8×2, 10 cl" in out
-    assert "starting: 24 steps of 8 pictures" in out
+    assert f"starting: {N_STEPS} steps of 8 pictures" in out
 
 
 @pytest.mark.slow
@@ -138,8 +140,6 @@ def test_a_profile_needs_no_vae(forks, whole, latent_digits, tmp_path):
     assert status == 0, err
     assert "train" in out and not (tmp_path / "run/config.json").exists()
     assert "if the VAE has moved, say where to by --vae" in fails(forks, *flags)
-    vae = latents.read(latent_digits).encoding.vae
-    assert forks.run(*flags, "--vae", vae)[0] == 0
 
 
 # --- however it is run, it is the same ------------------------------------------------------------
@@ -147,23 +147,19 @@ def test_a_profile_needs_no_vae(forks, whole, latent_digits, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(forks, whole, latent_digits, tmp_path):
+    """Also where the latents are held otherwise than by the run that nobody disturbed: first in the
+    device's memory, then nowhere.
+    """
     folder = tmp_path / "run"
-    child = forks.start(*FLAGS, "--latents", latent_digits, "--run_dir", folder)
+    held = ["--cache_on_device", "--latents", latent_digits]
+    child = forks.start(*FLAGS, *held, "--run_dir", folder)
     wait_until(lambda: newest(folder))
     os.killpg(child, signal.SIGKILL)
     forks.end()
-    assert 0 < (there := newest(folder)) < 24
-    status, out, err = forks.run("--resume", "--run_dir", folder)
+    assert 0 < (there := newest(folder)) < N_STEPS
+    nowhere = ["--nocache_on_device", "--noin_memory", "--n_workers", 1]
+    status, out, err = forks.run("--resume", "--run_dir", folder, *nowhere)
     assert status == 0 and f"going on at step {there}:" in out, err
-    assert_same_end(forks, folder, whole[0])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [["--cache_on_device"], ["--noin_memory", "--n_workers", 1]])
-def test_where_the_latents_are_held_changes_no_bit(forks, whole, latent_digits, tmp_path, how):
-    folder = tmp_path / "run"
-    status, _, err = forks.run(*FLAGS, *how, "--latents", latent_digits, "--run_dir", folder)
-    assert status == 0, err
     assert_same_end(forks, folder, whole[0])
 
 
@@ -172,7 +168,7 @@ def test_latents_are_streamed_too(forks, latent_digits, tmp_path):
     flags = [*FLAGS, "--streaming", "--latents", latent_digits]
     status, _, err = forks.run(*flags, "--run_dir", tmp_path / "run")
     assert status == 0, err
-    assert newest(tmp_path / "run") == 24
+    assert newest(tmp_path / "run") == N_STEPS
 
 
 @pytest.mark.slow
@@ -182,9 +178,9 @@ def test_latents_may_move(forks, whole, latent_digits, tmp_path):
     shutil.copytree(whole[0], folder)
     shutil.copytree(latent_digits, moved)
     vae = averaging.save(tmp_path / "vae")
-    flags = ["--resume", "--run_dir", folder, "--latents", moved, "--vae", vae, "--n_steps", 30]
+    flags = ["--resume", "--run_dir", folder, "--latents", moved, "--vae", vae, "--n_steps", 20]
     status, out, err = forks.run(*flags)
-    assert status == 0 and "going on at step 24: 30 steps" in out, err
+    assert status == 0 and f"going on at step {N_STEPS}: 20 steps" in out, err
     config = json.loads((folder / "config.json").read_text())
     assert (config["latents"], config["vae"]) == (str(moved), str(vae))
 
@@ -205,10 +201,8 @@ def test_captions_of_latents_are_trained_on(forks, tmp_path):
     status, out, err = forks.run(*flags, "--run_dir", folder)
     assert status == 0, err
     assert re.search(r"coco: \d+ training latents .*8×8×6, captions, padded to", out)
-    out = tmp_path / "drawn.npz"
-    generate.main(GenerateConfig(run=folder, prompts=("row 3", "row 4"), n=2, n_steps=2, out=out))
-    with np.load(out) as arrays:
-        assert arrays["arr_0"].shape == (2, 16, 16, 3)
+    with Image.open(folder / "samples/final.png") as sheet:
+        assert min(sheet.size) > 64
 
 
 # --- only with what it began with -----------------------------------------------------------------
@@ -297,11 +291,12 @@ def test_a_vae_that_is_gone_is_asked_for_by_name(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_on_pictures_takes_no_vae(forks, vae, tmp_path):
-    folder = tmp_path / "run"
-    assert forks.run(*FLAGS, "--run_dir", folder)[0] == 0
+def test_a_run_on_pictures_takes_no_vae(whole, vae, tmp_path):
+    config = json.loads((whole[0] / "config.json").read_text())
+    config["dataset"]["encoding"] = None
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"--vae .*: the run was trained on pictures, not on lat"):
-        generate.main(GenerateConfig(run=folder, vae=str(vae), out=tmp_path / "a.png"))
+        generate.main(GenerateConfig(run=tmp_path, vae=str(vae), out=tmp_path / "a.png"))
 
 
 # --- mistakes -------------------------------------------------------------------------------------
