@@ -1,0 +1,222 @@
+"""Autoencoders as diffusers publishes them: Stable Diffusion's, SDXL's, SD3's, FLUX's, and ours in
+the same form.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from errors import UserError
+from pretrained import weights
+from vae.autoencoder import AutoencoderConfig, AutoencoderKL, graphdef, init_params
+
+CLASS, DOWN, UP = "AutoencoderKL", "DownEncoderBlock2D", "UpDecoderBlock2D"
+
+# Our names to diffusers', one after the other.
+RULES = (
+    (r"^encoder\.levels\.", "encoder.down_blocks."),
+    (r"^decoder\.levels\.", "decoder.up_blocks."),
+    (r"\.blocks\.", ".resnets."),
+    (r"^(encoder\..*)\.resize\.", r"\1.downsamplers.0."),
+    (r"^(decoder\..*)\.resize\.", r"\1.upsamplers.0."),
+    (r"\.middle\.before\.", ".mid_block.resnets.0."),
+    (r"\.middle\.after\.", ".mid_block.resnets.1."),
+    (r"\.middle\.attention\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.middle\.attention\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.middle\.attention\.out\.", ".mid_block.attentions.0.to_out.0."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+    (r"^(quant|post_quant)\.", r"\1_conv."),
+    (r"\.(kernel|scale)$", ".weight"),
+    (r"\.shift$", ".bias"),
+)
+# What files of before 2023 call them.
+OLD_RULES = (
+    (r"\.attentions\.0\.query\.", ".attentions.0.to_q."),
+    (r"\.attentions\.0\.key\.", ".attentions.0.to_k."),
+    (r"\.attentions\.0\.value\.", ".attentions.0.to_v."),
+    (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
+)
+# Axes of weights, by their number: of convolutions, linear maps, and the rest.
+PUBLISHED_AXES = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # ours are h w i o; diffusers' are o i h w
+OUR_AXES = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """An autoencoder's weights, where they are from and what they are."""
+
+    config: AutoencoderConfig
+    params: dict[str, Any] = field(repr=False)  # NumPy's float32, for `vae.autoencoder.graphdef`
+    hash: str  # of the weights, whatever file they came in
+    id: str  # of the hub, or a folder's whole path
+    revision: str | None  # the hub's commit
+    dtype: str = "float32"
+
+    def model(self) -> AutoencoderKL:
+        """A live module that computes in `dtype`."""
+        params = jax.tree.map(jnp.asarray, self.params)
+        return nnx.merge(graphdef(self.config, self.dtype), params)
+
+
+def load(path_or_id: str, *, dtype: str = "float32", revision: str | None = None) -> Pretrained:
+    """An autoencoder of the hub or of a folder; in a pipeline's, its `vae/`.
+
+    Args:
+        dtype: that `Pretrained.model` computes in, float32 or bfloat16.
+        revision: of the hub: a branch, tag or commit.
+
+    Raises:
+        UserError: it is not to be had, is damaged, or is not what this project can compute; each by
+            its name.
+    """
+    found = weights.read(str(path_or_id), subfolder="vae", revision=revision)
+    config = read_config(found.config, found.id)
+    graphdef(config, dtype)  # a dtype there is
+    params = to_params(found.tensors, config, found.id)
+    return Pretrained(config, params, weights_hash(params), found.id, found.revision, dtype)
+
+
+def save(folder: str | Path, config: AutoencoderConfig, params: Mapping[str, Any]) -> None:
+    """Write `config.json` and the weights as diffusers' `AutoencoderKL.from_pretrained` reads them.
+
+    Raises:
+        UserError: the weights do not fit the config, or the folder cannot be written to.
+    """
+    tensors = to_tensors(params)
+    refuse_misfits(tensors, config, str(folder))
+    weights.write(Path(folder).expanduser(), write_config(config), tensors)
+
+
+def weights_hash(params: Mapping[str, Any]) -> str:
+    """sha256 of an autoencoder's weights, by their names and axes in diffusers."""
+    return weights.tensors_hash(to_tensors(params))
+
+
+# --- the config -----------------------------------------------------------------------------------
+
+
+def read_config(said: Mapping[str, Any], where: str) -> AutoencoderConfig:
+    """The facts of a `config.json`.
+
+    Latents' means and deviations by channel (`latents_mean`, `latents_std`) are refused like
+    everything else that would be ignored: the latents would silently be on another scale.
+
+    Raises:
+        UserError: the config of something else, or of something that is not supported.
+    """
+    name = said.get("_class_name")
+    if name != CLASS:
+        raise UserError(f"'{where}' is not an {CLASS} but {name or 'of no known class'}")
+    # null is as good as absent, and what starts with _ is about the file.
+    facts = {k: v for k, v in said.items() if v is not None and not k.startswith("_")}
+    widths = facts.get("block_out_channels", AutoencoderConfig.block_out_channels)
+    n = len(widths) if isinstance(widths, list | tuple) else 0
+    supported = {
+        "act_fn": ["silu", "swish"],  # two names of one function
+        "down_block_types": [[DOWN] * n],
+        "up_block_types": [[UP] * n],
+    }
+    for key in sorted(facts.keys() - AutoencoderConfig.__dataclass_fields__.keys()):
+        if facts[key] not in supported.get(key, []):
+            raise UserError(
+                f"'{where}': its {weights.CONFIG} says {key} {facts[key]}: not supported"
+            )
+        del facts[key]
+    if isinstance(size := facts.get("sample_size"), list):
+        facts["sample_size"] = max(size, default=0)
+    if n:
+        facts["block_out_channels"] = tuple(widths)
+    try:
+        return AutoencoderConfig(**facts)
+    except UserError as error:
+        raise UserError(f"'{where}': its {weights.CONFIG} says {error}") from None
+
+
+def write_config(config: AutoencoderConfig) -> dict[str, Any]:
+    """All that diffusers needs to build it."""
+    n = len(config.block_out_channels)
+    blocks = {"down_block_types": [DOWN] * n, "up_block_types": [UP] * n}
+    return {"_class_name": CLASS, "act_fn": "silu"} | blocks | asdict(config)
+
+
+# --- the weights ----------------------------------------------------------------------------------
+
+
+def rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def published_name(path: tuple) -> str:
+    """diffusers' name of a weight of ours."""
+    return rename(".".join(map(str, path)), RULES)
+
+
+def leaves(params: Mapping[str, Any]) -> dict[tuple, Any]:
+    """Each array of a tree by its path."""
+    return dict(flatten_dict(params))
+
+
+def to_tensors(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Our weights under diffusers' names and in its axes."""
+    return {
+        published_name(path): np.transpose(np.asarray(x), PUBLISHED_AXES[x.ndim])
+        for path, x in leaves(params).items()
+    }
+
+
+@lru_cache
+def paths_of(config: AutoencoderConfig) -> dict[str, tuple[tuple, tuple[int, ...]]]:
+    """For each of diffusers' names of its weights: the path of ours, and diffusers' shape."""
+    tree = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return {
+        published_name(path): (path, tuple(x.shape[i] for i in PUBLISHED_AXES[x.ndim]))
+        for path, x in leaves(tree).items()
+    }
+
+
+def refuse_misfits(
+    tensors: Mapping[str, np.ndarray], config: AutoencoderConfig, where: str
+) -> None:
+    """Raises UserError unless the tensors are those of such an autoencoder."""
+    shapes = {name: shape for name, (_, shape) in paths_of(config).items()}
+    weights.refuse_misfits(where, tensors, shapes)
+
+
+def to_params(
+    tensors: Mapping[str, np.ndarray], config: AutoencoderConfig, where: str
+) -> dict[str, Any]:
+    """diffusers' weights as ours. Each is used once and none is left.
+
+    Raises:
+        UserError: some are missing, left over or of another shape, with the names of a few.
+    """
+    paths = paths_of(config)
+    found: dict[str, np.ndarray] = {}
+    for old, x in tensors.items():
+        name = rename(old, OLD_RULES)
+        if name in found:
+            raise UserError(f"the weights of '{where}' hold {name} twice, once by an old name")
+        # The first files had attention's linear maps as convolutions of one place.
+        is_map = (
+            x.ndim == 4 and x.shape[2:] == (1, 1) and name in paths and len(paths[name][1]) == 2
+        )
+        found[name] = x[:, :, 0, 0] if is_map else x
+    refuse_misfits(found, config, where)
+    return unflatten_dict(
+        {
+            path: np.ascontiguousarray(np.transpose(found[name], OUR_AXES[found[name].ndim]))
+            for name, (path, _) in paths.items()
+        }
+    )
