@@ -228,7 +228,7 @@ def summary(report: Mapping[str, Any]) -> dict[str, Any]:
     window = dict(report["window"])
     n = window.pop("steps") or math.nan  # none of them was finite
     mean = {name: total / n for name, total in window.items()}
-    line = {name: float(report[name]) for name in OF_ONE_STEP if name in report}
+    line: dict[str, Any] = {name: float(report[name]) for name in OF_ONE_STEP if name in report}
     if "binned_loss" in mean:
         bins = zip(mean.pop("binned_loss"), mean.pop("bin_share"), strict=True)
         line["loss_by_t"] = [float(loss / share) if share else None for loss, share in bins]

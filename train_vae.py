@@ -182,8 +182,8 @@ def apart(
 ) -> optax.GradientTransformationExtraArgs:
     """One optimizer for each of two opponents: the gradient of one must not clip the other's."""
 
-    def split(tree):
-        return {name: x for name, x in tree.items() if name != CRITIC}, {CRITIC: tree[CRITIC]}
+    def split(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        return without_critic(tree), {CRITIC: tree[CRITIC]}
 
     def init(params):
         a, b = split(params)
@@ -193,7 +193,7 @@ def apart(
         (a, b), (params_a, params_b) = split(updates), split(params)
         a, state_a = autoencoder.update(a, state["autoencoder"], params_a, **extra)
         b, state_b = critic.update(b, state[CRITIC], params_b, **extra)
-        return {**a, **b}, {"autoencoder": state_a, CRITIC: state_b}
+        return dict(a) | dict(b), {"autoencoder": state_a, CRITIC: state_b}  # type: ignore
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -192,7 +192,7 @@ def resolve(
     Raises:
         UserError: a value that cannot be.
     """
-    sizes = {"image_size": dataset.image_size, "channels": dataset.channels}
+    sizes: dict[str, Any] = {"image_size": dataset.image_size, "channels": dataset.channels}
     filled = DEFAULTS | sizes | train_config.spoken(config)
     train_config.check_numbers(filled)
     if config.n_epochs is not None and config.n_steps is None:
