@@ -21,6 +21,8 @@ from vae.autoencoder import AutoencoderConfig, AutoencoderKL, graphdef, init_par
 
 CLASS, DOWN, UP = "AutoencoderKL", "DownEncoderBlock2D", "UpDecoderBlock2D"
 
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a list of widths"}
+
 # Our names to diffusers', one after the other.
 RULES = (
     (r"^encoder\.levels\.", "encoder.down_blocks."),
@@ -119,27 +121,43 @@ def read_config(said: Mapping[str, Any], where: str) -> AutoencoderConfig:
         raise UserError(f"'{where}' is not an {CLASS} but {name or 'of no known class'}")
     # null is as good as absent, and what starts with _ is about the file.
     facts = {k: v for k, v in said.items() if v is not None and not k.startswith("_")}
-    widths = facts.get("block_out_channels", AutoencoderConfig.block_out_channels)
-    n = len(widths) if isinstance(widths, list | tuple) else 0
+    ours = {name: facts.pop(name) for name in facts.keys() & AutoencoderConfig.__annotations__}
+    try:
+        config = AutoencoderConfig(**{name: typed(name, value) for name, value in ours.items()})
+    except UserError as error:
+        raise UserError(f"'{where}': its {weights.CONFIG} says {error}") from None
+    n = len(config.block_out_channels)
     supported = {
         "act_fn": ["silu", "swish"],  # two names of one function
         "down_block_types": [[DOWN] * n],
         "up_block_types": [[UP] * n],
     }
-    for key in sorted(facts.keys() - AutoencoderConfig.__dataclass_fields__.keys()):
-        if facts[key] not in supported.get(key, []):
-            raise UserError(
-                f"'{where}': its {weights.CONFIG} says {key} {facts[key]}: not supported"
-            )
-        del facts[key]
-    if isinstance(size := facts.get("sample_size"), list):
-        facts["sample_size"] = max(size, default=0)
-    if n:
-        facts["block_out_channels"] = tuple(widths)
-    try:
-        return AutoencoderConfig(**facts)
-    except UserError as error:
-        raise UserError(f"'{where}': its {weights.CONFIG} says {error}") from None
+    for name, value in facts.items():
+        if value not in supported.get(name, []):
+            raise UserError(f"'{where}': its {weights.CONFIG} says {name} {value}: not supported")
+    return config
+
+
+def typed(name: str, value: Any) -> Any:
+    """A fact as `AutoencoderConfig` has it: JSON has no tuples, and writes 1.0 as 1.
+
+    Raises:
+        UserError: it is of another kind.
+    """
+    default = AutoencoderConfig.__dataclass_fields__[name].default
+    if name == "sample_size" and isinstance(value, list):
+        value = max(value, default=0)
+    if (
+        isinstance(default, tuple)
+        and isinstance(value, list)
+        and all(type(n) is int for n in value)
+    ):
+        return tuple(value)
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if type(value) is not type(default):
+        raise UserError(f"{name} {value}: must be {KINDS[type(default)]}")
+    return value
 
 
 def write_config(config: AutoencoderConfig) -> dict[str, Any]:

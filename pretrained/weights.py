@@ -176,23 +176,25 @@ def _download_config(
     name: str, subfolder: str, revision: str | None
 ) -> tuple[dict, str | None, str | None]:
     """Config, commit and where it lies: a pipeline's repository has no config of its own."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of diffusers, at its import
-        from diffusers.configuration_utils import ConfigMixin
     from huggingface_hub.errors import EntryNotFoundError
 
-    class Config(ConfigMixin):
-        config_name = CONFIG
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of diffusers, at its import and of what it calls
+        from diffusers.configuration_utils import ConfigMixin
 
-    def ask(place: str | None) -> Any:
-        return Config.load_config(name, subfolder=place, revision=revision, return_commit_hash=True)
+        class Config(ConfigMixin):
+            config_name = CONFIG
 
-    try:
-        return *ask(None), None
-    except OSError as error:
-        if not any(isinstance(cause, EntryNotFoundError) for cause in _causes(error)):
-            raise
-    return *ask(subfolder), subfolder
+        def ask(place: str | None) -> Any:
+            how = {"subfolder": place, "revision": revision, "return_commit_hash": True}
+            return Config.load_config(name, **how)
+
+        try:
+            return *ask(None), None
+        except OSError as error:
+            if not any(isinstance(cause, EntryNotFoundError) for cause in _causes(error)):
+                raise
+        return *ask(subfolder), subfolder
 
 
 @contextmanager

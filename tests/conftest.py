@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-CHECKED = ("vae", "layers", "model", "objectives", "optim", "sampling", "images", "generate")
+CHECKED = ("layers", "model", "objectives", "optim", "sampling", "images", "generate", "vae")
 install_import_hook(CHECKED, "beartype.beartype")
 
 import jax  # noqa: E402

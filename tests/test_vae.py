@@ -1,0 +1,284 @@
+"""The autoencoder is diffusers', latents are a normal distribution, tiles make the whole."""
+
+from dataclasses import replace
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from torch_autoencoders import CONFIGS, SD, nchw, nhwc, params_of, torch_autoencoder
+
+from errors import UserError
+from vae import autoencoder
+from vae.autoencoder import AutoencoderConfig, Moments
+
+key = jax.random.key(0)
+# scaling_factor and shift_factor of Stable Diffusion 1 and 2, SDXL, SD3 and FLUX.
+PUBLISHED = [(0.18215, 0.0), (0.13025, 0.0), (1.5305, 0.0609), (0.3611, 0.1159)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads of models this small wait for one another, for long where tests run side by side."""
+    torch = pytest.importorskip("torch")
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+def pictures(config, *, height=24, width=40):
+    shape = (2, height, width, config.in_channels)
+    return jax.random.uniform(key, shape, minval=-1, maxval=1)
+
+
+def latents(config, *, height=3, width=5):
+    return jax.random.normal(key, (2, height, width, config.latent_channels))
+
+
+@cache
+def encoder(config, dtype="float32"):
+    graphdef = autoencoder.graphdef(config, dtype)
+    return jax.jit(lambda params, x: nnx.merge(graphdef, params).encode(x))
+
+
+@cache
+def decoder(config, dtype="float32"):
+    graphdef = autoencoder.graphdef(config, dtype)
+    return jax.jit(lambda params, z: nnx.merge(graphdef, params).decode(z))
+
+
+@cache
+def fresh(config):
+    return autoencoder.init_params(config, key)
+
+
+# --- the networks ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_encoding_and_decoding_are_those_of_diffusers(name):
+    config, theirs = CONFIGS[name], torch_autoencoder(CONFIGS[name])
+    params = params_of(theirs, config)
+    image, z = pictures(config), latents(config)
+    expected = theirs.encode(nchw(image)).latent_dist
+    found = encoder(config)(params, image)
+    assert found.mean.shape == (
+        2,
+        24 // config.downsampling,
+        40 // config.downsampling,
+        z.shape[-1],
+    )
+    np.testing.assert_allclose(found.mean, nhwc(expected.mean), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(found.log_variance, nhwc(expected.logvar), rtol=0, atol=2e-5)
+    decoded = decoder(config)(params, z)
+    np.testing.assert_allclose(decoded, nhwc(theirs.decode(nchw(z)).sample), rtol=0, atol=2e-5)
+
+
+def test_log_variances_are_clipped_as_published():
+    params = jax.tree.map(jnp.zeros_like, fresh(SD))
+    bias = jnp.asarray([0.0] * 4 + [-100.0, 100.0, -30.5, 1.0])
+    params["quant"]["bias"] = bias
+    moments = encoder(SD)(params, pictures(SD))
+    assert moments.log_variance[0, 0, 0].tolist() == [-30, 20, -30, 1]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_half_precision_is_near(name):
+    """Within 3 % of the spread of what float32 gives, and it gives it in float32."""
+    config = CONFIGS[name]
+    params = params_of(torch_autoencoder(config), config)
+    image, z = pictures(config), latents(config)
+    exact = *encoder(config)(params, image), decoder(config)(params, z)
+    half = *encoder(config, "bfloat16")(params, image), decoder(config, "bfloat16")(params, z)
+    for x, y in zip(exact, half, strict=True):
+        assert y.dtype == jnp.float32
+        assert 0 < np.sqrt(np.mean((x - y) ** 2)) < 0.03 * np.std(x)
+
+
+def test_half_precision_keeps_its_weights():
+    gradient = jax.grad(lambda params: decoder(SD, "bfloat16")(params, latents(SD)).sum())
+    grads = gradient(fresh(SD))["decoder"]
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads))
+    assert all((leaf != 0).any() for leaf in jax.tree.leaves(grads["levels"]))
+
+
+def test_every_weight_is_used():
+    """A gradient reaches each: those of attention's keys' bias cannot matter to a softmax."""
+
+    def loss(params):
+        moments = encoder(SD)(params, pictures(SD))
+        return (decoder(SD)(params, autoencoder.sample(moments, key)) ** 3).sum()
+
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(fresh(SD))):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        assert name.endswith("attention.k.bias") or (jnp.abs(leaf) > 1e-9).any(), name
+
+
+def test_a_group_norm_is_the_formula_in_float32():
+    x = 100 + jax.random.normal(key, (2, 4, 6, 12))
+    norm = autoencoder.GroupNorm(12, 3)
+    groups = np.float64(x).reshape(2, 4 * 6, 3, 4)
+    mean, variance = (f(groups, axis=(1, 3), keepdims=True) for f in (np.mean, np.var))
+    expected = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape)
+    np.testing.assert_allclose(norm(x), expected, atol=1e-4)
+    half = x.astype(jnp.bfloat16)
+    exact = norm(half.astype(jnp.float32)).astype(jnp.bfloat16)
+    assert norm(half).dtype == jnp.bfloat16 and (norm(half) == exact).all()
+
+
+def test_fresh_weights_keep_pictures_in_scale():
+    """Training from scratch starts with latents and pictures that are neither lost nor huge."""
+    config = AutoencoderConfig(block_out_channels=(32, 64, 64), layers_per_block=2)
+    moments = encoder(config)(fresh(config), pictures(config))
+    decoded = decoder(config)(fresh(config), latents(config))
+    for x in (*moments, decoded):
+        assert 0.02 < float(x.std()) < 2
+
+
+def test_a_seed_says_all_of_fresh_weights():
+    again = autoencoder.init_params(SD, key)
+    other = autoencoder.init_params(SD, jax.random.key(1))
+    same = jax.tree.map(lambda x, y: (x == y).all(), fresh(SD), again)
+    assert all(jax.tree.leaves(same))
+    kernels = [fresh(SD)["decoder"]["conv_in"]["kernel"], other["decoder"]["conv_in"]["kernel"]]
+    assert not (kernels[0] == kernels[1]).any()
+
+
+def test_the_parameters_of_stable_diffusion_are_counted():
+    config = AutoencoderConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
+    tree = jax.eval_shape(partial(autoencoder.init_params, config), key)
+    assert sum(x.size for x in jax.tree.leaves(tree)) == 83_653_863
+    assert config.downsampling == 8
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"block_out_channels": ()}, "block_out_channels"),
+        ({"block_out_channels": (8, 0)}, "block_out_channels 0: must be above 0"),
+        ({"block_out_channels": (8, 30)}, "30: not divisible by norm_num_groups 4"),
+        ({"latent_channels": 0}, "latent_channels 0: must be above 0"),
+        ({"scaling_factor": 0.0}, "scaling_factor 0.0: must be above 0"),
+        ({"shift_factor": float("nan")}, "shift_factor nan: must be finite"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        replace(SD, **fields)
+
+
+def test_other_precisions_are_refused():
+    with pytest.raises(UserError, match="unknown dtype 'float16'; did you mean 'bfloat16'"):
+        autoencoder.graphdef(SD, "float16")
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((1, 25, 40, 3), "multiples of 2, not 25×40"),
+        ((1, 24, 40, 1), "pictures of 3 channels, not 1"),
+    ],
+)
+def test_a_picture_it_does_not_take_is_refused(shape, message):
+    with pytest.raises(UserError, match=message):
+        encoder(SD)(fresh(SD), jnp.zeros(shape))
+
+
+def test_latents_it_does_not_take_are_refused():
+    with pytest.raises(UserError, match="latents of 4 channels, not 16"):
+        decoder(SD)(fresh(SD), jnp.zeros((1, 3, 5, 16)))
+
+
+# --- latents --------------------------------------------------------------------------------------
+
+
+def test_samples_have_the_moments():
+    mean = jnp.asarray([-2.0, 0.0, 3.0]).reshape(1, 1, 1, 3)
+    log_variance = jnp.log(jnp.asarray([0.25, 1.0, 4.0])).reshape(1, 1, 1, 3)
+    moments = Moments(*(jnp.broadcast_to(x, (4, 100, 100, 3)) for x in (mean, log_variance)))
+    drawn = np.float64(autoencoder.sample(moments, key)).reshape(-1, 3)
+    n = len(drawn)
+    deviation = np.array([0.5, 1, 2])
+    assert (np.abs(drawn.mean(0) - [-2, 0, 3]) < 4 * deviation / np.sqrt(n)).all()
+    np.testing.assert_allclose(drawn.std(0), deviation, rtol=4 / np.sqrt(2 * n))
+    assert len(np.unique(drawn[:, 1])) > 0.9 * n  # each place and each picture draws its own
+    assert (autoencoder.mode(moments) == moments.mean).all()
+
+
+@pytest.mark.parametrize("scaling_factor, shift_factor", PUBLISHED)
+def test_unscale_undoes_scale(scaling_factor, shift_factor):
+    facts = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
+    z = 5 * latents(SD)
+    scaled = autoencoder.scale(z, **facts)
+    np.testing.assert_allclose(autoencoder.unscale(scaled, **facts), z, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(scaled, (np.float64(z) - shift_factor) * scaling_factor, rtol=1e-5)
+
+
+# --- tiles ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile", [5, 8])
+def test_a_picture_of_one_tile_is_the_whole(tile):
+    decode = partial(decoder(SD), fresh(SD))
+    z = np.asarray(latents(SD))
+    tiled = autoencoder.decode_tiled(decode, z, tile=tile, overlap=2, downsampling=2)
+    np.testing.assert_array_equal(tiled, decode(z))
+
+
+@pytest.mark.parametrize(
+    "height, width, tile, overlap", [(7, 19, 6, 2), (16, 9, 8, 7), (9, 9, 3, 0)]
+)
+def test_tiles_of_a_decoder_that_looks_at_single_places_make_the_whole(
+    height, width, tile, overlap
+):
+    """Every pixel is covered, and weights add up to one, whatever way the tiles fall."""
+    shapes = set()
+
+    def decode(z):
+        shapes.add(z.shape)
+        return np.repeat(np.repeat(z, 4, axis=1), 4, axis=2)
+
+    z = np.asarray(latents(SD, height=height, width=width))
+    how = {"tile": tile, "overlap": overlap, "downsampling": 4}
+    tiled = autoencoder.decode_tiled(decode, z, **how)
+    np.testing.assert_allclose(tiled, decode(z), atol=1e-6)
+    assert len(shapes) == 2  # of a tile, and of the whole
+
+
+def test_one_tile_fades_linearly_into_the_next():
+    left, right = autoencoder.tile_axis(10, 6, 2, 2)
+    assert (left[0], right[0]) == (0, 4)
+    np.testing.assert_allclose(left[1], [1] * 8 + [0.875, 0.625, 0.375, 0.125])
+    np.testing.assert_allclose(right[1], left[1][::-1])
+
+
+def test_overlap_brings_tiles_of_a_real_decoder_near_the_whole():
+    """Of a pattern that repeats, so that norms and attention see the same in every tile: what
+    differs then is how convolutions end at a tile's border. (Of other pictures tiles differ more.)
+    """
+    decode = partial(decoder(SD), fresh(SD))
+    z = np.tile(latents(SD, height=4, width=4)[:1], (1, 12, 12, 1))
+    whole = np.asarray(decode(z))
+    error = {}
+    for overlap in (0, 8):
+        tiled = autoencoder.decode_tiled(decode, z, tile=24, overlap=overlap, downsampling=2)
+        error[overlap] = np.sqrt(np.mean((tiled - whole) ** 2)) / whole.std()
+    assert error[8] < 0.2 and error[8] < error[0] / 2
+
+
+@pytest.mark.parametrize("tile, overlap", [(4, 4), (0, 0), (4, -1)])
+def test_tiles_that_cannot_be_are_refused(tile, overlap):
+    with pytest.raises(UserError, match=f"tiles of {tile} latents cannot overlap by {overlap}"):
+        autoencoder.decode_tiled(
+            lambda z: z,
+            np.zeros((1, 8, 8, 4), np.float32),
+            tile=tile,
+            overlap=overlap,
+            downsampling=1,
+        )
