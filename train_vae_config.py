@@ -139,7 +139,7 @@ DEFAULTS: dict[str, Any] = {
     "kl_weight": 1e-6,
     "gan_weight": 0.0,
     "gan_start": 0,
-    "n_steps": 2000,
+    "n_steps": 1000,
     "batch_size": 32,
     "accumulate_steps": 1,
     "learning_rate": 1e-3,

@@ -44,10 +44,19 @@ TINY = VaeConfig(
     eval_save_steps=6,
     sample_every_n=6,
     n_eval_batches=1,
+    attention=False,
     gan_weight=0.5,
     gan_start=3,
 )
-FLAGS = ["--block_out_channels", "8,8", "--batch_size", "8", "--n_eval_batches", "1"]
+FLAGS = [
+    "--block_out_channels",
+    "8,8",
+    "--noattention",
+    "--batch_size",
+    "8",
+    "--n_eval_batches",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +194,7 @@ def test_a_run_that_is_killed_politely_goes_on(tmp_path, cache):
     "flags, message",
     [
         (["--kl_wait", "1"], "unknown flag --kl_wait; did you mean --kl_weight?"),
-        (["--pixel_loss", "l3"], "unknown pixel_loss 'l3'; did you mean 'l2'?"),
+        (["--pixel_loss", "l3"], "unknown pixel_loss 'l3' (one of: l1, l2)"),
     ],
 )
 def test_a_wrong_flag_ends_in_one_line(tmp_path, cache, flags, message):
@@ -241,7 +250,12 @@ def test_every_field_is_read():
 # --- the loss -------------------------------------------------------------------------------------
 
 SMALL = AutoencoderConfig(
-    in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=2, sample_size=16
+    in_channels=1,
+    out_channels=1,
+    block_out_channels=(8, 8),
+    norm_num_groups=2,
+    sample_size=16,
+    mid_block_add_attention=False,
 )
 RESOLVED = replace(TINY, pixel_loss="l2", gradient_weight=0.1, kl_weight=1e-2, lpips_weight=1.0)
 
@@ -249,7 +263,8 @@ RESOLVED = replace(TINY, pixel_loss="l2", gradient_weight=0.1, kl_weight=1e-2, l
 def noise(n: int = 8) -> Batch:
     """A batch of pictures that show nothing."""
     image = np.random.default_rng(0).integers(0, 255, (n, 16, 16, 1), dtype=np.uint8)
-    return Batch(np.arange(n, dtype=np.int32), image, np.zeros(n, np.int32))
+    row = np.arange(n, dtype=np.int32)
+    return jax.tree.map(jnp.asarray, Batch(row, image, row))
 
 
 @pytest.fixture(scope="module")
@@ -283,9 +298,9 @@ def test_the_adversarial_gradient_is_that_of_its_parts(adversaries):
     batch, given, c = noise(), Given(jax.random.key(1), ()), RESOLVED
 
     def pictures(params):
-        model, image = nnx.merge(graphdef, params), to_float(jnp.asarray(batch.image))
+        model, image = nnx.merge(graphdef, params), to_float(batch.image)
         moments = model.encode(image)
-        z = train_vae.sample(moments, given.key, jnp.asarray(batch.row))
+        z = train_vae.sample(moments, given.key, batch.row)
         return model, image, moments, model.decode(z)
 
     def plain(params):
