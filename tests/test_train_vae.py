@@ -359,6 +359,12 @@ def test_lpips_is_a_part_of_the_distance_where_it_has_weights(adversaries):
     total, reported = loss(model, noise(2), Given(jax.random.key(0), weights))
     assert reported["lpips_loss"] > 0
     np.testing.assert_allclose(total - without, reported["lpips_loss"], rtol=1e-3)
+    mesh = parallel.make_mesh(devices=jax.devices()[:2])
+    loss = train_vae.adversarial(RESOLVED, parallel.device_mean)
+    value_and_grad = parallel.value_and_grad(loss, graphdef, mesh)
+    given = Given(jax.random.key(0), weights)
+    (_, reported), grads = jax.eval_shape(value_and_grad, params, noise(2), given)
+    assert "lpips_loss" in reported and jax.tree.structure(grads) == jax.tree.structure(params)
 
 
 @pytest.mark.parametrize(
