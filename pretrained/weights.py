@@ -220,7 +220,8 @@ def _one_line(name: str, subfolder: str, revision: str | None) -> Iterator[None]
             for kind, reason in reasons.items():
                 if isinstance(cause, kind):
                     raise UserError(f"cannot load '{name}': {reason}") from error
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        *_, root = _causes(error)
+        reason = str(root).strip().partition("\n")[0] or type(root).__name__
         raise UserError(f"cannot load '{name}': {reason}") from error
 
 

@@ -311,13 +311,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @pytest.fixture
 def hub(folder, tmp_path, monkeypatch):
     """The hub's cache as it is after downloads, in `place` of the repository us/vae."""
-    huggingface_hub = pytest.importorskip("huggingface_hub")
+    from huggingface_hub import constants
+
     cached = tmp_path / "cache" / "models--us--vae"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text(COMMIT)
     (cached / "snapshots").mkdir()
     folder.rename(cached / "snapshots" / COMMIT)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return cached / "snapshots" / COMMIT
 
 
@@ -359,6 +360,7 @@ def test_what_is_not_there_is_told_in_one_line(hub, name, message):
         ("RepositoryNotFoundError", "no public model of the hub"),
         ("RevisionNotFoundError", "no revision 'v2' of it"),
         ("RemoteEntryNotFoundError", "holds no config.json with diffusion_pytorch_model"),
+        ("DisabledRepoError", "DisabledRepoError"),
     ],
 )
 def test_what_the_hub_answers_is_told_in_one_line(kind, message, monkeypatch):

@@ -19,7 +19,7 @@ key = jax.random.key(0)
 PUBLISHED = [(0.18215, 0.0), (0.13025, 0.0), (1.5305, 0.0609), (0.3611, 0.1159)]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def one_thread():
     """Threads of models this small wait for one another, for long where tests run side by side."""
     torch = pytest.importorskip("torch")
@@ -58,6 +58,7 @@ def fresh(config):
 # --- the networks ---------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_encoding_and_decoding_are_those_of_diffusers(name):
     config, theirs = CONFIGS[name], torch_autoencoder(CONFIGS[name])

@@ -1,5 +1,5 @@
 """The autoencoder of latent diffusion: pictures to a few channels at an eighth of the size, and
-back (Rombach et al. 2022, §3.1 and appendix E; its networks are those of Esser et al. 2021).
+back (Rombach et al. 2022, §3.1 and appendix G; its networks are those of Esser et al. 2021).
 
 It knows latents as the decoder takes them; `scale` and `unscale` are the step between them and what
 a diffusion model sees. Nothing here knows of losses, files or the names of published weights.
@@ -25,7 +25,7 @@ from layers import Linear, attention, identity, in_float32, keep
 # Uniform within ±1/√(inputs of an output): what the published autoencoders were trained from.
 lecun = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 DTYPES = ("float32", "bfloat16")
-LOG_VARIANCES = (-30.0, 20.0)  # beyond, exp would leave float32 or the gradient would vanish
+LOG_VARIANCES = (-30.0, 20.0)  # as published: no variance is nothing or all
 
 
 @dataclass(frozen=True)
@@ -404,7 +404,7 @@ def mode(moments: Moments) -> Float[Array, "b h w z"]:
 
 def scale(z: Float[Any, "*b"], *, scaling_factor: float, shift_factor: float) -> Float[Any, "*b"]:
     """Latents as a diffusion model sees them, of about unit variance: (z − shift) · scale (Rombach
-    et al. 2022, appendix G; the shift is Esser et al. 2024's).
+    et al. 2022, appendix G; the shift came with SD3).
     """
     return (z - shift_factor) * scaling_factor
 
