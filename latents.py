@@ -63,8 +63,9 @@ class Encoding:
         return height, width, 2 * channels * (2 if self.mirrored else 1)
 
     @classmethod
-    def of(cls, record: dict[str, Any]) -> "Encoding":
-        return cls(**record | {"shape": tuple(record["shape"])})
+    def of(cls, record: Any) -> "Encoding":
+        height, width, channels = record["shape"]
+        return cls(**record | {"shape": (height, width, channels)})
 
 
 @dataclass(frozen=True)

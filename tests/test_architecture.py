@@ -15,13 +15,14 @@ RANKS = {
     "errors": -1,
     **dict.fromkeys(("cli", "images", "layers", "objectives", "sampling", "parallel", "optim"), 0),
     **dict.fromkeys(("datasets_config", "interrupts", "run_folder", "text", "workers"), 0),
-    **dict.fromkeys(("processes", "lanes", "streams"), 0),
+    **dict.fromkeys(("processes", "lanes", "streams", "vae.losses", "pretrained.torch_file"), 0),
     **dict.fromkeys(("captions", "model", "sources", "pipeline", "tracking", "profiling"), 1),
     **dict.fromkeys(("vae.autoencoder", "pretrained.weights"), 1),
     **dict.fromkeys(("checkpoint", "train_config", "showcase", "resident", "scaling"), 2),
-    **dict.fromkeys(("pretrained.autoencoder",), 2),
-    **dict.fromkeys(("generate", "open_run"), 3),
+    **dict.fromkeys(("pretrained.autoencoder", "pretrained.lpips"), 2),
+    **dict.fromkeys(("generate", "open_run", "train_vae_config"), 3),
     **dict.fromkeys(("train", "train_profile"), 4),
+    "train_vae": 5,
 }
 NEIGHBOURS = {("pipeline", "captions"), ("pipeline", "sources"), ("train", "train_profile")}
 WINGS = ("vae", "pretrained")

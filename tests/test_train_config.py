@@ -328,7 +328,7 @@ def test_every_choice_of_the_loss_arrives_there(monkeypatch):
     asked = {}
     monkeypatch.setattr("objectives.rectified_flow", lambda **kwargs: asked.update(kwargs))
     config = resolved(time_density="logit_normal", logit_mean=-0.5, logit_std=0.7, time_shift=3.0)
-    objective(config, label_dropout=0.25)
+    objective(config, None, label_dropout=0.25)
     u = jnp.linspace(0.1, 0.9, 9)
     assert (asked["density"](u) == logit_normal(-0.5, 0.7)(u)).all()
     assert asked["shift"] == 3.0 and asked["label_dropout"] == 0.25

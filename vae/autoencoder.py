@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from errors import UserError, unknown
-from layers import Linear, attention, identity, in_float32
+from layers import Linear, attention, identity, in_float32, keep
 
 # Uniform within ±1/√(inputs of an output): what the published autoencoders were trained from.
 lecun = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -98,7 +98,8 @@ COUNTS = (
 
 
 class Conv(nnx.Module):
-    """A convolution with a bias, computed in `dtype` with float32 weights.
+    """A convolution with a bias, computed in `dtype` with float32 weights. The result is kept for
+    the backward pass.
 
     By default it keeps the size; `padding` is ((above, below), (left, right)).
     """
@@ -126,7 +127,7 @@ class Conv(nnx.Module):
             self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return y + self.bias[...].astype(self.dtype).reshape(1, 1, 1, -1)
+        return keep(y + self.bias[...].astype(self.dtype).reshape(1, 1, 1, -1))
 
 
 def group_norm(
