@@ -350,7 +350,7 @@ def attention(
     q, k, v = (keep(rearrange(x, "b n h k -> (b h) n k")) for x in (q, k, v))
     # The power of two next to 1/√k is exact in any precision; the rest, if any, is for the scores.
     power = 2.0 ** round(np.log2(width) / -2)
-    y = attend(q * jnp.asarray(power, q.dtype), k, v, bias, float(width**-0.5 / power))
+    y: Any = attend(q * jnp.asarray(power, q.dtype), k, v, bias, float(width**-0.5 / power))
     return rearrange(y, "(b h) n k -> b n (h k)", h=h)
 
 
