@@ -46,7 +46,7 @@ from train_vae_config import (
     size_to_open,
 )
 from vae import losses
-from vae.autoencoder import AutoencoderConfig, AutoencoderKL, Moments, graphdef, mode
+from vae.autoencoder import AutoencoderConfig, AutoencoderKL, graphdef, mode, sample
 
 __all__ = ["VaeConfig", "VaeTrainer"]
 COMMAND, NAME, FOLDER = "train_vae.py", "vae", "vae"
@@ -78,13 +78,9 @@ class Given(NamedTuple):
     lpips: Any  # weights, or ()
 
 
-def sample(moments: Moments, key: Key[Array, ""], row: Int[Array, "b"]) -> Float[Array, "b h w c"]:
-    """Latents drawn from their distributions, each row by its own key: the numbers do not depend on
-    how rows are spread over devices.
-    """
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(row)
-    noise = jax.vmap(lambda key: jax.random.normal(key, moments.mean.shape[1:]))(keys)
-    return moments.mean + jnp.exp(moments.log_variance / 2) * noise
+def row_keys(key: Key[Array, ""], row: Int[Array, "b"]) -> Key[Array, "b"]:
+    """A key for each row, from its index in the global batch."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(row)
 
 
 def reconstruction_loss(c: VaeConfig) -> Callable[..., tuple[Array, dict[str, Array]]]:
@@ -114,7 +110,7 @@ def objective(c: VaeConfig) -> Callable[..., tuple[Array, dict[str, Array]]]:
     def loss(model, batch, given):
         image = to_float(batch.image)
         moments = model.encode(image)
-        picture = model.decode(sample(moments, given.key, batch.row))
+        picture = model.decode(sample(moments, row_keys(given.key, batch.row)))
         total, metrics = distance(picture, image, given.lpips)
         metrics["kl"] = losses.kl(*moments).mean()
         if c.gan_weight:  # it has not started yet
@@ -139,7 +135,7 @@ def adversarial(
     def loss(model, batch, given):
         image = to_float(batch.image)
         moments = model.encode(image)
-        z = sample(moments, given.key, batch.row)
+        z = sample(moments, row_keys(given.key, batch.row))
         picture, pull = decoded(model, z)
         fixed = jax.lax.stop_gradient(picture)
 

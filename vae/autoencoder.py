@@ -391,9 +391,11 @@ def init_params(config: AutoencoderConfig, key: Key[Array, ""]) -> dict[str, Any
 # --- latents --------------------------------------------------------------------------------------
 
 
-def sample(moments: Moments, key: Key[Array, ""]) -> Float[Array, "b h w z"]:
-    """Latents drawn from their distribution (Kingma & Welling 2014, §2.4), unscaled."""
-    noise = jax.random.normal(key, moments.mean.shape, moments.mean.dtype)
+def sample(moments: Moments, keys: Key[Array, "b"]) -> Float[Array, "b h w z"]:
+    """Latents drawn from their distribution (Kingma & Welling 2014, §2.4), unscaled. Each row has
+    its own key, so the numbers do not depend on how rows are spread over devices.
+    """
+    noise = jax.vmap(lambda key: jax.random.normal(key, moments.mean.shape[1:]))(keys)
     return moments.mean + jnp.exp(moments.log_variance / 2) * noise
 
 
@@ -424,8 +426,7 @@ def draw(
     """What a diffusion model is trained on: latents drawn from means and log-variances that stand
     side by side, each row by its own key, and scaled.
     """
-    mean, log_variance = jnp.split(moments.astype(jnp.float32)[:, None], 2, axis=-1)
-    z = jax.vmap(sample)(Moments(mean, log_variance), keys)[:, 0]
+    z = sample(Moments(*jnp.split(moments.astype(jnp.float32), 2, axis=-1)), keys)
     return scale(z, scaling_factor=scaling_factor, shift_factor=shift_factor)
 
 
