@@ -67,7 +67,12 @@ class Codec:
         Raises:
             UserError: it cannot be read, or has other weights.
         """
-        e, found = encoding, pretrained.load(vae or encoding.vae)
+        e = encoding
+        try:
+            found = pretrained.load(vae or e.vae)
+        except UserError as error:
+            hint = "" if vae else "; if the VAE has moved, say where to by --vae"
+            raise UserError(f"{error}{hint}") from None
         if found.hash != e.vae_hash:
             raise UserError(
                 f"the VAE '{vae or e.vae}' is not the one that the latents of {e.dataset_name} "
@@ -80,7 +85,7 @@ class Codec:
         """Means and log-variances, side by side; not waited for. The devices must divide b."""
         return self._encode(self._params, parallel.spread(image, self.mesh))
 
-    def decode(self, x: Float[np.ndarray, "*b h w c"]) -> Float[np.ndarray, "*b H W c"]:
+    def decode(self, x: Float[np.ndarray, "*b h w z"]) -> Float[np.ndarray, "*b H W c"]:
         """Pictures in about −1 … 1 of latents as a model draws them."""
         *leading, _, _, _ = x.shape
         x = np.asarray(x, np.float32).reshape(-1, *x.shape[-3:])
@@ -93,10 +98,10 @@ class Codec:
         pictures = np.concatenate([parallel.fetch(part) for part in parts])[: len(x)]
         return pictures.reshape(*leading, *pictures.shape[1:])
 
-    def _decode_whole(self, x: Float[np.ndarray, "b h w c"]) -> Float[Array, "b H W c"]:
+    def _decode_whole(self, x: Float[np.ndarray, "b h w z"]) -> Float[Array, "b H W c"]:
         return self._decode(self._params, parallel.spread(x, self.mesh))
 
-    def _decode_tiles(self, x: Float[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b H W c"]:
+    def _decode_tiles(self, x: Float[np.ndarray, "b h w z"]) -> Float[np.ndarray, "b H W c"]:
         def decode(tiles):
             return parallel.fetch(self._decode_whole(tiles))
 

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import re
+import sys
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -31,7 +32,7 @@ import parallel
 import run_folder
 import workers
 from codec import Codec
-from errors import UserError
+from errors import RunError, UserError
 from latents import Encoding, LatentSet, Sums
 from sources import Readable, Source, Split, open_source
 from vae.autoencoder import scale
@@ -52,16 +53,16 @@ class ConvertConfig:
         image_column: where to find pictures in folder: and hf: data.
         label_column: where to find classes in folder: and hf: data.
         caption_column: where to find captions.
-        image_size: pixels to a side after centre crop and resize; by default as the data set
-            recommends.
+        image_size: pixels to a side after centre crop and resize.
         streaming: read pictures from Parquet files, here or on the hub, as they are needed.
-        vae: a folder in diffusers' layout, or an id on the hub.
-        out: the folder; by default latents/<data set>.
-        mirror: make latents of the mirrored pictures too; by default where the set allows flips.
-        half_precision: run the VAE in bfloat16; by default except on a CPU.
-        batch_size: pictures at a time, over all devices; by default 64 a device, 16 on a CPU.
+        vae: a folder in diffusers' layout, or an id on the hub; of the doctor, where the VAE of the
+            latents is now, if it has moved.
+        out: the folder.
+        mirror: make latents of the mirrored pictures too.
+        half_precision: run the VAE in bfloat16.
+        batch_size: pictures at a time, over all devices.
         rows_per_file: of the source; what is lost when it is stopped is one file's work.
-        n_workers: processes that decode; 0 for threads, by default half of the CPUs.
+        n_workers: processes that decode; 0 for threads.
         verify: afterwards, decode so many rows and compare them with the pictures.
         doctor: do nothing but look whether this folder's latents are sound.
     """
@@ -73,7 +74,7 @@ class ConvertConfig:
     caption_column: str | None = None
     image_size: int | None = None
     streaming: bool = False
-    vae: str = "stabilityai/sdxl-vae"
+    vae: str | None = None
     out: Path | None = None
     mirror: bool | None = None
     half_precision: bool | None = None
@@ -82,6 +83,14 @@ class ConvertConfig:
     n_workers: int | None = None
     verify: int = 0
     doctor: Path | None = None
+
+
+# What the help page says of values that are not given.
+FILLED = {"vae": "stabilityai/sdxl-vae", "image_size": "as the data set recommends"}
+FILLED |= {"out": "latents/<data set>", "mirror": "where the set allows flips"}
+FILLED |= {"half_precision": "except on a CPU", "batch_size": "64 a device, 16 on a CPU"}
+FILLED |= {"n_workers": "half of the CPUs"}
+LEAST = {"rows_per_file": 1, "batch_size": 1, "image_size": 1, "n_workers": 0, "verify": 0}
 
 
 # --- what is read ---------------------------------------------------------------------------------
@@ -152,7 +161,7 @@ def is_made(part: Part, encoding: Encoding) -> bool:
         return False
     record = latents.record_of(part.file)
     wanted = dataclasses.asdict(encoding) | {"rows": [part.first, part.last]}
-    found = dataclasses.asdict(Encoding.of(record["encoding"])) | {"rows": record["rows"]}
+    found = dataclasses.asdict(record["encoding"]) | {"rows": record["rows"]}
     for name, value in wanted.items():
         if found[name] != value:
             raise UserError(
@@ -170,6 +179,7 @@ def write(part: Part, pieces: Sequence[Piece], split: Split, encoding: Encoding)
 
     rows = np.concatenate([piece.rows for piece in pieces])
     moments = np.concatenate([piece.moments for piece in pieces])
+    channels = encoding.shape[-1]
     kinds: dict[str, Any] = {latents.COLUMN: Value("binary")}
     columns: dict[str, Any] = {latents.COLUMN: latents.pack(moments)}
     if split.config.n_classes:
@@ -182,7 +192,7 @@ def write(part: Part, pieces: Sequence[Piece], split: Split, encoding: Encoding)
         "encoding": dataclasses.asdict(encoding),
         "rows": [part.first, part.last],
         "skipped": sorted(row for piece in pieces for row in piece.problems),
-        "sums": Sums.over(moments, encoding.shape[-1]).record(),
+        "sums": latents.sum_of(Sums.over(piece.moments, channels) for piece in pieces).record(),
     }
     schema = Features(kinds).arrow_schema
     schema = schema.with_metadata((schema.metadata or {}) | {latents.KEY: json.dumps(record)})
@@ -217,7 +227,7 @@ def encoded(
         return Piece(rows, np.concatenate(moments, axis=-1), problems)
 
     with closing(workers.ahead(callers, steps)) as answers:
-        for answer in answers:
+        for answer in survived(answers):
             batch = joined(answer)
             padded = np.zeros((batch_size, *batch.images.shape[1:]), np.uint8)
             padded[: len(batch.images)] = batch.images
@@ -229,6 +239,14 @@ def encoded(
         yield land()
 
 
+def survived(answers: Generator[list[Readable]]) -> Generator[list[Readable]]:
+    """The same, where pictures that kill their readers end it in one line."""
+    try:
+        yield from answers
+    except workers.WorkerDied as died:
+        raise RunError(f"{died}, decoding rows {died.call.tolist()} of a split") from died
+
+
 def joined(parts: Sequence[Readable]) -> Readable:
     """What several readers made of a batch."""
     rows, pictures, problems = zip(*parts)
@@ -236,10 +254,16 @@ def joined(parts: Sequence[Readable]) -> Readable:
     return Readable(np.concatenate(rows), np.concatenate(pictures), every)
 
 
-def convert(config: ConvertConfig, source: Source, codec: Codec, folder: Path) -> LatentSet:
-    """Make what is missing of the folder, and then say that it is whole."""
+def convert(
+    config: ConvertConfig, source: Source, codec: Codec, folder: Path, encoding: Encoding
+) -> LatentSet:
+    """Make what is missing of the folder, and then say that it is whole.
+
+    Raises:
+        UserError: the folder was begun otherwise, or no picture can be read.
+        RunError: a worker process dies over the same pictures again and again.
+    """
     c, splits = config, whole(source)
-    encoding = encoding_of(config, source, codec)
     n_workers = max(1, (os.cpu_count() or 1) // 2) if c.n_workers is None else c.n_workers
     size = c.batch_size or (16 if jax.default_backend() == "cpu" else 64) * jax.device_count()
     how = {"mirrored": encoding.mirrored, "batch_size": size, "n_workers": n_workers}
@@ -257,6 +281,8 @@ def convert(config: ConvertConfig, source: Source, codec: Codec, folder: Path) -
                     for rows in part.chunks(size):
                         pieces.append(next(stream))
                         bar.update(len(rows))
+                        for problem in pieces[-1].problems.values():
+                            bar.write(f"warning: {problem}; it is left out", file=sys.stderr)
                     write(part, pieces, split, encoding)
     return complete(folder, encoding, parts)
 
@@ -301,7 +327,9 @@ def complete(folder: Path, encoding: Encoding, parts: dict[str, list[Part]]) -> 
     records = {
         name: [latents.record_of(p.file) for p in several] for name, several in parts.items()
     }
-    sums = latents.sum_of(Sums.of(record["sums"]) for record in records["train"])
+    sums = latents.sum_of(record["sums"] for record in records["train"])
+    if not sums.n:
+        raise UserError(f"no picture of {encoding.dataset_name} can be read")
     done = LatentSet(
         encoding=encoding,
         channel_mean=tuple(sums.mean.tolist()),
@@ -393,7 +421,8 @@ def examine(folder: Path, mesh: parallel.Mesh, vae: str | None = None) -> str:
         said, own = getattr(e, name), getattr(codec.config, name)
         if said != own:
             raise UserError(f"latents in '{folder}': {name} is {said}, and the VAE's own is {own}")
-    x = mean_latents(folder, done, np.arange(min(SHOWN, done.n_rows["train"])))
+    n = -(-SHOWN // mesh.size) * mesh.size  # the devices share them out
+    x = mean_latents(folder, done, np.arange(n) % done.n_rows["train"])
     again = codec.encode(images.to_uint8(codec.decode(x)))
     found = scale(
         np.asarray(parallel.fetch(again))[..., : e.shape[-1]].astype(np.float32),
@@ -404,7 +433,7 @@ def examine(folder: Path, mesh: parallel.Mesh, vae: str | None = None) -> str:
     if lost > UNLIKE:
         raise UserError(
             f"latents in '{folder}': decoding and encoding them again changes {lost:.0%} of their "
-            "variance; they are not of this VAE"
+            "variance; they are not of this VAE, or it was never trained"
         )
     rows = ", ".join(f"{n} {name} rows" for name, n in done.n_rows.items())
     return (
@@ -414,19 +443,28 @@ def examine(folder: Path, mesh: parallel.Mesh, vae: str | None = None) -> str:
     )
 
 
+def check(config: ConvertConfig) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    for name, least in LEAST.items():
+        if (value := getattr(config, name)) is not None and value < least:
+            raise UserError(f"--{name} {value}: must be at least {least}")
+    if config.batch_size and config.batch_size % jax.device_count():
+        raise UserError(
+            f"--batch_size {config.batch_size} is not divisible by the {jax.device_count()} devices"
+        )
+
+
 def main() -> None:
-    config = cli.parse(ConvertConfig)
-    for name in ("rows_per_file", "batch_size", "image_size"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
+    config = cli.parse(ConvertConfig, filled=FILLED)
+    check(config)
     mesh = parallel.make_mesh()
     if config.doctor:
-        print(examine(config.doctor, mesh))
+        print(examine(config.doctor, mesh, vae=config.vae))
         return
     half = (
         jax.default_backend() != "cpu" if config.half_precision is None else config.half_precision
     )
-    codec = Codec.open(config.vae, mesh, dtype="bfloat16" if half else "float32")
+    codec = Codec.open(config.vae or FILLED["vae"], mesh, dtype="bfloat16" if half else "float32")
     source = open_source(
         config.dataset_name,
         data_dir=config.data_dir,
@@ -437,12 +475,13 @@ def main() -> None:
         channels=codec.config.in_channels,
         streaming=config.streaming,
     )
+    encoding = encoding_of(config, source, codec)
     name = Path(config.dataset_name.partition(":")[2] or config.dataset_name).name
     folder = config.out or Path("latents") / name
     run_folder.make(folder / "data")
     with run_folder.locked(folder):
         run_folder.tidy(folder)
-        done = convert(config, source, codec, folder)
+        done = convert(config, source, codec, folder, encoding)
         if config.verify:
             print(verify(done, folder, source, codec, config.verify))
     print(farewell(done, folder))

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from errors import UserError
 FACTS = "latents.json"
 KEY = b"latents"  # of every file's own record
 COLUMN, LABEL, CAPTION = "moments", "label", "caption"
-CHECKED_ROWS = 512  # that the statistics are compared with
+AT_ONCE = 512  # rows that are read at a time
 LEAST_STD, MOST_STD = 0.4, 2.5  # of scaled latents; a VAE's own scale makes it about 1
 
 
@@ -63,9 +64,10 @@ class Encoding:
         return height, width, 2 * channels * (2 if self.mirrored else 1)
 
     @classmethod
-    def of(cls, record: Any) -> "Encoding":
-        height, width, channels = record["shape"]
-        return cls(**record | {"shape": (height, width, channels)})
+    def of(cls, record: dict[str, Any]) -> "Encoding":
+        """From what JSON has made of one, which has no tuples."""
+        facts: dict[str, Any] = record | {"shape": tuple(record["shape"])}
+        return cls(**facts)
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,14 @@ def read(folder: Path) -> LatentSet:
     """
     try:
         record = json.loads((folder / FACTS).read_text())
-        encoding = Encoding.of(record.pop("encoding"))
-        return LatentSet(encoding, **record)
+        encoding = Encoding.of(record["encoding"])
+        channels = {name: tuple(record[name]) for name in ("channel_mean", "channel_std")}
+        said = LatentSet(**record | channels | {"encoding": encoding})
+        if not said.n_files["train"] or said.n_files.keys() != said.n_rows.keys():
+            raise ValueError("it counts no rows to train on")
+        if {len(said.channel_mean), len(said.channel_std)} != {encoding.shape[-1]}:
+            raise ValueError("its statistics are not of as many channels")
+        return said
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"'{folder}' holds no finished latents: it has no {FACTS}; "
@@ -187,8 +195,8 @@ def files(folder: Path, split: str, n: int) -> list[Path]:
 
 
 def record_of(file: Path) -> dict[str, Any]:
-    """What a file says of itself: its encoding, the rows it was made from and those it lacks, the
-    sums over the ones it has.
+    """What a file says of itself: its `encoding`, the first and the last of the `rows` it was made
+    from and those that were `skipped`, the number of the rows that it has and their `sums`.
 
     Raises:
         UserError: it is missing, damaged, or was not written by `convert_imagenet.py`.
@@ -198,20 +206,30 @@ def record_of(file: Path) -> dict[str, Any]:
     try:
         end = pyarrow.parquet.read_metadata(file)
         record = json.loads((end.metadata or {})[KEY])
+        encoding, sums = Encoding.of(record["encoding"]), Sums.of(record["sums"])
     except FileNotFoundError:
         raise UserError(f"{file} is missing") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no file of latents, or damaged: {error}") from None
-    return record | {"n_rows": end.num_rows}
+    return record | {"encoding": encoding, "sums": sums, "n_rows": end.num_rows}
 
 
-def moments_of(file: Path, encoding: Encoding, n: int) -> Float16[np.ndarray, "b h w k"]:
-    """The first n rows of a file."""
+def moments_of(file: Path, encoding: Encoding) -> Iterator[Float16[np.ndarray, "b h w k"]]:
+    """All rows of a file, `AT_ONCE` at a time.
+
+    Raises:
+        UserError: it is damaged.
+    """
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(file) as opened:
-        batch = next(opened.iter_batches(batch_size=n, columns=[COLUMN]))
-    return unpack(batch[COLUMN].to_pylist(), encoding)
+    try:
+        with pyarrow.parquet.ParquetFile(file) as opened:
+            for batch in opened.iter_batches(batch_size=AT_ONCE, columns=[COLUMN]):
+                yield unpack(batch[COLUMN].to_pylist(), encoding)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file} is damaged: {error}") from None
 
 
 # --- the doctor -----------------------------------------------------------------------------------
@@ -225,43 +243,45 @@ def examine(folder: Path) -> LatentSet:
         UserError: what is wrong.
     """
     said = read(folder)
-    for problem in (*_wrong_files(folder, said), *_wrong_statistics(folder, said)):
+    records = {
+        split: {file: record_of(file) for file in files(folder, split, n)}
+        for split, n in said.n_files.items()
+    }
+    for problem in chain(_wrong_files(said, records), _wrong_statistics(said, records["train"])):
         raise UserError(f"latents in '{folder}': {problem}")
     return said
 
 
-def _wrong_files(folder: Path, said: LatentSet) -> Iterator[str]:
+def _wrong_files(said: LatentSet, records: dict[str, dict[Path, dict[str, Any]]]) -> Iterator[str]:
     wanted = dataclasses.asdict(said.encoding)
-    for split, n_files in said.n_files.items():
-        n_rows = 0
-        for file in files(folder, split, n_files):
-            record = record_of(file)
-            made = dataclasses.asdict(Encoding.of(record["encoding"]))
-            differing = [name for name in wanted if wanted[name] != made[name]]
-            for name in differing:
-                yield (
-                    f"{name} is {wanted[name]} in {FACTS}, but {file.name} was made with "
-                    f"{made[name]}"
-                )
-            n_rows += record["n_rows"]
+    for split, of_split in records.items():
+        for file, record in of_split.items():
+            for name, made in dataclasses.asdict(record["encoding"]).items():
+                if made != wanted[name]:
+                    yield f"{name} is {wanted[name]} in {FACTS}, but {file.name} has {made}"
+        n_rows = sum(record["n_rows"] for record in of_split.values())
         if n_rows != said.n_rows[split]:
             yield f"split '{split}' has {n_rows} rows, and {FACTS} says {said.n_rows[split]}"
 
 
-def _wrong_statistics(folder: Path, said: LatentSet) -> Iterator[str]:
-    e = said.encoding
-    channels = e.shape[-1]
-    names = files(folder, "train", said.n_files["train"])
-    share = -(-CHECKED_ROWS // len(names))
-    found = sum_of(Sums.over(moments_of(file, e, share), channels) for file in names[:CHECKED_ROWS])
-    # Rows of one class may stand together, so a sample is near, not equal.
-    std, off = np.asarray(said.channel_std), np.abs(found.mean - np.asarray(said.channel_mean))
-    ratio = found.std / np.maximum(std, 1e-12)
-    if (off > std).any() or (ratio > 2).any() or (ratio < 0.5).any():
+def _wrong_statistics(said: LatentSet, records: dict[Path, dict[str, Any]]) -> Iterator[str]:
+    sums = sum_of(record["sums"] for record in records.values())
+    written, found = (said.channel_mean, said.channel_std), (sums.mean, sums.std)
+    if not np.allclose(found, written, rtol=1e-6, atol=1e-12):
         yield (
-            f"channels have mean {numbers(found.mean)} and std {numbers(found.std)}, and {FACTS} "
+            f"channels have mean {numbers(sums.mean)} and std {numbers(sums.std)}, and {FACTS} "
             f"says {numbers(said.channel_mean)} and {numbers(said.channel_std)}"
         )
+        return
+    e = said.encoding
+    # All rows of the smallest file: some rows of each could all be of one class.
+    file = min(
+        (file for file in records if records[file]["n_rows"]),
+        key=lambda file: records[file]["n_rows"],
+    )
+    rows = sum_of(Sums.over(moments, e.shape[-1]) for moments in moments_of(file, e))
+    if not np.allclose(rows.second, records[file]["sums"].second, rtol=1e-6):
+        yield f"the rows of {file.name} are not those that it was written with"
     if not LEAST_STD <= said.scaled_std <= MOST_STD:
         yield (
             f"scaled by {e.scaling_factor} they have a standard deviation of "

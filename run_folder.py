@@ -73,7 +73,7 @@ def make(run_dir: Path) -> None:
         with tempfile.TemporaryFile(dir=run_dir):
             pass  # it can be written to
     except OSError as error:
-        raise UserError(f"cannot write to the run's folder '{run_dir}': {error.strerror}") from None
+        raise UserError(f"cannot write to the folder '{run_dir}': {error.strerror}") from None
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is training in '{run_dir}'") from None
+            raise UserError(f"another process is writing to '{run_dir}'") from None
         yield
     finally:
         os.close(descriptor)

@@ -16,6 +16,9 @@ ROOT = Path(__file__).parents[1]
 NANO = "tests/nano.py"
 SMALL = ["--model", "DiT-Nano/8", "--batch_size", "8", "--n_eval_batches", "1"]
 SMALL += ["--n_sample_steps", "2", "--warmup_steps", "2"]
+CONVERT = "convert_imagenet.py"
+DIGITS_AT_16 = ["--dataset_name", "digits", "--image_size", "16", "--rows_per_file", "500"]
+DIGITS_AT_16 += ["--n_workers", "0"]
 
 
 def settings(cache: Path, n_devices: int = 1, fast_compile: bool = True) -> dict[str, str]:
@@ -50,6 +53,11 @@ def run(*words: object, **how) -> subprocess.CompletedProcess:
     process = start(*words, **how)
     out, err = process.communicate(timeout=900)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def convert(*flags: object, **how) -> subprocess.CompletedProcess:
+    """Makes latents of the digits, which are 8 × 8 of two channels with the VAE of averaging.py."""
+    return run(CONVERT, *DIGITS_AT_16, *flags, **how)
 
 
 @contextmanager

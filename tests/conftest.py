@@ -11,6 +11,7 @@ import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 CHECKED = ("layers", "model", "objectives", "optim", "sampling", "images", "generate", "vae")
+CHECKED += ("latents", "codec", "convert_imagenet", "resident")
 install_import_hook(CHECKED, "beartype.beartype")
 
 import jax  # noqa: E402
@@ -33,3 +34,22 @@ def cache(tmp_path_factory):
 def no_arrow_cache_at_home(tmp_path_factory, monkeypatch):
     """`load_dataset` copies local folders into its cache: not into the person's."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "arrow"))
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory):
+    """An autoencoder of grey pictures that reconstructs; see averaging.py."""
+    import averaging
+
+    return averaging.save(tmp_path_factory.mktemp("autoencoder") / "vae")
+
+
+@pytest.fixture(scope="session")
+def latent_digits(vae, cache, tmp_path_factory):
+    """The digits as `convert_imagenet.py` makes them, with their mirrored views."""
+    from commands import convert
+
+    folder = tmp_path_factory.mktemp("latents") / "digits"
+    done = convert("--vae", vae, "--mirror", "--out", folder, cache=cache)
+    assert done.returncode == 0, done.stderr
+    return folder

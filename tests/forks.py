@@ -1,8 +1,9 @@
-"""Runs of `train.py` without its imports: each is a fork of a process that has imported everything
+"""Runs of commands without their imports: each is a fork of a process that has imported everything
 and started no backend.
 
 python tests/forks.py OUT ERR, where runs print, and then a line of JSON for each:
-{"flags": […], "n_devices": N}, or {"digest": RUN} for one that prints the digest of a run's state.
+{"command": "train", "flags": […], "n_devices": N}, or {"digest": RUN} for one that prints the
+digest of a run's state.
 Answers with the run's process id, which leads its process group, and with its exit status.
 """
 
@@ -19,10 +20,12 @@ import orbax.checkpoint
 import tensorboardX
 
 import cli
+import convert_imagenet
 import processes
 import train
 
 LOADED = nano, datasets, orbax.checkpoint, tensorboardX
+COMMANDS = {"train": train.main, "convert_imagenet": convert_imagenet.main}
 
 
 def digest(run_dir: str) -> str:
@@ -41,7 +44,7 @@ def be(asked: dict) -> None:
     if "digest" in asked:
         cli.run(lambda: print(digest(asked["digest"])))
     sys.argv[1:] = asked["flags"]
-    cli.run(train.main, processes.leave)
+    cli.run(COMMANDS[asked["command"]], processes.leave)
 
 
 def main() -> None:

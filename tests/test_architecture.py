@@ -15,16 +15,18 @@ RANKS = {
     "errors": -1,
     **dict.fromkeys(("cli", "images", "layers", "objectives", "sampling", "parallel", "optim"), 0),
     **dict.fromkeys(("datasets_config", "interrupts", "run_folder", "text", "workers"), 0),
-    **dict.fromkeys(("processes", "lanes", "streams", "vae.losses", "pretrained.torch_file"), 0),
+    **dict.fromkeys(("processes", "lanes", "streams", "latents"), 0),
+    **dict.fromkeys(("vae.losses", "pretrained.torch_file"), 0),
     **dict.fromkeys(("captions", "model", "sources", "pipeline", "tracking", "profiling"), 1),
     **dict.fromkeys(("vae.autoencoder", "pretrained.weights"), 1),
     **dict.fromkeys(("checkpoint", "train_config", "showcase", "resident", "scaling"), 2),
     **dict.fromkeys(("pretrained.autoencoder", "pretrained.lpips"), 2),
-    **dict.fromkeys(("generate", "open_run", "train_vae_config"), 3),
-    **dict.fromkeys(("train", "train_profile"), 4),
+    **dict.fromkeys(("codec", "generate", "open_run", "train_vae_config"), 3),
+    **dict.fromkeys(("convert_imagenet", "train", "train_profile"), 4),
     "train_vae": 5,
 }
-NEIGHBOURS = {("pipeline", "captions"), ("pipeline", "sources"), ("train", "train_profile")}
+NEIGHBOURS = {("pipeline", "captions"), ("pipeline", "sources"), ("generate", "codec")}
+NEIGHBOURS |= {("train", "train_profile")}
 WINGS = ("vae", "pretrained")
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))} | {
     f"{wing}.{path.stem}": path
@@ -83,7 +85,7 @@ def test_the_method_can_be_lifted_into_another_project(name):
 @pytest.mark.parametrize(
     "name",
     (
-        *("datasets_config", "sources", "streams", "lanes", "pipeline", "workers"),
+        *("datasets_config", "sources", "streams", "lanes", "pipeline", "workers", "latents"),
         *("images", "tracking", "text", "captions"),
     ),
 )

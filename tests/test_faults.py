@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,9 +51,9 @@ class Forks:
         self.ended = False
         return int(self.server.stdout.readline())
 
-    def start(self, *flags: object, n_devices: int = 1) -> int:
+    def start(self, *flags: object, n_devices: int = 1, command: str = "train") -> int:
         """Returns the run's process id."""
-        return self._ask(flags=[*map(str, flags)], n_devices=n_devices)
+        return self._ask(command=command, flags=[*map(str, flags)], n_devices=n_devices)
 
     def end(self) -> tuple[int, str, str]:
         """The exit status and what was printed."""
@@ -60,9 +61,9 @@ class Forks:
         status, self.ended = int(self.server.stdout.readline()), True
         return status, self.out.read_text(), self.err.read_text()
 
-    def run(self, *flags: object, n_devices: int = 1) -> tuple[int, str, str]:
+    def run(self, *flags: object, **how: Any) -> tuple[int, str, str]:
         """`start` and `end`."""
-        self.start(*flags, n_devices=n_devices)
+        self.start(*flags, **how)
         return self.end()
 
     def digest(self, folder: Path, n_devices: int = 1) -> str:
@@ -262,7 +263,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(forks,
     child = forks.start(*SMALL, *EVERY, "--n_steps", 100_000, "--run_dir", folder)
     wait_until(lambda: newest(folder))
     for flags, why in (
-        (["--resume"], f"another process is training in '{folder}'"),
+        (["--resume"], f"another process is writing to '{folder}'"),
         (FLAGS, f"'{folder}' already exists; go on with it by --resume"),
     ):
         done = run(NANO, *flags, "--run_dir", folder, cache=cache)

@@ -417,7 +417,7 @@ def unscale(z: Float[Any, "*b"], *, scaling_factor: float, shift_factor: float) 
 
 
 def draw(
-    moments: Float[Array, "b h w 2*z"],
+    moments: Float[Array, "b h w m"],
     keys: Key[Array, "b"],
     *,
     scaling_factor: float,
