@@ -46,7 +46,7 @@ from train_vae_config import (
     size_to_open,
 )
 from vae import losses
-from vae.autoencoder import AutoencoderConfig, AutoencoderKL, graphdef, mode, sample
+from vae.autoencoder import AutoencoderConfig, AutoencoderKL, Moments, graphdef, mode, sample
 
 __all__ = ["VaeConfig", "VaeTrainer"]
 COMMAND, NAME, FOLDER = "train_vae.py", "vae", "vae"
