@@ -9,6 +9,7 @@ same, byte for byte. `latents.py` says what is in the folder.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -355,9 +356,14 @@ def card(done: LatentSet) -> str:
     height, width, n = e.moments_shape
     views = ", then both of the mirrored picture" if e.mirrored else ""
     rows = ", ".join(f"{n} {name} rows" for name, n in done.n_rows.items())
+    # `load_dataset` takes two folders of one name for the same, unless their cards differ; and as
+    # many rows at a time as are in a file's first group, which may be none.
+    digest = hashlib.sha256(latents.as_json(done)).hexdigest()
     return f"""---
 configs:
 - config_name: default
+  description: {digest}
+  batch_size: {GROUP}
   data_files:
 {files}
 ---

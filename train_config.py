@@ -311,9 +311,12 @@ def with_subject(config: TrainConfig) -> TrainConfig:
 
 
 def require_same_latents(encoding: Encoding | None, saved: dict[str, Any]) -> None:
-    """Raises UserError if a run would go on with latents of another VAE or size."""
-    before, now = (saved["dataset"].get("encoding") or {}), (encoding and vars(encoding)) or {}
-    for name in ("vae_hash", "image_size", "scaling_factor", "shift_factor"):
+    """Raises UserError if a run would go on with latents that were made otherwise. The VAE and the
+    pictures may have moved since.
+    """
+    record = saved["dataset"].get("encoding")
+    before, now = (vars(e) if e else {} for e in (record and Encoding.of(record), encoding))
+    for name in (now or before).keys() - {"vae", "source"}:
         if before.get(name) != now.get(name):
             raise UserError(
                 f"cannot resume: {name} of the latents was {before.get(name)}, not {now.get(name)}"
