@@ -5,7 +5,7 @@ result; every other module takes plain arguments.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -307,7 +307,7 @@ def with_subject(config: TrainConfig) -> TrainConfig:
     folder = config.latents
     if not folder and entry and entry.latents_dir:
         folder = Path(entry.latents_dir)
-    return dataclasses.replace(config, dataset_name=name, latents=folder)
+    return replace(config, dataset_name=name, latents=folder)
 
 
 def require_same_latents(encoding: Encoding | None, saved: dict[str, Any]) -> None:
