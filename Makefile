@@ -1,6 +1,7 @@
 # make train          set up, then train on the embedded digits (ARGS="--dataset_name cifar10" for others)
 # make test           set up, then run every test          make check    format, lint, types
 # make bench          set up with torch, then every benchmark of speed, on a CPU in a quarter of an hour
+# make latents-demo   a VAE of two photographs, their latents, a diffusion transformer of those
 # make install        only set up                          make format   rewrite to the house format
 PYTHON ?= python3
 BIN = .venv/bin
@@ -11,7 +12,7 @@ else
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 endif
 
-.PHONY: train test bench check format install
+.PHONY: train test bench check format install latents-demo
 
 train: .venv/installed
 	$(BIN)/python train.py $(ARGS)
@@ -26,6 +27,18 @@ bench: .venv/installed-bench
 	$(BIN)/python benchmarks/startup.py
 	set -e; for script in $(wildcard benchmarks/input.py benchmarks/scaling.py); do \
 		$(BIN)/python $$script; done
+
+DEMO := runs/latents-demo-$(shell date +%Y%m%d-%H%M%S)
+latents-demo: .venv/installed-dev
+	$(BIN)/python benchmarks/crops.py --out $(DEMO)/photos
+	$(BIN)/python train_vae.py --dataset_name folder:$(DEMO)/photos --image_size 64 --batch_size 8 \
+		--block_out_channels 16,32,64 --noattention --gradient_weight 0 --learning_rate 2e-3 \
+		--n_steps 1200 --run_dir $(DEMO)/vae
+	$(BIN)/python convert_imagenet.py --dataset_name folder:$(DEMO)/photos --image_size 64 \
+		--vae $(DEMO)/vae/vae --out $(DEMO)/latents --verify 64
+	$(BIN)/python convert_imagenet.py --doctor $(DEMO)/latents
+	$(BIN)/python train.py --latents $(DEMO)/latents --learning_rate 2e-3 --ema_decay 0.98 --n_steps 600 \
+		--batch_size 64 --run_dir $(DEMO)/dit
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .

@@ -348,7 +348,9 @@ def attention(
         return rearrange(y, "b n h k -> b n (h k)")
     bias = None if mask is None else jnp.where(jnp.repeat(mask, h, axis=0), 0.0, HIDDEN)
     q, k, v = (keep(rearrange(x, "b n h k -> (b h) n k")) for x in (q, k, v))
-    y = attend(q, k, v, bias)
+    # The power of two next to 1/√k is exact in any precision; the rest, if any, is for the scores.
+    power = 2.0 ** round(np.log2(width) / -2)
+    y: Any = attend(q * jnp.asarray(power, q.dtype), k, v, bias, float(width**-0.5 / power))
     return rearrange(y, "(b h) n k -> b n (h k)", h=h)
 
 
@@ -362,23 +364,24 @@ def has_cudnn_attention() -> bool:
 HIDDEN = float(jnp.finfo(jnp.float32).min) / 2  # what a score is when its key is not seen
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend(
     q: Float[Array, "z n k"],
     k: Float[Array, "z m k"],
     v: Float[Array, "z m k"],
     bias: Float[Array, "z m"] | None,
+    scale: float,
 ) -> Float[Array, "z n k"]:
-    """softmax(q kᵀ / √k + bias) v for each of z heads, where the bias is not learned.
+    """softmax(scale · q kᵀ + bias) v for each of z heads, where the bias is not learned.
 
     The backward pass computes the scores again instead of keeping them: they are n · m numbers a
     head, and the rest is n · k (Dao et al. 2022, §3.1 and B.4).
     """
-    return _attend_forward(q, k, v, bias)[0]
+    return _attend_forward(q, k, v, bias, scale)[0]
 
 
-def _attend_forward(q, k, v, bias):
-    scores = _biased(_product("znk,zmk->znm", q, k) * q.shape[-1] ** -0.5, bias, axis=1)
+def _attend_forward(q, k, v, bias, scale):
+    scores = _biased(scale * _product("znk,zmk->znm", q, k), bias, axis=1)
     peak = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - peak)
     total = weights.sum(-1, keepdims=True)
@@ -387,17 +390,16 @@ def _attend_forward(q, k, v, bias):
     return y, (q, k, v, bias, y, log_sum)
 
 
-def _attend_backward(kept, g):
-    """With weights p = exp(s − log Σ exp s): dv = pᵀ g, ds = p ∘ (g vᵀ − rowsum(g ∘ y)) / √k,
+def _attend_backward(scale, kept, g):
+    """With weights p = exp(s − log Σ exp s): dv = pᵀ g, ds = scale · p ∘ (g vᵀ − rowsum(g ∘ y)),
     dq = ds k, dk = dsᵀ q. All of it transposed, keys before queries, which is how dv and dk need
     it.
     """
     q, k, v, bias, y, log_sum = kept
-    scale = q.shape[-1] ** -0.5
-    scores = _biased(_product("zmk,znk->zmn", k, q) * scale, bias, axis=2)
+    scores = _biased(scale * _product("zmk,znk->zmn", k, q), bias, axis=2)
     p = jnp.exp(scores - log_sum[:, None])
     own = (g.astype(jnp.float32) * y).sum(-1)
-    ds = (p * (_product("zmk,znk->zmn", v, g) - own[:, None]) * scale).astype(q.dtype)
+    ds = (scale * p * (_product("zmk,znk->zmn", v, g) - own[:, None])).astype(q.dtype)
     dv = _product("zmn,znk->zmk", p.astype(g.dtype), g)
     dk, dq = _product("zmn,znk->zmk", ds, q), _product("zmn,zmk->znk", ds, k)
     dbias = None if bias is None else jnp.zeros_like(bias)

@@ -1,5 +1,5 @@
-"""A run while `Trainer.fit` is in it: its record, its checkpoints, its clock, the step that is not
-read yet, and what happens when a step goes wrong.
+"""A run while a trainer's `fit` is in it: its record, its checkpoints, its clock, the step that is
+not read yet, and what happens when a step goes wrong.
 
 It trains nothing; of several processes the first one alone writes records and pictures.
 """
@@ -18,9 +18,7 @@ import numpy as np
 import images
 import parallel
 import processes
-import profiling
 import run_folder
-import showcase
 import tracking
 from checkpoint import Checkpoints, DiskFullError
 from errors import RunError, UserError
@@ -142,20 +140,29 @@ class OpenRun:
         self.saving = t.step
         with nullcontext() if required else self._unsaved_is_said():
             self.checkpoints.save(t.step, *t.items())
+            self._export(required)
+
+    def _export(self, required: bool) -> None:
+        try:
+            self.trainer.export()
+        except UserError as error:
+            if required:
+                raise
+            self.tracker.message(f"{error}; training goes on")
 
     def show(self, name: str, *, gif: bool = False) -> None:
-        """A sheet of samples in samples/ and TensorBoard and, with `gif`, its way from noise."""
+        """A sheet of the trainer's pictures in their folder and TensorBoard and, with `gif`, the
+        way there.
+        """
         t = self.trainer
-        labels, folder = showcase.labels(t), t.run_dir / "samples"
-        states = t.sample(labels, trajectory=True) if gif else [t.sample(labels)]
+        sheets, folder = t.sheets(trajectory=gif), t.run_dir / t.SHOWS
         if not processes.is_first():
             return
-        sheets = [showcase.sheet(x, labels, t.dataset.label_names) for x in states]
         with self._full_disk_is_said(folder / name):
             images.save_png(sheets[-1], folder / name)
-            if gif:
+            if len(sheets) > 1:
                 images.save_gif(sheets, folder / "trajectory.gif")
-            self.tracker.image(t.step, "samples", sheets[-1])
+            self.tracker.image(t.step, t.SHOWS, sheets[-1])
 
     def _finish_saving(self) -> None:
         """Wait for the last checkpoint: if it fails, that is said under its own step."""
@@ -205,9 +212,7 @@ class OpenRun:
     def _rates(self) -> dict[str, float]:
         """Images per second, seconds per step and, where the device's peak is known, MFU."""
         t, rates = self.trainer, self.throughput.take()
-        if rates and t.peak and t.model_config.block in profiling.COUNTED:
-            forward = sum(profiling.flops_by_module(t.model_config).values())
+        if rates and t.peak and t.flops_per_image:
             per_device = rates["images_per_second"] / jax.device_count()
-            flops_per_second = profiling.TRAIN_PER_FORWARD * forward * per_device
-            rates["mfu"] = flops_per_second / t.peak.flops_per_second
+            rates["mfu"] = t.flops_per_image * per_device / t.peak.flops_per_second
         return rates

@@ -255,6 +255,13 @@ def value_and_grad(loss: Callable, graphdef, mesh: Mesh, *, accumulate_steps: in
     return run
 
 
+def device_mean(tree: Any) -> Any:
+    """Inside a loss of `value_and_grad`: the mean over all devices' rows of what a loss is to know
+    of the whole batch, such as a gradient of its own.
+    """
+    return jax.lax.pmean(tree, AXES)
+
+
 def _whole(spec: P) -> tuple[str, ...]:
     """The axes along which devices hold the same."""
     return tuple(axis for axis in AXES if axis not in spec)

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from errors import UserError
 
 RUNS = Path("runs")
 CONFIG = "config.json"
+TRAIN = "train.py"  # whose runs do not say in their config.json which command they are of
 TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")  # .NAME.PID.tmp: two processes never share one
 NEEDED = ("dataset_name", "model", "model_config", "dataset")
 
@@ -30,7 +32,9 @@ def new(dataset_name: str, model: str, *, root: Path = RUNS) -> Path:
     return next(path for path in paths if not path.exists())
 
 
-def newest(dataset_name: str, model: str | None, *, root: Path = RUNS) -> Path:
+def newest(
+    dataset_name: str, model: str | None, *, command: str = TRAIN, root: Path = RUNS
+) -> Path:
     """The run of this data set (and model, if named) that was last started or gone on with.
 
     Raises:
@@ -39,7 +43,7 @@ def newest(dataset_name: str, model: str | None, *, root: Path = RUNS) -> Path:
     runs = sorted(root.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in runs:
         with suppress(UserError):  # one damaged run must not hide the others
-            config = read_config(path.parent)
+            config = read_config(path.parent, command=command)
             if config["dataset_name"] == dataset_name and model in (None, config["model"]):
                 return path.parent
     of_model = f" with {model}" if model else ""
@@ -97,7 +101,14 @@ def tidy(run_dir: Path) -> None:
     for path in (*run_dir.glob(".*.tmp"), *run_dir.glob("*/.*.tmp")):
         found = TEMPORARY.fullmatch(path.name)
         if found and not _is_alive(int(found[1])):
-            path.unlink(missing_ok=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_alive(process: int) -> bool:
@@ -113,11 +124,11 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def read_config(run_dir: Path) -> dict[str, Any]:
+def read_config(run_dir: Path, *, command: str = TRAIN) -> dict[str, Any]:
     """The settings a run was started with, its `model_config` and its `dataset`.
 
     Raises:
-        UserError: the folder is not a run, or the file is damaged.
+        UserError: the folder is not a run, or one of another command, or the file is damaged.
     """
     try:
         config = json.loads((run_dir / CONFIG).read_text())
@@ -128,6 +139,8 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     lacks = [name for name in NEEDED if not isinstance(config, dict) or name not in config]
     if lacks:
         raise UserError(f"{run_dir / CONFIG} is damaged: it lacks {', '.join(lacks)}")
+    if (made_by := config.get("command", TRAIN)) != command:
+        raise UserError(f"'{run_dir}' is a run of {made_by}, not of {command}")
     return config
 
 
@@ -153,3 +166,22 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name `path` only when all of it is written, and the
+    place of what had that name. A crash just then can leave neither, but never a mix of both.
+    """
+    new, old = (path.with_name(f".{path.name}{s}.{os.getpid()}.tmp") for s in ("", "-old"))
+    for rest in (new, old):  # of a process that had our number
+        _remove(rest)
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if path.exists():
+            path.replace(old)
+        new.replace(path)
+    finally:
+        for rest in (new, old):
+            _remove(rest)

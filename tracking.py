@@ -30,11 +30,13 @@ MIN_FREE_BYTES = 2**20
 SHOWN: dict[str, Callable[[float], str]] = {
     "loss": lambda x: f"loss {x:.4f}",
     "eval_loss": lambda x: f"eval loss {x:.4f}",
+    "psnr": lambda x: f"PSNR {x:.2f} dB",
     "grad_norm": lambda x: f"grad {x:.3g}",
     "learning_rate": lambda x: f"lr {x:.1e}",
     "images_per_second": lambda x: f"{x:.0f} images/s" if x >= 10 else f"{x:.2g} images/s",
     "mfu": lambda x: f"{x:.1%} MFU",
 }
+OF_ONE_STEP = ("loss_scale", "param_norm", "update_norm")
 
 
 class Tracker:
@@ -221,20 +223,16 @@ def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
 
 def summary(report: Mapping[str, Any]) -> dict[str, Any]:
     """A line of metrics from a step's report: means over the steps since the last line, and norms
-    at this one.
+    at this one. A loss in bins of t becomes the mean loss of each.
     """
-    window = report["window"]
-    n = window["steps"] or math.nan  # none of them was finite
+    window = dict(report["window"])
+    n = window.pop("steps") or math.nan  # none of them was finite
     mean = {name: total / n for name, total in window.items()}
-    bins = zip(mean["binned_loss"], mean["bin_share"], strict=True)
-    scale = {"loss_scale": float(report["loss_scale"])} if "loss_scale" in report else {}
-    return scale | {
-        "loss": float(mean["loss"]),
-        "grad_norm": float(mean["grad_norm"]),
-        "param_norm": float(report["param_norm"]),
-        "update_norm": float(report["update_norm"]),
-        "loss_by_t": [float(loss / share) if share else None for loss, share in bins],
-    }
+    line: dict[str, Any] = {name: float(report[name]) for name in OF_ONE_STEP if name in report}
+    if "binned_loss" in mean:
+        bins = zip(mean.pop("binned_loss"), mean.pop("bin_share"), strict=True)
+        line["loss_by_t"] = [float(loss / share) if share else None for loss, share in bins]
+    return {name: float(value) for name, value in mean.items()} | line
 
 
 class Throughput:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Key
+from PIL import Image
 
 import captions
 import cli
@@ -135,8 +136,41 @@ def update(
     return new, report | ({"loss_scale": scale} if s.loss_scale else {})
 
 
+def first_state(
+    params: Any,
+    optimizer: optax.GradientTransformationExtraArgs,
+    metrics: dict[str, jax.ShapeDtypeStruct],
+    *,
+    scaled: bool = False,
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+        metrics: what the loss will report.
+        scaled: whether there is a loss scale.
+    """
+    window = {name: jnp.zeros(metric.shape) for name, metric in metrics.items()}
+    window |= {name: jnp.zeros(()) for name in ("loss", "grad_norm", "steps")}
+    return TrainState(
+        step=jnp.int32(0),
+        position=jnp.int32(0),
+        skipped=jnp.int32(0),
+        bad_steps=jnp.int32(0),
+        params=params,
+        # The average starts as a copy: one buffer in two places of the state cannot be donated.
+        ema=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+        loss_scale=optim.first_loss_scale() if scaled else (),
+        window=window,
+    )
+
+
 class Trainer:
     """A data set, a model, its optimizer, and their state on all devices."""
+
+    CONFIG: Any = TrainConfig
+    COMMAND = run_folder.TRAIN
+    SHOWS = "samples"  # the folder of `sheets`
 
     def __init__(self, config: TrainConfig = DIGITS):
         """Open the data, fill in the settings, create the state or restore it. Writes nothing, but
@@ -145,7 +179,7 @@ class Trainer:
         Raises:
             UserError: settings or data that cannot work.
         """
-        run_dir, saved = self._folder(config), None
+        run_dir, saved = self._folder(config, with_subject(config).dataset_name, config.model), None
         if run_dir and config.resume:
             saved = run_folder.read_config(run_dir)
             fsdp = config.fsdp or math.gcd(saved["fsdp"], jax.device_count())
@@ -214,24 +248,23 @@ class Trainer:
             self.state = parallel.create(self._initial_state, self.mesh)
 
     @classmethod
-    def from_run(cls, run_dir: str | Path) -> "Trainer":
+    def from_run(cls, run_dir: str | Path) -> Self:
         """The trainer of a run's folder at its newest checkpoint: to sample or to go on with.
 
         Raises:
             UserError: the folder is not a run, or has no complete checkpoint yet.
         """
-        trainer = cls(TrainConfig(run_dir=Path(run_dir), resume=True))
+        trainer = cls(cls.CONFIG(run_dir=Path(run_dir), resume=True))
         if not trainer.step:
             raise UserError(f"'{run_dir}' has no complete checkpoint yet")
         return trainer
 
-    def _folder(self, config: TrainConfig) -> Path | None:
+    def _folder(self, config: Any, dataset_name: str, model: str | None) -> Path | None:
         """The run's folder, where it is said or exists: the same in all processes."""
 
         def find() -> str:
             if config.resume and not config.run_dir:
-                name = with_subject(config).dataset_name
-                return str(run_folder.newest(name, config.model))
+                return str(run_folder.newest(dataset_name, model, command=self.COMMAND))
             if config.run_dir and not config.resume:
                 run_folder.require_new(Path(config.run_dir))
             return str(config.run_dir or "")
@@ -313,22 +346,8 @@ class Trainer:
         loss = objective(c, self.dataset.encoding, label_dropout=c.label_dropout)
         model = nnx.merge(graphdef(self.model_config), params)
         metrics = jax.eval_shape(lambda b: loss(model, b, self.train_key)[1], self.blank_batch())
-        window = {name: jnp.zeros(metric.shape) for name, metric in metrics.items()}
-        window |= {name: jnp.zeros(()) for name in ("loss", "grad_norm", "steps")}
-        # The average starts as a copy: one buffer in two places of the state cannot be donated.
-        ema = jax.tree.map(jnp.copy, params)
-        opt_state = self.optimizer.init(params)
-        return TrainState(
-            step=jnp.int32(0),
-            position=jnp.int32(0),
-            skipped=jnp.int32(0),
-            bad_steps=jnp.int32(0),
-            params=params,
-            ema=ema,
-            opt_state=opt_state,
-            loss_scale=optim.first_loss_scale() if self.model_config.dtype == "float16" else (),
-            window=window,
-        )
+        scaled = self.model_config.dtype == "float16"
+        return first_state(params, self.optimizer, metrics, scaled=scaled)
 
     def blank_batch(self) -> Batch:
         """This process's part of a batch, with nothing in it."""
@@ -353,7 +372,7 @@ class Trainer:
         require_even_batches(c, jax.device_count())
         _ = self.data  # decoded now: a bad picture must end this before anything is written
         with stopping() as stop, open_run(self, last) as run:
-            run.tracker.message(showcase.greeting(self, last))
+            run.tracker.message(self.greeting(last))
             for batch in run.batches():
                 report = self.train_step(batch)
                 # Step k's numbers are read only after step k + 1 is dispatched: reading them now
@@ -379,7 +398,7 @@ class Trainer:
                     break
             else:
                 run.show("final.png", gif=True)
-                run.tracker.message(showcase.farewell(self))
+                run.tracker.message(self.farewell())
         stop.leave()
 
     def evaluate(self) -> dict[str, float]:
@@ -422,6 +441,32 @@ class Trainer:
             codec=self.codec,
         )
         return solution.x if solution.trajectory is None else solution.trajectory
+
+    def sheets(self, *, trajectory: bool = False) -> list[Image.Image]:
+        """What a person is shown of a run: a sheet of samples or, with `trajectory`, all states on
+        its way from noise.
+        """
+        labels = showcase.labels(self)
+        x = self.sample(labels, trajectory=trajectory)
+        names = self.dataset.label_names
+        return [showcase.sheet(state, labels, names) for state in (x if trajectory else [x])]
+
+    def greeting(self, last: int) -> str:
+        return showcase.greeting(self, last)
+
+    def farewell(self) -> str:
+        return showcase.farewell(self)
+
+    @cached_property
+    def flops_per_image(self) -> float | None:
+        """Of training, where they can be counted."""
+        if self.model_config.block not in profiling.COUNTED:
+            return None
+        forward = sum(profiling.flops_by_module(self.model_config).values())
+        return profiling.TRAIN_PER_FORWARD * forward
+
+    def export(self) -> None:
+        """What is written beside every checkpoint: nothing."""
 
     def _told(self, labels: Sequence[int | str] | str) -> generate.Labels:
         """What the model is told of pictures with these labels or captions."""
@@ -488,15 +533,17 @@ class Trainer:
 
     def describe(self) -> dict[str, Any]:
         """What `config.json` holds: every setting, the model's shape and the facts of the data."""
-        settings = {
-            name: str(v) if isinstance(v, Path) else v for name, v in vars(self.config).items()
-        }
-        return settings | {
+        return settings(self.config) | {
             "run_dir": str(self.run_dir),
             "model_config": dataclasses.asdict(self.model_config),
             "dataset": dataclasses.asdict(self.dataset),
             "text_revisions": self.encoded.revisions if self.encoded else (),
         }
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """A config by its fields' names, as JSON takes them."""
+    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(config).items()}
 
 
 def as_items(state: TrainState) -> dict[str, Any]:
@@ -510,19 +557,25 @@ def from_items(items: dict[str, Any]) -> TrainState:
     return TrainState(params=items["params"], ema=items["ema"], **items["optimizer"])
 
 
-def main() -> None:
-    config = cli.parse(TrainConfig, filled=FILLED)
+def begin(config: Any) -> None:
+    """What comes before anything asks for a device: meeting the run's other processes, and where
+    compiled programs are kept for the next start. Here, because importing must not change JAX.
+    """
     processes.join(
         config.distributed,
         coordinator=config.coordinator,
         n_processes=config.n_processes,
         process_index=config.process_index,
     )
-    # Compiled programs are kept for the next start. Here, because importing must not change JAX.
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dit-jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def main() -> None:
+    config = cli.parse(TrainConfig, filled=FILLED)
+    begin(config)
     trainer = Trainer(config)
     if not config.profile:
         trainer.fit()

@@ -4,12 +4,11 @@
 result; every other module takes plain arguments.
 """
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import latents
 import objectives
@@ -23,6 +22,7 @@ from model import BLOCKS, JOINT, MODELS, ModelConfig, model_config
 from vae import autoencoder
 
 UNSAID: Any = None  # filled by `resolve`
+Config = TypeVar("Config")  # this file's, or that of another command that trains
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ DENSITIES = {
 }
 
 
-def spoken(config: TrainConfig) -> dict[str, Any]:
+def spoken(config: Any) -> dict[str, Any]:
     """What was said, with the folders of text towers as they are called from anywhere."""
     said = {name: value for name, value in vars(config).items() if value is not None}
     if towers := said.get("text_towers"):
@@ -271,7 +271,7 @@ def spoken(config: TrainConfig) -> dict[str, Any]:
     return said
 
 
-def take_up(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
+def take_up(config: Config, saved: dict[str, Any]) -> Config:
     """Fill holes from the `config.json` of the run to go on with.
 
     Raises:
@@ -287,14 +287,14 @@ def take_up(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
     ]
     if changed:
         raise UserError(f"cannot resume: {'; '.join(changed)}")
-    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    fields = vars(config).keys()
     kept: dict[str, Any] = {name: saved[name] for name in fields & set(saved) - OF_ONE_START}
     if "n_epochs" in said:
         kept["n_steps"] = None
     for name in ("data_dir", "latents", "caption_cache"):
         if kept.get(name):
             kept[name] = Path(kept[name])
-    return TrainConfig(**kept | said)
+    return type(config)(**kept | said)
 
 
 def with_subject(config: TrainConfig) -> TrainConfig:
@@ -307,7 +307,7 @@ def with_subject(config: TrainConfig) -> TrainConfig:
     folder = config.latents
     if not folder and entry and entry.latents_dir:
         folder = Path(entry.latents_dir)
-    return dataclasses.replace(config, dataset_name=name, latents=folder)
+    return replace(config, dataset_name=name, latents=folder)
 
 
 def require_same_latents(encoding: Encoding | None, saved: dict[str, Any]) -> None:
@@ -411,7 +411,7 @@ def validate(config: TrainConfig, n_devices: int) -> None:
         raise UserError("--cache_on_device is for classes; captions are read from their own cache")
 
 
-def require_even_batches(config: TrainConfig, n_devices: int) -> None:
+def require_even_batches(config: Any, n_devices: int) -> None:
     """Raises UserError if a batch cannot be split over the devices, and then into its parts."""
     parts = n_devices * config.accumulate_steps
     if config.batch_size % parts:

@@ -1,6 +1,7 @@
 """Imports point down, devices are known in one place, and importing does nothing else."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -16,12 +17,14 @@ RANKS = {
     **dict.fromkeys(("cli", "images", "layers", "objectives", "sampling", "parallel", "optim"), 0),
     **dict.fromkeys(("datasets_config", "interrupts", "run_folder", "text", "workers"), 0),
     **dict.fromkeys(("processes", "lanes", "streams", "latents"), 0),
+    **dict.fromkeys(("vae.losses", "pretrained.torch_file"), 0),
     **dict.fromkeys(("captions", "model", "sources", "pipeline", "tracking", "profiling"), 1),
     **dict.fromkeys(("vae.autoencoder", "pretrained.weights"), 1),
     **dict.fromkeys(("checkpoint", "train_config", "showcase", "resident", "scaling"), 2),
-    **dict.fromkeys(("pretrained.autoencoder",), 2),
-    **dict.fromkeys(("codec", "generate", "open_run"), 3),
+    **dict.fromkeys(("pretrained.autoencoder", "pretrained.lpips"), 2),
+    **dict.fromkeys(("codec", "generate", "open_run", "train_vae_config"), 3),
     **dict.fromkeys(("convert_imagenet", "train", "train_profile"), 4),
+    "train_vae": 5,
 }
 NEIGHBOURS = {("pipeline", "captions"), ("pipeline", "sources"), ("generate", "codec")}
 NEIGHBOURS |= {("train", "train_profile")}
@@ -120,3 +123,19 @@ def test_importing_prints_nothing_and_touches_no_device():
     command = [sys.executable, "-c", IMPORT_ALL, *FILES]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (result.stdout, result.stderr, result.returncode) == ("", "", 0)
+
+
+def test_every_name_is_defined():
+    """Ruff and pyright do not look, because the shapes of jaxtyping are strings that look like
+    names: those are left out here.
+    """
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821"]
+    command += ["--output-format", "json", "."]
+    found = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout)
+    undefined = []
+    for problem in found:
+        place, name = problem["location"], problem["message"].split("`")[1]
+        line = Path(problem["filename"]).read_text().splitlines()[place["row"] - 1]
+        if not re.search(rf'\[[^\]]*"[^"]*\b{name}\b[^"]*"\]', line):
+            undefined.append((problem["filename"], place["row"], name))
+    assert undefined == []

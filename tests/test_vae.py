@@ -111,7 +111,12 @@ def test_every_weight_is_used():
 
     def loss(params):
         moments = encoder(SD)(params, pictures(SD))
-        return (decoder(SD)(params, autoencoder.sample(moments, key)) ** 3).sum()
+        return (
+            decoder(SD)(
+                params, autoencoder.sample(moments, jax.random.split(key, len(moments.mean)))
+            )
+            ** 3
+        ).sum()
 
     for path, leaf in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(fresh(SD))):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -203,7 +208,7 @@ def test_samples_have_the_moments():
     mean = jnp.asarray([-2.0, 0.0, 3.0]).reshape(1, 1, 1, 3)
     log_variance = jnp.log(jnp.asarray([0.25, 1.0, 4.0])).reshape(1, 1, 1, 3)
     moments = Moments(*(jnp.broadcast_to(x, (4, 100, 100, 3)) for x in (mean, log_variance)))
-    drawn = np.float64(autoencoder.sample(moments, key)).reshape(-1, 3)
+    drawn = np.float64(autoencoder.sample(moments, jax.random.split(key, 4))).reshape(-1, 3)
     n = len(drawn)
     deviation = np.array([0.5, 1, 2])
     assert (np.abs(drawn.mean(0) - [-2, 0, 3]) < 4 * deviation / np.sqrt(n)).all()

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from errors import UserError, unknown
-from layers import Linear, attention, identity, in_float32
+from layers import Linear, attention, identity, in_float32, keep
 
 # Uniform within ±1/√(inputs of an output): what the published autoencoders were trained from.
 lecun = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -98,7 +98,8 @@ COUNTS = (
 
 
 class Conv(nnx.Module):
-    """A convolution with a bias, computed in `dtype` with float32 weights.
+    """A convolution with a bias, computed in `dtype` with float32 weights. The result is kept for
+    the backward pass.
 
     By default it keeps the size; `padding` is ((above, below), (left, right)).
     """
@@ -126,7 +127,7 @@ class Conv(nnx.Module):
             self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return y + self.bias[...].astype(self.dtype).reshape(1, 1, 1, -1)
+        return keep(y + self.bias[...].astype(self.dtype).reshape(1, 1, 1, -1))
 
 
 def group_norm(
@@ -390,9 +391,11 @@ def init_params(config: AutoencoderConfig, key: Key[Array, ""]) -> dict[str, Any
 # --- latents --------------------------------------------------------------------------------------
 
 
-def sample(moments: Moments, key: Key[Array, ""]) -> Float[Array, "b h w z"]:
-    """Latents drawn from their distribution (Kingma & Welling 2014, §2.4), unscaled."""
-    noise = jax.random.normal(key, moments.mean.shape, moments.mean.dtype)
+def sample(moments: Moments, keys: Key[Array, "b"]) -> Float[Array, "b h w z"]:
+    """Latents drawn from their distribution (Kingma & Welling 2014, §2.4), unscaled. Each row has
+    its own key, so the numbers do not depend on how rows are spread over devices.
+    """
+    noise = jax.vmap(lambda key: jax.random.normal(key, moments.mean.shape[1:]))(keys)
     return moments.mean + jnp.exp(moments.log_variance / 2) * noise
 
 
@@ -423,8 +426,7 @@ def draw(
     """What a diffusion model is trained on: latents drawn from means and log-variances that stand
     side by side, each row by its own key, and scaled.
     """
-    mean, log_variance = jnp.split(moments.astype(jnp.float32)[:, None], 2, axis=-1)
-    z = jax.vmap(sample)(Moments(mean, log_variance), keys)[:, 0]
+    z = sample(Moments(*jnp.split(moments.astype(jnp.float32), 2, axis=-1)), keys)
     return scale(z, scaling_factor=scaling_factor, shift_factor=shift_factor)
 
 
