@@ -43,6 +43,10 @@ SCHEMAS = {
         *(("train", "valid"), "RGB", (64, 64), "JPEG"),
         {"label": ClassLabel(names=[f"n{i:08d}" for i in range(200)])},
     ),
+    "imagenet": (
+        *(("train", "validation"), "RGB", (80, 64), "JPEG"),
+        {"label": ClassLabel(names=[f"n{i:08d}" for i in range(1000)])},
+    ),
     "celeba": (
         *(("train", "valid", "test"), "RGB", (178, 218), "JPEG"),
         {
