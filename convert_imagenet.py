@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Float16, Int64
+from jaxtyping import Float16, Int64
 from tqdm import tqdm
 
 import cli
-import images
+import doctor
 import latents
 import parallel
 import run_folder
@@ -36,12 +36,9 @@ from codec import Codec
 from errors import RunError, UserError
 from latents import Encoding, LatentSet, Sums
 from sources import Readable, Source, Split, open_source
-from vae.autoencoder import scale
 
 GROUP = 512  # rows of a row group, which a streamed training reads at a time
 IN_FLIGHT = 2  # batches on the devices whose results are not read yet
-SHOWN = 16  # pictures of a contact sheet
-UNLIKE = 0.5  # of the latents' variance: more is lost by decoding and encoding with another VAE
 
 
 @dataclass(frozen=True)
@@ -92,33 +89,6 @@ FILLED |= {"out": "latents/<data set>", "mirror": "where the set allows flips"}
 FILLED |= {"half_precision": "except on a CPU", "batch_size": "64 a device, 16 on a CPU"}
 FILLED |= {"n_workers": "half of the CPUs"}
 LEAST = {"rows_per_file": 1, "batch_size": 1, "image_size": 1, "n_workers": 0, "verify": 0}
-
-
-# --- what is read ---------------------------------------------------------------------------------
-
-
-def whole(source: Source) -> dict[str, Split]:
-    """The splits of a source with all of their rows: what was held back of the training rows for
-    evaluation is put back, and will be held back again from the latents.
-    """
-    train, held_out = source.train, source.eval
-    if train.name != held_out.name:
-        return {"train": train, held_out.name: held_out}
-    order = np.argsort(rows := np.concatenate([train.rows, held_out.rows]))
-    labels = np.concatenate([train.labels, held_out.labels])[order]
-    captions = train.captions + held_out.captions
-    captions = [captions[i] for i in order] if captions else []
-    return {"train": dataclasses.replace(train, rows=rows[order], labels=labels, captions=captions)}
-
-
-def revision(source: Source, data_dir: Path | None) -> str:
-    """Where the pictures are from: of the hub, with the commit."""
-    if data_dir or source.config.name.startswith("folder:"):
-        return str(data_dir or source.config.path)
-    data: Any = source.train.data
-    files = getattr(data, "files", None) or getattr(data.data.info, "download_checksums", None)
-    commit = re.search(r"@([0-9a-f]{40})/", " ".join(files or ()))
-    return source.config.path + (f"@{commit[1]}" if commit else "")
 
 
 # --- a file ---------------------------------------------------------------------------------------
@@ -264,7 +234,7 @@ def convert(
         UserError: the folder was begun otherwise, or no picture can be read.
         RunError: a worker process dies over the same pictures again and again.
     """
-    c, splits = config, whole(source)
+    c, splits = config, source.whole()
     n_workers = max(1, (os.cpu_count() or 1) // 2) if c.n_workers is None else c.n_workers
     size = c.batch_size or (16 if jax.default_backend() == "cpu" else 64) * jax.device_count()
     how = {"mirrored": encoding.mirrored, "batch_size": size, "n_workers": n_workers}
@@ -286,6 +256,16 @@ def convert(
                             bar.write(f"warning: {problem}; it is left out", file=sys.stderr)
                     write(part, pieces, split, encoding)
     return complete(folder, encoding, parts)
+
+
+def revision(source: Source, data_dir: Path | None) -> str:
+    """Where the pictures are from: of the hub, with the commit."""
+    if data_dir or source.config.name.startswith("folder:"):
+        return str(data_dir or source.config.path)
+    data: Any = source.train.data
+    files = getattr(data, "files", None) or getattr(data.data.info, "download_checksums", None)
+    commit = re.search(r"@([0-9a-f]{40})/", " ".join(files or ()))
+    return source.config.path + (f"@{commit[1]}" if commit else "")
 
 
 def encoding_of(config: ConvertConfig, source: Source, codec: Codec) -> Encoding:
@@ -355,7 +335,6 @@ def card(done: LatentSet) -> str:
     files = "\n".join(f"  - split: {name}\n    path: data/{name}-*.parquet" for name in done.n_rows)
     height, width, n = e.moments_shape
     views = ", then both of the mirrored picture" if e.mirrored else ""
-    rows = ", ".join(f"{n} {name} rows" for name, n in done.n_rows.items())
     # `load_dataset` takes two folders of one name for the same, unless their cards differ; and as
     # many rows at a time as are in a file's first group, which may be none.
     digest = hashlib.sha256(latents.as_json(done)).hexdigest()
@@ -370,7 +349,7 @@ configs:
 
 # Latents of {e.dataset_name} at {e.image_size}×{e.image_size}
 
-{rows}, made by `convert_imagenet.py` from `{e.source}` with the VAE `{e.vae}`
+{done.counts}, made by `convert_imagenet.py` from `{e.source}` with the VAE `{e.vae}`
 (SHA-256 of its weights: {e.vae_hash}).
 
     np.frombuffer(row["{latents.COLUMN}"], "<f2").reshape({height}, {width}, {n})
@@ -380,73 +359,6 @@ given (z − {e.shift_factor}) · {e.scaling_factor}, where z is drawn from them
 
 The licence is that of the pictures.
 """
-
-
-# --- is it right? ---------------------------------------------------------------------------------
-
-
-def verify(done: LatentSet, folder: Path, source: Source, codec: Codec, n: int) -> str:
-    """Decode n rows, compare them with their pictures, and lay some side by side."""
-    split, name = whole(source)["train"], "train"
-    skipped = set(done.skipped[name])
-    kept = np.flatnonzero([row not in skipped for row in split.rows.tolist()])
-    places = np.unique(np.linspace(0, len(kept) - 1, min(n, len(kept))).astype(int))
-    pictures = split.images(kept[places])
-    x = codec.decode(mean_latents(folder, done, places))
-    decoded = images.to_uint8(x)
-    errors = np.square(decoded.astype(np.float64) - pictures).mean((1, 2, 3)) / 255**2
-    psnr = -10 * np.log10(np.maximum(errors, 1e-10))
-    sheet = np.concatenate([pictures[:SHOWN], decoded[:SHOWN]])
-    images.save_png(images.grid(sheet, columns=min(SHOWN, len(pictures))), folder / "verify.png")
-    return (
-        f"{len(places)} rows decoded: PSNR {psnr.mean():.1f} dB on average, {psnr.min():.1f} at "
-        f"worst; pictures above what became of them: {folder / 'verify.png'}"
-    )
-
-
-def mean_latents(
-    folder: Path, done: LatentSet, places: Int64[np.ndarray, "n"]
-) -> Float[np.ndarray, "n h w c"]:
-    """The likeliest latents of these training rows, scaled as a model sees them."""
-    e = done.encoding
-    opened = open_source(e.dataset_name, latents_dir=folder)
-    moments = whole(opened)["train"].images(places)
-    mean = moments[..., : e.shape[-1]].astype(np.float32)
-    return scale(mean, scaling_factor=e.scaling_factor, shift_factor=e.shift_factor)
-
-
-def examine(folder: Path, mesh: parallel.Mesh, vae: str | None = None) -> str:
-    """All that can be found wrong with latents, and their VAE.
-
-    Raises:
-        UserError: what is wrong.
-    """
-    done = latents.examine(folder)
-    e, codec = done.encoding, Codec.of(done.encoding, mesh, vae=vae)
-    for name in ("scaling_factor", "shift_factor"):
-        said, own = getattr(e, name), getattr(codec.config, name)
-        if said != own:
-            raise UserError(f"latents in '{folder}': {name} is {said}, and the VAE's own is {own}")
-    n = -(-SHOWN // mesh.size) * mesh.size  # the devices share them out
-    x = mean_latents(folder, done, np.arange(n) % done.n_rows["train"])
-    again = codec.encode(images.to_uint8(codec.decode(x)))
-    found = scale(
-        np.asarray(parallel.fetch(again))[..., : e.shape[-1]].astype(np.float32),
-        scaling_factor=e.scaling_factor,
-        shift_factor=e.shift_factor,
-    )
-    lost = float(np.square(found - x).mean() / x.var())
-    if lost > UNLIKE:
-        raise UserError(
-            f"latents in '{folder}': decoding and encoding them again changes {lost:.0%} of their "
-            "variance; they are not of this VAE, or it was never trained"
-        )
-    rows = ", ".join(f"{n} {name} rows" for name, n in done.n_rows.items())
-    return (
-        f"{folder}: sound. {rows} of {'×'.join(map(str, e.shape))} from {e.vae}; scaled, their "
-        f"standard deviation is {done.scaled_std:.2f}; decoding and encoding again changes "
-        f"{lost:.0%} of their variance"
-    )
 
 
 def check(config: ConvertConfig) -> None:
@@ -463,9 +375,10 @@ def check(config: ConvertConfig) -> None:
 def main() -> None:
     config = cli.parse(ConvertConfig, filled=FILLED)
     check(config)
+    parallel.keep_compiled()
     mesh = parallel.make_mesh()
     if config.doctor:
-        print(examine(config.doctor, mesh, vae=config.vae))
+        print(doctor.examine(config.doctor, mesh, vae=config.vae))
         return
     half = (
         jax.default_backend() != "cpu" if config.half_precision is None else config.half_precision
@@ -489,17 +402,16 @@ def main() -> None:
         run_folder.tidy(folder)
         done = convert(config, source, codec, folder, encoding)
         if config.verify:
-            print(verify(done, folder, source, codec, config.verify))
+            print(doctor.verify(done, folder, source, codec, config.verify))
     print(farewell(done, folder))
 
 
 def farewell(done: LatentSet, folder: Path) -> str:
     """What there is, and what to do next."""
-    rows = ", ".join(f"{n} {name} rows" for name, n in done.n_rows.items())
     skipped = sum(map(len, done.skipped.values()))
     without = f" ({skipped} pictures could not be read and were left out)" if skipped else ""
     return (
-        f"{rows}{without} of {'×'.join(map(str, done.encoding.shape))} in {folder}/\n"
+        f"{done.counts}{without} of {'×'.join(map(str, done.encoding.shape))} in {folder}/\n"
         f"Next:\n  python train.py --latents {folder}"
     )
 

@@ -324,6 +324,7 @@ def unwritable(path: Path) -> Iterator[None]:
 def main(config: GenerateConfig) -> None:
     """Load, draw, write."""
     check(config)
+    parallel.keep_compiled()
     run = read_config(config.run)
     model = saved_model(config.run)
     which, names, labels = subjects(config, run, model)

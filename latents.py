@@ -124,6 +124,11 @@ class LatentSet:
     skipped: dict[str, list[int]]
 
     @property
+    def counts(self) -> str:
+        """How many rows each split has."""
+        return ", ".join(f"{n} {name} rows" for name, n in self.n_rows.items())
+
+    @property
     def scaled_std(self) -> float:
         """Of what a model sees, over all channels."""
         e, mean = self.encoding, np.asarray(self.channel_mean)

@@ -7,9 +7,11 @@ hybrid. All three are the same code.
 """
 
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +23,16 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp")
 MIN_SHARDED_SIZE = 1024  # elements; smaller arrays cost more to gather than to keep
+
+
+def keep_compiled() -> None:
+    """Keep compiled programs for the next start, if the environment does not say where. For
+    commands to call: importing must not change JAX.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dit-jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def make_mesh(fsdp: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:

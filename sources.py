@@ -137,6 +137,21 @@ class Source:
     train: Split
     eval: Split
 
+    def whole(self) -> dict[str, Split]:
+        """The splits with all of their rows: what was held back of the training rows is put back
+        in its place.
+        """
+        train, held_out = self.train, self.eval
+        if train.name != held_out.name:
+            return {"train": train, held_out.name: held_out}
+        rows = np.concatenate([train.rows, held_out.rows])
+        order = np.argsort(rows)
+        labels = np.concatenate([train.labels, held_out.labels])[order]
+        captions = train.captions + held_out.captions
+        captions = [captions[i] for i in order] if captions else []
+        both = dataclasses.replace(train, rows=rows[order], labels=labels, captions=captions)
+        return {"train": both}
+
 
 def open_source(
     name: str,

@@ -14,7 +14,6 @@ Start reading here: `update` is one step, `Trainer.fit` is a run in the order of
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -558,8 +557,8 @@ def from_items(items: dict[str, Any]) -> TrainState:
 
 
 def begin(config: Any) -> None:
-    """What comes before anything asks for a device: meeting the run's other processes, and where
-    compiled programs are kept for the next start. Here, because importing must not change JAX.
+    """What comes before anything asks for a device: meeting the run's other processes, and keeping
+    compiled programs.
     """
     processes.join(
         config.distributed,
@@ -567,10 +566,7 @@ def begin(config: Any) -> None:
         n_processes=config.n_processes,
         process_index=config.process_index,
     )
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dit-jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    parallel.keep_compiled()
 
 
 def main() -> None:

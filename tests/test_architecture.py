@@ -22,11 +22,16 @@ RANKS = {
     **dict.fromkeys(("vae.autoencoder", "pretrained.weights"), 1),
     **dict.fromkeys(("checkpoint", "train_config", "showcase", "resident", "scaling"), 2),
     **dict.fromkeys(("pretrained.autoencoder", "pretrained.lpips"), 2),
-    **dict.fromkeys(("codec", "generate", "open_run", "train_vae_config"), 3),
+    **dict.fromkeys(("codec", "doctor", "generate", "open_run", "train_vae_config"), 3),
     **dict.fromkeys(("convert_imagenet", "train", "train_profile"), 4),
     "train_vae": 5,
 }
-NEIGHBOURS = {("pipeline", "captions"), ("pipeline", "sources"), ("generate", "codec")}
+NEIGHBOURS = {
+    ("pipeline", "captions"),
+    ("pipeline", "sources"),
+    ("generate", "codec"),
+    ("doctor", "codec"),
+}
 NEIGHBOURS |= {("train", "train_profile")}
 WINGS = ("vae", "pretrained")
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))} | {

@@ -226,7 +226,7 @@ def test_a_thousand_classes_survive(convert, tmp_path):
         opened = open_source(
             f"folder:{folder}", latents_dir=tmp_path / "latents", streaming=streaming
         )
-        split = convert_imagenet.whole(opened)["train"]
+        split = opened.whole()["train"]
         assert split.labels.tolist() == labels and opened.config.n_classes == 1000
         assert opened.config.label_names == tuple(names)
 
@@ -317,7 +317,7 @@ def test_pictures_that_cannot_be_read_are_named_and_left_out(
     np.testing.assert_allclose(found, averaging.means(seen), atol=2e-3)
     for streaming in (False, True):
         opened = open_source(f"folder:{album}", latents_dir=folder, streaming=streaming)
-        split = convert_imagenet.whole(opened)["train"]
+        split = opened.whole()["train"]
         assert split.labels.tolist() == [0, 0, 1, 1, 1, 1]
         assert opened.config.label_names == ("cat", "dog")
         np.testing.assert_array_equal(split.images(np.arange(6)), moments(folder))
