@@ -427,7 +427,8 @@ Done: step {step}. Everything is in {run_dir}/
   {"metrics.jsonl":26} losses, PSNR, speed; TensorBoard shows them from the same folder
   {f"checkpoints/{step}/":26} weights, their average and the optimizer
 Next:
-  python convert_imagenet.py --vae {run_dir / FOLDER}
+  python convert_imagenet.py --dataset_name {self.config.dataset_name} \\
+      --image_size {self.config.image_size} --vae {run_dir / FOLDER}
   python train_vae.py --resume --run_dir {run_dir} --n_steps {2 * step}"""
 
     def describe(self) -> dict[str, Any]:

@@ -13,11 +13,12 @@ limit=450 # seconds, after which nothing new begins and what runs is stopped
 
 size() { echo "$1"; }
 S=DiT-S/2 B=DiT-B/2 L=DiT-L/2 XL=DiT-XL/2 MMDiT=MMDiT-B/2
-common="--rounds 4" tiny="" turns="--steps_per_turn 8" n_steps=50 compiled=autocast+compile
+common="--rounds 4" tiny="" turns="--steps_per_turn 8" n_steps=50 compiled=autocast+compile vae=""
 if [ "${1-}" = --dry ]; then
     size() { echo 2; }
     S=DiT-Ti/8 B=$S L=$S XL=$S MMDiT=MMDiT-Ti/8
     common="--rounds 1" tiny="--image_size 16" turns="" n_steps=2 limit=1800
+    vae="--image_size 16 --block_out_channels 32,32"
     compiled=autocast # compiling even this takes a CPU a minute: once is enough, below
     export JAX_PLATFORMS=cpu
 fi
@@ -48,6 +49,7 @@ step --model $XL --batch_size "$(size 128)" --remat true --peer none
 step --model $B --batch_size "$(size 256)" --peer $compiled
 bench attention.py --precision bf16 --batch_size "$(size 64)" --heads 12 16 --width 64 72
 bench sample.py --model $XL --precision bf16 --n_steps $n_steps --peer $compiled $tiny
+bench autoencoder.py --precision bf16 --batch_size "$(size 16)" $vae
 step --model $S --batch_size "$(size 256)" --unroll 1 12 --peer none
 step --model $XL --batch_size "$(size 64)" --remat false true --peer none
 step --model $MMDiT --batch_size "$(size 128)" --peer none

@@ -224,6 +224,20 @@ def test_attention(cache):
     assert done.returncode == 2 and "each number of heads needs its width" in done.stderr
 
 
+def test_autoencoder(cache):
+    flags = ["--rounds", 1, "--batch_size", 1, "--image_size", 16, "--block_out_channels", "32,32"]
+    rows, _ = benchmark("autoencoder.py", *flags, "--precision", "bf16", "--nopeer", cache=cache)
+    assert [row["what"] for row in rows] == ["encode, ours bf16", "decode, ours bf16"]
+
+
+@pytest.mark.slow
+@needs_torch
+def test_autoencoder_beside_torch(cache):
+    flags = ["--rounds", 1, "--batch_size", 1, "--image_size", 16, "--block_out_channels", "32,32"]
+    rows, _ = benchmark("autoencoder.py", *flags, "--precision", "fp32", cache=cache)
+    assert all(row["times_as_fast_as_torch"] > 0 for row in rows if "ours" in row["what"])
+
+
 @pytest.mark.slow
 def test_startup(cache):
     flags = ["--model", "DiT-Ti/8", "--rounds", 1, "--peer", "false"]

@@ -1,0 +1,148 @@
+"""How fast is the VAE? Pictures to latents and back, beside diffusers' in torch.
+
+    python benchmarks/autoencoder.py --image_size 128 --batch_size 2
+    python benchmarks/autoencoder.py --batch_size 16 --precision bf16
+
+The network is Stable Diffusion's and SDXL's, with random weights: 84 million parameters. What is
+timed is `Codec.encode`, from bytes on the host to moments on the device, and decoding there. The
+peer has float32, or autocast beside bf16, the same thread count and the same device.
+"""
+
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import cli
+import parallel
+from benchmarks.timing import interleaved, json_line, number, require, table, turn
+from codec import Codec
+from pretrained.autoencoder import Pretrained, write_config
+from vae.autoencoder import AutoencoderConfig, init_params
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class AutoencoderBenchConfig:
+    """Time encoding and decoding.
+
+    Args:
+        image_size: pixels to a side.
+        batch_size: pictures at a time.
+        block_out_channels: of the levels.
+        precision: fp32, bf16.
+        rounds: that count, after one that does not.
+        peer: time torch too, where it is installed.
+    """
+
+    image_size: int = 256
+    batch_size: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    precision: tuple[str, ...] = ("fp32", "bf16")
+    rounds: int = 4
+    peer: bool = True
+
+
+def ours(config: AutoencoderConfig, precision: str, image: np.ndarray) -> dict[str, Callable]:
+    """Turns of encoding and decoding, compiled."""
+    params = jax.jit(lambda: init_params(config, jax.random.key(0)))()
+    vae = Pretrained(config, jax.device_get(params), hash="", id="random", revision=None)
+    codec = Codec(vae, parallel.make_mesh(), dtype=DTYPES[precision])
+    z = parallel.fetch(codec.encode(image))[..., : config.latent_channels].astype(np.float32)
+    codec.decode(z)
+    return {
+        f"encode, ours {precision}": turn(lambda: codec.encode(image)),
+        f"decode, ours {precision}": turn(lambda: codec.decode(z)),
+    }
+
+
+def theirs(config: AutoencoderConfig, precision: str, image: np.ndarray) -> dict[str, Callable]:
+    """The same in torch."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    device = "cuda" if torch.cuda.is_available() and jax.default_backend() != "cpu" else "cpu"
+    facts = {k: v for k, v in write_config(config).items() if not k.startswith("_")}
+    model: Any = AutoencoderKL(**facts)
+    model.to(device).eval()
+    half = precision == "bf16"
+
+    def run(function: Callable, *arrays: Any) -> Any:
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=half):
+            return function(*arrays)
+
+    def encode() -> Any:
+        x = torch.from_numpy(image).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        moments = run(model.encode, x).latent_dist.parameters
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return moments
+
+    z = encode()[:, : config.latent_channels].float()
+    return {
+        f"encode, torch {precision}": turn(encode),
+        f"decode, torch {precision}": turn(lambda: run(model.decode, z).sample.float().cpu()),
+    }
+
+
+def measure(c: AutoencoderBenchConfig) -> list[dict[str, Any]]:
+    """Everything, taking turns."""
+    config = AutoencoderConfig(block_out_channels=c.block_out_channels, layers_per_block=2)
+    shape = (c.batch_size, c.image_size, c.image_size, config.in_channels)
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    turns: dict[str, Callable] = {}
+    for precision in c.precision:
+        turns |= ours(config, precision, image)
+        if missing := [p for p in ("torch", "diffusers") if not importlib.util.find_spec(p)]:
+            print(f"left out: torch {precision}: {' and '.join(missing)} not installed")
+        elif c.peer:
+            turns |= theirs(config, precision, image)
+    times = interleaved(turns, c.rounds)
+    rows = []
+    for name, t in times.items():
+        peer = times.get(name.replace("ours", "torch"))
+        rows.append(
+            {
+                "what": name,
+                "median_s": t.median,
+                "min_s": t.min,
+                "images_per_second": c.batch_size / t.median,
+                "times_as_fast_as_torch": t.times_as_fast_as(peer) if peer else None,
+            }
+        )
+    return rows
+
+
+def cells(row: dict[str, Any]) -> dict[str, str]:
+    """A line of the table, by column."""
+    return {
+        "what": row["what"],
+        "s": number(row["median_s"]),
+        "min": number(row["min_s"]),
+        "images/s": number(row["images_per_second"]),
+        "× torch": number(row["times_as_fast_as_torch"]),
+    }
+
+
+def main() -> None:
+    config = cli.parse(AutoencoderBenchConfig)
+    require("precision", config.precision, DTYPES)
+    rows = measure(config)
+    print(table([cells(row) for row in rows]))
+    print(json_line("autoencoder", rows=rows))
+
+
+if __name__ == "__main__":
+    cli.run(main)
