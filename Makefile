@@ -32,7 +32,7 @@ DEMO := runs/latents-demo-$(shell date +%Y%m%d-%H%M%S)
 latents-demo: .venv/installed-dev
 	$(BIN)/python benchmarks/crops.py --out $(DEMO)/photos
 	$(BIN)/python train_vae.py --dataset_name folder:$(DEMO)/photos --image_size 64 --batch_size 8 \
-		--block_out_channels 16,32,64 --noattention --learning_rate 2e-3 --n_steps 1300 \
+		--block_out_channels 16,32,64 --noattention --learning_rate 2e-3 --n_steps 900 \
 		--run_dir $(DEMO)/vae
 	$(BIN)/python convert_imagenet.py --dataset_name folder:$(DEMO)/photos --image_size 64 \
 		--vae $(DEMO)/vae/vae --out $(DEMO)/latents --verify 64
