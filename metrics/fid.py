@@ -55,18 +55,20 @@ class Moments:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|μa − μb|² + tr(Σa + Σb − 2 (Σa Σb)^½) (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
 
-    The trace of the root is the sum of the singular values of √Σa √Σb: it stays real and needs no
-    small number added where covariances are singular, as those of few pictures are.
+    With Σa = A Aᵀ and Σb = B Bᵀ, the trace of the root is the sum of the singular values of Aᵀ B:
+    it stays real, and nothing must be added where a covariance is singular, as that of few
+    pictures is.
     """
-    cross = np.linalg.svd(root(a.covariance) @ root(b.covariance), compute_uv=False).sum()
+    cross = np.linalg.svd(factor(a.covariance).T @ factor(b.covariance), compute_uv=False).sum()
     shift = np.square(a.mean - b.mean).sum()
     return float(shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
 
 
-def root(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
-    """The symmetric square root; what rounding made negative counts as 0."""
+def factor(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d r"]:
+    """A of Σ = A Aᵀ, by eigenvalues; those that are 0 but for rounding are left out."""
     values, vectors = np.linalg.eigh(covariance)
-    return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    some = values > values.max() * len(values) * np.finfo(np.float64).eps
+    return vectors[:, some] * np.sqrt(values[some])
 
 
 class Spread(NamedTuple):

@@ -2,14 +2,20 @@
 prepare them; weights that are not its own.
 """
 
+import json
+from dataclasses import replace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+import evaluate
 import parallel
 from errors import UserError
+from evaluate import EvaluateConfig
 from metrics import extraction, inception
 from metrics.extraction import gather, regrouped
 from metrics.fid import frechet_distance
@@ -189,26 +195,58 @@ def test_the_network_has_as_many_weights_as_the_paper_s():
     assert sum(map(np.prod, kernels)) + 2 * n_channels == 21_785_568
 
 
-def test_features_and_distances_are_those_of_torch(loaded, two_sets, of_torch):
-    ours = list(extracted(loaded, two_sets, n_devices=1, batch_size=3))
+@pytest.fixture(scope="module")
+def ours(loaded, two_sets):
+    return list(extracted(loaded, two_sets, n_devices=1, batch_size=3))
+
+
+def test_features_are_those_of_torch(ours, of_torch):
     for found, (pool, spatial, logits) in zip(ours, of_torch):
         np.testing.assert_allclose(found.features, pool, atol=1e-4 * np.abs(pool).max(), rtol=1e-4)
-        assert found.logits is not None and found.spatial is not None
         scale = np.abs(logits).max()
         np.testing.assert_allclose(found.logits, logits, atol=1e-4 * scale, rtol=1e-4)
         mean = spatial.mean(0)
         assert mean.shape == (2023,) and mean.max() > 0.1
         np.testing.assert_allclose(found.spatial.mean, mean, atol=1e-4 * mean.max(), rtol=1e-4)
-    a, b = ours
-    assert a.spatial and b.spatial
-    (pool_a, spatial_a, _), (pool_b, spatial_b, _) = of_torch
-    fid, sfid = nuclear_frechet(pool_a, pool_b), nuclear_frechet(spatial_a, spatial_b)
-    np.testing.assert_allclose(frechet_distance(a.pool, b.pool), fid, rtol=1e-4)
-    np.testing.assert_allclose(frechet_distance(a.spatial, b.spatial), sfid, rtol=1e-4)
 
-    # Eight devices and batches that do not divide the set: the last batch counts, its filling not.
+
+@pytest.mark.slow
+def test_distances_are_those_of_torch_on_any_devices(loaded, two_sets, ours, of_torch):
+    (pool_a, spatial_a, _), (pool_b, spatial_b, _) = of_torch
+    a, b = ours
+    fid, sfid = nuclear_frechet(pool_a, pool_b), nuclear_frechet(spatial_a, spatial_b)
+    found = frechet_distance(a.pool, b.pool)
+    np.testing.assert_allclose(found, fid, rtol=1e-4)
+    np.testing.assert_allclose(frechet_distance(a.spatial, b.spatial), sfid, rtol=1e-4)
+    # Batches that do not divide the set: the last one counts, what fills it up does not.
     c, d = (part.pool for part in extracted(loaded, two_sets, n_devices=8, batch_size=8))
-    np.testing.assert_allclose(frechet_distance(c, d), frechet_distance(a.pool, b.pool), rtol=1e-6)
+    np.testing.assert_allclose(frechet_distance(c, d), found, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_command_measures_all_that_inception_can(file, two_sets, tmp_path):
+    for name, image in zip(("real", "drawn"), two_sets):
+        np.savez(tmp_path / f"{name}.npz", arr_0=image)
+    how = {"inception": str(file), "out": tmp_path / "record", "batch_size": 8}
+    real = tmp_path / "statistics.npz"
+    evaluate.main(EvaluateConfig(npz=tmp_path / "real.npz", make_reference=real, **how))
+    judge = EvaluateConfig(npz=tmp_path / "drawn.npz", reference=real, **how)
+    evaluate.main(judge)
+    found = json.loads(how["out"].read_text())
+    names = {"fid", "sfid", "inception_score", "inception_score_std", "kid", "kid_std"}
+    assert found.keys() == names | {"precision", "recall", "card"}
+    assert found["fid"] > 0 and found["sfid"] > 0 and found["inception_score"] >= 1
+    made_with = found["card"]["features"]
+    assert made_with["preparation"] == "pytorch_fid" and len(made_with["weights"]) == 64
+    with pytest.raises(UserError, match=r"statistics\.npz is of --preparation pytorch_fid"):
+        evaluate.main(replace(judge, preparation="adm"))
+    with np.load(real) as arrays:
+        others: dict[str, Any] = dict(arrays)
+    card = json.loads(str(others.pop("card")))
+    card["features"]["weights"] = "0" * 64
+    np.savez(real, **others, card=np.array(json.dumps(card)))
+    with pytest.raises(UserError, match=r"made with other weights .* hash is 000000000000…, not"):
+        evaluate.main(judge)
 
 
 @pytest.mark.parametrize("n_devices", [1, 8])
