@@ -61,7 +61,8 @@ class EvaluateConfig:
         make_reference: write such statistics to this .npz, and compare nothing.
         inception: weights of FID's Inception network: a file, a folder or an id on the hub.
         features: inception, or pixels, which need no weights. A distance in pixels is not FID.
-        preparation: how pictures are resized for Inception: pytorch_fid, adm or clean_fid.
+        preparation: how pictures are resized for Inception: pytorch_fid, adm or clean_fid. Of a
+            reference that does not say, it is adm if it has spatial statistics, else pytorch_fid.
         n: how many pictures to draw from a run.
         step: of the run's checkpoint; the newest if not given.
         ema: use the averaged weights; False uses the raw ones.
@@ -105,7 +106,7 @@ class EvaluateConfig:
 
 # What the help page says of values that are not given.
 FILLED = {"n": "50000", "cfg_scale": "the run's own", "n_steps": "the run's own"}
-FILLED |= {"solver": "the run's own", "preparation": "as the reference's, or pytorch_fid"}
+FILLED |= {"solver": "the run's own", "preparation": "the reference's"}
 FILLED |= {"batch_size": "64 a device, 16 on a CPU", "out": f"{RECORD} of the run, or here"}
 FILLED |= {"image_size": "as the data set recommends"}
 N_DRAWN = 50_000

@@ -12,9 +12,10 @@ from PIL import Image
 
 import drawn
 import evaluate
+import parallel
 from errors import UserError
 from evaluate import EvaluateConfig
-from metrics import pictures
+from metrics import extraction, pictures, reference
 from train import TrainConfig, Trainer
 
 rng = np.random.default_rng(0)
@@ -54,13 +55,13 @@ def numbers(found: dict) -> dict:
 
 @pytest.mark.slow
 def test_the_command_judges_a_run(trained, tmp_path, cache):
-    reference, samples = tmp_path / "real.npz", tmp_path / "drawn.npz"
-    words = ["--make_reference", reference, "--dataset_name", "digits", "--features", "pixels"]
+    real, samples = tmp_path / "real.npz", tmp_path / "drawn.npz"
+    words = ["--make_reference", real, "--dataset_name", "digits", "--features", "pixels"]
     made = run("evaluate.py", *words, cache=cache)
     assert made.returncode == 0, made.stderr
-    assert made.stdout == f"statistics of 1437 pictures: {reference}\n"
+    assert made.stdout == f"statistics of 1437 pictures: {real}\n"
 
-    words = ["--run", trained, "--reference", reference, "--features", "pixels", "--n", 30]
+    words = ["--run", trained, "--reference", real, "--features", "pixels", "--n", 30]
     words += ["--samples", samples, "--batch_size", 7, "--cfg_scale", 2, "--seed", 3]
     done = run("evaluate.py", *words, cache=cache)
     assert done.returncode == 0, done.stderr
@@ -85,12 +86,12 @@ def test_the_command_judges_a_run(trained, tmp_path, cache):
         assert arrays["arr_0"].shape == (30, 8, 8, 1) and arrays["arr_0"].dtype == np.uint8
         assert arrays["arr_1"].tolist() == list(range(10)) * 3
     assert not samples.with_name("drawn.npz.parts").exists()
-    again = measured(tmp_path / "x", npz=samples, reference=reference, batch_size=16, seed=3)
+    again = measured(tmp_path / "x", npz=samples, reference=real, batch_size=16, seed=3)
     assert numbers(again) == pytest.approx(numbers(found), rel=1e-6, abs=1e-6)
 
     # Here are eight devices; a picture's last bit may be another on them.
     how = {"n": 30, "cfg_scale": 2.0, "seed": 3, "batch_size": 16}
-    spread = measured(tmp_path / "y", run=trained, reference=reference, **how)
+    spread = measured(tmp_path / "y", run=trained, reference=real, **how)
     assert spread["pixel_frechet"] == pytest.approx(found["pixel_frechet"], rel=1e-3)
 
 
@@ -170,6 +171,16 @@ def test_references_that_do_not_fit_are_refused(digits, some, tmp_path):
         measured(tmp_path / "a", npz=tmp_path / "wide.npz", reference=tmp_path / "fid.npz")
     with pytest.raises(UserError, match="unknown split 'tets'; did you mean 'test'"):
         measured(tmp_path / "a", dataset_name="digits", split="tets", reference=digits)
+
+
+def test_pictures_in_a_reference_take_the_place_of_features(some, tmp_path):
+    nothing = {"mu": np.zeros(64), "sigma": np.eye(64), "mu_s": np.zeros(9), "sigma_s": np.eye(9)}
+    np.savez(tmp_path / "adm.npz", arr_0=some, **nothing)
+    real, extract = reference.read(tmp_path / "adm.npz"), extraction.of_pixels(parallel.make_mesh())
+    found = evaluate.real_features(EvaluateConfig(n_features=10), real, extract, 16)
+    assert found is not None and found.shape == (10, 64)
+    flat = some.reshape(40, 64) / 255
+    assert all(np.abs(flat - row[None]).max(1).min() < 1e-6 for row in found)
 
 
 # --- sets of pictures -----------------------------------------------------------------------------
