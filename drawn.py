@@ -66,13 +66,7 @@ def of_run(
         )
     codec = codec_of(run, c.vae, mesh)
     step, params = generate.load_params(folder, model, mesh, ema=c.ema, step=c.step)
-    n_steps = run["n_sample_steps"] if c.n_steps is None else c.n_steps
-    how = {
-        "sampler": Sampler(c.solver or run["solver"], n_steps, run["sample_shift"]),
-        "cfg_scale": run["cfg_scale"] if c.cfg_scale is None else c.cfg_scale,
-        "seed": c.seed,
-    }
-    labels = by_turns(model, c.n)
+    how, labels = drawing(run, c), by_turns(model, c.n)
     size = min(c.batch_size, c.n)
 
     def draw(start: int) -> Batch:
@@ -89,6 +83,17 @@ def of_run(
     if samples is None:
         return PictureSet(c.n, lambda _: map(draw, starts), card)
     return PictureSet(c.n, lambda _: kept(draw, starts, samples, labels, card), card)
+
+
+def drawing(run: dict[str, Any], config: DrawConfig) -> dict[str, Any]:
+    """How `generate.sample` shall draw: what is not said is as in the run."""
+    c = config
+    n_steps = run["n_sample_steps"] if c.n_steps is None else c.n_steps
+    return {
+        "sampler": Sampler(c.solver or run["solver"], n_steps, run["sample_shift"]),
+        "cfg_scale": run["cfg_scale"] if c.cfg_scale is None else c.cfg_scale,
+        "seed": c.seed,
+    }
 
 
 def codec_of(run: dict[str, Any], vae: str | None, mesh: parallel.Mesh) -> Codec | None:
