@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import ROOT, run
+from commands import ROOT, run, settings
 
 from benchmarks import peer, timing
 from errors import UserError
@@ -246,13 +247,18 @@ def test_startup(cache):
 
 
 @pytest.mark.slow
-def test_the_gpu_script_without_a_gpu(tmp_path):
+def test_the_gpu_script_without_a_gpu(cache):
     done = subprocess.run(
-        ["bash", "benchmarks/gpu.sh", "--dry"], cwd=ROOT, capture_output=True, text=True
+        ["bash", "benchmarks/gpu.sh", "--dry"],
+        cwd=ROOT,
+        env=os.environ | settings(cache),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "status" not in done.stdout and "no time" not in done.stdout
     assert done.stdout.count("| model × batch") >= 8 and "| batch × tokens" in done.stdout
+    assert "| what" in done.stdout
 
 
 def test_the_gpu_script_is_well_formed():

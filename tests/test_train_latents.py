@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import averaging
+import jax
 import nano  # noqa: F401  (its sizes)
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from generate import GenerateConfig, Sampler
 from pretrained import autoencoder as pretrained
 from train import TrainConfig, Trainer
 from train_config import require_same_latents, with_subject
+from vae.autoencoder import AutoencoderConfig, init_params
 
 N_STEPS = 18
 EVERY = ["--n_steps", N_STEPS, "--eval_save_steps", 6, "--sample_every_n", 100]
@@ -297,6 +299,22 @@ def test_a_run_on_pictures_takes_no_vae(whole, vae, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"--vae .*: the run was trained on pictures, not on lat"):
         generate.main(GenerateConfig(run=tmp_path, vae=str(vae), out=tmp_path / "a.png"))
+
+
+@pytest.mark.slow
+def test_imagenet_trains_on_its_latents(forks, tmp_path):
+    """From pictures in the hub's schema."""
+    random = AutoencoderConfig(block_out_channels=(8, 8), norm_num_groups=4, scaling_factor=1.0)
+    pretrained.save(tmp_path / "vae", random, init_params(random, jax.random.key(0)))
+    copy, folder = make_copy("imagenet", tmp_path / "data"), tmp_path / "latents"
+    how = ["--dataset_name", "imagenet", "--data_dir", copy, "--vae", tmp_path / "vae"]
+    how += ["--image_size", 16, "--out", folder]
+    status, _, err = forks.run(*how, command="convert_imagenet")
+    assert status == 0, err
+    assert latents.read(folder).encoding.mirrored
+    flags = [*FLAGS, "--dataset_name", "imagenet", "--latents", folder]
+    status, out, err = forks.run(*flags, "--run_dir", tmp_path / "run")
+    assert status == 0 and "1000 classes" in out, err
 
 
 # --- mistakes -------------------------------------------------------------------------------------
