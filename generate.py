@@ -109,6 +109,7 @@ def sample(
     mesh: parallel.Mesh,
     cfg_scale: float = 1.0,
     seed: int = 0,
+    first: int = 0,
     batch_size: int = 256,
     trajectory: bool = False,
     codec: Codec | None = None,
@@ -116,9 +117,9 @@ def sample(
     """Pictures of `labels`: ids of classes, or encoded captions; of a model of latents, as its
     `codec` decodes them.
 
-    A picture is a function of the weights, its label, the seed and its place in `labels`: neither
-    `batch_size` nor the number of devices changes it. Label `config.n_classes` is "no class";
-    `cfg_scale` 1 samples the conditional model in half the time.
+    A picture is a function of the weights, its label, the seed and its place: that in `labels`,
+    counted from `first`. Neither `batch_size` nor the number of devices changes it. Label
+    `config.n_classes` is "no class"; `cfg_scale` 1 samples the conditional model in half the time.
     """
     labels = labels if isinstance(labels, Caption) else np.asarray(labels, np.int32)
     n = len(jax.tree.leaves(labels)[0])
@@ -139,7 +140,7 @@ def sample(
         index = np.arange(start, start + size, dtype=np.int32)
         rows = np.minimum(index, n - 1)  # the last batch is filled up with its last label
         label = jax.tree.map(lambda x, rows=rows: x[rows], labels)
-        label, index = parallel.spread((label, index), mesh)
+        label, index = parallel.spread((label, first + index), mesh)
         solution = draw(
             params,
             label,

@@ -5,18 +5,16 @@ Zhang et al. learned (`vgg.pth`). One file with both, named as their module's st
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from errors import UserError
-from pretrained import torch_file
+from pretrained import loose
 from vae.losses import VGG16, lpips_shapes
 
-PATTERNS = ("*.pth", "*.pt", "*.bin", "*.safetensors")
 # Where a convolution stands among torchvision's layers: a ReLU follows each, a pool each group.
 PLACES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 CONVOLUTION = re.compile(r"(?:.*\.)?(?:features|slice\d)\.(\d+)\.(weight|bias)")
@@ -30,9 +28,7 @@ def load(path_or_id: str) -> Any:
         UserError: there are no such files, one is damaged or holds more than tensors, or weights
             are missing or of another shape.
     """
-    found: dict[str, np.ndarray] = {}
-    for path in _files(path_or_id):
-        found |= named(_read(path))
+    found = named(loose.read(path_or_id, "LPIPS"))
     weights = {"vgg16": _groups(found), "linear": [found.get(f"linear.{i}") for i in range(5)]}
     leaves = jax.tree.leaves(weights, is_leaf=lambda x: x is None)
     for (path, wanted), leaf in zip(jax.tree_util.tree_leaves_with_path(lpips_shapes()), leaves):
@@ -62,40 +58,3 @@ def _groups(found: Mapping[str, np.ndarray]) -> list[list[dict[str, np.ndarray |
         [{part: found.get(f"{place}.{part}") for part in ("kernel", "bias")} for place in group]
         for group in ([next(places) for _ in widths] for widths in VGG16)
     ]
-
-
-def _read(path: Path) -> Mapping[str, np.ndarray]:
-    if path.suffix != ".safetensors":
-        return torch_file.read(path)
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-
-
-def _files(path_or_id: str) -> Iterable[Path]:
-    path = Path(path_or_id).expanduser()
-    if path.is_file():
-        return [path]
-    folder = path if path.is_dir() else _from_hub(path_or_id)
-    files = sorted(file for pattern in PATTERNS for file in folder.glob(pattern))
-    if not files:
-        raise UserError(f"LPIPS '{path_or_id}': no {', '.join(PATTERNS)} there")
-    return files
-
-
-def _from_hub(name: str) -> Path:
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(PATTERNS)))
-    except (
-        Exception
-    ) as error:  # the hub's library raises its own kinds, and those of several others
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"LPIPS '{name}' is no file or folder, and cannot be had from the hub: {reason}"
-        ) from error

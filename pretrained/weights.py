@@ -87,9 +87,16 @@ def tensors_hash(tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def refuse_misfits(
-    where: str, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+    where: str,
+    tensors: Mapping[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]],
+    what: str = "its config",
 ) -> None:
-    """Raises UserError unless the tensors are those of `shapes`, each of its shape."""
+    """Raises UserError unless the tensors are those of `shapes`, each of its shape.
+
+    Args:
+        what: asks for these shapes, as the error shall say.
+    """
     problems = {
         "it lacks": sorted(set(shapes) - set(tensors)),
         "it has no place for": sorted(set(tensors) - set(shapes)),
@@ -101,7 +108,7 @@ def refuse_misfits(
     }
     said = [f"{kind} {_some(names)}" for kind, names in problems.items() if names]
     if said:
-        raise UserError(f"the weights of '{where}' do not fit its config: {'; '.join(said)}")
+        raise UserError(f"the weights of '{where}' do not fit {what}: {'; '.join(said)}")
 
 
 def _some(names: list[str], n: int = 3) -> str:

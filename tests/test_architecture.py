@@ -17,14 +17,17 @@ RANKS = {
     **dict.fromkeys(("cli", "images", "layers", "objectives", "sampling", "parallel", "optim"), 0),
     **dict.fromkeys(("datasets_config", "interrupts", "run_folder", "text", "workers"), 0),
     **dict.fromkeys(("processes", "lanes", "streams", "latents"), 0),
-    **dict.fromkeys(("vae.losses", "pretrained.torch_file"), 0),
+    **dict.fromkeys(("vae.losses", "pretrained.torch_file", "metrics.fid", "metrics.inception"), 0),
     **dict.fromkeys(("captions", "model", "sources", "pipeline", "tracking", "profiling"), 1),
-    **dict.fromkeys(("vae.autoencoder", "pretrained.weights"), 1),
+    **dict.fromkeys(("vae.autoencoder", "pretrained.weights", "pretrained.loose"), 1),
+    "metrics.reference": 1,
     **dict.fromkeys(("checkpoint", "train_config", "showcase", "resident", "scaling"), 2),
-    **dict.fromkeys(("pretrained.autoencoder", "pretrained.lpips"), 2),
+    **dict.fromkeys(("pretrained.autoencoder", "pretrained.lpips", "pretrained.inception"), 2),
+    "metrics.pictures": 2,
+    "metrics.extraction": 3,
     **dict.fromkeys(("codec", "doctor", "generate", "open_run", "train_vae_config"), 3),
-    **dict.fromkeys(("convert_imagenet", "train", "train_profile"), 4),
-    "train_vae": 5,
+    **dict.fromkeys(("convert_imagenet", "drawn", "train", "train_profile"), 4),
+    **dict.fromkeys(("evaluate", "train_vae"), 5),
 }
 NEIGHBOURS = {
     ("pipeline", "captions"),
@@ -33,7 +36,7 @@ NEIGHBOURS = {
     ("doctor", "codec"),
 }
 NEIGHBOURS |= {("train", "train_profile")}
-WINGS = ("vae", "pretrained")
+WINGS = ("metrics", "pretrained", "vae")
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))} | {
     f"{wing}.{path.stem}": path
     for wing in WINGS
@@ -92,7 +95,7 @@ def test_the_method_can_be_lifted_into_another_project(name):
     "name",
     (
         *("datasets_config", "sources", "streams", "lanes", "pipeline", "workers", "latents"),
-        *("images", "tracking", "text", "captions"),
+        *("images", "tracking", "text", "captions", "metrics.pictures"),
     ),
 )
 def test_data_and_pictures_know_nothing_of_jax(name):

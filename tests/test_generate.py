@@ -40,6 +40,7 @@ def test_batches_and_devices_do_not_change_a_picture(params):
     one = parallel.make_mesh(devices=jax.devices()[:1])
     np.testing.assert_allclose(pictures(params, labels, mesh=one).x, whole, atol=1e-5)
     np.testing.assert_allclose(pictures(params, labels[:3]).x, whole[:3], atol=1e-5)
+    np.testing.assert_allclose(pictures(params, labels[4:], first=4).x, whole[4:], atol=1e-5)
     assert np.abs(pictures(params, labels, seed=6).x - whole).max() > 0.1
     assert np.abs(whole[1] - whole[3]).max() > 0.1  # the same label, another place
 

@@ -1,0 +1,337 @@
+"""How good are pictures? FID and its relatives, of a run's samples or of pictures that are at hand.
+
+    python evaluate.py --make_reference cifar10.npz --dataset_name cifar10 --inception WEIGHTS
+    python evaluate.py --run runs/cifar10-… --reference cifar10.npz --inception WEIGHTS
+    python evaluate.py --images some/folder --reference cifar10.npz --inception WEIGHTS
+
+Every number is written beside all that it depends on. Neither the size of batches nor the number of
+devices is among that. Stop it whenever you like: with `--samples`, the same command goes on.
+"""
+
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+import cli
+import drawn
+import generate
+import parallel
+from drawn import DrawConfig
+from errors import UserError
+from metrics import extraction, fid, pictures, reference
+from metrics.extraction import Extractor, Gathered, Rows
+from metrics.pictures import Batch, PictureSet
+from metrics.reference import Reference
+from pretrained import inception
+from run_folder import read_config
+
+WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
+RECORD = "evaluations.jsonl"
+NAMES = {  # of a distance in Inception's features, and in pixels, which is no FID
+    "inception": ("fid", "kid", "precision", "recall", "sfid"),
+    "pixels": ("pixel_frechet", "pixel_kernel", "pixel_precision", "pixel_recall"),
+}
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Compare pictures with the statistics of real ones, or make such statistics.
+
+    Args:
+        run: a run's folder: its pictures are drawn here, as many of each class.
+        images: or a folder of pictures.
+        npz: or a file of them (arr_0), as generate.py and --samples write it.
+        dataset_name: or a data set, by a key of DATASET_CONFIGS, folder:PATH or hf:owner/name.
+        data_dir: a local copy of the data set.
+        image_column: where to find pictures in folder: and hf: data.
+        split: of the data set.
+        image_size: crop and resize pictures of files and data sets to so many pixels.
+        reference: statistics of real pictures: of --make_reference, pytorch-fid, clean-fid or the
+            ADM suite.
+        make_reference: write such statistics to this .npz, and compare nothing.
+        inception: weights of FID's Inception network: a file, a folder or an id on the hub.
+        features: inception, or pixels, which need no weights. A distance in pixels is not FID.
+        preparation: how pictures are resized for Inception: pytorch_fid, adm or clean_fid. Of a
+            reference that does not say, it is adm if it has spatial statistics, else pytorch_fid.
+        n: how many pictures to draw from a run.
+        step: of the run's checkpoint; the newest if not given.
+        ema: use the averaged weights; False uses the raw ones.
+        cfg_scale: guidance scale; 1 is none.
+        n_steps: solver steps.
+        solver: euler or heun.
+        seed: of the noise, and of what is chosen at random for KID and the Inception Score.
+        vae: where the VAE of a run on latents is now, if it has moved.
+        samples: keep the drawn pictures in this .npz, in the ADM suite's layout.
+        n_features: pictures of each side that KID, precision and recall look at; 0 for none.
+        batch_size: pictures drawn and looked at at a time.
+        out: a file that gets one more line of JSON.
+    """
+
+    run: Path | None = None
+    images: Path | None = None
+    npz: Path | None = None
+    dataset_name: str | None = None
+    data_dir: Path | None = None
+    image_column: str | None = None
+    split: str = "train"
+    image_size: int | None = None
+    reference: Path | None = None
+    make_reference: Path | None = None
+    inception: str | None = None
+    features: Literal["inception", "pixels"] = "inception"
+    preparation: str | None = None
+    n: int | None = None
+    step: int | None = None
+    ema: bool = True
+    cfg_scale: float | None = None
+    n_steps: int | None = None
+    solver: str | None = None
+    seed: int = 0
+    vae: str | None = None
+    samples: Path | None = None
+    n_features: int = 10_000
+    batch_size: int | None = None
+    out: Path | None = None
+
+
+# What the help page says of values that are not given.
+FILLED = {"n": "50000", "cfg_scale": "the run's own", "n_steps": "the run's own"}
+FILLED |= {"solver": "the run's own", "preparation": "the reference's"}
+FILLED |= {"batch_size": "64 a device, 16 on a CPU", "out": f"{RECORD} of the run, or here"}
+FILLED |= {"image_size": "as the data set recommends"}
+N_DRAWN = 50_000
+SUBJECTS = ("run", "images", "npz", "dataset_name")
+OF_RUNS = ("n", "step", "cfg_scale", "n_steps", "solver", "vae", "samples")
+OF_DATA = ("data_dir", "image_column")
+
+
+def check(config: EvaluateConfig) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    given = [name for name in SUBJECTS if getattr(config, name) is not None]
+    if len(given) != 1:
+        which = " and ".join(f"--{name}" for name in given) or "none"
+        raise UserError(
+            f"name one of --{', --'.join(SUBJECTS)}, whose pictures are judged, not {which}"
+        )
+    for names, owner in ((OF_RUNS, "run"), (OF_DATA, "dataset_name")):
+        for name in names:
+            if getattr(config, name) is not None and owner not in given:
+                raise UserError(f"--{name} is for --{owner}")
+    if config.image_size is not None and given[0] in ("run", "npz"):
+        raise UserError(f"--image_size is not for --{given[0]}, whose pictures have their size")
+    if (config.reference is None) == (config.make_reference is None):
+        raise UserError(
+            "pass --reference FILE.npz, which `python evaluate.py --make_reference FILE.npz "
+            "--dataset_name NAME` makes, or --make_reference, but not both"
+        )
+    _check_numbers(config)
+    for path in filter(None, (config.make_reference, config.samples, config.out)):
+        if not path.parent.is_dir():
+            raise UserError(f"folder {path.parent} does not exist")
+        if path.suffix != ".npz" and path != config.out:
+            raise UserError(f"{path}: the name must end in .npz")
+    if config.features == "pixels" and (config.inception or config.preparation):
+        raise UserError("--features pixels takes neither --inception nor --preparation")
+    if config.features == "inception" and not config.inception:
+        raise UserError(
+            f"FID needs Inception's weights: pass --inception {WEIGHTS} (from the releases of "
+            "github.com/mseitzer/pytorch-fid) or an id on the hub; --features pixels does without, "
+            "but is no FID"
+        )
+
+
+def _check_numbers(config: EvaluateConfig) -> None:
+    for name, least in {"n": 2, "n_features": 0, "batch_size": 1, "image_size": 2}.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value}: must be at least {least}")
+    if 0 < config.n_features < 2:
+        raise UserError("--n_features 1: must be 0 or at least 2")
+
+
+# --- whose pictures, and of which features --------------------------------------------------------
+
+
+def subject(config: EvaluateConfig, mesh: parallel.Mesh, batch_size: int) -> PictureSet:
+    """The pictures that are asked for."""
+    c = config
+    if c.run:
+        how = DrawConfig(
+            n=c.n or N_DRAWN,
+            step=c.step,
+            ema=c.ema,
+            cfg_scale=c.cfg_scale,
+            n_steps=c.n_steps,
+            solver=c.solver,
+            seed=c.seed,
+            vae=c.vae,
+            batch_size=batch_size,
+        )
+        return drawn.of_run(c.run, how, mesh, samples=c.samples)
+    if c.images:
+        return pictures.of_folder(c.images, image_size=c.image_size)
+    if c.npz:
+        return pictures.of_npz(c.npz)
+    return pictures.of_dataset(
+        str(c.dataset_name),
+        split=c.split,
+        data_dir=c.data_dir,
+        image_column=c.image_column,
+        image_size=c.image_size,
+    )
+
+
+def extractor(config: EvaluateConfig, real: Reference | None, mesh: parallel.Mesh) -> Extractor:
+    """What makes features: that which made the reference's.
+
+    Raises:
+        UserError: the reference was made otherwise, or there are no such weights.
+    """
+    made_with = real.made_with if real else {}
+    if real and made_with["space"] != config.features:
+        raise UserError(f"reference {real.path} is of --features {made_with['space']}")
+    if config.features == "pixels":
+        return extraction.of_pixels(mesh)
+    preparation = config.preparation or made_with.get("preparation", "pytorch_fid")
+    if real and real.card and preparation != made_with["preparation"]:
+        raise UserError(f"reference {real.path} is of --preparation {made_with['preparation']}")
+    weights = inception.load(str(config.inception))
+    if real and made_with.get("weights") not in (None, weights.hash):
+        raise UserError(
+            f"reference {real.path} was made with other weights than '{config.inception}': their "
+            f"hash is {made_with['weights'][:12]}…, not {weights.hash[:12]}…"
+        )
+    return extraction.of_inception(weights, mesh, preparation=preparation)
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def gathered(
+    config: EvaluateConfig,
+    extract: Extractor,
+    of: PictureSet,
+    batch_size: int,
+    real: Reference | None,
+) -> Gathered:
+    """The features of a set, with a progress bar.
+
+    Raises:
+        UserError: there are fewer than two pictures, or not as many features as the reference has.
+    """
+    if of.count < 2:
+        raise UserError(f"statistics need at least two pictures, not {of.count}")
+
+    def counted(batches: Iterator[Batch]) -> Iterator[Batch]:
+        with tqdm(total=of.count, unit=" pictures", disable=None) as bar:
+            for batch in batches:
+                yield batch
+                bar.update(len(batch))
+
+    def fitting(parts: Iterator[Rows]) -> Iterator[Rows]:
+        for part in parts:
+            n, m = part.pool.shape[1], len(real.pool.mean) if real else None
+            if m not in (None, n):  # said at once, not after hours
+                raise UserError(
+                    f"reference {config.reference} has {m} features, and these pictures {n}: they "
+                    "have another size or colour, or it is of another network"
+                )
+            yield part
+
+    rows = extract(counted(of.batches(batch_size)), batch_size=min(batch_size, of.count))
+    keep = {"n_features": config.n_features, "keep_logits": real is not None}
+    return extraction.gather(fitting(rows), of.count, **keep)
+
+
+def scores(
+    config: EvaluateConfig, found: Gathered, real: Reference, features: np.ndarray | None
+) -> dict[str, float]:
+    """Every measure that both sides have the features for.
+
+    Args:
+        features: of some of the reference's pictures.
+    """
+    distance, kernel, precision, recall = NAMES[config.features][:4]
+    said = {distance: fid.frechet_distance(found.pool, real.pool)}
+    if found.spatial and real.spatial:
+        said["sfid"] = fid.frechet_distance(found.spatial, real.spatial)
+    if found.logits is not None:
+        score = fid.inception_score(found.logits, seed=config.seed)
+        said |= {"inception_score": score.mean, "inception_score_std": score.std}
+    if features is not None and min(len(features), len(found.features)) > 1:
+        spread = fid.kernel_distance(found.features, features, seed=config.seed)
+        both = fid.precision_recall(features, found.features)
+        said |= {kernel: spread.mean, f"{kernel}_std": spread.std}
+        said |= {precision: both.precision, recall: both.recall}
+    return said
+
+
+def real_features(
+    config: EvaluateConfig, real: Reference, extract: Extractor, batch_size: int
+) -> np.ndarray | None:
+    """Of some of the reference's pictures: from its file, or made from the pictures in it."""
+    if not config.n_features:
+        return None
+    if real.features is None and real.has_pictures:
+        of = pictures.of_npz(real.path)
+        return gathered(config, extract, of, batch_size, real).features
+    if real.features is None or len(real.features) <= config.n_features:
+        return real.features
+    # Data sets are often sorted by class: the first rows would not do.
+    rows = np.random.default_rng(config.seed).permutation(len(real.features))
+    return real.features[rows[: config.n_features]]
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def main(config: EvaluateConfig) -> None:
+    """Read what is compared with, look at all pictures, write what was found."""
+    check(config)
+    parallel.keep_compiled()
+    real = reference.read(config.reference) if config.reference else None
+    n_devices = jax.device_count()
+    fsdp = math.gcd(read_config(config.run)["fsdp"], n_devices) if config.run else 1
+    mesh = parallel.make_mesh(fsdp)
+    per_device = 16 if jax.default_backend() == "cpu" else 64
+    size = config.batch_size or per_device * n_devices
+    extract = extractor(config, real, mesh)
+    of = subject(config, mesh, size)
+    found = gathered(config, extract, of, size, real)
+    card = {"pictures": of.card | {"count": of.count}, "features": extract.card}
+    card |= {"command": shlex.join(sys.argv), "jax": jax.__version__, "made": time.ctime()}
+    if config.make_reference:
+        with generate.unwritable(config.make_reference):
+            reference.write(config.make_reference, found.pool, found.spatial, found.features, card)
+        print(f"statistics of {of.count} pictures: {config.make_reference}")
+    elif real:
+        said = scores(config, found, real, real_features(config, real, extract, size))
+        known = {"path": str(real.path), "sha256": real.sha256, "pictures": real.card}
+        tell(config, said, card | {"reference": known, "config": asdict(config)})
+
+
+def tell(config: EvaluateConfig, said: dict[str, float], card: dict[str, Any]) -> None:
+    """Print the numbers, and add a line to the record."""
+    out = config.out or (config.run or Path()) / RECORD
+    line = json.dumps(said | {"card": card}, default=str)
+    with generate.unwritable(out), out.open("a") as file:
+        file.write(line + "\n")
+    for name, value in said.items():
+        print(f"{name:20} {value:.6g}")
+    if lacking := [name for name in NAMES[config.features] if name not in said]:
+        print(f"not known of this reference, or not asked for: {', '.join(lacking)}")
+    print(f"{card['pictures']['count']} pictures; all that this depends on is in {out}")
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(cli.parse(EvaluateConfig, filled=FILLED)))

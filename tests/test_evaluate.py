@@ -1,0 +1,243 @@
+"""The command, from a run to a line of JSON; the same numbers by every way to the same pictures."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import nano  # noqa: F401  (its sizes)
+import numpy as np
+import pytest
+from commands import run
+from PIL import Image
+
+import drawn
+import evaluate
+import parallel
+from errors import UserError
+from evaluate import EvaluateConfig
+from metrics import extraction, pictures, reference
+from train import TrainConfig, Trainer
+
+rng = np.random.default_rng(0)
+PIXELS = {"pixel_frechet", "pixel_kernel", "pixel_kernel_std", "pixel_precision", "pixel_recall"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny run on the digits."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    config = TrainConfig(model="DiT-Nano/8", batch_size=8, n_steps=2, eval_save_steps=2)
+    Trainer(replace(config, n_eval_batches=1, n_sample_steps=2, run_dir=folder)).fit()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Statistics of the real digits' pixels."""
+    path = tmp_path_factory.mktemp("references") / "digits.npz"
+    config = EvaluateConfig(dataset_name="digits", make_reference=path, features="pixels")
+    evaluate.main(replace(config, n_features=300))
+    return path
+
+
+def measured(out: Path, **how) -> dict:
+    """The line that an evaluation leaves."""
+    evaluate.main(EvaluateConfig(features="pixels", out=out, **how))
+    return json.loads(out.read_text().splitlines()[-1])
+
+
+def numbers(found: dict) -> dict:
+    return {name: value for name, value in found.items() if name != "card"}
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_command_judges_a_run(trained, tmp_path, cache):
+    real, samples = tmp_path / "real.npz", tmp_path / "drawn.npz"
+    words = ["--make_reference", real, "--dataset_name", "digits", "--features", "pixels"]
+    made = run("evaluate.py", *words, cache=cache)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout == f"statistics of 1437 pictures: {real}\n"
+
+    words = ["--run", trained, "--reference", real, "--features", "pixels", "--n", 30]
+    words += ["--samples", samples, "--batch_size", 7, "--cfg_scale", 2, "--seed", 3]
+    done = run("evaluate.py", *words, cache=cache)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((trained / evaluate.RECORD).read_text())
+    assert numbers(found).keys() == PIXELS  # nothing here is called FID
+    assert f"pixel_frechet        {found['pixel_frechet']:.6g}\n" in done.stdout
+
+    card = found["card"]
+    assert card["pictures"]["count"] == 30 and card["pictures"]["step"] == 2
+    assert card["pictures"]["sampler"] == {
+        "solver": "euler",
+        "n_steps": 2,
+        "shift": 1.0,
+        "interval": [0.0, 1.0],
+    }
+    assert (card["pictures"]["cfg_scale"], card["pictures"]["seed"]) == (2, 3)
+    assert card["config"]["batch_size"] == 7 and "--cfg_scale 2" in card["command"]
+    assert len(card["reference"]["sha256"]) == 64
+    assert card["reference"]["pictures"]["pictures"]["dataset_name"] == "digits"
+
+    with np.load(samples) as arrays:
+        assert arrays["arr_0"].shape == (30, 8, 8, 1) and arrays["arr_0"].dtype == np.uint8
+        assert arrays["arr_1"].tolist() == list(range(10)) * 3
+    assert not samples.with_name("drawn.npz.parts").exists()
+    again = measured(tmp_path / "x", npz=samples, reference=real, batch_size=16, seed=3)
+    assert numbers(again) == pytest.approx(numbers(found), rel=1e-6, abs=1e-6)
+
+    # Here are eight devices; a picture's last bit may be another on them.
+    how = {"n": 30, "cfg_scale": 2.0, "seed": 3, "batch_size": 16}
+    spread = measured(tmp_path / "y", run=trained, reference=real, **how)
+    assert spread["pixel_frechet"] == pytest.approx(found["pixel_frechet"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_what_the_command_cannot_do_it_says_in_one_line(trained, tmp_path, cache):
+    np.savez(tmp_path / "wrong.npz", x=np.zeros(3))
+    wrong = ["--run", trained, "--reference", tmp_path / "wrong.npz", "--features", "pixels"]
+    no_weights = ["--run", trained, "--reference", tmp_path / "wrong.npz"]
+    for words, message in ((wrong, "holds x, but no mu"), (no_weights, "--features pixels")):
+        done = run("evaluate.py", *words, cache=cache)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.startswith("error: ") and message in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({}, "name one of --run, --images, --npz, --dataset_name, .* not none"),
+        ({"run": Path("a"), "npz": Path("b")}, "not --run and --npz"),
+        ({"npz": Path("a"), "n": 5}, "--n is for --run"),
+        ({"npz": Path("a"), "data_dir": Path("b")}, "--data_dir is for --dataset_name"),
+        ({"npz": Path("a"), "image_size": 8}, "--image_size is not for --npz"),
+        ({"run": Path("a"), "reference": None}, "--make_reference FILE.npz"),
+        ({"run": Path("a"), "n": 1}, "--n 1: must be at least 2"),
+        ({"run": Path("a"), "n_features": 1}, "must be 0 or at least 2"),
+        ({"run": Path("a"), "samples": Path("nowhere/x.npz")}, "folder nowhere does not exist"),
+        ({"run": Path("a"), "samples": Path("x.zip")}, "must end in .npz"),
+        ({"run": Path("a")}, "FID needs Inception's weights: pass --inception"),
+        ({"run": Path("a"), "features": "pixels", "preparation": "adm"}, "takes neither"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_read(fields, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.main(EvaluateConfig(**{"reference": Path("r.npz")} | fields))
+
+
+# --- the same pictures by other ways --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def some():
+    return rng.integers(0, 256, (40, 8, 8, 1)).astype(np.uint8)
+
+
+def test_folders_and_files_and_sizes_of_batches_give_the_same_numbers(some, digits, tmp_path):
+    np.savez_compressed(tmp_path / "some.npz", arr_0=some)
+    (tmp_path / "pictures" / "more").mkdir(parents=True)
+    for i, picture in enumerate(some):  # in order, though half of them lie deeper
+        folder = tmp_path / "pictures" / ("more" if i >= 20 else "")
+        Image.fromarray(picture[..., 0]).save(folder / f"{i:02}.png")
+    expected = numbers(measured(tmp_path / "a", npz=tmp_path / "some.npz", reference=digits))
+    assert expected.keys() == PIXELS
+    for how in ({"npz": tmp_path / "some.npz", "batch_size": 1}, {"images": tmp_path / "pictures"}):
+        found = numbers(measured(tmp_path / "b", reference=digits, **how))
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_real_pictures_are_at_distance_0_from_themselves(digits, tmp_path):
+    found = measured(tmp_path / "a", dataset_name="digits", reference=digits, n_features=300)
+    assert abs(found["pixel_frechet"]) < 1e-9
+    assert found["pixel_precision"] == found["pixel_recall"] == 1
+    other = measured(tmp_path / "a", dataset_name="digits", split="test", reference=digits)
+    assert other["pixel_frechet"] > 0.01
+    assert 0.5 < other["pixel_precision"] < 1
+    bare = measured(tmp_path / "a", dataset_name="digits", reference=digits, n_features=0)
+    assert numbers(bare).keys() == {"pixel_frechet"}
+    assert len((tmp_path / "a").read_text().splitlines()) == 3
+
+
+def test_references_that_do_not_fit_are_refused(digits, some, tmp_path):
+    np.savez(tmp_path / "wide.npz", arr_0=some.repeat(2, axis=2))
+    with pytest.raises(UserError, match="has 64 features, and these pictures 128"):
+        measured(tmp_path / "a", npz=tmp_path / "wide.npz", reference=digits)
+    np.savez(tmp_path / "fid.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(UserError, match="is of --features inception"):
+        measured(tmp_path / "a", npz=tmp_path / "wide.npz", reference=tmp_path / "fid.npz")
+    with pytest.raises(UserError, match="unknown split 'tets'; did you mean 'test'"):
+        measured(tmp_path / "a", dataset_name="digits", split="tets", reference=digits)
+
+
+def test_pictures_in_a_reference_take_the_place_of_features(some, tmp_path):
+    nothing = {"mu": np.zeros(64), "sigma": np.eye(64), "mu_s": np.zeros(9), "sigma_s": np.eye(9)}
+    np.savez(tmp_path / "adm.npz", arr_0=some, **nothing)
+    real, extract = reference.read(tmp_path / "adm.npz"), extraction.of_pixels(parallel.make_mesh())
+    found = evaluate.real_features(EvaluateConfig(n_features=10), real, extract, 16)
+    assert found is not None and found.shape == (10, 64)
+    flat = some.reshape(40, 64) / 255
+    assert all(np.abs(flat - row[None]).max(1).min() < 1e-6 for row in found)
+
+
+# --- sets of pictures -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        ({"x": np.zeros(3)}, "holds x.npy, but no arr_0.npy"),
+        ({"arr_0": np.zeros((2, 4, 4, 3))}, r"float64 \(2, 4, 4, 3\), not uint8"),
+        ({"arr_0": np.zeros((2, 4, 4, 4), np.uint8)}, r"\(2, 4, 4, 4\), not uint8"),
+        ({"arr_0": np.array([print], object)}, r"object \(1,\), not uint8"),
+    ],
+)
+def test_a_file_without_pictures_is_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(UserError, match=message):
+        pictures.of_npz(tmp_path / "x.npz")
+    (tmp_path / "x.npz").write_bytes(b"text")
+    with pytest.raises(UserError, match=r"damaged or no \.npz file"):
+        pictures.of_npz(tmp_path / "x.npz")
+
+
+def test_pictures_of_two_sizes_are_refused_unless_they_are_made_equal(tmp_path):
+    with pytest.raises(UserError, match="holds no pictures"):
+        pictures.of_folder(tmp_path)
+    for i, side in enumerate((8, 9)):
+        Image.fromarray(rng.integers(0, 256, (8, side, 3)).astype(np.uint8)).save(
+            tmp_path / f"{i}.png"
+        )
+    with pytest.raises(UserError, match=r"1.png has 9 × 8 pixels, and .*0.png 8 × 8; --image_size"):
+        list(pictures.of_folder(tmp_path).batches(4))
+    (batch,) = pictures.of_folder(tmp_path, image_size=6).batches(4)
+    assert batch.shape == (2, 6, 6, 3)
+    (tmp_path / "2.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"2\.png: the picture cannot be read"):
+        list(pictures.of_folder(tmp_path, image_size=6).batches(4))
+
+
+def test_an_interrupted_drawing_goes_on_with_the_same_settings_only(some, tmp_path):
+    calls, labels, card = [], np.zeros(40, np.int32), {"seed": 1}
+
+    def draw(start):
+        calls.append(start)
+        return some[start : start + 16]
+
+    starts, samples = range(0, 40, 16), tmp_path / "x.npz"
+    begun = drawn.kept(draw, starts, samples, labels, card)
+    for _ in range(2):
+        next(begun)
+    begun.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npz.parts"]
+    with pytest.raises(UserError, match="was begun with other settings"):
+        list(drawn.kept(draw, starts, samples, labels, {"seed": 2}))
+    parts = list(drawn.kept(draw, starts, samples, labels, card))
+    assert calls == [0, 16, 32]
+    np.testing.assert_array_equal(np.concatenate(parts), some)
+    with np.load(samples) as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"], some)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
