@@ -11,7 +11,7 @@ import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 CHECKED = ("layers", "model", "objectives", "optim", "sampling", "images", "generate", "vae")
-CHECKED += ("latents", "codec", "convert_imagenet", "resident")
+CHECKED += ("latents", "codec", "convert_imagenet", "resident", "diffusion")
 install_import_hook(CHECKED, "beartype.beartype")
 
 import jax  # noqa: E402
