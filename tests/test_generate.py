@@ -125,6 +125,7 @@ def test_labels_share_the_pictures():
     [
         ({"out": "grid.jpg"}, "must end in .png"),
         ({"trajectory": "way.mp4"}, "must end in .gif"),
+        ({"estimates": "seen.png"}, "--estimates seen.png: the name must end in .gif"),
         ({"n": 0}, "--n 0: must be at least 1"),
         ({"out": "/nowhere/grid.png"}, "folder /nowhere does not exist"),
         ({}, "is not a run"),
@@ -198,6 +199,7 @@ def test_a_sampler_that_does_not_exist_is_named():
         ({"solver": "ddpm", "prediction": "v", "n_steps": 1001}, "1001; DDPM has 1000"),
         ({"solver": "ddpm", "prediction": "v", "eta": 0.5}, "--eta 0.5 is for --solver ddim"),
         ({"eta": 0.5}, "--eta 0.5 is for --solver ddim"),
+        ({"solver": "ddpm", "prediction": "eps"}, "unknown prediction 'eps'"),
         ({"solver": "ddim", "prediction": "v", "eta": 1.5}, "--eta 1.5: must be between 0 and 1"),
     ],
 )
