@@ -19,7 +19,6 @@ import images
 import parallel
 from codec import Codec
 from errors import UserError
-from generate import Sampler
 from latents import Encoding
 from metrics.pictures import Batch, PictureSet, written
 from model import ModelConfig
@@ -88,9 +87,8 @@ def of_run(
 def drawing(run: dict[str, Any], config: DrawConfig) -> dict[str, Any]:
     """How `generate.sample` shall draw: what is not said is as in the run."""
     c = config
-    n_steps = run["n_sample_steps"] if c.n_steps is None else c.n_steps
     return {
-        "sampler": Sampler(c.solver or run["solver"], n_steps, run["sample_shift"]),
+        "sampler": generate.sampler_of(run, solver=c.solver, n_steps=c.n_steps),
         "cfg_scale": run["cfg_scale"] if c.cfg_scale is None else c.cfg_scale,
         "seed": c.seed,
     }

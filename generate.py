@@ -22,6 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 import cli
+import diffusion
 import images
 import parallel
 import text
@@ -31,7 +32,16 @@ from errors import UserError, unknown
 from latents import Encoding
 from model import Label, ModelConfig, graphdef, init_params
 from run_folder import atomic, read_config
-from sampling import SOLVERS, Solution, guided, initial_noise, time_grid
+from sampling import (
+    DESCENTS,
+    SOLVERS,
+    Solution,
+    Velocity,
+    guided,
+    initial_noise,
+    step_noise,
+    time_grid,
+)
 from showcase import captions
 from text import Caption
 
@@ -43,24 +53,49 @@ class Sampler:
     """How pictures are drawn from a model; static, so each combination is compiled once.
 
     Args:
-        solver: euler or heun.
+        solver: euler or heun; ddpm or ddim for a model that is trained by DDPM.
         n_steps: steps of the solver.
         shift: of the time grid; above 1 spends more steps near the noise.
         interval: times between which guidance acts.
+        prediction: of `diffusion.PREDICTIONS`; None for a velocity.
+        eta: of ddim: how much fresh noise, from 0 to 1.
+        guided_channels: how many of a picture's channels are guided; by default all.
+        clip: what ddpm and ddim take the data for, to where pictures are.
     """
 
     solver: str = "euler"
     n_steps: int = 50
     shift: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
+    prediction: str | None = None
+    eta: float = 0.0
+    guided_channels: int | None = None
+    clip: bool = False
 
     def __post_init__(self):
-        if self.solver not in SOLVERS:
-            raise unknown("solver", self.solver, SOLVERS)
+        fitting = DESCENTS if self.prediction else SOLVERS
+        if self.solver not in SOLVERS | DESCENTS:
+            raise unknown("solver", self.solver, SOLVERS | DESCENTS)
+        if self.prediction not in (None, *diffusion.PREDICTIONS):
+            raise unknown("prediction", self.prediction, diffusion.PREDICTIONS)
+        if self.solver not in fitting:
+            trained = "DDPM" if self.prediction else "rectified flow"
+            raise UserError(
+                f"--solver {self.solver} is not for a model trained by {trained}, which takes one "
+                f"of: {', '.join(fitting)}"
+            )
         if self.n_steps < 1:
             raise UserError(
                 f"the number of sampling steps is {self.n_steps}; it must be at least 1"
             )
+        if self.prediction and self.n_steps > diffusion.N_STEPS:
+            raise UserError(
+                f"the number of sampling steps is {self.n_steps}; DDPM has {diffusion.N_STEPS}"
+            )
+        if self.eta and self.solver != "ddim":
+            raise UserError(f"--eta {self.eta} is for --solver ddim")
+        if not 0 <= self.eta <= 1:
+            raise UserError(f"--eta {self.eta}: must be between 0 and 1")
 
 
 @partial(jax.jit, static_argnames=("config", "sampler", "guide", "trajectory"))
@@ -79,18 +114,44 @@ def draw(
     """One batch, from noise to pictures, as one compiled program."""
     model = nnx.merge(graphdef(config), params)
 
-    def velocity(x, t, label):
+    def predict(x, t, label):
         return model(x, jnp.full(x.shape[0], t), label)
 
     if guide:
         null = jax.tree.map(lambda x: jnp.full_like(x, config.n_classes), label)
-        how = {"interval": sampler.interval, "together": jax.default_backend() != "cpu"}
-        bound = guided(velocity, label, null, cfg_scale, **how)
+        # A variance is not guided.
+        more = config.channels if config.out_channels > config.channels else None
+        how = {"interval": sampler.interval, "channels": sampler.guided_channels or more}
+        together = jax.default_backend() != "cpu"
+        bound = guided(predict, label, null, cfg_scale, together=together, **how)
     else:
-        bound = partial(velocity, label=label)
-    noise = initial_noise(seed, index, (config.image_size, config.image_size, config.channels))
-    times = time_grid(sampler.n_steps, shift=sampler.shift)
-    return SOLVERS[sampler.solver](bound, noise, times, trajectory=trajectory)
+        bound = partial(predict, label=label)
+    shape = (config.image_size, config.image_size, config.channels)
+    return solve(bound, index, seed, shape, sampler=sampler, trajectory=trajectory)
+
+
+def solve(
+    predict: Velocity,
+    index: Int[Array, "b"],
+    seed: Int[Array, ""],
+    shape: tuple[int, int, int],
+    *,
+    sampler: Sampler,
+    trajectory: bool,
+) -> Solution:
+    """From noise to pictures by `predict(x, t)`: a velocity, or what else the sampler says."""
+    noise = initial_noise(seed, index, shape)
+    if sampler.prediction is None:
+        times = time_grid(sampler.n_steps, shift=sampler.shift)
+        return SOLVERS[sampler.solver](predict, noise, times, trajectory=trajectory)
+
+    def read(x, at):
+        how = {"prediction": sampler.prediction, "clip": sampler.clip}
+        return diffusion.estimate(predict(x, diffusion.told(at.step)), x, at, **how)
+
+    chain, renew = diffusion.chain(sampler.n_steps), step_noise(seed, index, shape)
+    how = {"trajectory": trajectory} | ({"eta": sampler.eta} if sampler.eta else {})
+    return DESCENTS[sampler.solver](read, noise, chain, renew, **how)
 
 
 class Pictures(NamedTuple):
@@ -98,6 +159,7 @@ class Pictures(NamedTuple):
 
     x: Float[np.ndarray, "b h w c"]
     trajectory: Float[np.ndarray, "n+1 b h w c"] | None
+    estimates: Float[np.ndarray, "n b h w c"] | None
 
 
 def sample(
@@ -112,6 +174,7 @@ def sample(
     first: int = 0,
     batch_size: int = 256,
     trajectory: bool = False,
+    estimates: bool = False,
     codec: Codec | None = None,
 ) -> Pictures:
     """Pictures of `labels`: ids of classes, or encoded captions; of a model of latents, as its
@@ -120,6 +183,10 @@ def sample(
     A picture is a function of the weights, its label, the seed and its place: that in `labels`,
     counted from `first`. Neither `batch_size` nor the number of devices changes it. Label
     `config.n_classes` is "no class"; `cfg_scale` 1 samples the conditional model in half the time.
+
+    Args:
+        trajectory: whether all states are wanted too.
+        estimates: whether that is what each step takes the picture for.
     """
     labels = labels if isinstance(labels, Caption) else np.asarray(labels, np.int32)
     n = len(jax.tree.leaves(labels)[0])
@@ -133,6 +200,7 @@ def sample(
             f"cfg_scale {cfg_scale}: an unconditional model has no label to be guided by; "
             "leave it at 1"
         )
+    require_channels(sampler, config, guide)
     config = replace(config, remat=False, unroll=1)
     size = -(-min(batch_size, n) // mesh.size) * mesh.size
     parts = []
@@ -150,17 +218,29 @@ def sample(
             config=config,
             sampler=sampler,
             guide=guide,
-            trajectory=trajectory,
+            trajectory=trajectory or estimates,
         )
         parts.append(parallel.fetch(solution))
-    x = np.concatenate([part.x for part in parts])[:n]
-    states = (
-        np.concatenate([part.trajectory for part in parts], axis=1)[:, :n] if trajectory else None
+
+    def whole(field: str, axis: int) -> Float[np.ndarray, "..."]:
+        x = np.concatenate([getattr(part, field) for part in parts], axis=axis)
+        x = np.take(x, range(n), axis=axis)
+        return codec.decode(x) if codec else x
+
+    return Pictures(
+        whole("x", 0),
+        whole("trajectory", 1) if trajectory else None,
+        whole("estimates", 1) if estimates else None,
     )
-    if codec:
-        x = codec.decode(x)
-        states = None if states is None else codec.decode(states)
-    return Pictures(x, states)
+
+
+def require_channels(sampler: Sampler, config: ModelConfig, guide: bool) -> None:
+    """Raises UserError if so many channels cannot be guided."""
+    n = sampler.guided_channels
+    if n is not None and not guide:
+        raise UserError(f"--guided_channels {n}: without guidance (cfg_scale 1) none is guided")
+    if n is not None and not 1 <= n <= config.channels:
+        raise UserError(f"--guided_channels {n}: the model's pictures have {config.channels}")
 
 
 def label_ids(words: Sequence[int | str], names: Sequence[str], n_classes: int) -> list[int]:
@@ -221,9 +301,12 @@ class GenerateConfig:
         out: where they go: .png is a grid with class names or prompts, .npz holds arr_0 (uint8
             images, n h w c) and arr_1 (labels, or the prompts' places).
         trajectory: a .gif of the way from noise to pictures.
+        estimates: a .gif of what each step on that way takes the pictures for.
         ema: use the averaged weights; False uses the raw ones.
         step: of the checkpoint; the newest if not given.
-        solver: euler or heun. Default: the run's own.
+        solver: euler or heun, or ddpm or ddim after training by DDPM. Default: the run's own.
+        eta: fresh noise of ddim, from 0 (none) to 1 (as much as ddpm).
+        guided_channels: guide the first so many; by default all. Published DiTs are for 3.
         batch_size: pictures drawn at a time.
         fsdp: devices that share one copy of the weights. Default: the run's own, as far as there
             are so many.
@@ -240,9 +323,12 @@ class GenerateConfig:
     seed: int = 0
     out: Path = Path("samples.png")
     trajectory: Path | None = None
+    estimates: Path | None = None
     ema: bool = True
     step: int | None = None
     solver: str | None = None
+    eta: float = 0.0
+    guided_channels: int | None = None
     batch_size: int = 256
     fsdp: int | None = None
 
@@ -251,9 +337,11 @@ def check(config: GenerateConfig) -> None:
     """Refuse what cannot work before anything is loaded."""
     if config.out.suffix not in (".png", ".npz"):
         raise UserError(f"--out {config.out}: the name must end in .png (a grid) or .npz (arrays)")
-    if config.trajectory and config.trajectory.suffix != ".gif":
-        raise UserError(f"--trajectory {config.trajectory}: the name must end in .gif")
-    for path in filter(None, (config.out, config.trajectory)):
+    for name in ("trajectory", "estimates"):
+        path = getattr(config, name)
+        if path and path.suffix != ".gif":
+            raise UserError(f"--{name} {path}: the name must end in .gif")
+    for path in filter(None, (config.out, config.trajectory, config.estimates)):
         if not path.parent.is_dir():
             raise UserError(f"folder {path.parent} does not exist")
     for name in ("n", "batch_size"):
@@ -267,6 +355,20 @@ def spread(ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:
     """n labels, each id as often as the others, side by side."""
     share, rest = divmod(n, len(ids))
     return np.repeat(np.asarray(ids, np.int32), [share + (i < rest) for i in range(len(ids))])
+
+
+def sampler_of(
+    run: dict[str, Any], *, solver: str | None, n_steps: int | None, **how: Any
+) -> Sampler:
+    """How a run's pictures are drawn: as it says itself, but for what is asked for."""
+    return Sampler(
+        solver=solver or run["solver"],
+        n_steps=run["n_sample_steps"] if n_steps is None else n_steps,
+        shift=run["sample_shift"] or 1.0,
+        prediction=run.get("prediction"),  # which runs of rectified flow do without
+        clip=not run["dataset"].get("encoding"),
+        **how,
+    )
 
 
 class Subjects(NamedTuple):
@@ -313,6 +415,13 @@ def write(out: Path, pictures, labels, names: Sequence[str]) -> None:
             np.savez(file, arr_0=pictures, arr_1=np.asarray(labels, np.int64))
 
 
+def write_gif(out: Path, states, labels, names: Sequence[str]) -> None:
+    """Pictures in −1 … 1 at each step, as grids with names."""
+    frames = [images.grid(images.to_uint8(x), captions=captions(labels, names)) for x in states]
+    with unwritable(out):
+        images.save_gif(frames, out)
+
+
 @contextmanager
 def unwritable(path: Path) -> Iterator[None]:
     """Turns what the system says of a path into a `UserError`."""
@@ -336,32 +445,34 @@ def main(config: GenerateConfig) -> None:
     elif config.vae:
         raise UserError(f"--vae {config.vae}: the run was trained on pictures, not on latents")
     step, params = load_params(config.run, model, mesh, ema=config.ema, step=config.step)
-    sampler = Sampler(
-        solver=config.solver or run["solver"],
-        n_steps=run["n_sample_steps"] if config.n_steps is None else config.n_steps,
-        shift=run["sample_shift"],
-    )
     pictures = sample(
         params,
         model,
         labels,
-        sampler=sampler,
+        sampler=sampler_of(
+            run,
+            solver=config.solver,
+            n_steps=config.n_steps,
+            eta=config.eta,
+            guided_channels=config.guided_channels,
+        ),
         mesh=mesh,
         cfg_scale=run["cfg_scale"] if config.cfg_scale is None else config.cfg_scale,
         seed=config.seed,
         batch_size=config.batch_size,
         trajectory=config.trajectory is not None,
+        estimates=config.estimates is not None,
         codec=codec,
     )
     with unwritable(config.out):
         write(config.out, images.to_uint8(pictures.x), which, names)
     print(f"{config.n} pictures from step {step} of {config.run}: {config.out}")
     if config.trajectory and pictures.trajectory is not None:
-        states = images.to_uint8(pictures.trajectory)
-        frames = [images.grid(x, captions=captions(which, names)) for x in states]
-        with unwritable(config.trajectory):
-            images.save_gif(frames, config.trajectory)
+        write_gif(config.trajectory, pictures.trajectory, which, names)
         print(f"their way from noise: {config.trajectory}")
+    if config.estimates and pictures.estimates is not None:
+        write_gif(config.estimates, pictures.estimates, which, names)
+        print(f"what they were taken for on that way: {config.estimates}")
 
 
 if __name__ == "__main__":

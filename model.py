@@ -1,9 +1,9 @@
 """The networks: what a diffusion transformer is made of and how its blocks are conditioned.
 
-A model maps (x_t, t, label) to a velocity. A label says what the picture is of: the id of a class,
-or a caption as a text tower encoded it. The model knows nothing of noise, losses, guidance or
-devices, takes no random key and has no train flag; a label it should not see arrives as the null
-class or the empty caption.
+A model maps (x_t, t, label) to a velocity, or to what else it is trained for. A label says what the
+picture is of: the id of a class, or a caption as a text tower encoded it. The model knows nothing
+of noise, losses, guidance or devices, takes no random key and has no train flag; a label it should
+not see arrives as the null class or the empty caption.
 """
 
 from collections.abc import Callable
@@ -332,7 +332,7 @@ class DiT(nnx.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], t: Float[Array, "b"], label: Label
     ) -> Float[Array, "b h w o"]:
-        """The velocity at x_t, float32. A class is in 0 … n_classes; n_classes means none."""
+        """The prediction at x_t, float32. A class is in 0 … n_classes; n_classes means none."""
         c = self.config
         cond = with_time(self.time(t), self.label(label))
         x = self.position(self.patch(patchify(x, c.patch_size)))
@@ -465,7 +465,7 @@ class MMDiT(nnx.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], t: Float[Array, "b"], label: Label
     ) -> Float[Array, "b h w o"]:
-        """The velocity at x_t, float32. A class is in 0 … n_classes; n_classes means none."""
+        """The prediction at x_t, float32. A class is in 0 … n_classes; n_classes means none."""
         c = self.config
         cond = self.label(label)
         cond = cond._replace(vector=self.time(t) + cond.vector)

@@ -1,4 +1,4 @@
-"""What a model is trained to predict: a path from data to noise, a density of times, a loss.
+"""What a model is trained to predict: a path from data to noise, the times on it, a loss.
 
 An objective is `loss(model, batch, key) -> (loss, metrics)`: the mean over the rows it is given and
 means to report beside it. `batch` has `row`, `image` and `label`, and a label may be any tree of
@@ -13,7 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
+import diffusion
+
 N_TIME_BINS = 10
+LAMBDA = 1e-3  # of the variational bound, the sum over all steps
 Metrics = dict[str, Array]
 Objective = Callable[[Any, Any, Any], tuple[Array, Metrics]]
 # What a picture is to a model: `read(image, keys)`, with a key for each row.
@@ -69,7 +72,7 @@ def shift_time(t: Float[Array, "*n"], shift: float) -> Float[Array, "*n"]:
     return shift * t / (1 + (shift - 1) * t)
 
 
-# --- the loss -------------------------------------------------------------------------------------
+# --- what a row draws -----------------------------------------------------------------------------
 
 
 class RowKeys(NamedTuple):
@@ -100,6 +103,34 @@ def drop_labels(
     return jax.tree.map(leaf, label)
 
 
+class Rows(NamedTuple):
+    """What a loss is computed from, but for the times."""
+
+    keys: RowKeys
+    data: Float[Array, "b h w c"]
+    noise: Float[Array, "b h w c"]
+    label: PyTree[Array]
+
+
+def draw(
+    batch,
+    key: Key[Array, ""],
+    *,
+    n_classes: int | Int[Array, ""],
+    label_dropout: float,
+    read: Read,
+) -> Rows:
+    """The data and noise of a batch, and its labels less those that are dropped."""
+    keys = row_keys(key, batch.row)
+    data = read(batch.image, keys.data)
+    noise = jax.vmap(lambda key: jax.random.normal(key, data.shape[1:]))(keys.noise)
+    drop = jax.vmap(lambda key: jax.random.bernoulli(key, label_dropout))(keys.drop)
+    return Rows(keys, data, noise, drop_labels(batch.label, drop, n_classes))
+
+
+# --- the losses -----------------------------------------------------------------------------------
+
+
 def by_time(t: Float[Array, "b"], error: Float[Array, "b"]) -> Metrics:
     """The loss in ten equal bins of t, as two means that can be averaged over devices and steps
     before they are divided.
@@ -126,17 +157,57 @@ def rectified_flow(
     """
 
     def loss(model, batch, key):
-        keys = row_keys(key, batch.row)
-        data = read(batch.image, keys.data)
-        noise = jax.vmap(lambda key: jax.random.normal(key, data.shape[1:]))(keys.noise)
+        how = {"label_dropout": label_dropout, "read": read}
+        keys, data, noise, label = draw(batch, key, n_classes=model.config.n_classes, **how)
         # The smallest normal number instead of 0, which is no quantile of an unbounded density.
         u = jax.vmap(lambda key: jax.random.uniform(key, minval=jnp.finfo(jnp.float32).tiny))
         t = shift_time(density(u(keys.time)), shift)
-        drop = jax.vmap(lambda key: jax.random.bernoulli(key, label_dropout))(keys.drop)
-        label = drop_labels(batch.label, drop, model.config.n_classes)
 
         x_t, velocity = interpolate(data, noise, t)
         error = jnp.square(model(x_t, t, label) - velocity).mean((1, 2, 3))
+        return error.mean(), by_time(t, error)
+
+    return loss
+
+
+def ddpm(
+    *,
+    prediction: str = "epsilon",
+    learned_sigma: bool = False,
+    min_snr_gamma: float = 0.0,
+    label_dropout: float = 0.0,
+    read: Read = pixels,
+) -> Objective:
+    """Match the noise of a step drawn from all alike: E |model(x, t, label) − noise|² (Ho et al.
+    2020, eq. 14).
+
+    Args:
+        prediction: what else to match, of `diffusion.PREDICTIONS`.
+        learned_sigma: the model has twice the channels, and the second half learns each step's
+            variance from the variational bound, which leaves the first half alone (Nichol &
+            Dhariwal 2021, eq. 16 with λ = 0.001, in bits per dimension as in their code; of latents
+            the first step is taken for one of bytes, as in DiT's).
+        min_snr_gamma: above 0, `diffusion.min_snr` weighs the squared errors of the steps.
+        label_dropout, read: as in `rectified_flow`.
+    """
+    steps, target = diffusion.chain(), diffusion.PREDICTIONS[prediction].target
+
+    def loss(model, batch, key):
+        how = {"label_dropout": label_dropout, "read": read}
+        keys, data, noise, label = draw(batch, key, n_classes=model.config.n_classes, **how)
+        k = jax.vmap(lambda key: jax.random.randint(key, (), 0, diffusion.N_STEPS))(keys.time)
+        t, at = diffusion.told(k), diffusion.at_each(steps, k, data.ndim)
+
+        x = diffusion.diffuse(data, noise, at)
+        said, place = jnp.split(model(x, t, label), [data.shape[-1]], axis=-1)
+        squares = jnp.square(said - target(data, noise, at))
+        if min_snr_gamma:
+            squares *= diffusion.min_snr(prediction, min_snr_gamma, at)
+        error = squares.mean((1, 2, 3))
+        if learned_sigma:
+            said = jnp.concatenate([jax.lax.stop_gradient(said), place], axis=-1)
+            guess = diffusion.estimate(said, x, at, prediction=prediction)
+            error += LAMBDA * diffusion.N_STEPS * diffusion.bits(guess, data, x, at)
         return error.mean(), by_time(t, error)
 
     return loss

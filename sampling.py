@@ -1,8 +1,9 @@
-"""Ordinary differential equation solvers from noise (t = 1) to data (t = 0).
+"""From noise to data: along the flow of a velocity, or down a chain of diffusion steps.
 
-A solver sees only `velocity(x, t)`, with one time for the whole batch. Models, guidance scales and
-labels are bound by the caller. Solvers are traced: call them inside `jax.jit`, and the whole loop
-is one compiled program.
+A solver of the flow's differential equation sees only `velocity(x, t)`, from t = 1 to t = 0; one of
+a chain sees only what a model makes of x at a step. All of a batch is at one time. Models, guidance
+scales and labels are bound by the caller. Solvers are traced: call them inside `jax.jit`, and the
+whole loop is one compiled program.
 """
 
 from collections.abc import Callable
@@ -12,14 +13,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+import diffusion
+from diffusion import Chain, Estimate
+
 Velocity = Callable[[Float[Array, "b *s"], Float[Array, ""]], Float[Array, "b *s"]]
+Read = Callable[[Float[Array, "b *s"], Chain], Estimate]  # x at a step
+Renew = Callable[[Int[Array, ""]], Float[Array, "b *s"]]  # the noise of a step
+STEPS_OF = 2**32 - 1  # where a picture's index would be: no picture has it
 
 
 class Solution(NamedTuple):
-    """Where a solver arrived and, if asked for, all states: noise first, result last."""
+    """Where a solver arrived. If asked for, all states, noise first and result last, and what each
+    but the last was taken for: the data that the model saw in it.
+    """
 
     x: Float[Array, "b *s"]
     trajectory: Float[Array, "times b *s"] | None
+    estimates: Float[Array, "steps b *s"] | None
 
 
 def time_grid(n_steps: int, *, shift: float = 1.0) -> Float[Array, "{n_steps}+1"]:
@@ -36,22 +46,53 @@ def initial_noise(
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(index)
 
 
+def step_noise(seed: Int[Array, ""] | int, index: Int[Array, "b"], shape: tuple[int, ...]) -> Renew:
+    """Standard normal noise of every step: a function of seed, picture's index and step."""
+    key = jax.random.fold_in(jax.random.key(seed), STEPS_OF)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+    def renew(step):
+        return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, step), shape))(keys)
+
+    return renew
+
+
+def walk(step, noise: Float[Array, "b *s"], places: PyTree[Array], trajectory: bool) -> Solution:
+    """Apply `step(x, place) -> (x, estimate of the data)` at one place after the other."""
+
+    def body(x, place):
+        x, data = step(x, place)
+        return x, (x, data) if trajectory else None
+
+    x, kept = jax.lax.scan(body, noise, places)
+    if kept is None:
+        return Solution(x, None, None)
+    states, estimates = kept
+    return Solution(x, jnp.concatenate([noise[None], states]), estimates)
+
+
+# --- the flow of a velocity -----------------------------------------------------------------------
+
+
 def integrate(step, noise: Float[Array, "b *s"], times: Float[Array, "times"], trajectory: bool):
-    """Apply `step(x, t, s)`, which carries x from time t to time s, along the grid."""
+    """Apply `step(x, t, s) -> (x, v)`, which carries x from time t to time s and tells the velocity
+    at t, along the grid. The data are taken to be where that leads: x − t·v.
+    """
 
-    def body(x, interval):
-        x = step(x, *interval)
-        return x, x if trajectory else None
+    def carry(x, interval):
+        t, s = interval
+        y, v = step(x, t, s)
+        return y, x - t * v
 
-    x, states = jax.lax.scan(body, noise, (times[:-1], times[1:]))
-    return Solution(x, None if states is None else jnp.concatenate([noise[None], states]))
+    return walk(carry, noise, (times[:-1], times[1:]), trajectory)
 
 
 def euler(velocity: Velocity, noise, times, *, trajectory: bool = False) -> Solution:
     """Euler's method: first order, one velocity a step."""
 
     def step(x, t, s):
-        return x + (s - t) * velocity(x, t)
+        v = velocity(x, t)
+        return x + (s - t) * v, v
 
     return integrate(step, noise, times, trajectory)
 
@@ -61,12 +102,54 @@ def heun(velocity: Velocity, noise, times, *, trajectory: bool = False) -> Solut
 
     def step(x, t, s):
         v = velocity(x, t)
-        return x + (s - t) * (v + velocity(x + (s - t) * v, s)) / 2
+        return x + (s - t) * (v + velocity(x + (s - t) * v, s)) / 2, v
 
     return integrate(step, noise, times, trajectory)
 
 
-SOLVERS = {"euler": euler, "heun": heun}
+# --- down a chain ---------------------------------------------------------------------------------
+
+
+def descend(step, noise: Float[Array, "b *s"], chain: Chain, trajectory: bool) -> Solution:
+    """Apply `step(x, at) -> (x, estimate of the data)` from the chain's last step to its first."""
+    places = jax.tree.map(lambda table: jnp.asarray(table)[::-1], chain)
+    return walk(step, noise, places, trajectory)
+
+
+def ancestral(read: Read, noise, chain: Chain, renew: Renew, *, trajectory: bool = False):
+    """Draw each step from the posterior of the estimated data (Ho et al. 2020, alg. 2)."""
+
+    def step(x, at):
+        data, log_variance = read(x, at)
+        mean = diffusion.posterior_mean(data, x, at)
+        return mean + diffusion.std(log_variance, at) * renew(at.step), data
+
+    return descend(step, noise, chain, trajectory)
+
+
+def ddim(
+    read: Read, noise, chain: Chain, renew: Renew, *, eta: float = 0.0, trajectory: bool = False
+) -> Solution:
+    """The same marginals with less fresh noise: η = 0 adds none, η = 1 as much as `ancestral` does
+    where no variance is learned (Song et al. 2021, eq. 12 and 16).
+    """
+
+    def step(x, at):
+        data, _ = read(x, at)
+        epsilon = (x - at.signal * data) / at.noise
+        sigma = eta * diffusion.std(at.least, at)
+        kept = jnp.sqrt(jnp.maximum(at.noise_before**2 - sigma**2, 0))
+        x = at.signal_before * data + kept * epsilon
+        return x + sigma * renew(at.step) if eta else x, data
+
+    return descend(step, noise, chain, trajectory)
+
+
+SOLVERS = {"euler": euler, "heun": heun}  # of a velocity
+DESCENTS = {"ddpm": ancestral, "ddim": ddim}  # of a chain
+
+
+# --- guidance -------------------------------------------------------------------------------------
 
 
 def guided(
@@ -76,6 +159,7 @@ def guided(
     scale: Float[Array, ""] | float,
     *,
     interval: tuple[float, float] = (0.0, 1.0),
+    channels: int | None = None,
     together: bool = True,
 ) -> Velocity:
     """Classifier-free guidance as a velocity: v_null + scale·(v_cond − v_null).
@@ -84,8 +168,9 @@ def guided(
     `interval`, which is in t and closed, the scale is 1 (Kynkäänniemi et al. 2024).
 
     Args:
-        velocity: `velocity(x, t, cond)` of the model.
+        velocity: `velocity(x, t, cond)` of the model; or whatever else it predicts.
         cond, null: trees of arrays with a leading batch axis.
+        channels: guide so many, and leave the rest to the condition; by default all.
         together: one call of `velocity` with both, which fills a GPU better; a CPU's caches prefer
             two calls.
     """
@@ -98,6 +183,9 @@ def guided(
         else:
             v_cond, v_null = velocity(x, t, cond), velocity(x, t, null)
         w = jnp.where((low <= t) & (t <= high), scale, 1.0)
-        return v_null + w * (v_cond - v_null)
+        v = v_null + w * (v_cond - v_null)
+        if channels is None:
+            return v
+        return jnp.concatenate([v[..., :channels], v_cond[..., channels:]], axis=-1)
 
     return combined

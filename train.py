@@ -1,4 +1,4 @@
-"""Train a diffusion transformer with rectified flow.
+"""Train a diffusion transformer with rectified flow, or by DDPM.
 
     python train.py --dataset_name cifar10
 
@@ -426,20 +426,30 @@ class Trainer:
         Returns float32 (b, h, w, c) or, with `trajectory`, every state from the noise to the
         result, (n_steps + 1, b, h, w, c).
         """
-        c = self.config
-        n_steps = c.n_sample_steps if n_steps is None else n_steps
+        scale = self.config.cfg_scale if cfg_scale is None else cfg_scale
         solution = generate.sample(
             self.state.ema if ema else self.state.params,
             self.model_config,
             self._told(labels),
-            sampler=generate.Sampler(c.solver, n_steps, c.sample_shift),
+            sampler=self.sampler(n_steps),
             mesh=self.mesh,
-            cfg_scale=float(c.cfg_scale if cfg_scale is None else cfg_scale),
+            cfg_scale=float(scale),
             seed=seed,
             trajectory=trajectory,
             codec=self.codec,
         )
         return solution.x if solution.trajectory is None else solution.trajectory
+
+    def sampler(self, n_steps: int | None = None) -> generate.Sampler:
+        """How this run's pictures are drawn, in the configured number of steps if none is said."""
+        c = self.config
+        return generate.Sampler(
+            c.solver,
+            c.n_sample_steps if n_steps is None else n_steps,
+            shift=c.sample_shift or 1.0,
+            prediction=c.prediction,
+            clip=not self.dataset.encoding,
+        )
 
     def sheets(self, *, trajectory: bool = False) -> list[Image.Image]:
         """What a person is shown of a run: a sheet of samples or, with `trajectory`, all states on

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import diffusion
 import latents
 import objectives
 import optim
@@ -68,6 +69,10 @@ class TrainConfig:
         remat: recompute blocks in the backward pass to save memory; on by default for L and XL.
         half_precision: compute in bfloat16 (bf16 or true), or in float16 with loss scaling (fp16);
             by default bf16 on GPU and TPU, not on CPU.
+        objective: what the model learns: rectified_flow or ddpm.
+        prediction: what it says with ddpm: epsilon, x0 or v.
+        learned_sigma: with ddpm, learn the variance of each step too.
+        min_snr_gamma: with ddpm, of min-SNR weights, which 5 is usual for; 0 weighs steps alike.
         time_density: of training times: uniform, logit_normal or mode.
         logit_mean: of the logit-normal density.
         logit_std: of the logit-normal density.
@@ -104,7 +109,7 @@ class TrainConfig:
         keep_checkpoints: how many of the newest to keep.
         cfg_scale: guidance of the samples.
         n_sample_steps: solver steps of the samples.
-        solver: of the samples: euler or heun.
+        solver: of the samples: euler or heun, with ddpm: ddpm or ddim.
         sample_shift: of the samples' time grid.
         profile: measure the train, eval and sampling steps, print a report, and stop.
         peak_tflops: this device's peak, where the table of profiling.py does not know it.
@@ -139,6 +144,10 @@ class TrainConfig:
     norm: str = UNSAID
     remat: bool = UNSAID
     half_precision: bool | Literal["bf16", "fp16"] = UNSAID
+    objective: str = UNSAID
+    prediction: str = UNSAID
+    learned_sigma: bool = UNSAID
+    min_snr_gamma: float = UNSAID
     time_density: str = UNSAID
     logit_mean: float = UNSAID
     logit_std: float = UNSAID
@@ -185,6 +194,10 @@ DEFAULTS: dict[str, Any] = {
     "rope": False,
     "mlp": "gelu",
     "norm": "layer",
+    "objective": "rectified_flow",
+    "prediction": "epsilon",
+    "learned_sigma": False,
+    "min_snr_gamma": 0.0,
     "time_density": "logit_normal",
     "logit_mean": 0.0,
     "logit_std": 1.0,
@@ -207,7 +220,6 @@ DEFAULTS: dict[str, Any] = {
     "n_eval_batches": 6,
     "keep_checkpoints": 2,
     "n_sample_steps": 50,
-    "solver": "euler",
     "sample_shift": 1.0,
 }
 
@@ -221,6 +233,15 @@ FREE_ON_RESUME = {
     *("keep_checkpoints", "cfg_scale", "n_sample_steps", "solver", "sample_shift"),
     *("profile", "peak_tflops", "distributed", "coordinator", "n_processes", "process_index"),
 }
+# What is said of one objective alone, and None in a run with the other.
+OF_OBJECTIVE = {
+    "rectified_flow": (
+        *("time_density", "logit_mean", "logit_std", "mode_scale"),
+        *("time_shift", "sample_shift"),
+    ),
+    "ddpm": ("prediction", "learned_sigma", "min_snr_gamma"),
+}
+SOLVERS = {"rectified_flow": sampling.SOLVERS, "ddpm": sampling.DESCENTS}
 PROCESSES = ("distributed", "coordinator", "n_processes", "process_index")
 OF_ONE_START = {"run_dir", "resume", "profile", *PROCESSES}
 RECOMMENDED = (
@@ -235,6 +256,7 @@ FILLED = (
     | dict.fromkeys(("eval_save_steps", "sample_every_n"), "n_steps / 4, at most 1000")
     | {"warmup_steps": "n_steps / 20, at most 1000"}
     | dict.fromkeys(PRESET, "the model's")
+    | {"solver": "euler, with ddpm: ddpm"}
     | {"remat": "for L and XL", "half_precision": "except on a CPU", "run_dir": "a new one"}
 )
 POSITIVE = (
@@ -243,7 +265,9 @@ POSITIVE = (
     *("n_eval_batches", "keep_checkpoints", "n_sample_steps", "peak_tflops", "text_length"),
     *("shuffle_buffer", "accumulate_steps", "nan_patience"),
 )
-NOT_NEGATIVE = ("weight_decay", "clip_norm", "warmup_steps", "n_workers", "seed")
+NOT_NEGATIVE = (
+    *("weight_decay", "clip_norm", "warmup_steps", "n_workers", "seed", "min_snr_gamma"),
+)
 BETWEEN = {
     "label_dropout": (0, 1),
     "ema_decay": (0, 1),
@@ -345,12 +369,30 @@ def resolve(
             if said.get(name):
                 raise UserError(f"--{name} is for captions; pass --caption_column or --caption too")
         filled["text_towers"] = ()
+    filled = of_one_objective(filled, said)
     check_numbers(filled)
     if config.n_epochs is not None and config.n_steps is None:
         filled["n_steps"] = math.ceil(config.n_epochs * n_rows / filled["batch_size"])
     resolved = TrainConfig(**derived(filled, platform) | filled)
     validate(resolved, n_devices)
     return resolved
+
+
+def of_one_objective(filled: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+    """`filled` without what only the other objective reads.
+
+    Raises:
+        UserError: that was said, or there is no such objective.
+    """
+    chosen = filled["objective"]
+    if chosen not in OF_OBJECTIVE:
+        raise unknown("objective", chosen, OF_OBJECTIVE)
+    left_out = {name: other for other, names in OF_OBJECTIVE.items() for name in names}
+    left_out = {name: other for name, other in left_out.items() if other != chosen}
+    for name, other in left_out.items():
+        if name in said:
+            raise UserError(f"--{name} is for --objective {other}; this is {chosen}")
+    return {name: value for name, value in filled.items() if name not in left_out}
 
 
 def derived(filled: dict[str, Any], platform: str) -> dict[str, Any]:
@@ -361,6 +403,7 @@ def derived(filled: dict[str, Any], platform: str) -> dict[str, Any]:
         **{name: preset.get(name, getattr(ModelConfig, name, None)) for name in PRESET},
         "remat": "DiT-L/" in filled["model"] or "DiT-XL/" in filled["model"],
         "half_precision": platform != "cpu",
+        "solver": next(iter(SOLVERS[filled["objective"]])),
         "warmup_steps": min(1000, filled["n_steps"] // 20),
         "eval_save_steps": quarter,
         "sample_every_n": quarter,
@@ -385,13 +428,23 @@ def validate(config: TrainConfig, n_devices: int) -> None:
     """Refuse values that cannot be, before anything is loaded or written."""
     tables = {
         "model": MODELS,
+        "prediction": diffusion.PREDICTIONS,
         "time_density": DENSITIES,
         "schedule": optim.SCHEDULES,
-        "solver": sampling.SOLVERS,
+        "solver": sampling.SOLVERS | sampling.DESCENTS,
     }
     for name, table in tables.items():
-        if getattr(config, name) not in table:
+        if getattr(config, name) not in (None, *table):
             raise unknown(name, getattr(config, name), table)
+    if config.solver not in (fitting := SOLVERS[config.objective]):
+        raise UserError(
+            f"--solver {config.solver} does not fit --objective {config.objective}, which takes "
+            f"one of: {', '.join(fitting)}"
+        )
+    if config.objective == "ddpm" and config.n_sample_steps > diffusion.N_STEPS:
+        raise UserError(
+            f"--n_sample_steps {config.n_sample_steps}: ddpm has {diffusion.N_STEPS} steps"
+        )
     joint = MODELS[config.model].get("block") == JOINT
     if joint != (config.block == JOINT):
         allowed = "joint blocks only" if joint else f"one of: {', '.join(BLOCKS)}"
@@ -428,7 +481,7 @@ def network(config: TrainConfig, dataset: DatasetConfig) -> ModelConfig:
         patch_size=config.patch_size,
         image_size=config.image_size,
         channels=config.channels,
-        out_channels=config.channels,
+        out_channels=config.channels * (2 if config.learned_sigma else 1),
         n_classes=dataset.n_classes if config.conditioning == "class" else 0,
         block=config.block,
         position=config.position,
@@ -445,7 +498,6 @@ def objective(
     config: TrainConfig, encoding: Encoding | None, *, label_dropout: float
 ) -> objectives.Objective:
     """The loss that a resolved `config` describes, on pictures or on latents."""
-    density = DENSITIES[config.time_density](config)
     read = objectives.pixels
     if encoding:
         read = partial(
@@ -453,6 +505,15 @@ def objective(
             scaling_factor=encoding.scaling_factor,
             shift_factor=encoding.shift_factor,
         )
+    if config.objective == "ddpm":
+        return objectives.ddpm(
+            prediction=config.prediction,
+            learned_sigma=config.learned_sigma,
+            min_snr_gamma=config.min_snr_gamma,
+            label_dropout=label_dropout,
+            read=read,
+        )
+    density = DENSITIES[config.time_density](config)
     return objectives.rectified_flow(
         density=density, shift=config.time_shift, label_dropout=label_dropout, read=read
     )

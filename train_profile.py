@@ -30,7 +30,7 @@ def profile(trainer: "Trainer") -> str:
     draw = partial(
         generate.draw,
         config=m,
-        sampler=generate.Sampler(trainer.config.solver, n_steps=1),
+        sampler=trainer.sampler(n_steps=1),
         guide=guide,
         trajectory=False,
     )

@@ -1,6 +1,7 @@
 """A picture is a function of its weights, label, seed and place; files hold what they promise."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import nano  # noqa: F401  (its sizes)
@@ -17,6 +18,9 @@ from model import init_params, model_config
 from train import TrainConfig, Trainer
 
 CONFIG = model_config("DiT-Nano/4", image_size=8, channels=1, out_channels=1, n_classes=10)
+SIGMA = replace(CONFIG, out_channels=2)  # it learns its variance
+DDPM = Sampler("ddpm", 3, prediction="epsilon", clip=True)
+DDIM = Sampler("ddim", 3, prediction="v", eta=0.5)
 DIGITS = [str(i) for i in range(10)]
 
 
@@ -27,9 +31,15 @@ def params():
     return jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), fresh)
 
 
-def pictures(params, labels, *, mesh=None, **how):
+@pytest.fixture(scope="module")
+def sigma_params():
+    fresh = init_params(SIGMA, jax.random.key(0))
+    return jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), fresh)
+
+
+def pictures(params, labels, *, mesh=None, config=CONFIG, **how):
     how = {"sampler": Sampler(n_steps=3), "cfg_scale": 2.0, "seed": 5} | how
-    return sample(params, CONFIG, labels, mesh=mesh or parallel.make_mesh(), **how)
+    return sample(params, config, labels, mesh=mesh or parallel.make_mesh(), **how)
 
 
 def test_batches_and_devices_do_not_change_a_picture(params):
@@ -43,6 +53,34 @@ def test_batches_and_devices_do_not_change_a_picture(params):
     np.testing.assert_allclose(pictures(params, labels[4:], first=4).x, whole[4:], atol=1e-5)
     assert np.abs(pictures(params, labels, seed=6).x - whole).max() > 0.1
     assert np.abs(whole[1] - whole[3]).max() > 0.1  # the same label, another place
+
+
+@pytest.mark.parametrize("sampler", [DDPM, DDIM], ids=["ddpm", "ddim"])
+def test_batches_and_devices_do_not_change_what_ddpm_draws(sigma_params, sampler):
+    draw = partial(pictures, sigma_params, config=SIGMA, sampler=sampler)
+    labels = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+    whole = draw(labels).x
+    # The data that a noise prediction makes at the last step are off by 157 times its rounding.
+    np.testing.assert_allclose(draw(labels, batch_size=4).x, whole, atol=1e-3)
+    one = parallel.make_mesh(devices=jax.devices()[:1])
+    np.testing.assert_allclose(draw(labels, mesh=one).x, whole, atol=1e-3)
+    assert np.abs(draw(labels, seed=6).x - whole).max() > 0.1
+    assert np.abs(whole[1] - whole[3]).max() > 0.1
+
+
+def test_what_a_step_took_the_picture_for_is_there_if_asked(params, sigma_params):
+    for network, config, sampler in (
+        (params, CONFIG, Sampler(n_steps=3)),
+        (sigma_params, SIGMA, DDPM),
+    ):
+        draw = partial(pictures, network, [1, 2, 3], config=config, sampler=sampler)
+        x, states, estimates = draw(estimates=True, batch_size=2)
+        assert states is None and estimates is not None and estimates.shape == (3, 3, 8, 8, 1)
+        np.testing.assert_allclose(estimates[-1], x, atol=1e-5)
+        assert draw(trajectory=True).estimates is None
+        np.testing.assert_allclose(draw().x, x, atol=1e-3)
+        if sampler.clip:
+            assert np.abs(estimates).max() <= 1
 
 
 def test_a_scale_of_one_is_the_conditional_model(params):
@@ -88,6 +126,7 @@ def test_labels_share_the_pictures():
     [
         ({"out": "grid.jpg"}, "must end in .png"),
         ({"trajectory": "way.mp4"}, "must end in .gif"),
+        ({"estimates": "seen.png"}, "--estimates seen.png: the name must end in .gif"),
         ({"n": 0}, "--n 0: must be at least 1"),
         ({"out": "/nowhere/grid.png"}, "folder /nowhere does not exist"),
         ({}, "is not a run"),
@@ -151,3 +190,29 @@ def test_a_sampler_that_does_not_exist_is_named():
         Sampler(solver="rk4")
     with pytest.raises(UserError, match="must be at least 1"):
         replace(Sampler(), n_steps=0)
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ({"solver": "ddpm"}, "--solver ddpm is not for a model trained by rectified flow"),
+        ({"prediction": "v"}, "--solver euler is not for a model trained by DDPM, which takes"),
+        ({"solver": "ddpm", "prediction": "v", "n_steps": 1001}, "1001; DDPM has 1000"),
+        ({"solver": "ddpm", "prediction": "v", "eta": 0.5}, "--eta 0.5 is for --solver ddim"),
+        ({"eta": 0.5}, "--eta 0.5 is for --solver ddim"),
+        ({"solver": "ddpm", "prediction": "eps"}, "unknown prediction 'eps'"),
+        ({"solver": "ddim", "prediction": "v", "eta": 1.5}, "--eta 1.5: must be between 0 and 1"),
+    ],
+)
+def test_a_sampler_that_does_not_fit_is_refused(how, message):
+    with pytest.raises(UserError, match=message):
+        Sampler(**how)
+
+
+def test_channels_that_cannot_be_guided_are_refused(params):
+    with pytest.raises(UserError, match="--guided_channels 3: the model's pictures have 1"):
+        pictures(params, [1], sampler=Sampler(guided_channels=3))
+    with pytest.raises(UserError, match="--guided_channels 1: without guidance"):
+        pictures(params, [1], sampler=Sampler(guided_channels=1), cfg_scale=1.0)
+    one = pictures(params, [1], sampler=Sampler(n_steps=3, guided_channels=1)).x
+    np.testing.assert_allclose(one, pictures(params, [1]).x, atol=1e-6)

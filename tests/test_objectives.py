@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import diffusion
 import objectives
-from objectives import interpolate, logit_normal, mode, rectified_flow, shift_time, uniform
+from objectives import ddpm, interpolate, logit_normal, mode, rectified_flow, shift_time, uniform
 from pipeline import Batch
 from text import Caption
 
@@ -262,3 +263,119 @@ def test_the_times_bins_give_the_loss_back():
     third = (t >= 0.3) & (t < 0.4)
     mean = metrics["binned_loss"][3] / metrics["bin_share"][3]
     np.testing.assert_allclose(mean, error[third].mean(), rtol=1e-4)
+
+
+# --- DDPM -----------------------------------------------------------------------------------------
+
+BETA = np.linspace(1e-4, 2e-2, 1000)
+ALPHA_BAR = np.cumprod(1 - BETA)
+
+
+def seen(batch, *, predict=lambda x, t: 0 * x, key=key, **how):
+    """What DDPM shows a model, and what it makes of the answer."""
+    spy = Spy(10, predict)
+    loss, metrics = ddpm(**how)(spy, batch, key)
+    return jax.device_get((spy.x, spy.t, spy.label, loss, metrics))
+
+
+def read_back(batch, x, t):
+    """The step and the noise of each row, in float64."""
+    step = np.round(np.float64(t) * 1000).astype(int)
+    a = ALPHA_BAR[step].reshape(-1, 1, 1, 1)
+    data = np.asarray(batch.image) / 127.5 - 1
+    return step, data, (x - np.sqrt(a) * data) / np.sqrt(1 - a)
+
+
+def test_ddpms_steps_are_whole_and_all_alike_and_independent_of_noise_and_drop():
+    n = 20_000
+    batch = batch_of(n)
+    x, t, label, _, _ = seen(batch, label_dropout=0.1)
+    step, _, noise = read_back(batch, x, t)
+    np.testing.assert_allclose(np.float64(t) * 1000, step, atol=1e-3)
+    assert step.min() == 0 and step.max() == 999 and len(np.unique(step)) == 1000
+    np.testing.assert_allclose([step.mean(), step.std()], [499.5, 1000 / 12**0.5], rtol=0.01)
+    drop = label == 10
+    np.testing.assert_allclose(drop.mean(), 0.1, atol=0.01)
+    assert abs(correlation(step, drop)) < 0.03
+    for pixel in noise.reshape(n, -1).T:
+        assert abs(correlation(step, pixel)) < 0.03 and abs(correlation(drop, pixel)) < 0.03
+    np.testing.assert_allclose([noise.mean(), noise.std()], [0, 1], atol=0.02)
+
+
+def test_ddpms_draw_of_a_row_depends_on_its_index_alone():
+    batch = batch_of(64, label=np.arange(64, dtype=np.int32))
+    whole = seen(batch, label_dropout=0.5)[:3]
+    rows = np.random.default_rng(0).permutation(64)
+    part = seen(jax.tree.map(lambda x: x[rows], batch), label_dropout=0.5)[:3]
+    for a, b in zip(part, whole, strict=True):
+        np.testing.assert_array_equal(a, b[rows])
+
+
+def wave(x, t):
+    return jnp.sin(3 * x) + 0 * t.reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("prediction", diffusion.PREDICTIONS)
+@pytest.mark.parametrize("gamma", [0.0, 5.0])
+def test_ddpms_loss_is_the_mean_square_that_is_asked_for(prediction, gamma):
+    batch, _ = gaussian_pictures(0.3)
+    x, t, _, loss, metrics = seen(batch, predict=wave, prediction=prediction, min_snr_gamma=gamma)
+    step, data, noise = read_back(batch, np.float64(x), t)
+    a = ALPHA_BAR[step].reshape(-1, 1, 1, 1)
+    target = {"epsilon": noise, "x0": data, "v": np.sqrt(a) * noise - np.sqrt(1 - a) * data}
+    error = np.square(np.sin(3 * np.float64(x)) - target[prediction]).mean((1, 2, 3))
+    if gamma:
+        snr = ALPHA_BAR[step] / (1 - ALPHA_BAR[step])
+        over = {"epsilon": snr, "x0": 1, "v": snr + 1}
+        error *= np.minimum(snr, gamma) / over[prediction]
+    np.testing.assert_allclose(loss, error.mean(), rtol=1e-3)
+    by_bin = [error[step // 100 == i].mean() for i in range(10)]
+    np.testing.assert_allclose(metrics["binned_loss"] / metrics["bin_share"], by_bin, rtol=1e-3)
+
+
+def test_the_best_noise_prediction_on_gaussian_data_has_the_closed_forms_loss():
+    """Of data ~ N(0, s²), Var[noise | x] = ᾱs² / (ᾱs² + 1 − ᾱ)."""
+    batch, s = gaussian_pictures(0.3)
+
+    def best(x, t):
+        a = jnp.asarray(ALPHA_BAR, jnp.float32)[jnp.round(t * 1000).astype(int)]
+        return (jnp.sqrt(1 - a) / (a * s**2 + 1 - a)).reshape(-1, 1, 1, 1) * x
+
+    x, t, _, loss, _ = seen(batch, predict=best)
+    a = ALPHA_BAR[read_back(batch, x, t)[0]]
+    np.testing.assert_allclose(loss, (a * s**2 / (a * s**2 + 1 - a)).mean(), rtol=0.01)
+
+
+def with_places(weights, x, t):
+    mean, place = weights
+    return jnp.concatenate([mean * x, jnp.full_like(x, 1.0) * place], axis=-1)
+
+
+def sigma_loss(weights, learned):
+    batch, _ = gaussian_pictures(0.3)
+    spy = Spy(10, partial(with_places, weights))
+    return ddpm(learned_sigma=learned)(spy, batch, key)[0]
+
+
+def test_the_bound_teaches_the_variance_and_leaves_the_mean_alone():
+    """The gradient of the mean is that of the squares; the second half has one of its own."""
+    weights = (jnp.float32(0.4), jnp.float32(0.2))
+    gradient = jax.grad(sigma_loss)(weights, True)
+    plain = jax.grad(sigma_loss)(weights, False)
+    assert gradient[0] == plain[0] and plain[1] == 0
+    h = 0.05
+    slope = [sigma_loss((weights[0], weights[1] + d), True) for d in (h, -h)]
+    np.testing.assert_allclose(gradient[1], (slope[0] - slope[1]) / (2 * h), rtol=0.02)
+    assert abs(gradient[1]) > 1e-4
+
+
+def test_the_bound_counts_as_a_thousandth_of_its_sum_over_the_steps():
+    weights = (jnp.float32(0.4), jnp.float32(0.2))
+    batch, _ = gaussian_pictures(0.3)
+    x, t, _, loss, _ = seen(batch, predict=partial(with_places, weights), learned_sigma=True)
+    step, data, noise = read_back(batch, x, t)
+    at = diffusion.at_each(diffusion.chain(), jnp.asarray(step), 4)
+    data, x = jnp.asarray(data, jnp.float32), jnp.asarray(x)
+    guess = diffusion.estimate(with_places(weights, x, t), x, at, prediction="epsilon")
+    expected = np.square(0.4 * x - noise).mean() + diffusion.bits(guess, data, x, at).mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-3)

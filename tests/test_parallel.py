@@ -16,7 +16,7 @@ import generate
 import optim
 import parallel
 from model import BLOCKS, JOINT, ModelConfig, graphdef, init_params
-from objectives import logit_normal, rectified_flow
+from objectives import ddpm, logit_normal, rectified_flow
 from pipeline import Batch
 from text import Caption
 
@@ -91,9 +91,9 @@ def nbytes(tree):
 # --- the same numbers -----------------------------------------------------------------------------
 
 
-def steps(config, mesh, n=20):
+def steps(config, mesh, n=20, loss=LOSS):
     """Every step's loss, metrics and norms; the first step's gradient; the weights at last."""
-    value_and_grad = parallel.value_and_grad(LOSS, graphdef(config), mesh)
+    value_and_grad = parallel.value_and_grad(loss, graphdef(config), mesh)
 
     @quickly_compiled
     def step(params, state, batch, key):
@@ -146,6 +146,16 @@ def test_twenty_clipped_steps_of_an_mmdit_report_what_one_device_reports():
     expected = steps(CONFIGS["MMDiT"], MESHES["1 device"])["reports"]
     for name in list(MESHES)[1:]:
         assert_same_reports(steps(CONFIGS["MMDiT"], MESHES[name])["reports"], expected)
+
+
+@pytest.mark.slow
+def test_steps_of_ddpm_report_what_one_device_reports():
+    """With the variational bound, whose gradient is stopped in part."""
+    how = {"n": 4, "loss": ddpm(learned_sigma=True, min_snr_gamma=5.0, label_dropout=0.3)}
+    config = replace(TINY, out_channels=2)
+    expected = steps(config, MESHES["1 device"], **how)["reports"]
+    for name in ("DDP 8", "hybrid 2x4"):
+        assert_same_reports(steps(config, MESHES[name], **how)["reports"], expected)
 
 
 @pytest.mark.slow

@@ -1,11 +1,26 @@
-"""On Gaussian data the flow is known in closed form: the solvers must follow it, at their order."""
+"""On Gaussian data the flow is known in closed form: the solvers must follow it, at their order. A
+chain is the papers' algorithm, written here anew.
+"""
+
+import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sampling import SOLVERS, euler, guided, initial_noise, time_grid
+import diffusion
+from sampling import (
+    SOLVERS,
+    ancestral,
+    ddim,
+    euler,
+    guided,
+    initial_noise,
+    step_noise,
+    time_grid,
+)
 
 MEAN, STD = 0.3, 0.5
 noise = jax.random.normal(jax.random.key(0), (8, 4))
@@ -44,13 +59,19 @@ def test_a_constant_velocity_is_followed_exactly(solver):
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 def test_the_trajectory_is_every_state_from_the_noise_to_the_result(solver):
     times = time_grid(6)
-    x, states = solver(velocity, noise, times, trajectory=True)
-    assert len(states) == 7
+    x, states, estimates = solver(velocity, noise, times, trajectory=True)
+    assert len(states) == 7 and len(estimates) == 6
     assert (states[0] == noise).all() and (states[-1] == x).all()
     assert (x == solver(velocity, noise, times).x).all()
     # Each state is one step from the one before.
     np.testing.assert_allclose(solver(velocity, states[2], times[2:]).x, x, rtol=1e-5)
-    assert solver(velocity, noise, times).trajectory is None
+    plain = solver(velocity, noise, times)
+    assert plain.trajectory is None and plain.estimates is None
+    # The estimates are where the velocity leads: on Gaussian data, E[data | x_t].
+    for x, t, estimate in zip(states, times, estimates):
+        variance = (1 - t) ** 2 * STD**2 + t**2
+        expected = MEAN + (1 - t) * STD**2 / variance * (x - (1 - t) * MEAN)
+        np.testing.assert_allclose(estimate, expected, atol=1e-5)
 
 
 # --- times and noise ------------------------------------------------------------------------------
@@ -84,6 +105,166 @@ def test_pictures_and_seeds_have_noise_of_their_own():
     np.testing.assert_allclose([both.mean(), both.std()], [0, 1], atol=0.05)
 
 
+# --- down a chain ---------------------------------------------------------------------------------
+
+BETA = np.linspace(1e-4, 2e-2, 1000)
+ALPHA_BAR = np.cumprod(1 - BETA)
+fresh = np.random.default_rng(0).normal(size=(1000, 8, 4))  # the noise of every step
+
+
+def said(x, t, module):
+    """A noise prediction and a variance's place, as a network might have them."""
+    return module.tanh(x) * (0.5 + t) + 0.1, module.cos(5 * x)
+
+
+def read(x, at, *, learned):
+    noise, place = said(x, jnp.float64(at.step) / 1000, jnp)
+    both = jnp.concatenate([noise, place], axis=-1) if learned else noise
+    return diffusion.estimate(both, x, at, prediction="epsilon")
+
+
+def strides(n):
+    return [round(999 * i / (n - 1)) for i in range(n)]
+
+
+def reference_ancestral(x, steps, *, learned):
+    """Ho et al. 2020, algorithm 2, on the betas that are left (Nichol & Dhariwal 2021)."""
+    for i in reversed(range(len(steps))):
+        a = ALPHA_BAR[steps[i]]
+        before = ALPHA_BAR[steps[i - 1]] if i else 1.0
+        beta = 1 - a / before
+        noise, place = said(x, steps[i] / 1000, np)
+        x = (x - beta / math.sqrt(1 - a) * noise) / math.sqrt(1 - beta)
+        if i:
+            small = (1 - before) / (1 - a) * beta
+            v = (place + 1) / 2 if learned else 0
+            variance = np.exp(v * np.log(beta) + (1 - v) * np.log(small))
+            x = x + np.sqrt(variance) * fresh[steps[i]]
+    return x
+
+
+def reference_ddim(x, steps, *, eta):
+    """Song et al. 2021, eq. 12 and 16."""
+    for i in reversed(range(len(steps))):
+        a = ALPHA_BAR[steps[i]]
+        before = ALPHA_BAR[steps[i - 1]] if i else 1.0
+        sigma = eta * math.sqrt((1 - before) / (1 - a)) * math.sqrt(1 - a / before)
+        noise, _ = said(x, steps[i] / 1000, np)
+        data = (x - math.sqrt(1 - a) * noise) / math.sqrt(a)
+        x = math.sqrt(before) * data + math.sqrt(1 - before - sigma**2) * noise
+        x = x + sigma * fresh[steps[i]]
+    return x
+
+
+def descended(solver, n_steps, *, learned=False, **how):
+    """In float64, from the same noise."""
+    with jax.enable_x64(True):
+        start, table = jnp.asarray(np.float64(noise)), jnp.asarray(fresh)
+        chain = diffusion.chain(n_steps)
+        how = {"renew": lambda step: table[step], "trajectory": True} | how
+        solution = solver(partial(read, learned=learned), start, chain, **how)
+        return jax.device_get(solution)
+
+
+@pytest.mark.parametrize("n_steps", [2, 50, 1000])
+@pytest.mark.parametrize("learned", [False, True])
+def test_ancestral_sampling_is_the_papers_algorithm(n_steps, learned):
+    expected = reference_ancestral(np.float64(noise), strides(n_steps), learned=learned)
+    result = descended(ancestral, n_steps, learned=learned).x
+    np.testing.assert_allclose(result, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_steps", [2, 50, 1000])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_is_the_papers_equation(n_steps, eta):
+    expected = reference_ddim(np.float64(noise), strides(n_steps), eta=eta)
+    np.testing.assert_allclose(descended(ddim, n_steps, eta=eta).x, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_ddim_with_all_of_the_noise_is_ancestral_sampling():
+    a, b = descended(ddim, 20, eta=1.0).x, descended(ancestral, 20).x
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("solver", [ancestral, ddim])
+def test_a_chains_trajectory_goes_from_the_noise_to_the_last_estimate(solver):
+    x, states, estimates = descended(solver, 6)
+    assert len(states) == 7 and len(estimates) == 6
+    np.testing.assert_array_equal(states[0], np.float64(noise))
+    np.testing.assert_array_equal(states[-1], x)
+    np.testing.assert_allclose(estimates[-1], x, atol=1e-9)  # before the first step are the data
+    for state, estimate, step in zip(states, estimates, reversed(strides(6))):
+        a = ALPHA_BAR[step]
+        seen = (state - math.sqrt(1 - a) * said(state, step / 1000, np)[0]) / math.sqrt(a)
+        np.testing.assert_allclose(estimate, seen, rtol=1e-9)
+
+
+def best_read(x, at, *, learned=False):
+    """For data ~ N(MEAN, STD²): E[noise | x], and the variance of the step before, which is that of
+    the posterior and of what is not known of the data.
+    """
+    variance = (at.signal * STD) ** 2 + at.noise**2
+    epsilon = at.noise / variance * (x - at.signal * MEAN)
+    guess = diffusion.estimate(epsilon, x, at, prediction="epsilon")
+    unknown = at.of_data**2 * (STD * at.noise) ** 2 / variance
+    if not learned:
+        return guess
+    return guess._replace(log_variance=jnp.full_like(x, jnp.log(jnp.exp(at.least) + unknown)))
+
+
+def moments(solver, n_steps, **how):
+    index = jnp.arange(4000)
+    start, renew = initial_noise(0, index, (8,)), step_noise(0, index, (8,))
+    x = np.asarray(solver(n_steps=n_steps, noise=start, renew=renew, **how))
+    return x.mean(), x.std()
+
+
+@partial(jax.jit, static_argnames=("n_steps", "learned", "renew"))
+def draw_ancestral(noise, *, renew, n_steps, learned=False):
+    best = partial(best_read, learned=learned)
+    return ancestral(best, noise, diffusion.chain(n_steps), renew).x
+
+
+@partial(jax.jit, static_argnames=("n_steps", "renew"))
+def draw_ddim(noise, *, renew, n_steps):
+    return ddim(best_read, noise, diffusion.chain(n_steps), renew).x
+
+
+def test_the_best_prediction_draws_gaussian_data():
+    """With all the steps; DDIM, which adds no noise, also with few."""
+    np.testing.assert_allclose(moments(draw_ancestral, 1000), [MEAN, STD], atol=0.01)
+    np.testing.assert_allclose(moments(draw_ddim, 1000), [MEAN, STD], atol=0.01)
+    np.testing.assert_allclose(moments(draw_ddim, 100), [MEAN, STD], atol=0.02)
+
+
+def test_the_right_variance_draws_gaussian_data_in_few_steps():
+    """The fixed one, which takes the estimate for the truth, draws them too much alike."""
+    np.testing.assert_allclose(moments(draw_ancestral, 10, learned=True), [MEAN, STD], atol=0.01)
+    assert moments(draw_ancestral, 10)[1] < 0.9 * STD
+
+
+def test_ddim_carries_each_noise_to_its_own_data():
+    """Where the flow that keeps (x − √ᾱ·m) / √(ᾱs² + 1 − ᾱ) ends."""
+    a = ALPHA_BAR[-1]
+    kept = (noise - math.sqrt(a) * MEAN) / math.sqrt(a * STD**2 + 1 - a)
+    x = ddim(best_read, noise, diffusion.chain(), lambda step: noise).x
+    np.testing.assert_allclose(x, MEAN + STD * kept, atol=0.01)
+
+
+def test_the_noise_of_a_step_is_the_same_in_any_batch_and_no_other():
+    index = jnp.arange(6)
+    whole = step_noise(0, index, (4, 4, 3))
+    some = jnp.asarray([5, 0, 2])
+    assert (step_noise(0, some, (4, 4, 3))(jnp.int32(7)) == whole(jnp.int32(7))[some]).all()
+    drawn = [whole(jnp.int32(step)) for step in range(8)]
+    drawn += [initial_noise(seed, index, (4, 4, 3)) for seed in range(8)]
+    drawn += [step_noise(1, index, (4, 4, 3))(jnp.int32(7))]
+    each = np.asarray(drawn).reshape(-1, 48)
+    assert len(np.unique(each)) > 0.999 * each.size
+    assert abs(np.corrcoef(each) - np.eye(len(each))).max() < 0.75
+    np.testing.assert_allclose([each.mean(), each.std()], [0, 1], atol=0.05)
+
+
 # --- guidance -------------------------------------------------------------------------------------
 
 cond, null = jnp.arange(8.0), jnp.full(8, -1.0)
@@ -113,6 +294,14 @@ def test_guidance_is_linear_in_its_scale():
 def test_outside_its_interval_guidance_is_the_condition(t, inside):
     expected = guided_at(3.0, t) if inside else guided_at(1.0, t)
     np.testing.assert_allclose(guided_at(3.0, t, interval=(0.2, 0.7)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_only_the_first_channels_are_guided_if_asked(channels):
+    some, every = guided_at(3.0, channels=channels), guided_at(3.0)
+    np.testing.assert_array_equal(some[..., :channels], every[..., :channels])
+    plain = conditional(noise, 0.5, cond)
+    np.testing.assert_allclose(some[..., channels:], plain[..., channels:], rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])

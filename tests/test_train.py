@@ -136,6 +136,48 @@ def test_a_streamed_run_that_is_resumed_is_one_that_was_not(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_run_of_ddpm_goes_on_bit_for_bit_and_draws(tmp_path, cache, capsys):
+    config = replace(TINY, objective="ddpm", learned_sigma=True, min_snr_gamma=5.0)
+    whole = Trainer(replace(config, run_dir=tmp_path / "whole"))
+    whole.fit()
+    assert whole.model_config.out_channels == 2
+    Trainer(replace(config, run_dir=tmp_path / "run")).fit(7)
+    resumed = Trainer.from_run(tmp_path / "run")
+    assert resumed.step == 7 and resumed.config.solver == "ddpm"
+    resumed.fit()
+    assert_same(resumed.state, whole.state)
+    assert resumed.sample([3, 7], trajectory=True, n_steps=4).shape == (5, 2, 8, 8, 1)
+
+    words = ["generate.py", "--run", tmp_path / "run", "--n", 2, "--labels", "3", "7"]
+    how = {"cache": cache}
+    drawn = [tmp_path / f"{name}.npz" for name in ("ddpm", "ddim")]
+    done = run(*words, "--out", drawn[0], "--estimates", tmp_path / "seen.gif", **how)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "seen.gif") as frames:
+        assert len(list(ImageSequence.Iterator(frames))) == 2  # of two steps
+    done = run(*words, "--out", drawn[1], "--solver", "ddim", "--eta", "0.5", **how)
+    assert done.returncode == 0, done.stderr
+    with np.load(drawn[0]) as a, np.load(drawn[1]) as b:
+        assert a["arr_0"].shape == (2, 8, 8, 1) and (a["arr_0"] != b["arr_0"]).any()
+    wrong = run(*words, "--solver", "heun", **how)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("error: --solver heun is not for a model trained by DDPM")
+
+
+@pytest.mark.slow
+def test_the_command_trains_by_ddpm(tmp_path, cache):
+    words = [NANO, *SMALL, "--n_steps", 3, "--run_dir", tmp_path / "run"]
+    done = run(*words, "--objective", "ddpm", "--prediction", "v", "--solver", "ddim", cache=cache)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["objective"], config["prediction"], config["solver"]) == ("ddpm", "v", "ddim")
+    assert config["time_density"] is None
+    wrong = run(NANO, *SMALL, "--objective", "ddpm", "--time_shift", 3, cache=cache)
+    assert wrong.returncode == 2
+    assert wrong.stderr == "error: --time_shift is for --objective rectified_flow; this is ddpm\n"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number, code",
     [(signal.SIGTERM, 143), (signal.SIGINT, 130)],

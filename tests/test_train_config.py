@@ -75,7 +75,7 @@ def test_a_run_taken_up_as_it_is_resolves_to_what_it_was():
 def test_nothing_is_left_open():
     may_be_none = {"data_dir", "image_column", "label_column", "in_memory", "n_workers", "n_epochs"}
     may_be_none |= {"run_dir", "peak_tflops", "caption_column", "caption", "caption_cache"}
-    may_be_none |= {"latents", "vae"}
+    may_be_none |= {"latents", "vae", "prediction", "learned_sigma", "min_snr_gamma"}
     may_be_none |= {"text_length", "coordinator", "n_processes", "process_index"}
     config = resolved()
     assert {name for name in FIELDS if getattr(config, name) is None} == may_be_none
@@ -175,6 +175,8 @@ def test_what_leaves_the_numbers_alone_may_change(name, value):
         "conditioning": "none",
         "text_towers": ("another/tower",),
         "caption": ("a {label}",),
+        "objective": "ddpm",
+        "learned_sigma": True,
     }.items(),
 )
 def test_what_changes_the_numbers_may_not(name, value):
@@ -208,6 +210,7 @@ BAD = [
     ("schedule", "cosin"),
     ("solver", "rk4"),
     ("time_density", "normal"),
+    ("objective", "ddim"),
     ("fsdp", 3),
 ]
 
@@ -333,6 +336,62 @@ def test_every_choice_of_the_loss_arrives_there(monkeypatch):
     u = jnp.linspace(0.1, 0.9, 9)
     assert (asked["density"](u) == logit_normal(-0.5, 0.7)(u)).all()
     assert asked["shift"] == 3.0 and asked["label_dropout"] == 0.25
+
+
+def test_every_choice_of_ddpm_arrives_there(monkeypatch):
+    asked = {}
+    monkeypatch.setattr("objectives.ddpm", lambda **kwargs: asked.update(kwargs))
+    flags: dict[str, Any] = {"prediction": "v", "learned_sigma": True, "min_snr_gamma": 5.0}
+    config = resolved(objective="ddpm", **flags)
+    objective(config, None, label_dropout=0.25)
+    assert {name: asked[name] for name in flags} == flags and asked["label_dropout"] == 0.25
+    assert (network(config, DIGITS).channels, network(config, DIGITS).out_channels) == (1, 2)
+    assert network(resolved(objective="ddpm"), DIGITS).out_channels == 1
+
+
+def test_each_objective_has_its_own_solvers():
+    assert resolved().solver == "euler"
+    assert resolved(objective="ddpm").solver == "ddpm"
+    assert resolved(objective="ddpm", solver="ddim").solver == "ddim"
+    wrong: dict[str, dict[str, Any]] = {
+        "euler, heun": {"solver": "ddim"},
+        "ddpm, ddim": {"solver": "heun", "objective": "ddpm"},
+    }
+    for takes, flags in wrong.items():
+        with pytest.raises(UserError, match=rf"--solver \w+ does not fit .*one of: {takes}$"):
+            resolved(**flags)
+    with pytest.raises(UserError, match="--n_sample_steps 1001: ddpm has 1000 steps"):
+        resolved(objective="ddpm", n_sample_steps=1001)
+    with pytest.raises(UserError, match="unknown prediction 'eps'"):
+        resolved(objective="ddpm", prediction="eps")
+    with pytest.raises(UserError, match=r"--min_snr_gamma -1\.0: must not be below 0"):
+        resolved(objective="ddpm", min_snr_gamma=-1.0)
+
+
+@pytest.mark.parametrize(
+    "objective, name, value",
+    [
+        *[("ddpm", name, 1.0) for name in ("logit_mean", "logit_std", "mode_scale")],
+        *[("ddpm", name, 1.0) for name in ("time_shift", "sample_shift")],
+        ("ddpm", "time_density", "uniform"),
+        ("rectified_flow", "prediction", "epsilon"),
+        ("rectified_flow", "learned_sigma", False),
+        ("rectified_flow", "min_snr_gamma", 5.0),
+    ],
+)
+def test_what_the_objective_does_not_read_is_refused(objective, name, value):
+    with pytest.raises(UserError, match=f"--{name} is for --objective .*; this is {objective}"):
+        flag: Any = {name: value}
+        resolved(objective=objective, **flag)
+    assert getattr(resolved(objective=objective), name) is None
+
+
+def test_a_run_of_ddpm_taken_up_as_it_is_resolves_to_what_it_was():
+    run = saved(objective="ddpm", learned_sigma=True, solver="ddim")
+    again = resolve(resumed(run), DIGITS, n_rows=1000, n_devices=8, platform="cpu")
+    assert json.loads(json.dumps(vars(again), default=str)) == run | {"resume": True}
+    config = resumed(run, solver="ddpm")
+    assert resolve(config, DIGITS, n_rows=1000, n_devices=8, platform="cpu").solver == "ddpm"
 
 
 # --- no field is ignored --------------------------------------------------------------------------
