@@ -17,9 +17,7 @@ from jaxtyping import Int32
 import generate
 import images
 import parallel
-from codec import Codec
 from errors import UserError
-from latents import Encoding
 from metrics.pictures import Batch, PictureSet, written
 from model import ModelConfig
 from run_folder import atomic, read_config
@@ -63,7 +61,7 @@ def of_run(
             "this run was trained on captions, and which to draw is not known here: let "
             "generate.py write an .npz, and pass it by --npz"
         )
-    codec = codec_of(run, c.vae, mesh)
+    codec = generate.codec_of(run, c.vae, mesh)
     step, params = generate.load_params(folder, model, mesh, ema=c.ema, step=c.step)
     how, labels = drawing(run, c), by_turns(model, c.n)
     size = min(c.batch_size, c.n)
@@ -92,15 +90,6 @@ def drawing(run: dict[str, Any], config: DrawConfig) -> dict[str, Any]:
         "cfg_scale": run["cfg_scale"] if c.cfg_scale is None else c.cfg_scale,
         "seed": c.seed,
     }
-
-
-def codec_of(run: dict[str, Any], vae: str | None, mesh: parallel.Mesh) -> Codec | None:
-    """What decodes a run's latents; None where it draws pictures."""
-    if encoding := run["dataset"].get("encoding"):
-        return Codec.of(Encoding.of(encoding), mesh, vae=vae or run["vae"])
-    if vae:
-        raise UserError(f"--vae {vae}: the run was trained on pictures, not on latents")
-    return None
 
 
 def by_turns(model: ModelConfig, n: int) -> Int32[np.ndarray, "n"]:

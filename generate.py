@@ -357,6 +357,15 @@ def spread(ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:
     return np.repeat(np.asarray(ids, np.int32), [share + (i < rest) for i in range(len(ids))])
 
 
+def codec_of(run: dict[str, Any], vae: str | None, mesh: parallel.Mesh) -> Codec | None:
+    """What decodes a run's latents; None where it draws pictures."""
+    if encoding := run["dataset"].get("encoding"):
+        return Codec.of(Encoding.of(encoding), mesh, vae=vae or run["vae"])
+    if vae:
+        raise UserError(f"--vae {vae}: the run was trained on pictures, not on latents")
+    return None
+
+
 def sampler_of(
     run: dict[str, Any], *, solver: str | None, n_steps: int | None, **how: Any
 ) -> Sampler:
@@ -439,11 +448,7 @@ def main(config: GenerateConfig) -> None:
     model = saved_model(config.run)
     which, names, labels = subjects(config, run, model)
     mesh = parallel.make_mesh(config.fsdp or math.gcd(run["fsdp"], jax.device_count()))
-    codec = None
-    if encoding := run["dataset"].get("encoding"):
-        codec = Codec.of(Encoding.of(encoding), mesh, vae=config.vae or run["vae"])
-    elif config.vae:
-        raise UserError(f"--vae {config.vae}: the run was trained on pictures, not on latents")
+    codec = codec_of(run, config.vae, mesh)
     step, params = load_params(config.run, model, mesh, ema=config.ema, step=config.step)
     pictures = sample(
         params,
