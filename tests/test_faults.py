@@ -81,24 +81,6 @@ def children(process: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def server(cache, tmp_path_factory) -> Iterator[Forks]:
-    forks = Forks(cache, tmp_path_factory.mktemp("forks"))
-    with forks.server:
-        yield forks
-        forks.server.kill()
-
-
-@pytest.fixture
-def forks(server) -> Iterator[Forks]:
-    """Leaves no run behind."""
-    yield server
-    if not server.ended:
-        for child in children(server.server.pid):
-            os.killpg(child, signal.SIGKILL)
-        server.end()
-
-
-@pytest.fixture(scope="module")
 def whole(server, tmp_path_factory) -> Path:
     """A run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("whole") / "run"
