@@ -1,6 +1,7 @@
 """Eight virtual devices, shapes in signatures checked at run time, no silent broadcasting."""
 
 import os
+import signal
 
 # Before jax is imported. Unoptimised programs compile three times faster, and tests mostly compile.
 FAST = "--xla_backend_optimization_level=0"
@@ -54,3 +55,26 @@ def latent_digits(vae, cache, tmp_path_factory):
     done = convert("--vae", vae, "--mirror", "--out", folder, cache=cache)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="module")
+def server(cache, tmp_path_factory):
+    """What forks commands off; see test_faults.py."""
+    from test_faults import Forks
+
+    forks = Forks(cache, tmp_path_factory.mktemp("forks"))
+    with forks.server:
+        yield forks
+        forks.server.kill()
+
+
+@pytest.fixture
+def forks(server):
+    """The same, of which no run is left behind."""
+    from test_faults import children
+
+    yield server
+    if not server.ended:
+        for child in children(server.server.pid):
+            os.killpg(child, signal.SIGKILL)
+        server.end()

@@ -38,14 +38,6 @@ N_ROWS, N_FILES = {"train": 1437, "test": 360}, {"train": 23, "test": 6}
 BEGUN = {"dataset_name": "digits", "image_size": 16, "rows_per_file": 64, "n_workers": 0}
 
 
-@pytest.fixture(scope="module")
-def server(cache, tmp_path_factory) -> Iterator[Forks]:
-    forks = Forks(cache, tmp_path_factory.mktemp("forks"))
-    with forks.server:
-        yield forks
-        forks.server.kill()
-
-
 class Converter:
     """`convert_imagenet.py` with this VAE, unless another is said."""
 

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import pytest
 from commands import DIGITS_AT_16, SMALL
 from hub_copies import make_copy
 from PIL import Image
-from test_faults import Forks, assert_same_end, children, newest, wait_until
+from test_faults import Forks, assert_same_end, newest, wait_until
 from test_train import metrics
 from towers import save_clip
 
@@ -38,24 +37,6 @@ EVERY = ["--n_steps", N_STEPS, "--eval_save_steps", 6, "--sample_every_n", 100]
 EVERY += ["--log_every", 5]
 COMMON = [*SMALL[2:], *EVERY]  # but for the model
 FLAGS = ["--model", "DiT-Nano/4", *COMMON]
-
-
-@pytest.fixture(scope="module")
-def server(cache, tmp_path_factory) -> Iterator[Forks]:
-    forks = Forks(cache, tmp_path_factory.mktemp("forks"))
-    with forks.server:
-        yield forks
-        forks.server.kill()
-
-
-@pytest.fixture
-def forks(server) -> Iterator[Forks]:
-    """Leaves no run behind."""
-    yield server
-    if not server.ended:
-        for child in children(server.server.pid):
-            os.killpg(child, signal.SIGKILL)
-        server.end()
 
 
 @pytest.fixture(scope="module")

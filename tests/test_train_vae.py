@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ import pytest
 from commands import ROOT, run, start
 from flax import nnx
 from PIL import Image
+from test_train import assert_same, metrics
 
 import parallel
 import pretrained.autoencoder
@@ -27,14 +27,13 @@ import train_vae
 from errors import UserError
 from objectives import to_float
 from pipeline import Batch
-from train import TrainConfig, Trainer, TrainState
+from train import TrainConfig, Trainer
 from train_vae import Adversaries, Given, VaeConfig, VaeTrainer
 from train_vae_config import DEFAULTS, FILLED, norm_groups
 from vae import losses
 from vae.autoencoder import AutoencoderConfig, Moments, mode, sample
 
 COMMAND = "train_vae.py"
-TIMES = {"images_per_second", "seconds_per_step"}
 TINY = VaeConfig(
     block_out_channels=(8, 8),
     batch_size=8,
@@ -65,18 +64,6 @@ def whole(tmp_path_factory) -> VaeTrainer:
     trainer = VaeTrainer(replace(TINY, run_dir=tmp_path_factory.mktemp("runs") / "whole"))
     trainer.fit()
     return trainer
-
-
-def metrics(run_dir: Path) -> list[dict]:
-    """The record of a run, less what a clock says."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: v for name, v in line.items() if name not in TIMES} for line in lines]
-
-
-def assert_same(a: TrainState, b: TrainState) -> None:
-    """Bit for bit."""
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 # --- a run ----------------------------------------------------------------------------------------
