@@ -2,286 +2,38 @@
 
     python generate.py --run runs/digits --labels 3 7 --n 16 --cfg_scale 2 --out grid.png
     python generate.py --run runs/coco --prompts "a cat on a sofa, from above" --n 4
+    python generate.py --run runs/cifar10 --n 50000 --out samples/
+    python generate.py --run runs/cifar10 --labels cat ship --cfg_sweep 1 2 4 8 --out sweep.png
 
-Reads a run's `config.json` and newest checkpoint and nothing of training; `sample` is what the
-trainer itself calls.
+Stop it whenever you like: with an .npz or a folder as --out, the same command goes on.
 """
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float, Int
+from PIL import Image
+from tqdm import tqdm
 
 import cli
-import diffusion
+import drawing
+import drawn
 import images
 import parallel
-import text
-from checkpoint import Checkpoints
-from codec import Codec
-from errors import UserError, unknown
-from latents import Encoding
-from model import Label, ModelConfig, graphdef, init_params
-from run_folder import atomic, read_config
-from sampling import (
-    DESCENTS,
-    SOLVERS,
-    Solution,
-    Velocity,
-    guided,
-    initial_noise,
-    step_noise,
-    time_grid,
-)
-from showcase import captions
-from text import Caption
+import sheets
+import subjects
+from drawable import Drawable, How, Wishes
+from drawn import Draw
+from errors import UserError
+from metrics.pictures import Batch
+from run_folder import unwritable
+from subjects import Subjects
 
-Labels = Sequence[int] | Int[np.ndarray, "n"] | Caption
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How pictures are drawn from a model; static, so each combination is compiled once.
-
-    Args:
-        solver: euler or heun; ddpm or ddim for a model that is trained by DDPM.
-        n_steps: steps of the solver.
-        shift: of the time grid; above 1 spends more steps near the noise.
-        interval: times between which guidance acts.
-        prediction: of `diffusion.PREDICTIONS`; None for a velocity.
-        eta: of ddim: how much fresh noise, from 0 to 1.
-        guided_channels: how many of a picture's channels are guided; by default all.
-        clip: what ddpm and ddim take the data for, to where pictures are.
-    """
-
-    solver: str = "euler"
-    n_steps: int = 50
-    shift: float = 1.0
-    interval: tuple[float, float] = (0.0, 1.0)
-    prediction: str | None = None
-    eta: float = 0.0
-    guided_channels: int | None = None
-    clip: bool = False
-
-    def __post_init__(self):
-        fitting = DESCENTS if self.prediction else SOLVERS
-        if self.solver not in SOLVERS | DESCENTS:
-            raise unknown("solver", self.solver, SOLVERS | DESCENTS)
-        if self.prediction not in (None, *diffusion.PREDICTIONS):
-            raise unknown("prediction", self.prediction, diffusion.PREDICTIONS)
-        if self.solver not in fitting:
-            trained = "DDPM" if self.prediction else "rectified flow"
-            raise UserError(
-                f"--solver {self.solver} is not for a model trained by {trained}, which takes one "
-                f"of: {', '.join(fitting)}"
-            )
-        if self.n_steps < 1:
-            raise UserError(
-                f"the number of sampling steps is {self.n_steps}; it must be at least 1"
-            )
-        if self.prediction and self.n_steps > diffusion.N_STEPS:
-            raise UserError(
-                f"the number of sampling steps is {self.n_steps}; DDPM has {diffusion.N_STEPS}"
-            )
-        if self.eta and self.solver != "ddim":
-            raise UserError(f"--eta {self.eta} is for --solver ddim")
-        if not 0 <= self.eta <= 1:
-            raise UserError(f"--eta {self.eta}: must be between 0 and 1")
-
-
-@partial(jax.jit, static_argnames=("config", "sampler", "guide", "trajectory"))
-def draw(
-    params: Any,
-    label: Label,
-    index: Int[Array, "b"],
-    seed: Int[Array, ""],
-    cfg_scale: Float[Array, ""],
-    *,
-    config: ModelConfig,
-    sampler: Sampler,
-    guide: bool,
-    trajectory: bool,
-) -> Solution:
-    """One batch, from noise to pictures, as one compiled program."""
-    model = nnx.merge(graphdef(config), params)
-
-    def predict(x, t, label):
-        return model(x, jnp.full(x.shape[0], t), label)
-
-    if guide:
-        null = jax.tree.map(lambda x: jnp.full_like(x, config.n_classes), label)
-        # A variance is not guided.
-        more = config.channels if config.out_channels > config.channels else None
-        how = {"interval": sampler.interval, "channels": sampler.guided_channels or more}
-        together = jax.default_backend() != "cpu"
-        bound = guided(predict, label, null, cfg_scale, together=together, **how)
-    else:
-        bound = partial(predict, label=label)
-    shape = (config.image_size, config.image_size, config.channels)
-    return solve(bound, index, seed, shape, sampler=sampler, trajectory=trajectory)
-
-
-def solve(
-    predict: Velocity,
-    index: Int[Array, "b"],
-    seed: Int[Array, ""],
-    shape: tuple[int, int, int],
-    *,
-    sampler: Sampler,
-    trajectory: bool,
-) -> Solution:
-    """From noise to pictures by `predict(x, t)`: a velocity, or what else the sampler says."""
-    noise = initial_noise(seed, index, shape)
-    if sampler.prediction is None:
-        times = time_grid(sampler.n_steps, shift=sampler.shift)
-        return SOLVERS[sampler.solver](predict, noise, times, trajectory=trajectory)
-
-    def read(x, at):
-        how = {"prediction": sampler.prediction, "clip": sampler.clip}
-        return diffusion.estimate(predict(x, diffusion.told(at.step)), x, at, **how)
-
-    chain, renew = diffusion.chain(sampler.n_steps), step_noise(seed, index, shape)
-    how = {"trajectory": trajectory} | ({"eta": sampler.eta} if sampler.eta else {})
-    return DESCENTS[sampler.solver](read, noise, chain, renew, **how)
-
-
-class Pictures(NamedTuple):
-    """A `Solution` on the host: float32 in about −1 … 1."""
-
-    x: Float[np.ndarray, "b h w c"]
-    trajectory: Float[np.ndarray, "n+1 b h w c"] | None
-    estimates: Float[np.ndarray, "n b h w c"] | None
-
-
-def sample(
-    params: Any,
-    config: ModelConfig,
-    labels: Labels,
-    *,
-    sampler: Sampler,
-    mesh: parallel.Mesh,
-    cfg_scale: float = 1.0,
-    seed: int = 0,
-    first: int = 0,
-    batch_size: int = 256,
-    trajectory: bool = False,
-    estimates: bool = False,
-    codec: Codec | None = None,
-) -> Pictures:
-    """Pictures of `labels`: ids of classes, or encoded captions; of a model of latents, as its
-    `codec` decodes them.
-
-    A picture is a function of the weights, its label, the seed and its place: that in `labels`,
-    counted from `first`. Neither `batch_size` nor the number of devices changes it. Label
-    `config.n_classes` is "no class"; `cfg_scale` 1 samples the conditional model in half the time.
-
-    Args:
-        trajectory: whether all states are wanted too.
-        estimates: whether that is what each step takes the picture for.
-    """
-    labels = labels if isinstance(labels, Caption) else np.asarray(labels, np.int32)
-    n = len(jax.tree.leaves(labels)[0])
-    if not n:
-        raise UserError("no labels to draw")
-    if not math.isfinite(cfg_scale) or not 0 <= seed < 2**31:
-        raise UserError(f"cfg_scale {cfg_scale} must be finite and seed {seed} in 0 … {2**31 - 1}")
-    guide = cfg_scale != 1.0
-    if guide and not (config.n_classes or config.text_width):
-        raise UserError(
-            f"cfg_scale {cfg_scale}: an unconditional model has no label to be guided by; "
-            "leave it at 1"
-        )
-    require_channels(sampler, config, guide)
-    config = replace(config, remat=False, unroll=1)
-    size = -(-min(batch_size, n) // mesh.size) * mesh.size
-    parts = []
-    for start in range(0, n, size):
-        index = np.arange(start, start + size, dtype=np.int32)
-        rows = np.minimum(index, n - 1)  # the last batch is filled up with its last label
-        label = jax.tree.map(lambda x, rows=rows: x[rows], labels)
-        label, index = parallel.spread((label, first + index), mesh)
-        solution = draw(
-            params,
-            label,
-            index,
-            seed,
-            cfg_scale,
-            config=config,
-            sampler=sampler,
-            guide=guide,
-            trajectory=trajectory or estimates,
-        )
-        parts.append(parallel.fetch(solution))
-
-    def whole(field: str, axis: int) -> Float[np.ndarray, "..."]:
-        x = np.concatenate([getattr(part, field) for part in parts], axis=axis)
-        x = np.take(x, range(n), axis=axis)
-        return codec.decode(x) if codec else x
-
-    return Pictures(
-        whole("x", 0),
-        whole("trajectory", 1) if trajectory else None,
-        whole("estimates", 1) if estimates else None,
-    )
-
-
-def require_channels(sampler: Sampler, config: ModelConfig, guide: bool) -> None:
-    """Raises UserError if so many channels cannot be guided."""
-    n = sampler.guided_channels
-    if n is not None and not guide:
-        raise UserError(f"--guided_channels {n}: without guidance (cfg_scale 1) none is guided")
-    if n is not None and not 1 <= n <= config.channels:
-        raise UserError(f"--guided_channels {n}: the model's pictures have {config.channels}")
-
-
-def label_ids(words: Sequence[int | str], names: Sequence[str], n_classes: int) -> list[int]:
-    """Class names or numbers → numbers. A name wins over a number that is spelled the same.
-
-    Raises:
-        UserError: no such class.
-    """
-    # Without classes there is one label, the null label 0.
-    ids = {str(i): i for i in range(n_classes or 1)} | {name: i for i, name in enumerate(names)}
-    for word in words:
-        if str(word) not in ids:
-            raise unknown("label", word, names or [f"0 … {max(1, n_classes) - 1}"])
-    return [ids[str(word)] for word in words]
-
-
-def saved_model(run: Path) -> ModelConfig:
-    """The shape of a run's model. Raises UserError where `config.json` does not describe one."""
-    try:
-        return ModelConfig(**read_config(run)["model_config"])
-    except TypeError as error:
-        raise UserError(f"the config.json of '{run}' is damaged: {error}") from None
-
-
-def load_params(
-    run: Path,
-    config: ModelConfig,
-    mesh: parallel.Mesh,
-    *,
-    ema: bool = True,
-    step: int | None = None,
-) -> tuple[int, Any]:
-    """(step, weights) of a run's checkpoint, the newest if no step is named, averaged or raw."""
-    item = "ema" if ema else "params"
-    like = {item: parallel.abstract(partial(init_params, config, jax.random.key(0)), mesh)}
-    with Checkpoints(run, read_only=True) as checkpoints:
-        if step is None:
-            step, items, _ = checkpoints.restore_newest(like)
-        else:
-            items = checkpoints.restore(checkpoints.pick(step), like)
-    return step, items[item]
+MOST_SHOWN = 400  # pictures of a grid or a sheet
+N, N_OF_SHEET = 16, 8
 
 
 @dataclass(frozen=True)
@@ -292,193 +44,259 @@ class GenerateConfig:
         run: the run's folder.
         labels: class names or numbers; all classes if not given. Each gets an equal share of n.
         prompts: captions, for a run that was trained on them; each in quotes.
+        negative_prompt: a caption that guidance leads away from, in place of the empty one.
         text_towers: where the run's text towers are now, if they have moved.
         vae: where the VAE of a run on latents is now, if it has moved.
-        n: how many pictures.
-        cfg_scale: guidance scale; 1 is none. Default: the run's own.
-        n_steps: solver steps. Default: the run's own.
+        n: how many pictures; of a sheet, how many columns.
         seed: of the noise. The same seed gives the same pictures.
-        out: where they go: .png is a grid with class names or prompts, .npz holds arr_0 (uint8
-            images, n h w c) and arr_1 (labels, or the prompts' places).
+        seeds: one for each picture, in place of n and seed: a picture is then the same whatever
+            else is drawn, and that of --seed with n 1.
+        out: where they go: .png is a grid with class names or prompts; .npz holds arr_0 (uint8
+            images, n h w c) and arr_1 (labels, or the prompts' places); a folder gets a file for
+            each, and card.json with all that they depend on. An interrupted .npz or folder goes on.
         trajectory: a .gif of the way from noise to pictures.
-        estimates: a .gif of what each step on that way takes the pictures for.
+        x0: a .gif of what each step on that way takes the pictures for.
+        cfg_sweep: scales of guidance: a sheet with a row for each, from the same noise.
+        denoise: times in 0 … 1: a sheet of real pictures of the evaluation split, noised up to
+            each time, and what the model makes of them from there. --labels chooses classes.
+        cfg_scale: guidance scale; 1 is none.
+        interval: guide between two times only, such as 0.2 0.8; 1 is noise.
+        guided_channels: guide the first so many; by default all. Published DiTs are for 3.
+        solver: euler or heun, or ddpm or ddim after training by DDPM.
+        n_steps: solver steps.
+        shift: of rectified flow's time grid; above 1 spends more steps near the noise.
+        eta: fresh noise of ddim, from 0 (none) to 1 (as much as ddpm).
         ema: use the averaged weights; False uses the raw ones.
         step: of the checkpoint; the newest if not given.
-        solver: euler or heun, or ddpm or ddim after training by DDPM. Default: the run's own.
-        eta: fresh noise of ddim, from 0 (none) to 1 (as much as ddpm).
-        guided_channels: guide the first so many; by default all. Published DiTs are for 3.
-        batch_size: pictures drawn at a time.
-        fsdp: devices that share one copy of the weights. Default: the run's own, as far as there
-            are so many.
+        batch_size: pictures drawn at a time, on all devices together.
+        fsdp: devices that share one copy of the weights.
     """
 
     run: Path
     labels: tuple[str, ...] = ()
     prompts: tuple[cli.Text, ...] = ()
+    negative_prompt: cli.Text | None = None
     text_towers: tuple[str, ...] = ()
     vae: str | None = None
-    n: int = 16
-    cfg_scale: float | None = None
-    n_steps: int | None = None
-    seed: int = 0
+    n: int | None = None
+    seed: int | None = None
+    seeds: tuple[int, ...] = ()
     out: Path = Path("samples.png")
     trajectory: Path | None = None
-    estimates: Path | None = None
+    x0: Path | None = None
+    cfg_sweep: tuple[float, ...] = ()
+    denoise: tuple[float, ...] = ()
+    cfg_scale: float | None = None
+    interval: tuple[float, ...] | None = None
+    guided_channels: int | None = None
+    solver: str | None = None
+    n_steps: int | None = None
+    shift: float | None = None
+    eta: float | None = None
     ema: bool = True
     step: int | None = None
-    solver: str | None = None
-    eta: float = 0.0
-    guided_channels: int | None = None
     batch_size: int = 256
     fsdp: int | None = None
+
+    @property
+    def sheet(self) -> str | None:
+        """The flag of the sheet that is asked for."""
+        return next((name for name in ("cfg_sweep", "denoise") if getattr(self, name)), None)
+
+
+# What the help page says of values that are not given.
+OWN = ("cfg_scale", "solver", "n_steps", "shift")
+FILLED = dict.fromkeys(OWN, "the run's own") | {"seed": 0, "eta": 0, "interval": "0 1"}
+FILLED |= {"n": f"{N}; of a sheet, one of each label, or {N_OF_SHEET}"}
+FILLED |= {"fsdp": "the run's own, as far as there are so many"}
+
+
+# --- what cannot be -------------------------------------------------------------------------------
 
 
 def check(config: GenerateConfig) -> None:
     """Refuse what cannot work before anything is loaded."""
-    if config.out.suffix not in (".png", ".npz"):
-        raise UserError(f"--out {config.out}: the name must end in .png (a grid) or .npz (arrays)")
-    for name in ("trajectory", "estimates"):
+    for name in ("n", "batch_size"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    if config.fsdp is not None and (config.fsdp < 1 or jax.device_count() % config.fsdp):
+        raise UserError(f"--fsdp {config.fsdp} does not divide the {jax.device_count()} devices")
+    for other in ("n", "seed"):
+        if config.seeds and getattr(config, other) is not None:
+            raise UserError(f"--seeds has one for each picture; drop --{other}")
+    if config.labels and (config.prompts or config.negative_prompt is not None):
+        raise UserError("--labels are of classes, and prompts are captions; pass one of them")
+    _check_files(config)
+    _check_sheet(config)
+    shown = "a grid" if config.out.suffix == ".png" else "--trajectory and --x0 show"
+    n = len(config.seeds) or config.n or N
+    if n > MOST_SHOWN and (config.out.suffix == ".png" or config.trajectory or config.x0):
+        raise UserError(
+            f"{shown} at most {MOST_SHOWN} pictures, not {n}: name a folder or an .npz by --out, "
+            "and no --trajectory or --x0"
+        )
+
+
+def _check_files(config: GenerateConfig) -> None:
+    if config.out.suffix not in (".png", ".npz", "") and not config.out.is_dir():
+        raise UserError(
+            f"--out {config.out}: the name must end in .png (a grid) or .npz (arrays), or be a "
+            "folder's"
+        )
+    for name in ("trajectory", "x0"):
         path = getattr(config, name)
         if path and path.suffix != ".gif":
             raise UserError(f"--{name} {path}: the name must end in .gif")
-    for path in filter(None, (config.out, config.trajectory, config.estimates)):
+    for path in filter(None, (config.out, config.trajectory, config.x0)):
         if not path.parent.is_dir():
             raise UserError(f"folder {path.parent} does not exist")
-    for name in ("n", "batch_size"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)}: must be at least 1")
-    if config.fsdp is not None and (config.fsdp < 1 or jax.device_count() % config.fsdp):
-        raise UserError(f"--fsdp {config.fsdp} does not divide the {jax.device_count()} devices")
+    if config.out.suffix not in (".png", ".npz"):
+        drawn.require_ours(config.out)
 
 
-def spread(ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:
-    """n labels, each id as often as the others, side by side."""
-    share, rest = divmod(n, len(ids))
-    return np.repeat(np.asarray(ids, np.int32), [share + (i < rest) for i in range(len(ids))])
+def _check_sheet(config: GenerateConfig) -> None:
+    if not config.sheet:
+        return
+    others = {"cfg_sweep": ("denoise", "cfg_scale", "trajectory", "x0")}
+    others["denoise"] = ("trajectory", "x0", "prompts", "negative_prompt")
+    for other in others[config.sheet]:
+        if getattr(config, other) not in (None, ()):
+            raise UserError(f"--{config.sheet} makes a sheet of its own; drop --{other}")
+    if config.out.suffix != ".png":
+        raise UserError(f"--out {config.out}: --{config.sheet} makes a sheet, a .png")
+    if config.cfg_sweep and set(config.cfg_sweep) == {1}:
+        raise UserError("--cfg_sweep 1: name a scale besides 1, which is no guidance")
+    if wrong := [t for t in config.denoise if not 0 < t <= 1]:
+        raise UserError(f"--denoise {wrong[0]:g}: a time must be above 0 and at most 1")
+    n_rows = len(config.cfg_sweep) or 1 + 2 * len(config.denoise)
+    if (n := (len(config.seeds) or config.n or N_OF_SHEET) * n_rows) > MOST_SHOWN:
+        raise UserError(f"a sheet of {n} pictures is more than {MOST_SHOWN}; lower --n")
 
 
-def codec_of(run: dict[str, Any], vae: str | None, mesh: parallel.Mesh) -> Codec | None:
-    """What decodes a run's latents; None where it draws pictures."""
-    if encoding := run["dataset"].get("encoding"):
-        return Codec.of(Encoding.of(encoding), mesh, vae=vae or run["vae"])
-    if vae:
-        raise UserError(f"--vae {vae}: the run was trained on pictures, not on latents")
-    return None
+# --- what is drawn --------------------------------------------------------------------------------
 
 
-def sampler_of(
-    run: dict[str, Any], *, solver: str | None, n_steps: int | None, **how: Any
-) -> Sampler:
-    """How a run's pictures are drawn: as it says itself, but for what is asked for."""
-    return Sampler(
-        solver=solver or run["solver"],
-        n_steps=run["n_sample_steps"] if n_steps is None else n_steps,
-        shift=run["sample_shift"] or 1.0,
-        prediction=run.get("prediction"),  # which runs of rectified flow do without
-        clip=not run["dataset"].get("encoding"),
-        **how,
-    )
+def how_asked(config: GenerateConfig, drawable: Drawable) -> How:
+    """How to draw. Raises UserError if the model cannot be drawn from so."""
+    wishes, negative = Wishes.of(config), config.negative_prompt is not None
+    scales = [scale for scale in config.cfg_sweep if scale != 1]
+    how = drawable.how(replace(wishes, cfg_scale=scales[0]) if scales else wishes)
+    for one in map(how.at, scales) if scales else [how]:
+        drawing.require_guidable(one.sampler, drawable.model, one.cfg_scale, negative=negative)
+    return how
 
 
-class Subjects(NamedTuple):
-    """What n pictures are of: each one's place in `names`, and what the model is told."""
-
-    which: Int[np.ndarray, "n"]
-    names: Sequence[str]
-    labels: Labels
-
-
-def subjects(config: GenerateConfig, run: dict[str, Any], model: ModelConfig) -> Subjects:
-    """The labels or prompts asked for, each as often as the others.
+def count(config: GenerateConfig, drawable: Drawable) -> int:
+    """How many pictures, or columns.
 
     Raises:
-        UserError: they are not what the run was trained on, or more than the pictures.
+        UserError: fewer than what they are to show.
     """
-    if config.prompts and not model.text_width:
-        raise UserError("this run was trained without captions; choose classes by --labels")
-    if model.text_width and (config.labels or not config.prompts):
-        raise UserError('this run was trained on captions; say what to draw by --prompts "…"')
-    if config.n < len(config.prompts or config.labels):
-        raise UserError(f"--n {config.n} is fewer than the labels or prompts that it is to show")
-    if not config.prompts:
-        names = run["dataset"]["label_names"]
-        ids = label_ids(config.labels, names, model.n_classes) or range(max(1, model.n_classes))
-        which = spread(ids, config.n)
-        return Subjects(which, names, which)
-    names, which = config.prompts, spread(range(len(config.prompts)), config.n)
-    towers = config.text_towers or run["text_towers"]
-    if len(towers) != len(run["text_revisions"]):
-        raise UserError(
-            f"--text_towers: the run has {len(run['text_revisions'])}, not {len(towers)}"
-        )
-    encoded = text.encode(names, towers, run["text_revisions"], length=model.text_length)
-    return Subjects(which, names, jax.tree.map(lambda x: x[which], encoded))
+    asked = len(config.prompts or config.labels)
+    n = len(config.seeds) or config.n or N
+    if config.sheet and not (config.seeds or config.n):
+        n = asked or min(drawable.model.n_classes, N_OF_SHEET) or N_OF_SHEET
+    if n < asked:
+        said = f"--seeds has {n}, which" if config.seeds else f"--n {n}"
+        raise UserError(f"{said} is fewer than the labels or prompts that it is to show")
+    return n
 
 
-def write(out: Path, pictures, labels, names: Sequence[str]) -> None:
-    """A grid with names, or the arrays in the layout of the ADM evaluation suite."""
-    if out.suffix == ".png":
-        images.save_png(images.grid(pictures, captions=captions(labels, names)), out)
-    else:
-        with atomic(out) as file:
-            np.savez(file, arr_0=pictures, arr_1=np.asarray(labels, np.int64))
+def asked(config: GenerateConfig, drawable: Drawable) -> Subjects:
+    """What the pictures are to be of."""
+    c, n, seed = config, count(config, drawable), config.seeds or config.seed or 0
+    if not c.prompts and c.negative_prompt is None:
+        return subjects.of_labels(drawable, c.labels, n, seed=seed)
+    return subjects.of_prompts(drawable, c.prompts, n, seed=seed, negative=c.negative_prompt)
 
 
-def write_gif(out: Path, states, labels, names: Sequence[str]) -> None:
-    """Pictures in −1 … 1 at each step, as grids with names."""
-    frames = [images.grid(images.to_uint8(x), captions=captions(labels, names)) for x in states]
-    with unwritable(out):
-        images.save_gif(frames, out)
-
-
-@contextmanager
-def unwritable(path: Path) -> Iterator[None]:
-    """Turns what the system says of a path into a `UserError`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+# --- the command ----------------------------------------------------------------------------------
 
 
 def main(config: GenerateConfig) -> None:
     """Load, draw, write."""
     check(config)
     parallel.keep_compiled()
-    run = read_config(config.run)
-    model = saved_model(config.run)
-    which, names, labels = subjects(config, run, model)
-    mesh = parallel.make_mesh(config.fsdp or math.gcd(run["fsdp"], jax.device_count()))
-    codec = codec_of(run, config.vae, mesh)
-    step, params = load_params(config.run, model, mesh, ema=config.ema, step=config.step)
-    pictures = sample(
-        params,
-        model,
-        labels,
-        sampler=sampler_of(
-            run,
-            solver=config.solver,
-            n_steps=config.n_steps,
-            eta=config.eta,
-            guided_channels=config.guided_channels,
-        ),
-        mesh=mesh,
-        cfg_scale=run["cfg_scale"] if config.cfg_scale is None else config.cfg_scale,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        trajectory=config.trajectory is not None,
-        estimates=config.estimates is not None,
-        codec=codec,
-    )
-    with unwritable(config.out):
-        write(config.out, images.to_uint8(pictures.x), which, names)
-    print(f"{config.n} pictures from step {step} of {config.run}: {config.out}")
-    if config.trajectory and pictures.trajectory is not None:
-        write_gif(config.trajectory, pictures.trajectory, which, names)
-        print(f"their way from noise: {config.trajectory}")
-    if config.estimates and pictures.estimates is not None:
-        write_gif(config.estimates, pictures.estimates, which, names)
-        print(f"what they were taken for on that way: {config.estimates}")
+    c = config
+    where = {"vae": c.vae, "text_towers": c.text_towers, "fsdp": c.fsdp}
+    drawable = Drawable.of_run(c.run, ema=c.ema, step=c.step, **where)
+    how = how_asked(c, drawable)
+    if c.sheet:
+        what, sheet = "a sheet", (denoised if c.denoise else swept)(c, drawable, how)
+        with unwritable(c.out):
+            images.save_png(sheet, c.out)
+    else:
+        of = asked(c, drawable)
+        what = f"{len(of.which)} pictures"
+        draw(c, drawable, of, how)
+    step = "" if drawable.step is None else f" from step {drawable.step}"
+    print(f"{what}{step} of {drawable.name}: {c.out}")
+
+
+def swept(config: GenerateConfig, drawable: Drawable, how: How) -> Image.Image:
+    """The sheet of --cfg_sweep."""
+    of, scales = asked(config, drawable), config.cfg_sweep
+    return sheets.of_scales(drawable, of, how, scales, batch_size=config.batch_size)
+
+
+def denoised(config: GenerateConfig, drawable: Drawable, how: How) -> Image.Image:
+    """The sheet of --denoise."""
+    c, n, seed = config, count(config, drawable), config.seeds or config.seed or 0
+    drawing.origins(seed, n)
+    ids = drawing.label_ids(c.labels, drawable.label_names, drawable.model.n_classes)
+    real = sheets.real_pictures(drawable, ids, n)
+    return sheets.of_times(drawable, real, how, c.denoise, seed=seed, batch_size=c.batch_size)
+
+
+def draw(config: GenerateConfig, drawable: Drawable, of: Subjects, how: How) -> None:
+    """Draw and write what is asked for."""
+    c, n = config, len(of.which)
+    size = min(c.batch_size, n)
+    draw_batch = drawn.drawer(drawable, of, how, size)
+    if c.trajectory or c.x0:
+        labels, told = of.rows(0, n)
+        told |= {"trajectory": c.trajectory is not None, "estimates": c.x0 is not None}
+        found = drawable.sample(labels, how, batch_size=size, **told)
+        write_gif(c.trajectory, found.trajectory, of, "the way from noise")
+        write_gif(c.x0, found.estimates, of, "what they were taken for on that way")
+        draw_batch = partial(batch_of, images.to_uint8(found.x), size)
+    said = {"labels": c.labels, "prompts": c.prompts, "negative_prompt": c.negative_prompt}
+    card = drawn.describe(drawable, of, how) | said
+    write(c.out, draw_batch, range(0, n, size), of, card)
+
+
+def batch_of(pictures: Batch, size: int, start: int) -> Batch:
+    """So many of them."""
+    return pictures[start : start + size]
+
+
+def write(out: Path, draw: Draw, starts: range, of: Subjects, card: dict[str, Any]) -> None:
+    """A grid with names, the arrays of the ADM suite, or a folder, with a progress bar."""
+    with tqdm(total=len(of.which), unit=" pictures", disable=None) as bar:
+        if out.suffix == ".npz":
+            for batch in drawn.kept(draw, starts, out, of.which, card):
+                bar.update(len(batch))
+        elif out.suffix == ".png":
+            parts = []
+            for start in starts:
+                parts.append(draw(start))
+                bar.update(len(parts[-1]))
+            with unwritable(out):
+                images.save_png(images.grid(np.concatenate(parts), captions=of.captions), out)
+        else:
+            for n_written in drawn.in_folder(draw, starts, out, of.words, card):
+                bar.update(n_written)
+
+
+def write_gif(out: Path | None, states: np.ndarray | None, of: Subjects, what: str) -> None:
+    """Pictures in −1 … 1 at each step, as grids with names, if they are asked for."""
+    if out and states is not None:
+        frames = [images.grid(images.to_uint8(x), captions=of.captions) for x in states]
+        with unwritable(out):
+            images.save_gif(frames, out)
+        print(f"{what}: {out}")
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(GenerateConfig)))
+    cli.run(lambda: main(cli.parse(GenerateConfig, filled=FILLED)))

@@ -25,14 +25,16 @@ RANKS = {
     **dict.fromkeys(("pretrained.autoencoder", "pretrained.lpips", "pretrained.inception"), 2),
     "metrics.pictures": 2,
     "metrics.extraction": 3,
-    **dict.fromkeys(("codec", "doctor", "generate", "open_run", "train_vae_config"), 3),
-    **dict.fromkeys(("convert_imagenet", "drawn", "train", "train_profile"), 4),
-    **dict.fromkeys(("evaluate", "train_vae"), 5),
+    **dict.fromkeys(("codec", "doctor", "drawing", "open_run", "train_vae_config"), 3),
+    **dict.fromkeys(("convert_imagenet", "drawable", "train", "train_profile"), 4),
+    **dict.fromkeys(("subjects", "train_vae"), 5),
+    **dict.fromkeys(("drawn", "sheets"), 6),
+    **dict.fromkeys(("evaluate", "generate"), 7),
 }
 NEIGHBOURS = {
     ("pipeline", "captions"),
     ("pipeline", "sources"),
-    ("generate", "codec"),
+    ("drawing", "codec"),
     ("doctor", "codec"),
 }
 NEIGHBOURS |= {("train", "train_profile")}

@@ -12,8 +12,9 @@ from PIL import Image, ImageSequence
 
 import generate
 import parallel
+from drawing import Sampler, label_ids, sample, spread
 from errors import UserError
-from generate import GenerateConfig, Sampler, label_ids, sample, spread
+from generate import GenerateConfig
 from model import init_params, model_config
 from train import TrainConfig, Trainer
 
@@ -126,7 +127,7 @@ def test_labels_share_the_pictures():
     [
         ({"out": "grid.jpg"}, "must end in .png"),
         ({"trajectory": "way.mp4"}, "must end in .gif"),
-        ({"estimates": "seen.png"}, "--estimates seen.png: the name must end in .gif"),
+        ({"x0": "seen.png"}, "--x0 seen.png: the name must end in .gif"),
         ({"n": 0}, "--n 0: must be at least 1"),
         ({"out": "/nowhere/grid.png"}, "folder /nowhere does not exist"),
         ({}, "is not a run"),
@@ -179,7 +180,9 @@ def test_the_command_draws_from_a_run(tmp_path, cache, capsys):
 
 @pytest.mark.parametrize("how", [{"seed": 2**40}, {"seed": -1}, {"cfg_scale": float("inf")}])
 def test_numbers_that_cannot_be_are_refused(params, how):
-    with pytest.raises(UserError, match="must be finite and seed"):
+    with pytest.raises(
+        UserError, match="must be finite" if "cfg_scale" in how else "must be in 0 …"
+    ):
         pictures(params, [1], **how)
     with pytest.raises(UserError, match="no labels"):
         pictures(params, [])

@@ -151,7 +151,7 @@ def test_a_run_of_ddpm_goes_on_bit_for_bit_and_draws(tmp_path, cache, capsys):
     words = ["generate.py", "--run", tmp_path / "run", "--n", 2, "--labels", "3", "7"]
     how = {"cache": cache}
     drawn = [tmp_path / f"{name}.npz" for name in ("ddpm", "ddim")]
-    done = run(*words, "--out", drawn[0], "--estimates", tmp_path / "seen.gif", **how)
+    done = run(*words, "--out", drawn[0], "--x0", tmp_path / "seen.gif", **how)
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "seen.gif") as frames:
         assert len(list(ImageSequence.Iterator(frames))) == 2  # of two steps

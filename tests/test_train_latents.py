@@ -23,10 +23,12 @@ from test_faults import Forks, assert_same_end, newest, wait_until
 from test_train import metrics
 from towers import save_clip
 
+import drawing
 import generate
 import latents
+from drawing import Sampler
 from errors import UserError
-from generate import GenerateConfig, Sampler
+from generate import GenerateConfig
 from pretrained import autoencoder as pretrained
 from train import TrainConfig, Trainer
 from train_config import require_same_latents, with_subject
@@ -84,7 +86,7 @@ def test_samples_are_pictures(whole):
     blocks = states.reshape(3, 3, 8, 2, 8, 2)
     assert np.ptp(blocks, axis=(3, 5)).max() < 1e-3
 
-    undecoded = generate.sample(
+    undecoded = drawing.sample(
         trainer.state.ema,
         trainer.model_config,
         [3, 7, 1],
