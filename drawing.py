@@ -233,7 +233,7 @@ def sample(
     Raises:
         UserError: no labels, or numbers that cannot be.
     """
-    labels = labels if isinstance(labels, Caption) else np.asarray(labels, np.int32)
+    labels = as_arrays(labels)
     n = len(jax.tree.leaves(labels)[0])
     if not n:
         raise UserError("no labels to draw")
@@ -241,9 +241,10 @@ def sample(
     config = replace(config, remat=False, unroll=1)
     size = -(-min(batch_size, n) // mesh.size) * mesh.size
     each = labels, *origins(seed, n, first), begin and begin.data
+    away = None
     if negative is not None:
-        rows = np.zeros(size, int)
-        negative = parallel.spread(jax.tree.map(lambda x: np.asarray(x)[rows], negative), mesh)
+        one = as_arrays(negative)
+        away = parallel.spread(jax.tree.map(lambda x: x[np.zeros(size, int)], one), mesh)
     parts = []
     for start in range(0, n, size):
         # The last batch is filled up with its last picture.
@@ -256,7 +257,7 @@ def sample(
             place,
             seeds,
             cfg_scale,
-            negative,
+            away,
             begin and Begin(data, begin.route),
             config=config,
             sampler=sampler,
@@ -316,6 +317,11 @@ def require_guidable(
 
 
 # --- labels ---------------------------------------------------------------------------------------
+
+
+def as_arrays(labels: Labels) -> Int[np.ndarray, "n"] | Caption:
+    """Labels that can be taken by rows."""
+    return labels if isinstance(labels, Caption) else np.asarray(labels, np.int32)
 
 
 def label_ids(words: Sequence[int | str], names: Sequence[str], n_classes: int) -> list[int]:

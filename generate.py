@@ -33,7 +33,7 @@ from run_folder import unwritable
 from subjects import Subjects
 
 MOST_SHOWN = 400  # pictures of a grid or a sheet
-N, N_OF_SHEET = 16, 8
+N, N_OF_SHEET = 16, 10
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def check(config: GenerateConfig) -> None:
         raise UserError("--labels are of classes, and prompts are captions; pass one of them")
     _check_files(config)
     _check_sheet(config)
-    shown = "a grid" if config.out.suffix == ".png" else "--trajectory and --x0 show"
+    shown = "a grid shows" if config.out.suffix == ".png" else "--trajectory and --x0 show"
     n = len(config.seeds) or config.n or N
     if n > MOST_SHOWN and (config.out.suffix == ".png" or config.trajectory or config.x0):
         raise UserError(
