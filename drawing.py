@@ -234,37 +234,25 @@ def sample(
         UserError: no labels, or numbers that cannot be.
     """
     labels = as_arrays(labels)
-    n = len(jax.tree.leaves(labels)[0])
-    if not n:
+    if not (n := len(jax.tree.leaves(labels)[0])):
         raise UserError("no labels to draw")
     require_guidable(sampler, config, cfg_scale, negative=negative is not None)
-    config = replace(config, remat=False, unroll=1)
     size = -(-min(batch_size, n) // mesh.size) * mesh.size
     each = labels, *origins(seed, n, first), begin and begin.data
     away = None
     if negative is not None:
-        one = as_arrays(negative)
-        away = parallel.spread(jax.tree.map(lambda x: x[np.zeros(size, int)], one), mesh)
-    parts = []
-    for start in range(0, n, size):
+        away = parallel.spread(rows_of(as_arrays(negative), np.zeros(size, int)), mesh)
+    static = {"config": replace(config, remat=False, unroll=1), "sampler": sampler}
+    static |= {"guide": cfg_scale != 1, "trajectory": trajectory or estimates}
+
+    def part(start: int) -> Solution:
         # The last batch is filled up with its last picture.
         rows = np.minimum(np.arange(start, start + size), n - 1)
-        some = jax.tree.map(lambda x, rows=rows: x[rows], each)
-        label, place, seeds, data = parallel.spread(some, mesh)
-        solution = draw(
-            params,
-            label,
-            place,
-            seeds,
-            cfg_scale,
-            away,
-            begin and Begin(data, begin.route),
-            config=config,
-            sampler=sampler,
-            guide=cfg_scale != 1,
-            trajectory=trajectory or estimates,
-        )
-        parts.append(parallel.fetch(solution))
+        label, place, seeds, data = parallel.spread(rows_of(each, rows), mesh)
+        x = begin and Begin(data, begin.route)
+        return parallel.fetch(draw(params, label, place, seeds, cfg_scale, away, x, **static))
+
+    parts = [part(start) for start in range(0, n, size)]
 
     def whole(field: str, axis: int) -> Float[np.ndarray, "..."]:
         x = np.concatenate([getattr(part, field) for part in parts], axis=axis)
@@ -286,12 +274,12 @@ def origins(
     Raises:
         UserError: a seed that cannot be.
     """
-    several = not isinstance(seed, int)
-    seeds = np.broadcast_to(np.asarray(seed, np.int64), n)
-    if wrong := [s for s in seeds.tolist() if not 0 <= s <= MOST_SEED]:
+    one = isinstance(seed, int)
+    seeds = [seed] * n if one else list(seed)
+    if wrong := [s for s in seeds if not 0 <= s <= MOST_SEED]:
         raise UserError(f"seed {wrong[0]}: must be in 0 … {MOST_SEED}")
-    places = np.zeros(n, np.int32) if several else np.arange(first, first + n, dtype=np.int32)
-    return places, seeds.astype(np.int32)
+    places = np.arange(first, first + n) if one else np.zeros(n)
+    return places.astype(np.int32), np.asarray(seeds, np.int32)
 
 
 def require_guidable(
@@ -317,6 +305,11 @@ def require_guidable(
 
 
 # --- labels ---------------------------------------------------------------------------------------
+
+
+def rows_of(tree: Any, rows: Int[np.ndarray, "b"]) -> Any:
+    """These rows of all arrays."""
+    return jax.tree.map(lambda x: x[rows], tree)
 
 
 def as_arrays(labels: Labels) -> Int[np.ndarray, "n"] | Caption:

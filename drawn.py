@@ -73,6 +73,11 @@ def drawer(drawable: Drawable, subjects: Subjects, how: How, size: int) -> Draw:
     return draw
 
 
+def at_hand(pictures: Batch, size: int) -> Draw:
+    """What has them already."""
+    return lambda start: pictures[start : start + size]
+
+
 def describe(drawable: Drawable, subjects: Subjects, how: How) -> dict[str, Any]:
     """All that pictures depend on, for the card beside them."""
     card = {"sampler": asdict(how.sampler), "cfg_scale": how.cfg_scale, "seed": subjects.seed}

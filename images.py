@@ -119,7 +119,7 @@ def table(
     lines = [_lines(name, width=step_x - GAP - 2, font=font) for name in columns]
     line_height = FONT_SIZE + GAP // 2
     left = GAP + math.ceil(max(map(font.getlength, rows)))
-    top = max(map(len, lines), default=0) * line_height
+    top = max(map(len, lines)) * line_height + GAP if lines else 0
     sheet = Image.new("RGB", (left + cells.width, top + cells.height), "white")
     sheet.paste(cells, (left, top))
     draw = ImageDraw.Draw(sheet)

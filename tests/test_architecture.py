@@ -29,7 +29,8 @@ RANKS = {
     **dict.fromkeys(("convert_imagenet", "drawable", "train", "train_profile"), 4),
     **dict.fromkeys(("subjects", "train_vae"), 5),
     **dict.fromkeys(("drawn", "sheets"), 6),
-    **dict.fromkeys(("evaluate", "generate"), 7),
+    **dict.fromkeys(("evaluate", "generate_config"), 7),
+    "generate": 8,
 }
 NEIGHBOURS = {
     ("pipeline", "captions"),

@@ -25,7 +25,7 @@ import subjects
 from drawable import Drawable, Wishes
 from drawing import Begin
 from errors import UserError
-from generate import GenerateConfig
+from generate_config import GenerateConfig
 from train import TrainConfig, Trainer
 
 RUN = Path("runs/digits")

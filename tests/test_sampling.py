@@ -91,6 +91,15 @@ def test_a_shift_above_1_spends_its_steps_near_the_noise():
     np.testing.assert_allclose(shifted / (1 - shifted), 3 * plain / (1 - plain), rtol=1e-5)
 
 
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_times_may_start_later_and_are_then_shifted_as_if_they_did_not(shift):
+    """Half of a grid's steps, from its middle on, are the grid that starts there."""
+    whole = time_grid(10, shift=shift)
+    np.testing.assert_allclose(
+        time_grid(5, shift=shift, start=float(whole[5])), whole[5:], atol=1e-6
+    )
+
+
 def test_a_pictures_noise_is_the_same_in_any_batch():
     whole = initial_noise(0, jnp.arange(6), (4, 4, 3))
     seeds, places = jnp.array([1, 0, 0]), jnp.array([4, 4, 2])

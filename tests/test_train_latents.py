@@ -26,10 +26,13 @@ from towers import save_clip
 import drawing
 import generate
 import latents
+import sheets
+from drawable import Drawable
 from drawing import Sampler
 from errors import UserError
 from generate import GenerateConfig
 from pretrained import autoencoder as pretrained
+from sources import open_source
 from train import TrainConfig, Trainer
 from train_config import require_same_latents, with_subject
 from vae.autoencoder import AutoencoderConfig, init_params
@@ -262,6 +265,21 @@ def test_pictures_are_drawn_with_the_vae_wherever_it_is(whole, vae, tmp_path, ca
     pretrained.save(tmp_path / "other", averaging.config(), weights)
     with pytest.raises(UserError, match="is not the one that the latents of digits were made with"):
         generate.main(replace(how, vae=str(tmp_path / "other")))
+
+
+@pytest.mark.slow
+def test_real_latents_are_shown_as_pictures(whole, tmp_path, capsys):
+    run = Drawable.of_run(whole[0])
+    real, codec = sheets.real_pictures(run, [], 5), run.codec
+    split = open_source("digits", image_size=16).eval
+    pictures = split.images(np.linspace(0, len(split) - 1, 5).astype(int))
+    assert real.data.shape == (5, 8, 8, 2) and codec
+    means = averaging.pictures(averaging.means(pictures))
+    np.testing.assert_allclose(codec.decode(real.data), means, atol=2e-2)
+    how = GenerateConfig(run=whole[0], n=3, n_steps=2, denoise=(0.3, 1), out=tmp_path / "a.png")
+    generate.main(how)
+    with Image.open(tmp_path / "a.png") as sheet:
+        assert sheet.height > 5 * 64
 
 
 @pytest.mark.slow
