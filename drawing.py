@@ -274,7 +274,7 @@ def origins(
     Raises:
         UserError: a seed that cannot be.
     """
-    one = isinstance(seed, int)
+    one = not isinstance(seed, Sequence)
     seeds = [seed] * n if one else list(seed)
     if wrong := [s for s in seeds if not 0 <= s <= MOST_SEED]:
         raise UserError(f"seed {wrong[0]}: must be in 0 … {MOST_SEED}")

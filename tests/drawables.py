@@ -1,5 +1,6 @@
 """Small models with random weights to draw from, made without training."""
 
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ FLOW = {"solver": "euler", "n_sample_steps": 3, "sample_shift": 1.0, "cfg_scale"
 DDPM = FLOW | {"solver": "ddpm", "sample_shift": None, "prediction": "epsilon"}
 
 
+@lru_cache
 def weights(config: ModelConfig) -> Any:
     """Away from their zero start, where a model would say nothing."""
     fresh = init_params(config, jax.random.key(0))

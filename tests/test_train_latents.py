@@ -276,7 +276,7 @@ def test_real_latents_are_shown_as_pictures(whole, tmp_path, capsys):
     assert real.data.shape == (5, 8, 8, 2) and codec
     means = averaging.pictures(averaging.means(pictures))
     np.testing.assert_allclose(codec.decode(real.data), means, atol=2e-2)
-    how = GenerateConfig(run=whole[0], n=3, n_steps=2, denoise=(0.3, 1), out=tmp_path / "a.png")
+    how = GenerateConfig(run=whole[0], n=3, n_steps=2, denoise=(0.3, 1.0), out=tmp_path / "a.png")
     generate.main(how)
     with Image.open(tmp_path / "a.png") as sheet:
         assert sheet.height > 5 * 64
