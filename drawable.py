@@ -149,11 +149,11 @@ class Drawable:
         """
         if not (encoding := self.encoding):
             return None
-        return Codec.of(encoding, self.mesh, vae=self.vae or self.settings["vae"])
+        return Codec.of(encoding, self.mesh, vae=self.vae or self.settings.get("vae"))
 
     @property
     def label_names(self) -> list[str]:
-        return list(self.settings["dataset"]["label_names"])
+        return list(self.settings["dataset"].get("label_names") or ())
 
     def encode(self, captions: Sequence[str]) -> Caption:
         """Captions as the model's text towers see them.
@@ -183,7 +183,7 @@ class Drawable:
         sampler = Sampler(
             solver=w.solver or s["solver"],
             n_steps=s["n_sample_steps"] if w.n_steps is None else w.n_steps,
-            shift=(s["sample_shift"] or 1.0) if w.shift is None else w.shift,
+            shift=(s.get("sample_shift") or 1.0) if w.shift is None else w.shift,
             interval=(low, high),
             prediction=s.get("prediction"),  # which runs of rectified flow do without
             eta=w.eta or 0.0,

@@ -416,12 +416,12 @@ class Trainer:
         *,
         cfg_scale: float | None = None,
         n_steps: int | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         ema: bool = True,
         trajectory: bool = False,
     ) -> np.ndarray:
         """Pictures of `labels` (numbers, names or captions), in about −1 … 1, from the averaged
-        weights. Latents are decoded.
+        weights. Latents are decoded. There may be a seed for each picture.
 
         Returns float32 (b, h, w, c) or, with `trajectory`, every state from the noise to the
         result, (n_steps + 1, b, h, w, c).
