@@ -190,6 +190,7 @@ class Drawable:
             guided_channels=channels,
             clip=not self.encoding,
         )
+        drawing.require_guidable(sampler, self.model, scale)
         return How(sampler, float(scale))
 
     def sample(self, labels: Labels, how: How, **more: Any) -> Pictures:

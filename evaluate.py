@@ -174,7 +174,7 @@ def subject(config: EvaluateConfig, run: Drawable | None, batch_size: int) -> Pi
     """The pictures that are asked for."""
     c = config
     if run:
-        wishes = {field.name: getattr(c, field.name) for field in fields(Wishes)}
+        wishes = vars(Wishes.of(c))
         how = DrawConfig(n=c.n or N_DRAWN, seed=c.seed, batch_size=batch_size, **wishes)
         return drawn.of(run, how, samples=c.samples)
     if c.images:

@@ -39,7 +39,7 @@ def of_scales(
     return images.table(
         images.to_uint8(np.stack(rows)),
         rows=[f"cfg {scale:g}" for scale in scales],
-        columns=showcase.captions(subjects.which, subjects.names) or (),
+        columns=subjects.captions or (),
     )
 
 
