@@ -183,6 +183,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "patch_size": config.patch_size,
         "num_embeds_ada_norm": config.n_classes,
         "norm_eps": 1e-6,
+        # diffusers has no word for it, and skips what begins with _.
+        "_downscale_freq_shift": "0 in these weights, where diffusers has 1: see README.md",
     } | {name: values[0] for name, values in SUPPORTED.items() if name in WRITTEN}
 
 

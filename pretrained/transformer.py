@@ -172,6 +172,8 @@ def _of_folder(place: str, revision: str | None) -> Transformer:
             f"{', '.join(FAMILIES | OWN)}"
         )
     ours = weights.read_json(place, SETTINGS, revision=found.revision or revision)
+    if ours and not isinstance(ours.get("dataset", {}), dict):
+        raise UserError(f"the {SETTINGS} of '{found.id}' is damaged: it has no dataset")
     if name in OWN:
         config = _own_config(found.config, found.id)
         params = _own_params(found.tensors, config, found.id)
@@ -301,8 +303,12 @@ def _settings(
 def layout_of(config: ModelConfig) -> tuple[str, list[str]]:
     """The class under which a model is written, and what keeps it from being one of diffusers'."""
     refusals = dit.refusals(config)
-    own = "MMDiT" if config.block == JOINT else "DiT"
-    return (own, refusals) if refusals else (dit.CLASS, [])
+    return (own_class(config), refusals) if refusals else (dit.CLASS, [])
+
+
+def own_class(config: ModelConfig) -> str:
+    """The name of our own class."""
+    return "MMDiT" if config.block == JOINT else "DiT"
 
 
 def save(
