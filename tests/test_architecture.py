@@ -23,6 +23,7 @@ RANKS = {
     "metrics.reference": 1,
     **dict.fromkeys(("checkpoint", "train_config", "showcase", "resident", "scaling"), 2),
     **dict.fromkeys(("pretrained.autoencoder", "pretrained.lpips", "pretrained.inception"), 2),
+    "pretrained.sd3": 2,
     "metrics.pictures": 2,
     "metrics.extraction": 3,
     **dict.fromkeys(("codec", "doctor", "generate", "open_run", "train_vae_config"), 3),
