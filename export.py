@@ -8,7 +8,7 @@ What diffusers can compute is written as diffusers reads it, all else in this pr
 """
 
 import shlex
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from datasets_config import DATASET_CONFIGS
 from errors import UserError
 from latents import Encoding
 from model import ModelConfig
-from pretrained import dit, transformer
+from pretrained import sd3, transformer
 from run_folder import atomic, atomic_folder, read_config
 from train_config import (
     DEFAULTS,
@@ -67,7 +67,7 @@ def main(config: ExportConfig) -> None:
     """Load, write, tell."""
     c, run = config, read_config(config.run)
     model = generate.saved_model(c.run)
-    layout, refusals = choose(c, model)
+    layout, reason = choose(c, model)
     if c.out.exists() and not (c.out.is_dir() and not any(c.out.iterdir())):
         raise UserError(f"'{c.out}' already exists; name a new folder by --out")
     mesh = parallel.make_mesh(jax.device_count())
@@ -83,25 +83,20 @@ def main(config: ExportConfig) -> None:
     except OSError as error:
         raise UserError(f"cannot write '{c.out}': {error.strerror}") from None
     print(f"step {step} of {c.run} as {layout}: {c.out}")
-    if refusals and not c.layout:
-        print(f"in this project's own layout, for diffusers cannot hold: {', '.join(refusals)}")
+    if reason and not c.layout:
+        print(f"this is the project's own layout: {reason}")
 
 
-def choose(config: ExportConfig, model: ModelConfig) -> tuple[str, list[str]]:
+def choose(config: ExportConfig, model: ModelConfig) -> tuple[str, str]:
     """The class to write, and what keeps it from being one of diffusers'.
 
     Raises:
         UserError: diffusers is asked for, and cannot hold the model.
     """
-    layout, refusals = transformer.layout_of(model)
-    if config.layout == "diffusers" and refusals:
-        raise UserError(
-            f"--layout diffusers: its {dit.CLASS} cannot hold {', '.join(refusals)}; without "
-            "--layout the model is written in this project's own"
-        )
-    if config.layout == "own":
-        layout = transformer.own_class(model)
-    return layout, refusals
+    layout, reason = transformer.layout_of(model)
+    if config.layout == "diffusers" and reason:
+        raise UserError(f"--layout diffusers: {reason}; leave --layout out for the project's own")
+    return transformer.own_class(model) if config.layout == "own" else layout, reason
 
 
 # --- the card -------------------------------------------------------------------------------------
@@ -109,7 +104,7 @@ def choose(config: ExportConfig, model: ModelConfig) -> tuple[str, list[str]]:
 
 def card(name: str, run: dict[str, Any], model: ModelConfig, layout: str, n_params: int) -> str:
     """What the folder's page on the hub says."""
-    diffusers = "" if layout in transformer.OWN else f"\n{in_diffusers(name, run, model)}"
+    diffusers = "" if layout in transformer.OWN else f"\n{in_diffusers(layout, model)}"
     library = "diffusers" if diffusers else "jax"
     encoding = run["dataset"].get("encoding")
     return f"""---
@@ -132,7 +127,8 @@ It was trained by
 {command(run)}
 ```
 
-Training can start from it, also on other classes: `python train.py --init_from PATH_OR_ID …`. In Python,
+Training can start from it, also on other classes: `python train.py --init_from PATH_OR_ID …`. In
+Python,
 
 ```python
 from pretrained import transformer
@@ -183,22 +179,28 @@ def says(run: dict[str, Any], model: ModelConfig) -> str:
     )
 
 
-def in_diffusers(name: str, run: dict[str, Any], model: ModelConfig) -> str:
+def in_diffusers(layout: str, model: ModelConfig) -> str:
     """How it is called there, and what must be set for it to compute the same."""
-    return f"""## In diffusers
+    load = f"""## In diffusers
 
 ```python
-from diffusers import DiTTransformer2DModel
+from diffusers import {layout}
 
-model = DiTTransformer2DModel.from_pretrained("PATH_OR_ID")
-for block in model.transformer_blocks:
+model = {layout}.from_pretrained("PATH_OR_ID")
+"""
+    call = f"pictures b c h w and timestep = {model.time_scale:g}·t"
+    if layout == sd3.CLASS:
+        return f"""{load}```
+
+`model(x, tokens, pooled, timestep)` takes {call}.
+"""
+    return f"""{load}for block in model.transformer_blocks:
     block.norm1.emb.time_proj.downscale_freq_shift = 0
 ```
 
+`model(x, timestep, class_labels)` takes {call}.
 The last two lines are needed: diffusers spaces the frequencies of time a little otherwise than the
 original DiT, whose spacing these weights were trained with, and its config has no word for that.
-With them `model(x, timestep, class_labels)`, with pictures b c h w and timestep = {model.time_scale:g}·t,
-computes the same.
 """
 
 

@@ -105,6 +105,7 @@ def draw(
     index: Int[Array, "b"],
     seed: Int[Array, ""],
     cfg_scale: Float[Array, ""],
+    null: Label | None = None,
     *,
     config: ModelConfig,
     sampler: Sampler,
@@ -118,7 +119,8 @@ def draw(
         return model(x, jnp.full(x.shape[0], t), label)
 
     if guide:
-        null = jax.tree.map(lambda x: jnp.full_like(x, config.n_classes), label)
+        if null is None:
+            null = jax.tree.map(lambda x: jnp.full_like(x, config.n_classes), label)
         # A variance is not guided.
         more = config.channels if config.out_channels > config.channels else None
         how = {"interval": sampler.interval, "channels": sampler.guided_channels or more}
@@ -172,6 +174,7 @@ def sample(
     cfg_scale: float = 1.0,
     seed: int = 0,
     first: int = 0,
+    null: Caption | None = None,
     batch_size: int = 256,
     trajectory: bool = False,
     estimates: bool = False,
@@ -185,6 +188,8 @@ def sample(
     `config.n_classes` is "no class"; `cfg_scale` 1 samples the conditional model in half the time.
 
     Args:
+        null: one encoded caption, as long as the others, that guidance leads away from; by default
+            the null label. For the published SD3 it is that of "".
         trajectory: whether all states are wanted too.
         estimates: whether that is what each step takes the picture for.
     """
@@ -203,18 +208,20 @@ def sample(
     require_channels(sampler, config, guide)
     config = replace(config, remat=False, unroll=1)
     size = -(-min(batch_size, n) // mesh.size) * mesh.size
+    nulls = jax.tree.map(lambda x: np.repeat(x, size, axis=0), null)
     parts = []
     for start in range(0, n, size):
         index = np.arange(start, start + size, dtype=np.int32)
         rows = np.minimum(index, n - 1)  # the last batch is filled up with its last label
         label = jax.tree.map(lambda x, rows=rows: x[rows], labels)
-        label, index = parallel.spread((label, first + index), mesh)
+        label, index, away = parallel.spread((label, first + index, nulls), mesh)
         solution = draw(
             params,
             label,
             index,
             seed,
             cfg_scale,
+            away,
             config=config,
             sampler=sampler,
             guide=guide,

@@ -521,18 +521,22 @@ MLPS = {"gelu": GeluMLP, "swiglu": SwiGLUMLP}
 # --- depth ----------------------------------------------------------------------------------------
 
 
-def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`depth` blocks as one: every weight gets a leading axis of that length."""
+def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> Any:
+    """`depth` blocks as one: every weight gets a leading axis of that length. None for no block."""
+    if not depth:
+        return None
     return nnx.split_rngs(splits=depth)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
 
 
-def scan(blocks: nnx.Module, x: Any, *args, remat: bool, unroll: int) -> Any:
+def scan(blocks: nnx.Module | None, x: Any, *args, remat: bool, unroll: int) -> Any:
     """x → block(… block(x, *args) …, *args) over the leading axis of the stacked weights.
 
     Compile time does not grow with depth. `remat` keeps only each block's input for the backward
     pass: about a third more work, and memory for one block instead of all. `unroll` blocks are
     compiled side by side.
     """
+    if blocks is None:
+        return x
     graphdef, weights = nnx.split(blocks)
 
     def body(x, weights):

@@ -22,6 +22,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp")
+STACKS = ("blocks", "dual_blocks")  # parts of a model whose weights have a leading axis of depth
 MIN_SHARDED_SIZE = 1024  # elements; smaller arrays cost more to gather than to keep
 
 
@@ -62,7 +63,7 @@ def partition(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     n = mesh.shape["fsdp"]
 
     def rule(path, x):
-        first = int(any(getattr(key, "key", None) == "blocks" for key in path))
+        first = int(any(getattr(key, "key", None) in STACKS for key in path))
         axes = [axis for axis in range(first, len(x.shape)) if x.shape[axis] % n == 0]
         if n == 1 or not axes or math.prod(x.shape[first:]) < MIN_SHARDED_SIZE:
             return P()

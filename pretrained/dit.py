@@ -171,7 +171,15 @@ IDLE = ("dropout", "norm_num_groups", "upcast_attention")  # change nothing here
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """All that diffusers needs to build it. `refusals` must be empty."""
+    """All that diffusers needs to build it.
+
+    Raises:
+        UserError: its DiT has no place for what the model is made of.
+    """
+    values = {name: getattr(config, name) for name in HELD}
+    unfit = [f"{name} {value}" for name, value in values.items() if value != HELD[name]]
+    if unfit:
+        raise UserError(f"diffusers' {CLASS} cannot hold a model with {', '.join(unfit)}")
     return {
         "_class_name": CLASS,
         "num_attention_heads": config.n_heads,
@@ -189,12 +197,6 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 WRITTEN = ("activation_fn", "norm_type", "norm_elementwise_affine", "attention_bias")
-
-
-def refusals(config: ModelConfig) -> list[str]:
-    """What of our model the original's code and diffusers' cannot compute, by its names."""
-    values = {name: getattr(config, name) for name in HELD}
-    return [f"{name} {value}" for name, value in values.items() if value != HELD[name]]
 
 
 # --- the original's names and ours ----------------------------------------------------------------

@@ -24,21 +24,27 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from errors import UserError, unknown
 from latents import Encoding
 from model import JOINT, MODELS, ModelConfig, graphdef, init_params
-from pretrained import autoencoder, dit, torch_file, weights
+from pretrained import autoencoder, dit, sd3, torch_file, weights
 from run_folder import atomic
 
 SETTINGS = "settings.json"  # of what `save` wrote: how it is sampled
 FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 OWN = {"DiT": False, "MMDiT": True}  # our classes: whether their blocks are joint
-FAMILIES: dict[str, Any] = dict.fromkeys(dit.CLASSES, dit)
+FAMILIES: dict[str, Any] = dict.fromkeys(dit.CLASSES, dit) | {sd3.CLASS: sd3}
 
-# How the published models are sampled.
-DRAWN = {
-    "dit": {"prediction": "epsilon", "solver": "ddpm", "n_sample_steps": 250, "sample_shift": None},
-    "sit": {"prediction": None, "solver": "euler", "n_sample_steps": 50, "sample_shift": 1.0},
-}
-# Their scripts guide the first three channels alone.
+# How the published models are sampled. The scripts of DiT and SiT guide the first three channels
+# alone.
+DDPM = {"prediction": "epsilon", "solver": "ddpm", "n_sample_steps": 250, "sample_shift": None}
+FLOW = {"prediction": None, "solver": "euler", "n_sample_steps": 50, "sample_shift": 1.0}
 OF_CLASSES = {"cfg_scale": 4.0, "guided_channels": 3}
+DRAWN: dict[str, dict[str, Any]] = {
+    "dit": DDPM | OF_CLASSES,
+    "sit": FLOW | OF_CLASSES,
+    "sd3": FLOW | {"n_sample_steps": 28, "sample_shift": 3.0, "cfg_scale": 7.0},
+}
+# Where SD3's towers are without it.
+TOWERS = ["openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"]
+TOWERS += ["google/t5-v1_1-xxl"]
 # What diffusers' schedulers say of the chain of `diffusion.chain`, also by default.
 CHAIN = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
 CHAIN |= {"beta_schedule": "linear"}
@@ -140,7 +146,7 @@ def _of_file(path: Path, asked: Asked) -> Transformer:
     if family == "sit":
         params, config = dit.from_sit(params, config)
     place = str(path.resolve())
-    settings = _settings(config, place, DRAWN[family] | OF_CLASSES, _usual_encoding(config, place))
+    settings = _settings(config, place, DRAWN[family], _usual_encoding(config, place))
     return Transformer(config, params, settings, place)
 
 
@@ -183,7 +189,7 @@ def _of_folder(place: str, revision: str | None) -> Transformer:
         if ours:
             config = replace(config, time_scale=float(ours.get("time_scale", config.time_scale)))
     if ours:
-        settings = _settings(config, found.id, ours, None) | ours
+        settings = _settings(config, found.id, {}, None) | ours
     else:
         settings = _of_pipeline(place, found, config)
     return Transformer(config, params, settings, found.id, found.revision)
@@ -196,20 +202,25 @@ def _of_pipeline(place: str, found: weights.Published, config: ModelConfig) -> d
         return weights.read_json(place, name, revision=found.revision)
 
     index, scheduler = read("model_index.json") or {}, read("scheduler/scheduler_config.json")
-    drawn = DRAWN["dit"] | (_schedule(scheduler, found.id) if scheduler else {})
+    drawn = DRAWN["sd3" if config.text_width else "dit"]
+    drawn |= _schedule(scheduler, found.id) if scheduler else {}
     if drawn["prediction"] is None and config.out_channels != config.channels:
         raise UserError(f"'{found.id}': a flow has no variance to be learned, and it says one")
     facts = read("vae/config.json")
     encoding = _encoding(config, facts, found.id) if facts else _usual_encoding(config, found.id)
-    settings = _settings(config, found.id, drawn | OF_CLASSES, encoding)
+    settings = _settings(config, found.id, drawn, encoding)
     settings["dataset"]["label_names"] = _label_names(index.get("id2label") or {}, config.n_classes)
+    if config.text_width:  # see `text.Towers`
+        more = {"text_towers": TOWERS, "text_revisions": [None] * len(TOWERS)}
+        settings |= more | {"full_width": config.text_width}
     return settings
 
 
 def _schedule(said: Mapping[str, Any], where: str) -> dict[str, Any]:
     """How a model was trained, as its scheduler tells it."""
     if str(said.get("_class_name")).startswith("FlowMatch"):
-        return DRAWN["sit"] | {"sample_shift": float(said.get("shift", 1.0))}
+        flow = {name: FLOW[name] for name in ("prediction", "solver")}
+        return flow | {"sample_shift": float(said.get("shift", 1.0))}
     for name, value in CHAIN.items():
         if said.get(name, value) != value:
             raise UserError(
@@ -291,19 +302,23 @@ def _settings(
         "text_towers": [],
         "text_revisions": [],
         "fsdp": 1,
+        **FLOW,
         "cfg_scale": 1.0,
-        **{name: drawn.get(name) for name in DRAWN["sit"]},
-        **{name: drawn[name] for name in OF_CLASSES if name in drawn},
+        **drawn,
     }
 
 
 # --- our own layout, and what is written ----------------------------------------------------------
 
 
-def layout_of(config: ModelConfig) -> tuple[str, list[str]]:
+def layout_of(config: ModelConfig) -> tuple[str, str]:
     """The class under which a model is written, and what keeps it from being one of diffusers'."""
-    refusals = dit.refusals(config)
-    return (own_class(config), refusals) if refusals else (dit.CLASS, [])
+    family = sd3 if config.block == JOINT else dit
+    try:
+        family.write_config(config)
+    except UserError as error:
+        return own_class(config), str(error)
+    return family.CLASS, ""
 
 
 def own_class(config: ModelConfig) -> str:

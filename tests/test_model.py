@@ -55,6 +55,10 @@ VARIANTS = {
     "joint, SD3": replace(TINY, block="joint", qk_norm=True, position="cropped", remat=True),
     "joint, rope": replace(TINY, block="joint", rope=True, position="none", unroll=4),
     "joint, bfloat16": replace(TINY, block="joint", dtype="bfloat16", **TEXT),
+    "joint, SD3.5": replace(
+        TINY, block="joint", depth=4, n_dual=2, qk_norm=True, caption_norm=False, **TEXT
+    ),
+    "joint, all dual": replace(TINY, block="joint", n_dual=1, rope=True, position="none"),
 }
 x = jax.random.normal(key, (4, 8, 8, 3))
 t = jnp.asarray([0.1, 0.4, 0.6, 0.9])
@@ -300,6 +304,8 @@ def test_the_null_class_is_the_last_row(n_classes):
         ("MMDiT-S/2", {"block": "joined"}, "unknown block 'joined'; did you mean 'joint'"),
         ("DiT-S/2", {"block": "adalnzero"}, "unknown block 'adalnzero'; did you mean 'adaln_zero'"),
         ("DiT-S/2", {"mlp": "relu"}, "unknown mlp 'relu'"),
+        ("DiT-S/2", {"n_dual": 1}, "n_dual 1: only joint blocks have a second attention"),
+        ("MMDiT-S/2", {"n_dual": 12}, "n_dual 12: .* and never the last of the 12"),
     ],
 )
 def test_what_does_not_exist_is_named(name, fields, message):
