@@ -27,6 +27,7 @@ RANKS = {
     "metrics.pictures": 2,
     "metrics.extraction": 3,
     **dict.fromkeys(("codec", "doctor", "generate", "open_run", "train_vae_config"), 3),
+    "warm_start": 3,
     **dict.fromkeys(("convert_imagenet", "drawn", "export", "train", "train_profile"), 4),
     **dict.fromkeys(("evaluate", "train_vae"), 5),
 }
@@ -34,6 +35,7 @@ NEIGHBOURS = {
     ("pipeline", "captions"),
     ("pipeline", "sources"),
     ("generate", "codec"),
+    ("warm_start", "generate"),
     ("doctor", "codec"),
     ("pretrained.transformer", "pretrained.autoencoder"),
     ("pretrained.transformer", "pretrained.dit"),
