@@ -107,6 +107,8 @@ def card(name: str, run: dict[str, Any], model: ModelConfig, layout: str, n_para
     diffusers = "" if layout in transformer.OWN else f"\n{in_diffusers(layout, model)}"
     library = "diffusers" if diffusers else "jax"
     encoding = run["dataset"].get("encoding")
+    params = f"{n_params / 1e6:.3g} M parameters"
+    kind = "averaged (EMA)" if run["ema"] else "raw"
     return f"""---
 library_name: {library}
 tags:
@@ -117,8 +119,7 @@ tags:
 
 # {name}
 
-{run["model"]} trained on {run["dataset_name"]}: {n_params / 1e6:.3g} M parameters, the
-{"averaged (EMA)" if run["ema"] else "raw"} weights of step {run["step"]}.
+{run["model"]} trained on {run["dataset_name"]}: {params}, the {kind} weights of step {run["step"]}.
 {subject(run, model, Encoding.of(encoding) if encoding else None)}
 
 It was trained by
@@ -127,8 +128,8 @@ It was trained by
 {command(run)}
 ```
 
-Training can start from it, also on other classes: `python train.py --init_from PATH_OR_ID …`. In
-Python,
+Training can start from it, also on other classes: `python train.py --init_from PATH_OR_ID …`. It is
+loaded by
 
 ```python
 from pretrained import transformer

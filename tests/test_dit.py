@@ -262,6 +262,38 @@ def test_files_of_the_original_are_drawn_from_as_published(tmp_path):
     assert generate.sampler_of(found, solver=None, n_steps=None) == generate.Sampler("euler", 50)
 
 
+def test_sd3_is_drawn_from_as_published(tmp_path):
+    captions = {"n_classes": 0, "text_length": 333, "text_width": 24, "pooled_width": 8}
+    table = {"position": "cropped", "position_side": 8, "position_base": 4}
+    config = replace(SMALL, block="joint", out_channels=4, caption_norm=False, **captions, **table)
+    assert transformer.layout_of(config) == ("SD3Transformer2DModel", "")
+    params = init_params(config, jax.random.key(0))
+    transformer.save(tmp_path / "all" / "transformer", config, params, {})
+    (tmp_path / "all" / "scheduler").mkdir()
+    facts = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.5}
+    (tmp_path / "all" / "scheduler" / "scheduler_config.json").write_text(json.dumps(facts))
+    found = transformer.load(str(tmp_path / "all"))
+    assert_same(found.params, jax.device_get(params))
+    sampler = generate.sampler_of(found.settings, solver=None, n_steps=None)
+    assert sampler == generate.Sampler("euler", 28, shift=2.5)
+    assert found.settings["full_width"] == 24 and len(found.settings["text_towers"]) == 3
+
+
+def test_a_pipeline_of_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    commit, cached = "0123456789abcdef0123456789abcdef01234567", tmp_path / "models--us--dit"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    names = {str(i): f"name {i}" for i in range(10)}
+    pipeline_of(cached / "snapshots" / commit, example("small"), names)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    found = transformer.load("us/dit")
+    assert (found.id, found.revision, found.config) == ("us/dit", commit, SMALL)
+    assert found.settings["dataset"]["label_names"][3] == "name 3"
+    assert found.settings["dataset"]["encoding"]["vae"] == "us/dit"
+
+
 # --- mistakes -------------------------------------------------------------------------------------
 
 
