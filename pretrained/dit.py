@@ -164,6 +164,8 @@ SUPPORTED = {
     "norm_eps": [1e-5, 1e-6],
     "norm_elementwise_affine": [False],
     "attention_bias": [True],
+    "attention_type": ["default"],
+    "double_self_attention": [False],
     "only_cross_attention": [False],
     "use_linear_projection": [False],
 }
