@@ -112,7 +112,8 @@ SHAPES = (4, 16, 32), (4, 6, 32), (4, 32)  # of a picture's tokens, a label's, a
 
 def block_of(model):
     """The first of a model's blocks."""
-    return nnx.merge(*jax.tree.map(lambda w: w[0], nnx.split(model.blocks)))
+    first = (model.config.n_dual and model.dual_blocks) or model.blocks
+    return nnx.merge(*jax.tree.map(lambda w: w[0], nnx.split(first)))
 
 
 @EACH
@@ -120,7 +121,9 @@ def test_the_untrained_model_is_zero(config):
     assert (live(config)(x, t, told(config)) == 0).all()
 
 
-@pytest.mark.parametrize("name", ["adaln_zero", "adaln_zero, captions", "joint", "joint, captions"])
+@pytest.mark.parametrize(
+    "name", ["adaln_zero", "adaln_zero, captions", "joint", "joint, captions", "joint, SD3.5"]
+)
 def test_blocks_with_gates_start_as_the_identity(name):
     model, c = live(VARIANTS[name]), VARIANTS[name]
     picture, tokens, vector = (jax.random.normal(key, shape) for shape in SHAPES)
