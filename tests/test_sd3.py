@@ -97,9 +97,9 @@ def of_torch(model, x, t, caption):
         return nhwc(model(nchw(x), timestep=torch.tensor(1000 * t), **args).sample)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def of_ours(config, params, x, t, caption):
-    model = nnx.merge(graphdef(config), jax.tree.map(jnp.asarray, params))
-    return model(jnp.asarray(x), jnp.asarray(t), jax.tree.map(jnp.asarray, caption))
+    return nnx.merge(graphdef(config), params)(x, t, caption)
 
 
 def noise(config, side):
@@ -374,8 +374,9 @@ def test_our_times_are_diffusers_sigmas_but_for_the_last_step(pipeline):
 
 def test_a_guided_sample_is_that_of_diffusers(towers, pipeline):
     config = replace(CONFIGS["sd3.5 medium"], image_size=12)
-    encoded = text.Towers(towers, full_width=24).encode(["a red seven", "blue", "", ""])
-    caption = text.pad(encoded, 24 + 256)
+    revisions, prompts = [str(text.revision(tower)) for tower in towers], ["a red", "blue", "", ""]
+    caption = text.encode(prompts, towers, revisions, length=0, full_width=24)
+    assert caption.mask.all()
     tokens, pooled = (torch.tensor(np.float32(v)) for v in (caption.tokens, caption.pooled))
     x = np.asarray(sampling.initial_noise(3, jnp.arange(3), (12, 12, 4)))
     with quiet(), torch.inference_mode():
