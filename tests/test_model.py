@@ -45,6 +45,7 @@ VARIANTS = {
     "rope": replace(TINY, rope=True, position="none"),
     "learned": replace(TINY, position="learned"),
     "cropped": replace(TINY, position="cropped"),
+    "centred": replace(TINY, position="centred", position_side=32, position_base=8),
     "qk_norm": replace(TINY, qk_norm=True),
     "swiglu": replace(TINY, mlp="swiglu"),
     "rms": replace(TINY, norm="rms"),
@@ -245,7 +246,15 @@ def test_positions_tell_tokens_apart():
 
     for block in ("adaln_zero", "in_context", JOINT):
         assert moves(replace(TINY, block=block, position="none")) < 1e-4
-    for name in ("adaln_zero", "learned", "rope", "cropped", "in_context, rope", "joint, rope"):
+    for name in (
+        "adaln_zero",
+        "learned",
+        "rope",
+        "cropped",
+        "centred",
+        "in_context, rope",
+        "joint, rope",
+    ):
         assert moves(VARIANTS[name]) > 1e-2
 
 

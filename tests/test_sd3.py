@@ -51,6 +51,9 @@ CONFIGS = {
     "sd3.5 large": replace(PLAIN, qk_norm=True, position_side=9, out_channels=3),
     "sd3.5 medium": replace(PLAIN, depth=4, n_dual=2, qk_norm=True),
     "all dual": replace(PLAIN, depth=2, n_dual=1),
+    "published": replace(
+        PLAIN, image_size=12, position="centred", position_side=16, position_base=6
+    ),
 }
 EACH = pytest.mark.parametrize("name", CONFIGS)
 rng = np.random.default_rng(0)
@@ -81,7 +84,19 @@ def torch_transformer(config, *, seed=0):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
+        if config.position == "centred":
+            model.pos_embed.pos_embed.copy_(torch.tensor(published_positions(config)))
     return model
+
+
+def published_positions(config) -> np.ndarray:
+    """Esser et al. 2024, §5.3.2, for a target of 16 · `position_base` pixels to a side."""
+    h_max, s, d = config.position_side, config.position_base, config.width
+    p = (np.arange(h_max) - (h_max - s) / 2) * 256 / (16 * s)
+    angle = p[:, None] / 10_000 ** (np.arange(d // 4) / (d // 4))
+    axis = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+    table = [np.concatenate([axis[x], axis[y]]) for y in range(h_max) for x in range(h_max)]
+    return np.stack(table)[None].astype(np.float32)
 
 
 @functools.cache
@@ -154,9 +169,12 @@ def test_each_of_our_weights_is_found_once(name):
 
 @EACH
 def test_configs_go_to_diffusers_and_back(name):
-    config, theirs = CONFIGS[name], torch_transformer(CONFIGS[name]).config
-    assert sd3.read_config(sd3.write_config(config), "ours") == config
-    assert sd3.read_config(theirs | {"_class_name": sd3.CLASS}, "theirs") == config
+    config, theirs = CONFIGS[name], torch_transformer(CONFIGS[name])
+    ours = sd3.write_config(config)
+    assert sd3.read_config(ours, "ours", {sd3.TABLE: sd3.positions(config)}) == config
+    said = theirs.config | {"_class_name": sd3.CLASS}
+    assert sd3.read_config(said, "theirs", tensors_of(theirs)) == config
+    assert sd3.read_config(ours, "short") == replace(config, position="centred")
 
 
 def test_what_a_config_leaves_out_is_as_in_diffusers():
@@ -258,21 +276,25 @@ def test_our_presets_are_refused_for_their_captions_norm_alone():
         (lambda x: x.pop("proj_out.bias"), "it lacks proj_out.bias"),
         (lambda x: x.update(extra=np.zeros(1)), "it has no place for extra"),
         (lambda x: x.update({"proj_out.bias": np.zeros(3)}), r"proj_out.bias \(3,\), not \(16,\)"),
-        (lambda x: x.update({sd3.TABLE: x[sd3.TABLE] + 0.1}), "another table of .* by up to 0.1"),
-        (lambda x: x.update({sd3.TABLE: x[sd3.TABLE] * np.nan}), "another table of positions"),
+        (lambda x: x.update({sd3.TABLE: x[sd3.TABLE] + 0.1}), "pos_embed is an unknown table of"),
+        (
+            lambda x: x.update({sd3.TABLE: x[sd3.TABLE] * np.nan}),
+            "is an unknown table of positions",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_named(change, message):
     tensors = dict(tensors_and_params("sd3")[0])
     change(tensors)
-    with pytest.raises(UserError, match=f"the weights of 'a/model' do not fit .*{message}"):
+    with pytest.raises(UserError, match=f"the weights of 'a/model'.*{message}"):
         sd3.to_params(tensors, PLAIN, "a/model")
 
 
 def test_positions_that_are_spaced_otherwise_are_refused():
     tensors = tensors_and_params("sd3")[0]
-    with pytest.raises(UserError, match="another table of positions"):
-        sd3.to_params(tensors, replace(PLAIN, position_base=8), "a/model")
+    for other in ({"position_base": 8}, {"position": "centred"}):
+        with pytest.raises(UserError, match="is an unknown table of positions"):
+            sd3.to_params(tensors, replace(PLAIN, **other), "a/model")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
