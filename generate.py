@@ -388,11 +388,14 @@ def sampler_of(
 
 
 class Subjects(NamedTuple):
-    """What n pictures are of: each one's place in `names`, and what the model is told."""
+    """What n pictures are of: each one's place in `names`, what the model is told, and what instead
+    if it is to be no picture in particular (None: the null label).
+    """
 
     which: Int[np.ndarray, "n"]
     names: Sequence[str]
     labels: Labels
+    null: Caption | None = None
 
 
 def subjects(config: GenerateConfig, run: dict[str, Any], model: ModelConfig) -> Subjects:
@@ -418,8 +421,12 @@ def subjects(config: GenerateConfig, run: dict[str, Any], model: ModelConfig) ->
         raise UserError(
             f"--text_towers: the run has {len(run['text_revisions'])}, not {len(towers)}"
         )
-    encoded = text.encode(names, towers, run["text_revisions"], length=model.text_length)
-    return Subjects(which, names, jax.tree.map(lambda x: x[which], encoded))
+    full = {"full_width": run.get("full_width")}  # of SD3, to which no prompt is an empty one
+    encoded = text.encode(
+        [*names, ""], towers, run["text_revisions"], length=model.text_length, **full
+    )
+    null = jax.tree.map(lambda x: x[-1:], encoded) if run.get("full_width") else None
+    return Subjects(which, names, jax.tree.map(lambda x: x[which], encoded), null)
 
 
 def write(out: Path, pictures, labels, names: Sequence[str]) -> None:
@@ -453,7 +460,7 @@ def main(config: GenerateConfig) -> None:
     parallel.keep_compiled()
     run = read_config(config.run)
     model = saved_model(config.run)
-    which, names, labels = subjects(config, run, model)
+    which, names, labels, null = subjects(config, run, model)
     mesh = parallel.make_mesh(config.fsdp or math.gcd(run["fsdp"], jax.device_count()))
     codec = codec_of(run, config.vae, mesh)
     step, params = load_params(config.run, model, mesh, ema=config.ema, step=config.step)
@@ -471,6 +478,7 @@ def main(config: GenerateConfig) -> None:
         mesh=mesh,
         cfg_scale=run["cfg_scale"] if config.cfg_scale is None else config.cfg_scale,
         seed=config.seed,
+        null=null,
         batch_size=config.batch_size,
         trajectory=config.trajectory is not None,
         estimates=config.estimates is not None,

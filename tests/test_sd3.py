@@ -1,8 +1,10 @@
 """Stable Diffusion 3 is diffusers': its transformer, its weights, its prompts, a whole sample."""
 
 import functools
+import shutil
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -359,6 +361,34 @@ def test_prompts_are_those_of_diffusers_with_all_their_padding(towers, pipeline)
         assert ours.dtype == np.float16
         np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-3 * np.abs(expected).max())
     assert found.pooled[1].any()  # of no prompt
+
+
+def test_towers_of_a_pipelines_folder_have_their_tokenizers_beside_them(towers, tmp_path):
+    names = [tmp_path / f"text_encoder{suffix}" for suffix in ("", "_2", "_3")]
+    for name, tower in zip(names, towers, strict=True):
+        shutil.copytree(tower, name)
+        words = tmp_path / name.name.replace("text_encoder", "tokenizer")
+        words.mkdir()
+        for file in name.glob("*token*"):
+            file.rename(words / file.name)
+    (ours,), (expected,) = (
+        text.Towers([*map(str, some)], full_width=24).encode(["a red"]) for some in (names, towers)
+    )
+    np.testing.assert_array_equal(ours.tokens, expected.tokens)
+
+
+def test_generate_tells_sd3_that_there_is_no_prompt_by_an_empty_one(towers):
+    asked = generate.GenerateConfig(run=Path("sd3"), prompts=("blue", "a red"), n=4)
+    run = {"text_towers": towers, "text_revisions": [None] * 3, "full_width": 24}
+    which, names, labels, null = generate.subjects(asked, run, PLAIN)
+    assert (list(which), names) == ([0, 0, 1, 1], asked.prompts)
+    blue, red, nothing = text.Towers(towers, full_width=24).encode([*names, ""])
+    assert isinstance(labels, Caption) and null is not None
+    for x, caption in zip(labels.tokens, (blue, blue, red, red), strict=True):
+        np.testing.assert_array_equal(x[: len(caption.tokens)], caption.tokens)
+    np.testing.assert_array_equal(null.tokens[0, : len(nothing.tokens)], nothing.tokens)
+    np.testing.assert_array_equal(null.pooled, nothing.pooled[None])
+    assert generate.subjects(asked, run | {"full_width": None}, PLAIN).null is None
 
 
 def test_a_missing_t5_is_zeros(towers, pipeline):
