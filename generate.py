@@ -416,17 +416,33 @@ def subjects(config: GenerateConfig, run: dict[str, Any], model: ModelConfig) ->
         which = spread(ids, config.n)
         return Subjects(which, names, which)
     names, which = config.prompts, spread(range(len(config.prompts)), config.n)
-    towers = config.text_towers or run["text_towers"]
-    if len(towers) != len(run["text_revisions"]):
-        raise UserError(
-            f"--text_towers: the run has {len(run['text_revisions'])}, not {len(towers)}"
-        )
-    full = {"full_width": run.get("full_width")}  # of SD3, to which no prompt is an empty one
-    encoded = text.encode(
-        [*names, ""], towers, run["text_revisions"], length=model.text_length, **full
-    )
+    encoded = encode([*names, ""], config.text_towers or run["text_towers"], run, model)
+    # To SD3 no prompt is an empty one.
     null = jax.tree.map(lambda x: x[-1:], encoded) if run.get("full_width") else None
     return Subjects(which, names, jax.tree.map(lambda x: x[which], encoded), null)
+
+
+def encode(
+    prompts: Sequence[str], towers: Sequence[str], run: dict[str, Any], model: ModelConfig
+) -> Caption:
+    """What the model is told by prompts. SD3 does without the last of its towers, T5.
+
+    Raises:
+        UserError: the towers are others than the run's.
+    """
+    full_width, known = run.get("full_width"), run["text_revisions"]
+    if len(towers) not in (len(known), len(known) - bool(full_width)):
+        raise UserError(f"--text_towers: the run has {len(known)}, not {len(towers)}")
+    how = {"length": model.text_length, "full_width": full_width}
+    encoded = text.encode(prompts, towers, known[: len(towers)], **how)
+    n_token, n_pooled = encoded.tokens.shape[-1], encoded.pooled.shape[-1]
+    if (n_token, n_pooled) != (model.text_width, model.pooled_width):
+        raise UserError(
+            f"the text towers {', '.join(towers)} give {n_token} channels of a token and "
+            f"{n_pooled} of the pooled vector; the model takes {model.text_width} and "
+            f"{model.pooled_width}"
+        )
+    return encoded
 
 
 def write(out: Path, pictures, labels, names: Sequence[str]) -> None:

@@ -391,6 +391,19 @@ def test_generate_tells_sd3_that_there_is_no_prompt_by_an_empty_one(towers):
     assert generate.subjects(asked, run | {"full_width": None}, PLAIN).null is None
 
 
+def test_generate_does_without_t5_but_not_with_other_towers(towers):
+    large, giant, t5 = towers
+    run = {"text_revisions": [None] * 3, "full_width": 24}
+    caption = generate.encode(["blue"], [large, giant], run, PLAIN)
+    assert caption.tokens[:, :24].any() and not caption.tokens[:, 24:].any()
+    with pytest.raises(UserError, match="the run has 3, not 1"):
+        generate.encode(["blue"], [large], run, PLAIN)
+    with pytest.raises(UserError, match=r"give 24 channels .* and 10 of .* takes 24 and 16"):
+        generate.encode(["blue"], [large, t5], run, PLAIN)
+    with pytest.raises(UserError, match="the run has 3, not 2"):
+        generate.encode(["blue"], [large, giant], run | {"full_width": None}, PLAIN)
+
+
 def test_a_missing_t5_is_zeros(towers, pipeline):
     encoder, pipeline.text_encoder_3 = pipeline.text_encoder_3, None
     tokens, _ = theirs(pipeline, PROMPTS)
