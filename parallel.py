@@ -132,6 +132,11 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return _from_everywhere(tree, NamedSharding(mesh, P()))
 
 
+def shard(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that every process has in full → global arrays that live as `partition` says."""
+    return jax.tree.map(_from_everywhere, tree, shardings(tree, mesh))
+
+
 def _from_everywhere(tree: Any, sharding: NamedSharding) -> Any:
     def leaf(x):
         x = np.asarray(x)

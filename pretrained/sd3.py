@@ -319,7 +319,8 @@ def to_params(tensors: Mapping[str, np.ndarray], config: ModelConfig, where: str
 
     def array(path: tuple) -> np.ndarray:
         rows = [np.concatenate([*map(piece, parts)], axis=-1) for parts in places(path, config)]
-        return np.ascontiguousarray(np.stack(rows) if path[0] in STACKS else rows[0])
+        whole = np.stack(rows) if path[0] in STACKS else rows[0]
+        return np.ascontiguousarray(whole, np.float32)
 
     return unflatten_dict({path: array(path) for path in our_shapes(config)})
 

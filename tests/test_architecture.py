@@ -23,18 +23,23 @@ RANKS = {
     "metrics.reference": 1,
     **dict.fromkeys(("checkpoint", "train_config", "showcase", "resident", "scaling"), 2),
     **dict.fromkeys(("pretrained.autoencoder", "pretrained.lpips", "pretrained.inception"), 2),
-    "pretrained.sd3": 2,
+    **dict.fromkeys(("pretrained.dit", "pretrained.sd3", "pretrained.transformer"), 2),
     "metrics.pictures": 2,
     "metrics.extraction": 3,
     **dict.fromkeys(("codec", "doctor", "generate", "open_run", "train_vae_config"), 3),
-    **dict.fromkeys(("convert_imagenet", "drawn", "train", "train_profile"), 4),
+    "warm_start": 3,
+    **dict.fromkeys(("convert_imagenet", "drawn", "export", "train", "train_profile"), 4),
     **dict.fromkeys(("evaluate", "train_vae"), 5),
 }
 NEIGHBOURS = {
     ("pipeline", "captions"),
     ("pipeline", "sources"),
     ("generate", "codec"),
+    ("warm_start", "generate"),
     ("doctor", "codec"),
+    ("pretrained.transformer", "pretrained.autoencoder"),
+    ("pretrained.transformer", "pretrained.dit"),
+    ("pretrained.transformer", "pretrained.sd3"),
 }
 NEIGHBOURS |= {("train", "train_profile")}
 WINGS = ("metrics", "pretrained", "vae")
