@@ -22,7 +22,7 @@ import text
 from errors import UserError
 from generate import Sampler
 from model import JOINT, ModelConfig, graphdef, init_params, model_config
-from pretrained import sd3
+from pretrained import sd3, transformer
 from text import Caption
 
 torch = pytest.importorskip("torch")
@@ -333,8 +333,8 @@ def pipeline(towers):
         parts[f"tokenizer{suffix}"] = transformers.AutoTokenizer.from_pretrained(name)
     with quiet():
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-        transformer = torch_transformer(CONFIGS["sd3.5 medium"])
-        parts |= {"transformer": transformer, "scheduler": scheduler, "vae": None}
+        parts |= {"transformer": torch_transformer(CONFIGS["sd3.5 medium"])}
+        parts |= {"scheduler": scheduler, "vae": None}
         made = diffusers.StableDiffusion3Pipeline(**parts)
     made.set_progress_bar_config(disable=True)
     return made
@@ -375,6 +375,20 @@ def test_towers_of_a_pipelines_folder_have_their_tokenizers_beside_them(towers, 
         text.Towers([*map(str, some)], full_width=24).encode(["a red"]) for some in (names, towers)
     )
     np.testing.assert_array_equal(ours.tokens, expected.tokens)
+
+
+def test_a_saved_pipeline_is_read_whole(pipeline, tmp_path):
+    with quiet():
+        pipeline.save_pretrained(tmp_path)
+    found = transformer.load(str(tmp_path))
+    assert found.config == CONFIGS["sd3.5 medium"] and found.settings["sample_shift"] == 3
+    expected = tensors_and_params("sd3.5 medium")[1]
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected)
+    tokens, pooled = theirs(pipeline, ["blue"])
+    towers = found.settings["text_towers"]
+    caption = generate.encode(["blue"], towers, found.settings, found.config)
+    for ours, theirs_ in ((caption.tokens[:, : 24 + 256], tokens), (caption.pooled, pooled)):
+        np.testing.assert_allclose(ours, theirs_, rtol=0, atol=2e-3 * np.abs(theirs_).max())
 
 
 def test_generate_tells_sd3_that_there_is_no_prompt_by_an_empty_one(towers):
