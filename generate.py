@@ -388,11 +388,14 @@ def sampler_of(
 
 
 class Subjects(NamedTuple):
-    """What n pictures are of: each one's place in `names`, and what the model is told."""
+    """What n pictures are of: each one's place in `names`, what the model is told, and what instead
+    if it is to be no picture in particular (None: the null label).
+    """
 
     which: Int[np.ndarray, "n"]
     names: Sequence[str]
     labels: Labels
+    null: Caption | None = None
 
 
 def subjects(config: GenerateConfig, run: dict[str, Any], model: ModelConfig) -> Subjects:
@@ -413,13 +416,33 @@ def subjects(config: GenerateConfig, run: dict[str, Any], model: ModelConfig) ->
         which = spread(ids, config.n)
         return Subjects(which, names, which)
     names, which = config.prompts, spread(range(len(config.prompts)), config.n)
-    towers = config.text_towers or run["text_towers"]
-    if len(towers) != len(run["text_revisions"]):
+    encoded = encode([*names, ""], config.text_towers or run["text_towers"], run, model)
+    # To SD3 no prompt is an empty one.
+    null = jax.tree.map(lambda x: x[-1:], encoded) if run.get("full_width") else None
+    return Subjects(which, names, jax.tree.map(lambda x: x[which], encoded), null)
+
+
+def encode(
+    prompts: Sequence[str], towers: Sequence[str], run: dict[str, Any], model: ModelConfig
+) -> Caption:
+    """What the model is told by prompts. SD3 does without the last of its towers, T5.
+
+    Raises:
+        UserError: the towers are others than the run's.
+    """
+    full_width, known = run.get("full_width"), run["text_revisions"]
+    if len(towers) not in (len(known), len(known) - bool(full_width)):
+        raise UserError(f"--text_towers: the run has {len(known)}, not {len(towers)}")
+    how = {"length": model.text_length, "full_width": full_width}
+    encoded = text.encode(prompts, towers, known[: len(towers)], **how)
+    n_token, n_pooled = encoded.tokens.shape[-1], encoded.pooled.shape[-1]
+    if (n_token, n_pooled) != (model.text_width, model.pooled_width):
         raise UserError(
-            f"--text_towers: the run has {len(run['text_revisions'])}, not {len(towers)}"
+            f"the text towers {', '.join(towers)} give {n_token} channels of a token and "
+            f"{n_pooled} of the pooled vector; the model takes {model.text_width} and "
+            f"{model.pooled_width}"
         )
-    encoded = text.encode(names, towers, run["text_revisions"], length=model.text_length)
-    return Subjects(which, names, jax.tree.map(lambda x: x[which], encoded))
+    return encoded
 
 
 def write(out: Path, pictures, labels, names: Sequence[str]) -> None:
@@ -453,7 +476,7 @@ def main(config: GenerateConfig) -> None:
     parallel.keep_compiled()
     run = read_config(config.run)
     model = saved_model(config.run)
-    which, names, labels = subjects(config, run, model)
+    which, names, labels, null = subjects(config, run, model)
     mesh = parallel.make_mesh(config.fsdp or math.gcd(run["fsdp"], jax.device_count()))
     codec = codec_of(run, config.vae, mesh)
     step, params = load_params(config.run, model, mesh, ema=config.ema, step=config.step)
@@ -471,6 +494,7 @@ def main(config: GenerateConfig) -> None:
         mesh=mesh,
         cfg_scale=run["cfg_scale"] if config.cfg_scale is None else config.cfg_scale,
         seed=config.seed,
+        null=null,
         batch_size=config.batch_size,
         trajectory=config.trajectory is not None,
         estimates=config.estimates is not None,

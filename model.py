@@ -61,9 +61,9 @@ class ModelConfig:
             unit mean square, whatever the towers' scale; SD3 takes them as they are.
         block: of `BLOCKS`, or joint (MMDiT), where the picture's tokens also attend to themselves
             alone in the first `n_dual` blocks (as in SD3.5 medium).
-        position: sincos, cropped, learned or none; `rope` adds rotary positions in attention.
-        position_side, position_base: of the table that positions are cropped from: its places to a
-            side, and how far apart its sides are. SD3's by default.
+        position: sincos, cropped, centred, learned or none; `rope` adds rotary positions in
+            attention. position_side, position_base: of the table that the second and third are cut
+            from, the places to a side, and the patches of a picture that they are counted by.
         mlp: gelu or swiglu, `mlp_ratio` × width wide. norm: layer or rms.
         time_scale: what t in [0, 1] is multiplied by before its sinusoids.
         dtype: of matrix products and of the tokens between blocks; weights are always float32.
@@ -316,8 +316,8 @@ class PlainFinalLayer(nnx.Module):
 
 def absolute_position(c: ModelConfig, *, rngs: nnx.Rngs) -> Any:
     """What adds positions to the picture's tokens: a table that is cropped has its own size."""
-    table = {"side": c.position_side, "spacing": c.position_base / c.position_side}
-    how = table if c.position == "cropped" else {}
+    table = {"side": c.position_side, "base": c.position_base}
+    how = table if c.position in ("cropped", "centred") else {}
     return POSITIONS[c.position](c.width, c.grid, rngs=rngs, **how)
 
 

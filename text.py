@@ -311,7 +311,8 @@ def _load(name: str, revision: str | None) -> tuple[Any, Any, Any]:
     if torch.cuda.is_available():  # where T5's states overflow float16
         device, dtype = "cuda", torch.bfloat16 if "t5" in config.model_type else torch.float16
     with _one_line(name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        words = source | {"pretrained_model_name_or_path": str(_tokenizer_place(name))}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**words)
         model, report = kind.from_pretrained(**source, dtype=dtype, output_loading_info=True)
         model.to(device)
     # transformers makes up what is missing, be it weights or a vocabulary, and goes on.
@@ -321,6 +322,15 @@ def _load(name: str, revision: str | None) -> tuple[Any, Any, Any]:
         raise UserError(f"the text tower '{name}' is not whole: it lacks its tokenizer's files")
     model = model.get_encoder() if config.is_encoder_decoder else model
     return tokenizer, model.eval(), config
+
+
+def _tokenizer_place(name: str) -> str | Path:
+    """Where a tower's tokenizer is: in its folder, or in a pipeline of diffusers beside it, where
+    text_encoder_2 has tokenizer_2.
+    """
+    folder = Path(name)
+    beside = folder.parent / folder.name.replace("text_encoder", "tokenizer")
+    return beside if beside.is_dir() else name
 
 
 @contextmanager

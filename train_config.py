@@ -62,8 +62,8 @@ class TrainConfig:
             export.py, or a file of DiT or SiT; flags of the model are then by default as there.
         patch_size: overrides the preset's.
         block: how a DiT's blocks are conditioned: adaln_zero, adaln, cross_attention or in_context.
-        position: absolute positions: sincos, cropped (from the middle of SD3's table), learned or
-            none.
+        position: absolute positions: sincos, cropped or centred (from the middle of a large table,
+            as in SD3), learned or none.
         rope: 2-D rotary positions in attention.
         qk_norm: normalise queries and keys.
         mlp: gelu or swiglu.

@@ -2,8 +2,9 @@
 captions of ours in the same form.
 
 Two things of a file are not among our weights. Its table of positions is computed, so it must be
-the one that is computed here. And the context's queries in the last block are dropped, and written
-as zeros: what they find there is thrown away.
+one that is computed here: Stability AI's (`centred`), or that of a new model (`cropped`). And the
+context's queries in the last block are dropped, and written as zeros: what they find there is
+thrown away.
 
 What a model is told is not in its weights either. diffusers shows SD3 all padding of captions, and
 the encoded "" where there is none: see `full_width` of `text.Towers`, and `null` of
@@ -12,18 +13,20 @@ the encoded "" where there is none: see `full_width` of `text.Towers`, and `null
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from einops import rearrange
+from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 
 from errors import UserError
 from layers import sincos_table
-from model import JOINT, ModelConfig, init_params
+from model import JOINT, ModelConfig, absolute_position, init_params
 from pretrained import weights
 
 CLASS = "SD3Transformer2DModel"
@@ -49,7 +52,6 @@ DEFAULTS: dict[str, Any] = {
 # What SD3 leaves no choice in.
 FIXED = {
     "block": JOINT,
-    "position": "cropped",
     "rope": False,
     "mlp": "gelu",
     "mlp_ratio": 4.0,
@@ -63,9 +65,15 @@ FIXED = {
 # --- the config -----------------------------------------------------------------------------------
 
 
-def read_config(said: Mapping[str, Any], where: str) -> ModelConfig:
+def read_config(
+    said: Mapping[str, Any], where: str, tensors: Mapping[str, np.ndarray] | None = None
+) -> ModelConfig:
     """The facts of a `config.json`. The model is not tied to its `image_size`, which is diffusers'
     default: `dataclasses.replace` it by any other that positions reach to.
+
+    Args:
+        tensors: tell how positions are counted, which the config does not; without them, as in the
+            published weights.
 
     Raises:
         UserError: the config of something else, or of something that is not supported.
@@ -78,7 +86,7 @@ def read_config(said: Mapping[str, Any], where: str) -> ModelConfig:
         facts["out_channels"] = facts["in_channels"]
     try:
         require_supported(facts)
-        return ModelConfig(
+        config = ModelConfig(
             width=facts["num_attention_heads"] * facts["attention_head_dim"],
             depth=facts["num_layers"],
             n_heads=facts["num_attention_heads"],
@@ -90,6 +98,7 @@ def read_config(said: Mapping[str, Any], where: str) -> ModelConfig:
             text_width=facts["joint_attention_dim"],
             pooled_width=facts["pooled_projection_dim"],
             n_dual=len(facts["dual_attention_layers"]),
+            position="centred",
             position_side=facts["pos_embed_max_size"],
             position_base=facts["sample_size"] // facts["patch_size"],
             qk_norm=facts["qk_norm"] == QK_NORM,
@@ -97,6 +106,9 @@ def read_config(said: Mapping[str, Any], where: str) -> ModelConfig:
         )
     except UserError as error:
         raise UserError(f"'{where}': its {weights.CONFIG} says {error}") from None
+    new = replace(config, position="cropped")
+    table = (tensors or {}).get(TABLE)
+    return new if table is not None and are_positions(table, new) else config
 
 
 def require_supported(facts: Mapping[str, Any]) -> None:
@@ -127,6 +139,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     """
     c = config
     unfit = {k: getattr(c, k) for k, fixed in FIXED.items() if getattr(c, k) != fixed}
+    if c.position not in ("cropped", "centred"):
+        unfit["position"] = c.position
     if not c.text_width:
         unfit["text_width"] = 0
     if max(c.grid) > c.position_side:
@@ -296,7 +310,8 @@ def to_params(tensors: Mapping[str, np.ndarray], config: ModelConfig, where: str
             positions are not those of the config.
     """
     weights.refuse_misfits(where, tensors, shapes(config))
-    require_positions(tensors[TABLE], config, where)
+    if not are_positions(tensors[TABLE], config):
+        raise UserError(f"the weights of '{where}': {TABLE} is an unknown table of positions")
     flat = {**tensors, PATCH: rearrange(tensors[PATCH], "d c p q -> d (p q c)")}
 
     def piece(part: Part) -> np.ndarray:
@@ -332,30 +347,26 @@ def to_tensors(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.n
 
 def axis_of_positions(config: ModelConfig) -> Float[np.ndarray, "s half"]:
     """The half of a token's table that encodes its column; that of its row is the same."""
-    c = config
-    places = np.arange(c.position_side) * (c.position_base / c.position_side)
-    return sincos_table(c.width, np.zeros(1), places)[:, : c.width // 2]
+    places = absolute_position(config, rngs=nnx.Rngs(0)).places(config.position_side)
+    return sincos_table(config.width, np.zeros(1), places)[:, : config.width // 2]
 
 
 def positions(config: ModelConfig) -> Float[np.ndarray, "1 n d"]:
-    """The whole table that `layers.CroppedPosition` is cropped from."""
+    """The whole table that positions are cropped from."""
     axis = axis_of_positions(config)
     shape = (len(axis), *axis.shape)
     columns, rows = np.broadcast_to(axis[None], shape), np.broadcast_to(axis[:, None], shape)
     return rearrange(np.concatenate([columns, rows], axis=-1), "h w d -> 1 (h w) d")
 
 
-def require_positions(table: Float[np.ndarray, "1 n d"], config: ModelConfig, where: str) -> None:
-    """Raises UserError if a file's positions are others than ours, but for half precision."""
+def are_positions(table: Float[np.ndarray, "..."], config: ModelConfig) -> bool:
+    """Whether a file's table is the config's, but for half precision."""
     axis = axis_of_positions(config)
+    if table.shape != (1, len(axis) ** 2, config.width):
+        return False
     rows = rearrange(table, "1 (h w) (two d) -> h w two d", h=len(axis), two=2)
     # One row after the other: the whole is a gigabyte in SD3.5 medium.
-    off = max(
-        np.abs(row - np.stack([axis, np.broadcast_to(own, axis.shape)], axis=1)).max()
+    return all(
+        np.allclose(row, np.stack([axis, np.broadcast_to(own, axis.shape)], axis=1), 0, 2**-8)
         for row, own in zip(rows, axis, strict=True)
     )
-    if not off <= 2**-8:
-        raise UserError(
-            f"the weights of '{where}' do not fit its config: {TABLE} is another table of "
-            f"positions, off by up to {off:.2g}"
-        )

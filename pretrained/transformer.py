@@ -184,7 +184,9 @@ def _of_folder(place: str, revision: str | None) -> Transformer:
         config = _own_config(found.config, found.id)
         params = _own_params(found.tensors, config, found.id)
     else:
-        config = FAMILIES[name].read_config(found.config, found.id)
+        # How SD3's positions are counted, only its table of them tells.
+        more = [found.tensors] if name == sd3.CLASS else []
+        config = FAMILIES[name].read_config(found.config, found.id, *more)
         params = FAMILIES[name].to_params(found.tensors, config, found.id)
         if ours:
             config = replace(config, time_scale=float(ours.get("time_scale", config.time_scale)))
@@ -211,9 +213,17 @@ def _of_pipeline(place: str, found: weights.Published, config: ModelConfig) -> d
     settings = _settings(config, found.id, drawn, encoding)
     settings["dataset"]["label_names"] = _label_names(index.get("id2label") or {}, config.n_classes)
     if config.text_width:  # see `text.Towers`
-        more = {"text_towers": TOWERS, "text_revisions": [None] * len(TOWERS)}
+        towers = _towers(place)
+        more = {"text_towers": towers, "text_revisions": [None] * len(TOWERS)}
         settings |= more | {"full_width": config.text_width}
     return settings
+
+
+def _towers(place: str) -> list[str]:
+    """SD3's text towers: those of a pipeline's folder, where T5 may be absent, or its originals."""
+    folder = Path(place).expanduser()
+    own = [folder / f"text_encoder{suffix}" for suffix in ("", "_2", "_3")]
+    return [str(path) for path in own if path.is_dir()] or TOWERS
 
 
 def _schedule(said: Mapping[str, Any], where: str) -> dict[str, Any]:

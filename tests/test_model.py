@@ -45,6 +45,7 @@ VARIANTS = {
     "rope": replace(TINY, rope=True, position="none"),
     "learned": replace(TINY, position="learned"),
     "cropped": replace(TINY, position="cropped"),
+    "centred": replace(TINY, position="centred", position_side=32, position_base=8),
     "qk_norm": replace(TINY, qk_norm=True),
     "swiglu": replace(TINY, mlp="swiglu"),
     "rms": replace(TINY, norm="rms"),
@@ -112,7 +113,8 @@ SHAPES = (4, 16, 32), (4, 6, 32), (4, 32)  # of a picture's tokens, a label's, a
 
 def block_of(model):
     """The first of a model's blocks."""
-    return nnx.merge(*jax.tree.map(lambda w: w[0], nnx.split(model.blocks)))
+    first = (model.config.n_dual and model.dual_blocks) or model.blocks
+    return nnx.merge(*jax.tree.map(lambda w: w[0], nnx.split(first)))
 
 
 @EACH
@@ -120,7 +122,9 @@ def test_the_untrained_model_is_zero(config):
     assert (live(config)(x, t, told(config)) == 0).all()
 
 
-@pytest.mark.parametrize("name", ["adaln_zero", "adaln_zero, captions", "joint", "joint, captions"])
+@pytest.mark.parametrize(
+    "name", ["adaln_zero", "adaln_zero, captions", "joint", "joint, captions", "joint, SD3.5"]
+)
 def test_blocks_with_gates_start_as_the_identity(name):
     model, c = live(VARIANTS[name]), VARIANTS[name]
     picture, tokens, vector = (jax.random.normal(key, shape) for shape in SHAPES)
@@ -242,7 +246,15 @@ def test_positions_tell_tokens_apart():
 
     for block in ("adaln_zero", "in_context", JOINT):
         assert moves(replace(TINY, block=block, position="none")) < 1e-4
-    for name in ("adaln_zero", "learned", "rope", "cropped", "in_context, rope", "joint, rope"):
+    for name in (
+        "adaln_zero",
+        "learned",
+        "rope",
+        "cropped",
+        "centred",
+        "in_context, rope",
+        "joint, rope",
+    ):
         assert moves(VARIANTS[name]) > 1e-2
 
 

@@ -1,8 +1,10 @@
 """Stable Diffusion 3 is diffusers': its transformer, its weights, its prompts, a whole sample."""
 
 import functools
+import shutil
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ import text
 from errors import UserError
 from generate import Sampler
 from model import JOINT, ModelConfig, graphdef, init_params, model_config
-from pretrained import sd3
+from pretrained import sd3, transformer
 from text import Caption
 
 torch = pytest.importorskip("torch")
@@ -51,6 +53,9 @@ CONFIGS = {
     "sd3.5 large": replace(PLAIN, qk_norm=True, position_side=9, out_channels=3),
     "sd3.5 medium": replace(PLAIN, depth=4, n_dual=2, qk_norm=True),
     "all dual": replace(PLAIN, depth=2, n_dual=1),
+    "published": replace(
+        PLAIN, image_size=12, position="centred", position_side=16, position_base=6
+    ),
 }
 EACH = pytest.mark.parametrize("name", CONFIGS)
 rng = np.random.default_rng(0)
@@ -81,7 +86,19 @@ def torch_transformer(config, *, seed=0):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
+        if config.position == "centred":
+            model.pos_embed.pos_embed.copy_(torch.tensor(published_positions(config)))
     return model
+
+
+def published_positions(config) -> np.ndarray:
+    """Esser et al. 2024, §5.3.2, for a target of 16 · `position_base` pixels to a side."""
+    h_max, s, d = config.position_side, config.position_base, config.width
+    p = (np.arange(h_max) - (h_max - s) / 2) * 256 / (16 * s)
+    angle = p[:, None] / 10_000 ** (np.arange(d // 4) / (d // 4))
+    axis = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+    table = [np.concatenate([axis[x], axis[y]]) for y in range(h_max) for x in range(h_max)]
+    return np.stack(table)[None].astype(np.float32)
 
 
 @functools.cache
@@ -97,9 +114,9 @@ def of_torch(model, x, t, caption):
         return nhwc(model(nchw(x), timestep=torch.tensor(1000 * t), **args).sample)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def of_ours(config, params, x, t, caption):
-    model = nnx.merge(graphdef(config), jax.tree.map(jnp.asarray, params))
-    return model(jnp.asarray(x), jnp.asarray(t), jax.tree.map(jnp.asarray, caption))
+    return nnx.merge(graphdef(config), params)(x, t, caption)
 
 
 def noise(config, side):
@@ -154,9 +171,12 @@ def test_each_of_our_weights_is_found_once(name):
 
 @EACH
 def test_configs_go_to_diffusers_and_back(name):
-    config, theirs = CONFIGS[name], torch_transformer(CONFIGS[name]).config
-    assert sd3.read_config(sd3.write_config(config), "ours") == config
-    assert sd3.read_config(theirs | {"_class_name": sd3.CLASS}, "theirs") == config
+    config, theirs = CONFIGS[name], torch_transformer(CONFIGS[name])
+    ours = sd3.write_config(config)
+    assert sd3.read_config(ours, "ours", {sd3.TABLE: sd3.positions(config)}) == config
+    said = theirs.config | {"_class_name": sd3.CLASS}
+    assert sd3.read_config(said, "theirs", tensors_of(theirs)) == config
+    assert sd3.read_config(ours, "short") == replace(config, position="centred")
 
 
 def test_what_a_config_leaves_out_is_as_in_diffusers():
@@ -258,21 +278,25 @@ def test_our_presets_are_refused_for_their_captions_norm_alone():
         (lambda x: x.pop("proj_out.bias"), "it lacks proj_out.bias"),
         (lambda x: x.update(extra=np.zeros(1)), "it has no place for extra"),
         (lambda x: x.update({"proj_out.bias": np.zeros(3)}), r"proj_out.bias \(3,\), not \(16,\)"),
-        (lambda x: x.update({sd3.TABLE: x[sd3.TABLE] + 0.1}), "another table of .* by up to 0.1"),
-        (lambda x: x.update({sd3.TABLE: x[sd3.TABLE] * np.nan}), "another table of positions"),
+        (lambda x: x.update({sd3.TABLE: x[sd3.TABLE] + 0.1}), "pos_embed is an unknown table of"),
+        (
+            lambda x: x.update({sd3.TABLE: x[sd3.TABLE] * np.nan}),
+            "is an unknown table of positions",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_named(change, message):
     tensors = dict(tensors_and_params("sd3")[0])
     change(tensors)
-    with pytest.raises(UserError, match=f"the weights of 'a/model' do not fit .*{message}"):
+    with pytest.raises(UserError, match=f"the weights of 'a/model'.*{message}"):
         sd3.to_params(tensors, PLAIN, "a/model")
 
 
 def test_positions_that_are_spaced_otherwise_are_refused():
     tensors = tensors_and_params("sd3")[0]
-    with pytest.raises(UserError, match="another table of positions"):
-        sd3.to_params(tensors, replace(PLAIN, position_base=8), "a/model")
+    for other in ({"position_base": 8}, {"position": "centred"}):
+        with pytest.raises(UserError, match="is an unknown table of positions"):
+            sd3.to_params(tensors, replace(PLAIN, **other), "a/model")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
@@ -309,8 +333,8 @@ def pipeline(towers):
         parts[f"tokenizer{suffix}"] = transformers.AutoTokenizer.from_pretrained(name)
     with quiet():
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-        transformer = torch_transformer(CONFIGS["sd3.5 medium"])
-        parts |= {"transformer": transformer, "scheduler": scheduler, "vae": None}
+        parts |= {"transformer": torch_transformer(CONFIGS["sd3.5 medium"])}
+        parts |= {"scheduler": scheduler, "vae": None}
         made = diffusers.StableDiffusion3Pipeline(**parts)
     made.set_progress_bar_config(disable=True)
     return made
@@ -337,6 +361,61 @@ def test_prompts_are_those_of_diffusers_with_all_their_padding(towers, pipeline)
         assert ours.dtype == np.float16
         np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-3 * np.abs(expected).max())
     assert found.pooled[1].any()  # of no prompt
+
+
+def test_towers_of_a_pipelines_folder_have_their_tokenizers_beside_them(towers, tmp_path):
+    names = [tmp_path / f"text_encoder{suffix}" for suffix in ("", "_2", "_3")]
+    for name, tower in zip(names, towers, strict=True):
+        shutil.copytree(tower, name)
+        words = tmp_path / name.name.replace("text_encoder", "tokenizer")
+        words.mkdir()
+        for file in name.glob("*token*"):
+            file.rename(words / file.name)
+    (ours,), (expected,) = (
+        text.Towers([*map(str, some)], full_width=24).encode(["a red"]) for some in (names, towers)
+    )
+    np.testing.assert_array_equal(ours.tokens, expected.tokens)
+
+
+def test_a_saved_pipeline_is_read_whole(pipeline, tmp_path):
+    with quiet():
+        pipeline.save_pretrained(tmp_path)
+    found = transformer.load(str(tmp_path))
+    assert found.config == CONFIGS["sd3.5 medium"] and found.settings["sample_shift"] == 3
+    expected = tensors_and_params("sd3.5 medium")[1]
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected)
+    tokens, pooled = theirs(pipeline, ["blue"])
+    towers = found.settings["text_towers"]
+    caption = generate.encode(["blue"], towers, found.settings, found.config)
+    for ours, theirs_ in ((caption.tokens[:, : 24 + 256], tokens), (caption.pooled, pooled)):
+        np.testing.assert_allclose(ours, theirs_, rtol=0, atol=2e-3 * np.abs(theirs_).max())
+
+
+def test_generate_tells_sd3_that_there_is_no_prompt_by_an_empty_one(towers):
+    asked = generate.GenerateConfig(run=Path("sd3"), prompts=("blue", "a red"), n=4)
+    run = {"text_towers": towers, "text_revisions": [None] * 3, "full_width": 24}
+    which, names, labels, null = generate.subjects(asked, run, PLAIN)
+    assert (list(which), names) == ([0, 0, 1, 1], asked.prompts)
+    blue, red, nothing = text.Towers(towers, full_width=24).encode([*names, ""])
+    assert isinstance(labels, Caption) and null is not None
+    for x, caption in zip(labels.tokens, (blue, blue, red, red), strict=True):
+        np.testing.assert_array_equal(x[: len(caption.tokens)], caption.tokens)
+    np.testing.assert_array_equal(null.tokens[0, : len(nothing.tokens)], nothing.tokens)
+    np.testing.assert_array_equal(null.pooled, nothing.pooled[None])
+    assert generate.subjects(asked, run | {"full_width": None}, PLAIN).null is None
+
+
+def test_generate_does_without_t5_but_not_with_other_towers(towers):
+    large, giant, t5 = towers
+    run = {"text_revisions": [None] * 3, "full_width": 24}
+    caption = generate.encode(["blue"], [large, giant], run, PLAIN)
+    assert caption.tokens[:, :24].any() and not caption.tokens[:, 24:].any()
+    with pytest.raises(UserError, match="the run has 3, not 1"):
+        generate.encode(["blue"], [large], run, PLAIN)
+    with pytest.raises(UserError, match=r"give 24 channels .* and 10 of .* takes 24 and 16"):
+        generate.encode(["blue"], [large, t5], run, PLAIN)
+    with pytest.raises(UserError, match="the run has 3, not 2"):
+        generate.encode(["blue"], [large, giant], run | {"full_width": None}, PLAIN)
 
 
 def test_a_missing_t5_is_zeros(towers, pipeline):
@@ -374,8 +453,9 @@ def test_our_times_are_diffusers_sigmas_but_for_the_last_step(pipeline):
 
 def test_a_guided_sample_is_that_of_diffusers(towers, pipeline):
     config = replace(CONFIGS["sd3.5 medium"], image_size=12)
-    encoded = text.Towers(towers, full_width=24).encode(["a red seven", "blue", "", ""])
-    caption = text.pad(encoded, 24 + 256)
+    revisions, prompts = [str(text.revision(tower)) for tower in towers], ["a red", "blue", "", ""]
+    caption = text.encode(prompts, towers, revisions, length=0, full_width=24)
+    assert caption.mask.all()
     tokens, pooled = (torch.tensor(np.float32(v)) for v in (caption.tokens, caption.pooled))
     x = np.asarray(sampling.initial_noise(3, jnp.arange(3), (12, 12, 4)))
     with quiet(), torch.inference_mode():
