@@ -39,6 +39,7 @@ import resident
 import run_folder
 import showcase
 import text
+import warm_start
 from captions import CaptionStore
 from checkpoint import Checkpoints
 from codec import Codec
@@ -184,6 +185,10 @@ class Trainer:
             fsdp = config.fsdp or math.gcd(saved["fsdp"], jax.device_count())
             config = take_up(dataclasses.replace(config, fsdp=fsdp), saved)
         config = with_subject(config)
+        start = None
+        if config.init_from and not saved:
+            start = warm_start.read(config.init_from)
+            config = warm_start.filled(config, start)
         self.source = open_source(
             config.dataset_name,
             data_dir=config.data_dir,
@@ -211,6 +216,9 @@ class Trainer:
             processes.first_says(lambda: str(run_folder.new(c.dataset_name, c.model)))
         )
         self.model_config = network(c, self.dataset)
+        if c.init_from:
+            record = saved["model_config"] if saved else vars(start.config) if start else {}
+            self.model_config = warm_start.beyond_flags(self.model_config, record)
         self.encoded = None
         if c.conditioning == "text":
             with processes.in_turn():
@@ -244,7 +252,7 @@ class Trainer:
         if saved and Checkpoints.exist(self.run_dir):
             self.restore()
         else:
-            self.state = parallel.create(self._initial_state, self.mesh)
+            self.state = self._fresh_state(start)
 
     @classmethod
     def from_run(cls, run_dir: str | Path) -> Self:
@@ -347,6 +355,25 @@ class Trainer:
         metrics = jax.eval_shape(lambda b: loss(model, b, self.train_key)[1], self.blank_batch())
         scaled = self.model_config.dtype == "float16"
         return first_state(params, self.optimizer, metrics, scaled=scaled)
+
+    def _fresh_state(self, start: warm_start.Source | None = None) -> TrainState:
+        """The state before the first step, with the weights of `init_from` if there is one."""
+        state = parallel.create(self._initial_state, self.mesh)
+        path = getattr(self.config, "init_from", None)  # which autoencoders do without
+        if path is None:
+            return state
+        params, notices = warm_start.fitted(
+            start or warm_start.read(path),
+            self.model_config,
+            self.dataset.label_names,
+            lambda part: parallel.fetch(state.params[part]),
+        )
+        for notice in notices if processes.is_first() else ():
+            print(f"--init_from: {notice}")
+        params = parallel.shard(params, self.mesh)
+        # Copies: what may lie in the host's memory cannot be donated, nor one buffer for two.
+        params, ema = (jax.tree.map(jnp.copy, params) for _ in range(2))
+        return dataclasses.replace(state, params=params, ema=ema)
 
     def blank_batch(self) -> Batch:
         """This process's part of a batch, with nothing in it."""
@@ -533,7 +560,7 @@ class Trainer:
             like = as_items(parallel.abstract(self._initial_state, self.mesh))
             state = from_items(checkpoints.restore(step, like))
         else:
-            state = parallel.create(self._initial_state, self.mesh)
+            state = self._fresh_state()
         moved = parallel.replicate(np.int32(position), self.mesh)
         self._take(dataclasses.replace(state, position=moved))
 

@@ -58,10 +58,12 @@ class TrainConfig:
         cache_on_device: hold the whole set in device memory and draw batches there.
         n_workers: processes that decode a set that is not held.
         model: a preset such as DiT-S/2.
+        init_from: start from these weights: a run's folder, a folder or hub id of diffusers or of
+            export.py, or a file of DiT or SiT; flags of the model are then by default as there.
         patch_size: overrides the preset's.
         block: how a DiT's blocks are conditioned: adaln_zero, adaln, cross_attention or in_context.
-        position: absolute positions: sincos, cropped (from the middle of SD3's table), learned or
-            none.
+        position: absolute positions: sincos, cropped or centred (from the middle of a large table,
+            as in SD3), learned or none.
         rope: 2-D rotary positions in attention.
         qk_norm: normalise queries and keys.
         mlp: gelu or swiglu.
@@ -135,6 +137,7 @@ class TrainConfig:
     cache_on_device: bool = UNSAID
     n_workers: int | None = None
     model: str = UNSAID
+    init_from: str | None = None
     patch_size: int = UNSAID
     block: str = UNSAID
     position: str = UNSAID
@@ -284,8 +287,10 @@ DENSITIES = {
 
 
 def spoken(config: Any) -> dict[str, Any]:
-    """What was said, with the folders of text towers as they are called from anywhere."""
+    """What was said, with paths of text towers and weights as they are called from anywhere."""
     said = {name: value for name, value in vars(config).items() if value is not None}
+    if (start := said.get("init_from")) and Path(start).expanduser().exists():
+        said["init_from"] = str(Path(start).expanduser().resolve())
     if towers := said.get("text_towers"):
         folders = [Path(tower).expanduser() for tower in towers]
         said["text_towers"] = tuple(
