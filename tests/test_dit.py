@@ -231,7 +231,7 @@ def test_samples_are_those_of_diffusers(tmp_path):
     """From the same noise, guided, by DDIM, which adds none of its own."""
     theirs = example("small")
     found, labels = Drawable.of_pretrained(str(published(tmp_path / "dit", theirs))), [1, 7]
-    how = found.how(Wishes(solver="ddim", n_steps=4, cfg_scale=4, guided_channels=4))
+    how = found.how(Wishes(solver="ddim", n_steps=4, cfg_scale=4.0, guided_channels=4))
     drawn = found.sample(labels, how, codec=None, trajectory=True)
     assert drawn.trajectory is not None
     with quiet():

@@ -16,6 +16,7 @@ from flax import nnx
 from towers import save_clip
 
 import export
+import parallel
 import warm_start
 from drawable import Drawable
 from errors import UserError
