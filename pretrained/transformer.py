@@ -32,14 +32,11 @@ FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 OWN = {"DiT": False, "MMDiT": True}  # our classes: whether their blocks are joint
 FAMILIES: dict[str, Any] = dict.fromkeys(dit.CLASSES, dit) | {sd3.CLASS: sd3}
 
-# How the published models are sampled. The scripts of DiT and SiT guide the first three channels
-# alone.
-DDPM = {"prediction": "epsilon", "solver": "ddpm", "n_sample_steps": 250, "sample_shift": None}
+# How the published models are sampled.
 FLOW = {"prediction": None, "solver": "euler", "n_sample_steps": 50, "sample_shift": 1.0}
-OF_CLASSES = {"cfg_scale": 4.0, "guided_channels": 3}
 DRAWN: dict[str, dict[str, Any]] = {
-    "dit": DDPM | OF_CLASSES,
-    "sit": FLOW | OF_CLASSES,
+    "dit": {"prediction": "epsilon", "solver": "ddpm", "n_sample_steps": 250, "sample_shift": None},
+    "sit": FLOW,
     "sd3": FLOW | {"n_sample_steps": 28, "sample_shift": 3.0, "cfg_scale": 7.0},
 }
 # Where SD3's towers are without it.
@@ -146,7 +143,8 @@ def _of_file(path: Path, asked: Asked) -> Transformer:
     if family == "sit":
         params, config = dit.from_sit(params, config)
     place = str(path.resolve())
-    settings = _settings(config, place, DRAWN[family], _usual_encoding(config, place))
+    drawn = DRAWN[family] | _guidance(config)
+    settings = _settings(config, place, drawn, _usual_encoding(config, place))
     return Transformer(config, params, settings, place)
 
 
@@ -204,7 +202,7 @@ def _of_pipeline(place: str, found: weights.Published, config: ModelConfig) -> d
         return weights.read_json(place, name, revision=found.revision)
 
     index, scheduler = read("model_index.json") or {}, read("scheduler/scheduler_config.json")
-    drawn = DRAWN["sd3" if config.text_width else "dit"]
+    drawn = DRAWN["sd3"] if config.text_width else DRAWN["dit"] | _guidance(config)
     drawn |= _schedule(scheduler, found.id) if scheduler else {}
     if drawn["prediction"] is None and config.out_channels != config.channels:
         raise UserError(f"'{found.id}': a flow has no variance to be learned, and it says one")
@@ -280,6 +278,13 @@ def _encoding_by(
         mirrored=False,
         captions=bool(config.text_width),
     )
+
+
+def _guidance(config: ModelConfig) -> dict[str, Any]:
+    """Of models on classes. The scripts of DiT and SiT guide three of their four channels."""
+    if not config.n_classes:
+        return {"cfg_scale": 1.0}
+    return {"cfg_scale": 4.0} | ({"guided_channels": 3} if config.channels == 4 else {})
 
 
 def _label_names(names: Mapping[str, Any], n_classes: int) -> list[str]:

@@ -258,6 +258,9 @@ def test_files_of_the_original_are_drawn_from_as_published(tmp_path):
     assert (found["cfg_scale"], found["guided_channels"]) == (4.0, 3)
     encoding = Encoding.of(found["dataset"]["encoding"])
     assert (encoding.vae, encoding.image_size) == ("stabilityai/sd-vae-ft-ema", 64)
+    grey = transformer.load(f"dit:heads=1:{saved(tmp_path / 'grey.pt', example('grey'))}").settings
+    assert grey["dataset"]["encoding"] is None and grey["cfg_scale"] == 1.0
+    assert "guided_channels" not in grey
     found = transformer.load(f"SiT:heads=4:{tmp_path / 'a.pt'}").settings
     assert generate.sampler_of(found, solver=None, n_steps=None) == generate.Sampler("euler", 50)
 
