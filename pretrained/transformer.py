@@ -202,14 +202,14 @@ def _of_pipeline(place: str, found: weights.Published, config: ModelConfig) -> d
         return weights.read_json(place, name, revision=found.revision)
 
     index, scheduler = read("model_index.json") or {}, read("scheduler/scheduler_config.json")
-    drawn = DRAWN["sd3"] if config.text_width else DRAWN["dit"] | _guidance(config)
-    drawn |= _schedule(scheduler, found.id) if scheduler else {}
+    usual = DRAWN["sd3"] if config.text_width else DRAWN["dit"] | _guidance(config)
+    drawn = usual | (_schedule(scheduler, found.id) if scheduler else {})
     if drawn["prediction"] is None and config.out_channels != config.channels:
         raise UserError(f"'{found.id}': a flow has no variance to be learned, and it says one")
     facts = read("vae/config.json")
     encoding = _encoding(config, facts, found.id) if facts else _usual_encoding(config, found.id)
     settings = _settings(config, found.id, drawn, encoding)
-    settings["dataset"]["label_names"] = _label_names(index.get("id2label") or {}, config.n_classes)
+    settings["dataset"]["label_names"] = _label_names(index.get("id2label"), config.n_classes)
     if config.text_width:  # see `text.Towers`
         towers = _towers(place)
         more = {"text_towers": towers, "text_revisions": [None] * len(TOWERS)}
@@ -287,10 +287,11 @@ def _guidance(config: ModelConfig) -> dict[str, Any]:
     return {"cfg_scale": 4.0} | ({"guided_channels": 3} if config.channels == 4 else {})
 
 
-def _label_names(names: Mapping[str, Any], n_classes: int) -> list[str]:
+def _label_names(names: Any, n_classes: int) -> list[str]:
     """Of a pipeline's names of classes, which may be lists of synonyms, the first, where no other
     class has it too.
     """
+    names = names if isinstance(names, dict) else {}
     whole = [str(names.get(str(i), "")) for i in range(n_classes)]
     if not all(whole):
         return []
