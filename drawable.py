@@ -237,8 +237,9 @@ class Drawable:
         return How(sampler, float(scale))
 
     def sample(self, labels: Labels, how: How, **more: Any) -> Pictures:
-        """Pictures by `drawing.sample`, which `more` is for."""
-        more = {"codec": self.codec} | more  # a VAE that is gone is said before weights are read
+        """Pictures by `drawing.sample`, which `more` is for; latents, if its `codec` is None."""
+        if "codec" not in more:
+            more["codec"] = self.codec  # a VAE that is gone is said before weights are read
         sampler, scale = how
         return drawing.sample(
             self.params,
