@@ -26,13 +26,13 @@ import cli
 import drawn
 import generate
 import parallel
+import processes
 from drawn import DrawConfig
 from errors import UserError
 from metrics import extraction, fid, pictures, reference
 from metrics.extraction import Extractor, Gathered, Rows
 from metrics.pictures import Batch, PictureSet
 from metrics.reference import Reference
-from pretrained import inception
 from run_folder import read_config
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
@@ -75,6 +75,10 @@ class EvaluateConfig:
         n_features: pictures of each side that KID, precision and recall look at; 0 for none.
         batch_size: pictures drawn and looked at at a time.
         out: a file that gets one more line of JSON.
+        distributed: join the other processes of a cluster's job, as train.py does.
+        coordinator: host:port of process 0, where no cluster is detected.
+        n_processes: of the job, likewise.
+        process_index: of this process, from 0, likewise.
     """
 
     run: Path | None = None
@@ -102,6 +106,10 @@ class EvaluateConfig:
     n_features: int = 10_000
     batch_size: int | None = None
     out: Path | None = None
+    distributed: bool = False
+    coordinator: str | None = None
+    n_processes: int | None = None
+    process_index: int | None = None
 
 
 # What the help page says of values that are not given.
@@ -159,7 +167,7 @@ def _check_numbers(config: EvaluateConfig) -> None:
         raise UserError("--n_features 1: must be 0 or at least 2")
 
 
-# --- whose pictures, and of which features --------------------------------------------------------
+# --- whose pictures -----------------------------------------------------------------------------
 
 
 def subject(config: EvaluateConfig, mesh: parallel.Mesh, batch_size: int) -> PictureSet:
@@ -191,29 +199,6 @@ def subject(config: EvaluateConfig, mesh: parallel.Mesh, batch_size: int) -> Pic
     )
 
 
-def extractor(config: EvaluateConfig, real: Reference | None, mesh: parallel.Mesh) -> Extractor:
-    """What makes features: that which made the reference's.
-
-    Raises:
-        UserError: the reference was made otherwise, or there are no such weights.
-    """
-    made_with = real.made_with if real else {}
-    if real and made_with["space"] != config.features:
-        raise UserError(f"reference {real.path} is of --features {made_with['space']}")
-    if config.features == "pixels":
-        return extraction.of_pixels(mesh)
-    preparation = config.preparation or made_with.get("preparation", "pytorch_fid")
-    if real and real.card and preparation != made_with["preparation"]:
-        raise UserError(f"reference {real.path} is of --preparation {made_with['preparation']}")
-    weights = inception.load(str(config.inception))
-    if real and made_with.get("weights") not in (None, weights.hash):
-        raise UserError(
-            f"reference {real.path} was made with other weights than '{config.inception}': their "
-            f"hash is {made_with['weights'][:12]}…, not {weights.hash[:12]}…"
-        )
-    return extraction.of_inception(weights, mesh, preparation=preparation)
-
-
 # --- scores ---------------------------------------------------------------------------------------
 
 
@@ -233,19 +218,16 @@ def gathered(
         raise UserError(f"statistics need at least two pictures, not {of.count}")
 
     def counted(batches: Iterator[Batch]) -> Iterator[Batch]:
-        with tqdm(total=of.count, unit=" pictures", disable=None) as bar:
+        quiet = None if processes.is_first() else True  # None: unless a person watches
+        with tqdm(total=of.count, unit=" pictures", disable=quiet) as bar:
             for batch in batches:
                 yield batch
                 bar.update(len(batch))
 
     def fitting(parts: Iterator[Rows]) -> Iterator[Rows]:
         for part in parts:
-            n, m = part.pool.shape[1], len(real.pool.mean) if real else None
-            if m not in (None, n):  # said at once, not after hours
-                raise UserError(
-                    f"reference {config.reference} has {m} features, and these pictures {n}: they "
-                    "have another size or colour, or it is of another network"
-                )
+            if real:  # said at once, not after hours
+                extraction.require_fit(real, part.pool.shape[1])
             yield part
 
     rows = extract(counted(of.batches(batch_size)), batch_size=min(batch_size, of.count))
@@ -298,26 +280,52 @@ def real_features(
 def main(config: EvaluateConfig) -> None:
     """Read what is compared with, look at all pictures, write what was found."""
     check(config)
+    processes.join(
+        config.distributed,
+        coordinator=config.coordinator,
+        n_processes=config.n_processes,
+        process_index=config.process_index,
+    )
     parallel.keep_compiled()
+    if config.samples and processes.several():
+        raise UserError("--samples is for one process; draw them with one, or leave them out")
     real = reference.read(config.reference) if config.reference else None
     n_devices = jax.device_count()
     fsdp = math.gcd(read_config(config.run)["fsdp"], n_devices) if config.run else 1
     mesh = parallel.make_mesh(fsdp)
-    per_device = 16 if jax.default_backend() == "cpu" else 64
-    size = config.batch_size or per_device * n_devices
-    extract = extractor(config, real, mesh)
+    size = config.batch_size or extraction.batch_size(mesh)
+    how = {"weights": config.inception, "preparation": config.preparation}
+    extract = extraction.like(real, mesh, space=config.features, **how)
     of = subject(config, mesh, size)
     found = gathered(config, extract, of, size, real)
-    card = {"pictures": of.card | {"count": of.count}, "features": extract.card}
-    card |= {"command": shlex.join(sys.argv), "jax": jax.__version__, "made": time.ctime()}
-    if config.make_reference:
-        with generate.unwritable(config.make_reference):
-            reference.write(config.make_reference, found.pool, found.spatial, found.features, card)
-        print(f"statistics of {of.count} pictures: {config.make_reference}")
-    elif real:
-        said = scores(config, found, real, real_features(config, real, extract, size))
+    features = real_features(config, real, extract, size) if real else None
+    if processes.is_first():
+        card = {"pictures": of.card | {"count": of.count}, "features": extract.card}
+        card |= {"command": shlex.join(sys.argv), "jax": jax.__version__, "made": time.ctime()}
+        conclude(config, found, real, features, card)
+    processes.wait_for_all("the end")
+
+
+def conclude(
+    config: EvaluateConfig,
+    found: Gathered,
+    real: Reference | None,
+    features: np.ndarray | None,
+    card: dict[str, Any],
+) -> None:
+    """Write statistics, or compare them with the reference's.
+
+    Args:
+        features: of some of the reference's pictures.
+    """
+    if real:
+        said = scores(config, found, real, features)
         known = {"path": str(real.path), "sha256": real.sha256, "pictures": real.card}
         tell(config, said, card | {"reference": known, "config": asdict(config)})
+    elif config.make_reference:
+        with generate.unwritable(config.make_reference):
+            reference.write(config.make_reference, found.pool, found.spatial, found.features, card)
+        print(f"statistics of {found.count} pictures: {config.make_reference}")
 
 
 def tell(config: EvaluateConfig, said: dict[str, float], card: dict[str, Any]) -> None:
@@ -334,4 +342,4 @@ def tell(config: EvaluateConfig, said: dict[str, float], card: dict[str, Any]) -
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(EvaluateConfig, filled=FILLED)))
+    cli.run(lambda: main(cli.parse(EvaluateConfig, filled=FILLED)), processes.leave)

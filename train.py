@@ -25,12 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Key
+from jaxtyping import Array, Key, UInt8
 from PIL import Image
 
 import captions
 import cli
 import generate
+import images
 import optim
 import parallel
 import processes
@@ -61,6 +62,7 @@ from train_config import (
     with_subject,
 )
 from train_profile import profile
+from yardstick import Yardstick
 
 __all__ = ["TrainConfig", "TrainState", "Trainer"]
 DIGITS = TrainConfig()
@@ -296,6 +298,27 @@ class Trainer:
             encoded=self.encoded,
         )
 
+    @cached_property
+    def yardstick(self) -> Yardstick | None:
+        """What this run's pictures are measured by on the way, if they are.
+
+        Raises:
+            UserError: the reference or Inception's weights are not there, or do not fit.
+        """
+        c, encoding, codec = self.config, self.dataset.encoding, self.codec
+        if not c.fid_every or c.profile:
+            return None
+        side = encoding.image_size if encoding else c.image_size
+        channels = codec.config.out_channels if codec else c.channels
+        return Yardstick.open(
+            c.fid_reference,
+            self.mesh,
+            space=c.fid_features,
+            weights=c.inception,
+            n=c.fid_n,
+            shape=(side, side, channels),
+        )
+
     def batches(self, start: int, stop: int) -> Generator[Any]:
         """What `train_step` takes, from one place in the order of all batches to another: this
         process's rows or, with `cache_on_device`, what they are drawn from.
@@ -369,7 +392,8 @@ class Trainer:
         """
         c, last = self.config, self.config.n_steps if n_steps is None else n_steps
         require_even_batches(c, jax.device_count())
-        _ = self.data  # decoded now: a bad picture must end this before anything is written
+        # Now: a missing file or a bad picture must end this before anything is written.
+        _ = self.yardstick, self.data
         with stopping() as stop, open_run(self, last) as run:
             run.tracker.message(self.greeting(last))
             for batch in run.batches():
@@ -383,7 +407,8 @@ class Trainer:
                 leaving = run.asked_to_stop(stop)
                 evaluate = self.step % c.eval_save_steps == 0 or self.step == last
                 sample = self.step % c.sample_every_n == 0 and not leaving
-                if evaluate or sample or leaving:
+                measure = self.measures(last) and not leaving
+                if evaluate or sample or measure or leaving:
                     if not run.read():
                         continue
                     with run.throughput.paused():
@@ -393,6 +418,8 @@ class Trainer:
                             run.save(required=leaving or self.step == last)
                         if sample:
                             run.show(f"{self.step:07d}.png")
+                        if measure:
+                            run.measure(stop)
                 if leaving:
                     break
             else:
@@ -418,10 +445,11 @@ class Trainer:
         n_steps: int | None = None,
         seed: int = 0,
         ema: bool = True,
+        first: int = 0,
         trajectory: bool = False,
     ) -> np.ndarray:
         """Pictures of `labels` (numbers, names or captions), in about −1 … 1, from the averaged
-        weights. Latents are decoded.
+        weights. Latents are decoded. The noise of each is that of its place, counted from `first`.
 
         Returns float32 (b, h, w, c) or, with `trajectory`, every state from the noise to the
         result, (n_steps + 1, b, h, w, c).
@@ -435,10 +463,30 @@ class Trainer:
             mesh=self.mesh,
             cfg_scale=float(scale),
             seed=seed,
+            first=first,
             trajectory=trajectory,
             codec=self.codec,
         )
         return solution.x if solution.trajectory is None else solution.trajectory
+
+    def measures(self, last: int) -> bool:
+        """Whether pictures are measured after this step."""
+        if self.yardstick is None:
+            return False
+        return self.step % self.config.fid_every == 0 or self.step == last
+
+    def pictures(self, n: int, batch_size: int) -> Generator[UInt8[np.ndarray, "_b h w c"]]:
+        """n pictures in batches, of every class by turns (or of every caption of the evaluation
+        split), just as `evaluate.py` draws them from a checkpoint of this step.
+        """
+        labels: Sequence[int | str] = range(max(1, self.model_config.n_classes))
+        if self.encoded:
+            labels = [several[0] for several in self.source.eval.captions]
+        for start in range(0, n, batch_size):
+            # The last batch is filled up, so that all are one compiled program.
+            places = np.minimum(np.arange(start, start + batch_size), n - 1) % len(labels)
+            x = self.sample([labels[i] for i in places], first=start)
+            yield images.to_uint8(x[: n - start])
 
     def sampler(self, n_steps: int | None = None) -> generate.Sampler:
         """How this run's pictures are drawn, in the configured number of steps if none is said."""
@@ -547,6 +595,7 @@ class Trainer:
             "model_config": dataclasses.asdict(self.model_config),
             "dataset": dataclasses.asdict(self.dataset),
             "text_revisions": self.encoded.revisions if self.encoded else (),
+            "yardstick": self.yardstick.card if self.yardstick else None,
         }
 
 

@@ -203,6 +203,7 @@ class VaeTrainer(Trainer):
     """
 
     CONFIG, COMMAND, SHOWS = VaeConfig, COMMAND, "reconstructions"
+    yardstick = None  # it draws nothing that could be measured
 
     def __init__(self, config: VaeConfig = DIGITS):
         """Open the data, fill in the settings, create the state or restore it. Writes nothing.

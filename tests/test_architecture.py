@@ -25,7 +25,9 @@ RANKS = {
     **dict.fromkeys(("pretrained.autoencoder", "pretrained.lpips", "pretrained.inception"), 2),
     "metrics.pictures": 2,
     "metrics.extraction": 3,
-    **dict.fromkeys(("codec", "doctor", "generate", "open_run", "train_vae_config"), 3),
+    **dict.fromkeys(
+        ("codec", "doctor", "generate", "open_run", "train_vae_config", "yardstick"), 3
+    ),
     **dict.fromkeys(("convert_imagenet", "drawn", "train", "train_profile"), 4),
     **dict.fromkeys(("evaluate", "train_vae"), 5),
 }
@@ -35,7 +37,7 @@ NEIGHBOURS = {
     ("generate", "codec"),
     ("doctor", "codec"),
 }
-NEIGHBOURS |= {("train", "train_profile")}
+NEIGHBOURS |= {("train", "train_profile"), ("yardstick", "metrics.extraction")}
 WINGS = ("metrics", "pretrained", "vae")
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))} | {
     f"{wing}.{path.stem}": path
