@@ -306,7 +306,7 @@ class Trainer:
             UserError: the reference or Inception's weights are not there, or do not fit.
         """
         c, encoding, codec = self.config, self.dataset.encoding, self.codec
-        if not c.fid_every or c.profile:
+        if not c.fid_every or not c.fid_reference or c.profile:
             return None
         side = encoding.image_size if encoding else c.image_size
         channels = codec.config.out_channels if codec else c.channels

@@ -396,6 +396,7 @@ def resolve(
         filled["n_steps"] = math.ceil(config.n_epochs * n_rows / filled["batch_size"])
     resolved = TrainConfig(**derived(filled, platform) | filled)
     validate(resolved, n_devices)
+    validate_fid(resolved)
     return resolved
 
 
@@ -475,7 +476,6 @@ def validate(config: TrainConfig, n_devices: int) -> None:
             f"--cfg_scale {config.cfg_scale}: an unconditional model has no label to be guided by; "
             "leave it at 1"
         )
-    validate_fid(config)
     if n_devices % config.fsdp:
         raise UserError(f"--fsdp {config.fsdp} does not divide the {n_devices} devices")
     if config.streaming and config.in_memory:

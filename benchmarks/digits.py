@@ -122,7 +122,8 @@ def judge_run(trainer: Trainer, *, n: int = 1000, **how) -> Judgement:
 def main() -> None:
     config = cli.parse(DigitsConfig)
     how = {"cfg_scale": config.cfg_scale, "n_steps": config.n_steps}
-    trainer = Trainer(TrainConfig(run_dir=config.run, resume=True, solver=config.solver))
+    said: dict = {"solver": config.solver} if config.solver else {}
+    trainer = Trainer(TrainConfig(run_dir=config.run, resume=True, **said))
     result = judge_run(trainer, n=config.n, **how)
     train, test = (trainer.data.images(split) for split in ("train", "eval"))
     floor = judge(*train, train=train, test=test)

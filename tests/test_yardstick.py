@@ -120,7 +120,9 @@ def test_a_run_goes_on_without_its_reference(whole, measured, digits, tmp_path):
     Trainer(replace(resume, fid_every=0)).fit(n_steps=3)
 
 
-def test_a_run_that_is_asked_to_stop_does_not_measure_to_the_end(measured, tmp_path, capsys):
+def test_a_run_that_is_asked_to_stop_does_not_measure_to_the_end(
+    measured, tmp_path, capsys, monkeypatch
+):
     trainer = Trainer(replace(TINY, run_dir=tmp_path / "run", **measured))
     stop, looked = Stop(), []
     assert trainer.yardstick is not None
@@ -133,8 +135,8 @@ def test_a_run_that_is_asked_to_stop_does_not_measure_to_the_end(measured, tmp_p
                 stop.signal = 15
                 yield batch
 
-        trainer.pictures = pictures
-        object.__setattr__(trainer.yardstick, "n", 1000)
+        monkeypatch.setattr(trainer, "pictures", pictures)
+        monkeypatch.setitem(trainer.__dict__, "yardstick", replace(trainer.yardstick, n=1000))
         run.measure(stop)
     assert len(looked) == 1
     assert "step 0 is not measured: the run was asked to stop" in capsys.readouterr().out
