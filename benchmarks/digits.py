@@ -73,9 +73,11 @@ def reader(x, labels) -> Callable:
     to read these digits. Always the same one.
     """
     from sklearn.neural_network import MLPClassifier
+    from threadpoolctl import threadpool_limits  # which scikit-learn brings
 
     network = MLPClassifier((128, 64), alpha=1e-2, max_iter=60, tol=0, random_state=0)
-    with warnings.catch_warnings():
+    # Its products are so small that several threads would mostly wait for each other.
+    with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore")  # that 60 epochs are not the optimum: they are enough
         network.fit(x / 16, labels)
 

@@ -95,8 +95,8 @@ def from_pytorch_fid(state, folders: list[str]) -> dict:
     files = [sorted(Path(folder).iterdir()) for folder in folders]
     pools = [theirs.get_activations(some, model, 8, 2048, "cpu", 0) for some in files]
     far = theirs.calculate_fid_given_paths(folders, 8, "cpu", 2048, 0)
-    a, b = features(600, REAL), features(500, DRAWN)
-    moments = [part for x in (a, b) for part in (x.mean(0), np.cov(x.astype(float), rowvar=False))]
+    a, b = (features(n, seed).astype(float) for n, seed in ((600, REAL), (500, DRAWN)))
+    moments = [part for x in (a, b) for part in (x.mean(0), np.cov(x, rowvar=False))]
     return {
         "pool": pools[0][:, :KEPT].tolist(),
         "pool_norms": np.linalg.norm(pools[0], axis=1).tolist(),
@@ -149,7 +149,7 @@ def main() -> None:
         folders = [f"{at}/{name}" for name in ("real", "drawn")]
         for folder, seed in zip(folders, (REAL, DRAWN), strict=True):
             Path(folder).mkdir()
-            for i, picture in enumerate(pictures(12, seed)):
+            for i, picture in enumerate(pictures(6, seed)):
                 Image.fromarray(picture).save(f"{folder}/{i:02}.png")
         file = f"{at}/weights.pth"
         torch.save(state, file)
