@@ -112,8 +112,8 @@ class TrainConfig:
         solver: of the samples: euler or heun, with ddpm: ddpm or ddim.
         sample_shift: of the samples' time grid.
         fid_every: steps between measurements of the Fréchet distance of samples to real pictures,
-            and one at the end; 0 for none. Each draws and looks at fid_n pictures while training
-            waits: on a GPU a minute or a few, on two CPU cores some 20 for 5000 small ones.
+            and one at the end; 0 for none. Training waits while fid_n pictures are drawn, and
+            looked at: Inception alone needs 20 minutes for 5000 on two CPU cores.
         fid_reference: statistics of the real ones: an .npz of evaluate.py --make_reference, of
             pytorch-fid, clean-fid or the ADM suite.
         fid_n: pictures that are drawn for it, as many of each class. Fewer have a larger distance:
@@ -121,7 +121,7 @@ class TrainConfig:
         fid_features: inception, or pixels, which need no weights; the number is then called
             pixel_frechet, for it is no FID.
         inception: weights of FID's Inception network: a file, a folder or an id on the hub. They
-            take 0.1 GB on each device while training, and about 2 GB more while they are used.
+            take 0.1 GB on each device while training, and half a GB more while they are used.
         profile: measure the train, eval and sampling steps, print a report, and stop.
         peak_tflops: this device's peak, where the table of profiling.py does not know it.
     """

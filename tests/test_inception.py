@@ -20,6 +20,7 @@ from metrics import extraction, inception
 from metrics.extraction import gather, regrouped
 from metrics.fid import frechet_distance
 from pretrained import inception as pretrained
+from yardstick import Yardstick
 
 rng = np.random.default_rng(0)
 
@@ -247,6 +248,11 @@ def test_the_command_measures_all_that_inception_can(file, two_sets, tmp_path):
     assert found["fid"] > 0 and found["sfid"] > 0 and found["inception_score"] >= 1
     made_with = found["card"]["features"]
     assert made_with["preparation"] == "pytorch_fid" and len(made_with["weights"]) == 64
+    # What a training run measures is the same.
+    how = {"space": "inception", "weights": str(file), "n": 9, "shape": (40, 56, 3)}
+    yardstick = Yardstick.open(real, parallel.make_mesh(), **how)
+    assert yardstick.name == "fid_9"
+    assert yardstick.distance(iter([two_sets[1]])) == pytest.approx(found["fid"], rel=1e-6)
     with pytest.raises(UserError, match=r"statistics\.npz is of --preparation pytorch_fid"):
         evaluate.main(replace(judge, preparation="adm"))
     with np.load(real) as arrays:
