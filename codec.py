@@ -68,12 +68,14 @@ class Codec:
             UserError: it cannot be read, or has other weights.
         """
         e = encoding
+        if not (vae or e.vae):
+            raise UserError("these latents do not say what VAE made them: name it by --vae")
         try:
             found = pretrained.load(vae or e.vae)
         except UserError as error:
             hint = "" if vae else "; if the VAE has moved, say where to by --vae"
             raise UserError(f"{error}{hint}") from None
-        if found.hash != e.vae_hash:
+        if e.vae_hash and found.hash != e.vae_hash:
             raise UserError(
                 f"the VAE '{vae or e.vae}' is not the one that the latents of {e.dataset_name} "
                 f"were made with: its weights' hash is {found.hash[:12]}…, not {e.vae_hash[:12]}…; "

@@ -24,6 +24,7 @@ from drawing import Labels, Pictures, Sampler
 from errors import UserError
 from latents import Encoding
 from model import ModelConfig, init_params
+from pretrained import transformer
 from run_folder import read_config
 from text import Caption
 
@@ -88,10 +89,11 @@ class Drawable:
 
     def __post_init__(self):
         if self.vae and not self.encoding:
-            raise UserError(f"--vae {self.vae}: the run was trained on pictures, not on latents")
-        n_towers = len(self.settings.get("text_revisions") or ())
-        if self.text_towers and len(self.text_towers) != n_towers:
-            raise UserError(f"--text_towers: the run has {n_towers}, not {len(self.text_towers)}")
+            raise UserError(f"--vae {self.vae}: the model is of pictures, not of latents")
+        known, n = len(self.settings.get("text_revisions") or ()), len(self.text_towers)
+        # The published SD3 does without the last of its towers, T5.
+        if n and n not in (known, known - bool(self.full_width)):
+            raise UserError(f"--text_towers: the model has {known}, not {n}")
 
     @classmethod
     def of_run(
@@ -121,6 +123,29 @@ class Drawable:
         mesh = parallel.make_mesh(fsdp or math.gcd(settings["fsdp"], jax.device_count()))
         load = partial(load_params, folder, model, mesh, ema=ema, step=step)
         return cls(str(folder), settings, model, mesh, load, ema, vae, text_towers)
+
+    @classmethod
+    def of_pretrained(
+        cls,
+        path_or_id: str,
+        *,
+        vae: str | None = None,
+        text_towers: Sequence[str] = (),
+        fsdp: int | None = None,
+    ) -> "Drawable":
+        """A model of `pretrained.transformer.load`: of the hub, a folder or a file.
+
+        Raises:
+            UserError: it is not to be had, or cannot be computed here.
+        """
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        found, mesh = transformer.load(path_or_id, dtype=dtype), parallel.make_mesh(fsdp or 1)
+
+        def load() -> tuple[None, Any]:
+            return None, parallel.shard(found.params, mesh)
+
+        settings = found.settings
+        return cls(found.id, settings, found.config, mesh, load, None, vae, text_towers)
 
     @cached_property
     def _loaded(self) -> tuple[int | None, Any]:
@@ -152,6 +177,11 @@ class Drawable:
         return Codec.of(encoding, self.mesh, vae=self.vae or self.settings.get("vae"))
 
     @property
+    def full_width(self) -> int | None:
+        """Of the published SD3, channels of a token: see `text.Towers`. None for our own models."""
+        return self.settings.get("full_width")
+
+    @property
     def label_names(self) -> list[str]:
         return list(self.settings["dataset"].get("label_names") or ())
 
@@ -160,11 +190,24 @@ class Drawable:
 
         Raises:
             UserError: a tower is not to be had, is not the one that was trained with, or takes less
-                than a whole caption.
+                than a whole caption; the towers are of another width than the model.
         """
-        towers, revisions = (self.settings[name] for name in ("text_towers", "text_revisions"))
-        towers = self.text_towers or towers
-        return text.encode(captions, towers, revisions, length=self.model.text_length)
+        towers, s, model = (
+            self.text_towers or self.settings["text_towers"],
+            self.settings,
+            self.model,
+        )
+        revisions = s["text_revisions"][: len(towers)]
+        how = {"length": model.text_length, "full_width": self.full_width}
+        encoded = text.encode(captions, towers, revisions, **how)
+        widths = encoded.tokens.shape[-1], encoded.pooled.shape[-1]
+        if widths != (model.text_width, model.pooled_width):
+            raise UserError(
+                f"the text towers {', '.join(towers)} give {widths[0]} channels of a token and "
+                f"{widths[1]} of the pooled vector; the model takes {model.text_width} and "
+                f"{model.pooled_width}"
+            )
+        return encoded
 
     def how(self, wishes: Wishes) -> How:
         """How it is drawn from: as its settings say, but for what is wished.
@@ -194,8 +237,9 @@ class Drawable:
         return How(sampler, float(scale))
 
     def sample(self, labels: Labels, how: How, **more: Any) -> Pictures:
-        """Pictures by `drawing.sample`, which `more` is for."""
-        more = {"codec": self.codec} | more  # a VAE that is gone is said before weights are read
+        """Pictures by `drawing.sample`, which `more` is for; latents, if its `codec` is None."""
+        if "codec" not in more:
+            more["codec"] = self.codec  # a VAE that is gone is said before weights are read
         sampler, scale = how
         return drawing.sample(
             self.params,

@@ -1,8 +1,9 @@
-"""A trained run → pictures.
+"""A trained run, or a published model → pictures.
 
     python generate.py --run runs/digits --labels 3 7 --n 16 --cfg_scale 2 --out grid.png
     python generate.py --run runs/coco --prompts "a cat on a sofa, from above" --n 4
     python generate.py --run runs/cifar10 --n 50000 --out samples/
+    python generate.py --pretrained facebook/DiT-XL-2-256 --labels 207 360 --n 8
     python generate.py --run runs/cifar10 --labels cat ship --cfg_sweep 1 2 4 8 --out sweep.png
 
 Stop it whenever you like: with an .npz or a folder as --out, the same command goes on.
@@ -29,6 +30,15 @@ from errors import UserError
 from generate_config import FILLED, N_OF_SHEET, GenerateConfig, N, check
 from run_folder import unwritable
 from subjects import Subjects
+
+
+def opened(config: GenerateConfig) -> Drawable:
+    """What to draw from."""
+    c = config
+    where = {"vae": c.vae, "text_towers": c.text_towers, "fsdp": c.fsdp}
+    if c.run:
+        return Drawable.of_run(c.run, ema=c.ema, step=c.step, **where)
+    return Drawable.of_pretrained(str(c.pretrained), **where)
 
 
 def how_asked(config: GenerateConfig, drawable: Drawable) -> How:
@@ -73,8 +83,7 @@ def main(config: GenerateConfig) -> None:
     check(config)
     parallel.keep_compiled()
     c = config
-    where = {"vae": c.vae, "text_towers": c.text_towers, "fsdp": c.fsdp}
-    drawable = Drawable.of_run(c.run, ema=c.ema, step=c.step, **where)
+    drawable = opened(c)
     how = how_asked(c, drawable)
     if c.sheet:
         what, sheet = "a sheet", (denoised if c.denoise else swept)(c, drawable, how)

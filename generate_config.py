@@ -15,15 +15,18 @@ N, N_OF_SHEET = 16, 10
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Draw pictures from a trained run.
+    """Draw pictures from a trained run, or from a published model.
 
     Args:
         run: the run's folder.
+        pretrained: instead of a run: DiT or SD3 of the hub or of a folder, as diffusers has them or
+            export.py writes them; or a file of the original DiT or SiT, such as
+            dit:DiT-XL-2-256x256.pt.
         labels: class names or numbers; all classes if not given. Each gets an equal share of n.
-        prompts: captions, for a run that was trained on them; each in quotes.
+        prompts: captions, for a model that was trained on them; each in quotes.
         negative_prompt: a caption that guidance leads away from, in place of the empty one.
-        text_towers: where the run's text towers are now, if they have moved.
-        vae: where the VAE of a run on latents is now, if it has moved.
+        text_towers: where the model's text towers are, if elsewhere than it says.
+        vae: where the VAE of a model of latents is, if elsewhere than it says.
         n: how many pictures; of a sheet, how many columns, by default one of each label, up to 10.
         seed: of the noise. The same seed gives the same pictures.
         seeds: one for each picture, in place of n and seed: a picture is then the same whatever
@@ -43,13 +46,14 @@ class GenerateConfig:
         n_steps: solver steps.
         shift: of rectified flow's time grid; above 1 spends more steps near the noise.
         eta: fresh noise of ddim, from 0 (none) to 1 (as much as ddpm).
-        ema: use the averaged weights; False uses the raw ones.
-        step: of the checkpoint; the newest if not given.
+        ema: use a run's averaged weights; False uses the raw ones.
+        step: of a run's checkpoint; the newest if not given.
         batch_size: pictures drawn at a time, on all devices together.
         fsdp: devices that share one copy of the weights.
     """
 
-    run: Path
+    run: Path | None = None
+    pretrained: str | None = None
     labels: tuple[str, ...] = ()
     prompts: tuple[Text, ...] = ()
     negative_prompt: Text | None = None
@@ -83,13 +87,17 @@ class GenerateConfig:
 
 # What the help page says of values that are not given.
 OWN = ("cfg_scale", "solver", "n_steps", "shift")
-FILLED = dict.fromkeys(OWN, "the run's own") | {"seed": 0, "eta": 0, "interval": "0 1"}
+FILLED = dict.fromkeys(OWN, "the model's own") | {"seed": 0, "eta": 0, "interval": "0 1"}
 FILLED |= {"n": N}
 FILLED |= {"fsdp": "the run's own, as far as there are so many"}
 
 
 def check(config: GenerateConfig) -> None:
     """Refuse what cannot work before anything is loaded."""
+    if (config.run is None) == (config.pretrained is None):
+        raise UserError("name a run's folder by --run, or a published model by --pretrained")
+    if config.pretrained and (config.step is not None or not config.ema):
+        raise UserError("--step and --ema choose among a run's weights; --pretrained has one set")
     for name in ("n", "batch_size"):
         value = getattr(config, name)
         if value is not None and value < 1:

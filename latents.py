@@ -38,7 +38,7 @@ class Encoding:
         dataset_name, source: of the pictures; the source is an id with its revision, or a folder.
         image_size: pixels to a side of the pictures.
         shape: (height, width, channels) of a latent.
-        vae, vae_hash: where the VAE was, and the hash of its weights.
+        vae, vae_hash: where the VAE was, and the hash of its weights; "" where that is not known.
         scaling_factor, shift_factor: a model sees (z − shift) · scale.
         precision: that the VAE was run in.
         mirrored: whether a row also has the moments of the mirrored picture.

@@ -227,7 +227,10 @@ class SinCosPosition(nnx.Module):
 
 class CroppedPosition(nnx.Module):
     """The middle of a large sine-cosine table, so that pictures of every size and shape share
-    their centre (Esser et al. 2024, §5.3.2). `side` and `spacing` of the places are SD3's.
+    their centre (Esser et al. 2024, §5.3.2).
+
+    The table has `side` places to a side, on which a picture of `base` patches would be stretched:
+    that is how diffusers fills that of a new SD3. `CentredPosition` is the one that was trained.
     """
 
     def __init__(
@@ -237,13 +240,27 @@ class CroppedPosition(nnx.Module):
         *,
         rngs: nnx.Rngs,
         side: int = 192,
-        spacing: float = 1 / 3,
+        base: int = 64,
     ):
-        self.width, self.grid, self.side, self.spacing = width, grid, side, spacing
+        self.width, self.grid, self.side, self.base = width, grid, side, base
+
+    def places(self, n: int) -> Float[np.ndarray, "{n}"]:
+        """Along an axis of n patches."""
+        return ((self.side - n) // 2 + np.arange(n)) * (self.base / self.side)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        places = [((self.side - n) // 2 + np.arange(n)) * self.spacing for n in self.grid]
+        places = [self.places(n) for n in self.grid]
         return x + jnp.asarray(sincos_table(self.width, *places), x.dtype)[None]
+
+
+class CentredPosition(CroppedPosition):
+    """Positions in the middle of the table that SD3 was trained with: a picture of `base` patches,
+    its 1024 pixels, is at 0 … 16 as one of 256 pixels was before (Esser et al. 2024, §5.3.2).
+    """
+
+    def places(self, n: int) -> Float[np.ndarray, "{n}"]:
+        first = (self.side - n) // 2 - (self.side - self.base) / 2
+        return (first + np.arange(n)) * (16 / self.base)
 
 
 class LearnedPosition(nnx.Module):
@@ -269,6 +286,7 @@ class NoPosition(nnx.Module):
 POSITIONS = {
     "sincos": SinCosPosition,
     "cropped": CroppedPosition,
+    "centred": CentredPosition,
     "learned": LearnedPosition,
     "none": NoPosition,
 }
@@ -521,18 +539,22 @@ MLPS = {"gelu": GeluMLP, "swiglu": SwiGLUMLP}
 # --- depth ----------------------------------------------------------------------------------------
 
 
-def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`depth` blocks as one: every weight gets a leading axis of that length."""
+def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> Any:
+    """`depth` blocks as one: every weight gets a leading axis of that length. None for no block."""
+    if not depth:
+        return None
     return nnx.split_rngs(splits=depth)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
 
 
-def scan(blocks: nnx.Module, x: Any, *args, remat: bool, unroll: int) -> Any:
+def scan(blocks: nnx.Module | None, x: Any, *args, remat: bool, unroll: int) -> Any:
     """x → block(… block(x, *args) …, *args) over the leading axis of the stacked weights.
 
     Compile time does not grow with depth. `remat` keeps only each block's input for the backward
     pass: about a third more work, and memory for one block instead of all. `unroll` blocks are
     compiled side by side.
     """
+    if blocks is None:
+        return x
     graphdef, weights = nnx.split(blocks)
 
     def body(x, weights):

@@ -30,6 +30,7 @@ from layers import (
     VectorEmbedder,
     add_gated,
     attention,
+    identity,
     modulate,
     patchify,
     rms_norm,
@@ -56,9 +57,13 @@ class ModelConfig:
             null is the caption without tokens.
         n_class_tokens: with joint blocks, the length of the sequence that stands for a class.
         text_length, text_width, pooled_width: of captions: tokens as trained (any number works),
-            channels of a token and of the pooled vector; 0 for none.
-        block: of `BLOCKS`, or joint (MMDiT).
-        position: sincos, cropped, learned or none; `rope` adds rotary positions in attention.
+            channels of a token and of the pooled vector; 0 for none. caption_norm: bring both to
+            unit mean square, whatever the towers' scale; SD3 takes them as they are.
+        block: of `BLOCKS`, or joint (MMDiT), where the picture's tokens also attend to themselves
+            alone in the first `n_dual` blocks (as in SD3.5 medium).
+        position: sincos, cropped, centred, learned or none; `rope` adds rotary positions in
+            attention. position_side, position_base: of the table that the second and third are cut
+            from, the places to a side, and the patches of a picture that they are counted by.
         mlp: gelu or swiglu, `mlp_ratio` × width wide. norm: layer or rms.
         time_scale: what t in [0, 1] is multiplied by before its sinusoids.
         dtype: of matrix products and of the tokens between blocks; weights are always float32.
@@ -77,8 +82,12 @@ class ModelConfig:
     text_length: int = 0
     text_width: int = 0
     pooled_width: int = 0
+    caption_norm: bool = True
     block: str = "adaln_zero"
+    n_dual: int = 0
     position: str = "sincos"
+    position_side: int = 192
+    position_base: int = 64
     rope: bool = False
     qk_norm: bool = False
     mlp: str = "gelu"
@@ -102,6 +111,11 @@ class ModelConfig:
         if self.n_classes and self.text_width:
             raise UserError(
                 "a model is told classes or captions: n_classes or text_width must be 0"
+            )
+        if self.n_dual and (self.block != JOINT or not 0 < self.n_dual < self.depth):
+            raise UserError(
+                f"n_dual {self.n_dual}: only joint blocks have a second attention, and never the "
+                f"last of the {self.depth}"
             )
         if self.image_size % self.patch_size:
             raise UserError(
@@ -165,11 +179,14 @@ class CaptionEmbedder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         c, d = config, config.width
+        self.norm = rms_norm if c.caption_norm else identity
         self.tokens = Linear(c.text_width, d, dtype=c.dtype, rngs=rngs)
         self.pooled = VectorEmbedder(c.pooled_width, d, dtype=c.dtype, rngs=rngs)
 
     def __call__(self, caption: Caption) -> Condition:
-        tokens, pooled = (rms_norm(x.astype(jnp.float32)) for x in (caption.tokens, caption.pooled))
+        tokens, pooled = (
+            self.norm(x.astype(jnp.float32)) for x in (caption.tokens, caption.pooled)
+        )
         return Condition(self.pooled(pooled), self.tokens(tokens), caption.mask)
 
 
@@ -297,6 +314,13 @@ class PlainFinalLayer(nnx.Module):
         return self.out(self.norm(x))
 
 
+def absolute_position(c: ModelConfig, *, rngs: nnx.Rngs) -> Any:
+    """What adds positions to the picture's tokens: a table that is cropped has its own size."""
+    table = {"side": c.position_side, "base": c.position_base}
+    how = table if c.position in ("cropped", "centred") else {}
+    return POSITIONS[c.position](c.width, c.grid, rngs=rngs, **how)
+
+
 class Design(NamedTuple):
     """A block, the layer after the last one, and whether the condition's tokens stand before the
     picture's.
@@ -323,7 +347,7 @@ class DiT(nnx.Module):
         c, d, design = config, config.width, BLOCKS[config.block]
         self.config, self.n_joining = c, None if design.tokens_join else 0  # None: all tokens
         self.patch = Linear(c.patch_size**2 * c.channels, d, dtype=c.dtype, rngs=rngs)
-        self.position = POSITIONS[c.position](d, c.grid, rngs=rngs)
+        self.position = absolute_position(c, rngs=rngs)
         self.time = TimeEmbedder(d, time_scale=c.time_scale, dtype=c.dtype, rngs=rngs)
         self.label = label_embedder(c, ClassVector, rngs=rngs)
         self.blocks = stack(lambda rngs: design.block(c, rngs=rngs), c.depth, rngs)
@@ -420,6 +444,32 @@ class JointBlock(nnx.Module):
         )
 
 
+class DualJointBlock(JointBlock):
+    """A joint block with a second attention, of the picture's tokens to themselves alone: both
+    attentions read the tokens as they came (MMDiT-X, the blocks of SD3.5 medium).
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        c, d = config, config.width
+        self.norm = NORMS[c.norm]
+        self.modulation = Linear(d, 3 * d, dtype=c.dtype, rngs=rngs, init=zeros)
+        self.attention = self_attention(c, rngs=rngs)
+
+    def __call__(self, x: Streams, cond: Condition) -> Streams:
+        n = x.picture.shape[1]
+        mp = self.picture.modulations(cond.vector)
+        mc = self.context.modulations(cond.vector)
+        shift, scale, gate = jnp.split(self.modulation(jax.nn.silu(cond.vector)), 3, axis=-1)
+        alone = self.attention(modulate(self.norm(x.picture), shift, scale))
+        q, k, v = join(self.picture.before(x.picture, mp), self.context.before(x.context, mc))
+        y = attention(q, k, v, widen(cond.mask, before=n))
+        picture = add_gated(x.picture, gate, alone)
+        return Streams(
+            self.picture.after(picture, y[:, :n], mp), self.context.after(x.context, y[:, n:], mc)
+        )
+
+
 def join(picture, context) -> list[Float[Array, "b s h k"]]:
     """Queries, keys or values of both streams as one sequence."""
     return [jnp.concatenate(pair, axis=1) for pair in zip(picture, context, strict=True)]
@@ -455,10 +505,12 @@ class MMDiT(nnx.Module):
         c, d = config, config.width
         self.config = c
         self.patch = Linear(c.patch_size**2 * c.channels, d, dtype=c.dtype, rngs=rngs)
-        self.position = POSITIONS[c.position](d, c.grid, rngs=rngs)
+        self.position = absolute_position(c, rngs=rngs)
         self.time = TimeEmbedder(d, time_scale=c.time_scale, dtype=c.dtype, rngs=rngs)
         self.label = label_embedder(c, ClassTokens, rngs=rngs)
-        self.blocks = stack(lambda rngs: JointBlock(c, rngs=rngs), c.depth - 1, rngs)
+        n_plain = c.depth - 1 - c.n_dual
+        self.dual_blocks = stack(lambda rngs: DualJointBlock(c, rngs=rngs), c.n_dual, rngs)
+        self.blocks = stack(lambda rngs: JointBlock(c, rngs=rngs), n_plain, rngs)
         self.last = LastJointBlock(c, rngs=rngs)
         self.final = AdaptiveFinalLayer(c, rngs=rngs)
 
@@ -470,9 +522,9 @@ class MMDiT(nnx.Module):
         cond = self.label(label)
         cond = cond._replace(vector=self.time(t) + cond.vector)
         picture = self.position(self.patch(patchify(x, c.patch_size)))
-        streams = scan(
-            self.blocks, Streams(picture, cond.tokens), cond, remat=c.remat, unroll=c.unroll
-        )
+        streams = Streams(picture, cond.tokens)
+        for blocks in (self.dual_blocks, self.blocks):
+            streams = scan(blocks, streams, cond, remat=c.remat, unroll=c.unroll)
         picture = self.final(self.last(streams, cond), cond)
         return unpatchify(picture, c.patch_size, c.grid[0]).astype(jnp.float32)
 

@@ -22,6 +22,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp")
+STACKS = ("blocks", "dual_blocks")  # parts of a model whose weights have a leading axis of depth
 MIN_SHARDED_SIZE = 1024  # elements; smaller arrays cost more to gather than to keep
 
 
@@ -62,7 +63,7 @@ def partition(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     n = mesh.shape["fsdp"]
 
     def rule(path, x):
-        first = int(any(getattr(key, "key", None) == "blocks" for key in path))
+        first = int(any(getattr(key, "key", None) in STACKS for key in path))
         axes = [axis for axis in range(first, len(x.shape)) if x.shape[axis] % n == 0]
         if n == 1 or not axes or math.prod(x.shape[first:]) < MIN_SHARDED_SIZE:
             return P()
@@ -129,6 +130,11 @@ def spread(tree: Any, mesh: Mesh) -> Any:
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Arrays that every process has in full → global arrays, whole on every device."""
     return _from_everywhere(tree, NamedSharding(mesh, P()))
+
+
+def shard(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that every process has in full → global arrays that live as `partition` says."""
+    return jax.tree.map(_from_everywhere, tree, shardings(tree, mesh))
 
 
 def _from_everywhere(tree: Any, sharding: NamedSharding) -> Any:

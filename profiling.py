@@ -62,11 +62,11 @@ def block_products(config: Any, n: int, m: int) -> BlockProducts:
     depth, m_and_t = config.depth, m + 1
     everything = n + m_and_t
     if config.block == "joint":  # the last block leaves the context as it is
-        joint, both = depth - 1, n + m
+        joint, both, dual = depth - 1, n + m, config.n_dual
         return BlockProducts(
-            modulations=12 * joint + 6 + 2 + 2,
-            projections=4 * both * joint + 4 * n + 2 * m,
-            scores=both * both * joint + n * both,
+            modulations=12 * joint + 3 * dual + 6 + 2 + 2,
+            projections=4 * both * joint + 4 * n * dual + 4 * n + 2 * m,
+            scores=both * both * joint + n * n * dual + n * both,
             mlp_tokens=both * joint + n,
         )
     if config.block == "cross_attention":

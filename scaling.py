@@ -125,7 +125,7 @@ def n_params(config: ModelConfig) -> int:
 
 def weights(config: ModelConfig, fsdp: int) -> Weights:
     """By the shape rule of `parallel.partition`."""
-    params = shapes(config)
+    params, n = shapes(config), n_stacked(config)
     specs = parallel.partition(params, parallel.abstract_mesh(1, fsdp))
     split, alike, largest = 0, 0, 0.0
     for name, part in params.items():
@@ -133,14 +133,17 @@ def weights(config: ModelConfig, fsdp: int) -> Weights:
         sizes = [FP32 * x.size for x in jax.tree.leaves(part)]
         of_part = sum(size for size, axis in zip(sizes, axes, strict=True) if axis is not None)
         split, alike = split + of_part, alike + sum(sizes) - of_part
-        largest = max(largest, sum(sizes) / n_blocks(config) if name == "blocks" else sum(sizes))
-    calls = n_blocks(config) + len(params) - 1
+        largest = max(largest, sum(sizes) / n.get(name, 1))
+    calls = sum(n.get(name, 1) for name in params)
     return Weights(split, alike, largest, split / fsdp + alike, calls)
 
 
-def n_blocks(config: ModelConfig) -> int:
-    """Those that are stacked: an MMDiT's last stands apart."""
-    return config.depth - 1 if config.block == JOINT else config.depth
+def n_stacked(config: ModelConfig) -> dict[str, int]:
+    """Blocks of each stack: an MMDiT's last stands apart."""
+    c = config
+    if c.block != JOINT:
+        return {"blocks": c.depth}
+    return {"dual_blocks": c.n_dual, "blocks": c.depth - 1 - c.n_dual}
 
 
 class Pass(NamedTuple):

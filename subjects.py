@@ -65,7 +65,7 @@ def of_labels(drawable: Drawable, words: Sequence[str], n: int, *, seed: Seeds =
     """
     model, names = drawable.model, drawable.label_names
     if model.text_width:
-        raise UserError('this run was trained on captions; say what to draw by --prompts "…"')
+        raise UserError('this model was trained on captions; say what to draw by --prompts "…"')
     drawing.origins(seed, n)
     ids = label_ids(words, names, model.n_classes) or every_class(model).tolist()
     return Subjects(spread(ids, n), names, every_class(model), seed)
@@ -82,16 +82,18 @@ def of_prompts(
     """Prompts, each as often as the others, side by side.
 
     Args:
-        negative: a caption in place of the null.
+        negative: a caption in place of the null. To the published SD3 no caption is an empty one.
 
     Raises:
         UserError: the model is not told captions, or these cannot be encoded; a seed cannot be.
     """
     if not drawable.model.text_width:
-        raise UserError("this run was trained without captions; choose classes by --labels")
+        raise UserError("this model was trained without captions; choose classes by --labels")
     if not prompts:
-        raise UserError('this run was trained on captions; say what to draw by --prompts "…"')
+        raise UserError('this model was trained on captions; say what to draw by --prompts "…"')
     drawing.origins(seed, n)
+    if negative is None and drawable.full_width:
+        negative = ""
     # All in one go, so that they have the same number of tokens.
     told = drawable.encode([*prompts, *([] if negative is None else [negative])])
     last = None if negative is None else jax.tree.map(lambda x: x[-1:], told)
@@ -107,7 +109,7 @@ def by_turns(drawable: Drawable, n: int, *, seed: int = 0) -> Subjects:
     model = drawable.model
     if model.text_width:
         raise UserError(
-            "this run was trained on captions, and which to draw is not known here: let "
+            "this model was trained on captions, and which to draw is not known here: let "
             "generate.py write an .npz, and pass it by --npz"
         )
     which = np.arange(n, dtype=np.int32) % max(1, model.n_classes)

@@ -40,7 +40,7 @@ class Embedding(NamedTuple):
 
     tokens: Float16[np.ndarray, "n e"]
     pooled: Float16[np.ndarray, "p"]
-    cut: bool  # the caption was longer than a tower takes
+    cut: bool  # the caption was longer than a tower takes; of SD3's, than any does
 
 
 def pad(embeddings: Sequence[Embedding], length: int) -> Caption:
@@ -114,17 +114,30 @@ class Towers:
 
     Other than there, no token is padding; if no tower is a CLIP, pooled are the means of each one's
     tokens; and a blank caption, the null, has no tokens and zeros as its pooled vector.
+
+    For the published SD3 that is not so, and its `full_width` asks for its ways: every caption is
+    filled up with its tower's padding, which counts like any token, also to the tower itself; a
+    blank caption is encoded like any other; and if there is no T5, its tokens are zeros, by which
+    SD3 is trained to do without (§5.3.3).
     """
 
-    def __init__(self, names: Sequence[str], revisions: Sequence[str | None] = ()):
+    def __init__(
+        self,
+        names: Sequence[str],
+        revisions: Sequence[str | None] = (),
+        *,
+        full_width: int | None = None,
+    ):
         """Loads all of them, on a GPU of torch's if there is one.
 
         Args:
             names: folders, or ids of the hub.
             revisions: each one's `revision`, of no account for folders.
+            full_width: channels of a token as the published SD3 takes it; None for our own models.
 
         Raises:
-            UserError: a tower cannot be loaded or is no text encoder; a library is missing.
+            UserError: a tower cannot be loaded or is no text encoder; a library is missing; the
+                towers are wider than `full_width`.
         """
         revisions = revisions or [None] * len(names)
         self._towers = [_Tower(*pair) for pair in zip(names, revisions, strict=True)]
@@ -132,15 +145,22 @@ class Towers:
         others = [tower.width for tower in self._towers if not tower.is_clip]
         self.width = max(sum(tower.width for tower in clips), *others, 0)
         self.pooled = sum(tower.pooled for tower in clips or self._towers)
+        self._full = full_width is not None
+        if full_width is not None and self.width > full_width:
+            raise UserError(
+                f"the tokens of {', '.join(names)} have {self.width} channels: the model takes "
+                f"{full_width}"
+            )
+        self.width = full_width or self.width
 
     def encode(self, captions: Sequence[str], batch_size: int = 64) -> list[Embedding]:
         """In the captions' order; a caption's embedding does not depend on those beside it."""
         null = Embedding(np.zeros((0, self.width), "f2"), np.zeros(self.pooled, "f2"), False)
         encoded = [null] * len(captions)
-        asked = [i for i, caption in enumerate(captions) if caption.strip()]
+        asked = [i for i, caption in enumerate(captions) if self._full or caption.strip()]
         if asked:
             spoken = [captions[i] for i in asked]
-            outputs = [tower.encode(spoken, batch_size) for tower in self._towers]
+            outputs = [tower.encode(spoken, batch_size, full=self._full) for tower in self._towers]
             for i, *parts in zip(asked, *outputs):
                 encoded[i] = self._join(parts)
         return encoded
@@ -152,17 +172,21 @@ class Towers:
             n = max(len(part.tokens) for part in clips)
             grown = [_zero_padded(part.tokens, n, part.tokens.shape[1]) for part in clips]
             rest.insert(0, np.concatenate(grown, axis=1))
+        if self._full and len(clips) == len(parts):
+            rest.append(np.zeros((T5_TOKENS, 0), "f2"))
         tokens = np.concatenate([_zero_padded(x, len(x), self.width) for x in rest])
         pooled = np.concatenate([part.pooled for part in clips or parts])
-        return Embedding(tokens, pooled, any(part.cut for part in parts))
+        cut = (all if self._full else any)(part.cut for part in parts)
+        return Embedding(tokens, pooled, cut)
 
 
-def require_same(towers: Sequence[str], revisions: Sequence[str]) -> None:
-    """Raises UserError if a tower's folder no longer holds what it held. (Of the hub, the revision
-    is what is loaded.)
+def require_same(towers: Sequence[str], revisions: Sequence[str | None]) -> None:
+    """Raises UserError if a tower's folder no longer holds what it held, as far as that is known.
+    (Of the hub, the revision is what is loaded.)
     """
     for tower, known in zip(towers, revisions, strict=True):
-        if Path(tower).expanduser().is_dir() and (now := revision(tower)) != known:
+        folder = Path(tower).expanduser()
+        if known and folder.is_dir() and (now := revision(tower)) != known:
             raise UserError(
                 f"the text tower '{tower}' is not the one that was trained with: its revision is "
                 f"{now}, not {known}"
@@ -170,16 +194,24 @@ def require_same(towers: Sequence[str], revisions: Sequence[str]) -> None:
 
 
 def encode(
-    captions: Sequence[str], towers: Sequence[str], revisions: Sequence[str], *, length: int
+    captions: Sequence[str],
+    towers: Sequence[str],
+    revisions: Sequence[str | None],
+    *,
+    length: int,
+    full_width: int | None = None,
 ) -> Caption:
     """New captions as the towers of a trained run see them, padded to `length` or to the longest.
+
+    Args:
+        full_width: as `Towers` takes it, for the published SD3.
 
     Raises:
         UserError: a tower is not to be had, is no longer the one of these revisions, or takes less
             than a whole caption.
     """
     require_same(towers, revisions)
-    embeddings = Towers(towers, revisions).encode(captions)
+    embeddings = Towers(towers, revisions, full_width=full_width).encode(captions)
     release()
     for caption, embedding in zip(captions, embeddings):
         if embedding.cut:
@@ -199,14 +231,18 @@ class _Tower:
         positions = getattr(self._model.config, "max_position_embeddings", T5_TOKENS)
         self._most = min(positions, self._tokenizer.model_max_length)
 
-    def encode(self, captions: Sequence[str], batch_size: int) -> list[Embedding]:
+    def encode(
+        self, captions: Sequence[str], batch_size: int, *, full: bool = False
+    ) -> list[Embedding]:
+        """`full`: with padding up to the most tokens, and nothing hidden."""
         with _quiet():
             whole, ids = self._tokenize(captions, None), self._tokenize(captions, self._most)
             order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # so that padding is small
             encoded = {}
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                for i, (tokens, pooled) in zip(rows, self._forward([ids[i] for i in rows])):
+                some = [ids[i] for i in rows]
+                for i, (tokens, pooled) in zip(rows, self._forward(some, full=full)):
                     cut = len(whole[i]) > len(ids[i])
                     encoded[i] = Embedding(_to_half(tokens), _to_half(pooled), cut)
         return [encoded[i] for i in range(len(ids))]
@@ -216,13 +252,17 @@ class _Tower:
             list(captions), truncation=length is not None, max_length=length, verbose=False
         )["input_ids"]
 
-    def _forward(self, ids: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _forward(
+        self, ids: Sequence[Sequence[int]], *, full: bool
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         import torch
 
         lengths = np.array([len(row) for row in ids])
-        mask = np.arange(lengths.max()) < lengths[:, None]
+        mask = np.arange(self._most if full else lengths.max()) < lengths[:, None]
         padded = np.full(mask.shape, self._tokenizer.pad_token_id or 0)
         padded[mask] = np.concatenate(ids)
+        if full:
+            lengths, mask = np.full_like(lengths, self._most), np.ones_like(mask)
         with torch.inference_mode():
             output = self._model(
                 input_ids=torch.from_numpy(padded).to(self._model.device),
@@ -271,7 +311,8 @@ def _load(name: str, revision: str | None) -> tuple[Any, Any, Any]:
     if torch.cuda.is_available():  # where T5's states overflow float16
         device, dtype = "cuda", torch.bfloat16 if "t5" in config.model_type else torch.float16
     with _one_line(name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        words = source | {"pretrained_model_name_or_path": str(_tokenizer_place(name))}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**words)
         model, report = kind.from_pretrained(**source, dtype=dtype, output_loading_info=True)
         model.to(device)
     # transformers makes up what is missing, be it weights or a vocabulary, and goes on.
@@ -281,6 +322,15 @@ def _load(name: str, revision: str | None) -> tuple[Any, Any, Any]:
         raise UserError(f"the text tower '{name}' is not whole: it lacks its tokenizer's files")
     model = model.get_encoder() if config.is_encoder_decoder else model
     return tokenizer, model.eval(), config
+
+
+def _tokenizer_place(name: str) -> str | Path:
+    """Where a tower's tokenizer is: in its folder, or in a pipeline of diffusers beside it, where
+    text_encoder_2 has tokenizer_2.
+    """
+    folder = Path(name)
+    beside = folder.parent / folder.name.replace("text_encoder", "tokenizer")
+    return beside if beside.is_dir() else name
 
 
 @contextmanager

@@ -25,12 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Key
+from jaxtyping import Array, Key, UInt8
 from PIL import Image
 
 import captions
 import cli
 import drawing
+import images
 import optim
 import parallel
 import processes
@@ -39,6 +40,7 @@ import resident
 import run_folder
 import showcase
 import text
+import warm_start
 from captions import CaptionStore
 from checkpoint import Checkpoints
 from codec import Codec
@@ -61,6 +63,7 @@ from train_config import (
     with_subject,
 )
 from train_profile import profile
+from yardstick import Yardstick
 
 __all__ = ["TrainConfig", "TrainState", "Trainer"]
 DIGITS = TrainConfig()
@@ -184,6 +187,10 @@ class Trainer:
             fsdp = config.fsdp or math.gcd(saved["fsdp"], jax.device_count())
             config = take_up(dataclasses.replace(config, fsdp=fsdp), saved)
         config = with_subject(config)
+        start = None
+        if config.init_from and not saved:
+            start = warm_start.read(config.init_from)
+            config = warm_start.filled(config, start)
         self.source = open_source(
             config.dataset_name,
             data_dir=config.data_dir,
@@ -211,6 +218,9 @@ class Trainer:
             processes.first_says(lambda: str(run_folder.new(c.dataset_name, c.model)))
         )
         self.model_config = network(c, self.dataset)
+        if c.init_from:
+            record = saved["model_config"] if saved else vars(start.config) if start else {}
+            self.model_config = warm_start.beyond_flags(self.model_config, record)
         self.encoded = None
         if c.conditioning == "text":
             with processes.in_turn():
@@ -244,7 +254,7 @@ class Trainer:
         if saved and Checkpoints.exist(self.run_dir):
             self.restore()
         else:
-            self.state = parallel.create(self._initial_state, self.mesh)
+            self.state = self._fresh_state(start)
 
     @classmethod
     def from_run(cls, run_dir: str | Path) -> Self:
@@ -294,6 +304,27 @@ class Trainer:
             in_memory=True if c.cache_on_device else c.in_memory,
             shuffle_buffer=c.shuffle_buffer,
             encoded=self.encoded,
+        )
+
+    @cached_property
+    def yardstick(self) -> Yardstick | None:
+        """What this run's pictures are measured by on the way, if they are.
+
+        Raises:
+            UserError: the reference or Inception's weights are not there, or do not fit.
+        """
+        c, encoding, codec = self.config, self.dataset.encoding, self.codec
+        if not c.fid_every or not c.fid_reference or c.profile:
+            return None
+        side = encoding.image_size if encoding else c.image_size
+        channels = codec.config.out_channels if codec else c.channels
+        return Yardstick.open(
+            c.fid_reference,
+            self.mesh,
+            space=c.fid_features,
+            weights=c.inception,
+            n=c.fid_n,
+            shape=(side, side, channels),
         )
 
     def batches(self, start: int, stop: int) -> Generator[Any]:
@@ -348,6 +379,25 @@ class Trainer:
         scaled = self.model_config.dtype == "float16"
         return first_state(params, self.optimizer, metrics, scaled=scaled)
 
+    def _fresh_state(self, start: warm_start.Source | None = None) -> TrainState:
+        """The state before the first step, with the weights of `init_from` if there is one."""
+        state = parallel.create(self._initial_state, self.mesh)
+        path = getattr(self.config, "init_from", None)  # which autoencoders do without
+        if path is None:
+            return state
+        params, notices = warm_start.fitted(
+            start or warm_start.read(path),
+            self.model_config,
+            self.dataset.label_names,
+            lambda part: parallel.fetch(state.params[part]),
+        )
+        for notice in notices if processes.is_first() else ():
+            print(f"--init_from: {notice}")
+        params = parallel.shard(params, self.mesh)
+        # Copies: what may lie in the host's memory cannot be donated, nor one buffer for two.
+        params, ema = (jax.tree.map(jnp.copy, params) for _ in range(2))
+        return dataclasses.replace(state, params=params, ema=ema)
+
     def blank_batch(self) -> Batch:
         """This process's part of a batch, with nothing in it."""
         n, m = self.config.batch_size // jax.process_count(), self.model_config
@@ -369,7 +419,8 @@ class Trainer:
         """
         c, last = self.config, self.config.n_steps if n_steps is None else n_steps
         require_even_batches(c, jax.device_count())
-        _ = self.data  # decoded now: a bad picture must end this before anything is written
+        # Now: a missing file or a bad picture must end this before anything is written.
+        _ = self.yardstick, self.data
         with stopping() as stop, open_run(self, last) as run:
             run.tracker.message(self.greeting(last))
             for batch in run.batches():
@@ -383,7 +434,8 @@ class Trainer:
                 leaving = run.asked_to_stop(stop)
                 evaluate = self.step % c.eval_save_steps == 0 or self.step == last
                 sample = self.step % c.sample_every_n == 0 and not leaving
-                if evaluate or sample or leaving:
+                measure = self.measures(last) and not leaving
+                if evaluate or sample or measure or leaving:
                     if not run.read():
                         continue
                     with run.throughput.paused():
@@ -393,6 +445,8 @@ class Trainer:
                             run.save(required=leaving or self.step == last)
                         if sample:
                             run.show(f"{self.step:07d}.png")
+                        if measure:
+                            run.measure(stop)
                 if leaving:
                     break
             else:
@@ -418,10 +472,12 @@ class Trainer:
         n_steps: int | None = None,
         seed: int | Sequence[int] = 0,
         ema: bool = True,
+        first: int = 0,
         trajectory: bool = False,
     ) -> np.ndarray:
         """Pictures of `labels` (numbers, names or captions), in about −1 … 1, from the averaged
-        weights. Latents are decoded. There may be a seed for each picture.
+        weights. Latents are decoded. The noise of each is that of its place, counted from `first`,
+        and of the seed; or of a seed of its own.
 
         Returns float32 (b, h, w, c) or, with `trajectory`, every state from the noise to the
         result, (n_steps + 1, b, h, w, c).
@@ -435,10 +491,30 @@ class Trainer:
             mesh=self.mesh,
             cfg_scale=float(scale),
             seed=seed,
+            first=first,
             trajectory=trajectory,
             codec=self.codec,
         )
         return solution.x if solution.trajectory is None else solution.trajectory
+
+    def measures(self, last: int) -> bool:
+        """Whether pictures are measured after this step."""
+        if self.yardstick is None:
+            return False
+        return self.step % self.config.fid_every == 0 or self.step == last
+
+    def pictures(self, n: int, batch_size: int) -> Generator[UInt8[np.ndarray, "_b h w c"]]:
+        """n pictures in batches, of every class by turns (or of every caption of the evaluation
+        split), just as `evaluate.py` draws them from a checkpoint of this step.
+        """
+        labels: Sequence[int | str] = range(max(1, self.model_config.n_classes))
+        if self.encoded:
+            labels = [several[0] for several in self.source.eval.captions]
+        for start in range(0, n, batch_size):
+            # The last batch is filled up, so that all are one compiled program.
+            places = np.minimum(np.arange(start, start + batch_size), n - 1) % len(labels)
+            x = self.sample([labels[i] for i in places], first=start)
+            yield images.to_uint8(x[: n - start])
 
     def sampler(self, n_steps: int | None = None) -> drawing.Sampler:
         """How this run's pictures are drawn, in the configured number of steps if none is said."""
@@ -533,7 +609,7 @@ class Trainer:
             like = as_items(parallel.abstract(self._initial_state, self.mesh))
             state = from_items(checkpoints.restore(step, like))
         else:
-            state = parallel.create(self._initial_state, self.mesh)
+            state = self._fresh_state()
         moved = parallel.replicate(np.int32(position), self.mesh)
         self._take(dataclasses.replace(state, position=moved))
 
@@ -547,6 +623,7 @@ class Trainer:
             "model_config": dataclasses.asdict(self.model_config),
             "dataset": dataclasses.asdict(self.dataset),
             "text_revisions": self.encoded.revisions if self.encoded else (),
+            "yardstick": self.yardstick.card if self.yardstick else None,
         }
 
 

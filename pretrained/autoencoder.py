@@ -234,7 +234,9 @@ def to_params(
     refuse_misfits(found, config, where)
     return unflatten_dict(
         {
-            path: np.ascontiguousarray(np.transpose(found[name], OUR_AXES[found[name].ndim]))
+            path: np.array(
+                np.transpose(found[name], OUR_AXES[found[name].ndim]), np.float32, order="C"
+            )
             for name, (path, _) in paths.items()
         }
     )

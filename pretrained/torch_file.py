@@ -12,6 +12,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,9 +36,12 @@ DTYPES: dict[str, Any] = {
 OLD_MAGIC = 0x1950A86A20F9469CFC6C
 
 
-def read(path: Path) -> dict[str, np.ndarray]:
+def read(path: Path, *, within: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """The tensors of a file by their names, those of nested dictionaries joined by dots. What is no
-    tensor is left out.
+    tensor is left out. Numbers that are not asked for stay in the file, if it is a zip file.
+
+    Args:
+        within: of a dictionary with one of these names, only what lies under the first of them.
 
     Raises:
         UserError: it is no such file, is damaged, or holds anything but tensors, numbers, text and
@@ -46,7 +50,9 @@ def read(path: Path) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file:
             whole = _read_zip(file) if zipfile.is_zipfile(file) else _read_old(file)
-        return {name: tensor.array() for name, tensor in _tensors(whole, "")}
+            if isinstance(whole, dict):
+                whole = next((whole[name] for name in within if name in whole), whole)
+            return {name: tensor.array() for name, tensor in _tensors(whole, "")}
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except OSError as error:
@@ -62,7 +68,11 @@ class _Storage:
 
     dtype: Any
     size: int
-    numbers: np.ndarray | None = None
+    load: Callable[[], np.ndarray] | None = None
+
+    @cached_property
+    def numbers(self) -> np.ndarray | None:
+        return self.load() if self.load else None
 
 
 @dataclass
@@ -87,7 +97,7 @@ class _Tensor:
             raise UserError("damaged: a tensor reaches beyond its numbers")
         strides = [step * numbers.itemsize for step in self.stride]
         view = np.lib.stride_tricks.as_strided(numbers[self.offset :], self.shape, strides)
-        return np.array(view)
+        return np.ascontiguousarray(view).reshape(self.shape)  # which makes a scalar a row
 
 
 def _tensors(tree: Any, prefix: str) -> Iterator[tuple[str, _Tensor]]:
@@ -111,8 +121,13 @@ def _parameter(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
+class _Settings:
+    """What a pickle may fill with attributes, and nobody reads."""
+
+
 KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
+    ("argparse", "Namespace"): _Settings,  # training scripts keep their flags beside the weights
     ("torch", "Size"): tuple,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
@@ -143,23 +158,25 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _read_zip(file: IO[bytes]) -> Any:
-    """`NAME/data.pkl`, and the numbers of each storage in `NAME/data/KEY`."""
-    with zipfile.ZipFile(file) as archive:
-        names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        if len(names) != 1:
-            raise UserError("it is a zip file, but none of torch.save: it has no data.pkl")
-        folder = names[0].removesuffix("data.pkl")
-        order = f"{folder}byteorder"
-        _check_order(order not in archive.namelist() or archive.read(order) == b"little")
-        found: dict[str, _Storage] = {}
+    """`NAME/data.pkl`, and the numbers of each storage in `NAME/data/KEY`, which are read when they
+    are asked for: the file must be open then.
+    """
+    archive = zipfile.ZipFile(file)
+    names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if len(names) != 1:
+        raise UserError("it is a zip file, but none of torch.save: it has no data.pkl")
+    folder = names[0].removesuffix("data.pkl")
+    order = f"{folder}byteorder"
+    _check_order(order not in archive.namelist() or archive.read(order) == b"little")
+    found: dict[str, _Storage] = {}
 
-        def storage(dtype: Any, key: str, _location: str, size: int) -> _Storage:
-            if key not in found:
-                numbers = np.frombuffer(archive.read(f"{folder}data/{key}"), dtype)
-                found[key] = _Storage(dtype, size, numbers)
-            return found[key]
+    def storage(dtype: Any, key: str, _location: str, size: int) -> _Storage:
+        def load():
+            return np.frombuffer(archive.read(f"{folder}data/{key}"), dtype)
 
-        return _Unpickler(io.BytesIO(archive.read(names[0])), storage).load()
+        return found.setdefault(key, _Storage(dtype, size, load))
+
+    return _Unpickler(io.BytesIO(archive.read(names[0])), storage).load()
 
 
 def _read_old(file: IO[bytes]) -> Any:
@@ -181,7 +198,8 @@ def _read_old(file: IO[bytes]) -> Any:
     whole = _Unpickler(file, storage).load()
     for key in _Unpickler(file).load():
         (size,), width = struct.unpack("<q", file.read(8)), np.dtype(found[key].dtype).itemsize
-        found[key].numbers = np.frombuffer(file.read(size * width), found[key].dtype)
+        numbers = np.frombuffer(file.read(size * width), found[key].dtype)
+        found[key].load = partial(np.asarray, numbers)
     return whole
 
 

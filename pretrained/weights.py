@@ -1,29 +1,35 @@
 """Published networks as files: a folder in diffusers' layout, or an id of the Hugging Face hub.
 
-Tensors have the names and axes of their file here, and are float32. What they mean is known by the
-family's own module beside this one. Nothing here needs torch.
+Tensors have the names, the axes and the precision of their file here; those of safetensors lie in
+the file until they are looked at. What they mean is known by the family's own module beside this
+one. Nothing here needs torch.
 """
 
 import hashlib
 import json
+import struct
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from errors import UserError
+from pretrained import torch_file
 from run_folder import atomic
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-# The second is float16, for want of the first.
-WEIGHT_FILES = (WEIGHTS, "diffusion_pytorch_model.fp16.safetensors")
+INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
+# For want of the first: in several files, in float16, or as torch saves them.
+WEIGHT_FILES = (
+    *(WEIGHTS, INDEX, "diffusion_pytorch_model.fp16.safetensors"),
+    "diffusion_pytorch_model.bin",
+)
 # NumPy has no bfloat16 of its own, and safetensors' reader for it does not know one.
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -50,11 +56,30 @@ def read(path_or_id: str, *, subfolder: str, revision: str | None = None) -> Pub
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
         place = _place(folder, subfolder)
-        config = _read_config(place / CONFIG)
-        return Published(str(folder.resolve()), None, config, _read_tensors(_weights(place)))
+        config = _read_json(place / CONFIG)
+        return Published(str(folder.resolve()), None, config, _all_tensors(_weights(place)))
     with _one_line(path_or_id, subfolder, revision):
         config, commit, weights = _download(path_or_id, subfolder, revision)
-    return Published(path_or_id, commit, config, _read_tensors(weights))
+    return Published(path_or_id, commit, config, _all_tensors(weights))
+
+
+def read_json(path_or_id: str, name: str, *, revision: str | None = None) -> dict[str, Any] | None:
+    """A file of facts beside a network, such as a pipeline's model_index.json, or None.
+
+    Raises:
+        UserError: the file is damaged, or the hub cannot be asked.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return _read_json(folder / name) if (folder / name).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with _one_line(path_or_id, "", revision):
+        try:
+            return _read_json(Path(hf_hub_download(path_or_id, name, revision=revision)))
+        except EntryNotFoundError:
+            return None
 
 
 def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
@@ -64,15 +89,28 @@ def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, np.ndarray
     Raises:
         UserError: the folder cannot be written to.
     """
-    arrays = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic(folder / WEIGHTS) as file:
-            file.write(safetensors.numpy.save(arrays, {"format": "pt"}))
+            _write_tensors(file, tensors)
         with atomic(folder / CONFIG) as file:
             file.write(json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
     except OSError as error:
         raise UserError(f"cannot write weights to '{folder}': {error.strerror}") from None
+
+
+def _write_tensors(file: IO[bytes], tensors: Mapping[str, np.ndarray]) -> None:
+    """In safetensors' format and float32, with one tensor at a time in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, x in tensors.items():
+        start, end = end, end + 4 * x.size
+        header[name] = {"dtype": "F32", "shape": x.shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of eight
+    file.write(struct.pack("<Q", len(text)) + text)
+    for x in tensors.values():
+        file.write(np.ascontiguousarray(x, "<f4").data)
 
 
 def tensors_hash(tensors: Mapping[str, np.ndarray]) -> str:
@@ -126,53 +164,93 @@ def _place(folder: Path, subfolder: str) -> Path:
     raise UserError(f"'{folder}' holds no {CONFIG}, nor a {subfolder}/{CONFIG}")
 
 
-def _weights(place: Path) -> Path:
+def _weights(place: Path) -> list[Path]:
     for name in WEIGHT_FILES:
         if (place / name).is_file():
-            return place / name
-    only = " (files of torch's own, such as .bin, are not read)" if any(place.glob("*.bin")) else ""
-    raise UserError(f"'{place}' holds no {WEIGHTS}{only}")
+            files = [place / part for part in _parts(place / name)]
+            missing = [path.name for path in files if not path.is_file()]
+            if missing:
+                raise UserError(f"'{place}' lacks {_some(missing)}, which its {INDEX} names")
+            return files
+    raise UserError(f"'{place}' holds no {WEIGHTS}")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _parts(file: Path) -> list[str]:
+    """The files that a file of weights stands for: itself, or those that an index names."""
+    if file.name != INDEX:
+        return [file.name]
+    named = _read_json(file).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise UserError(f"{file} is damaged: it names no files")
+    parts = sorted(set(named.values()))
+    if any(Path(part).name != part for part in parts):
+        raise UserError(f"{file} is damaged: it names files elsewhere")
+    return parts
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        facts = json.loads(path.read_text())
     except ValueError as error:  # not JSON, or not even text
         raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(config, dict):
+    if not isinstance(facts, dict):
         raise UserError(f"{path} is damaged: it holds no settings")
-    return config
+    return facts
 
 
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+def _all_tensors(files: Iterable[Path]) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    for path in files:
+        read = read_safetensors if path.suffix == ".safetensors" else torch_file.read
+        found |= read(path)
+    return found
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a file, as views of it.
+
+    Raises:
+        UserError: it is damaged, or holds other numbers than those of DTYPES.
+    """
     try:
-        entries = safetensors.deserialize(path.read_bytes())
-    except safetensors.SafetensorError as error:
+        safetensors.safe_open(path, "np")  # whose checks are thorough
+        with path.open("rb") as file:
+            start = 8 + struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(start - 8))
+    except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
-    tensors = {}
-    for name, entry in entries:
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise UserError(
                 f"{path}: {name} is {entry['dtype']}, which is none of {', '.join(DTYPES)}"
             )
-        x = np.frombuffer(entry["data"], DTYPES[entry["dtype"]])
-        tensors[name] = x.reshape(entry["shape"]).astype(np.float32)
-    return tensors
+    whole = np.memmap(path, np.uint8, "r")[start:] if header else np.zeros(0, np.uint8)
+
+    def view(dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> np.ndarray:
+        return np.asarray(whole[slice(*data_offsets)]).view(DTYPES[dtype]).reshape(shape)
+
+    return {name: view(**entry) for name, entry in header.items()}
 
 
 # --- the hub --------------------------------------------------------------------------------------
 
 
-def _download(name: str, subfolder: str, revision: str | None) -> tuple[dict, str | None, Path]:
-    """Config, commit and the path of the weights, which are of the same commit."""
+def _download(
+    name: str, subfolder: str, revision: str | None
+) -> tuple[dict, str | None, list[Path]]:
+    """Config, commit and the paths of the weights, which are of the same commit."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     config, commit, place = _download_config(name, subfolder, revision)
+
+    def fetch(file: str) -> Path:
+        return Path(hf_hub_download(name, file, subfolder=place, revision=commit or revision))
+
     for file in WEIGHT_FILES:
         try:
-            path = hf_hub_download(name, file, subfolder=place, revision=commit or revision)
-            return config, commit, Path(path)
+            return config, commit, [fetch(part) for part in _parts(fetch(file))]
         except EntryNotFoundError:
             if file == WEIGHT_FILES[-1]:
                 raise

@@ -23,13 +23,15 @@ RANKS = {
     "metrics.reference": 1,
     **dict.fromkeys(("checkpoint", "train_config", "showcase", "resident", "scaling"), 2),
     **dict.fromkeys(("pretrained.autoencoder", "pretrained.lpips", "pretrained.inception"), 2),
+    **dict.fromkeys(("pretrained.dit", "pretrained.sd3", "pretrained.transformer"), 2),
     "metrics.pictures": 2,
     "metrics.extraction": 3,
     **dict.fromkeys(("codec", "doctor", "drawing", "open_run", "train_vae_config"), 3),
-    **dict.fromkeys(("convert_imagenet", "drawable", "train", "train_profile"), 4),
-    **dict.fromkeys(("subjects", "train_vae"), 5),
-    **dict.fromkeys(("drawn", "sheets"), 6),
-    **dict.fromkeys(("evaluate", "generate_config"), 7),
+    "yardstick": 3,
+    **dict.fromkeys(("convert_imagenet", "drawable", "train_profile"), 4),
+    **dict.fromkeys(("export", "subjects", "warm_start"), 5),
+    **dict.fromkeys(("drawn", "sheets", "train"), 6),
+    **dict.fromkeys(("evaluate", "generate_config", "train_vae"), 7),
     "generate": 8,
 }
 NEIGHBOURS = {
@@ -37,8 +39,11 @@ NEIGHBOURS = {
     ("pipeline", "sources"),
     ("drawing", "codec"),
     ("doctor", "codec"),
+    ("pretrained.transformer", "pretrained.autoencoder"),
+    ("pretrained.transformer", "pretrained.dit"),
+    ("pretrained.transformer", "pretrained.sd3"),
 }
-NEIGHBOURS |= {("train", "train_profile")}
+NEIGHBOURS |= {("train", "train_profile"), ("yardstick", "metrics.extraction")}
 WINGS = ("metrics", "pretrained", "vae")
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))} | {
     f"{wing}.{path.stem}": path

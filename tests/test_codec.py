@@ -154,6 +154,10 @@ def test_the_latents_vae_is_known_by_its_weights(latent_digits, vae, tmp_path):
         UserError, match=r"is not the one that the latents of digits were made with"
     ):
         Codec.of(encoding, mesh, vae=str(tmp_path / "other"))
+    unknown = replace(encoding, vae_hash="")  # as of a model that others trained
+    assert Codec.of(unknown, mesh, vae=str(tmp_path / "other")).hash != encoding.vae_hash
+    with pytest.raises(UserError, match="do not say what VAE made them: name it by --vae"):
+        Codec.of(replace(unknown, vae=""), mesh)
     gone = replace(encoding, vae=str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"gone'.*; if the VAE has moved, say where to by --vae"):
         Codec.of(gone, mesh)

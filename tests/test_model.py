@@ -45,6 +45,7 @@ VARIANTS = {
     "rope": replace(TINY, rope=True, position="none"),
     "learned": replace(TINY, position="learned"),
     "cropped": replace(TINY, position="cropped"),
+    "centred": replace(TINY, position="centred", position_side=32, position_base=8),
     "qk_norm": replace(TINY, qk_norm=True),
     "swiglu": replace(TINY, mlp="swiglu"),
     "rms": replace(TINY, norm="rms"),
@@ -55,6 +56,10 @@ VARIANTS = {
     "joint, SD3": replace(TINY, block="joint", qk_norm=True, position="cropped", remat=True),
     "joint, rope": replace(TINY, block="joint", rope=True, position="none", unroll=4),
     "joint, bfloat16": replace(TINY, block="joint", dtype="bfloat16", **TEXT),
+    "joint, SD3.5": replace(
+        TINY, block="joint", depth=4, n_dual=2, qk_norm=True, caption_norm=False, **TEXT
+    ),
+    "joint, all dual": replace(TINY, block="joint", n_dual=1, rope=True, position="none"),
 }
 x = jax.random.normal(key, (4, 8, 8, 3))
 t = jnp.asarray([0.1, 0.4, 0.6, 0.9])
@@ -108,7 +113,8 @@ SHAPES = (4, 16, 32), (4, 6, 32), (4, 32)  # of a picture's tokens, a label's, a
 
 def block_of(model):
     """The first of a model's blocks."""
-    return nnx.merge(*jax.tree.map(lambda w: w[0], nnx.split(model.blocks)))
+    first = (model.config.n_dual and model.dual_blocks) or model.blocks
+    return nnx.merge(*jax.tree.map(lambda w: w[0], nnx.split(first)))
 
 
 @EACH
@@ -116,7 +122,9 @@ def test_the_untrained_model_is_zero(config):
     assert (live(config)(x, t, told(config)) == 0).all()
 
 
-@pytest.mark.parametrize("name", ["adaln_zero", "adaln_zero, captions", "joint", "joint, captions"])
+@pytest.mark.parametrize(
+    "name", ["adaln_zero", "adaln_zero, captions", "joint", "joint, captions", "joint, SD3.5"]
+)
 def test_blocks_with_gates_start_as_the_identity(name):
     model, c = live(VARIANTS[name]), VARIANTS[name]
     picture, tokens, vector = (jax.random.normal(key, shape) for shape in SHAPES)
@@ -238,7 +246,15 @@ def test_positions_tell_tokens_apart():
 
     for block in ("adaln_zero", "in_context", JOINT):
         assert moves(replace(TINY, block=block, position="none")) < 1e-4
-    for name in ("adaln_zero", "learned", "rope", "cropped", "in_context, rope", "joint, rope"):
+    for name in (
+        "adaln_zero",
+        "learned",
+        "rope",
+        "cropped",
+        "centred",
+        "in_context, rope",
+        "joint, rope",
+    ):
         assert moves(VARIANTS[name]) > 1e-2
 
 
@@ -300,6 +316,8 @@ def test_the_null_class_is_the_last_row(n_classes):
         ("MMDiT-S/2", {"block": "joined"}, "unknown block 'joined'; did you mean 'joint'"),
         ("DiT-S/2", {"block": "adalnzero"}, "unknown block 'adalnzero'; did you mean 'adaln_zero'"),
         ("DiT-S/2", {"mlp": "relu"}, "unknown mlp 'relu'"),
+        ("DiT-S/2", {"n_dual": 1}, "n_dual 1: only joint blocks have a second attention"),
+        ("MMDiT-S/2", {"n_dual": 12}, "n_dual 12: .* and never the last of the 12"),
     ],
 )
 def test_what_does_not_exist_is_named(name, fields, message):

@@ -324,10 +324,9 @@ def test_the_largest_axis_that_divides_is_split():
 def test_the_depth_of_stacked_blocks_is_never_split():
     """Each block must be whole in the scan, on every device."""
     shapes = {"mlp": {"kernel": (1024, 64, 32), "bias": (64, 17)}}
-    assert specs({"blocks": shapes})["blocks"]["mlp"] == {
-        "kernel": P(None, "fsdp", None),
-        "bias": P(),
-    }
+    split = {"kernel": P(None, "fsdp", None), "bias": P()}
+    for stack in ("blocks", "dual_blocks"):
+        assert specs({stack: shapes})[stack]["mlp"] == split
     moments = optax.adam(1e-3).init({"blocks": {"kernel": jnp.zeros((8, 64, 17))}})
     mu = parallel.partition(moments, MESHES["FSDP 8"])[0].mu
     assert mu == {"blocks": {"kernel": P(None, "fsdp", None)}}

@@ -276,8 +276,18 @@ def torn(folder):
     path.write_bytes(path.read_bytes()[:1000])
 
 
-def only_pickled(folder):
+def misnamed(folder):
     (folder / weights.WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
+
+
+def half_gone(folder):
+    (folder / weights.INDEX).write_text('{"weight_map": {"a": "1.safetensors"}}')
+    (folder / weights.WEIGHTS).unlink()
+
+
+def pointing_elsewhere(folder):
+    (folder / weights.INDEX).write_text('{"weight_map": {"a": "../1.safetensors"}}')
+    (folder / weights.WEIGHTS).unlink()
 
 
 @pytest.mark.parametrize(
@@ -285,7 +295,9 @@ def only_pickled(folder):
     [
         (without(weights.CONFIG), "holds no config.json, nor a vae/config.json"),
         (without(weights.WEIGHTS), "holds no diffusion_pytorch_model.safetensors$"),
-        (only_pickled, "files of torch's own, such as .bin, are not read"),
+        (misnamed, "diffusion_pytorch_model.bin is damaged or no file of torch.save"),
+        (half_gone, "lacks 1.safetensors, which its .*index.json names"),
+        (pointing_elsewhere, "it names files elsewhere"),
         (torn, "diffusion_pytorch_model.safetensors is damaged"),
         (lambda folder: (folder / weights.CONFIG).write_text("{"), "config.json is damaged"),
         (lambda folder: (folder / weights.CONFIG).write_text("[]"), "config.json is damaged"),
@@ -301,6 +313,35 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, params):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write weights to"):
         autoencoder.save(tmp_path / "file" / "vae", SD, params)
+
+
+# --- other files of weights -----------------------------------------------------------------------
+
+
+def test_weights_in_several_files_are_one(folder, params):
+    tensors = safetensors.numpy.load_file(folder / weights.WEIGHTS)
+    (folder / weights.WEIGHTS).unlink()
+    named = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(named.values()):
+        some = {name: x for name, x in tensors.items() if named[name] == file}
+        safetensors.numpy.save_file(some, folder / file)
+    (folder / weights.INDEX).write_text(json.dumps({"weight_map": named}))
+    assert_same(autoencoder.load(str(folder)).params, params)
+
+
+def test_weights_as_torch_saves_them_are_the_same(folder, params):
+    torch = pytest.importorskip("torch")
+    tensors = safetensors.numpy.load_file(folder / weights.WEIGHTS)
+    (folder / weights.WEIGHTS).unlink()
+    state = {name: torch.from_numpy(x) for name, x in tensors.items()}
+    torch.save(state, folder / "diffusion_pytorch_model.bin")
+    assert_same(autoencoder.load(str(folder)).params, params)
+
+
+def test_what_is_written_is_safetensors(folder, params):
+    """As the format's own reader has it."""
+    found = safetensors.numpy.load_file(folder / weights.WEIGHTS)
+    assert_same(found, autoencoder.to_tensors(params))
 
 
 # --- the hub --------------------------------------------------------------------------------------

@@ -55,10 +55,11 @@ CAPTIONS = {"text_length": 24, "text_width": 48, "pooled_width": 32, "n_classes"
 
 
 @pytest.mark.parametrize("told", [{}, CAPTIONS], ids=["class", "caption"])
-@pytest.mark.parametrize("block", [*BLOCKS, "joint"])
+@pytest.mark.parametrize("block", [*BLOCKS, "joint", "dual"])
 def test_every_design_is_counted_as_xla_counts_it(block, told):
-    size = "MMDiT-Ti" if block == "joint" else "DiT-Ti"
-    c = config(size, block=block, unroll=6, **told)
+    design = {"block": block} if block in BLOCKS else {"n_dual": 2 * (block == "dual")}
+    size = "DiT-Ti" if block in BLOCKS else "MMDiT-Ti"
+    c = config(size, unroll=6, **design, **told)
     label = jax.ShapeDtypeStruct((2,), jnp.int32)
     if told:
         shapes = ((2, 24, 48), jnp.float16), ((2, 24), jnp.bool), ((2, 32), jnp.float16)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from towers import LETTERS, save_clip
+from towers import save_clip, save_t5
 
 import text
 from errors import UserError
@@ -48,17 +48,7 @@ def brief_clip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("towers") / "t5"
-    torch.manual_seed(2)
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    vocabulary = special + [(letter, -3.0) for letter in LETTERS]
-    tokenizer = transformers.T5Tokenizer(vocab=vocabulary, extra_ids=0)
-    tokenizer.save_pretrained(folder)
-    config = transformers.T5Config(
-        vocab_size=len(vocabulary), d_model=24, d_kv=12, d_ff=32, num_layers=2, num_heads=2
-    )
-    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
-    return str(folder)
+    return save_t5(tmp_path_factory.mktemp("towers") / "t5")
 
 
 @functools.cache

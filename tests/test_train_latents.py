@@ -298,7 +298,7 @@ def test_a_run_on_pictures_takes_no_vae(whole, vae, tmp_path):
     config = json.loads((whole[0] / "config.json").read_text())
     config["dataset"]["encoding"] = None
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"--vae .*: the run was trained on pictures, not on lat"):
+    with pytest.raises(UserError, match=r"--vae .*: the model is of pictures, not of lat"):
         generate.main(GenerateConfig(run=tmp_path, vae=str(vae), out=tmp_path / "a.png"))
 
 

@@ -43,3 +43,20 @@ def save_clip(
     )
     transformers.CLIPTextModelWithProjection(config).save_pretrained(folder)
     return str(folder)
+
+
+def save_t5(folder: Path) -> str:
+    """A T5, which reads letters. Its tokens have 24 channels."""
+    import torch
+    import transformers
+
+    torch.manual_seed(2)
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    vocabulary = special + [(letter, -3.0) for letter in LETTERS]
+    tokenizer = transformers.T5Tokenizer(vocab=vocabulary, extra_ids=0)
+    tokenizer.save_pretrained(folder)
+    config = transformers.T5Config(
+        vocab_size=len(vocabulary), d_model=24, d_kv=12, d_ff=32, num_layers=2, num_heads=2
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    return str(folder)

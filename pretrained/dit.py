@@ -1,0 +1,396 @@
+"""Diffusion transformers on classes as others publish them: the original DiT, SiT, and diffusers'.
+
+All three have the same weights, under two sets of names. The original's are in the middle: those of
+diffusers are brought to them and back, and they to ours and back.
+
+SiT is DiT's network with another clock. Its time runs from noise (0) to data (1), is not scaled
+before its sinusoids, and its velocity is data − noise (Ma et al. 2024, §2): `from_sit` turns all
+that around within the weights.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from errors import UserError
+from layers import sincos_table
+from model import SIZES, ModelConfig, init_params
+from pretrained import weights
+
+CLASS = "DiTTransformer2DModel"
+CLASSES = (CLASS, "Transformer2DModel")  # of which the second is what it was called at first
+POSITIONS = "pos_embed"  # the original keeps its table of them with the weights
+Tensors = dict[str, np.ndarray]
+
+# Our linear maps to the original's; {i} is a block.
+LINEAR = {
+    "patch": "x_embedder.proj",
+    "time.mlp.hidden": "t_embedder.mlp.0",
+    "time.mlp.out": "t_embedder.mlp.2",
+    "blocks.modulation": "blocks.{i}.adaLN_modulation.1",
+    "blocks.attention.qkv.linear": "blocks.{i}.attn.qkv",
+    "blocks.attention.out": "blocks.{i}.attn.proj",
+    "blocks.mlp.up": "blocks.{i}.mlp.fc1",
+    "blocks.mlp.down": "blocks.{i}.mlp.fc2",
+    "final.modulation": "final_layer.adaLN_modulation.1",
+    "final.out": "final_layer.linear",
+}
+TABLE = "y_embedder.embedding_table.weight"  # of classes
+PATCH = "x_embedder.proj.weight"
+PARTS = {"kernel": "weight", "bias": "bias"}
+
+# The original's names to diffusers', the first that fits. What is not of a block, but is named as
+# of one, diffusers repeats in every block.
+RULES = (
+    (r"^x_embedder\.", "pos_embed."),
+    (r"^final_layer\.adaLN_modulation\.1\.", "proj_out_1."),
+    (r"^final_layer\.linear\.", "proj_out_2."),
+    (r"^t_embedder\.mlp\.0\.", "transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_1."),
+    (r"^t_embedder\.mlp\.2\.", "transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_2."),
+    (r"^y_embedder\.", "transformer_blocks.{i}.norm1.emb.class_embedder."),
+    (r"^blocks\.(\d+)\.adaLN_modulation\.1\.", r"transformer_blocks.\1.norm1.linear."),
+    (r"^blocks\.(\d+)\.attn\.qkv\.", r"transformer_blocks.\1.attn1.to_{part}."),
+    (r"^blocks\.(\d+)\.attn\.proj\.", r"transformer_blocks.\1.attn1.to_out.0."),
+    (r"^blocks\.(\d+)\.mlp\.fc1\.", r"transformer_blocks.\1.ff.net.0.proj."),
+    (r"^blocks\.(\d+)\.mlp\.fc2\.", r"transformer_blocks.\1.ff.net.2."),
+)
+
+# What our model must be for the original's code, and for diffusers', to compute the same.
+HELD = {
+    "block": "adaln_zero",
+    "position": "sincos",
+    "rope": False,
+    "qk_norm": False,
+    "mlp": "gelu",
+    "mlp_ratio": 4.0,
+    "norm": "layer",
+    "text_width": 0,
+}
+
+
+# --- the shape ------------------------------------------------------------------------------------
+
+
+def shape_of(tensors: Mapping[str, np.ndarray], where: str, n_heads: int | None) -> ModelConfig:
+    """The shape of an original DiT, which comes without a config. Heads leave no trace in the
+    weights: they follow from width and depth of the published sizes, or are told.
+
+    Raises:
+        UserError: it is no such model, or its heads are not known.
+    """
+    try:
+        width, channels, patch_size, _ = tensors[PATCH].shape
+        _, n_tokens, _ = tensors[POSITIONS].shape
+        n_rows, _ = tensors[TABLE].shape
+        (n_out,) = tensors["final_layer.linear.bias"].shape
+    except (KeyError, ValueError) as error:
+        raise UserError(f"'{where}' holds no DiT or SiT: {_reason(error)}") from None
+    numbers = [int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))]
+    depth, side = 1 + max(numbers, default=-1), math.isqrt(n_tokens)
+    if side**2 != n_tokens:
+        raise UserError(f"'{where}': its {n_tokens} positions are no square")
+    return ModelConfig(
+        width=width,
+        depth=depth,
+        n_heads=n_heads or _published_heads(width, depth, where),
+        patch_size=patch_size,
+        image_size=side * patch_size,
+        channels=channels,
+        out_channels=n_out // patch_size**2,
+        n_classes=n_rows - 1,
+    )
+
+
+def _reason(error: Exception) -> str:
+    return f"it lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
+
+
+def _published_heads(width: int, depth: int, where: str) -> int:
+    for size in SIZES.values():
+        if (size["width"], size["depth"]) == (width, depth):
+            return size["n_heads"]
+    raise UserError(
+        f"'{where}' has {depth} blocks of width {width}, which is no published size: say how many "
+        "heads they have, such as dit:heads=6:PATH"
+    )
+
+
+def read_config(said: Mapping[str, Any], where: str) -> ModelConfig:
+    """The facts of a `config.json` of diffusers.
+
+    Its `norm_eps` is 1e-5 by default, also where the weights are the original's, whose code has
+    1e-6: that is what they were trained with, and what is computed here.
+
+    Raises:
+        UserError: the config of something else, or of something that is not supported.
+    """
+    name = said.get("_class_name")
+    if name not in CLASSES or (name != CLASS and said.get("norm_type") != "ada_norm_zero"):
+        raise UserError(f"'{where}' is not a {CLASS} but {name or 'of no known class'}")
+    facts = {"num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4}
+    facts |= {"num_layers": 28, "sample_size": 32, "patch_size": 2, "num_embeds_ada_norm": 1000}
+    facts["out_channels"] = said.get("in_channels") or facts["in_channels"]
+    for fact, value in said.items():
+        # null is as good as absent, and what starts with _ is about the file.
+        if value is None or fact.startswith("_"):
+            continue
+        if fact in facts and (type(value) is not int or value < 0):
+            raise UserError(f"'{where}': its {weights.CONFIG} says {fact} {value}: no whole number")
+        if fact not in facts and value not in SUPPORTED.get(fact, [value] if fact in IDLE else []):
+            raise UserError(f"'{where}': its {weights.CONFIG} says {fact} {value}: not supported")
+        facts[fact] = value
+    return ModelConfig(
+        width=facts["num_attention_heads"] * facts["attention_head_dim"],
+        depth=facts["num_layers"],
+        n_heads=facts["num_attention_heads"],
+        patch_size=facts["patch_size"],
+        image_size=facts["sample_size"],
+        channels=facts["in_channels"],
+        out_channels=facts["out_channels"],
+        n_classes=facts["num_embeds_ada_norm"],
+    )
+
+
+SUPPORTED = {
+    "activation_fn": ["gelu-approximate"],
+    "norm_type": ["ada_norm_zero"],
+    "norm_eps": [1e-5, 1e-6],
+    "norm_elementwise_affine": [False],
+    "attention_bias": [True],
+    "attention_type": ["default"],
+    "double_self_attention": [False],
+    "only_cross_attention": [False],
+    "use_linear_projection": [False],
+}
+IDLE = ("dropout", "norm_num_groups", "upcast_attention")  # change nothing here
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """All that diffusers needs to build it.
+
+    Raises:
+        UserError: its DiT has no place for what the model is made of.
+    """
+    values = {name: getattr(config, name) for name in HELD}
+    unfit = [f"{name} {value}" for name, value in values.items() if value != HELD[name]]
+    if unfit:
+        raise UserError(f"diffusers' {CLASS} cannot hold a model with {', '.join(unfit)}")
+    return {
+        "_class_name": CLASS,
+        "num_attention_heads": config.n_heads,
+        "attention_head_dim": config.width // config.n_heads,
+        "in_channels": config.channels,
+        "out_channels": config.out_channels,
+        "num_layers": config.depth,
+        "sample_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_embeds_ada_norm": config.n_classes,
+        "norm_eps": 1e-6,
+        # diffusers has no word for it, and skips what begins with _.
+        "_downscale_freq_shift": "0 in these weights, where diffusers has 1: see README.md",
+    } | {name: values[0] for name, values in SUPPORTED.items() if name in WRITTEN}
+
+
+WRITTEN = ("activation_fn", "norm_type", "norm_elementwise_affine", "attention_bias")
+
+
+# --- the original's names and ours ----------------------------------------------------------------
+
+
+def to_original(params: Mapping[str, Any], config: ModelConfig) -> Tensors:
+    """Our weights under the original's names and in its axes: views of them, and no positions."""
+    return dict(_originals(params, config))
+
+
+def _originals(params: Mapping[str, Any], config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+    tree: dict[tuple[str, ...], Any] = dict(flatten_dict(params))
+    yield TABLE, np.asarray(tree["label", "table"])
+    for ours, theirs in LINEAR.items():
+        for ours_part, part in PARTS.items():
+            x, name = np.asarray(tree[*ours.split("."), ours_part]), f"{theirs}.{part}"
+            for i in range(config.depth) if "{i}" in name else (None,):
+                yield name.format(i=i), _to_axes((x if i is None else x[i]), name, config)
+
+
+def _to_axes(x: np.ndarray, name: str, config: ModelConfig) -> np.ndarray:
+    """One of ours in the original's axes. A token's numbers are in the order (p q c) in both, but
+    that the original's first map is a convolution.
+    """
+    if name == PATCH:
+        p = config.patch_size
+        return x.reshape(p, p, config.channels, -1).transpose(3, 2, 0, 1)
+    return x.T
+
+
+def from_original(
+    tensors: MutableMapping[str, np.ndarray], config: ModelConfig, where: str
+) -> dict[str, Any]:
+    """The original's weights as ours, float32. Each is used once and none is left; they leave
+    `tensors` as they are taken over, so that there is never a second copy of all.
+
+    Raises:
+        UserError: some are missing, left over or of another shape, with the names of a few; or the
+            positions are others than ours.
+    """
+    if POSITIONS in tensors:
+        refuse_positions(tensors.pop(POSITIONS), config, where)
+    weights.refuse_misfits(where, tensors, original_shapes(config))
+    tree: dict[tuple[str, ...], np.ndarray] = {
+        ("label", "table"): np.array(tensors.pop(TABLE), np.float32)
+    }
+    for ours, theirs in LINEAR.items():
+        for ours_part, part in PARTS.items():
+            path, name = (*ours.split("."), ours_part), f"{theirs}.{part}"
+            whole = np.empty(_shapes(config)[path], np.float32)
+            if "{i}" in name:
+                for i in range(config.depth):
+                    whole[i] = tensors.pop(name.format(i=i)).T
+            elif name == PATCH:
+                whole[:] = tensors.pop(name).transpose(2, 3, 1, 0).reshape(whole.shape)
+            else:
+                whole[:] = tensors.pop(name).T
+            tree[path] = whole
+    return unflatten_dict(tree)
+
+
+@lru_cache
+def _shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Of each of our weights, by its path."""
+    tree: Any = jax.eval_shape(partial(init_params, config), jax.random.key(0))
+    leaves: dict[tuple[str, ...], Any] = dict(flatten_dict(tree))
+    return {path: x.shape for path, x in leaves.items()}
+
+
+def original_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of each of the original's weights but its positions, by its name."""
+    return {name: x.shape for name, x in to_original(_blank(config), config).items()}
+
+
+def _blank(config: ModelConfig) -> dict:
+    """Weights that are one zero, seen from many places."""
+    zeros = {path: np.broadcast_to(np.float32(0), s) for path, s in _shapes(config).items()}
+    return unflatten_dict(zeros)
+
+
+def refuse_positions(table: np.ndarray, config: ModelConfig, where: str) -> None:
+    """Raises UserError if a stored table of positions is not the one that is computed here."""
+    places = [np.arange(side, dtype=float) for side in config.grid]
+    ours = sincos_table(config.width, *places)[None]
+    if table.shape != ours.shape or not np.allclose(table, ours, rtol=0, atol=1e-3):
+        raise UserError(f"'{where}': its {POSITIONS} is not the sine-cosine table of DiT")
+
+
+# --- the original's names and diffusers' ----------------------------------------------------------
+
+
+def to_tensors(params: Mapping[str, Any], config: ModelConfig) -> Tensors:
+    """Our weights under diffusers' names and in its axes, as views."""
+    return to_diffusers(to_original(params, config), config.depth)
+
+
+def to_params(
+    tensors: MutableMapping[str, np.ndarray], config: ModelConfig, where: str
+) -> dict[str, Any]:
+    """diffusers' weights as ours, float32; they leave `tensors`.
+
+    Raises:
+        UserError: some are missing, left over or of another shape; or the blocks' embedders, which
+            are copies of one, differ.
+    """
+    return from_original(from_diffusers(tensors, config, where), config, where)
+
+
+def to_diffusers(tensors: Mapping[str, np.ndarray], depth: int) -> Tensors:
+    """The original's weights under diffusers' names. Embedders are repeated for each block, and
+    queries, keys and values have maps of their own.
+    """
+    found: Tensors = {}
+    for name, x in tensors.items():
+        theirs = diffusers_name(name)
+        if "{part}" in theirs:
+            for part, third in zip("qkv", np.split(x, 3)):
+                found[theirs.format(part=part)] = third
+        else:
+            for i in range(depth) if "{i}" in theirs else (None,):
+                found[theirs.format(i=i)] = x
+    return found
+
+
+def diffusers_name(name: str) -> str:
+    """Of one of the original's weights: with {i} where each block has it, with {part} where there
+    are three.
+    """
+    for pattern, replacement in RULES:
+        renamed, n = re.subn(pattern, replacement, name)
+        if n:
+            return renamed
+    raise AssertionError(name)
+
+
+def from_diffusers(
+    tensors: MutableMapping[str, np.ndarray], config: ModelConfig, where: str
+) -> Tensors:
+    """diffusers' weights under the original's names: the inverse of `to_diffusers`."""
+    if (table := tensors.pop("pos_embed.pos_embed", None)) is not None:  # in old files
+        refuse_positions(table, config, where)
+    shapes = {name: x.shape for name, x in to_tensors(_blank(config), config).items()}
+    weights.refuse_misfits(where, tensors, shapes)
+    found: Tensors = {}
+    for name in original_shapes(config):
+        theirs = diffusers_name(name)
+        if "{part}" in theirs:
+            parts = [tensors.pop(theirs.format(part=part)) for part in "qkv"]
+            found[name] = np.concatenate(parts)
+        elif "{i}" in theirs:
+            found[name] = _same([theirs.format(i=i) for i in range(config.depth)], tensors, where)
+        else:
+            found[name] = tensors.pop(theirs)
+    return found
+
+
+def _same(names: list[str], tensors: MutableMapping[str, np.ndarray], where: str) -> np.ndarray:
+    """The tensor that all of these are."""
+    first = tensors.pop(names[0])
+    for name in names[1:]:
+        if not np.array_equal(first, tensors.pop(name)):
+            raise UserError(
+                f"'{where}': {name} differs from {names[0]}, and a DiT has one for all blocks"
+            )
+    return first
+
+
+# --- SiT ------------------------------------------------------------------------------------------
+
+
+def from_sit(params: dict, config: ModelConfig) -> tuple[dict, ModelConfig]:
+    """SiT's weights, read as a DiT's, as those of a model of ours: time runs the other way, v
+    changes its sign, and what it says beyond a velocity is left out.
+
+    With frequencies f, cos((1 − t)f) = cos f · cos(tf) + sin f · sin(tf) and sin((1 − t)f) =
+    sin f · cos(tf) − cos f · sin(tf): features of 1 − t are features of t, reflected, and what
+    reflects them goes into the first linear map.
+    """
+    hidden, out = params["time"]["mlp"]["hidden"], params["final"]["out"]
+    hidden["kernel"] = _reflected(hidden["kernel"])
+    n, c = config.patch_size**2, config.channels
+    for part, x in out.items():
+        velocity = x.reshape(*x.shape[:-1], n, -1)[..., :c]
+        out[part] = -velocity.reshape(*x.shape[:-1], n * c)
+    return params, replace(config, out_channels=c, time_scale=1.0)
+
+
+def _reflected(kernel: np.ndarray) -> np.ndarray:
+    """W with which W'·features(t) = W·features(1 − t), for `layers.time_features`."""
+    of_cos, of_sin = np.split(kernel.astype(np.float64), 2)
+    n = len(of_cos)
+    f = 10_000.0 ** -(np.arange(n) / n).reshape(-1, 1)
+    cos, sin = np.cos(f), np.sin(f)
+    found = np.concatenate([cos * of_cos + sin * of_sin, sin * of_cos - cos * of_sin])
+    return found.astype(np.float32)

@@ -1,0 +1,371 @@
+"""Stable Diffusion 3's transformers as diffusers publishes them (SD3 and SD3.5), and an MMDiT of
+captions of ours in the same form.
+
+Two things of a file are not among our weights. Its table of positions is computed, so it must be
+one that is computed here: Stability AI's (`centred`), or that of a new model (`cropped`). And the
+context's queries in the last block are dropped, and written as zeros: what they find there is
+thrown away.
+
+What a model is told is not in its weights either. diffusers shows SD3 all padding of captions, and
+the encoded "" where there is none: see `full_width` of `text.Towers`.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Float
+
+from errors import UserError
+from layers import sincos_table
+from model import JOINT, ModelConfig, absolute_position, init_params
+from pretrained import weights
+
+CLASS = "SD3Transformer2DModel"
+TEXT_LENGTH = 77 + 256  # of CLIP and of T5, padding included
+QK_NORM = "rms_norm"
+
+# What diffusers takes where a config says nothing.
+DEFAULTS: dict[str, Any] = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "num_layers": 18,
+    "attention_head_dim": 64,
+    "num_attention_heads": 18,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1152,
+    "pooled_projection_dim": 2048,
+    "out_channels": 16,
+    "pos_embed_max_size": 96,
+    "dual_attention_layers": [],
+    "qk_norm": None,
+}
+# What SD3 leaves no choice in.
+FIXED = {
+    "block": JOINT,
+    "rope": False,
+    "mlp": "gelu",
+    "mlp_ratio": 4.0,
+    "norm": "layer",
+    "time_scale": 1000.0,
+    "n_classes": 0,
+    "caption_norm": False,
+}
+
+
+# --- the config -----------------------------------------------------------------------------------
+
+
+def read_config(
+    said: Mapping[str, Any], where: str, tensors: Mapping[str, np.ndarray] | None = None
+) -> ModelConfig:
+    """The facts of a `config.json`. The model is not tied to its `image_size`, which is diffusers'
+    default: `dataclasses.replace` it by any other that positions reach to.
+
+    Args:
+        tensors: tell how positions are counted, which the config does not; without them, as in the
+            published weights.
+
+    Raises:
+        UserError: the config of something else, or of something that is not supported.
+    """
+    name = said.get("_class_name")
+    if name != CLASS:
+        raise UserError(f"'{where}' is not an {CLASS} but {name or 'of no known class'}")
+    facts = DEFAULTS | {k: v for k, v in said.items() if not k.startswith("_")}
+    if facts["out_channels"] is None:
+        facts["out_channels"] = facts["in_channels"]
+    try:
+        require_supported(facts)
+        config = ModelConfig(
+            width=facts["num_attention_heads"] * facts["attention_head_dim"],
+            depth=facts["num_layers"],
+            n_heads=facts["num_attention_heads"],
+            patch_size=facts["patch_size"],
+            image_size=facts["sample_size"],
+            channels=facts["in_channels"],
+            out_channels=facts["out_channels"],
+            text_length=TEXT_LENGTH,
+            text_width=facts["joint_attention_dim"],
+            pooled_width=facts["pooled_projection_dim"],
+            n_dual=len(facts["dual_attention_layers"]),
+            position="centred",
+            position_side=facts["pos_embed_max_size"],
+            position_base=facts["sample_size"] // facts["patch_size"],
+            qk_norm=facts["qk_norm"] == QK_NORM,
+            **FIXED,
+        )
+    except UserError as error:
+        raise UserError(f"'{where}': its {weights.CONFIG} says {error}") from None
+    new = replace(config, position="cropped")
+    table = (tensors or {}).get(TABLE)
+    return new if table is not None and are_positions(table, new) else config
+
+
+def require_supported(facts: Mapping[str, Any]) -> None:
+    """Raises UserError for the first fact that is of the wrong kind or not supported."""
+    for name, value in facts.items():
+        if type(DEFAULTS.get(name)) is int and (type(value) is not int or value < 1):
+            raise UserError(f"{name} {value}: must be a whole number above 0")
+        if name not in DEFAULTS and value is not None:
+            raise UserError(f"{name} {value}: not supported")
+    if facts["qk_norm"] not in (None, QK_NORM):
+        raise UserError(f"qk_norm {facts['qk_norm']}: not supported")
+    dual = facts["dual_attention_layers"]
+    if not isinstance(dual, Sequence) or list(dual) != list(range(len(dual))):
+        raise UserError(f"dual_attention_layers {dual}: must be the first ones, from 0")
+    width = facts["num_attention_heads"] * facts["attention_head_dim"]
+    if facts["caption_projection_dim"] != width:
+        raise UserError(
+            f"caption_projection_dim {facts['caption_projection_dim']}: must be the width, {width}"
+        )
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """All that diffusers needs to build it. Its default size of pictures is the one that positions
+    are counted by, whatever size the model was trained on.
+
+    Raises:
+        UserError: SD3 has no place for what the model is made of.
+    """
+    c = config
+    unfit = {k: getattr(c, k) for k, fixed in FIXED.items() if getattr(c, k) != fixed}
+    if c.position not in ("cropped", "centred"):
+        unfit["position"] = c.position
+    if not c.text_width:
+        unfit["text_width"] = 0
+    if max(c.grid) > c.position_side:
+        unfit["image_size"] = c.image_size
+    if unfit:
+        told = ", ".join(f"{name} {value}" for name, value in unfit.items())
+        raise UserError(f"diffusers' {CLASS} cannot hold a model with {told}")
+    return {
+        "_class_name": CLASS,
+        "sample_size": c.position_base * c.patch_size,
+        "patch_size": c.patch_size,
+        "in_channels": c.channels,
+        "num_layers": c.depth,
+        "attention_head_dim": c.width // c.n_heads,
+        "num_attention_heads": c.n_heads,
+        "joint_attention_dim": c.text_width,
+        "caption_projection_dim": c.width,
+        "pooled_projection_dim": c.pooled_width,
+        "out_channels": c.out_channels,
+        "pos_embed_max_size": c.position_side,
+        "dual_attention_layers": list(range(c.n_dual)),
+        "qk_norm": QK_NORM if c.qk_norm else None,
+    }
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """One of `of` equal parts of a weight or bias of diffusers', cut along its outputs."""
+
+    name: str
+    index: int = 0
+    of: int = 1
+
+
+def whole(*names: str) -> tuple[Part, ...]:
+    return tuple(Part(name) for name in names)
+
+
+def cut(name: str, of: int, *indices: int) -> tuple[Part, ...]:
+    return tuple(Part(name, index, of) for index in indices)
+
+
+def within(prefix: str, table: Mapping[str, tuple[Part, ...]]) -> dict[str, tuple[Part, ...]]:
+    return {f"{prefix}.{name}": parts for name, parts in table.items()}
+
+
+# Each map or norm of ours, and what it is in diffusers: parts side by side. A modulation is six
+# (shift, scale and gate of attention and of the MLP), nine where there is a second attention, or
+# two: scale before shift there, shift before scale here.
+OUTSIDE = {
+    "patch": whole("pos_embed.proj"),
+    "time.mlp.hidden": whole("time_text_embed.timestep_embedder.linear_1"),
+    "time.mlp.out": whole("time_text_embed.timestep_embedder.linear_2"),
+    "label.tokens": whole("context_embedder"),
+    "label.pooled.hidden": whole("time_text_embed.text_embedder.linear_1"),
+    "label.pooled.out": whole("time_text_embed.text_embedder.linear_2"),
+    "final.modulation": cut("norm_out.linear", 2, 1, 0),
+    "final.out": whole("proj_out"),
+}
+PICTURE = {
+    "modulation": cut("norm1.linear", 6, *range(6)),
+    "qkv.linear": whole("attn.to_q", "attn.to_k", "attn.to_v"),
+    "qkv.norm_q": whole("attn.norm_q"),
+    "qkv.norm_k": whole("attn.norm_k"),
+    "out": whole("attn.to_out.0"),
+    "mlp.up": whole("ff.net.0.proj"),
+    "mlp.down": whole("ff.net.2"),
+}
+CONTEXT = {
+    "modulation": cut("norm1_context.linear", 6, *range(6)),
+    "qkv.linear": whole("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "qkv.norm_q": whole("attn.norm_added_q"),
+    "qkv.norm_k": whole("attn.norm_added_k"),
+    "out": whole("attn.to_add_out"),
+    "mlp.up": whole("ff_context.net.0.proj"),
+    "mlp.down": whole("ff_context.net.2"),
+}
+BLOCK = within("picture", PICTURE) | within("context", CONTEXT)
+DUAL_BLOCK = BLOCK | {
+    "picture.modulation": cut("norm1.linear", 9, *range(6)),
+    "modulation": cut("norm1.linear", 9, 6, 7, 8),
+    "attention.qkv.linear": whole("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "attention.qkv.norm_q": whole("attn2.norm_q"),
+    "attention.qkv.norm_k": whole("attn2.norm_k"),
+    "attention.out": whole("attn2.to_out.0"),
+}
+LAST_BLOCK = within("picture", PICTURE) | {
+    "modulation": cut("norm1_context.linear", 2, 1, 0),
+    "kv.linear": whole("attn.add_k_proj", "attn.add_v_proj"),
+    "kv.norm_k": whole("attn.norm_added_k"),
+}
+LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight"}
+STACKS = ("dual_blocks", "blocks")
+
+PATCH, TABLE = "pos_embed.proj.weight", "pos_embed.pos_embed"
+
+
+def places(path: tuple, config: ModelConfig) -> list[list[Part]]:
+    """Where an array of ours is in diffusers: the parts that lie side by side in it, for each block
+    of a stack.
+    """
+    stack, *rest, leaf = path
+    last, n_dual = config.depth - 1, config.n_dual
+    blocks = {
+        "dual_blocks": (DUAL_BLOCK, range(n_dual)),
+        "blocks": (BLOCK, range(n_dual, last)),
+        "last": (LAST_BLOCK, [last]),
+    }
+    if stack not in blocks:
+        found = [("", OUTSIDE[".".join(path[:-1])])]
+    else:
+        table, layers = blocks[stack]
+        found = [(f"transformer_blocks.{i}.", table[".".join(rest)]) for i in layers]
+    return [
+        [part._replace(name=f"{prefix}{part.name}.{LEAVES[leaf]}") for part in parts]
+        for prefix, parts in found
+    ]
+
+
+def leaves(tree: Mapping[str, Any]) -> dict[tuple, Any]:
+    """Each array of a tree by its path."""
+    return dict(flatten_dict(tree))
+
+
+@lru_cache
+def our_shapes(config: ModelConfig) -> dict[tuple, tuple[int, ...]]:
+    """The shape of each array of ours."""
+    tree = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return {path: x.shape for path, x in leaves(tree).items()}
+
+
+def unread(config: ModelConfig) -> dict[str, np.ndarray]:
+    """The context's queries in the last block, as they are written."""
+    d, block = config.width, f"transformer_blocks.{config.depth - 1}.attn"
+    found = {f"{block}.add_q_proj.weight": np.zeros((d, d), np.float32)}
+    found |= {f"{block}.add_q_proj.bias": np.zeros(d, np.float32)}
+    if config.qk_norm:
+        found |= {f"{block}.norm_added_q.weight": np.ones(d // config.n_heads, np.float32)}
+    return found
+
+
+@lru_cache
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Each of diffusers' tensors by its name, and its shape."""
+    c = config
+    found = {name: x.shape for name, x in unread(c).items()}
+    found[TABLE] = (1, c.position_side**2, c.width)
+    for path, shape in our_shapes(c).items():
+        *inputs, outputs = shape[path[0] in STACKS :]
+        for parts in places(path, c):
+            for part in parts:
+                found[part.name] = (outputs // len(parts) * part.of, *inputs)
+    found[PATCH] = (c.width, c.channels, c.patch_size, c.patch_size)
+    return found
+
+
+# --- the weights ----------------------------------------------------------------------------------
+
+
+def to_params(tensors: Mapping[str, np.ndarray], config: ModelConfig, where: str) -> dict[str, Any]:
+    """diffusers' weights as ours. Each is used once and none is left, but for what is said above.
+
+    Raises:
+        UserError: some are missing, left over or of another shape, with the names of a few; or
+            positions are not those of the config.
+    """
+    weights.refuse_misfits(where, tensors, shapes(config))
+    if not are_positions(tensors[TABLE], config):
+        raise UserError(f"the weights of '{where}': {TABLE} is an unknown table of positions")
+    flat = {**tensors, PATCH: rearrange(tensors[PATCH], "d c p q -> d (p q c)")}
+
+    def piece(part: Part) -> np.ndarray:
+        return np.split(flat[part.name].T, part.of, axis=-1)[part.index]
+
+    def array(path: tuple) -> np.ndarray:
+        rows = [np.concatenate([*map(piece, parts)], axis=-1) for parts in places(path, config)]
+        whole = np.stack(rows) if path[0] in STACKS else rows[0]
+        return np.ascontiguousarray(whole, np.float32)
+
+    return unflatten_dict({path: array(path) for path in our_shapes(config)})
+
+
+def to_tensors(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
+    """Our weights under diffusers' names and in its axes."""
+    found: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
+    for path, x in leaves(params).items():
+        rows = np.asarray(x) if path[0] in STACKS else np.asarray(x)[None]
+        for row, parts in zip(rows, places(path, config), strict=True):
+            for part, piece in zip(parts, np.split(row, len(parts), axis=-1), strict=True):
+                found[part.name][part.index] = piece
+    tensors = {
+        name: np.concatenate([pieces[i] for i in sorted(pieces)], axis=-1).T
+        for name, pieces in found.items()
+    }
+    p = config.patch_size
+    tensors[PATCH] = rearrange(tensors[PATCH], "d (p q c) -> d c p q", p=p, q=p)
+    return tensors | unread(config) | {TABLE: positions(config)}
+
+
+# --- positions ------------------------------------------------------------------------------------
+
+
+def axis_of_positions(config: ModelConfig) -> Float[np.ndarray, "s half"]:
+    """The half of a token's table that encodes its column; that of its row is the same."""
+    places = absolute_position(config, rngs=nnx.Rngs(0)).places(config.position_side)
+    return sincos_table(config.width, np.zeros(1), places)[:, : config.width // 2]
+
+
+def positions(config: ModelConfig) -> Float[np.ndarray, "1 n d"]:
+    """The whole table that positions are cropped from."""
+    axis = axis_of_positions(config)
+    shape = (len(axis), *axis.shape)
+    columns, rows = np.broadcast_to(axis[None], shape), np.broadcast_to(axis[:, None], shape)
+    return rearrange(np.concatenate([columns, rows], axis=-1), "h w d -> 1 (h w) d")
+
+
+def are_positions(table: Float[np.ndarray, "..."], config: ModelConfig) -> bool:
+    """Whether a file's table is the config's, but for half precision."""
+    axis = axis_of_positions(config)
+    if table.shape != (1, len(axis) ** 2, config.width):
+        return False
+    rows = rearrange(table, "1 (h w) (two d) -> h w two d", h=len(axis), two=2)
+    # One row after the other: the whole is a gigabyte in SD3.5 medium.
+    return all(
+        np.allclose(row, np.stack([axis, np.broadcast_to(own, axis.shape)], axis=1), 0, 2**-8)
+        for row, own in zip(rows, axis, strict=True)
+    )
