@@ -35,7 +35,10 @@ FILE_SECONDS = 3600  # how long a picture can be fetched again
 # Sheets are wide, and thumbnails would be squares.
 STYLE = "footer {display: none !important} #sheets button {aspect-ratio: auto !important}"
 STYLE += ".grid-wrap {max-height: none !important}"  # all of a gallery is seen
-SAFE = ["download", "fullscreen"]  # of a picture's buttons; another would send it to a site
+SAFE: list[Any] = [
+    "download",
+    "fullscreen",
+]  # of a picture's buttons; another would send it to a site
 SHOWN = ("dataset_name", "model", "objective", "n_steps", "batch_size", "learning_rate", "seed")
 
 

@@ -38,7 +38,7 @@ class Visitor:
     """Someone at the page, who waits for what he asked for."""
 
     def __init__(self, driver: Any, url: str):
-        self.driver, self.requested = driver, []
+        self.driver = driver
         driver.get(url)
         self.wait(lambda: self.value("steps") not in ("", "0"))  # the form has come
 
@@ -97,6 +97,11 @@ class Visitor:
             Promise.all([...document.querySelectorAll(`#${field} img`)].map(read)).then(done);""",
             field,
         )
+
+    def all_of(self, field: str, n: int) -> list[str]:
+        """`pictures`, as soon as there are n of them and no more are waited for."""
+        self.wait(lambda: len(self.find(f"#{field} img")) == n and self.idle())
+        return self.pictures(field)
 
     def told(self) -> str:
         """The messages that are shown."""
