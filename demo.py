@@ -10,11 +10,13 @@ nothing. Ctrl-C ends it.
 
 import os
 import shutil
-import sys
+import signal
 import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
 import cli
 import parallel
@@ -60,7 +62,7 @@ def check(config: DemoConfig) -> None:
 
 
 def main(config: DemoConfig) -> None:
-    """Open the page and wait for Ctrl-C."""
+    """Open the page and wait for Ctrl-C or SIGTERM."""
     check(config)
     c = config
     files = Path(tempfile.mkdtemp(prefix="dit-demo-"))
@@ -69,18 +71,23 @@ def main(config: DemoConfig) -> None:
         parallel.keep_compiled()
         models = Models(c.run, c.runs or RUNS, c.pretrained, c.vae, c.text_towers)
         url = page.launch(page.build(models), port=c.port, host=c.host, share=c.share)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: leave(number, files))
         print(f"the page: {url}   (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
-    except KeyboardInterrupt:
-        # At once: a thread that draws just now would be waited for.
-        shutil.rmtree(files, ignore_errors=True)
-        sys.stdout.flush()
-        os._exit(130)
     finally:
         shutil.rmtree(files, ignore_errors=True)
 
 
-def with_page(files: Path):
+def leave(number: int, files: Path) -> NoReturn:
+    """As the signal would, without what visitors were sent. At once: an exit of the usual kind
+    would wait for a thread that draws just now.
+    """
+    shutil.rmtree(files, ignore_errors=True)
+    os._exit(128 + number)
+
+
+def with_page(files: Path) -> ModuleType:
     """The module `page`. Gradio reads its settings when it is imported.
 
     Args:

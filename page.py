@@ -283,7 +283,8 @@ def history(run: Path | None) -> list[Any]:
     if run is None:
         return [None, None, None]
     settings = json.loads((run / "config.json").read_text())
-    rows = [[name, flat(settings[name])] for name in sorted(settings, key=rank)]
+    said = [name for name in settings if settings[name] not in (None, "", [], ())]
+    rows = [[name, flat(settings[name])] for name in sorted(said, key=rank)]
     files = sorted(path for path in run.glob("samples/*.png") if path.stem.isdecimal())
     files = files[:: -(-len(files) // MOST_SHEETS) or 1]
     # As pictures, not as paths: the run's folder stays closed to visitors.

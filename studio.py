@@ -256,7 +256,7 @@ def table(
         if shown is None:
             shown = np.full((len(scales), len(steps), *picture.shape), 255, np.uint8)
         shown[row, column] = picture
-        rows, columns = [f"cfg {s:g}" for s in scales], [f"{k} steps" for k in steps]
+        rows, columns = [f"cfg {s:g}" for s in scales], [f"{k} step{'s' * (k > 1)}" for k in steps]
         yield images.table(shown, rows=rows, columns=columns)
 
 

@@ -113,6 +113,12 @@ class Visitor:
             e for e in self.find(".progress-text, .eta-bar, .generating") if e.is_displayed()
         ]
 
+    def settled(self, seconds: float = 2) -> bool:
+        """Whether the page has looked the same for so long, and nothing is waited for."""
+        before = self.driver.get_screenshot_as_base64()
+        time.sleep(seconds)
+        return self.idle() and self.driver.get_screenshot_as_base64() == before
+
     def complaints(self) -> list[str]:
         """What the console has been told since the last time, but for warnings."""
         return [

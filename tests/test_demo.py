@@ -39,8 +39,9 @@ def opened(runs, cache):
 def url(runs, cache):
     process, url = opened(runs, cache)
     yield url
-    process.kill()
-    process.communicate()
+    process.terminate()
+    _, err = process.communicate()
+    assert (process.returncode, err) == (128 + signal.SIGTERM, "")
 
 
 @pytest.fixture(scope="module")
@@ -144,18 +145,23 @@ def test_two_visitors_get_their_own(visitor, url):
         assert second.pictures("pictures") == alone
 
 
-def test_ctrl_c_leaves_at_once_while_something_is_drawn(runs, cache, driver):
+def test_ctrl_c_leaves_at_once_and_nothing_behind_while_something_is_drawn(
+    runs, cache, driver, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     process, url = opened(runs, cache)
     visitor = Visitor(driver, url)
     visitor.write("n", 64)
     visitor.write("steps", 249)
     visitor.click("draw")
     wait_until(lambda: not visitor.idle(), 20)
+    assert list(tmp_path.glob("dit-demo-*"))
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
     assert process.returncode == 130 and time.monotonic() - began < 3
     assert "Traceback" not in out + err
+    assert not list(tmp_path.glob("dit-demo-*"))
 
 
 def test_a_bug_is_told_as_one_and_the_terminal_shows_it(capsys):

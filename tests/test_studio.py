@@ -8,15 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawables import CLASSES, DDPM, NOTHING, SIGMA, drawable
+from drawables import CLASSES, DDPM, NOTHING, SHAPE, SIGMA, drawable
 
 import demo
 import drawing
 import images
 import studio
 from demo import DemoConfig
+from drawable import Drawable
 from errors import UserError
+from model import model_config
 from studio import Models, Order
+from text import Caption
 
 ORDER = Order(labels=("3", "7"), n=5, seed=5)
 
@@ -113,6 +116,31 @@ def test_no_guidance_has_no_interval_and_other_models_have_other_limits(digits):
         list(studio.draw(nothing, Order(n=3, cfg_scale=2.0)))
 
 
+def test_prompts_are_for_models_of_captions(monkeypatch):
+    told = {"text_length": 5, "text_width": 6, "pooled_width": 4}
+    config = model_config("MMDiT-Nano/4", **SHAPE, out_channels=1, n_classes=0, **told)
+    words = []
+
+    def encode(_, captions):
+        words.append(captions)
+        n, rng = len(captions), np.random.default_rng(0)
+        tokens = rng.normal(size=(n, 5, 6)).astype("f4")
+        return Caption(tokens, np.ones((n, 5), bool), rng.normal(size=(n, 4)).astype("f4"))
+
+    monkeypatch.setattr(Drawable, "encode", encode)
+    of = drawable(config, conditioning="text")
+    x, names = drawn(of, Order(prompt=" a seven ", n=2))
+    assert names == ["a seven"] * 2 and words == [["a seven"]]
+    away, _ = drawn(of, Order(prompt="a seven", negative_prompt="a one", n=2))
+    assert words[1:] == [["a seven", "a one"]] and (away != x).any()
+    table = studio.table(of, Order(prompt="a seven", negative_prompt="a one"), [1.0, 2.0], [2])
+    assert len(list(table)) == 2  # also where there is nothing to lead away
+    with pytest.raises(UserError, match="write a prompt"):
+        list(studio.draw(of, Order(prompt=" ")))
+    with pytest.raises(UserError, match="nothing leads away"):
+        list(studio.draw(of, Order(prompt="a", negative_prompt="b", cfg_scale=1.0)))
+
+
 # --- models ---------------------------------------------------------------------------------------
 
 
@@ -143,6 +171,20 @@ def test_runs_with_a_checkpoint_are_found_the_last_begun_first(tmp_path):
     assert models.open("new") is not models.kept["new", 10]  # there are newer weights
     with pytest.raises(UserError, match=r"unknown model '\.\./x'"):
         models.open("../x")
+
+
+def test_a_pretrained_model_is_opened_once(digits, monkeypatch):
+    opened = []
+
+    def of_pretrained(name, **where):
+        opened.append((name, where))
+        return digits
+
+    monkeypatch.setattr(Drawable, "of_pretrained", of_pretrained)
+    models = Models(pretrained="someone/dit", vae="here")
+    assert models.names() == ["someone/dit"] and models.folder("someone/dit") is None
+    assert models.keep("someone/dit") is models.open("someone/dit") is digits
+    assert opened == [("someone/dit", {"vae": "here", "text_towers": ()})]
 
 
 def test_no_model_is_said(tmp_path):
