@@ -23,6 +23,7 @@ import studio
 from drawable import Drawable
 from drawing import MOST_SEED
 from errors import UserError
+from run_folder import read_config
 from sampling import DESCENTS, SOLVERS
 from studio import MOST_PICTURES, Models, Order
 
@@ -39,6 +40,8 @@ SAFE: list[Any] = [
     "download",
     "fullscreen",
 ]  # of a picture's buttons; another would send it to a site
+GALLERY: dict[str, Any] = {"show_label": False, "height": "auto", "object_fit": "contain"}
+GALLERY |= {"format": "png", "buttons": SAFE, "interactive": False}
 SHOWN = ("dataset_name", "model", "objective", "n_steps", "batch_size", "learning_rate", "seed")
 
 
@@ -186,16 +189,7 @@ def draw_tab(models: Models, model: gr.Dropdown, fields: list[Any]) -> list[Any]
     with gr.Row():
         draw = gr.Button("Draw", variant="primary", elem_id="draw")
         animate = gr.Button("Show the way from noise", elem_id="animate")
-    gallery = gr.Gallery(
-        show_label=False,
-        columns=6,
-        height="auto",
-        object_fit="contain",
-        format="png",
-        buttons=SAFE,
-        interactive=False,
-        elem_id="pictures",
-    )
+    gallery = gr.Gallery(columns=6, elem_id="pictures", **GALLERY)
     movie = gr.Image(
         label="The way from noise", visible=False, buttons=SAFE, interactive=False, elem_id="way"
     )
@@ -265,24 +259,19 @@ def run_tab() -> list[Any]:
         told = {"headers": ["setting", "value"], "interactive": False, "max_height": 360}
         settings = gr.Dataframe(elem_id="settings", label="Settings", **told)
     gr.Markdown("Samples over time")
-    sheets = gr.Gallery(
-        show_label=False,
-        columns=2,
-        height="auto",
-        object_fit="contain",
-        format="png",
-        buttons=SAFE,
-        interactive=False,
-        elem_id="sheets",
-    )
+    sheets = gr.Gallery(columns=2, elem_id="sheets", **GALLERY)
     return [loss, settings, sheets]
 
 
 def history(run: Path | None) -> list[Any]:
-    """A run's curves, settings and samples; nothing for a model without one."""
+    """A run's curves, settings and samples; nothing for a model without one.
+
+    Raises:
+        UserError: its settings cannot be read.
+    """
     if run is None:
         return [None, None, None]
-    settings = json.loads((run / "config.json").read_text())
+    settings = read_config(run)
     said = [name for name in settings if settings[name] not in (None, "", [], ())]
     rows = [[name, flat(settings[name])] for name in sorted(said, key=rank)]
     files = sorted(path for path in run.glob("samples/*.png") if path.stem.isdecimal())

@@ -2,7 +2,10 @@
 machine.
 """
 
+import json
+import os
 import re
+import shutil
 import signal
 import time
 
@@ -17,11 +20,15 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def runs(cache, tmp_path_factory):
-    """A folder with one short run."""
+    """A folder with one short run, and an older one that is sampled otherwise."""
     folder = tmp_path_factory.mktemp("runs")
     flags = ["--n_steps", 8, "--eval_save_steps", 4, "--sample_every_n", 4, "--log_every", 2]
     done = run(NANO, *SMALL, *flags, "--run_dir", folder / "nano", cache=cache)
     assert done.returncode == 0, done.stderr
+    shutil.copytree(folder / "nano", folder / "other")
+    config = json.loads((folder / "nano/config.json").read_text()) | {"n_sample_steps": 7}
+    (folder / "other/config.json").write_text(json.dumps(config))
+    os.utime(folder / "other/config.json", (0, 0))
     return folder
 
 
@@ -79,8 +86,16 @@ def test_a_click_makes_as_many_pictures_as_asked_and_the_same_seed_the_same(driv
     visitor.wait(lambda: len(found := visitor.pictures("pictures")) == 6 and found != first)
     assert not set(visitor.pictures("pictures")) & set(first)
     assert visitor.complaints() == []
-    outside = [a for a in visitor.addresses() if not a.startswith((url, "data:", "blob:"))]
-    assert outside == []
+    asked_for = visitor.addresses()
+    assert url in asked_for
+    assert [a for a in asked_for if not a.startswith((url, "data:", "blob:"))] == []
+
+
+def test_another_model_has_fields_of_its_own(visitor):
+    visitor.choose("model", "other")
+    visitor.wait(lambda: visitor.value("steps") == "7")
+    assert len(pictures(visitor, 2)) == 2
+    assert visitor.complaints() == []
 
 
 def test_the_way_from_noise_moves(visitor):
@@ -162,6 +177,13 @@ def test_ctrl_c_leaves_at_once_and_nothing_behind_while_something_is_drawn(
     assert process.returncode == 130 and time.monotonic() - began < 3
     assert "Traceback" not in out + err
     assert not list(tmp_path.glob("dit-demo-*"))
+
+
+def test_a_port_that_is_taken_is_said_in_one_line(runs, cache, url):
+    port = url.rstrip("/").rpartition(":")[2]
+    done = run("demo.py", "--run", runs / "nano", "--port", port, cache=cache)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"no page can be opened at 127.0.0.1:{port}" in done.stderr
 
 
 def test_a_bug_is_told_as_one_and_the_terminal_shows_it(capsys):
