@@ -67,6 +67,12 @@ def chain(n_steps: int = N_STEPS) -> Chain:
     )
 
 
+def up_to(chain: Chain, t: float) -> Chain:
+    """The chain from the data to that of its steps which is nearest to a model's t."""
+    n = np.abs(chain.step / N_STEPS - t).argmin() + 1
+    return Chain(*(table[:n] for table in chain))
+
+
 def at_each(chain: Chain, k: Int[Array, "b"], n_axes: int) -> Chain:
     """The chain at a k-th step for each picture, for arrays with so many axes."""
     shape = (-1, *[1] * (n_axes - 1))

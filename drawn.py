@@ -1,138 +1,232 @@
-"""All the pictures of a run that an evaluation looks at: as many of each class, drawn in batches,
-and kept so that an interrupted drawing goes on.
+"""Many pictures of one `Drawable`: drawn in batches, and kept so that what was interrupted goes on.
 
-    pictures = drawn.of_run(Path("runs/digits"), DrawConfig(n=1000), mesh)
+    pictures = drawn.of(Drawable.of_run(Path("runs/digits")), DrawConfig(n=1000))
+
+What is kept is an .npz in the layout of the ADM suite, or a folder with a file for each picture.
 """
 
 import json
+import re
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int
 
-import generate
 import images
-import parallel
+from drawable import Drawable, How, Wishes
 from errors import UserError
 from metrics.pictures import Batch, PictureSet, written
-from model import ModelConfig
-from run_folder import atomic, read_config
+from run_folder import atomic, locked, tidy, unwritable
+from subjects import Subjects, by_turns
+
+CARD = "card.json"
+MOST_LETTERS = 40  # of a label in a file's name
+Draw = Callable[[int], Batch]  # the pictures of a batch, by the place of its first
 
 
 @dataclass(frozen=True)
-class DrawConfig:
-    """What to draw, and how; what is None is as in the run.
+class DrawConfig(Wishes):
+    """What to draw for an evaluation, and how; what is None is as in the run.
 
     Args:
-        n: how many pictures.
-        step: of the checkpoint; the newest if None.
-        vae: where the VAE of a run on latents is now, if it has moved.
+        n: how many pictures, as many of each class.
     """
 
-    n: int
-    step: int | None = None
-    ema: bool = True
-    cfg_scale: float | None = None
-    n_steps: int | None = None
-    solver: str | None = None
+    n: int = 50_000
     seed: int = 0
-    vae: str | None = None
     batch_size: int = 64
 
 
-def of_run(
-    folder: Path, config: DrawConfig, mesh: parallel.Mesh, *, samples: Path | None = None
-) -> PictureSet:
-    """The pictures, which are drawn as they are asked for.
+def of(drawable: Drawable, config: DrawConfig, *, samples: Path | None = None) -> PictureSet:
+    """The pictures that an evaluation looks at, which are drawn as they are asked for.
 
     Args:
         samples: an .npz that they are written to. Until it is whole, they are kept beside it.
 
     Raises:
-        UserError: the folder is no run, or one that this cannot draw from.
+        UserError: this cannot draw from it.
     """
-    c, run, model = config, read_config(folder), generate.saved_model(folder)
-    if model.text_width:
-        raise UserError(
-            "this run was trained on captions, and which to draw is not known here: let "
-            "generate.py write an .npz, and pass it by --npz"
-        )
-    codec = generate.codec_of(run, c.vae, mesh)
-    step, params = generate.load_params(folder, model, mesh, ema=c.ema, step=c.step)
-    how, labels = drawing(run, c), by_turns(model, c.n)
-    size = min(c.batch_size, c.n)
+    c, size = config, min(config.batch_size, config.n)
+    subjects, how = by_turns(drawable, c.n, seed=c.seed), drawable.how(c)
+    draw, starts = drawer(drawable, subjects, how, size), range(0, c.n, size)
+    card = describe(drawable, subjects, how)
+    if samples is None:
+        return PictureSet(c.n, lambda _: map(draw, starts), card)
+    return PictureSet(c.n, lambda _: kept(draw, starts, samples, subjects.which, card), card)
+
+
+def drawer(drawable: Drawable, subjects: Subjects, how: How, size: int) -> Draw:
+    """What draws a batch of so many pictures."""
+    n = len(subjects.which)
 
     def draw(start: int) -> Batch:
         # The last batch is filled up, so that all are one compiled program.
-        some = labels[np.minimum(np.arange(start, start + size), c.n - 1)]
-        place = {"first": start, "batch_size": size, "mesh": mesh, "codec": codec}
-        found = generate.sample(params, model, some, **how, **place)
-        return images.to_uint8(found.x[: c.n - start])
+        labels, told = subjects.rows(start, start + size)
+        found = drawable.sample(labels, how, batch_size=size, **told)
+        return images.to_uint8(found.x[: n - start])
 
-    card = how | {"sampler": asdict(how["sampler"]), "run": str(folder), "step": step, "ema": c.ema}
-    card |= {name: run.get(name) for name in ("dataset_name", "model", "ema_decay")}
-    card |= {"vae": {"id": codec.id, "hash": codec.hash} if codec else None, "count": c.n}
-    starts = range(0, c.n, size)
-    if samples is None:
-        return PictureSet(c.n, lambda _: map(draw, starts), card)
-    return PictureSet(c.n, lambda _: kept(draw, starts, samples, labels, card), card)
+    return draw
 
 
-def drawing(run: dict[str, Any], config: DrawConfig) -> dict[str, Any]:
-    """How `generate.sample` shall draw: what is not said is as in the run."""
-    c = config
-    return {
-        "sampler": generate.sampler_of(run, solver=c.solver, n_steps=c.n_steps),
-        "cfg_scale": run["cfg_scale"] if c.cfg_scale is None else c.cfg_scale,
-        "seed": c.seed,
-    }
+def at_hand(pictures: Batch, size: int) -> Draw:
+    """What has them already."""
+    return lambda start: pictures[start : start + size]
 
 
-def by_turns(model: ModelConfig, n: int) -> Int32[np.ndarray, "n"]:
-    """n labels, one of each class after the other: any stretch of them is balanced."""
-    return np.arange(n, dtype=np.int32) % max(1, model.n_classes)
+def describe(drawable: Drawable, subjects: Subjects, how: How) -> dict[str, Any]:
+    """All that pictures depend on, for the card beside them."""
+    card = {"sampler": asdict(how.sampler), "cfg_scale": how.cfg_scale, "seed": subjects.seed}
+    return card | drawable.card | {"count": len(subjects.which)}
+
+
+# --- what is kept ---------------------------------------------------------------------------------
 
 
 def kept(
-    draw: Callable[[int], Batch],
+    draw: Draw,
     starts: range,
     samples: Path,
-    labels: Int32[np.ndarray, "n"],
+    labels: Int[np.ndarray, "n"],
     card: dict[str, Any],
 ) -> Generator[Batch]:
-    """The batches, which are written to `samples` too. What an earlier process drew is read."""
+    """The batches, which are written to the .npz `samples` too. What an earlier process drew is
+    read: until all is written, batches are in a folder beside it.
+    """
     parts = samples.with_name(f"{samples.name}.parts")
-    yield from written(resumed(draw, starts, parts, card), samples, labels)
-    shutil.rmtree(parts)
+
+    def part(start: int) -> Path:
+        return parts / f"{start:09}.npy"
+
+    def keep(start: int, batch: Batch) -> None:
+        with atomic(part(start)) as file:
+            np.save(file, batch)
+
+    with taken(parts, card | {"batch_size": starts.step}):
+        ready = ensured(draw, starts, is_kept=lambda s: part(s).exists(), keep=keep)
+        batches = (np.load(part(start)) for start in ready)
+        yield from written(batches, parts / samples.name, labels)
+        (parts / samples.name).replace(samples)
+        for path in parts.glob("*.npy"):  # the card last: without it the rest would be a stranger's
+            path.unlink()
+        shutil.rmtree(parts)
 
 
-def resumed(
-    draw: Callable[[int], Batch], starts: range, folder: Path, card: dict[str, Any]
-) -> Generator[Batch]:
-    """The batches, each kept in a file of the folder and drawn if it is not there.
+def in_folder(
+    draw: Draw,
+    starts: range,
+    folder: Path,
+    labels: Sequence[str],
+    card: dict[str, Any],
+) -> Generator[int]:
+    """The batches as PNG files in a folder, each named by a picture's place and label, beside a
+    card. Yields how many pictures there are, batch by batch.
+    """
+    n = len(labels)
+
+    def files(start: int) -> list[Path]:
+        some = range(start, min(start + starts.step, n))
+        return [folder / file_name(place, n, labels[place]) for place in some]
+
+    def keep(start: int, batch: Batch) -> None:
+        for picture, file in zip(batch, files(start), strict=True):
+            images.save_png(images.as_image(picture), file)
+
+    def is_kept(start: int) -> bool:
+        return all(file.exists() for file in files(start))
+
+    with taken(folder, card | {"batch_size": starts.step}):
+        for start in ensured(draw, starts, is_kept=is_kept, keep=keep):
+            yield len(files(start))
+
+
+def file_name(place: int, n: int, label: str) -> str:
+    """Of a picture, so that names sort as places do: 000007_cat.png."""
+    word = re.sub(r"\W+", "-", label)[:MOST_LETTERS].strip("-")
+    return f"{place:0{max(6, len(str(n - 1)))}}{'_' * bool(word)}{word}.png"
+
+
+def ensured(
+    draw: Draw,
+    starts: range,
+    *,
+    is_kept: Callable[[int], bool],
+    keep: Callable[[int, Batch], object],
+) -> Generator[int]:
+    """The place of each batch, once it is kept: it is drawn unless it is there already, of a
+    process that ended somehow.
+    """
+    for start in starts:
+        if not is_kept(start):
+            keep(start, draw(start))
+        yield start
+
+
+@contextmanager
+def taken(folder: Path, card: dict[str, Any]) -> Iterator[None]:
+    """A folder of drawn pictures, new or begun with the same card, for this process alone.
 
     Raises:
-        UserError: the folder was begun with other settings.
+        UserError: it was begun with other settings, holds something else, or cannot be written to;
+            another process is writing there.
     """
-    told, file = json.dumps(card | {"batch_size": starts.step}, indent=2), folder / "card.json"
-    if file.exists() and file.read_text() != told:
+    require_ours(folder)
+    with unwritable(folder):
+        folder.mkdir(exist_ok=True)
+        with locked(folder):
+            tidy(folder)
+            take_up(folder, card)
+            yield
+
+
+def require_ours(folder: Path) -> None:
+    """Raises UserError if a folder holds files, and no card that tells how they were drawn."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"'{folder}' is a file; name a folder that is new")
+    if not folder.is_dir() or (folder / CARD).exists():
+        return
+    if strangers := sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")):
         raise UserError(
-            f"'{folder}' was begun with other settings, which its card.json tells: go on with "
-            "those, remove it, or name another --samples"
+            f"'{folder}' holds other files, such as {strangers[0]}; name a folder that is new"
         )
-    folder.mkdir(exist_ok=True)
-    with atomic(file) as record:
-        record.write(told.encode())
-    for start in starts:
-        part = folder / f"{start:09}.npy"
-        if part.exists():
-            yield np.load(part)
-            continue
-        batch = draw(start)
-        with atomic(part) as whole:
-            np.save(whole, batch)
-        yield batch
+
+
+def take_up(folder: Path, card: dict[str, Any]) -> None:
+    """Write the card of a new folder, or compare it.
+
+    Raises:
+        UserError: the folder was begun with other settings, which are named.
+    """
+    file, told = folder / CARD, json.loads(json.dumps(card, default=str))
+    if not file.exists():
+        with atomic(file) as record:
+            record.write(json.dumps(told, indent=2).encode() + b"\n")
+        return
+    try:
+        before = dict(json.loads(file.read_text()))
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+    if changed := list(differences(before, told)):
+        raise UserError(
+            f"'{folder}' was begun with other settings: {'; '.join(changed)}; go on with those, "
+            "remove it, or write elsewhere"
+        )
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> Generator[str]:
+    """What differs, in words."""
+    for name in before | now:
+        was, become = before.get(name), now.get(name)
+        if isinstance(was, dict) and isinstance(become, dict):
+            yield from differences(was, become)
+        elif was != become:
+            yield f"{name} was {shortened(was)}, not {shortened(become)}"
+
+
+def shortened(value: Any) -> str:
+    words = str(value)
+    return words if len(words) <= 60 else f"{words[:60]}…"

@@ -9,12 +9,11 @@ devices is among that. Stop it whenever you like: with `--samples`, the same com
 """
 
 import json
-import math
 import shlex
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +23,8 @@ from tqdm import tqdm
 
 import cli
 import drawn
-import generate
 import parallel
+from drawable import Drawable, Wishes
 from drawn import DrawConfig
 from errors import UserError
 from metrics import extraction, fid, pictures, reference
@@ -33,7 +32,7 @@ from metrics.extraction import Extractor, Gathered, Rows
 from metrics.pictures import Batch, PictureSet
 from metrics.reference import Reference
 from pretrained import inception
-from run_folder import read_config
+from run_folder import unwritable
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 RECORD = "evaluations.jsonl"
@@ -68,7 +67,11 @@ class EvaluateConfig:
         ema: use the averaged weights; False uses the raw ones.
         cfg_scale: guidance scale; 1 is none.
         n_steps: solver steps.
-        solver: euler or heun.
+        solver: euler or heun; ddpm or ddim after training by DDPM.
+        shift: of rectified flow's time grid; above 1 spends more steps near the noise.
+        interval: guide between two times only, such as 0.2 0.8; 1 is noise.
+        eta: fresh noise of ddim, from 0 (none) to 1 (as much as ddpm).
+        guided_channels: guide the first so many; by default all. Published DiTs are for 3.
         seed: of the noise, and of what is chosen at random for KID and the Inception Score.
         vae: where the VAE of a run on latents is now, if it has moved.
         samples: keep the drawn pictures in this .npz, in the ADM suite's layout.
@@ -96,6 +99,10 @@ class EvaluateConfig:
     cfg_scale: float | None = None
     n_steps: int | None = None
     solver: str | None = None
+    shift: float | None = None
+    interval: tuple[float, ...] | None = None
+    eta: float | None = None
+    guided_channels: int | None = None
     seed: int = 0
     vae: str | None = None
     samples: Path | None = None
@@ -106,12 +113,13 @@ class EvaluateConfig:
 
 # What the help page says of values that are not given.
 FILLED = {"n": "50000", "cfg_scale": "the run's own", "n_steps": "the run's own"}
-FILLED |= {"solver": "the run's own", "preparation": "the reference's"}
+FILLED |= {"solver": "the run's own", "shift": "the run's own", "eta": 0, "interval": "0 1"}
+FILLED |= {"preparation": "the reference's"}
 FILLED |= {"batch_size": "64 a device, 16 on a CPU", "out": f"{RECORD} of the run, or here"}
 FILLED |= {"image_size": "as the data set recommends"}
 N_DRAWN = 50_000
 SUBJECTS = ("run", "images", "npz", "dataset_name")
-OF_RUNS = ("n", "step", "cfg_scale", "n_steps", "solver", "vae", "samples")
+OF_RUNS = ("n", "step", "vae", "samples", *(field.name for field in fields(Wishes)))
 OF_DATA = ("data_dir", "image_column")
 
 
@@ -162,22 +170,13 @@ def _check_numbers(config: EvaluateConfig) -> None:
 # --- whose pictures, and of which features --------------------------------------------------------
 
 
-def subject(config: EvaluateConfig, mesh: parallel.Mesh, batch_size: int) -> PictureSet:
+def subject(config: EvaluateConfig, run: Drawable | None, batch_size: int) -> PictureSet:
     """The pictures that are asked for."""
     c = config
-    if c.run:
-        how = DrawConfig(
-            n=c.n or N_DRAWN,
-            step=c.step,
-            ema=c.ema,
-            cfg_scale=c.cfg_scale,
-            n_steps=c.n_steps,
-            solver=c.solver,
-            seed=c.seed,
-            vae=c.vae,
-            batch_size=batch_size,
-        )
-        return drawn.of_run(c.run, how, mesh, samples=c.samples)
+    if run:
+        wishes = vars(Wishes.of(c))
+        how = DrawConfig(n=c.n or N_DRAWN, seed=c.seed, batch_size=batch_size, **wishes)
+        return drawn.of(run, how, samples=c.samples)
     if c.images:
         return pictures.of_folder(c.images, image_size=c.image_size)
     if c.npz:
@@ -300,18 +299,18 @@ def main(config: EvaluateConfig) -> None:
     check(config)
     parallel.keep_compiled()
     real = reference.read(config.reference) if config.reference else None
-    n_devices = jax.device_count()
-    fsdp = math.gcd(read_config(config.run)["fsdp"], n_devices) if config.run else 1
-    mesh = parallel.make_mesh(fsdp)
+    how = {"ema": config.ema, "step": config.step, "vae": config.vae}
+    run = Drawable.of_run(config.run, **how) if config.run else None
+    mesh = run.mesh if run else parallel.make_mesh()
     per_device = 16 if jax.default_backend() == "cpu" else 64
-    size = config.batch_size or per_device * n_devices
+    size = config.batch_size or per_device * mesh.size
     extract = extractor(config, real, mesh)
-    of = subject(config, mesh, size)
+    of = subject(config, run, size)
     found = gathered(config, extract, of, size, real)
     card = {"pictures": of.card | {"count": of.count}, "features": extract.card}
     card |= {"command": shlex.join(sys.argv), "jax": jax.__version__, "made": time.ctime()}
     if config.make_reference:
-        with generate.unwritable(config.make_reference):
+        with unwritable(config.make_reference):
             reference.write(config.make_reference, found.pool, found.spatial, found.features, card)
         print(f"statistics of {of.count} pictures: {config.make_reference}")
     elif real:
@@ -324,7 +323,7 @@ def tell(config: EvaluateConfig, said: dict[str, float], card: dict[str, Any]) -
     """Print the numbers, and add a line to the record."""
     out = config.out or (config.run or Path()) / RECORD
     line = json.dumps(said | {"card": card}, default=str)
-    with generate.unwritable(out), out.open("a") as file:
+    with unwritable(out), out.open("a") as file:
         file.write(line + "\n")
     for name, value in said.items():
         print(f"{name:20} {value:.6g}")

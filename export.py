@@ -16,14 +16,14 @@ import jax
 import numpy as np
 
 import cli
-import generate
 import parallel
 from datasets_config import DATASET_CONFIGS
+from drawable import Drawable
 from errors import UserError
 from latents import Encoding
 from model import ModelConfig
 from pretrained import sd3, transformer
-from run_folder import atomic, atomic_folder, read_config
+from run_folder import atomic, atomic_folder
 from train_config import (
     DEFAULTS,
     FREE_ON_RESUME,
@@ -65,14 +65,13 @@ class ExportConfig:
 
 def main(config: ExportConfig) -> None:
     """Load, write, tell."""
-    c, run = config, read_config(config.run)
-    model = generate.saved_model(c.run)
+    c = config
+    of = Drawable.of_run(c.run, ema=c.ema, step=c.step, fsdp=jax.device_count())
+    run, model = of.settings, of.model
     layout, reason = choose(c, model)
     if c.out.exists() and not (c.out.is_dir() and not any(c.out.iterdir())):
         raise UserError(f"'{c.out}' already exists; name a new folder by --out")
-    mesh = parallel.make_mesh(jax.device_count())
-    step, params = generate.load_params(c.run, model, mesh, ema=c.ema, step=c.step)
-    params = parallel.fetch(params)
+    step, params = of.step, parallel.fetch(of.params)
     settings = {name: run[name] for name in KEPT if name in run} | {"step": step, "ema": c.ema}
     try:
         with atomic_folder(c.out) as folder:

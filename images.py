@@ -83,10 +83,7 @@ def grid(
     columns = columns or math.ceil(math.sqrt(n))
     font = ImageFont.load_default(size=FONT_SIZE)
     if min_side is None:
-        words = [word for caption in captions or () for word in caption.split()]
-        needed = [font.getlength(text) / 2 for text in captions or ()]
-        needed += [font.getlength(word) + 2 for word in words]
-        min_side = math.ceil(np.clip(max(needed, default=0), 64, 128))
+        min_side = _side_for(captions or (), font)
     scale = max(1, math.ceil(min_side / min(height, width)))
     cell_width, cell_height = width * scale, height * scale
     lines = [_lines(c, width=cell_width - 2, font=font) for c in captions or ()]  # glyphs overhang
@@ -98,12 +95,49 @@ def grid(
     draw = ImageDraw.Draw(sheet)
     for i, picture in enumerate(images):
         x, y = GAP + i % columns * step_x, GAP + i // columns * step_y
-        picture = Image.fromarray(picture.squeeze(-1) if channels == 1 else picture)
-        sheet.paste(picture.resize((cell_width, cell_height), Image.Resampling.NEAREST), (x, y))
+        large = as_image(picture).resize((cell_width, cell_height), Image.Resampling.NEAREST)
+        sheet.paste(large, (x, y))
         for number, line in enumerate(lines[i] if lines else ()):
             middle = (x + cell_width / 2, y + cell_height + GAP / 2 + number * line_height)
             draw.text(middle, line, fill="black", font=font, anchor="ma")
     return sheet
+
+
+def table(
+    images: UInt8[np.ndarray, "rows columns h w c"],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str] = (),
+) -> Image.Image:
+    """Rows of pictures that are to be compared: the name of each row before it, and what stands for
+    a whole column above it, in up to `MOST_LINES` lines.
+    """
+    font = ImageFont.load_default(size=FONT_SIZE)
+    pictures = np.concatenate(list(images))
+    cells = grid(pictures, columns=images.shape[1], min_side=_side_for(columns, font))
+    step_x, step_y = ((side - GAP) // n for side, n in zip(cells.size, images.shape[1::-1]))
+    lines = [_lines(name, width=step_x - GAP - 2, font=font) for name in columns]
+    line_height = FONT_SIZE + GAP // 2
+    left = GAP + math.ceil(max(map(font.getlength, rows)))
+    top = max(map(len, lines)) * line_height + GAP if lines else 0
+    sheet = Image.new("RGB", (left + cells.width, top + cells.height), "white")
+    sheet.paste(cells, (left, top))
+    draw = ImageDraw.Draw(sheet)
+    for i, name in enumerate(rows):
+        middle = top + GAP + i * step_y + (step_y - GAP) / 2
+        draw.text((left, middle), name, fill="black", font=font, anchor="rm")
+    for i, several in enumerate(lines):
+        middle = left + GAP + i * step_x + (step_x - GAP) / 2
+        for above, line in enumerate(reversed(several)):
+            draw.text(
+                (middle, top - above * line_height), line, fill="black", font=font, anchor="md"
+            )
+    return sheet
+
+
+def as_image(picture: UInt8[np.ndarray, "h w c"]) -> Image.Image:
+    """A grey or a coloured picture as Pillow's."""
+    return Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
 
 
 def save_png(image: Image.Image, path: str | Path) -> None:
@@ -163,6 +197,14 @@ def _lines(
         else:
             lines.append(word)
     return [_fit(line, width=width, font=font) for line in lines]
+
+
+def _side_for(captions: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
+    """Pixels to a picture's side that leave room for its caption."""
+    words = [word for caption in captions for word in caption.split()]
+    needed = [font.getlength(text) / 2 for text in captions]
+    needed += [font.getlength(word) + 2 for word in words]
+    return math.ceil(np.clip(max(needed, default=0), 64, 128))
 
 
 def _fit(text: str, *, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

@@ -185,3 +185,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     finally:
         for rest in (new, old):
             _remove(rest)
+
+
+@contextmanager
+def unwritable(path: Path) -> Iterator[None]:
+    """Turns what the system says of a path into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -32,24 +32,39 @@ class Solution(NamedTuple):
     estimates: Float[Array, "steps b *s"] | None
 
 
-def time_grid(n_steps: int, *, shift: float = 1.0) -> Float[Array, "{n_steps}+1"]:
-    """n + 1 times from 1 to 0; `shift` > 1 puts more near the noise, as in `shift_time`."""
-    t = jnp.linspace(1.0, 0.0, n_steps + 1)
+def time_grid(
+    n_steps: int, *, shift: float = 1.0, start: float = 1.0
+) -> Float[Array, "{n_steps}+1"]:
+    """n + 1 times from `start` to 0; `shift` > 1 puts more near the noise, as in `shift_time`."""
+    before = start / (start + shift * (1 - start))  # what the shift moves to `start`
+    t = jnp.linspace(before, 0.0, n_steps + 1)
     return shift * t / (1 + (shift - 1) * t)
 
 
 def initial_noise(
-    seed: Int[Array, ""] | int, index: Int[Array, "b"], shape: tuple[int, ...]
+    seed: Int[Array, "..."] | int, index: Int[Array, "b"], shape: tuple[int, ...]
 ) -> Float[Array, "b *s"]:
-    """Standard normal noise: a function of the seed and a picture's index, not of its batch."""
-    key = jax.random.key(seed)
-    return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(index)
+    """Standard normal noise: a function of a picture's seed and index, not of its batch. One seed
+    may be that of all.
+    """
+
+    def draw(seed, index):
+        return jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape)
+
+    return jax.vmap(draw)(jnp.broadcast_to(seed, index.shape), index)
 
 
-def step_noise(seed: Int[Array, ""] | int, index: Int[Array, "b"], shape: tuple[int, ...]) -> Renew:
-    """Standard normal noise of every step: a function of seed, picture's index and step."""
-    key = jax.random.fold_in(jax.random.key(seed), STEPS_OF)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+def step_noise(
+    seed: Int[Array, "..."] | int, index: Int[Array, "b"], shape: tuple[int, ...]
+) -> Renew:
+    """Standard normal noise of every step: a function of a picture's seed and index, and the step.
+    One seed may be that of all.
+    """
+
+    def key(seed, index):
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STEPS_OF), index)
+
+    keys = jax.vmap(key)(jnp.broadcast_to(seed, index.shape), index)
 
     def renew(step):
         return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, step), shape))(keys)

@@ -30,7 +30,7 @@ from PIL import Image
 
 import captions
 import cli
-import generate
+import drawing
 import optim
 import parallel
 import processes
@@ -443,18 +443,18 @@ class Trainer:
         *,
         cfg_scale: float | None = None,
         n_steps: int | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         ema: bool = True,
         trajectory: bool = False,
     ) -> np.ndarray:
         """Pictures of `labels` (numbers, names or captions), in about −1 … 1, from the averaged
-        weights. Latents are decoded.
+        weights. Latents are decoded. There may be a seed for each picture.
 
         Returns float32 (b, h, w, c) or, with `trajectory`, every state from the noise to the
         result, (n_steps + 1, b, h, w, c).
         """
         scale = self.config.cfg_scale if cfg_scale is None else cfg_scale
-        solution = generate.sample(
+        solution = drawing.sample(
             self.state.ema if ema else self.state.params,
             self.model_config,
             self._told(labels),
@@ -467,10 +467,10 @@ class Trainer:
         )
         return solution.x if solution.trajectory is None else solution.trajectory
 
-    def sampler(self, n_steps: int | None = None) -> generate.Sampler:
+    def sampler(self, n_steps: int | None = None) -> drawing.Sampler:
         """How this run's pictures are drawn, in the configured number of steps if none is said."""
         c = self.config
-        return generate.Sampler(
+        return drawing.Sampler(
             c.solver,
             c.n_sample_steps if n_steps is None else n_steps,
             shift=c.sample_shift or 1.0,
@@ -504,12 +504,12 @@ class Trainer:
     def export(self) -> None:
         """What is written beside every checkpoint: nothing."""
 
-    def _told(self, labels: Sequence[int | str] | str) -> generate.Labels:
+    def _told(self, labels: Sequence[int | str] | str) -> drawing.Labels:
         """What the model is told of pictures with these labels or captions."""
         labels = [labels] if isinstance(labels, str) else labels
         if not self.encoded or not len(labels):
             names, n_classes = self.dataset.label_names, self.model_config.n_classes
-            return generate.label_ids(labels, names, n_classes)
+            return drawing.label_ids(labels, names, n_classes)
         words = [str(label) for label in labels]
         if all(word in self.encoded for word in words):
             return self.encoded(self.encoded.ids(words))

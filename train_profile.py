@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-import generate
+import drawing
 import parallel
 import profiling
 
@@ -28,7 +28,7 @@ def profile(trainer: "Trainer") -> str:
     forward = trainer.config.batch_size * sum(profiling.flops_by_module(m).values())
     guide = bool(m.n_classes or m.text_width)
     draw = partial(
-        generate.draw,
+        drawing.draw,
         config=m,
         sampler=trainer.sampler(n_steps=1),
         guide=guide,

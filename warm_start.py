@@ -15,15 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-import generate
 import parallel
 import processes
 from checkpoint import FOLDER as CHECKPOINTS
 from datasets_config import DATASET_CONFIGS
+from drawable import Drawable
 from errors import UserError
 from model import ModelConfig
 from pretrained import transformer
-from run_folder import read_config
 from train_config import TrainConfig
 
 # Flags of the model that are its source's, if not said.
@@ -61,11 +60,9 @@ def read(path_or_id: str) -> Source:
         with processes.in_turn():
             found = transformer.load(path_or_id)
         return Source(found.config, found.params, found.settings, found.id)
-    settings, config = read_config(folder), generate.saved_model(folder)
     # Each device has a part of them, and the host the whole.
-    mesh = parallel.make_mesh(jax.device_count())
-    step, params = generate.load_params(folder, config, mesh)
-    return Source(config, parallel.fetch(params), settings, f"step {step} of {folder}")
+    of = Drawable.of_run(folder, fsdp=jax.device_count())
+    return Source(of.model, parallel.fetch(of.params), of.settings, f"step {of.step} of {folder}")
 
 
 def filled(config: TrainConfig, source: Source) -> TrainConfig:

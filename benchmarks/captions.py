@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import cli
 import images
 from benchmarks.digits import judge
+from drawing import spread
 from errors import UserError
-from generate import spread
 from pipeline import Pipeline, open_source
 from train import TrainConfig, Trainer
 

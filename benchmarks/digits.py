@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cli
 import images
-from generate import spread
+from drawing import spread
 from train import Trainer
 
 

@@ -7,8 +7,7 @@ context's queries in the last block are dropped, and written as zeros: what they
 thrown away.
 
 What a model is told is not in its weights either. diffusers shows SD3 all padding of captions, and
-the encoded "" where there is none: see `full_width` of `text.Towers`, and `null` of
-`generate.sample`.
+the encoded "" where there is none: see `full_width` of `text.Towers`.
 """
 
 from collections import defaultdict

@@ -21,11 +21,16 @@ import tensorboardX
 
 import cli
 import convert_imagenet
+import generate
 import processes
 import train
 
 LOADED = nano, datasets, orbax.checkpoint, tensorboardX
-COMMANDS = {"train": train.main, "convert_imagenet": convert_imagenet.main}
+COMMANDS = {
+    "train": train.main,
+    "convert_imagenet": convert_imagenet.main,
+    "generate": lambda: generate.main(cli.parse(generate.GenerateConfig)),
+}
 
 
 def digest(run_dir: str) -> str:

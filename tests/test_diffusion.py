@@ -60,6 +60,13 @@ def test_a_shorter_chain_strides_evenly_from_the_first_step_to_the_last(n):
     assert short.noise_before[0] == 0 and (short.noise_before[1:] == short.noise[:-1]).all()
 
 
+def test_a_chain_may_end_at_the_step_nearest_to_a_time():
+    whole = diffusion.chain(4)
+    for t, n in ((1.0, 4), (0.9, 4), (0.8, 3), (0.3, 2), (0.1, 1)):
+        part = diffusion.up_to(whole, t)
+        assert all((a == b[:n]).all() for a, b in zip(part, whole, strict=True)), t
+
+
 @pytest.mark.parametrize("n", [7, 1000])
 def test_the_posterior_is_bayes_rule(n):
     """q(before | x, data) ∝ q(x | before)·q(before | data), both Gaussian: precisions add up."""

@@ -17,8 +17,8 @@ from flax import nnx
 from torch_autoencoders import SD, nchw, nhwc, quiet, tensors_of
 from torch_transformers import CONFIGS, SMALL, inputs, original_names, torch_dit
 
-import generate
-import parallel
+from drawable import Drawable, Wishes
+from drawing import Sampler
 from errors import UserError
 from latents import Encoding
 from model import graphdef, init_params, model_config
@@ -203,7 +203,7 @@ def test_a_pipeline_says_what_its_classes_are_and_how_it_is_drawn_from(tmp_path)
     encoding = Encoding.of(said["dataset"]["encoding"])
     assert (encoding.scaling_factor, encoding.vae) == (0.25, str(folder))
     assert (encoding.image_size, encoding.shape) == (16, (8, 8, 4))
-    codec = generate.codec_of(said, None, parallel.make_mesh())
+    codec = Drawable.of_pretrained(str(folder)).codec
     assert codec is not None and codec.decode(inputs(SMALL)[0]).shape == (3, 16, 16, 3)
 
 
@@ -232,10 +232,9 @@ def ddim():
 def test_samples_are_those_of_diffusers(tmp_path):
     """From the same noise, guided, by DDIM, which adds none of its own."""
     theirs = example("small")
-    found, labels = transformer.load(str(published(tmp_path / "dit", theirs))), [1, 7]
-    sampler = generate.sampler_of(found.settings, solver="ddim", n_steps=4)
-    how = {"sampler": sampler, "mesh": parallel.make_mesh(), "cfg_scale": 4.0, "trajectory": True}
-    drawn = generate.sample(found.params, found.config, labels, **how)
+    found, labels = Drawable.of_pretrained(str(published(tmp_path / "dit", theirs))), [1, 7]
+    how = found.how(Wishes(solver="ddim", n_steps=4, cfg_scale=4.0, guided_channels=4))
+    drawn = found.sample(labels, how, codec=None, trajectory=True)
     assert drawn.trajectory is not None
     with quiet():
         scheduler = ddim()
@@ -253,18 +252,16 @@ def test_samples_are_those_of_diffusers(tmp_path):
 
 def test_files_of_the_original_are_drawn_from_as_published(tmp_path):
     theirs = example("small")
-    found = transformer.load(f"dit:heads=4:{saved(tmp_path / 'a.pt', theirs)}").settings
-    assert generate.sampler_of(found, solver=None, n_steps=None) == generate.Sampler(
-        "ddpm", 250, prediction="epsilon"
-    )
-    assert (found["cfg_scale"], found["guided_channels"]) == (4.0, 3)
-    encoding = Encoding.of(found["dataset"]["encoding"])
-    assert (encoding.vae, encoding.image_size) == ("stabilityai/sd-vae-ft-ema", 64)
+    found = Drawable.of_pretrained(f"dit:heads=4:{saved(tmp_path / 'a.pt', theirs)}")
+    sampler = Sampler("ddpm", 250, prediction="epsilon", guided_channels=3)
+    assert found.how(Wishes()) == (sampler, 4.0)
+    assert found.encoding is not None
+    assert (found.encoding.vae, found.encoding.image_size) == ("stabilityai/sd-vae-ft-ema", 64)
     grey = transformer.load(f"dit:heads=1:{saved(tmp_path / 'grey.pt', example('grey'))}").settings
     assert grey["dataset"]["encoding"] is None and grey["cfg_scale"] == 1.0
     assert "guided_channels" not in grey
-    found = transformer.load(f"SiT:heads=4:{tmp_path / 'a.pt'}").settings
-    assert generate.sampler_of(found, solver=None, n_steps=None) == generate.Sampler("euler", 50)
+    found = Drawable.of_pretrained(f"SiT:heads=4:{tmp_path / 'a.pt'}")
+    assert found.how(Wishes()) == (Sampler("euler", 50, guided_channels=3), 4.0)
 
 
 def test_sd3_is_drawn_from_as_published(tmp_path):
@@ -279,8 +276,8 @@ def test_sd3_is_drawn_from_as_published(tmp_path):
     (tmp_path / "all" / "scheduler" / "scheduler_config.json").write_text(json.dumps(facts))
     found = transformer.load(str(tmp_path / "all"))
     assert_same(found.params, jax.device_get(params))
-    sampler = generate.sampler_of(found.settings, solver=None, n_steps=None)
-    assert sampler == generate.Sampler("euler", 28, shift=2.5)
+    how = Drawable.of_pretrained(str(tmp_path / "all")).how(Wishes())
+    assert how == (Sampler("euler", 28, shift=2.5), 7.0)
     assert transformer.DRAWN["sd3"]["sample_shift"] == 3.0
     assert found.settings["full_width"] == 24 and len(found.settings["text_towers"]) == 3
 

@@ -17,9 +17,11 @@ from torch_autoencoders import nchw, nhwc, quiet
 
 import export
 import generate
-import parallel
+import images
+from drawable import Drawable, Wishes
 from errors import UserError
 from export import ExportConfig
+from generate_config import GenerateConfig
 from model import graphdef, model_config
 from pretrained import transformer
 from train import TrainConfig, Trainer
@@ -101,20 +103,19 @@ def test_what_the_card_says_loads_it_here(folder):
 
 
 def test_it_draws_what_the_run_draws(trained, folder):
-    found = transformer.load(str(folder))
-    sampler = generate.sampler_of(found.settings, solver=None, n_steps=None)
-    assert sampler == trained.sampler()
-    assert found.settings["cfg_scale"] == trained.config.cfg_scale
-    assert found.settings["dataset"]["label_names"] == list(trained.dataset.label_names)
-    drawn = generate.sample(
-        found.params,
-        found.config,
-        [3, 7],
-        sampler=sampler,
-        mesh=parallel.make_mesh(),
-        cfg_scale=found.settings["cfg_scale"],
-    )
+    found = Drawable.of_pretrained(str(folder))
+    assert found.how(Wishes()) == (trained.sampler(), trained.config.cfg_scale)
+    assert found.label_names == list(trained.dataset.label_names)
+    drawn = found.sample([3, 7], found.how(Wishes()))
     np.testing.assert_allclose(drawn.x, trained.sample([3, 7]), atol=1e-5)
+
+
+def test_the_command_draws_from_it_too(trained, folder, tmp_path):
+    config = GenerateConfig(pretrained=str(folder), labels=("3", "7"), n=2, out=tmp_path / "a.npz")
+    generate.main(config)
+    drawn = np.load(tmp_path / "a.npz")["arr_0"]
+    expected = images.to_uint8(trained.sample([3, 7]))
+    assert np.abs(drawn.astype(int) - expected).max() <= 1
 
 
 def test_the_card_tells_what_it_is(trained, folder):

@@ -1,141 +1,317 @@
-"""A picture is a function of its weights, label, seed and place; files hold what they promise."""
+"""The command: files hold what they promise, also after an interruption; sheets compare what they
+say; what cannot be is refused.
+"""
 
+import json
+import os
+import signal
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
-import jax
-import nano  # noqa: F401  (its sizes)
 import numpy as np
 import pytest
 from commands import run
+from drawables import CLASSES, DDPM, DIGITS, NOTHING, SIGMA, drawable
 from PIL import Image, ImageSequence
+from test_faults import wait_until
 
+import drawn
 import generate
-import parallel
+import images
+import sheets
+import subjects
+from drawable import Drawable, Wishes
+from drawing import Begin
 from errors import UserError
-from generate import GenerateConfig, Sampler, label_ids, sample, spread
-from model import init_params, model_config
+from generate_config import GenerateConfig
 from train import TrainConfig, Trainer
 
-CONFIG = model_config("DiT-Nano/4", image_size=8, channels=1, out_channels=1, n_classes=10)
-SIGMA = replace(CONFIG, out_channels=2)  # it learns its variance
-DDPM = Sampler("ddpm", 3, prediction="epsilon", clip=True)
-DDIM = Sampler("ddim", 3, prediction="v", eta=0.5)
-DIGITS = [str(i) for i in range(10)]
+RUN = Path("runs/digits")
 
 
 @pytest.fixture(scope="module")
-def params():
-    """Weights away from their zero start."""
-    fresh = init_params(CONFIG, jax.random.key(0))
-    return jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), fresh)
+def digits():
+    return drawable()
 
 
-@pytest.fixture(scope="module")
-def sigma_params():
-    fresh = init_params(SIGMA, jax.random.key(0))
-    return jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), fresh)
+@pytest.fixture
+def command(digits, monkeypatch):
+    """`generate.main` from the flags' values, on a model of random weights."""
+
+    def call(of: Drawable = digits, **flags) -> None:
+        monkeypatch.setattr(Drawable, "of_run", lambda *_, **__: of)
+        generate.main(GenerateConfig(run=RUN, **flags))
+
+    return call
 
 
-def pictures(params, labels, *, mesh=None, config=CONFIG, **how):
-    how = {"sampler": Sampler(n_steps=3), "cfg_scale": 2.0, "seed": 5} | how
-    return sample(params, config, labels, mesh=mesh or parallel.make_mesh(), **how)
+def arrays(path: Path) -> tuple[np.ndarray, list[int]]:
+    with np.load(path) as file:
+        return file["arr_0"], file["arr_1"].tolist()
 
 
-def test_batches_and_devices_do_not_change_a_picture(params):
-    labels = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
-    whole = pictures(params, labels).x
-    assert whole.shape == (10, 8, 8, 1)
-    np.testing.assert_allclose(pictures(params, labels, batch_size=4).x, whole, atol=1e-5)
-    one = parallel.make_mesh(devices=jax.devices()[:1])
-    np.testing.assert_allclose(pictures(params, labels, mesh=one).x, whole, atol=1e-5)
-    np.testing.assert_allclose(pictures(params, labels[:3]).x, whole[:3], atol=1e-5)
-    np.testing.assert_allclose(pictures(params, labels[4:], first=4).x, whole[4:], atol=1e-5)
-    assert np.abs(pictures(params, labels, seed=6).x - whole).max() > 0.1
-    assert np.abs(whole[1] - whole[3]).max() > 0.1  # the same label, another place
+def grey(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)[..., None]
 
 
-@pytest.mark.parametrize("sampler", [DDPM, DDIM], ids=["ddpm", "ddim"])
-def test_batches_and_devices_do_not_change_what_ddpm_draws(sigma_params, sampler):
-    draw = partial(pictures, sigma_params, config=SIGMA, sampler=sampler)
-    labels = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
-    whole = draw(labels).x
-    # The data that a noise prediction makes at the last step are off by 157 times its rounding.
-    np.testing.assert_allclose(draw(labels, batch_size=4).x, whole, atol=1e-3)
-    one = parallel.make_mesh(devices=jax.devices()[:1])
-    np.testing.assert_allclose(draw(labels, mesh=one).x, whole, atol=1e-3)
-    assert np.abs(draw(labels, seed=6).x - whole).max() > 0.1
-    assert np.abs(whole[1] - whole[3]).max() > 0.1
+# --- where pictures go ----------------------------------------------------------------------------
 
 
-def test_what_a_step_took_the_picture_for_is_there_if_asked(params, sigma_params):
-    for network, config, sampler in (
-        (params, CONFIG, Sampler(n_steps=3)),
-        (sigma_params, SIGMA, DDPM),
-    ):
-        draw = partial(pictures, network, [1, 2, 3], config=config, sampler=sampler)
-        x, states, estimates = draw(estimates=True, batch_size=2)
-        assert states is None and estimates is not None and estimates.shape == (3, 3, 8, 8, 1)
-        np.testing.assert_allclose(estimates[-1], x, atol=1e-5)
-        assert draw(trajectory=True).estimates is None
-        np.testing.assert_allclose(draw().x, x, atol=1e-3)
-        if sampler.clip:
-            assert np.abs(estimates).max() <= 1
+def test_every_form_and_size_of_batch_holds_the_same_pictures(command, tmp_path, capsys):
+    flags = {"labels": ("3", "7"), "n": 11, "seed": 5}
+    command(out=tmp_path / "a.npz", **flags)
+    pictures, labels = arrays(tmp_path / "a.npz")
+    assert pictures.shape == (11, 8, 8, 1) and pictures.dtype == np.uint8
+    assert labels == [3] * 6 + [7] * 5
+    command(out=tmp_path / "b.npz", batch_size=8, **flags)
+    command(out=tmp_path / "folder", batch_size=8, **flags)
+    files = sorted((tmp_path / "folder").glob("*.png"))
+    assert [file.name for file in files[5:7]] == ["000005_3.png", "000006_7.png"]
+    for again in (arrays(tmp_path / "b.npz")[0], np.stack([grey(file) for file in files])):
+        assert np.abs(again.astype(int) - pictures).max() <= 1
+    command(out=tmp_path / "grid.png", **flags)
+    grid = images.grid(pictures, captions=[DIGITS[label] for label in labels])
+    assert (np.asarray(Image.open(tmp_path / "grid.png")) == np.asarray(grid)).all()
+    card = json.loads((tmp_path / "folder/card.json").read_text())
+    assert (card["count"], card["seed"], card["step"], card["cfg_scale"]) == (11, 5, 7, 2)
+    assert card["labels"] == ["3", "7"] and card["sampler"]["n_steps"] == 3
+    assert (
+        f"11 pictures from step 7 of digits: {tmp_path / 'grid.png'}\n" in capsys.readouterr().out
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"a.npz", "b.npz", "folder", "grid.png"}
 
 
-def test_a_scale_of_one_is_the_conditional_model(params):
-    plain = pictures(params, [3, 7], cfg_scale=1.0).x
-    nearly = pictures(params, [3, 7], cfg_scale=1.0 + 1e-6).x
-    np.testing.assert_allclose(plain, nearly, atol=1e-4)
+def test_the_way_there_is_shown_with_every_form(command, tmp_path, capsys):
+    ways = {"trajectory": tmp_path / "way.gif", "x0": tmp_path / "seen.gif"}
+    command(out=tmp_path / "folder", n=3, batch_size=8, **ways)
+    for name, n_frames in (("way.gif", 4), ("seen.gif", 3)):
+        with Image.open(tmp_path / name) as frames:
+            assert len(list(ImageSequence.Iterator(frames))) == n_frames
+    assert len(list((tmp_path / "folder").glob("*.png"))) == 3
 
 
-def test_the_trajectory_ends_in_the_picture(params):
-    result = pictures(params, [1, 2, 3], trajectory=True, batch_size=2)
-    assert result.trajectory is not None and result.trajectory.shape == (4, 3, 8, 8, 1)
-    np.testing.assert_array_equal(result.trajectory[-1], result.x)
-    assert abs(result.trajectory[0].std() - 1) < 0.2
+def test_seeds_are_pictures(command, tmp_path, capsys):
+    command(out=tmp_path / "several.npz", seeds=(3, 17, 42), labels=("7",))
+    several, labels = arrays(tmp_path / "several.npz")
+    assert labels == [7, 7, 7]
+    command(out=tmp_path / "one.npz", seed=17, n=1, labels=("7",))
+    one, _ = arrays(tmp_path / "one.npz")
+    assert np.abs(one[0].astype(int) - several[1]).max() <= 1
+    assert (several[0] != several[1]).any()
 
 
-@pytest.mark.parametrize(
-    "words, names, ids",
-    [
-        ([3, "7"], DIGITS, [3, 7]),
-        (["ship", "0"], ["cat", "ship"], [1, 0]),
-        (["1"], ["1", "0"], [0]),  # a name wins over a number
-        (["2"], [], [2]),
-    ],
-)
-def test_labels_are_names_or_numbers(words, names, ids):
-    assert label_ids(words, names, len(names) or 3) == ids
+def test_files_are_named_by_place_and_label():
+    assert drawn.file_name(7, 50_000, "cat") == "000007_cat.png"
+    assert drawn.file_name(7, 10_000_000, "") == "0000007.png"
+    long = drawn.file_name(0, 1, "a cat: on/a sofa, from above, and another one beside it")
+    assert long == "000000_a-cat-on-a-sofa-from-above-and-another-o.png"
 
 
-def test_a_label_that_does_not_exist_is_named():
-    with pytest.raises(UserError, match="unknown label 'catt'; did you mean 'cat'"):
-        label_ids(["catt"], ["cat", "ship"], 2)
-    with pytest.raises(UserError, match="unknown label '10'"):
-        label_ids([10], DIGITS, 10)
+# --- interruptions --------------------------------------------------------------------------------
 
 
-def test_labels_share_the_pictures():
-    assert spread([3, 7], 5).tolist() == [3, 3, 3, 7, 7]
-    assert spread([3, 7, 9], 2).tolist() == [3, 7]
+@pytest.mark.parametrize("out", ["x.npz", "x"])
+def test_what_was_drawn_is_not_drawn_again(out, tmp_path):
+    rng = np.random.default_rng(0)
+    pictures, calls = rng.integers(0, 256, (40, 8, 8, 1)).astype(np.uint8), []
+
+    def draw(start):
+        calls.append(start)
+        if len(calls) == 3:
+            raise MemoryError
+        return pictures[start : start + 16]
+
+    def to(folder, draw, card):
+        path, labels = folder / out, np.arange(40)
+        if path.suffix:
+            return list(drawn.kept(draw, range(0, 40, 16), path, labels, card))
+        return list(drawn.in_folder(draw, range(0, 40, 16), path, [*map(str, labels)], card))
+
+    def content(folder):
+        return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    for folder in (once, twice):
+        folder.mkdir()
+    with pytest.raises(MemoryError):
+        to(twice, draw, {"seed": 1, "sampler": {"n_steps": 3}})
+    (left,) = twice.iterdir()
+    (left / f".000016_16.png.{2**22}.tmp").touch()  # of a process that was killed
+    with pytest.raises(UserError, match=r"seed was 1, not 2; n_steps was 3, not 4; go on with"):
+        to(twice, draw, {"seed": 2, "sampler": {"n_steps": 4}})
+    with drawn.locked(left), pytest.raises(UserError, match="another process is writing"):
+        to(twice, draw, {"seed": 1, "sampler": {"n_steps": 3}})
+    to(twice, draw, {"seed": 1, "sampler": {"n_steps": 3}})
+    assert calls == [0, 16, 32, 32]
+    calls.append(0)
+    to(once, draw, {"seed": 1, "sampler": {"n_steps": 3}})
+    assert content(once) == content(twice) and len(content(once)) == (1 if "." in out else 41)
+
+
+def test_a_folder_of_something_else_is_left_alone(command, tmp_path):
+    (tmp_path / "diary.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds other files, such as diary\.txt"):
+        command(out=tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        command(out=tmp_path / "file")
+
+
+@pytest.mark.slow
+def test_a_killed_drawing_ends_with_the_bytes_of_one_that_was_not(forks, tmp_path):
+    folder = tmp_path / "run"
+    config = TrainConfig(model="DiT-Nano/8", batch_size=8, n_steps=2, eval_save_steps=2)
+    Trainer(replace(config, n_eval_batches=1, n_sample_steps=2, run_dir=folder)).fit()
+    flags = ["--run", folder, "--n", 200, "--batch_size", 1, "--n_steps", 2, "--out"]
+
+    def holds(path: Path, n: int) -> bool:
+        return len([*path.glob("*")]) > n
+
+    def content(path: Path) -> dict[str, bytes]:
+        files = path.rglob("*") if path.is_dir() else [path]
+        return {file.name: file.read_bytes() for file in files}
+
+    for name, parts in (("a", "b"), ("a.npz", "b.npz.parts")):
+        status, _, err = forks.run(*flags, tmp_path / name, command="generate")
+        assert status == 0, err
+        out = tmp_path / name.replace("a", "b")
+        process = forks.start(*flags, out, command="generate")
+        wait_until(partial(holds, tmp_path / parts, 60))
+        os.kill(process, signal.SIGKILL)
+        assert forks.end()[0] == -signal.SIGKILL
+        assert not out.is_file() and not holds(tmp_path / parts, 190)
+        status, _, err = forks.run(*flags, out, command="generate")
+        assert status == 0, err
+        assert [*content(out).values()] == [*content(tmp_path / name).values()]
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "a", "b", "a.npz", "b.npz"}
+
+
+# --- sheets ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """What sheets are made of, as it is drawn."""
+    seen = []
+
+    def table(pictures, **names):
+        seen.append((pictures, names))
+        return honest(pictures, **names)
+
+    honest = images.table
+    monkeypatch.setattr(images, "table", table)
+    return seen
+
+
+def test_a_row_of_a_sweep_is_what_its_scale_draws(command, tables, tmp_path, capsys):
+    flags = {"labels": ("3", "7"), "n": 4, "seed": 5}
+    how = {"interval": (0.4, 1.0), "guided_channels": 1}
+    command(out=tmp_path / "sweep.png", cfg_sweep=(1.0, 2.0, 8.0), **flags, **how)
+    ((rows, names),) = tables
+    assert names == {"rows": ["cfg 1", "cfg 2", "cfg 8"], "columns": ["3", "3", "7", "7"]}
+    for scale, row in zip((1.0, 2.0, 8.0), rows):
+        out = tmp_path / f"{scale}.npz"
+        command(out=out, cfg_scale=scale, **flags, **(how if scale > 1 else {}))
+        assert np.abs(arrays(out)[0].astype(int) - row).max() <= 1
+    assert (rows[0] != rows[2]).any()
+
+
+@pytest.mark.parametrize("ddpm", [False, True])
+def test_real_pictures_are_noised_and_drawn_from_there(command, digits, tables, tmp_path, ddpm):
+    of = drawable(SIGMA, **DDPM) if ddpm else digits
+    command(of, out=tmp_path / "a.png", denoise=(0.05, 1.0), labels=("3", "7"), n=4, seed=5)
+    ((rows, names),) = tables
+    t = ["0", "0.999"] if ddpm else ["0.05", "1"]
+    drawn_from = [w for time in t for w in (f"noised, t = {time}", "drawn from it")]
+    assert names == {"rows": ["real", *drawn_from], "columns": ["3", "3", "7", "7"]}
+    split = sheets.evaluation_split(of)
+    real = split.images(np.concatenate([np.flatnonzero(split.labels == i)[:2] for i in (3, 7)]))
+    np.testing.assert_array_equal(rows[0], real)
+    near, far = (np.abs(row.astype(int) - rows[0]).mean() for row in rows[[1, 3]])
+    assert near < 10 < 50 < far
+    how, asked = of.how(Wishes()), subjects.of_labels(of, ["3", "7"], 4, seed=5)
+    labels, told = asked.rows(0, 4)
+    begin = Begin(real / np.float32(127.5) - 1, how.sampler.route(1.0))
+    plain = images.to_uint8(of.sample(labels, how, **told | ({"begin": begin} if ddpm else {})).x)
+    assert np.abs(rows[4].astype(int) - plain).max() <= 1
+
+
+def test_pictures_of_a_sheet_come_from_all_over_the_data_or_are_refused(digits):
+    real = sheets.real_pictures(digits, [], 5)
+    assert len(real.data) == len(real.labels) == 5 and -1 <= real.data.min() < real.data.max() <= 1
+    untold = sheets.real_pictures(drawable(NOTHING, conditioning="none"), [], 5)
+    assert not np.asarray(untold.labels).any() and untold.names == ()
+    with pytest.raises(UserError, match=r"--n 300: split 'test' has only \d+ such pictures"):
+        sheets.real_pictures(digits, [3], 300)
+    with pytest.raises(UserError, match=r"needs the run's real pictures: .* there is no folder"):
+        sheets.real_pictures(drawable(data_dir="gone"), [], 5)
+    with pytest.raises(UserError, match="no data set of digits is known"):
+        sheets.real_pictures(drawable(dataset_name=None), [], 5)
+
+
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"out": "grid.jpg"}, "must end in .png"),
-        ({"trajectory": "way.mp4"}, "must end in .gif"),
-        ({"estimates": "seen.png"}, "--estimates seen.png: the name must end in .gif"),
+        ({"out": "grid.jpg"}, r"must end in \.png \(a grid\) or \.npz \(arrays\), or be a folder"),
+        ({"trajectory": "way.mp4"}, r"must end in \.gif"),
+        ({"x0": "seen.png"}, r"--x0 seen\.png: the name must end in \.gif"),
         ({"n": 0}, "--n 0: must be at least 1"),
         ({"out": "/nowhere/grid.png"}, "folder /nowhere does not exist"),
+        ({"n": 401}, r"a grid shows at most 400 pictures, not 401: name a folder or an \.npz"),
+        ({"n": 401, "out": "a.npz", "x0": "a.gif"}, "--trajectory and --x0 show at most 400"),
+        ({"seeds": (1, 2), "seed": 3}, "--seeds has one for each picture; drop --seed"),
+        ({"seeds": (1, 2), "n": 3}, "--seeds has one for each picture; drop --n"),
+        ({"cfg_sweep": (1.0, 2.0), "cfg_scale": 2.0}, "--cfg_sweep makes a sheet .*; drop --cfg_s"),
+        ({"cfg_sweep": (2.0,), "denoise": (0.5,)}, "--cfg_sweep makes a sheet .*; drop --denoise"),
+        ({"cfg_sweep": (2.0,), "out": "a.npz"}, "--cfg_sweep makes a sheet, a .png"),
+        ({"cfg_sweep": (1.0,)}, "--cfg_sweep 1: name a scale besides 1"),
+        ({"denoise": (0.5, 1.5)}, "--denoise 1.5: a time must be above 0 and at most 1"),
+        ({"denoise": (0.5,), "prompts": ("a",)}, "--denoise makes a sheet .*; drop --prompts"),
+        ({"denoise": (0.5,), "n": 200}, "a sheet of 600 pictures is more than 400; lower --n"),
+        ({"labels": ("3",), "prompts": ("three",)}, "--labels are of classes, and prompts"),
         ({}, "is not a run"),
     ],
 )
 def test_what_cannot_work_is_refused_before_it_starts(tmp_path, fields, message):
-    paths = {name: type(tmp_path)(v) if isinstance(v, str) else v for name, v in fields.items()}
+    flags: dict[str, Any] = {n: Path(v) if isinstance(v, str) else v for n, v in fields.items()}
     with pytest.raises(UserError, match=message):
-        generate.main(GenerateConfig(run=tmp_path, **paths))
+        generate.main(GenerateConfig(run=tmp_path, **flags))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"labels": ("eleven",)}, "unknown label 'eleven'"),
+        ({"labels": ("3", "7", "1"), "n": 2}, "--n 2 is fewer than the labels or prompts"),
+        ({"labels": ("3", "7"), "seeds": (1,)}, "--seeds has 1, which is fewer than the labels"),
+        ({"seeds": (1, -1)}, "seed -1: must be in 0 …"),
+        ({"prompts": ("a seven",)}, "trained without captions; choose classes by --labels"),
+        ({"negative_prompt": ""}, "trained without captions; choose classes by --labels"),
+        ({"negative_prompt": "", "cfg_scale": 1.0}, "--negative_prompt: without guidance"),
+        ({"interval": (0.5,)}, "--interval takes two times"),
+        ({"interval": (0.5, 0.7), "cfg_scale": 1.0}, "--interval: without guidance"),
+        ({"solver": "ddim"}, "--solver ddim is not for a model trained by rectified flow"),
+        ({"cfg_sweep": (1.0, 4.0), "of": NOTHING}, "cfg_scale 4.0: an unconditional model"),
+        ({"shift": 3.0, "of": SIGMA}, "--shift 3 is for rectified flow"),
+    ],
+)
+def test_what_does_not_fit_the_run_is_refused_before_weights_are_loaded(command, fields, message):
+    def load():
+        raise AssertionError("weights are loaded")
+
+    config = fields.pop("of", CLASSES)
+    of = drawable(config, **(DDPM if config is SIGMA else {}))
+    with pytest.raises(UserError, match=message):
+        command(replace(of, load=load), **fields)
+
+
+# --- from a run -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -175,44 +351,3 @@ def test_the_command_draws_from_a_run(tmp_path, cache, capsys):
     wrong = run("generate.py", "--run", folder, "--labels", "eleven", cache=cache)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: unknown label 'eleven'") and wrong.stdout == ""
-
-
-@pytest.mark.parametrize("how", [{"seed": 2**40}, {"seed": -1}, {"cfg_scale": float("inf")}])
-def test_numbers_that_cannot_be_are_refused(params, how):
-    with pytest.raises(UserError, match="must be finite and seed"):
-        pictures(params, [1], **how)
-    with pytest.raises(UserError, match="no labels"):
-        pictures(params, [])
-
-
-def test_a_sampler_that_does_not_exist_is_named():
-    with pytest.raises(UserError, match="unknown solver 'rk4'"):
-        Sampler(solver="rk4")
-    with pytest.raises(UserError, match="must be at least 1"):
-        replace(Sampler(), n_steps=0)
-
-
-@pytest.mark.parametrize(
-    "how, message",
-    [
-        ({"solver": "ddpm"}, "--solver ddpm is not for a model trained by rectified flow"),
-        ({"prediction": "v"}, "--solver euler is not for a model trained by DDPM, which takes"),
-        ({"solver": "ddpm", "prediction": "v", "n_steps": 1001}, "1001; DDPM has 1000"),
-        ({"solver": "ddpm", "prediction": "v", "eta": 0.5}, "--eta 0.5 is for --solver ddim"),
-        ({"eta": 0.5}, "--eta 0.5 is for --solver ddim"),
-        ({"solver": "ddpm", "prediction": "eps"}, "unknown prediction 'eps'"),
-        ({"solver": "ddim", "prediction": "v", "eta": 1.5}, "--eta 1.5: must be between 0 and 1"),
-    ],
-)
-def test_a_sampler_that_does_not_fit_is_refused(how, message):
-    with pytest.raises(UserError, match=message):
-        Sampler(**how)
-
-
-def test_channels_that_cannot_be_guided_are_refused(params):
-    with pytest.raises(UserError, match="--guided_channels 3: the model's pictures have 1"):
-        pictures(params, [1], sampler=Sampler(guided_channels=3))
-    with pytest.raises(UserError, match="--guided_channels 1: without guidance"):
-        pictures(params, [1], sampler=Sampler(guided_channels=1), cfg_scale=1.0)
-    one = pictures(params, [1], sampler=Sampler(n_steps=3, guided_channels=1)).x
-    np.testing.assert_allclose(one, pictures(params, [1]).x, atol=1e-6)

@@ -203,6 +203,21 @@ def test_a_sentence_is_broken_between_words_and_its_pictures_are_larger():
     assert n_lines == images.MOST_LINES
 
 
+@pytest.mark.parametrize("columns", [("cat", "ship", "bird"), ()])
+def test_a_table_holds_every_picture_beside_its_names(columns):
+    pictures = RNG.integers(0, 256, (2, 3, 8, 8, 1), dtype=np.uint8)
+    sheet = np.asarray(images.table(pictures, rows=["cfg 1", "a longer name"], columns=columns))
+    grid = np.asarray(images.grid(pictures.reshape(6, 8, 8, 1), columns=3))
+    left, top = sheet.shape[1] - grid.shape[1], sheet.shape[0] - grid.shape[0]
+    assert (sheet[top:, left:] == grid).all()
+    names = sheet[top:, :left, 0] < 128
+    first, second = names[: 64 + images.GAP], names[64 + images.GAP :]
+    assert 0 < first.sum() < second.sum()
+    middle = np.argwhere(first)[:, 0].mean()
+    assert abs(middle - images.GAP - 32) < 4
+    assert (top > 0) == bool(columns) == (sheet[:top, left:] < 128).any()
+
+
 def test_latents_are_not_shown_as_pictures():
     with pytest.raises(ValueError, match="decode latents first"):
         images.grid(np.zeros((1, 8, 8, 4), np.uint8))

@@ -12,7 +12,7 @@ from commands import free_port, start
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-import generate
+import drawing
 import optim
 import parallel
 from model import BLOCKS, JOINT, ModelConfig, graphdef, init_params
@@ -289,8 +289,8 @@ def test_sampling_and_evaluation_never_hold_the_whole_model():
     params = parallel.abstract(lambda: init_params(config, key), mesh)
     whole = sum(4 * x.size for x in jax.tree.leaves(params))
     batch = parallel.place(batch_of(8, config), mesh)
-    sampler, how = generate.Sampler(n_steps=3), {"guide": True, "trajectory": False}
-    draw = generate.draw.lower(
+    sampler, how = drawing.Sampler(n_steps=3), {"guide": True, "trajectory": False}
+    draw = drawing.draw.lower(
         params, batch.label, batch.row, 0, 2.0, config=config, sampler=sampler, **how
     )
     loss = jax.jit(lambda p, b: LOSS(nnx.merge(graphdef(config), p), b, key)[0])

@@ -91,8 +91,20 @@ def test_a_shift_above_1_spends_its_steps_near_the_noise():
     np.testing.assert_allclose(shifted / (1 - shifted), 3 * plain / (1 - plain), rtol=1e-5)
 
 
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_times_may_start_later_and_are_then_shifted_as_if_they_did_not(shift):
+    """Half of a grid's steps, from its middle on, are the grid that starts there."""
+    whole = time_grid(10, shift=shift)
+    np.testing.assert_allclose(
+        time_grid(5, shift=shift, start=float(whole[5])), whole[5:], atol=1e-6
+    )
+
+
 def test_a_pictures_noise_is_the_same_in_any_batch():
     whole = initial_noise(0, jnp.arange(6), (4, 4, 3))
+    seeds, places = jnp.array([1, 0, 0]), jnp.array([4, 4, 2])
+    each = initial_noise(seeds, places, (4, 4, 3))
+    assert (each[1:] == whole[places[1:]]).all() and (each[0] != whole[4]).any()
     index = jnp.asarray([5, 0, 2])
     assert (initial_noise(0, index, (4, 4, 3)) == whole[index]).all()
 
@@ -254,6 +266,8 @@ def test_ddim_carries_each_noise_to_its_own_data():
 def test_the_noise_of_a_step_is_the_same_in_any_batch_and_no_other():
     index = jnp.arange(6)
     whole = step_noise(0, index, (4, 4, 3))
+    each = step_noise(jnp.zeros_like(index), index, (4, 4, 3))
+    assert (each(jnp.int32(7)) == whole(jnp.int32(7))).all()
     some = jnp.asarray([5, 0, 2])
     assert (step_noise(0, some, (4, 4, 3))(jnp.int32(7)) == whole(jnp.int32(7))[some]).all()
     drawn = [whole(jnp.int32(step)) for step in range(8)]

@@ -4,7 +4,6 @@ import functools
 import shutil
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +14,14 @@ from flax import nnx
 from torch_autoencoders import nchw, nhwc, quiet, tensors_of
 from towers import save_clip, save_t5
 
-import generate
+import drawing
 import parallel
 import sampling
+import subjects
 import text
+from drawable import Drawable
+from drawing import Sampler
 from errors import UserError
-from generate import Sampler
 from model import JOINT, ModelConfig, graphdef, init_params, model_config
 from pretrained import sd3, transformer
 from text import Caption
@@ -385,37 +386,44 @@ def test_a_saved_pipeline_is_read_whole(pipeline, tmp_path):
     expected = tensors_and_params("sd3.5 medium")[1]
     jax.tree.map(np.testing.assert_array_equal, found.params, expected)
     tokens, pooled = theirs(pipeline, ["blue"])
-    towers = found.settings["text_towers"]
-    caption = generate.encode(["blue"], towers, found.settings, found.config)
+    caption = Drawable.of_pretrained(str(tmp_path)).encode(["blue"])
     for ours, theirs_ in ((caption.tokens[:, : 24 + 256], tokens), (caption.pooled, pooled)):
         np.testing.assert_allclose(ours, theirs_, rtol=0, atol=2e-3 * np.abs(theirs_).max())
 
 
-def test_generate_tells_sd3_that_there_is_no_prompt_by_an_empty_one(towers):
-    asked = generate.GenerateConfig(run=Path("sd3"), prompts=("blue", "a red"), n=4)
-    run = {"text_towers": towers, "text_revisions": [None] * 3, "full_width": 24}
-    which, names, labels, null = generate.subjects(asked, run, PLAIN)
-    assert (list(which), names) == ([0, 0, 1, 1], asked.prompts)
-    blue, red, nothing = text.Towers(towers, full_width=24).encode([*names, ""])
-    assert isinstance(labels, Caption) and null is not None
+def drawable(towers, *, full_width: int | None = 24, text_towers=()) -> Drawable:
+    """A model without weights that is told what these towers say."""
+    settings = {"text_towers": towers, "text_revisions": [None] * 3, "full_width": full_width}
+    settings["dataset"] = {}
+    mesh = parallel.make_mesh(1)
+    return Drawable("sd3", settings, PLAIN, mesh, lambda: (None, None), text_towers=text_towers)
+
+
+def test_sd3_is_told_that_there_is_no_prompt_by_an_empty_one(towers):
+    asked = subjects.of_prompts(drawable(towers), ("blue", "a red"), 4)
+    assert (list(asked.which), asked.names) == ([0, 0, 1, 1], ("blue", "a red"))
+    labels, told = asked.rows(0, 4)
+    blue, red, nothing = text.Towers(towers, full_width=24).encode([*asked.names, ""])
+    assert isinstance(labels, Caption) and told["negative"] is not None
     for x, caption in zip(labels.tokens, (blue, blue, red, red), strict=True):
         np.testing.assert_array_equal(x[: len(caption.tokens)], caption.tokens)
+    null = told["negative"]
     np.testing.assert_array_equal(null.tokens[0, : len(nothing.tokens)], nothing.tokens)
     np.testing.assert_array_equal(null.pooled, nothing.pooled[None])
-    assert generate.subjects(asked, run | {"full_width": None}, PLAIN).null is None
+    ours = subjects.of_prompts(drawable(towers, full_width=None), ("blue",), 1)
+    assert ours.negative is None
 
 
-def test_generate_does_without_t5_but_not_with_other_towers(towers):
+def test_sd3_does_without_t5_but_not_with_other_towers(towers):
     large, giant, t5 = towers
-    run = {"text_revisions": [None] * 3, "full_width": 24}
-    caption = generate.encode(["blue"], [large, giant], run, PLAIN)
+    caption = drawable(towers, text_towers=[large, giant]).encode(["blue"])
     assert caption.tokens[:, :24].any() and not caption.tokens[:, 24:].any()
-    with pytest.raises(UserError, match="the run has 3, not 1"):
-        generate.encode(["blue"], [large], run, PLAIN)
+    with pytest.raises(UserError, match="the model has 3, not 1"):
+        drawable(towers, text_towers=[large])
     with pytest.raises(UserError, match=r"give 24 channels .* and 10 of .* takes 24 and 16"):
-        generate.encode(["blue"], [large, t5], run, PLAIN)
-    with pytest.raises(UserError, match="the run has 3, not 2"):
-        generate.encode(["blue"], [large, giant], run | {"full_width": None}, PLAIN)
+        drawable(towers, text_towers=[large, t5]).encode(["blue"])
+    with pytest.raises(UserError, match="the model has 3, not 2"):
+        drawable(towers, full_width=None, text_towers=[large, giant])
 
 
 def test_a_missing_t5_is_zeros(towers, pipeline):
@@ -472,11 +480,11 @@ def test_a_guided_sample_is_that_of_diffusers(towers, pipeline):
             latents=nchw(x),
             output_type="latent",
         ).images
-    found = generate.sample(
+    found = drawing.sample(
         tensors_and_params("sd3.5 medium")[1],
         config,
         jax.tree.map(lambda x: x[:3], caption),
-        null=jax.tree.map(lambda x: x[3:], caption),
+        negative=jax.tree.map(lambda x: x[3:], caption),
         sampler=Sampler(n_steps=5, shift=3.0),
         mesh=parallel.make_mesh(1),
         cfg_scale=4.5,

@@ -151,7 +151,7 @@ def test_a_run_of_ddpm_goes_on_bit_for_bit_and_draws(tmp_path, cache, capsys):
     words = ["generate.py", "--run", tmp_path / "run", "--n", 2, "--labels", "3", "7"]
     how = {"cache": cache}
     drawn = [tmp_path / f"{name}.npz" for name in ("ddpm", "ddim")]
-    done = run(*words, "--out", drawn[0], "--estimates", tmp_path / "seen.gif", **how)
+    done = run(*words, "--out", drawn[0], "--x0", tmp_path / "seen.gif", **how)
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "seen.gif") as frames:
         assert len(list(ImageSequence.Iterator(frames))) == 2  # of two steps
@@ -622,6 +622,15 @@ def test_a_prompt_is_encoded_by_the_tower_that_was_trained_with(on_captions, tmp
         # The embedding that was trained on and the one made for a prompt are one.
         cached = on_captions.sample(["", "", "number 7 in ink", "number 7 in ink"])[2:]
         assert np.abs(drawn[2:].astype(int) - images.to_uint8(cached)).max() <= 1
+        guided = {"prompts": prompts, "cfg_scale": 2.0}
+        for negative, same in (("", True), ("a drawing of 3", False)):
+            generate.main(replace(how, negative_prompt=negative, **guided))
+            generate.main(replace(how, out=tmp_path / "b.npz", **guided))
+            with np.load(out) as a, np.load(tmp_path / "b.npz") as b:
+                assert (a["arr_0"] == b["arr_0"]).all() == same
+        with pytest.raises(UserError, match="--labels are of classes"):
+            generate.main(replace(how, labels=("7",), negative_prompt="a seven"))
+        generate.main(replace(how, denoise=(0.5,), n=2, out=tmp_path / "sheet.png"))
         with pytest.raises(UserError, match="longer than the text tower takes: 'word word"):
             generate.main(replace(how, prompts=("word " * 40,)))
         moved = (str(clip.with_name("gone")),)

@@ -23,11 +23,16 @@ from test_faults import Forks, assert_same_end, newest, wait_until
 from test_train import metrics
 from towers import save_clip
 
+import drawing
 import generate
 import latents
+import sheets
+from drawable import Drawable
+from drawing import Sampler
 from errors import UserError
-from generate import GenerateConfig, Sampler
+from generate import GenerateConfig
 from pretrained import autoencoder as pretrained
+from sources import open_source
 from train import TrainConfig, Trainer
 from train_config import require_same_latents, with_subject
 from vae.autoencoder import AutoencoderConfig, init_params
@@ -84,7 +89,7 @@ def test_samples_are_pictures(whole):
     blocks = states.reshape(3, 3, 8, 2, 8, 2)
     assert np.ptp(blocks, axis=(3, 5)).max() < 1e-3
 
-    undecoded = generate.sample(
+    undecoded = drawing.sample(
         trainer.state.ema,
         trainer.model_config,
         [3, 7, 1],
@@ -263,6 +268,21 @@ def test_pictures_are_drawn_with_the_vae_wherever_it_is(whole, vae, tmp_path, ca
 
 
 @pytest.mark.slow
+def test_real_latents_are_shown_as_pictures(whole, tmp_path, capsys):
+    run = Drawable.of_run(whole[0])
+    real, codec = sheets.real_pictures(run, [], 5), run.codec
+    split = open_source("digits", image_size=16).eval
+    pictures = split.images(np.linspace(0, len(split) - 1, 5).astype(int))
+    assert real.data.shape == (5, 8, 8, 2) and codec
+    means = averaging.pictures(averaging.means(pictures))
+    np.testing.assert_allclose(codec.decode(real.data), means, atol=2e-2)
+    how = GenerateConfig(run=whole[0], n=3, n_steps=2, denoise=(0.3, 1.0), out=tmp_path / "a.png")
+    generate.main(how)
+    with Image.open(tmp_path / "a.png") as sheet:
+        assert sheet.height > 5 * 64
+
+
+@pytest.mark.slow
 def test_a_vae_that_is_gone_is_asked_for_by_name(whole, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(whole[0], folder)
@@ -278,7 +298,7 @@ def test_a_run_on_pictures_takes_no_vae(whole, vae, tmp_path):
     config = json.loads((whole[0] / "config.json").read_text())
     config["dataset"]["encoding"] = None
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"--vae .*: the run was trained on pictures, not on lat"):
+    with pytest.raises(UserError, match=r"--vae .*: the model is of pictures, not of lat"):
         generate.main(GenerateConfig(run=tmp_path, vae=str(vae), out=tmp_path / "a.png"))
 
 

@@ -16,9 +16,9 @@ from flax import nnx
 from towers import save_clip
 
 import export
-import generate
 import parallel
 import warm_start
+from drawable import Drawable
 from errors import UserError
 from export import ExportConfig
 from model import graphdef, init_params, model_config
@@ -118,11 +118,9 @@ def test_resuming_goes_on_and_does_not_look_at_the_source_again(trained, tmp_pat
 
 def transformer_of(folder, out):
     """A run's weights as an export has them, with another clock."""
-    config = generate.saved_model(folder)
-    _, params = generate.load_params(folder, config, parallel.make_mesh())
-    settings = json.loads((folder / "config.json").read_text())
-    slow = replace(config, time_scale=1.0)  # which no flag says
-    transformer.save(out, slow, jax.device_get(params), settings)
+    of = Drawable.of_run(folder)
+    slow = replace(of.model, time_scale=1.0)  # which no flag says
+    transformer.save(out, slow, jax.device_get(of.params), of.settings)
 
 
 def test_a_shard_of_weights_is_where_a_shard_must_be(trained):

@@ -1,0 +1,132 @@
+"""Sheets that compare what a model draws: by the scale of guidance, and from real pictures that
+were noised more or less.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from PIL import Image
+
+import images
+import showcase
+from drawable import Drawable, How
+from drawing import Begin, spread
+from errors import UserError
+from sources import Split, open_source
+from subjects import Subjects
+from text import Caption
+from vae import autoencoder
+
+# Of a run's settings, what `open_source` takes by the same name.
+OF_DATA = (
+    *("data_dir", "image_column", "label_column", "conditioning", "caption_column"),
+    *("image_size", "channels"),
+)
+
+
+def of_scales(
+    drawable: Drawable, subjects: Subjects, how: How, scales: Sequence[float], **more: Any
+) -> Image.Image:
+    """A row of pictures for every scale of guidance, the noise of each column being the same."""
+    labels, told = subjects.rows(0, len(subjects.which))
+    rows = []
+    for scale in scales:
+        guided = told if scale != 1 else told | {"negative": None}
+        rows.append(drawable.sample(labels, how.at(scale), **guided | more).x)
+    return images.table(
+        images.to_uint8(np.stack(rows)),
+        rows=[f"cfg {scale:g}" for scale in scales],
+        columns=subjects.captions or (),
+    )
+
+
+# --- from real pictures ---------------------------------------------------------------------------
+
+
+class Real(NamedTuple):
+    """Pictures of a data set as a model sees them, and what it is told of each."""
+
+    data: Float[np.ndarray, "b h w c"]
+    labels: Int[np.ndarray, "b"] | Caption
+    names: Sequence[str]
+
+
+def real_pictures(drawable: Drawable, ids: Sequence[int], n: int) -> Real:
+    """Pictures of the evaluation split: of these classes, or from all over it. Latents are the
+    means of what the VAE makes of a picture.
+
+    Raises:
+        UserError: the data set is not at hand, or does not have so many.
+    """
+    split, model = evaluation_split(drawable), drawable.model
+    rows = chosen(split, ids, n)
+    x = np.asarray(split.images(rows), np.float32)
+    if encoding := drawable.encoding:
+        factors = (encoding.scaling_factor, encoding.shift_factor)
+        x = autoencoder.scale(
+            x[..., : encoding.shape[-1]], scaling_factor=factors[0], shift_factor=factors[1]
+        )
+    else:
+        x = x / 127.5 - 1
+    if model.text_width:
+        captions = [split.captions[row][0] for row in rows]
+        return Real(x, drawable.encode(captions), captions)
+    if not model.n_classes:
+        return Real(x, np.zeros(n, np.int32), ())
+    labels = split.labels[rows]
+    return Real(x, labels, showcase.captions(labels, drawable.label_names) or ())
+
+
+def evaluation_split(drawable: Drawable) -> Split:
+    """The run's own."""
+    s = drawable.settings
+    if not s.get("dataset_name"):
+        raise UserError(
+            f"--denoise needs real pictures, and no data set of {drawable.name} is known"
+        )
+    latents = s.get("latents")
+    try:
+        return open_source(
+            s["dataset_name"],
+            templates=tuple(s.get("caption") or ()),
+            streaming=bool(s.get("streaming")),
+            latents_dir=Path(latents) if latents else None,
+            **{name: s.get(name) for name in OF_DATA},
+        ).eval
+    except UserError as error:
+        raise UserError(f"--denoise needs the run's real pictures: {error}") from None
+
+
+def chosen(split: Split, ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:
+    """Rows of a split: the first of each class, as many of each, or evenly from all over it."""
+    rows = np.linspace(0, len(split) - 1, min(n, len(split))).astype(int)
+    if ids := list(dict.fromkeys(ids)):
+        share = spread(ids, n)
+        found = [np.flatnonzero(split.labels == i)[: (share == i).sum()] for i in ids]
+        rows = np.concatenate(found)
+    if len(rows) < n:
+        raise UserError(f"--n {n}: split '{split.name}' has only {len(rows)} such pictures")
+    return rows
+
+
+def of_times(
+    drawable: Drawable, real: Real, how: How, times: Sequence[float], **more: Any
+) -> Image.Image:
+    """Real pictures in the first row; for each time two more: noised up to there, and what the
+    model draws from that. DDPM begins at the step nearest to the time, which is the one that is
+    named.
+    """
+    rows, names = [real.data], ["real"]
+    for t in times:
+        begin = Begin(real.data, how.sampler.route(t))
+        more |= {"begin": begin, "trajectory": True, "codec": None}
+        found = drawable.sample(real.labels, how, **more)
+        assert found.trajectory is not None
+        rows += [found.trajectory[0], found.x]
+        names += [f"noised, t = {how.sampler.begins_at(t):.3g}", "drawn from it"]
+    x, codec = np.stack(rows), drawable.codec
+    x = codec.decode(x) if codec else x
+    return images.table(images.to_uint8(x), rows=names, columns=real.names)
