@@ -24,6 +24,7 @@ from tqdm import tqdm
 import cli
 import drawn
 import parallel
+import processes
 from drawable import Drawable, Wishes
 from drawn import DrawConfig
 from errors import UserError
@@ -31,7 +32,6 @@ from metrics import extraction, fid, pictures, reference
 from metrics.extraction import Extractor, Gathered, Rows
 from metrics.pictures import Batch, PictureSet
 from metrics.reference import Reference
-from pretrained import inception
 from run_folder import unwritable
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
@@ -48,6 +48,7 @@ class EvaluateConfig:
 
     Args:
         run: a run's folder: its pictures are drawn here, as many of each class.
+        pretrained: or a published model, as generate.py takes it.
         images: or a folder of pictures.
         npz: or a file of them (arr_0), as generate.py and --samples write it.
         dataset_name: or a data set, by a key of DATASET_CONFIGS, folder:PATH or hf:owner/name.
@@ -62,9 +63,9 @@ class EvaluateConfig:
         features: inception, or pixels, which need no weights. A distance in pixels is not FID.
         preparation: how pictures are resized for Inception: pytorch_fid, adm or clean_fid. Of a
             reference that does not say, it is adm if it has spatial statistics, else pytorch_fid.
-        n: how many pictures to draw from a run.
+        n: how many pictures to draw.
         step: of the run's checkpoint; the newest if not given.
-        ema: use the averaged weights; False uses the raw ones.
+        ema: use a run's averaged weights; False uses the raw ones.
         cfg_scale: guidance scale; 1 is none.
         n_steps: solver steps.
         solver: euler or heun; ddpm or ddim after training by DDPM.
@@ -73,14 +74,19 @@ class EvaluateConfig:
         eta: fresh noise of ddim, from 0 (none) to 1 (as much as ddpm).
         guided_channels: guide the first so many; by default all. Published DiTs are for 3.
         seed: of the noise, and of what is chosen at random for KID and the Inception Score.
-        vae: where the VAE of a run on latents is now, if it has moved.
+        vae: where the VAE of a model of latents is, if elsewhere than it says.
         samples: keep the drawn pictures in this .npz, in the ADM suite's layout.
         n_features: pictures of each side that KID, precision and recall look at; 0 for none.
         batch_size: pictures drawn and looked at at a time.
         out: a file that gets one more line of JSON.
+        distributed: join the other processes of a cluster's job, as train.py does.
+        coordinator: host:port of process 0, where no cluster is detected.
+        n_processes: of the job, likewise.
+        process_index: of this process, from 0, likewise.
     """
 
     run: Path | None = None
+    pretrained: str | None = None
     images: Path | None = None
     npz: Path | None = None
     dataset_name: str | None = None
@@ -109,17 +115,21 @@ class EvaluateConfig:
     n_features: int = 10_000
     batch_size: int | None = None
     out: Path | None = None
+    distributed: bool = False
+    coordinator: str | None = None
+    n_processes: int | None = None
+    process_index: int | None = None
 
 
 # What the help page says of values that are not given.
-FILLED = {"n": "50000", "cfg_scale": "the run's own", "n_steps": "the run's own"}
-FILLED |= {"solver": "the run's own", "shift": "the run's own", "eta": 0, "interval": "0 1"}
+FILLED = {"n": "50000", "cfg_scale": "the model's own", "n_steps": "the model's own"}
+FILLED |= {"solver": "the model's own", "shift": "the model's own", "eta": 0, "interval": "0 1"}
 FILLED |= {"preparation": "the reference's"}
 FILLED |= {"batch_size": "64 a device, 16 on a CPU", "out": f"{RECORD} of the run, or here"}
 FILLED |= {"image_size": "as the data set recommends"}
 N_DRAWN = 50_000
-SUBJECTS = ("run", "images", "npz", "dataset_name")
-OF_RUNS = ("n", "step", "vae", "samples", *(field.name for field in fields(Wishes)))
+SUBJECTS = ("run", "pretrained", "images", "npz", "dataset_name")
+OF_MODELS = ("n", "vae", "samples", *(field.name for field in fields(Wishes)))
 OF_DATA = ("data_dir", "image_column")
 
 
@@ -131,11 +141,11 @@ def check(config: EvaluateConfig) -> None:
         raise UserError(
             f"name one of --{', --'.join(SUBJECTS)}, whose pictures are judged, not {which}"
         )
-    for names, owner in ((OF_RUNS, "run"), (OF_DATA, "dataset_name")):
-        for name in names:
-            if getattr(config, name) is not None and owner not in given:
-                raise UserError(f"--{name} is for --{owner}")
-    if config.image_size is not None and given[0] in ("run", "npz"):
+    owners = dict.fromkeys(OF_MODELS, ("run", "pretrained")) | {"step": ("run",)}
+    for name, of in (owners | dict.fromkeys(OF_DATA, ("dataset_name",))).items():
+        if getattr(config, name) is not None and given[0] not in of:
+            raise UserError(f"--{name} is for --{' and --'.join(of)}")
+    if config.image_size is not None and given[0] in ("run", "pretrained", "npz"):
         raise UserError(f"--image_size is not for --{given[0]}, whose pictures have their size")
     if (config.reference is None) == (config.make_reference is None):
         raise UserError(
@@ -167,7 +177,15 @@ def _check_numbers(config: EvaluateConfig) -> None:
         raise UserError("--n_features 1: must be 0 or at least 2")
 
 
-# --- whose pictures, and of which features --------------------------------------------------------
+# --- whose pictures -------------------------------------------------------------------------------
+
+
+def drawable(config: EvaluateConfig) -> Drawable | None:
+    """What pictures are drawn from, if they are to be drawn."""
+    c = config
+    if c.run:
+        return Drawable.of_run(c.run, ema=c.ema, step=c.step, vae=c.vae)
+    return Drawable.of_pretrained(c.pretrained, vae=c.vae) if c.pretrained else None
 
 
 def subject(config: EvaluateConfig, run: Drawable | None, batch_size: int) -> PictureSet:
@@ -190,29 +208,6 @@ def subject(config: EvaluateConfig, run: Drawable | None, batch_size: int) -> Pi
     )
 
 
-def extractor(config: EvaluateConfig, real: Reference | None, mesh: parallel.Mesh) -> Extractor:
-    """What makes features: that which made the reference's.
-
-    Raises:
-        UserError: the reference was made otherwise, or there are no such weights.
-    """
-    made_with = real.made_with if real else {}
-    if real and made_with["space"] != config.features:
-        raise UserError(f"reference {real.path} is of --features {made_with['space']}")
-    if config.features == "pixels":
-        return extraction.of_pixels(mesh)
-    preparation = config.preparation or made_with.get("preparation", "pytorch_fid")
-    if real and real.card and preparation != made_with["preparation"]:
-        raise UserError(f"reference {real.path} is of --preparation {made_with['preparation']}")
-    weights = inception.load(str(config.inception))
-    if real and made_with.get("weights") not in (None, weights.hash):
-        raise UserError(
-            f"reference {real.path} was made with other weights than '{config.inception}': their "
-            f"hash is {made_with['weights'][:12]}…, not {weights.hash[:12]}…"
-        )
-    return extraction.of_inception(weights, mesh, preparation=preparation)
-
-
 # --- scores ---------------------------------------------------------------------------------------
 
 
@@ -232,19 +227,16 @@ def gathered(
         raise UserError(f"statistics need at least two pictures, not {of.count}")
 
     def counted(batches: Iterator[Batch]) -> Iterator[Batch]:
-        with tqdm(total=of.count, unit=" pictures", disable=None) as bar:
+        quiet = None if processes.is_first() else True  # None: unless a person watches
+        with tqdm(total=of.count, unit=" pictures", disable=quiet) as bar:
             for batch in batches:
                 yield batch
                 bar.update(len(batch))
 
     def fitting(parts: Iterator[Rows]) -> Iterator[Rows]:
         for part in parts:
-            n, m = part.pool.shape[1], len(real.pool.mean) if real else None
-            if m not in (None, n):  # said at once, not after hours
-                raise UserError(
-                    f"reference {config.reference} has {m} features, and these pictures {n}: they "
-                    "have another size or colour, or it is of another network"
-                )
+            if real:  # said at once, not after hours
+                extraction.require_fit(real, part.pool.shape[1])
             yield part
 
     rows = extract(counted(of.batches(batch_size)), batch_size=min(batch_size, of.count))
@@ -297,26 +289,51 @@ def real_features(
 def main(config: EvaluateConfig) -> None:
     """Read what is compared with, look at all pictures, write what was found."""
     check(config)
+    processes.join(
+        config.distributed,
+        coordinator=config.coordinator,
+        n_processes=config.n_processes,
+        process_index=config.process_index,
+    )
     parallel.keep_compiled()
+    if config.samples and processes.several():
+        raise UserError("--samples is for one process; draw them with one, or leave them out")
     real = reference.read(config.reference) if config.reference else None
-    how = {"ema": config.ema, "step": config.step, "vae": config.vae}
-    run = Drawable.of_run(config.run, **how) if config.run else None
+    run = drawable(config)
     mesh = run.mesh if run else parallel.make_mesh()
-    per_device = 16 if jax.default_backend() == "cpu" else 64
-    size = config.batch_size or per_device * mesh.size
-    extract = extractor(config, real, mesh)
+    size = config.batch_size or extraction.batch_size(mesh)
+    how = {"weights": config.inception, "preparation": config.preparation}
+    extract = extraction.like(real, mesh, space=config.features, **how)
     of = subject(config, run, size)
     found = gathered(config, extract, of, size, real)
-    card = {"pictures": of.card | {"count": of.count}, "features": extract.card}
-    card |= {"command": shlex.join(sys.argv), "jax": jax.__version__, "made": time.ctime()}
-    if config.make_reference:
-        with unwritable(config.make_reference):
-            reference.write(config.make_reference, found.pool, found.spatial, found.features, card)
-        print(f"statistics of {of.count} pictures: {config.make_reference}")
-    elif real:
-        said = scores(config, found, real, real_features(config, real, extract, size))
+    features = real_features(config, real, extract, size) if real else None
+    if processes.is_first():
+        card = {"pictures": of.card | {"count": of.count}, "features": extract.card}
+        card |= {"command": shlex.join(sys.argv), "jax": jax.__version__, "made": time.ctime()}
+        conclude(config, found, real, features, card)
+    processes.wait_for_all("the end")
+
+
+def conclude(
+    config: EvaluateConfig,
+    found: Gathered,
+    real: Reference | None,
+    features: np.ndarray | None,
+    card: dict[str, Any],
+) -> None:
+    """Write statistics, or compare them with the reference's.
+
+    Args:
+        features: of some of the reference's pictures.
+    """
+    if real:
+        said = scores(config, found, real, features)
         known = {"path": str(real.path), "sha256": real.sha256, "pictures": real.card}
         tell(config, said, card | {"reference": known, "config": asdict(config)})
+    elif config.make_reference:
+        with unwritable(config.make_reference):
+            reference.write(config.make_reference, found.pool, found.spatial, found.features, card)
+        print(f"statistics of {found.count} pictures: {config.make_reference}")
 
 
 def tell(config: EvaluateConfig, said: dict[str, float], card: dict[str, Any]) -> None:
@@ -333,4 +350,4 @@ def tell(config: EvaluateConfig, said: dict[str, float], card: dict[str, Any]) -
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(EvaluateConfig, filled=FILLED)))
+    cli.run(lambda: main(cli.parse(EvaluateConfig, filled=FILLED)), processes.leave)

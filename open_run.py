@@ -6,7 +6,7 @@ It trains nothing; of several processes the first one alone writes records and p
 
 import errno
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,6 +163,27 @@ class OpenRun:
             if len(sheets) > 1:
                 images.save_gif(sheets, folder / "trajectory.gif")
             self.tracker.image(t.step, t.SHOWS, sheets[-1])
+
+    def measure(self, stop: Stop) -> None:
+        """The distance of the trainer's pictures to real ones. It takes long: if the run is asked
+        to stop meanwhile, it is left out.
+        """
+        t = self.trainer
+        yardstick = t.yardstick
+        if yardstick is None:
+            return
+        batches = t.pictures(yardstick.n, yardstick.batch_size)
+        found = yardstick.distance(self._until_asked_to_stop(batches, stop))
+        if found is None:
+            self.tracker.message(f"step {t.step} is not measured: the run was asked to stop")
+            return
+        self.tracker.log(t.step, {yardstick.name: found})
+
+    def _until_asked_to_stop(self, batches: Iterable[Any], stop: Stop) -> Iterator[Any]:
+        for batch in batches:
+            if bool(parallel.any_process(bool(stop), self.trainer.mesh)):
+                return
+            yield batch
 
     def _finish_saving(self) -> None:
         """Wait for the last checkpoint: if it fails, that is said under its own step."""

@@ -36,6 +36,7 @@ SHOWN: dict[str, Callable[[float], str]] = {
     "images_per_second": lambda x: f"{x:.0f} images/s" if x >= 10 else f"{x:.2g} images/s",
     "mfu": lambda x: f"{x:.1%} MFU",
 }
+DISTANCES = ("fid_", "pixel_frechet_")  # how names begin that end in a number of pictures
 OF_ONE_STEP = ("loss_scale", "param_norm", "update_norm")
 
 
@@ -141,6 +142,7 @@ class Tracker:
 
     def _show(self, step: int, metrics: Mapping[str, Any]) -> None:
         shown = {name: form(metrics[name]) for name, form in SHOWN.items() if name in metrics}
+        shown |= {n: f"{n} {x:.4g}" for n, x in metrics.items() if n.startswith(DISTANCES)}
         if self.bar is not None:
             self.postfix |= shown
             self.bar.set_postfix_str(", ".join(self.postfix.values()))

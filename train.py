@@ -25,12 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Key
+from jaxtyping import Array, Key, UInt8
 from PIL import Image
 
 import captions
 import cli
 import drawing
+import images
 import optim
 import parallel
 import processes
@@ -62,6 +63,7 @@ from train_config import (
     with_subject,
 )
 from train_profile import profile
+from yardstick import Yardstick
 
 __all__ = ["TrainConfig", "TrainState", "Trainer"]
 DIGITS = TrainConfig()
@@ -304,6 +306,27 @@ class Trainer:
             encoded=self.encoded,
         )
 
+    @cached_property
+    def yardstick(self) -> Yardstick | None:
+        """What this run's pictures are measured by on the way, if they are.
+
+        Raises:
+            UserError: the reference or Inception's weights are not there, or do not fit.
+        """
+        c, encoding, codec = self.config, self.dataset.encoding, self.codec
+        if not c.fid_every or not c.fid_reference or c.profile:
+            return None
+        side = encoding.image_size if encoding else c.image_size
+        channels = codec.config.out_channels if codec else c.channels
+        return Yardstick.open(
+            c.fid_reference,
+            self.mesh,
+            space=c.fid_features,
+            weights=c.inception,
+            n=c.fid_n,
+            shape=(side, side, channels),
+        )
+
     def batches(self, start: int, stop: int) -> Generator[Any]:
         """What `train_step` takes, from one place in the order of all batches to another: this
         process's rows or, with `cache_on_device`, what they are drawn from.
@@ -396,7 +419,8 @@ class Trainer:
         """
         c, last = self.config, self.config.n_steps if n_steps is None else n_steps
         require_even_batches(c, jax.device_count())
-        _ = self.data  # decoded now: a bad picture must end this before anything is written
+        # Now: a missing file or a bad picture must end this before anything is written.
+        _ = self.yardstick, self.data
         with stopping() as stop, open_run(self, last) as run:
             run.tracker.message(self.greeting(last))
             for batch in run.batches():
@@ -410,7 +434,8 @@ class Trainer:
                 leaving = run.asked_to_stop(stop)
                 evaluate = self.step % c.eval_save_steps == 0 or self.step == last
                 sample = self.step % c.sample_every_n == 0 and not leaving
-                if evaluate or sample or leaving:
+                measure = self.measures(last) and not leaving
+                if evaluate or sample or measure or leaving:
                     if not run.read():
                         continue
                     with run.throughput.paused():
@@ -420,6 +445,8 @@ class Trainer:
                             run.save(required=leaving or self.step == last)
                         if sample:
                             run.show(f"{self.step:07d}.png")
+                        if measure:
+                            run.measure(stop)
                 if leaving:
                     break
             else:
@@ -445,10 +472,12 @@ class Trainer:
         n_steps: int | None = None,
         seed: int | Sequence[int] = 0,
         ema: bool = True,
+        first: int = 0,
         trajectory: bool = False,
     ) -> np.ndarray:
         """Pictures of `labels` (numbers, names or captions), in about −1 … 1, from the averaged
-        weights. Latents are decoded. There may be a seed for each picture.
+        weights. Latents are decoded. The noise of each is that of its place, counted from `first`,
+        and of the seed; or of a seed of its own.
 
         Returns float32 (b, h, w, c) or, with `trajectory`, every state from the noise to the
         result, (n_steps + 1, b, h, w, c).
@@ -462,10 +491,30 @@ class Trainer:
             mesh=self.mesh,
             cfg_scale=float(scale),
             seed=seed,
+            first=first,
             trajectory=trajectory,
             codec=self.codec,
         )
         return solution.x if solution.trajectory is None else solution.trajectory
+
+    def measures(self, last: int) -> bool:
+        """Whether pictures are measured after this step."""
+        if self.yardstick is None:
+            return False
+        return self.step % self.config.fid_every == 0 or self.step == last
+
+    def pictures(self, n: int, batch_size: int) -> Generator[UInt8[np.ndarray, "_b h w c"]]:
+        """n pictures in batches, of every class by turns (or of every caption of the evaluation
+        split), just as `evaluate.py` draws them from a checkpoint of this step.
+        """
+        labels: Sequence[int | str] = range(max(1, self.model_config.n_classes))
+        if self.encoded:
+            labels = [several[0] for several in self.source.eval.captions]
+        for start in range(0, n, batch_size):
+            # The last batch is filled up, so that all are one compiled program.
+            places = np.minimum(np.arange(start, start + batch_size), n - 1) % len(labels)
+            x = self.sample([labels[i] for i in places], first=start)
+            yield images.to_uint8(x[: n - start])
 
     def sampler(self, n_steps: int | None = None) -> drawing.Sampler:
         """How this run's pictures are drawn, in the configured number of steps if none is said."""
@@ -574,6 +623,7 @@ class Trainer:
             "model_config": dataclasses.asdict(self.model_config),
             "dataset": dataclasses.asdict(self.dataset),
             "text_revisions": self.encoded.revisions if self.encoded else (),
+            "yardstick": self.yardstick.card if self.yardstick else None,
         }
 
 

@@ -47,6 +47,7 @@ from train_vae_config import (
 )
 from vae import losses
 from vae.autoencoder import AutoencoderConfig, AutoencoderKL, Moments, graphdef, mode, sample
+from yardstick import Yardstick
 
 __all__ = ["VaeConfig", "VaeTrainer"]
 COMMAND, NAME, FOLDER = "train_vae.py", "vae", "vae"
@@ -385,6 +386,11 @@ class VaeTrainer(Trainer):
         params = without_critic(jax.device_get(self.state.ema))
         with run_folder.atomic_folder(self.run_dir / FOLDER) as folder:
             pretrained.autoencoder.save(folder, config, params)
+
+    @cached_property
+    def yardstick(self) -> Yardstick | None:
+        """None: it draws nothing that could be measured."""
+        return None
 
     def sheets(self, *, trajectory: bool = False) -> list[Image.Image]:
         """Held-out pictures, each with its reconstruction below."""

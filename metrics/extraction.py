@@ -14,13 +14,16 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 import parallel
-from errors import unknown
+from errors import UserError, unknown
 from metrics import inception
 from metrics.fid import Gaussian, Moments
-from pretrained.inception import Pretrained
+from metrics.reference import Reference
+from pretrained import inception as pretrained
 
 IN_FLIGHT = 2  # batches on the devices whose features are not read yet
 PIXELS = 16  # to a side, at most, of pictures as features
+AT_A_TIME = {"cpu": 16}  # pictures on a device, if nobody says
+AT_A_TIME_ELSEWHERE = 64
 
 
 class Rows(NamedTuple):
@@ -58,6 +61,16 @@ class Extractor:
         while flying:
             yield _landed(*flying.popleft())
 
+    def width(self, shape: tuple[int, int, int]) -> int:
+        """How many features a picture of this shape has; nothing is computed."""
+        picture = jax.ShapeDtypeStruct((1, *shape), np.uint8)
+        return jax.eval_shape(self._function, self._params, picture).pool.shape[1]
+
+
+def batch_size(mesh: parallel.Mesh) -> int:
+    """How many pictures to draw and to look at at a time."""
+    return AT_A_TIME.get(jax.default_backend(), AT_A_TIME_ELSEWHERE) * mesh.size
+
 
 def _landed(n: int, rows: Rows) -> Rows:
     return jax.tree.map(lambda x: x[:n], parallel.fetch(rows))
@@ -78,7 +91,9 @@ def regrouped(
         yield np.concatenate(held)
 
 
-def of_inception(weights: Pretrained, mesh: parallel.Mesh, *, preparation: str) -> Extractor:
+def of_inception(
+    weights: pretrained.Pretrained, mesh: parallel.Mesh, *, preparation: str
+) -> Extractor:
     """Features of FID's Inception.
 
     Raises:
@@ -104,6 +119,56 @@ def of_pixels(mesh: parallel.Mesh) -> Extractor:
         return Rows(small.reshape(len(small), -1) / 255)
 
     return Extractor(function, {}, mesh, {"space": "pixels", "most_to_a_side": PIXELS})
+
+
+# --- the features of a reference ------------------------------------------------------------------
+
+
+def like(
+    real: Reference | None,
+    mesh: parallel.Mesh,
+    *,
+    space: str,
+    weights: str | None,
+    preparation: str | None = None,
+) -> Extractor:
+    """What makes features as those of a reference were made.
+
+    Args:
+        real: the reference; without one, anything goes.
+        space: inception or pixels.
+        weights: Inception's: a file, a folder or an id on the hub.
+        preparation: by default the reference's.
+
+    Raises:
+        UserError: the reference was made otherwise, or there are no such weights.
+    """
+    made_with = real.made_with if real else {}
+    if real and made_with["space"] != space:
+        raise UserError(
+            f"reference {real.path} is of the features '{made_with['space']}', not of '{space}'"
+        )
+    if space == "pixels":
+        return of_pixels(mesh)
+    chosen = preparation or made_with.get("preparation", "pytorch_fid")
+    if real and real.card and chosen != made_with["preparation"]:
+        raise UserError(f"reference {real.path} is of --preparation {made_with['preparation']}")
+    found = pretrained.load(str(weights))
+    if real and made_with.get("weights") not in (None, found.hash):
+        raise UserError(
+            f"reference {real.path} was made with other weights than '{weights}': their hash is "
+            f"{made_with['weights'][:12]}…, not {found.hash[:12]}…"
+        )
+    return of_inception(found, mesh, preparation=chosen)
+
+
+def require_fit(real: Reference, width: int) -> None:
+    """Raises UserError if a reference has other features than so many."""
+    if width != (known := len(real.pool.mean)):
+        raise UserError(
+            f"reference {real.path} has {known} features, and these pictures {width}: they have "
+            "another size or colour, or it is of another network"
+        )
 
 
 # --- a set's features, gathered -------------------------------------------------------------------

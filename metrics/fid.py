@@ -65,7 +65,12 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def factor(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d r"]:
-    """A of Σ = A Aᵀ, by eigenvalues; those that are 0 but for rounding are left out."""
+    """A of Σ = A Aᵀ, by eigenvalues; those that are 0 but for rounding are left out.
+
+    Of 2,048 features it takes a second, and a whole distance four and a half. Cholesky's method
+    with pivots would halve that, but a covariance that was once rounded to float32 is not quite
+    positive, and that noise would become pivots.
+    """
     values, vectors = np.linalg.eigh(covariance)
     some = values > values.max() * len(values) * np.finfo(np.float64).eps
     return vectors[:, some] * np.sqrt(values[some])

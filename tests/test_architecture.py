@@ -27,6 +27,7 @@ RANKS = {
     "metrics.pictures": 2,
     "metrics.extraction": 3,
     **dict.fromkeys(("codec", "doctor", "drawing", "open_run", "train_vae_config"), 3),
+    "yardstick": 3,
     **dict.fromkeys(("convert_imagenet", "drawable", "train_profile"), 4),
     **dict.fromkeys(("export", "subjects", "warm_start"), 5),
     **dict.fromkeys(("drawn", "sheets", "train"), 6),
@@ -42,7 +43,7 @@ NEIGHBOURS = {
     ("pretrained.transformer", "pretrained.dit"),
     ("pretrained.transformer", "pretrained.sd3"),
 }
-NEIGHBOURS |= {("train", "train_profile")}
+NEIGHBOURS |= {("train", "train_profile"), ("yardstick", "metrics.extraction")}
 WINGS = ("metrics", "pretrained", "vae")
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))} | {
     f"{wing}.{path.stem}": path

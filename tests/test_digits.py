@@ -8,7 +8,7 @@ from commands import ROOT, run
 from datasets import load_dataset
 
 from benchmarks.designs import DESIGNS
-from benchmarks.digits import frechet_distance
+from benchmarks.digits import judge
 
 
 @pytest.mark.slow
@@ -21,6 +21,7 @@ def test_the_default_run_writes_digits(tmp_path, cache):
     result = json.loads(judged.stdout.splitlines()[-1])
     assert result["accuracy"] >= 0.98
     assert result["frechet"] <= 60
+    assert result["digit_frechet"] <= 1.2
     assert result["novelty"] >= 0.9
 
 
@@ -68,8 +69,18 @@ def test_an_unseen_caption_is_drawn_after_a_short_training(tmp_path, cache):
     assert json.loads(done.stdout.splitlines()[-1])["unseen"] >= 0.85
 
 
-def test_the_frechet_distance_of_gaussians_is_the_closed_form():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(0, 1, (200_000, 2)), rng.normal(0, (2, 3), (200_000, 2)) + np.array((1, 0))
-    np.testing.assert_allclose(frechet_distance(a, b), 1 + 1 + 4, rtol=0.02)
-    assert abs(frechet_distance(a, a)) < 1e-6
+def test_real_digits_are_what_samples_are_measured_by():
+    train, test = (
+        (np.stack([np.asarray(x) for x in data["image"]])[..., None], np.asarray(data["label"]))
+        for data in load_dataset(str(ROOT / "assets" / "digits")).values()
+    )
+    same = judge(*test, train=train, test=test)
+    assert same.novelty == 1 and same.accuracy > 0.98
+    assert abs(same.frechet) < 1e-9 and abs(same.digit_frechet) < 1e-9
+    floor = judge(*train, train=train, test=test)
+    assert floor.accuracy == 1 and floor.novelty == 0
+    assert floor.frechet == pytest.approx(26.3, abs=0.1)
+    assert floor.digit_frechet == pytest.approx(0.35, abs=0.03)
+    # A mirrored digit has the pixels of one, but is not read as one.
+    mirrored = judge(train[0][:, :, ::-1], train[1], train=train, test=test)
+    assert mirrored.accuracy < 0.7 and mirrored.digit_frechet > 10 * floor.digit_frechet

@@ -164,7 +164,7 @@ def test_references_that_do_not_fit_are_refused(digits, some, tmp_path):
     with pytest.raises(UserError, match="has 64 features, and these pictures 128"):
         measured(tmp_path / "a", npz=tmp_path / "wide.npz", reference=digits)
     np.savez(tmp_path / "fid.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    with pytest.raises(UserError, match="is of --features inception"):
+    with pytest.raises(UserError, match="of the features 'inception', not of 'pixels'"):
         measured(tmp_path / "a", npz=tmp_path / "wide.npz", reference=tmp_path / "fid.npz")
     with pytest.raises(UserError, match="unknown split 'tets'; did you mean 'test'"):
         measured(tmp_path / "a", dataset_name="digits", split="tets", reference=digits)

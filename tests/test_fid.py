@@ -85,6 +85,14 @@ def test_few_rows_of_many_features_need_no_epsilon():
     np.testing.assert_allclose(frechet_distance(a, b), expected, rtol=1e-6)
 
 
+def test_covariances_that_were_rounded_are_near_enough():
+    """As files may hold them: not quite positive, where they are singular."""
+    a, b = gaussian(rows(10, 60, mix=1)), gaussian(rows(12, 60, mix=2))
+    rough = [Gaussian(x.mean, x.covariance.astype(np.float32).astype(float)) for x in (a, b)]
+    assert np.linalg.eigvalsh(rough[0].covariance).min() < 0
+    assert frechet_distance(*rough) == pytest.approx(frechet_distance(a, b), rel=1e-3)
+
+
 # --- Inception Score ------------------------------------------------------------------------------
 
 

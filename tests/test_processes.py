@@ -4,25 +4,27 @@ import json
 import re
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from commands import NANO, SMALL, free_port, run, start
 
+import evaluate
 import processes
 from errors import UserError
+from evaluate import EvaluateConfig
 
 FLAGS = [*SMALL, "--n_steps", 20, "--log_every", 1, "--eval_save_steps", 10]
 FLAGS += ["--sample_every_n", 10]
+NAME = "pixel_frechet_21"
 
 
-def start_pair(*flags, cache, n_devices=4):
+def start_pair(*flags, cache, n_devices=4, command=NANO):
     port = free_port()
     common = ["--coordinator", f"127.0.0.1:{port}", "--n_processes", 2]
-    return [
-        start(*(NANO, *flags, *common, "--process_index", index), cache=cache, n_devices=n_devices)
-        for index in (0, 1)
-    ]
+    words = (command, *flags, *common, "--process_index")
+    return [start(*words, index, cache=cache, n_devices=n_devices) for index in (0, 1)]
 
 
 def wait_for_a_step(process):
@@ -66,6 +68,14 @@ def same(a, b):
 
 
 @pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Statistics of the real digits' pixels."""
+    path = tmp_path_factory.mktemp("references") / "digits.npz"
+    evaluate.main(EvaluateConfig(dataset_name="digits", make_reference=path, features="pixels"))
+    return path
+
+
+@pytest.fixture(scope="module")
 def alone(tmp_path_factory, cache):
     folder = tmp_path_factory.mktemp("alone") / "run"
     done = run(NANO, *FLAGS, "--run_dir", folder, cache=cache, n_devices=1)
@@ -74,9 +84,13 @@ def alone(tmp_path_factory, cache):
 
 
 @pytest.mark.slow
-def test_two_processes_train_evaluate_draw_and_save_as_one_does(tmp_path, cache, alone):
+def test_two_processes_train_evaluate_draw_measure_and_save_as_one_does(
+    tmp_path, cache, alone, real
+):
     folder = tmp_path / "run"
-    first, second = ends(start_pair(*FLAGS, "--fsdp", 4, "--run_dir", folder, cache=cache))
+    flags = ["--fid_every", 10, "--fid_reference", real, "--fid_features", "pixels", "--fid_n", 21]
+    pair = start_pair(*FLAGS, *flags, "--fsdp", 4, "--run_dir", folder, cache=cache)
+    first, second = ends(pair)
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert "Done: step 20" in first[1] and second[1] == ""
     same(losses(folder), alone)
@@ -85,6 +99,31 @@ def test_two_processes_train_evaluate_draw_and_save_as_one_does(tmp_path, cache,
     out = tmp_path / "drawn.npz"  # by one process with one device
     done = run("generate.py", "--run", folder, "--n", 4, "--out", out, cache=cache)
     assert done.returncode == 0, done.stderr
+
+    judge = EvaluateConfig(run=folder, reference=real, features="pixels", n=21)
+    evaluate.main(replace(judge, out=tmp_path / "record"))
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    distances = [line[NAME] for line in map(json.loads, lines) if NAME in line]
+    found = json.loads((tmp_path / "record").read_text())
+    assert len(distances) == 2 and distances[1] == pytest.approx(found["pixel_frechet"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_judge_as_one_does(tmp_path, cache, real):
+    pictures, out = tmp_path / "some.npz", tmp_path / "record"
+    some = np.random.default_rng(0).integers(0, 256, (45, 8, 8, 1)).astype(np.uint8)
+    np.savez(pictures, arr_0=some)
+    judge = EvaluateConfig(npz=pictures, reference=real, features="pixels", out=out)
+    evaluate.main(judge)
+    flags = ["--npz", pictures, "--reference", real, "--features", "pixels", "--out", out]
+    pair = start_pair(*flags, cache=cache, n_devices=2, command="evaluate.py")
+    (code, said, err), second = ends(pair)
+    assert (code, *second[:2]) == (0, 0, ""), err + second[2]
+    assert "pixel_frechet" in said
+    expected, found = map(json.loads, out.read_text().splitlines())
+    for line in (expected, found):
+        del line["card"]
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.slow

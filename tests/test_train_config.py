@@ -76,7 +76,8 @@ def test_nothing_is_left_open():
     may_be_none = {"data_dir", "image_column", "label_column", "in_memory", "n_workers", "n_epochs"}
     may_be_none |= {"run_dir", "peak_tflops", "caption_column", "caption", "caption_cache"}
     may_be_none |= {"latents", "vae", "prediction", "learned_sigma", "min_snr_gamma"}
-    may_be_none |= {"init_from", "text_length", "coordinator", "n_processes", "process_index"}
+    may_be_none |= {"fid_reference", "inception", "init_from"}
+    may_be_none |= {"text_length", "coordinator", "n_processes", "process_index"}
     config = resolved()
     assert {name for name in FIELDS if getattr(config, name) is None} == may_be_none
 
@@ -151,6 +152,11 @@ FREE = {
     "n_sample_steps": 7,
     "solver": "heun",
     "sample_shift": 2.0,
+    "fid_every": 100,
+    "fid_reference": Path("/elsewhere"),
+    "fid_n": 50,
+    "fid_features": "pixels",
+    "inception": "elsewhere",
     "peak_tflops": 1.0,
 }
 
