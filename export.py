@@ -127,8 +127,14 @@ It was trained by
 {command(run)}
 ```
 
-Training can start from it, also on other classes: `python train.py --init_from PATH_OR_ID …`. It is
-loaded by
+## Here
+
+```sh
+python generate.py --pretrained PATH_OR_ID {"--prompts …" if model.text_width else "--n 16"}
+python train.py --init_from PATH_OR_ID …    # also on other classes
+```
+
+or, in Python,
 
 ```python
 from pretrained import transformer

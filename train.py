@@ -388,7 +388,7 @@ class Trainer:
         params, notices = warm_start.fitted(
             start or warm_start.read(path),
             self.model_config,
-            self.dataset.label_names,
+            self.dataset,
             lambda part: parallel.fetch(state.params[part]),
         )
         for notice in notices if processes.is_first() else ():

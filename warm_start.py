@@ -18,9 +18,10 @@ from jaxtyping import Float
 import parallel
 import processes
 from checkpoint import FOLDER as CHECKPOINTS
-from datasets_config import DATASET_CONFIGS
+from datasets_config import DATASET_CONFIGS, DatasetConfig
 from drawable import Drawable
 from errors import UserError
+from latents import Encoding
 from model import ModelConfig
 from pretrained import transformer
 from train_config import TrainConfig
@@ -114,9 +115,10 @@ def beyond_flags(config: ModelConfig, record: Mapping[str, Any]) -> ModelConfig:
 
 
 def fitted(
-    source: Source, config: ModelConfig, label_names: Sequence[str], fresh: Fresh
+    source: Source, config: ModelConfig, dataset: DatasetConfig, fresh: Fresh
 ) -> tuple[dict[str, Any], list[str]]:
-    """The source's weights as those of a model with `config`, and what had to be done for it.
+    """The source's weights as those of a model with `config`, and what a person should know of it:
+    what had to be done, and if it was trained on other latents.
 
     Raises:
         UserError: something that must be the same is not, by its name.
@@ -131,10 +133,24 @@ def fitted(
         params |= changed
         notices += notice
     if not config.text_width:
-        changed, notice = _fit_classes(source, config, label_names, fresh)
+        changed, notice = _fit_classes(source, config, dataset.label_names, fresh)
         params |= changed
         notices += notice
-    return params, notices
+    return params, notices + _other_latents(source, dataset.encoding)
+
+
+def _other_latents(source: Source, encoding: Encoding | None) -> list[str]:
+    record = source.settings["dataset"].get("encoding")
+    there = Encoding.of(record) if record else None
+    if there is None or encoding is None:
+        kinds = ["latents" if e else "pictures" for e in (encoding, there)]
+        return [] if there is encoding else [f"it learns {kinds[0]}, and {kinds[1]} there"]
+    scales = [(e.scaling_factor, e.shift_factor) for e in (there, encoding)]
+    hashes = {e.vae_hash for e in (there, encoding)} - {""}
+    if scales[0] == scales[1] and len(hashes) < 2:
+        return []
+    here, there = (f"of {e.vae}, times {e.scaling_factor:g}" for e in (encoding, there))
+    return [f"the latents are those {here}, and those {there} there"]
 
 
 Fitted = tuple[dict[str, Any], list[str]]

@@ -74,6 +74,31 @@ HELD = {
     "text_width": 0,
 }
 
+# Of diffusers' configs: facts with their defaults, those with values that are right, and those that
+# change nothing here.
+DEFAULTS = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "num_layers": 28,
+    "sample_size": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+}
+SUPPORTED = {
+    "activation_fn": ["gelu-approximate"],
+    "norm_type": ["ada_norm_zero"],
+    "norm_eps": [1e-5, 1e-6],
+    "norm_elementwise_affine": [False],
+    "attention_bias": [True],
+    "attention_type": ["default"],
+    "double_self_attention": [False],
+    "only_cross_attention": [False],
+    "use_linear_projection": [False],
+}
+IDLE = ("dropout", "norm_num_groups", "upcast_attention")
+WRITTEN = ("activation_fn", "norm_type", "norm_elementwise_affine", "attention_bias")
+
 
 # --- the shape ------------------------------------------------------------------------------------
 
@@ -134,18 +159,19 @@ def read_config(said: Mapping[str, Any], where: str) -> ModelConfig:
     name = said.get("_class_name")
     if name not in CLASSES or (name != CLASS and said.get("norm_type") != "ada_norm_zero"):
         raise UserError(f"'{where}' is not a {CLASS} but {name or 'of no known class'}")
-    facts = {"num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4}
-    facts |= {"num_layers": 28, "sample_size": 32, "patch_size": 2, "num_embeds_ada_norm": 1000}
-    facts["out_channels"] = said.get("in_channels") or facts["in_channels"]
-    for fact, value in said.items():
-        # null is as good as absent, and what starts with _ is about the file.
-        if value is None or fact.startswith("_"):
-            continue
-        if fact in facts and (type(value) is not int or value < 0):
-            raise UserError(f"'{where}': its {weights.CONFIG} says {fact} {value}: no whole number")
-        if fact not in facts and value not in SUPPORTED.get(fact, [value] if fact in IDLE else []):
-            raise UserError(f"'{where}': its {weights.CONFIG} says {fact} {value}: not supported")
-        facts[fact] = value
+    # null is as good as absent, and what starts with _ is about the file.
+    told = {k: v for k, v in said.items() if v is not None and not k.startswith("_")}
+    facts = DEFAULTS | {"out_channels": told.get("in_channels", DEFAULTS["in_channels"])} | told
+    for fact, value in facts.items():
+        problem = ""
+        if fact in DEFAULTS or fact == "out_channels":
+            least = 0 if fact == "num_embeds_ada_norm" else 1
+            if type(value) is not int or value < least:
+                problem = f"must be a whole number of at least {least}"
+        elif fact not in IDLE and value not in SUPPORTED.get(fact, []):
+            problem = "not supported"
+        if problem:
+            raise UserError(f"'{where}': its {weights.CONFIG} says {fact} {value}: {problem}")
     return ModelConfig(
         width=facts["num_attention_heads"] * facts["attention_head_dim"],
         depth=facts["num_layers"],
@@ -156,20 +182,6 @@ def read_config(said: Mapping[str, Any], where: str) -> ModelConfig:
         out_channels=facts["out_channels"],
         n_classes=facts["num_embeds_ada_norm"],
     )
-
-
-SUPPORTED = {
-    "activation_fn": ["gelu-approximate"],
-    "norm_type": ["ada_norm_zero"],
-    "norm_eps": [1e-5, 1e-6],
-    "norm_elementwise_affine": [False],
-    "attention_bias": [True],
-    "attention_type": ["default"],
-    "double_self_attention": [False],
-    "only_cross_attention": [False],
-    "use_linear_projection": [False],
-}
-IDLE = ("dropout", "norm_num_groups", "upcast_attention")  # change nothing here
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
@@ -196,9 +208,6 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         # diffusers has no word for it, and skips what begins with _.
         "_downscale_freq_shift": "0 in these weights, where diffusers has 1: see README.md",
     } | {name: values[0] for name, values in SUPPORTED.items() if name in WRITTEN}
-
-
-WRITTEN = ("activation_fn", "norm_type", "norm_elementwise_affine", "attention_bias")
 
 
 # --- the original's names and ours ----------------------------------------------------------------

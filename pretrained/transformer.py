@@ -95,7 +95,9 @@ def load(path_or_id: str, *, dtype: str = "float32", revision: str | None = None
         raise UserError(f"'{path_or_id}': {asked.family}: is for a file of weights")
     else:
         found = _of_folder(asked.place, revision)
-    return replace(found, config=replace(found.config, dtype=dtype))
+    config = replace(found.config, dtype=dtype)
+    settings = found.settings | {"model_config": asdict(config)}
+    return replace(found, config=config, settings=settings)
 
 
 def preset_of(config: ModelConfig) -> str | None:

@@ -353,7 +353,8 @@ def edit_config(folder, **facts):
     [
         ({"_class_name": "UNet2DModel"}, "is UNet2DModel, and none of: DiTTransformer2DModel"),
         ({"activation_fn": "geglu"}, "says activation_fn geglu: not supported"),
-        ({"num_layers": "two"}, "says num_layers two: no whole number"),
+        ({"num_layers": "two"}, "says num_layers two: must be a whole number of at least 1"),
+        ({"patch_size": 0}, "says patch_size 0: must be a whole number of at least 1"),
         ({"register_tokens": 4}, "says register_tokens 4: not supported"),
         ({"num_layers": 3}, "it lacks transformer_blocks.2"),
         ({"_class_name": "Transformer2DModel", "norm_type": "layer_norm"}, "is not a DiT"),

@@ -94,7 +94,7 @@ def test_what_the_card_says_makes_diffusers_compute_the_same(trained, folder):
 
 
 def test_what_the_card_says_loads_it_here(folder):
-    said = code_of((folder / "README.md").read_text(), "It is\nloaded by")
+    said = code_of((folder / "README.md").read_text(), "## Here")
     names = {}
     exec(said.replace("PATH_OR_ID", str(folder)), names)
     assert names["found"].id == str(folder)

@@ -156,7 +156,8 @@ def wait_for(moment: str, folder: Path, out: Path, begun: float, rng: np.random.
 @pytest.mark.slow
 def test_fifty_kills_at_any_moment_leave_no_trace(forks, tmp_path):
     """Each restart goes on from the newest complete checkpoint."""
-    rng, hits, folder = np.random.default_rng(0), dict.fromkeys(MOMENTS, 0), tmp_path / "run"
+    rng, folder = np.random.default_rng(0), tmp_path / "run"
+    hits: dict[str, int] = dict.fromkeys(MOMENTS, 0)
     assert forks.run(*KILLED, "--run_dir", tmp_path / "whole")[0] == 0
     for _ in range(N_KILLS):
         there, begun, known = newest(folder), time.time(), (folder / "config.json").exists()

@@ -3,7 +3,7 @@ fresh, what does not fit is named.
 """
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 
 import jax
@@ -18,9 +18,11 @@ from towers import save_clip
 import export
 import parallel
 import warm_start
+from datasets_config import DATASET_CONFIGS
 from drawable import Drawable
 from errors import UserError
 from export import ExportConfig
+from latents import Encoding
 from model import graphdef, init_params, model_config
 from pretrained import transformer
 from train import TrainConfig, Trainer
@@ -50,8 +52,9 @@ def source(config=CONFIG, *, names=(), **settings):
     return Source(config, weights(config), {"dataset": {"label_names": names}} | settings, "there")
 
 
-def fit(start, config, names=()):
-    return fitted(start, config, names, lambda part: weights(config, seed=1)[part])
+def fit(start, config, names=(), encoding=None):
+    data = replace(DATASET_CONFIGS["digits"], label_names=tuple(names), encoding=encoding)
+    return fitted(start, config, data, lambda part: weights(config, seed=1)[part])
 
 
 def predicted(config, params, label=3):
@@ -277,6 +280,38 @@ def test_a_variance_comes_or_goes_and_the_rest_of_what_is_said_stays():
     back, notices = fit(replace(start, config=wider, params=params), CONFIG)
     assert_same(back, start.params)
     assert notices[1:] == ["it says 1 channels, and 2 there: the last are left out"]
+
+
+def test_latents_of_another_vae_are_spoken_of():
+    there = Encoding(
+        **dict.fromkeys(("dataset_name", "source", "precision"), ""),
+        image_size=64,
+        shape=(8, 8, 1),
+        vae="us/vae",
+        vae_hash="a",
+        scaling_factor=0.5,
+        shift_factor=0.0,
+        mirrored=False,
+        captions=False,
+    )
+    start = source()
+    start.settings["dataset"]["encoding"] = asdict(there)
+    for here, said in (
+        (there, []),
+        (replace(there, vae_hash="", vae="us/copy"), []),
+        (
+            replace(there, vae_hash="b", vae="an/other"),
+            ["of an/other, times 0.5, and those of us/vae, times 0.5 there"],
+        ),
+        (
+            replace(there, scaling_factor=0.4),
+            ["of us/vae, times 0.4, and those of us/vae, times 0.5 there"],
+        ),
+        (None, ["it learns pictures, and latents there"]),
+    ):
+        notices = fit(start, CONFIG, encoding=here)[1][1:]
+        assert len(notices) == len(said)
+        assert all(notice.endswith(end) for notice, end in zip(notices, said))
 
 
 # --- mistakes -------------------------------------------------------------------------------------
