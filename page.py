@@ -111,7 +111,7 @@ def build(models: Models) -> gr.Blocks:
                 return history(models.folder(name))
 
         def arrive() -> Any:
-            return gr.Dropdown(choices=models.names())
+            return gr.update(choices=models.names())
 
         page.load(arrive, None, model, **BESIDE)
         for happens in (page.load, model.change):
@@ -145,10 +145,10 @@ def form(drawable: Drawable) -> list[Any]:
     fitting = list(DESCENTS if settings.get("prediction") else SOLVERS)
     told = bool(model.text_width)
     return [
-        gr.Dropdown(choices=names, value=[], visible=bool(names), info="all, if none is chosen"),
-        gr.Textbox(visible=told),
-        gr.Textbox(visible=told),
-        gr.Dropdown(choices=fitting, value=settings["solver"]),
+        gr.update(choices=names, value=[], visible=bool(names), info="all, if none is chosen"),
+        gr.update(visible=told),
+        gr.update(visible=told),
+        gr.update(choices=fitting, value=settings["solver"]),
         *(gr.skip() for _ in range(3)),
         settings["cfg_scale"],
         settings["n_sample_steps"],
@@ -208,7 +208,7 @@ def draw_tab(models: Models, model: gr.Dropdown, fields: list[Any]) -> list[Any]
             # Gradio takes a copy before this goes on.
             with tempfile.TemporaryDirectory() as folder:
                 images.save_gif(frames, Path(folder) / "way.gif")
-                yield gr.Image(str(Path(folder) / "way.gif"), visible=True)
+                yield gr.update(value=str(Path(folder) / "way.gif"), visible=True)
 
     inputs = [model, n, steps, scale, *fields]
     draw.click(on_draw, inputs, gallery, **DEVICE)

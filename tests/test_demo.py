@@ -12,7 +12,10 @@ import time
 import pytest
 from browser import Visitor, browser
 from commands import NANO, SMALL, run, start
+from drawables import CLASSES, DDPM, NOTHING, SHAPE, SIGMA, drawable
 from test_faults import wait_until
+
+from model import model_config
 
 pytest.importorskip("gradio", reason="no Gradio: pip install -r requirements-demo.txt")
 pytestmark = pytest.mark.slow
@@ -184,6 +187,22 @@ def test_a_port_that_is_taken_is_said_in_one_line(runs, cache, url):
     done = run("demo.py", "--run", runs / "nano", "--port", port, cache=cache)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"no page can be opened at 127.0.0.1:{port}" in done.stderr
+
+
+def test_fields_fit_the_model():
+    from page import form
+
+    told = {"text_length": 5, "text_width": 6, "pooled_width": 4}
+    captions = model_config("MMDiT-Nano/4", **SHAPE, out_channels=1, n_classes=0, **told)
+    for config, settings, seen, solvers in (
+        (CLASSES, {}, (True, False, False), ["euler", "heun"]),
+        (SIGMA, DDPM, (True, False, False), ["ddpm", "ddim"]),
+        (NOTHING, {"cfg_scale": 1.0}, (False, False, False), ["euler", "heun"]),
+        (captions, {}, (False, True, True), ["euler", "heun"]),
+    ):
+        fields = form(drawable(config, **settings))
+        assert tuple(field["visible"] for field in fields[:3]) == seen
+        assert fields[3]["choices"] == solvers
 
 
 def test_a_bug_is_told_as_one_and_the_terminal_shows_it(capsys):
