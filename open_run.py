@@ -6,7 +6,7 @@ It trains nothing; of several processes the first one alone writes records and p
 
 import errno
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+import curves
+import film
 import images
 import parallel
 import processes
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from train import Trainer
 
 MOST_ROLLBACKS = 3
+FIGURES = "figures"  # of a run, a folder
 
 
 @contextmanager
@@ -163,6 +166,22 @@ class OpenRun:
             if len(sheets) > 1:
                 images.save_gif(sheets, folder / "trajectory.gif")
             self.tracker.image(t.step, t.SHOWS, sheets[-1])
+
+    def draw_records(self) -> None:
+        """The figures that need nothing but what is recorded. They never fail a run."""
+        t, folder = self.trainer, self.trainer.run_dir / FIGURES
+        if not processes.is_first():
+            return
+        figures: dict[str, Callable[[Path], None]] = {
+            curves.NAME: lambda path: curves.save(t.run_dir, path),
+            film.NAME: lambda path: film.save(t.run_dir / t.SHOWS, path, last=t.step),
+        }
+        for name, draw in figures.items():
+            try:
+                draw(folder / name)
+            except Exception as error:
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                self.tracker.message(f"{FIGURES}/{name} is not drawn: {reason}")
 
     def _finish_saving(self) -> None:
         """Wait for the last checkpoint: if it fails, that is said under its own step."""

@@ -1,5 +1,5 @@
-"""Sheets that compare what a model draws: by the scale of guidance, and from real pictures that
-were noised more or less.
+"""Sheets that compare what a model draws: by the scale of guidance, step by step, and from real
+pictures that were noised more or less.
 """
 
 from collections.abc import Sequence
@@ -41,6 +41,30 @@ def of_scales(
         rows=[f"cfg {scale:g}" for scale in scales],
         columns=subjects.captions or (),
     )
+
+
+def of_steps(
+    drawable: Drawable, subjects: Subjects, how: How, n_rows: int, **more: Any
+) -> Image.Image:
+    """The way from noise at up to `n_rows` times, evenly among the solver's steps: a row of what x
+    is there, and below it a row of what the model takes the picture for.
+    """
+    labels, told = subjects.rows(0, len(subjects.which))
+    found = drawable.sample(labels, how, trajectory=True, estimates=True, **told | more)
+    assert found.trajectory is not None and found.estimates is not None
+    steps = evenly(len(found.estimates), n_rows)
+    both = np.stack([found.trajectory[steps], found.estimates[steps]], axis=1)
+    times = how.sampler.times()[steps]
+    return images.table(
+        images.to_uint8(both.reshape(-1, *both.shape[2:])),
+        rows=[name for t in times for name in (f"x at t = {t:.2f}", "x0 prediction")],
+        columns=subjects.captions or (),
+    )
+
+
+def evenly(n: int, most: int) -> Int[np.ndarray, "m"]:
+    """Up to `most` of the places 0 … n − 1, evenly, the first and the last among them."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
 
 
 # --- from real pictures ---------------------------------------------------------------------------

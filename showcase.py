@@ -84,8 +84,10 @@ def farewell(trainer: "Trainer") -> str:
     return f"""
 Done: step {step}. Everything is in {run_dir}/
   {"samples/final.png":24} what the model draws; samples/trajectory.gif is its way from noise
+  {"figures/":24} curves.png, and progress.gif: the samples over time
   {"metrics.jsonl":24} losses, norms, speed; TensorBoard shows them from the same folder
   {checkpoint:24} weights, their average and the optimizer
 Next:
   python generate.py --run {run_dir}{prompts} --n 64 --out samples.png
+  python figures.py --run {run_dir}
   python train.py --resume --run_dir {run_dir} --n_steps {2 * step}"""

@@ -397,6 +397,7 @@ class Trainer:
                     break
             else:
                 run.show("final.png", gif=True)
+                run.draw_records()
                 run.tracker.message(self.farewell())
         stop.leave()
 

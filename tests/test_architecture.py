@@ -19,6 +19,7 @@ RANKS = {
     **dict.fromkeys(("processes", "lanes", "streams", "latents"), 0),
     **dict.fromkeys(("vae.losses", "pretrained.torch_file", "metrics.fid", "metrics.inception"), 0),
     **dict.fromkeys(("captions", "model", "sources", "pipeline", "tracking", "profiling"), 1),
+    **dict.fromkeys(("curves", "film", "weights_and_biases"), 1),
     **dict.fromkeys(("vae.autoencoder", "pretrained.weights", "pretrained.loose"), 1),
     "metrics.reference": 1,
     **dict.fromkeys(("checkpoint", "train_config", "showcase", "resident", "scaling"), 2),
@@ -26,11 +27,11 @@ RANKS = {
     "metrics.pictures": 2,
     "metrics.extraction": 3,
     **dict.fromkeys(("codec", "doctor", "drawing", "open_run", "train_vae_config"), 3),
-    **dict.fromkeys(("convert_imagenet", "drawable", "train", "train_profile"), 4),
+    **dict.fromkeys(("convert_imagenet", "drawable", "range_test", "train", "train_profile"), 4),
     **dict.fromkeys(("subjects", "train_vae"), 5),
     **dict.fromkeys(("drawn", "sheets"), 6),
     **dict.fromkeys(("evaluate", "generate_config"), 7),
-    "generate": 8,
+    **dict.fromkeys(("generate", "figures"), 8),
 }
 NEIGHBOURS = {
     ("pipeline", "captions"),
@@ -38,7 +39,7 @@ NEIGHBOURS = {
     ("drawing", "codec"),
     ("doctor", "codec"),
 }
-NEIGHBOURS |= {("train", "train_profile")}
+NEIGHBOURS |= {("train", "train_profile"), ("train", "range_test")}
 WINGS = ("metrics", "pretrained", "vae")
 FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))} | {
     f"{wing}.{path.stem}": path
@@ -101,7 +102,8 @@ def test_the_method_can_be_lifted_into_another_project(name):
     "name",
     (
         *("datasets_config", "sources", "streams", "lanes", "pipeline", "workers", "latents"),
-        *("images", "tracking", "text", "captions", "metrics.pictures"),
+        *("images", "tracking", "text", "captions", "metrics.pictures", "curves", "film"),
+        "weights_and_biases",
     ),
 )
 def test_data_and_pictures_know_nothing_of_jax(name):
