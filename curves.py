@@ -24,7 +24,7 @@ WIDTH, HEIGHT, DPI = 8.0, 5.4, 200  # inches; legible at half of its pixels
 BLUE, ORANGE, GREEN, GREY = "#2a6fbb", "#d9652b", "#2f8f5b", "#8a8a8a"
 # What is plotted in the first of the curves, as far as it is recorded.
 LOSSES = {"loss": ("training, mean since the last point", BLUE), "eval_loss": ("held out", ORANGE)}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -104,7 +104,7 @@ def draw(record: Record, *, title: str = "") -> "Figure":
     with matplotlib.rc_context(STYLE):
         figure = blank(height=HEIGHT if below else HEIGHT / 2)
         rows = [["loss"] * max(1, len(below)), *([below] if below else [])]
-        axes = figure.subplot_mosaic(rows)
+        axes: dict[str, Axes] = figure.subplot_mosaic(rows)  # pyright: ignore
         _losses(axes["loss"], record, title)
         if by_t:
             _loss_by_t(figure, axes["by_t"], record)

@@ -59,7 +59,7 @@ def opened(file: Path) -> Image.Image:
 
 
 def same_size(frames: list[Image.Image]) -> list[Image.Image]:
-    """A run that went on with other labels has other sheets: each on white, as large as the largest."""
+    """Sheets of other labels have other sizes: each on white, as large as the largest."""
     size = max(f.width for f in frames), max(f.height for f in frames)
     padded = []
     for frame in frames:

@@ -22,11 +22,12 @@ import parallel
 import processes
 import run_folder
 import tracking
+import weights_and_biases
 from checkpoint import Checkpoints, DiskFullError
 from errors import RunError, UserError
 from interrupts import Stop
 from pipeline import Batch
-from tracking import Silence, Throughput, Tracker
+from tracking import Silence, Sink, Throughput, Tracker
 
 if TYPE_CHECKING:
     from train import Trainer
@@ -46,9 +47,18 @@ def open_run(trainer: "Trainer", last: int) -> Iterator["OpenRun"]:
         trainer.damaged = []
         tracker = Silence()
         if processes.is_first():
-            tracker = Tracker(trainer.run_dir, start_step=trainer.step, n_steps=last)
+            how = {"start_step": trainer.step, "n_steps": last, "sinks": _sinks(trainer)}
+            tracker = Tracker(trainer.run_dir, **how)
         run = OpenRun(trainer, last, stack.enter_context(tracker), checkpoints, Throughput())
         yield run
+
+
+def _sinks(trainer: "Trainer") -> list[Sink]:
+    """Where it is recorded besides."""
+    if not (project := trainer.config.wandb_project):
+        return []
+    about = {"settings": trainer.describe(), "fresh": not trainer.step}
+    return [weights_and_biases.Sink(trainer.run_dir, project=project, **about)]
 
 
 def _take(trainer: "Trainer", stack: ExitStack) -> str:
@@ -73,6 +83,16 @@ class OpenRun:
     stop_was_asked: bool = False  # of any process, when that step was dispatched
     saving: int = 0  # the step of the last checkpoint, which may still be being written
     rollbacks: list[str] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """What comes before the first step."""
+        t = self.trainer
+        self.tracker.begin()
+        if t.config.overfit_batch:
+            sheet, path = t.batch_sheet(), t.run_dir / t.SHOWS / "batch.png"
+            if processes.is_first():
+                with self._full_disk_is_said(path):
+                    images.save_png(sheet, path)
 
     def batches(self) -> Iterator[Batch]:
         """Those up to the last step, from the trainer's position on, wherever that is moved to. Bad
