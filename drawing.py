@@ -111,7 +111,7 @@ class Sampler:
             return time_grid(self.n_steps, shift=self.shift, start=t)
         return diffusion.up_to(diffusion.chain(self.n_steps), t)
 
-    def times(self) -> Float[np.ndarray, "n+1"]:
+    def times(self) -> Float[np.ndarray, "times"]:
         """The time of each state on the way from pure noise to the data."""
         route = self.route()
         if isinstance(route, Chain):

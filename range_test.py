@@ -58,13 +58,22 @@ class RangeTest:
         return diverged(self.losses)
 
     @property
+    def _least(self) -> int:
+        return int(np.nanargmin(self.smoothed)) if np.isfinite(self.losses).any() else -1
+
+    @property
+    def least(self) -> float | None:
+        """The rate at which the smoothed loss is least."""
+        return float(self.rates[self._least]) if self._least >= 0 else None
+
+    @property
     def suggested(self) -> float | None:
         """The rate in the middle of the window (of a tenth of the test) in which the least-squares
         line of the loss over the logarithm of the rate falls most steeply, up to where the smoothed
         loss is least. None if it falls nowhere.
         """
         # What is beyond the least may fall again, from the height of a spike.
-        last = np.nanargmin(self.smoothed) + 1 if np.isfinite(self.losses).any() else 0
+        last = self._least + 1
         x, y = np.log10(self.rates[:last]), self.losses[:last]
         size = max(3, round(WINDOW * self.n_steps))
         slopes = [slope(x[i : i + size], y[i : i + size]) for i in range(last - size + 1)]
@@ -156,7 +165,8 @@ def write(found: RangeTest, path: Path) -> None:
     """All points, and what follows from them."""
     columns = {name: getattr(found, name).tolist() for name in ("rates", "losses", "smoothed")}
     columns = {name: [x if math.isfinite(x) else None for x in v] for name, v in columns.items()}
-    facts = {"suggested": found.suggested, "rule": RULE, "diverged": found.diverged}
+    facts = {"suggested": found.suggested, "rule": RULE, "least": found.least}
+    facts |= {"diverged": found.diverged}
     with run_folder.atomic(path) as file:
         file.write(json.dumps(facts | columns, allow_nan=False).encode() + b"\n")
 
@@ -167,7 +177,8 @@ def said(found: RangeTest, folder: Path) -> str:
     where = f"see {folder / 'loss.png'}"
     if found.suggested is None:
         return f"the loss fell at no rate of {LOWEST:g} … {HIGHEST:g} and {end}; {where}"
-    return f"--learning_rate {found.suggested:.1e} is {RULE}; it {end}; {where}"
+    least = f"is least at {found.least:.1e} and {end}"
+    return f"--learning_rate {found.suggested:.1e} is {RULE}; it {least}; {where}"
 
 
 def draw(found: RangeTest) -> "Figure":
@@ -187,6 +198,9 @@ def draw(found: RangeTest) -> "Figure":
         if found.suggested:
             label = f"{found.suggested:.1e}: steepest descent"
             ax.axvline(found.suggested, color=curves.ORANGE, lw=1.4, ls="--", label=label)
+        if found.least:
+            label = f"{found.least:.1e}: least"
+            ax.axvline(found.least, color=curves.GREY, lw=1.0, ls=":", label=label)
         ax.set_title("Loss as the learning rate rises")
         ax.set_xlabel("learning rate")
         ax.legend(loc="upper left", framealpha=0.9)

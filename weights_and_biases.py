@@ -56,7 +56,7 @@ class Sink:
         self._attempt(self._open)
         if self.run:
             kept = f"kept for: wandb sync {Path(self.run.dir).parent}"
-            say(f"Weights & Biases: {self.run.url or kept}")
+            say(f"Weights & Biases: {kept if self.run.offline else self.run.url}")
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Numbers by their tags."""
@@ -96,6 +96,7 @@ class Sink:
             self.run = wandb.init(**told)
         except Exception as error:
             self.say(f"Weights & Biases is not to be reached ({first_line(error)}): kept offline")
+            wandb.teardown()  # the process that failed keeps the id to itself
             self.run = wandb.init(**told, mode="offline")
 
     def _id(self) -> str:
