@@ -96,8 +96,8 @@ class TrainConfig:
             weights alone, before the run goes back to its last checkpoint.
         overfit_batch: train on the first batch alone, again and again, with fresh noise and times
             at each step, and evaluate on it: to see whether a model can learn. Its pictures are
-            samples/batch.png; samples should become these. The loss should fall far below that of
-            a run, to what is left at t near 1, where x does not tell yet which of them it is.
+            samples/batch.png, and samples should become these. The loss should fall towards 0, last
+            where t is near 0 and the noise that is asked for hardly shows.
         seed: of everything random.
         fsdp: devices that share one copy of the weights; 1 is plain data parallelism.
         distributed: join the other processes of a cluster's job (SLURM, Open MPI, Kubernetes, Cloud

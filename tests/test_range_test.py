@@ -9,8 +9,11 @@ from commands import NANO, SMALL, run
 
 import range_test
 import run_folder
+import train_config
+from datasets_config import DATASET_CONFIGS
 from errors import UserError
 from range_test import HIGHEST, LOWEST, RangeTest, diverged, exponential, rising, smoothed
+from train_config import TrainConfig
 
 N = 300
 
@@ -98,7 +101,16 @@ def test_the_command_tells_a_rate_and_leaves_no_run(tmp_path, cache):
     run_folder.require_new(folder)  # a run may begin here
     with pytest.raises(UserError, match="is not a run"):
         run_folder.read_config(folder)
-    for other, words in (("--resume", ["--resume"]), ("--profile", ["--profile"])):
-        wrong = run(NANO, "--lr_range_test", *words, "--run_dir", folder, cache=cache)
-        assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1
-        assert other in wrong.stderr or "is not a run" in wrong.stderr
+
+
+@pytest.mark.parametrize("other", ["resume", "profile"])
+def test_it_is_of_fresh_weights_and_nothing_else(other):
+    asked = TrainConfig(lr_range_test=50, **{other: True})
+    how = {"n_rows": 100, "n_devices": 1, "platform": "cpu"}
+    with pytest.raises(UserError, match=f"and then stops: drop --{other}"):
+        train_config.resolve(asked, DATASET_CONFIGS["digits"], **how)
+
+
+def test_it_takes_some_steps():
+    with pytest.raises(UserError, match="--lr_range_test 5: it takes at least 20 steps"):
+        range_test.range_test(None, 5)  # pyright: ignore
