@@ -30,7 +30,8 @@ from open_run import FIGURES
 from run_folder import unwritable
 from subjects import Subjects
 
-COLUMNS = 10
+# Of a row: as many pictures as a page shows at a size at which their names can be read.
+COLUMNS, COLUMNS_OF_LARGE, SMALL_SIDE, SIDE = 10, 6, 64, 128
 ROWS_OF_FILM = 2  # where there are classes to fill them
 ROWS_OF_STEPS = 6
 MOST_FRAMES = 51
@@ -158,18 +159,25 @@ def subject_words(config: FiguresConfig, drawable: Drawable) -> list[str]:
     if c.prompts:
         raise UserError("this run was trained without captions; choose classes by --labels")
     drawing.label_ids(c.labels, names, n_classes)
-    spread = sheets.evenly(n_classes, COLUMNS).tolist() if n_classes else []
+    spread = sheets.evenly(n_classes, columns(drawable)).tolist() if n_classes else []
     return list(c.labels) or [names[i] if names else str(i) for i in spread]
+
+
+def columns(drawable: Drawable) -> int:
+    """Pictures of a row, where they are not named."""
+    encoding = drawable.encoding
+    side = encoding.image_size if encoding else drawable.model.image_size
+    return COLUMNS if side <= SMALL_SIDE else COLUMNS_OF_LARGE
 
 
 def row_of(config: FiguresConfig, drawable: Drawable, words: list[str]) -> Subjects:
     """One picture of each. Raises UserError if captions are not to be had, or not to be encoded."""
-    n, seed = len(words) or COLUMNS, config.seed
+    n, seed = len(words) or columns(drawable), config.seed
     if not drawable.model.text_width:
         return subjects.of_labels(drawable, words, n, seed=seed)
     if not words:
         captions = sheets.evaluation_split(drawable).captions
-        words = list(dict.fromkeys(several[0] for several in captions))[:COLUMNS]
+        words = list(dict.fromkeys(several[0] for several in captions))[:n]
     return subjects.of_prompts(drawable, words, len(words), seed=seed)
 
 
@@ -190,19 +198,21 @@ def trajectory(scene: Scene, path: Path) -> None:
     drawable, row, how, _ = scene
     of = row._replace(which=np.tile(row.which, ROWS_OF_FILM))
     labels, told = of.rows(0, len(of.which))
-    states = drawable.sample(labels, how, trajectory=True, **told).trajectory
+    told |= {"trajectory": True, "codec": None}  # only what is shown is decoded
+    states = drawable.sample(labels, how, **told).trajectory
     assert states is not None
     times, frames = how.sampler.times(), []
     for i in sheets.evenly(len(states), MOST_FRAMES):
-        x, t = images.to_uint8(states[i]), float(times[i])
+        x = images.reduced(images.to_uint8(sheets.decoded(drawable, states[i])), SIDE)
         sheet = images.grid(x, columns=len(row.which), captions=of.captions)
+        t = float(times[i])
         frames.append(images.headed(sheet, f"t = {t:.2f}", share=1 - t))
     images.save_gif(frames, path)
 
 
 def x0(scene: Scene, path: Path) -> None:
     """What the model takes x for on that way."""
-    sheet = sheets.of_steps(scene.drawable, scene.row, scene.how, ROWS_OF_STEPS)
+    sheet = sheets.of_steps(scene.drawable, scene.row, scene.how, ROWS_OF_STEPS, side=SIDE)
     images.save_png(sheet, path)
 
 
@@ -211,7 +221,7 @@ def cfg_sweep(scene: Scene, path: Path) -> None:
     drawable, row, how, c = scene
     if not (drawable.model.n_classes or drawable.model.text_width):
         raise UserError("an unconditional model has no label to be guided by")
-    images.save_png(sheets.of_scales(drawable, row, how, c.cfg_sweep), path)
+    images.save_png(sheets.of_scales(drawable, row, how, c.cfg_sweep, side=SIDE), path)
 
 
 def denoising(scene: Scene, path: Path) -> None:
@@ -219,7 +229,8 @@ def denoising(scene: Scene, path: Path) -> None:
     drawable, row, how, c = scene
     ids = np.asarray(row.told)[row.which].tolist() if drawable.model.n_classes else []
     real = sheets.real_pictures(drawable, ids, len(row.which))
-    images.save_png(sheets.of_times(drawable, real, how, c.denoise, seed=c.seed), path)
+    told = {"seed": c.seed, "side": SIDE}
+    images.save_png(sheets.of_times(drawable, real, how, c.denoise, **told), path)
 
 
 OF_RECORDS = {curves.NAME: curves.save, film.NAME: progress}

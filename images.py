@@ -62,6 +62,20 @@ def to_uint8(x: Float[np.ndarray, "*n h w c"]) -> UInt8[np.ndarray, "*n h w c"]:
     return np.rint(np.clip((x + 1) * 127.5, 0, 255)).astype(np.uint8)
 
 
+def reduced(
+    images: UInt8[np.ndarray, "*n h w c"], side: int | None
+) -> UInt8[np.ndarray, "*n a b c"]:
+    """Pictures of at most `side` pixels to a side, for sheets of many: the means of squares."""
+    height, width, channels = images.shape[-3:]
+    factor = math.ceil(max(height, width) / side) if side else 1
+    if factor == 1:
+        return images
+    a, b = height // factor, width // factor
+    cut = images[..., : a * factor, : b * factor, :]
+    squares = cut.reshape(*images.shape[:-3], a, factor, b, factor, channels)
+    return np.rint(squares.mean(axis=(-4, -2))).astype(np.uint8)
+
+
 def grid(
     images: UInt8[np.ndarray, "n h w c"],
     *,

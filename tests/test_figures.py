@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +12,15 @@ from test_curves import record
 from test_curves import sheets as put_sheets
 
 import figures
+import images
 import sheets
 import subjects
 from drawable import Drawable, Wishes
 from drawing import Sampler
 from errors import UserError
 from figures import FiguresConfig
+from model import model_config
+from text import Caption
 
 FEW = {"n_steps": 3, "cfg_sweep": (1.0, 2.0), "denoise": (0.5,)}
 OF_RECORDS = ["curves.png", "progress.gif"]
@@ -55,6 +59,7 @@ def test_all_of_a_run_with_classes(command, tmp_path):
     assert all(640 < size(out / name)[0] < 860 for name in OF_WEIGHTS)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_had_is_left_out_with_a_line(command):
     drawn, left_out = command(drawable(NOTHING, conditioning="none", cfg_scale=1.0))
     assert drawn == {*OF_RECORDS, *OF_WEIGHTS} - {"cfg_sweep.png"}
@@ -93,6 +98,65 @@ def test_a_mistake_ends_before_anything_is_drawn(command, tmp_path, flags, messa
     with pytest.raises(UserError, match=message):
         command(drawable(), **flags)
     assert not (tmp_path / "run" / "figures").exists()
+
+
+CAPTIONS = model_config(
+    "DiT-Nano/8",
+    image_size=8,
+    channels=1,
+    out_channels=1,
+    n_classes=0,
+    block="cross_attention",
+    text_length=4,
+    text_width=6,
+    pooled_width=4,
+)
+
+
+def test_captions_are_those_named_or_of_the_evaluation_split(monkeypatch):
+    split = SimpleNamespace(captions=[("a cat",), ("a cat", "one cat"), ("two dogs",)])
+    monkeypatch.setattr(sheets, "evaluation_split", lambda _: split)
+
+    def encode(_, captions):
+        n = len(captions)
+        return Caption(np.ones((n, 4, 6), "f4"), np.ones((n, 4), bool), np.ones((n, 4), "f4"))
+
+    monkeypatch.setattr(Drawable, "encode", encode)
+    of = drawable(CAPTIONS, conditioning="text")
+    for prompts, names in (((), ["a cat", "two dogs"]), (("a hat",), ["a hat"])):
+        config = FiguresConfig(run=Path("run"), prompts=prompts)
+        row = figures.row_of(config, of, figures.subject_words(config, of))
+        assert row.captions == names
+    with pytest.raises(UserError, match=r"say what to draw by --prompts"):
+        figures.subject_words(FiguresConfig(run=Path("run"), labels=("3",)), of)
+
+
+def test_captions_that_cannot_be_encoded_leave_the_curves(command, monkeypatch):
+    def encode(*_):
+        raise UserError("the text tower is not to be had")
+
+    monkeypatch.setattr(Drawable, "encode", encode)
+    drawn, left_out = command(drawable(CAPTIONS, conditioning="text"), prompts=("a cat",))
+    assert drawn == set(OF_RECORDS)
+    assert len(left_out) == 1 and left_out[0].endswith("the text tower is not to be had")
+
+
+def test_large_pictures_are_reduced_to_their_means():
+    squares = np.array([[0, 100], [200, 50]], np.uint8)
+    large = np.kron(squares, np.ones((130, 130), np.uint8))[None, ..., None]
+    large[0, 0, 0] = 255  # a point of a square hardly changes its mean
+    small = images.reduced(large, 128)
+    assert small.shape == (1, 86, 86, 1)
+    assert images.reduced(small, 128) is small and images.reduced(small, None) is small
+    np.testing.assert_array_equal(small[0, [0, 0, -1, -1], [1, -1, 0, -1], 0], squares.ravel())
+
+
+def test_a_bar_tells_how_far_a_film_is():
+    frame = np.asarray(images.headed(Image.new("RGB", (108, 20)), "step 50 of 100", share=0.5))
+    row = frame[-20 - 1]  # the last above the picture
+    blue, grey = ((row == colour).all(axis=1).sum() for colour in ((42, 111, 187), (221,) * 3))
+    assert (blue, grey) == (50, 50)
+    assert (frame[-20:] == 0).all() and images.headed(Image.new("L", (9, 9)), "").size == (9, 34)
 
 
 # --- the sheet of steps ---------------------------------------------------------------------------

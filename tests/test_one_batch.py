@@ -21,7 +21,7 @@ def grey(path) -> np.ndarray:
         return np.asarray(picture.convert("L"), int)
 
 
-ONE = replace(TINY, model="DiT-Nano/4", overfit_batch=True)
+ONE = replace(TINY, overfit_batch=True)
 
 
 def test_every_batch_is_the_first():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ def test_the_command_tells_a_rate_and_leaves_no_run(tmp_path, cache):
 
 @pytest.mark.parametrize("other", ["resume", "profile"])
 def test_it_is_of_fresh_weights_and_nothing_else(other):
-    asked = TrainConfig(lr_range_test=50, **{other: True})
+    asked = replace(TrainConfig(lr_range_test=50), **{other: True})
     how = {"n_rows": 100, "n_devices": 1, "platform": "cpu"}
     with pytest.raises(UserError, match=f"and then stops: drop --{other}"):
         train_config.resolve(asked, DATASET_CONFIGS["digits"], **how)
