@@ -83,7 +83,7 @@ FILLED |= {"fsdp": "the run's own, as far as there are so many"}
 
 
 class Scene(NamedTuple):
-    """What a run's pictures are drawn from, of what and how: one of each subject in a row."""
+    """What a run's pictures are drawn from, of what and how: as many subjects as stand in a row."""
 
     drawable: Drawable
     row: Subjects
@@ -136,7 +136,7 @@ def check(config: FiguresConfig) -> None:
         raise UserError("--cfg_sweep: name a scale besides 1, which is no guidance")
     if wrong := [t for t in config.denoise if not 0 < t <= 1]:
         raise UserError(f"--denoise {wrong[0]:g}: a time must be above 0 and at most 1")
-    n = len(config.labels or config.prompts) or COLUMNS
+    n = max(len(config.labels or config.prompts), COLUMNS)
     n_rows = max(len(config.cfg_sweep), 1 + 2 * len(config.denoise), 2 * ROWS_OF_STEPS)
     if n * n_rows > MOST_SHOWN:
         raise UserError(f"a sheet of {n * n_rows} pictures is more than {MOST_SHOWN}")
@@ -164,21 +164,25 @@ def subject_words(config: FiguresConfig, drawable: Drawable) -> list[str]:
 
 
 def columns(drawable: Drawable) -> int:
-    """Pictures of a row, where they are not named."""
+    """Pictures of a row, if no more are named."""
     encoding = drawable.encoding
     side = encoding.image_size if encoding else drawable.model.image_size
     return COLUMNS if side <= SMALL_SIDE else COLUMNS_OF_LARGE
 
 
 def row_of(config: FiguresConfig, drawable: Drawable, words: list[str]) -> Subjects:
-    """One picture of each. Raises UserError if captions are not to be had, or not to be encoded."""
-    n, seed = len(words) or columns(drawable), config.seed
-    if not drawable.model.text_width:
-        return subjects.of_labels(drawable, words, n, seed=seed)
-    if not words:
+    """A picture of each, or as many as fill a row.
+
+    Raises:
+        UserError: captions are not to be had, or not to be encoded.
+    """
+    n, seed, text = columns(drawable), config.seed, drawable.model.text_width
+    if text and not words:
         captions = sheets.evaluation_split(drawable).captions
         words = list(dict.fromkeys(several[0] for several in captions))[:n]
-    return subjects.of_prompts(drawable, words, len(words), seed=seed)
+    if words:
+        n = max(1, n // len(words)) * len(words)
+    return (subjects.of_prompts if text else subjects.of_labels)(drawable, words, n, seed=seed)
 
 
 # --- figures of records ---------------------------------------------------------------------------

@@ -123,7 +123,10 @@ def test_captions_are_those_named_or_of_the_evaluation_split(monkeypatch):
 
     monkeypatch.setattr(Drawable, "encode", encode)
     of = drawable(CAPTIONS, conditioning="text")
-    for prompts, names in (((), ["a cat", "two dogs"]), (("a hat",), ["a hat"])):
+    for prompts, names in (
+        ((), ["a cat"] * 5 + ["two dogs"] * 5),  # they fill a row
+        (tuple("abcdefg"), list("abcdefg")),
+    ):
         config = FiguresConfig(run=Path("run"), prompts=prompts)
         row = figures.row_of(config, of, figures.subject_words(config, of))
         assert row.captions == names
