@@ -165,7 +165,7 @@ def headed(image: Image.Image, text: str, *, share: float | None = None) -> Imag
         for part, colour in ((1.0, BAR_REST), (share, BAR)):
             right = GAP + round(length * part) - 1
             if right >= GAP:
-                draw.rectangle((GAP, top - GAP // 2, right, top), fill=colour)
+                draw.rectangle((GAP, top - 1 - GAP // 2, right, top - 1), fill=colour)
     return sheet
 
 
