@@ -95,7 +95,7 @@ class TrainConfig:
         nan_patience: steps in a row without a finite loss and gradient, each of which leaves the
             weights alone, before the run goes back to its last checkpoint.
         overfit_batch: train on the first batch alone, again and again, with fresh noise and times
-            at each step, and evaluate on it: to see whether a model can learn. Its pictures are
+            at each step, and evaluate on it, to see whether a model can learn. Its pictures are
             samples/batch.png, and samples should become these. The loss should fall towards 0, last
             where t is near 0 and the noise that is asked for hardly shows.
         seed: of everything random.
