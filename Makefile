@@ -66,7 +66,8 @@ install: .venv/installed
 	$(PIP) -r requirements.txt
 	touch $@
 
-.venv/installed-dev: requirements-dev.txt requirements-text.txt requirements-bench.txt requirements-demo.txt .venv/installed
+.venv/installed-dev: requirements-dev.txt requirements-text.txt requirements-bench.txt requirements-demo.txt \
+		requirements-wandb.txt .venv/installed
 	$(PIP) -r requirements-dev.txt
 	touch $@
 

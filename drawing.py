@@ -111,6 +111,13 @@ class Sampler:
             return time_grid(self.n_steps, shift=self.shift, start=t)
         return diffusion.up_to(diffusion.chain(self.n_steps), t)
 
+    def times(self) -> Float[np.ndarray, "times"]:
+        """The time of each state on the way from pure noise to the data."""
+        route = self.route()
+        if isinstance(route, Chain):
+            return np.append(route.step[::-1] / diffusion.N_STEPS, 0.0)
+        return np.asarray(route)
+
     def begins_at(self, t: float) -> float:
         """The time at which `route` begins."""
         if self.prediction is None:

@@ -19,6 +19,7 @@ from errors import UserError
 GAP = 4  # pixels between the pictures of a grid
 FONT_SIZE = 13
 MOST_LINES = 3  # of a caption
+BAR, BAR_REST = "#2a6fbb", "#dddddd"
 DEPTH_16 = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 OPAQUE = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
 
@@ -59,6 +60,20 @@ def to_uint8(x: Float[np.ndarray, "*n h w c"]) -> UInt8[np.ndarray, "*n h w c"]:
     """[-1, 1] to 0 … 255, clipped and rounded to the nearest; the inverse of v / 127.5 − 1."""
     x = np.asarray(x, np.float32)
     return np.rint(np.clip((x + 1) * 127.5, 0, 255)).astype(np.uint8)
+
+
+def reduced(
+    images: UInt8[np.ndarray, "*n h w c"], side: int | None
+) -> UInt8[np.ndarray, "*n a b c"]:
+    """Pictures of at most `side` pixels to a side, for sheets of many: the means of squares."""
+    height, width, channels = images.shape[-3:]
+    factor = math.ceil(max(height, width) / side) if side else 1
+    if factor == 1:
+        return images
+    a, b = height // factor, width // factor
+    cut = images[..., : a * factor, : b * factor, :]
+    squares = cut.reshape(*images.shape[:-3], a, factor, b, factor, channels)
+    return np.rint(squares.mean(axis=(-4, -2))).astype(np.uint8)
 
 
 def grid(
@@ -132,6 +147,25 @@ def table(
             draw.text(
                 (middle, top - above * line_height), line, fill="black", font=font, anchor="md"
             )
+    return sheet
+
+
+def headed(image: Image.Image, text: str, *, share: float | None = None) -> Image.Image:
+    """The image under a line of text and, with `share` in 0 … 1, a bar of that part of its width:
+    a frame of a film that tells how far it is.
+    """
+    font = ImageFont.load_default(size=FONT_SIZE)
+    top = FONT_SIZE + 3 * GAP
+    sheet = Image.new("RGB", (image.width, top + image.height), "white")
+    sheet.paste(image, (0, top))
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, GAP), _fit(text, width=image.width - 2 * GAP, font=font), "black", font=font)
+    if share is not None:
+        length = image.width - 2 * GAP
+        for part, colour in ((1.0, BAR_REST), (share, BAR)):
+            right = GAP + round(length * part) - 1
+            if right >= GAP:
+                draw.rectangle((GAP, top - 1 - GAP // 2, right, top - 1), fill=colour)
     return sheet
 
 

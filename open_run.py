@@ -6,7 +6,7 @@ It trains nothing; of several processes the first one alone writes records and p
 
 import errno
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,21 +15,25 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+import curves
+import film
 import images
 import parallel
 import processes
 import run_folder
 import tracking
+import weights_and_biases
 from checkpoint import Checkpoints, DiskFullError
 from errors import RunError, UserError
 from interrupts import Stop
 from pipeline import Batch
-from tracking import Silence, Throughput, Tracker
+from tracking import Silence, Sink, Throughput, Tracker
 
 if TYPE_CHECKING:
     from train import Trainer
 
 MOST_ROLLBACKS = 3
+FIGURES = "figures"  # of a run, a folder
 
 
 @contextmanager
@@ -43,9 +47,18 @@ def open_run(trainer: "Trainer", last: int) -> Iterator["OpenRun"]:
         trainer.damaged = []
         tracker = Silence()
         if processes.is_first():
-            tracker = Tracker(trainer.run_dir, start_step=trainer.step, n_steps=last)
+            how = {"start_step": trainer.step, "n_steps": last, "sinks": _sinks(trainer)}
+            tracker = Tracker(trainer.run_dir, **how)
         run = OpenRun(trainer, last, stack.enter_context(tracker), checkpoints, Throughput())
         yield run
+
+
+def _sinks(trainer: "Trainer") -> list[Sink]:
+    """Where it is recorded besides."""
+    if not (project := trainer.config.wandb_project):
+        return []
+    about = {"settings": trainer.describe(), "fresh": not trainer.step}
+    return [weights_and_biases.Sink(trainer.run_dir, project=project, **about)]
 
 
 def _take(trainer: "Trainer", stack: ExitStack) -> str:
@@ -70,6 +83,16 @@ class OpenRun:
     stop_was_asked: bool = False  # of any process, when that step was dispatched
     saving: int = 0  # the step of the last checkpoint, which may still be being written
     rollbacks: list[str] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """What comes before the first step."""
+        t = self.trainer
+        self.tracker.begin()
+        if t.config.overfit_batch:
+            sheet, path = t.batch_sheet(), t.run_dir / t.SHOWS / "batch.png"
+            if processes.is_first():
+                with self._full_disk_is_said(path):
+                    images.save_png(sheet, path)
 
     def batches(self) -> Iterator[Batch]:
         """Those up to the last step, from the trainer's position on, wherever that is moved to. Bad
@@ -184,6 +207,22 @@ class OpenRun:
             if bool(parallel.any_process(bool(stop), self.trainer.mesh)):
                 return
             yield batch
+
+    def draw_records(self) -> None:
+        """The figures that need nothing but what is recorded. They never fail a run."""
+        t, folder = self.trainer, self.trainer.run_dir / FIGURES
+        if not processes.is_first():
+            return
+        figures: dict[str, Callable[[Path], None]] = {
+            curves.NAME: lambda path: curves.save(t.run_dir, path),
+            film.NAME: lambda path: film.save(t.run_dir / t.SHOWS, path, last=t.step),
+        }
+        for name, draw in figures.items():
+            try:
+                draw(folder / name)
+            except Exception as error:
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                self.tracker.message(f"{FIGURES}/{name} is not drawn: {reason}")
 
     def _finish_saving(self) -> None:
         """Wait for the last checkpoint: if it fails, that is said under its own step."""

@@ -5,6 +5,7 @@ It knows nothing of devices, floats or training, and never imports JAX.
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 from collections.abc import Generator, Iterator, Sequence
@@ -101,6 +102,7 @@ class Pipeline:
         in_memory: bool | None = None,
         shuffle_buffer: int = 10_000,
         encoded: CaptionStore | None = None,
+        one_batch: bool = False,
     ):
         """Decodes the whole set when it is held.
 
@@ -111,12 +113,15 @@ class Pipeline:
             in_memory: None to hold sets of at most `HELD_BYTES` that are not streamed.
             shuffle_buffer: rows of a streamed set that are mixed at a time.
             encoded: of a source with captions.
+            one_batch: let the batch of every step be the first, flips and captions and all; also
+                in an evaluation.
         """
         if batch_size < 1 or batch_size % n_processes:
             raise UserError(
                 f"batch_size {batch_size} must be a multiple of {n_processes} processes"
             )
         self.source, self.batch_size, self.seed = source, batch_size, seed
+        self.one_batch = one_batch
         self.process_index, self.n_processes = process_index, n_processes
         n_cpus = os.cpu_count() or 1
         self.n_workers = min(16, max(1, n_cpus // 2)) if n_workers is None else n_workers
@@ -162,7 +167,7 @@ class Pipeline:
         self, step: int, row: Int64[np.ndarray, "b"]
     ) -> Iterator[tuple[int, Int64[np.ndarray, "n"]]]:
         """The epochs that rows of a global batch lie in, with their places in each."""
-        n = len(self.source.train)
+        n, step = len(self.source.train), 0 if self.one_batch else step
         positions = step * self.batch_size + row
         for epoch in range(positions[0] // n, positions[-1] // n + 1):
             yield epoch, positions[positions // n == epoch] % n
@@ -171,9 +176,19 @@ class Pipeline:
         """This process's part of a global batch."""
         return np.array_split(np.arange(batch_size), self.n_processes)[self.process_index]
 
-    def _draw(self, step: int) -> Draw:
-        """This process's rows of the batch of `step`."""
-        row, n = self._mine(self.batch_size), len(self.source.train)
+    def labels(self, step: int) -> list[int] | list[str]:
+        """What the rows of the global batch of `step` are told: ids of classes, or captions."""
+        train, n, rows = self.source.train, len(self.source.train), self.rows(step)
+        if not self.encoded:
+            return train.labels[rows].tolist()
+        epochs = self._epochs(step, np.arange(self.batch_size))
+        draws = np.concatenate([uniforms(self.seed, epoch, n)[places] for epoch, places in epochs])
+        several = [train.captions[row] for row in rows]
+        return [captions[int(u * len(captions))] for captions, u in zip(several, draws)]
+
+    def _draw(self, step: int, row: Int64[np.ndarray, "b"] | None = None) -> Draw:
+        """This process's rows of the batch of `step`, or these ones."""
+        row, n = self._mine(self.batch_size) if row is None else row, len(self.source.train)
         epochs = list(self._epochs(step, row))
         rows = np.concatenate([self.order(epoch)[places] for epoch, places in epochs])
         mirrored = np.concatenate([self.flips(epoch)[places] for epoch, places in epochs])
@@ -194,6 +209,10 @@ class Pipeline:
         """This process's rows of the batch of `step`, half of it mirrored if the set allows."""
         return self._decoders["train"](self._draw(step))
 
+    def first_rows(self, step: int, n: int) -> Batch:
+        """The first n of the global batch of `step`, in every process."""
+        return self._decoders["train"](self._draw(step, np.arange(min(n, self.batch_size))))
+
     def train_batches(self, start: int, stop: int) -> Generator[Batch]:
         """`train_batch` of the steps start … stop − 1, decoded ahead of time where that takes long.
 
@@ -204,6 +223,9 @@ class Pipeline:
             RunError: a worker process dies over the same rows again and again.
         """
         decoder = self._decoders["train"]
+        if self.one_batch:
+            yield from itertools.repeat(self.train_batch(0), stop - start)
+            return
         if decoder.held is not None:
             yield from map(self.train_batch, range(start, stop))
             return
@@ -225,6 +247,9 @@ class Pipeline:
         """The same n batches on every call: a fixed mix of the evaluation rows, never mirrored,
         with the first of their captions.
         """
+        if self.one_batch:
+            yield from itertools.repeat(self.train_batch(0), n)
+            return
         size = batch_size or self.batch_size
         row, decoder = self._mine(size), self._decoders["eval"]
         # Shuffled, because the first rows of a set are often all of one class.

@@ -21,6 +21,7 @@ RUNS = Path("runs")
 CONFIG = "config.json"
 TRAIN = "train.py"  # whose runs do not say in their config.json which command they are of
 TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")  # .NAME.PID.tmp: two processes never share one
+NO_RUN = ("profile", "lr_range_test")  # folders of what is measured without one
 NEEDED = ("dataset_name", "model", "model_config", "dataset")
 
 
@@ -53,12 +54,12 @@ def newest(
 def require_new(run_dir: Path) -> None:
     """Raises UserError if the folder is in use: a run is new or resumed, never mixed.
 
-    A profile, which needs no run, may lie there already, and what a process left that was killed
-    before it wrote anything whole.
+    What needs no run (a profile, a range test) may lie there already, and what a process left that
+    was killed before it wrote anything whole.
     """
 
     def is_nothing(path: Path) -> bool:
-        return path.name == "profile" or bool(TEMPORARY.fullmatch(path.name))
+        return path.name in NO_RUN or bool(TEMPORARY.fullmatch(path.name))
 
     if run_dir.exists() and not (run_dir.is_dir() and all(map(is_nothing, run_dir.iterdir()))):
         raise UserError(

@@ -1,5 +1,5 @@
-"""Sheets that compare what a model draws: by the scale of guidance, and from real pictures that
-were noised more or less.
+"""Sheets that compare what a model draws: by the scale of guidance, step by step, and from real
+pictures that were noised more or less.
 """
 
 from collections.abc import Sequence
@@ -28,19 +28,67 @@ OF_DATA = (
 
 
 def of_scales(
-    drawable: Drawable, subjects: Subjects, how: How, scales: Sequence[float], **more: Any
+    drawable: Drawable,
+    subjects: Subjects,
+    how: How,
+    scales: Sequence[float],
+    *,
+    side: int | None = None,
+    **more: Any,
 ) -> Image.Image:
-    """A row of pictures for every scale of guidance, the noise of each column being the same."""
+    """A row of pictures for every scale of guidance, the noise of each column being the same.
+
+    Args:
+        side: pixels to a side that pictures are reduced to, if they have more.
+        more: of `drawing.sample`.
+    """
     labels, told = subjects.rows(0, len(subjects.which))
     rows = []
     for scale in scales:
         guided = told if scale != 1 else told | {"negative": None}
         rows.append(drawable.sample(labels, how.at(scale), **guided | more).x)
     return images.table(
-        images.to_uint8(np.stack(rows)),
+        images.reduced(images.to_uint8(np.stack(rows)), side),
         rows=[f"cfg {scale:g}" for scale in scales],
         columns=subjects.captions or (),
     )
+
+
+def of_steps(
+    drawable: Drawable,
+    subjects: Subjects,
+    how: How,
+    n_rows: int,
+    *,
+    side: int | None = None,
+    **more: Any,
+) -> Image.Image:
+    """The way from noise at up to `n_rows` times, evenly among the solver's steps: a row of what x
+    is there, and below it a row of what the model takes the picture for. See `of_scales`.
+    """
+    labels, told = subjects.rows(0, len(subjects.which))
+    more |= {"trajectory": True, "estimates": True, "codec": None}  # few of them will be decoded
+    found = drawable.sample(labels, how, **told | more)
+    assert found.trajectory is not None and found.estimates is not None
+    steps = evenly(len(found.estimates), n_rows)
+    both = np.stack([found.trajectory[steps], found.estimates[steps]], axis=1)
+    times = how.sampler.times()[steps]
+    x = decoded(drawable, both.reshape(-1, *both.shape[2:]))
+    return images.table(
+        images.reduced(images.to_uint8(x), side),
+        rows=[name for t in times for name in (f"x at t = {t:.2f}", "x0 prediction")],
+        columns=subjects.captions or (),
+    )
+
+
+def decoded(drawable: Drawable, x: Float[np.ndarray, "*n h w c"]) -> Float[np.ndarray, "*n H W C"]:
+    """What a model draws as pictures in −1 … 1."""
+    return drawable.codec.decode(x) if drawable.codec else x
+
+
+def evenly(n: int, most: int) -> Int[np.ndarray, "m"]:
+    """Up to `most` of the places 0 … n − 1, evenly, the first and the last among them."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
 
 
 # --- from real pictures ---------------------------------------------------------------------------
@@ -113,11 +161,17 @@ def chosen(split: Split, ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:
 
 
 def of_times(
-    drawable: Drawable, real: Real, how: How, times: Sequence[float], **more: Any
+    drawable: Drawable,
+    real: Real,
+    how: How,
+    times: Sequence[float],
+    *,
+    side: int | None = None,
+    **more: Any,
 ) -> Image.Image:
     """Real pictures in the first row; for each time two more: noised up to there, and what the
     model draws from that. DDPM begins at the step nearest to the time, which is the one that is
-    named.
+    named. See `of_scales`.
     """
     rows, names = [real.data], ["real"]
     for t in times:
@@ -127,6 +181,5 @@ def of_times(
         assert found.trajectory is not None
         rows += [found.trajectory[0], found.x]
         names += [f"noised, t = {how.sampler.begins_at(t):.3g}", "drawn from it"]
-    x, codec = np.stack(rows), drawable.codec
-    x = codec.decode(x) if codec else x
-    return images.table(images.to_uint8(x), rows=names, columns=real.names)
+    x = images.reduced(images.to_uint8(decoded(drawable, np.stack(rows))), side)
+    return images.table(x, rows=names, columns=real.names)

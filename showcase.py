@@ -23,8 +23,10 @@ COLUMNS = 10
 
 def labels(trainer: "Trainer") -> list[int] | list[str]:
     """The labels of a sheet: up to ten classes, spread over all, or captions of the evaluation
-    split; four rows of them. Without either, the null label.
+    split; four rows of them. Without either, the null label. Of a run on one batch, its own.
     """
+    if trainer.config.overfit_batch:
+        return trainer.data.labels(0)[: ROWS * COLUMNS]
     if trainer.encoded:
         captions = dict.fromkeys(several[0] for several in trainer.source.eval.captions)
         return list(captions)[:COLUMNS] * ROWS
@@ -52,9 +54,10 @@ def greeting(trainer: "Trainer", last: int) -> str:
     n_params = sum(x.size for x in jax.tree.leaves(trainer.state.params))
     devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
     begin = f"going on at step {trainer.step}" if trainer.step else "starting"
+    n_rows = f"the first {c.batch_size} of " * c.overfit_batch + str(len(source.train))
     return (
         f"{c.model}, {n_params / 1e6:.3g} M parameters, {m.dtype}, on {devices}\n"
-        f"{source.config.name}: {len(source.train)} training {subject(trainer)} of "
+        f"{source.config.name}: {n_rows} training {subject(trainer)} of "
         f"{m.image_size}×{m.image_size}×{m.channels}, {told(trainer)}\n"
         f"{begin}: {last} steps of {c.batch_size} pictures, into {trainer.run_dir}"
     )
@@ -84,8 +87,10 @@ def farewell(trainer: "Trainer") -> str:
     return f"""
 Done: step {step}. Everything is in {run_dir}/
   {"samples/final.png":24} what the model draws; samples/trajectory.gif is its way from noise
+  {"figures/":24} curves.png, and progress.gif: the samples over time
   {"metrics.jsonl":24} losses, norms, speed; TensorBoard shows them from the same folder
   {checkpoint:24} weights, their average and the optimizer
 Next:
   python generate.py --run {run_dir}{prompts} --n 64 --out samples.png
+  python figures.py --run {run_dir}
   python train.py --resume --run_dir {run_dir} --n_steps {2 * step}"""

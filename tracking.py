@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsFloat
+from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
 
 import numpy as np
 from tqdm import tqdm
@@ -40,6 +40,15 @@ DISTANCES = ("fid_", "pixel_frechet_")  # how names begin that end in a number o
 OF_ONE_STEP = ("loss_scale", "param_norm", "update_norm")
 
 
+class Sink(Protocol):
+    """Where a run is recorded besides its folder. No method may raise or wait for long."""
+
+    def open(self, say: Callable[[str], None]) -> None: ...
+    def log(self, step: int, numbers: Mapping[str, float]) -> None: ...
+    def image(self, step: int, name: str, image: "PIL.Image.Image") -> None: ...
+    def close(self) -> None: ...
+
+
 class Tracker:
     """Records a run in its folder and shows it. Belongs to process 0 alone.
 
@@ -52,9 +61,19 @@ class Tracker:
         start_step: the last step that is already done.
         n_steps: the last step of the whole run.
         quiet: print nothing.
+        sinks: where it is recorded besides.
     """
 
-    def __init__(self, folder: Path, *, start_step: int = 0, n_steps: int, quiet: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        start_step: int = 0,
+        n_steps: int,
+        quiet: bool = False,
+        sinks: Sequence[Sink] = (),
+    ):
+        self.sinks = sinks
         self.folder, self.n_steps, self.quiet, self.room = folder, n_steps, quiet, True
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
@@ -77,8 +96,15 @@ class Tracker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def begin(self) -> None:
+        """Open the sinks: only when something will be recorded, for that may take a while."""
+        for sink in self.sinks:
+            sink.open(self.message)
+
     def close(self) -> None:
         """Flush and close everything. May be called twice."""
+        for sink in self.sinks:
+            sink.close()
         self.writer.close()
         self.file.close()
         if self.bar is not None:
@@ -106,16 +132,20 @@ class Tracker:
             # In one write and at once: a kill can tear this line but lose none before it.
             self.file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
             self.file.flush()
-            for name, value in line.items():
-                for tag, number in _scalars(name, value):
-                    self.writer.add_scalar(tag, number, step)
+            numbers = dict(pair for item in line.items() for pair in _scalars(*item))
+            for tag, number in numbers.items():
+                self.writer.add_scalar(tag, number, step)
             self.writer.flush()
+            for sink in self.sinks:
+                sink.log(step, numbers)
         self._show(step, metrics)
 
     def image(self, step: int, name: str, image: "PIL.Image.Image") -> None:
         """Put a picture into TensorBoard under `name`."""
         if not self._has_room():
             return
+        for sink in self.sinks:
+            sink.image(step, name, image)
         self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
         self.writer.flush()
 
@@ -168,7 +198,7 @@ class Silence:
     def _nothing(self, *_: object) -> None:
         pass
 
-    rewind = log = image = advance = message = _nothing
+    begin = rewind = log = image = advance = message = _nothing
 
 
 def _writer(folder: Path, *, purge_step: int | None) -> "SummaryWriter":

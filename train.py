@@ -49,6 +49,7 @@ from interrupts import stopping
 from model import graphdef, init_params
 from open_run import open_run
 from pipeline import Batch, Pipeline
+from range_test import N_STEPS, range_test
 from sources import open_source
 from train_config import (
     DEFAULTS,
@@ -63,6 +64,7 @@ from train_config import (
     with_subject,
 )
 from train_profile import profile
+from vae import autoencoder
 from yardstick import Yardstick
 
 __all__ = ["TrainConfig", "TrainState", "Trainer"]
@@ -240,16 +242,8 @@ class Trainer:
             with processes.in_turn():
                 self.codec = Codec.of(self.dataset.encoding, self.mesh, vae=c.vae)
         self.init_key, self.train_key, self.eval_key = jax.random.split(jax.random.key(c.seed), 3)
-        self.schedule = optim.learning_rate_schedule(
-            c.schedule, c.learning_rate, warmup_steps=c.warmup_steps, n_steps=c.n_steps
-        )
-        self.optimizer = optim.optimizer(
-            self.schedule,
-            beta1=c.beta1,
-            beta2=c.beta2,
-            weight_decay=c.weight_decay,
-            clip_norm=c.clip_norm,
-        )
+        how = {"warmup_steps": c.warmup_steps, "n_steps": c.n_steps}
+        self.follow(optim.learning_rate_schedule(c.schedule, c.learning_rate, **how))
         self.step, self.position, self.damaged = 0, 0, []
         if saved and Checkpoints.exist(self.run_dir):
             self.restore()
@@ -267,6 +261,17 @@ class Trainer:
         if not trainer.step:
             raise UserError(f"'{run_dir}' has no complete checkpoint yet")
         return trainer
+
+    def follow(self, schedule: optax.Schedule) -> None:
+        """Take the learning rate from it. Only before the first step, which compiles it."""
+        c, self.schedule = self.config, schedule
+        self.optimizer = optim.optimizer(
+            schedule,
+            beta1=c.beta1,
+            beta2=c.beta2,
+            weight_decay=c.weight_decay,
+            clip_norm=c.clip_norm,
+        )
 
     def _folder(self, config: Any, dataset_name: str, model: str | None) -> Path | None:
         """The run's folder, where it is said or exists: the same in all processes."""
@@ -304,6 +309,7 @@ class Trainer:
             in_memory=True if c.cache_on_device else c.in_memory,
             shuffle_buffer=c.shuffle_buffer,
             encoded=self.encoded,
+            one_batch=c.overfit_batch,
         )
 
     @cached_property
@@ -423,6 +429,7 @@ class Trainer:
         _ = self.yardstick, self.data
         with stopping() as stop, open_run(self, last) as run:
             run.tracker.message(self.greeting(last))
+            run.begin()
             for batch in run.batches():
                 report = self.train_step(batch)
                 # Step k's numbers are read only after step k + 1 is dispatched: reading them now
@@ -451,6 +458,7 @@ class Trainer:
                     break
             else:
                 run.show("final.png", gif=True)
+                run.draw_records()
                 run.tracker.message(self.farewell())
         stop.leave()
 
@@ -535,6 +543,17 @@ class Trainer:
         x = self.sample(labels, trajectory=trajectory)
         names = self.dataset.label_names
         return [showcase.sheet(state, labels, names) for state in (x if trajectory else [x])]
+
+    def batch_sheet(self) -> Image.Image:
+        """The pictures of the one batch that is trained on, where samples of them will stand."""
+        labels = showcase.labels(self)
+        x = self.data.first_rows(0, len(labels)).image.astype(np.float32)
+        if (e := self.dataset.encoding) and self.codec:
+            how = {"scaling_factor": e.scaling_factor, "shift_factor": e.shift_factor}
+            x = self.codec.decode(autoencoder.scale(x[..., : e.shape[-1]], **how))
+        else:
+            x = x / 127.5 - 1
+        return showcase.sheet(x, labels, self.dataset.label_names)
 
     def greeting(self, last: int) -> str:
         return showcase.greeting(self, last)
@@ -660,10 +679,13 @@ def main() -> None:
     config = cli.parse(TrainConfig, filled=FILLED)
     begin(config)
     trainer = Trainer(config)
-    if not config.profile:
+    if config.profile or config.lr_range_test:
+        n_steps = N_STEPS if config.lr_range_test is True else config.lr_range_test
+        report = range_test(trainer, n_steps) if n_steps else profile(trainer)
+        if processes.is_first():
+            print(report)
+    else:
         trainer.fit()
-    elif (report := profile(trainer)) and processes.is_first():
-        print(report)
     processes.wait_for_all("the end")
 
 

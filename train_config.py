@@ -15,6 +15,7 @@ import latents
 import objectives
 import optim
 import sampling
+import weights_and_biases
 from cli import Text
 from datasets_config import DATASET_CONFIGS, DatasetConfig
 from errors import UserError, unknown
@@ -95,6 +96,10 @@ class TrainConfig:
         ema_decay: of the averaged weights, which are the ones sampled and evaluated.
         nan_patience: steps in a row without a finite loss and gradient, each of which leaves the
             weights alone, before the run goes back to its last checkpoint.
+        overfit_batch: train on the first batch alone, again and again, with fresh noise and times
+            at each step, and evaluate on it, to see whether a model can learn. Its pictures are
+            samples/batch.png, and samples should become these. The loss should fall towards 0, last
+            where t is near 0 and the noise that is asked for hardly shows.
         seed: of everything random.
         fsdp: devices that share one copy of the weights; 1 is plain data parallelism.
         distributed: join the other processes of a cluster's job (SLURM, Open MPI, Kubernetes, Cloud
@@ -124,6 +129,10 @@ class TrainConfig:
             pixel_frechet, for it is no FID.
         inception: weights of FID's Inception network: a file, a folder or an id on the hub. They
             take 0.1 GB on each device while training, and half a GB more while they are used.
+        wandb_project: record the run on Weights & Biases too, under this name; WANDB_MODE=offline
+            keeps it in the run's folder.
+        lr_range_test: raise the learning rate from 1e-6 to 1e-1 on fresh weights, over 300 steps or
+            a number given, plot the loss, suggest a rate, and stop.
         profile: measure the train, eval and sampling steps, print a report, and stop.
         peak_tflops: this device's peak, where the table of profiling.py does not know it.
     """
@@ -181,6 +190,7 @@ class TrainConfig:
     clip_norm: float = UNSAID
     ema_decay: float = UNSAID
     nan_patience: int = UNSAID
+    overfit_batch: bool = UNSAID
     seed: int = UNSAID
     fsdp: int = UNSAID
     distributed: bool = False
@@ -203,6 +213,8 @@ class TrainConfig:
     fid_n: int = UNSAID
     fid_features: Literal["inception", "pixels"] = UNSAID
     inception: str | None = None
+    wandb_project: str | None = None
+    lr_range_test: bool | int = False
     profile: bool = False
     peak_tflops: float | None = None
 
@@ -233,6 +245,7 @@ DEFAULTS: dict[str, Any] = {
     "cache_on_device": False,
     "accumulate_steps": 1,
     "nan_patience": 5,
+    "overfit_batch": False,
     "seed": 0,
     "fsdp": 1,
     "log_every": 50,
@@ -254,6 +267,7 @@ FREE_ON_RESUME = {
     *("n_steps", "n_epochs", "log_every", "eval_save_steps", "n_eval_batches", "sample_every_n"),
     *("keep_checkpoints", "cfg_scale", "n_sample_steps", "solver", "sample_shift"),
     *("fid_every", "fid_reference", "fid_n", "fid_features", "inception"),
+    *("wandb_project", "lr_range_test"),
     *("profile", "peak_tflops", "distributed", "coordinator", "n_processes", "process_index"),
 }
 # What is said of one objective alone, and None in a run with the other.
@@ -266,7 +280,7 @@ OF_OBJECTIVE = {
 }
 SOLVERS = {"rectified_flow": sampling.SOLVERS, "ddpm": sampling.DESCENTS}
 PROCESSES = ("distributed", "coordinator", "n_processes", "process_index")
-OF_ONE_START = {"run_dir", "resume", "profile", *PROCESSES}
+OF_ONE_START = {"run_dir", "resume", "profile", "lr_range_test", *PROCESSES}
 RECOMMENDED = (
     *("model", "batch_size", "learning_rate", "n_steps", "ema_decay", "cfg_scale"),
     *("image_size", "channels", "conditioning"),
@@ -484,6 +498,7 @@ def validate(config: TrainConfig, n_devices: int) -> None:
         )
     if n_devices % config.fsdp:
         raise UserError(f"--fsdp {config.fsdp} does not divide the {n_devices} devices")
+    _validate_kind_of_run(config)
     if config.streaming and config.in_memory:
         raise UserError("a set that is held --in_memory is not --streaming; pass one of them")
     if config.cache_on_device and (config.streaming or config.in_memory is False):
@@ -510,6 +525,17 @@ def validate_fid(config: TrainConfig) -> None:
             "--fid_every needs Inception's weights: pass --inception FILE (README.md says where "
             "they are); --fid_features pixels does without, but is no FID"
         )
+
+
+def _validate_kind_of_run(config: TrainConfig) -> None:
+    """Refuse what a run cannot be at the same time."""
+    if config.lr_range_test and (config.resume or config.profile):
+        other = "--resume" if config.resume else "--profile"
+        raise UserError(f"--lr_range_test is of fresh weights, and then stops: drop {other}")
+    if config.overfit_batch and config.cache_on_device:
+        raise UserError("--overfit_batch has one batch and needs no --cache_on_device; drop one")
+    if config.wandb_project is not None:
+        weights_and_biases.require_installed()
 
 
 def require_even_batches(config: Any, n_devices: int) -> None:

@@ -5,10 +5,11 @@ said is filled in. Only `train_vae.py` reads the result.
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import optim
 import train_config
+import weights_and_biases
 from datasets_config import DATASET_CONFIGS, DatasetConfig
 from errors import UserError, unknown
 from train_config import UNSAID
@@ -75,7 +76,11 @@ class VaeConfig:
         n_eval_batches: batches of an evaluation, and of the latents whose scale is measured.
         sample_every_n: steps between sheets of reconstructions.
         keep_checkpoints: how many of the newest to keep.
+        wandb_project: record the run on Weights & Biases too, under this name; WANDB_MODE=offline
+            keeps it in the run's folder.
     """
+
+    overfit_batch: ClassVar[bool] = False  # which this command cannot do
 
     dataset_name: str = UNSAID
     data_dir: Path | None = None
@@ -124,6 +129,7 @@ class VaeConfig:
     n_eval_batches: int = UNSAID
     sample_every_n: int = UNSAID
     keep_checkpoints: int = UNSAID
+    wandb_project: str | None = None
 
 
 DEFAULTS: dict[str, Any] = {
@@ -223,6 +229,8 @@ def validate(c: VaeConfig) -> None:
     for name in NOT_NEGATIVE:
         if getattr(c, name) < 0:
             raise UserError(f"--{name} {getattr(c, name)}: must not be below 0")
+    if c.wandb_project is not None:
+        weights_and_biases.require_installed()
     if c.image_size % (f := network(c).downsampling):
         widths = len(c.block_out_channels)
         raise UserError(

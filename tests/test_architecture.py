@@ -19,6 +19,7 @@ RANKS = {
     **dict.fromkeys(("processes", "lanes", "streams", "latents"), 0),
     **dict.fromkeys(("vae.losses", "pretrained.torch_file", "metrics.fid", "metrics.inception"), 0),
     **dict.fromkeys(("captions", "model", "sources", "pipeline", "tracking", "profiling"), 1),
+    **dict.fromkeys(("curves", "film", "weights_and_biases"), 1),
     **dict.fromkeys(("vae.autoencoder", "pretrained.weights", "pretrained.loose"), 1),
     "metrics.reference": 1,
     **dict.fromkeys(("checkpoint", "train_config", "showcase", "resident", "scaling"), 2),
@@ -28,11 +29,11 @@ RANKS = {
     "metrics.extraction": 3,
     **dict.fromkeys(("codec", "doctor", "drawing", "open_run", "train_vae_config"), 3),
     "yardstick": 3,
-    **dict.fromkeys(("convert_imagenet", "drawable", "train_profile"), 4),
+    **dict.fromkeys(("convert_imagenet", "drawable", "range_test", "train_profile"), 4),
     **dict.fromkeys(("export", "subjects", "warm_start"), 5),
     **dict.fromkeys(("drawn", "sheets", "train"), 6),
     **dict.fromkeys(("evaluate", "generate_config", "studio", "train_vae"), 7),
-    **dict.fromkeys(("generate", "page"), 8),
+    **dict.fromkeys(("figures", "generate", "page"), 8),
     "demo": 9,
 }
 NEIGHBOURS = {
@@ -107,7 +108,8 @@ def test_the_method_can_be_lifted_into_another_project(name):
     "name",
     (
         *("datasets_config", "sources", "streams", "lanes", "pipeline", "workers", "latents"),
-        *("images", "tracking", "text", "captions", "metrics.pictures"),
+        *("images", "tracking", "text", "captions", "metrics.pictures", "curves", "film"),
+        "weights_and_biases",
     ),
 )
 def test_data_and_pictures_know_nothing_of_jax(name):

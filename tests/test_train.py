@@ -76,6 +76,7 @@ def test_a_run_leaves_what_it_promises(whole, capsys):
     assert config["dataset"]["label_names"] == [str(i) for i in range(10)]
     with Image.open(folder / "samples" / "trajectory.gif") as gif:
         assert len(list(ImageSequence.Iterator(gif))) == 3  # the states of two solver steps
+    assert {path.name for path in (folder / "figures").iterdir()} == {"curves.png", "progress.gif"}
     with Image.open(folder / "samples" / "final.png") as picture:
         assert min(picture.size) > 256  # large enough for a person to see
 

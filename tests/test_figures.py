@@ -1,0 +1,201 @@
+"""The figures of a run are drawn, or it is said why not."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from drawables import CLASSES, DDPM, NOTHING, SIGMA, drawable
+from PIL import Image, ImageSequence
+from test_curves import record
+from test_curves import sheets as put_sheets
+
+import figures
+import images
+import sheets
+import subjects
+from drawable import Drawable, Wishes
+from drawing import Sampler
+from errors import UserError
+from figures import FiguresConfig
+from model import model_config
+from text import Caption
+
+FEW = {"n_steps": 3, "cfg_sweep": (1.0, 2.0), "denoise": (0.5,)}
+OF_RECORDS = ["curves.png", "progress.gif"]
+OF_WEIGHTS = ["trajectory.gif", "x0.png", "cfg_sweep.png", "denoising.png"]
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """`figures.main` on a record and a model of random weights: what it drew, and what it said."""
+    run = record(tmp_path / "run") if (tmp_path / "run").mkdir() is None else tmp_path
+    put_sheets(run / "samples", "0000005.png", "0000010.png", "final.png")
+
+    def call(of: Drawable, **flags) -> tuple[set[str], list[str]]:
+        monkeypatch.setattr(Drawable, "of_run", lambda *_, **__: of)
+        figures.main(FiguresConfig(run=run, **(FEW | flags)))
+        out = flags.get("out", run / "figures")
+        said = capsys.readouterr().out.splitlines()
+        return {path.name for path in out.iterdir()}, [s for s in said if " left out" in s]
+
+    return call
+
+
+def size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+
+@pytest.mark.slow
+def test_all_of_a_run_with_classes(command, tmp_path):
+    out = tmp_path / "there"
+    drawn, left_out = command(drawable(), out=out)
+    assert (drawn, left_out) == ({*OF_RECORDS, *OF_WEIGHTS}, [])
+    with Image.open(out / "trajectory.gif") as gif:
+        assert len(list(ImageSequence.Iterator(gif))) == 4  # the states of three steps
+    # As wide as a page shows them: ten classes of 64 pixels.
+    assert all(640 < size(out / name)[0] < 860 for name in OF_WEIGHTS)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_had_is_left_out_with_a_line(command):
+    drawn, left_out = command(drawable(NOTHING, conditioning="none", cfg_scale=1.0))
+    assert drawn == {*OF_RECORDS, *OF_WEIGHTS} - {"cfg_sweep.png"}
+    assert left_out == [
+        "cfg_sweep.png is left out: an unconditional model has no label to be guided by"
+    ]
+
+
+def test_without_weights_there_are_curves(command):
+    def gone():
+        raise UserError("'run' has no complete checkpoint yet")
+
+    of = replace(drawable(), load=gone)
+    drawn, left_out = command(of)
+    assert drawn == set(OF_RECORDS)
+    assert left_out == [
+        "trajectory.gif, x0.png, cfg_sweep.png, denoising.png are left out: "
+        "'run' has no complete checkpoint yet"
+    ]
+    assert command(of, records_only=True) == (set(OF_RECORDS), [])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"labels": ("catt",)}, "unknown label 'catt'"),
+        ({"prompts": ("a cat",)}, "trained without captions; choose classes by --labels"),
+        ({"prompts": ("a cat",), "labels": ("3",)}, "pass one of them"),
+        ({"cfg_sweep": (1.0,)}, "--cfg_sweep: name a scale besides 1"),
+        ({"denoise": (0.5, 1.5)}, r"--denoise 1\.5: a time must be above 0 and at most 1"),
+        ({"labels": ("3",) * 40}, "a sheet of 480 pictures is more than 400"),
+        ({"n_steps": 0}, "must be at least 1"),
+    ],
+)
+def test_a_mistake_ends_before_anything_is_drawn(command, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        command(drawable(), **flags)
+    assert not (tmp_path / "run" / "figures").exists()
+
+
+CAPTIONS = model_config(
+    "DiT-Nano/8",
+    image_size=8,
+    channels=1,
+    out_channels=1,
+    n_classes=0,
+    block="cross_attention",
+    text_length=4,
+    text_width=6,
+    pooled_width=4,
+)
+
+
+def test_captions_are_those_named_or_of_the_evaluation_split(monkeypatch):
+    split = SimpleNamespace(captions=[("a cat",), ("a cat", "one cat"), ("two dogs",)])
+    monkeypatch.setattr(sheets, "evaluation_split", lambda _: split)
+
+    def encode(_, captions):
+        n = len(captions)
+        return Caption(np.ones((n, 4, 6), "f4"), np.ones((n, 4), bool), np.ones((n, 4), "f4"))
+
+    monkeypatch.setattr(Drawable, "encode", encode)
+    of = drawable(CAPTIONS, conditioning="text")
+    for prompts, names in (
+        ((), ["a cat"] * 5 + ["two dogs"] * 5),  # they fill a row
+        (tuple("abcdefg"), list("abcdefg")),
+    ):
+        config = FiguresConfig(run=Path("run"), prompts=prompts)
+        row = figures.row_of(config, of, figures.subject_words(config, of))
+        assert row.captions == names
+    with pytest.raises(UserError, match=r"say what to draw by --prompts"):
+        figures.subject_words(FiguresConfig(run=Path("run"), labels=("3",)), of)
+
+
+def test_captions_that_cannot_be_encoded_leave_the_curves(command, monkeypatch):
+    def encode(*_):
+        raise UserError("the text tower is not to be had")
+
+    monkeypatch.setattr(Drawable, "encode", encode)
+    drawn, left_out = command(drawable(CAPTIONS, conditioning="text"), prompts=("a cat",))
+    assert drawn == set(OF_RECORDS)
+    assert len(left_out) == 1 and left_out[0].endswith("the text tower is not to be had")
+
+
+def test_large_pictures_are_reduced_to_their_means():
+    squares = np.array([[0, 100], [200, 50]], np.uint8)
+    large = np.kron(squares, np.ones((130, 130), np.uint8))[None, ..., None]
+    large[0, 0, 0] = 255  # a point of a square hardly changes its mean
+    small = images.reduced(large, 128)
+    assert small.shape == (1, 86, 86, 1)
+    assert images.reduced(small, 128) is small and images.reduced(small, None) is small
+    np.testing.assert_array_equal(small[0, [0, 0, -1, -1], [1, -1, 0, -1], 0], squares.ravel())
+
+
+def test_a_bar_tells_how_far_a_film_is():
+    frame = np.asarray(images.headed(Image.new("RGB", (108, 20)), "step 50 of 100", share=0.5))
+    row = frame[-20 - 1]  # the last above the picture
+    blue, grey = ((row == colour).all(axis=1).sum() for colour in ((42, 111, 187), (221,) * 3))
+    assert (blue, grey) == (50, 50)
+    assert (frame[-20:] == 0).all() and images.headed(Image.new("L", (9, 9)), "").size == (9, 34)
+
+
+# --- the sheet of steps ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config, settings", [(CLASSES, {}), (SIGMA, DDPM)], ids=["flow", "ddpm"])
+def test_the_times_are_those_of_the_states(config, settings):
+    """What a step takes the picture for is x − t·v: nothing but x at the end, where t is 0."""
+    of = drawable(config, **settings)
+    sampler = of.how(Wishes(n_steps=4, cfg_scale=1.0)).sampler
+    times = sampler.times()
+    assert len(times) == 5 and times[-1] == 0 and (np.diff(times[:-1]) < 0).all()
+    assert times[0] == sampler.begins_at(1.0)
+    if sampler.prediction is None:
+        np.testing.assert_allclose(times, [1, 0.75, 0.5, 0.25, 0])
+        np.testing.assert_allclose(Sampler(n_steps=2, shift=3.0).times(), [1, 0.75, 0])
+    else:
+        np.testing.assert_allclose(times[:-1], np.array([999, 666, 333, 0]) / 1000)
+
+
+def test_a_sheet_of_steps_has_the_states_and_what_they_were_taken_for(monkeypatch):
+    of, shown = drawable(), {}
+    row = subjects.of_labels(of, ["3", "7"], 2, seed=5)
+    how = of.how(Wishes(n_steps=5))
+
+    def table(x, *, rows, columns):
+        shown.update(x=x, rows=rows, columns=columns)
+        return Image.new("L", (8, 8))
+
+    monkeypatch.setattr(sheets.images, "table", table)
+    sheets.of_steps(of, row, how, 3)
+    assert list(shown["columns"]) == ["3", "7"]
+    assert shown["rows"][::2] == ["x at t = 1.00", "x at t = 0.60", "x at t = 0.20"]
+    assert shown["rows"][1::2] == ["x0 prediction"] * 3
+    labels, told = row.rows(0, 2)
+    found = of.sample(labels, how, trajectory=True, estimates=True, **told)
+    assert found.trajectory is not None and found.estimates is not None
+    pictures = sheets.images.to_uint8(np.stack([found.trajectory[0], found.estimates[-1]]))
+    np.testing.assert_array_equal(shown["x"][[0, -1]], pictures)
