@@ -11,21 +11,13 @@ from commands import ROOT, run
 
 PATH = ROOT / "notebooks" / "quickstart.ipynb"
 MOST_BYTES = 600_000
-EXECUTE = """
-import sys, nbformat, nbclient
-source, folder, target = sys.argv[1:]
-notebook = nbformat.read(source, 4)
-how = {"timeout": 300, "kernel_name": "python3", "allow_errors": True}
-nbclient.NotebookClient(notebook, resources={"metadata": {"path": folder}}, **how).execute()
-nbformat.write(notebook, target)
-"""
 
 
 def execute(notebook, folder, cache, **how):
     """The notebook after a clean kernel in `folder` has run it, errors and all."""
     source, target = folder / "source.ipynb", folder / "target.ipynb"
     nbformat.write(notebook, source)
-    done = run("-c", EXECUTE, source, folder, target, cache=cache, **how)
+    done = run("notebooks/renew.py", source, folder, target, cache=cache, **how)
     assert done.returncode == 0, done.stderr
     return nbformat.read(target, 4)
 
