@@ -2,6 +2,8 @@
 # make test           set up, then run every test          make check    format, lint, types
 # make bench          set up with torch, then every benchmark of speed, on a CPU in a quarter of an hour
 # make latents-demo   a VAE of two photographs, their latents, a diffusion transformer of those
+# make demo           a page in the browser to draw from the runs in runs/ (ARGS="--run …")
+# make screenshots    how that page looks, for README.md; needs Chromium
 # make install        only set up                          make format   rewrite to the house format
 PYTHON ?= python3
 BIN = .venv/bin
@@ -12,7 +14,7 @@ else
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 endif
 
-.PHONY: train test bench check format install latents-demo
+.PHONY: train test bench check format install latents-demo demo screenshots
 
 train: .venv/installed
 	$(BIN)/python train.py $(ARGS)
@@ -27,6 +29,14 @@ bench: .venv/installed-bench
 	$(BIN)/python benchmarks/startup.py
 	set -e; for script in $(wildcard benchmarks/input.py benchmarks/scaling.py); do \
 		$(BIN)/python $$script; done
+
+demo: .venv/installed-demo
+	$(BIN)/python demo.py $(ARGS)
+
+SHOWN := runs/screenshots-$(shell date +%Y%m%d-%H%M%S)
+screenshots: .venv/installed-dev
+	$(BIN)/python train.py --n_steps 600 --log_every 10 --sample_every_n 100 --run_dir $(SHOWN)
+	$(BIN)/python tests/screenshots.py --run $(SHOWN)
 
 DEMO := runs/latents-demo-$(shell date +%Y%m%d-%H%M%S)
 latents-demo: .venv/installed-dev
@@ -56,10 +66,14 @@ install: .venv/installed
 	$(PIP) -r requirements.txt
 	touch $@
 
-.venv/installed-dev: requirements-dev.txt requirements-text.txt requirements-bench.txt .venv/installed
+.venv/installed-dev: requirements-dev.txt requirements-text.txt requirements-bench.txt requirements-demo.txt .venv/installed
 	$(PIP) -r requirements-dev.txt
 	touch $@
 
 .venv/installed-bench: requirements-bench.txt .venv/installed
 	$(PIP) -r requirements-bench.txt
+	touch $@
+
+.venv/installed-demo: requirements-demo.txt .venv/installed
+	$(PIP) -r requirements-demo.txt
 	touch $@

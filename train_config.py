@@ -328,8 +328,9 @@ def take_up(config: Config, saved: dict[str, Any]) -> Config:
         UserError: `config` says something else about what cannot change, with the fields' names.
     """
     said = spoken(config)
-    # JSON has no tuples.
+    # JSON has no tuples; the first runs had no choice of an objective.
     saved = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
+    saved.setdefault("objective", "rectified_flow")
     changed = [
         f"{name} was {saved.get(name)}, not {value}"
         for name, value in said.items()

@@ -14,7 +14,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 CHECKED = ("layers", "model", "objectives", "optim", "sampling", "images", "generate", "vae")
 CHECKED += ("latents", "codec", "convert_imagenet", "resident", "metrics", "drawn", "evaluate")
 CHECKED += ("diffusion", "drawing", "drawable", "subjects", "sheets", "generate_config")
-CHECKED += ("diffusion", "pretrained.sd3", "warm_start", "export")
+CHECKED += ("diffusion", "pretrained.sd3", "warm_start", "export", "studio")
 install_import_hook(CHECKED, "beartype.beartype")
 
 import jax  # noqa: E402

@@ -31,8 +31,9 @@ RANKS = {
     **dict.fromkeys(("convert_imagenet", "drawable", "train_profile"), 4),
     **dict.fromkeys(("export", "subjects", "warm_start"), 5),
     **dict.fromkeys(("drawn", "sheets", "train"), 6),
-    **dict.fromkeys(("evaluate", "generate_config", "train_vae"), 7),
-    "generate": 8,
+    **dict.fromkeys(("evaluate", "generate_config", "studio", "train_vae"), 7),
+    **dict.fromkeys(("generate", "page"), 8),
+    "demo": 9,
 }
 NEIGHBOURS = {
     ("pipeline", "captions"),

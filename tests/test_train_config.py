@@ -65,6 +65,14 @@ def test_the_flag_wins_over_the_resumed_run_and_that_over_the_data_set():
     assert (config.batch_size, config.learning_rate, config.solver) == (16, 1e-4, "euler")
 
 
+def test_the_first_runs_which_had_no_choice_are_of_rectified_flow():
+    run = saved()
+    del run["objective"]
+    assert resumed(run, objective="rectified_flow").objective == "rectified_flow"
+    with pytest.raises(UserError, match="objective was rectified_flow, not ddpm"):
+        resumed(run, objective="ddpm")
+
+
 def test_a_run_taken_up_as_it_is_resolves_to_what_it_was():
     run = saved(batch_size=16, n_epochs=3.0, rope=True, half_precision=True, model="DiT-S/2")
     config = resumed(run)

@@ -1,0 +1,220 @@
+"""What visitors get: as many pictures as they ask for, within limits, by few programs."""
+
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawables import CLASSES, DDPM, NOTHING, SHAPE, SIGMA, drawable
+
+import demo
+import drawing
+import images
+import studio
+from demo import DemoConfig
+from drawable import Drawable
+from errors import UserError
+from model import model_config
+from studio import Models, Order
+from text import Caption
+
+ORDER = Order(labels=("3", "7"), n=5, seed=5)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return drawable()
+
+
+def drawn(of, order):
+    """All pictures as arrays, and what they are of."""
+    found = [pair for pictures in studio.draw(of, order) for pair in pictures]
+    return np.stack([np.asarray(picture) for picture, _ in found]), [name for _, name in found]
+
+
+def test_visitors_get_what_generate_draws(digits):
+    x, names = drawn(digits, replace(ORDER, n=20))
+    assert names == ["3"] * 10 + ["7"] * 10 and x.shape == (20, 256, 256)
+    how = digits.how(ORDER.of(ORDER))
+    straight = digits.sample([3] * 10 + [7] * 10, how, seed=5).x
+    small = images.to_uint8(straight)[..., 0].astype(int)
+    assert np.abs(x[:, ::32, ::32] - small).max() <= 1
+    assert (drawn(digits, replace(ORDER, n=20, seed=6))[0] != x).any()
+
+
+def test_another_number_of_pictures_or_scale_is_no_new_program(digits):
+    list(studio.draw(digits, replace(ORDER, n=16)))
+    before = drawing.draw._cache_size()  # type: ignore
+    for n in (5, 9, 17):
+        pictures, _ = drawn(digits, replace(ORDER, n=n, cfg_scale=3.0, seed=n))
+        assert len(pictures) == n
+    assert drawing.draw._cache_size() == before  # type: ignore
+
+
+def test_the_way_begins_with_noise_and_ends_with_the_pictures(digits):
+    frames = studio.way(digits, ORDER)
+    assert len(frames) == 4  # of three steps
+    x, names = drawn(digits, ORDER)
+    last = images.grid(x[:, ::32, ::32, None], captions=names)
+    assert np.abs(np.asarray(frames[-1]).astype(int) - np.asarray(last)).max() <= 1
+    assert (np.asarray(frames[0]) != np.asarray(last)).any()
+    assert len(studio.way(digits, replace(ORDER, n_steps=60, n=64))) == studio.MOST_FRAMES
+
+
+def test_a_table_fills_cell_by_cell_with_what_is_drawn_alone(digits):
+    sheets = [np.asarray(s) for s in studio.table(digits, ORDER, [1.0, 4.0], [2, 3])]
+    assert len(sheets) == 4 and len({sheet.tobytes() for sheet in sheets}) == 4
+    alone = {
+        (scale, k): drawn(digits, replace(ORDER, n=1, cfg_scale=float(scale), n_steps=k))[0][0]
+        for scale in (1, 4)
+        for k in (2, 3)
+    }
+    cells = [[alone[scale, k][::32, ::32, None] for k in (2, 3)] for scale in (1, 4)]
+    whole = images.table(np.array(cells), rows=["cfg 1", "cfg 4"], columns=["2 steps", "3 steps"])
+    assert np.abs(sheets[-1].astype(int) - np.asarray(whole)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"n": 0}, r"0 pictures: ask for 1 … 64"),
+        ({"n": 65}, r"65 pictures: ask for 1 … 64"),
+        ({"n_steps": 0}, r"0 steps: ask for 1 … 250"),
+        ({"n_steps": 251}, r"251 steps: ask for 1 … 250"),
+        ({"prompt": "a" * 301}, r"the prompt has 301 letters: at most 300"),
+        ({"negative_prompt": "a" * 301}, r"the negative prompt has 301 letters"),
+        ({"seed": -1}, r"seed -1: must be in"),
+        ({"labels": ("ten",)}, r"unknown label 'ten'"),
+        ({"interval": (0.8, 0.2)}, r"two times in 0 … 1"),
+        ({"solver": "ddpm"}, r"not for a model trained by rectified flow"),
+        ({"cfg_scale": float("inf")}, r"must be finite"),
+    ],
+)
+def test_too_much_and_what_cannot_be_is_said(asked, said, digits):
+    with pytest.raises(UserError, match=said):
+        list(studio.draw(digits, replace(ORDER, **asked)))
+
+
+def test_a_table_has_a_bound(digits):
+    for scales, steps in (([1.0] * 7, [2] * 6), ([], [2])):
+        with pytest.raises(UserError, match="a table of"):
+            list(studio.table(digits, ORDER, scales, steps))
+    with pytest.raises(UserError, match="251 steps"):  # before anything is drawn
+        next(studio.table(digits, ORDER, [1.0], [2, 251]))
+
+
+def test_no_guidance_has_no_interval_and_other_models_have_other_limits(digits):
+    unlimited = replace(ORDER, cfg_scale=1.0, interval=(0.2, 0.8))
+    assert studio.how_asked(digits, unlimited).sampler.interval == (0, 1)
+    assert studio.most_steps(drawable(SIGMA, **DDPM)) == 1000
+    nothing = drawable(NOTHING, cfg_scale=1.0)
+    assert len(drawn(nothing, Order(n=3))[0]) == 3
+    with pytest.raises(UserError, match="unconditional"):
+        list(studio.draw(nothing, Order(n=3, cfg_scale=2.0)))
+
+
+def test_prompts_are_for_models_of_captions(monkeypatch):
+    told = {"text_length": 5, "text_width": 6, "pooled_width": 4}
+    config = model_config("MMDiT-Nano/4", **SHAPE, out_channels=1, n_classes=0, **told)
+    words = []
+
+    def encode(_, captions):
+        words.append(captions)
+        n, rng = len(captions), np.random.default_rng(0)
+        tokens = rng.normal(size=(n, 5, 6)).astype("f4")
+        return Caption(tokens, np.ones((n, 5), bool), rng.normal(size=(n, 4)).astype("f4"))
+
+    monkeypatch.setattr(Drawable, "encode", encode)
+    of = drawable(config, conditioning="text")
+    x, names = drawn(of, Order(prompt=" a seven ", n=2))
+    assert names == ["a seven"] * 2 and words == [["a seven"]]
+    away, _ = drawn(of, Order(prompt="a seven", negative_prompt="a one", n=2))
+    assert words[1:] == [["a seven", "a one"]] and (away != x).any()
+    table = studio.table(of, Order(prompt="a seven", negative_prompt="a one"), [1.0, 2.0], [2])
+    assert len(list(table)) == 2  # also where there is nothing to lead away
+    with pytest.raises(UserError, match="write a prompt"):
+        list(studio.draw(of, Order(prompt=" ")))
+    with pytest.raises(UserError, match="nothing leads away"):
+        list(studio.draw(of, Order(prompt="a", negative_prompt="b", cfg_scale=1.0)))
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def save(folder: Path, *steps: int, time: int = 0, **more) -> Path:
+    """A run as far as it is read before it is drawn from."""
+    for step in steps:
+        (folder / f"checkpoints/{step}").mkdir(parents=True)
+    folder.mkdir(exist_ok=True)
+    config = {"dataset_name": "digits", "model": "DiT-Nano/4", "model_config": asdict(CLASSES)}
+    config |= {"dataset": {"encoding": None, "label_names": []}, "fsdp": 1} | more
+    (folder / "config.json").write_text(json.dumps(config))
+    os.utime(folder / "config.json", (time, time))
+    return folder
+
+
+def test_runs_with_a_checkpoint_are_found_the_last_begun_first(tmp_path):
+    save(tmp_path / "old", 5, time=1)
+    save(tmp_path / "new", 5, 10, time=2)
+    save(tmp_path / "begun")
+    save(tmp_path / "vae", 5, command="train_vae.py")
+    (tmp_path / "other").mkdir()
+    models = Models(runs=tmp_path)
+    assert models.names() == ["new", "old"]
+    assert models.open("old").name == str(tmp_path / "old")
+    assert models.keep("new") is models.open("new") is models.keep("new")
+    assert models.open("old") is not models.open("old") and list(models.kept) == [("new", 10)]
+    (tmp_path / "new/checkpoints/15").mkdir()
+    assert models.open("new") is not models.kept["new", 10]  # there are newer weights
+    with pytest.raises(UserError, match=r"unknown model '\.\./x'"):
+        models.open("../x")
+
+
+def test_a_pretrained_model_is_opened_once(digits, monkeypatch):
+    opened = []
+
+    def of_pretrained(name, **where):
+        opened.append((name, where))
+        return digits
+
+    monkeypatch.setattr(Drawable, "of_pretrained", of_pretrained)
+    models = Models(pretrained="someone/dit", vae="here")
+    assert models.names() == ["someone/dit"] and models.folder("someone/dit") is None
+    assert models.keep("someone/dit") is models.open("someone/dit") is digits
+    assert opened == [("someone/dit", {"vae": "here", "text_towers": ()})]
+
+
+def test_no_model_is_said(tmp_path):
+    with pytest.raises(UserError, match="holds no run with a checkpoint: train one"):
+        Models(runs=tmp_path)
+    with pytest.raises(UserError, match="is not a run"):
+        Models(run=tmp_path)
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        Models(run=save(tmp_path / "begun"))
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"run": Path("a"), "runs": Path("b")}, "--run and --runs both say"),
+        ({"port": 0}, r"--port 0: must be in"),
+        ({"vae": "somewhere"}, "name it by --run"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(flags, said):
+    with pytest.raises(UserError, match=said):
+        demo.main(DemoConfig(**flags))
+
+
+def test_where_gradio_is_missing_its_installation_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "page", raising=False)
+    with pytest.raises(UserError, match=r"pip install -r requirements-demo\.txt"):
+        demo.with_page(tmp_path)
