@@ -4,11 +4,18 @@ import difflib
 from collections.abc import Iterable
 
 
-class RunError(RuntimeError):
+class OneLine:
+    """Is shown by a notebook as what it says, too, and not by the way there."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython asks for it
+        return [f"error: {self}"]
+
+
+class RunError(OneLine, RuntimeError):
     """A run that failed, and whose message tells why: `cli.run` prints it and exits with 1."""
 
 
-class UserError(ValueError):
+class UserError(OneLine, ValueError):
     """A mistake at the keyboard or in the data: `cli.run` prints one line and exits with 2."""
 
 

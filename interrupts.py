@@ -8,6 +8,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+class Stopped(KeyboardInterrupt):
+    """A Ctrl-C that was waited for until all was saved. A notebook shows the one line."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython asks for it
+        return ["stopped, and all is saved; fit() goes on from here"]
+
+
 class Stop:
     """True once a signal has asked to stop."""
 
@@ -18,9 +25,9 @@ class Stop:
         return self.signal is not None
 
     def leave(self) -> None:
-        """End as the signal would have: KeyboardInterrupt, or SystemExit with 128 + its number."""
+        """End as the signal would have: `Stopped`, or SystemExit with 128 + its number."""
         if self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise Stopped
         if self.signal is not None:
             raise SystemExit(128 + self.signal)
 

@@ -118,7 +118,7 @@ def draw(
     *,
     n_classes: int | Int[Array, ""],
     label_dropout: float,
-    read: Read,
+    read: Read = pixels,
 ) -> Rows:
     """The data and noise of a batch, and its labels less those that are dropped."""
     keys = row_keys(key, batch.row)

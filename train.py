@@ -32,6 +32,7 @@ import captions
 import cli
 import drawing
 import images
+import objectives
 import optim
 import parallel
 import processes
@@ -57,6 +58,7 @@ from train_config import (
     TrainConfig,
     network,
     objective,
+    reader,
     require_even_batches,
     require_same_latents,
     resolve,
@@ -350,10 +352,20 @@ class Trainer:
         self.step, self.position = self.step + 1, self.position + 1
         return report
 
+    def objective(self, **how: Any) -> objectives.Objective:
+        """What is trained for, `loss(model, batch, key) -> (loss, metrics)`, as the settings say. A
+        subclass may return another; `how` is for `objectives.draw`: `label_dropout`, which is 0 in
+        an evaluation, and `read`.
+        """
+        return objective(self.config, **how)
+
+    def _loss(self, *, label_dropout: float) -> objectives.Objective:
+        return self.objective(label_dropout=label_dropout, read=reader(self.dataset.encoding))
+
     @cached_property
     def update(self):
         c = self.config
-        loss = objective(c, self.dataset.encoding, label_dropout=c.label_dropout)
+        loss = self._loss(label_dropout=c.label_dropout)
         draw = partial(resident.draw, batch_size=c.batch_size, mesh=self.mesh)
         step = partial(
             update,
@@ -372,14 +384,14 @@ class Trainer:
 
     @cached_property
     def eval_loss(self):
-        loss = objective(self.config, self.dataset.encoding, label_dropout=0.0)
+        loss = self._loss(label_dropout=0.0)
         model = partial(nnx.merge, graphdef(self.model_config))
         return jax.jit(lambda params, batch, key: loss(model(params), batch, key)[0])
 
     def _initial_state(self) -> TrainState:
         params = init_params(self.model_config, self.init_key)
         c = self.config
-        loss = objective(c, self.dataset.encoding, label_dropout=c.label_dropout)
+        loss = self._loss(label_dropout=c.label_dropout)
         model = nnx.merge(graphdef(self.model_config), params)
         metrics = jax.eval_shape(lambda b: loss(model, b, self.train_key)[1], self.blank_batch())
         scaled = self.model_config.dtype == "float16"

@@ -568,17 +568,21 @@ def network(config: TrainConfig, dataset: DatasetConfig) -> ModelConfig:
     )
 
 
+def reader(encoding: Encoding | None) -> objectives.Read:
+    """What makes data of a batch's pictures, or of its latents' means and log-variances."""
+    if not encoding:
+        return objectives.pixels
+    return partial(
+        autoencoder.draw,
+        scaling_factor=encoding.scaling_factor,
+        shift_factor=encoding.shift_factor,
+    )
+
+
 def objective(
-    config: TrainConfig, encoding: Encoding | None, *, label_dropout: float
+    config: TrainConfig, *, label_dropout: float, read: objectives.Read = objectives.pixels
 ) -> objectives.Objective:
-    """The loss that a resolved `config` describes, on pictures or on latents."""
-    read = objectives.pixels
-    if encoding:
-        read = partial(
-            autoencoder.draw,
-            scaling_factor=encoding.scaling_factor,
-            shift_factor=encoding.shift_factor,
-        )
+    """The loss that a resolved `config` describes."""
     if config.objective == "ddpm":
         return objectives.ddpm(
             prediction=config.prediction,

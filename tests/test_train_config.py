@@ -347,7 +347,7 @@ def test_every_choice_of_the_loss_arrives_there(monkeypatch):
     asked = {}
     monkeypatch.setattr("objectives.rectified_flow", lambda **kwargs: asked.update(kwargs))
     config = resolved(time_density="logit_normal", logit_mean=-0.5, logit_std=0.7, time_shift=3.0)
-    objective(config, None, label_dropout=0.25)
+    objective(config, label_dropout=0.25)
     u = jnp.linspace(0.1, 0.9, 9)
     assert (asked["density"](u) == logit_normal(-0.5, 0.7)(u)).all()
     assert asked["shift"] == 3.0 and asked["label_dropout"] == 0.25
@@ -358,7 +358,7 @@ def test_every_choice_of_ddpm_arrives_there(monkeypatch):
     monkeypatch.setattr("objectives.ddpm", lambda **kwargs: asked.update(kwargs))
     flags: dict[str, Any] = {"prediction": "v", "learned_sigma": True, "min_snr_gamma": 5.0}
     config = resolved(objective="ddpm", **flags)
-    objective(config, None, label_dropout=0.25)
+    objective(config, label_dropout=0.25)
     assert {name: asked[name] for name in flags} == flags and asked["label_dropout"] == 0.25
     assert (network(config, DIGITS).channels, network(config, DIGITS).out_channels) == (1, 2)
     assert network(resolved(objective="ddpm"), DIGITS).out_channels == 1
