@@ -117,7 +117,7 @@ class Worker:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._connection.send(sys.path)
-        self._connection.send(self._function)
+        self._connection.send_bytes(self._function)
 
     def _end(self) -> str:
         """How the process died."""
@@ -137,28 +137,36 @@ class Worker:
 
 def _serve(connection: Connection) -> None:
     """What a worker does."""
-    messages: queue.SimpleQueue = queue.SimpleQueue()
+    messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, messages), daemon=True).start()
-    sys.path[:] = messages.get()
+    sys.path[:] = pickle.loads(messages.get())
     function, error = _outcome(pickle.loads, messages.get())
     while True:
-        call = messages.get()
-        connection.send((None, error) if error else _outcome(function, call))
+        message = messages.get()
+        connection.send((None, error) if error else _outcome(_call, function, message))
 
 
-def _listen(connection: Connection, messages: queue.SimpleQueue) -> None:
-    """Until the parent is gone: then this process ends, whatever it is doing."""
+def _call(function: Callable[[Any], Any], message: bytes) -> Any:
+    return function(pickle.loads(message))
+
+
+def _listen(connection: Connection, messages: queue.SimpleQueue[bytes]) -> None:
+    """Until the parent is gone: then this process ends, whatever it is doing.
+
+    Nothing is unpickled here, for that imports: two threads that import modules which import each
+    other are a deadlock.
+    """
     try:
         while True:
-            messages.put(connection.recv())
+            messages.put(connection.recv_bytes())
     finally:
         os._exit(1)
 
 
-def _outcome(function: Callable[[Any], Any], call: Any) -> tuple[Any, Exception | None]:
+def _outcome(function: Callable[..., Any], *args: Any) -> tuple[Any, Exception | None]:
     """The answer or the error, which can be sent."""
     try:
-        return function(call), None
+        return function(*args), None
     except Exception as error:
         error.add_note(f"in worker process {os.getpid()}:\n{traceback.format_exc()}")
         try:

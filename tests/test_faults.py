@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,16 +126,20 @@ def logged(folder: Path) -> list[int]:
     return [int(step) for step in re.findall(r'^{"step": (\d+),.*\n', lines, re.MULTILINE)]
 
 
-def unfinished(folder: Path) -> set[Path]:
-    """The checkpoints that are being written, or that nobody writes any more."""
-    return {path for path in folder.glob("checkpoints/*") if not path.name.isdecimal()}
+def saving(folder: Path, begun: float) -> bool:
+    """Whether a checkpoint that was begun since then is not complete."""
+    for path in folder.glob("checkpoints/*"):
+        with suppress(FileNotFoundError):  # it has just been completed
+            if not path.name.isdecimal() and path.stat().st_mtime > begun:
+                return True
+    return False
 
 
 def hit(folder: Path, out: str, begun: float) -> str:
     """What a kill has interrupted of a run that was begun then."""
     if GREETED not in out:
         return "start-up"
-    if any(path.stat().st_mtime > begun for path in unfinished(folder)):
+    if saving(folder, begun):
         return "save"
     last = logged(folder)[-1] if logged(folder) else 0
     picture = folder / f"samples/{last:07d}.png"

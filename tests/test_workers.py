@@ -1,11 +1,14 @@
 """Answers come in order whatever becomes of the processes, and no process is left behind."""
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +47,20 @@ class Unlucky:
             left[0].unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         return x * x
+
+
+class Imported:
+    """A module, imported where this is unpickled."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __reduce__(self):
+        return importlib.import_module, (self.name,)
+
+
+def names(*modules: Any) -> list[str]:
+    return [module.__name__ for module in modules]
 
 
 class NeedsTwoArguments(Exception):
@@ -108,6 +125,15 @@ def test_a_function_that_cannot_be_loaded_is_an_error(monkeypatch):
         call._function = b"no pickle"
         with pytest.raises(Exception, match="pickle"):
             call(1)
+
+
+def test_a_function_and_its_call_may_need_modules_that_import_each_other(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, other in (("hen", "egg"), ("egg", "hen")):
+        code = f"import importlib, time; time.sleep(0.3); importlib.import_module('{other}')"
+        (tmp_path / f"{name}.py").write_text(code)
+    with worker(partial(names, Imported("hen"))) as call:
+        assert call(Imported("egg")) == ["hen", "egg"]
 
 
 def test_a_worker_that_is_killed_is_begun_anew(capfd):
