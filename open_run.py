@@ -21,6 +21,7 @@ import images
 import parallel
 import processes
 import run_folder
+import showcase
 import tracking
 import weights_and_biases
 from checkpoint import Checkpoints, DiskFullError
@@ -89,7 +90,7 @@ class OpenRun:
         t = self.trainer
         self.tracker.begin()
         if t.config.overfit_batch:
-            sheet, path = t.batch_sheet(), t.run_dir / t.SHOWS / "batch.png"
+            sheet, path = showcase.batch_sheet(t), t.run_dir / t.SHOWS / "batch.png"
             if processes.is_first():
                 with self._full_disk_is_said(path):
                     images.save_png(sheet, path)

@@ -4,8 +4,9 @@ long it should take.
     python scaling.py     writes the tables of docs/scaling.md anew
 
 A roofline: FLOPs over the speed of matrix products, bytes over the bandwidth of memory, bytes over
-the bandwidth of links. It counts the step that `train.update` and `parallel.value_and_grad` take;
-what a pass keeps it asks of JAX, by tracing `model.py`. It measures nothing and touches no device.
+the bandwidth of links. It counts the step that `train_state.update` and `parallel.value_and_grad`
+take; what a pass keeps it asks of JAX, by tracing `model.py`. It measures nothing and touches no
+device.
 """
 
 import math

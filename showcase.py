@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 import images
+from vae import autoencoder
 
 if TYPE_CHECKING:
     from train import Trainer
@@ -46,6 +47,18 @@ def sheet(x: Float[np.ndarray, "b h w c"], labels: Labels, names: Sequence[str])
     """Samples in −1 … 1 as a grid, with what they are of."""
     columns = len(labels) // ROWS
     return images.grid(images.to_uint8(x), columns=columns, captions=captions(labels, names))
+
+
+def batch_sheet(trainer: "Trainer") -> Image.Image:
+    """The pictures of the one batch that is trained on, where samples of them will stand."""
+    shown = labels(trainer)
+    x = trainer.data.first_rows(0, len(shown)).image.astype(np.float32)
+    if (e := trainer.dataset.encoding) and trainer.codec:
+        how = {"scaling_factor": e.scaling_factor, "shift_factor": e.shift_factor}
+        x = trainer.codec.decode(autoencoder.scale(x[..., : e.shape[-1]], **how))
+    else:
+        x = x / 127.5 - 1
+    return sheet(x, shown, trainer.dataset.label_names)
 
 
 def greeting(trainer: "Trainer", last: int) -> str:

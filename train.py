@@ -9,13 +9,12 @@ or, in a notebook,
     trainer.fit()
     trainer.sample(labels=[3, 7])
 
-Start reading here: `update` is one step, `Trainer.fit` is a run in the order of time.
+Start reading here: `Trainer.fit` is a run in the order of time; one step is `train_state.update`.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Key, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 import captions
@@ -41,17 +40,18 @@ import resident
 import run_folder
 import showcase
 import text
+import train_state
 import warm_start
 from captions import CaptionStore
 from checkpoint import Checkpoints
 from codec import Codec
 from errors import UserError
 from interrupts import stopping
-from model import graphdef, init_params
+from model import ModelConfig, graphdef, init_params
 from open_run import open_run
 from pipeline import Batch, Pipeline
 from range_test import N_STEPS, range_test
-from sources import open_source
+from sources import Source, open_source
 from train_config import (
     DEFAULTS,
     FILLED,
@@ -66,109 +66,11 @@ from train_config import (
     with_subject,
 )
 from train_profile import profile
-from vae import autoencoder
+from train_state import TrainState
 from yardstick import Yardstick
 
 __all__ = ["TrainConfig", "TrainState", "Trainer"]
 DIGITS = TrainConfig()
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class TrainState:
-    """All that a step changes, and all that a checkpoint needs to go on bit for bit."""
-
-    step: Array
-    position: Array  # batches so far; more than steps, where some were left out
-    skipped: Array  # steps that left the weights alone, for they were not finite
-    bad_steps: Array  # how many of them in a row, up to now
-    params: Any
-    ema: Any
-    opt_state: Any
-    loss_scale: optim.LossScale | tuple[()]  # with float16
-    window: dict[str, Array]  # sums of the metrics over the steps since the last log line
-
-
-def update(
-    state: TrainState,
-    batch: Any,
-    key: Key[Array, ""],
-    *,
-    draw: Callable[[Any, Array], Batch],
-    value_and_grad: Callable,
-    optimizer: optax.GradientTransformationExtraArgs,
-    ema_decay: float,
-    log_every: int,
-) -> tuple[TrainState, dict[str, Any]]:
-    """One step: gradients, clipped AdamW, EMA. Returns the new state and the step's report.
-
-    A loss or gradient that is not finite changes nothing but the counts.
-    """
-    s, step_key = state, jax.random.fold_in(key, state.position)
-    batch, scale = draw(batch, s.position), s.loss_scale[0] if s.loss_scale else None
-    (loss, metrics), grads = value_and_grad(s.params, batch, step_key, scale)
-    grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updates, opt_state = optimizer.update(grads, s.opt_state, s.params, finite=finite)
-    params = optax.apply_updates(s.params, updates)
-    ema = optim.update_ema(s.ema, params, optim.ema_decay_at(s.step, ema_decay))
-
-    def if_finite(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
-    metrics |= {"loss": loss, "grad_norm": grad_norm, "steps": jnp.ones(())}
-    window = jax.tree.map(lambda w: jnp.where(s.step % log_every == 0, 0, w), s.window)
-    window = if_finite(jax.tree.map(jnp.add, window, metrics), window)
-    # Too large a scale is no bad step: it is halved until gradients are finite, or it is 1.
-    bad = ~finite & (scale is None or ~jnp.isfinite(loss) | (scale <= optim.LEAST_SCALE))
-    new = TrainState(
-        step=s.step + 1,
-        position=s.position + 1,
-        skipped=s.skipped + ~finite,
-        bad_steps=jnp.where(bad, s.bad_steps + 1, 0),
-        params=params,
-        ema=if_finite(ema, s.ema),
-        opt_state=opt_state,
-        loss_scale=optim.next_loss_scale(s.loss_scale, finite) if s.loss_scale else (),
-        window=window,
-    )
-    report = {
-        "bad_steps": new.bad_steps,
-        "skipped": new.skipped,
-        "window": window,
-        "param_norm": optax.tree.norm(new.params),
-        "update_norm": optax.tree.norm(updates),
-    }
-    return new, report | ({"loss_scale": scale} if s.loss_scale else {})
-
-
-def first_state(
-    params: Any,
-    optimizer: optax.GradientTransformationExtraArgs,
-    metrics: dict[str, jax.ShapeDtypeStruct],
-    *,
-    scaled: bool = False,
-) -> TrainState:
-    """The state before the first step.
-
-    Args:
-        metrics: what the loss will report.
-        scaled: whether there is a loss scale.
-    """
-    window = {name: jnp.zeros(metric.shape) for name, metric in metrics.items()}
-    window |= {name: jnp.zeros(()) for name in ("loss", "grad_norm", "steps")}
-    return TrainState(
-        step=jnp.int32(0),
-        position=jnp.int32(0),
-        skipped=jnp.int32(0),
-        bad_steps=jnp.int32(0),
-        params=params,
-        # The average starts as a copy: one buffer in two places of the state cannot be donated.
-        ema=jax.tree.map(jnp.copy, params),
-        opt_state=optimizer.init(params),
-        loss_scale=optim.first_loss_scale() if scaled else (),
-        window=window,
-    )
 
 
 class Trainer:
@@ -185,29 +87,13 @@ class Trainer:
         Raises:
             UserError: settings or data that cannot work.
         """
-        run_dir, saved = self._folder(config, with_subject(config).dataset_name, config.model), None
-        if run_dir and config.resume:
-            saved = run_folder.read_config(run_dir)
-            fsdp = config.fsdp or math.gcd(saved["fsdp"], jax.device_count())
-            config = take_up(dataclasses.replace(config, fsdp=fsdp), saved)
-        config = with_subject(config)
+        run_dir = self._folder(config, with_subject(config).dataset_name, config.model)
+        config, saved = self._taken_up(config, run_dir)
         start = None
         if config.init_from and not saved:
             start = warm_start.read(config.init_from)
             config = warm_start.filled(config, start)
-        self.source = open_source(
-            config.dataset_name,
-            data_dir=config.data_dir,
-            image_column=config.image_column,
-            label_column=config.label_column,
-            conditioning=config.conditioning,
-            caption_column=config.caption_column,
-            templates=config.caption or (),
-            image_size=config.image_size,
-            channels=None if config.profile else config.channels,  # a profile reads no pictures
-            streaming=config.streaming or DEFAULTS["streaming"],
-            latents_dir=config.latents,
-        )
+        self.source = _source(config)
         self.dataset = self.source.config
         if saved:
             require_same_latents(self.dataset.encoding, saved)
@@ -221,20 +107,13 @@ class Trainer:
         self.run_dir = run_dir or Path(
             processes.first_says(lambda: str(run_folder.new(c.dataset_name, c.model)))
         )
-        self.model_config = network(c, self.dataset)
-        if c.init_from:
-            record = saved["model_config"] if saved else vars(start.config) if start else {}
-            self.model_config = warm_start.beyond_flags(self.model_config, record)
         self.encoded = None
         if c.conditioning == "text":
             with processes.in_turn():
-                self.encoded = self._encode_captions(saved["text_revisions"] if saved else None)
-            self.model_config = dataclasses.replace(
-                self.model_config,
-                text_length=self.encoded.length,
-                text_width=self.encoded.width,
-                pooled_width=self.encoded.pooled,
-            )
+                self.encoded = self._encode_captions(saved.get("text_revisions"))
+        self.model_config = self._network(
+            saved.get("model_config") or (vars(start.config) if start else {})
+        )
         self.peak = profiling.peak(
             jax.devices()[0].device_kind, self.model_config.dtype, peak_tflops=c.peak_tflops
         )
@@ -263,6 +142,24 @@ class Trainer:
         if not trainer.step:
             raise UserError(f"'{run_dir}' has no complete checkpoint yet")
         return trainer
+
+    def _taken_up(self, config: TrainConfig, run_dir: Path | None) -> tuple[TrainConfig, Any]:
+        """The settings and, of a run that goes on, those that it was saved with."""
+        if not run_dir or not config.resume:
+            return with_subject(config), {}
+        saved = run_folder.read_config(run_dir)
+        fsdp = config.fsdp or math.gcd(saved["fsdp"], jax.device_count())
+        return with_subject(take_up(dataclasses.replace(config, fsdp=fsdp), saved)), saved
+
+    def _network(self, before: dict[str, Any]) -> ModelConfig:
+        """What is trained; `before` is the network it starts from, or goes on with."""
+        config = network(self.config, self.dataset)
+        if self.config.init_from:
+            config = warm_start.beyond_flags(config, before)
+        if e := self.encoded:
+            widths = {"text_width": e.width, "pooled_width": e.pooled}
+            config = dataclasses.replace(config, text_length=e.length, **widths)
+        return config
 
     def follow(self, schedule: optax.Schedule) -> None:
         """Take the learning rate from it. Only before the first step, which compiles it."""
@@ -368,7 +265,7 @@ class Trainer:
         loss = self._loss(label_dropout=c.label_dropout)
         draw = partial(resident.draw, batch_size=c.batch_size, mesh=self.mesh)
         step = partial(
-            update,
+            train_state.update,
             draw=draw if c.cache_on_device else lambda batch, position: batch,
             value_and_grad=parallel.value_and_grad(
                 loss,
@@ -395,7 +292,7 @@ class Trainer:
         model = nnx.merge(graphdef(self.model_config), params)
         metrics = jax.eval_shape(lambda b: loss(model, b, self.train_key)[1], self.blank_batch())
         scaled = self.model_config.dtype == "float16"
-        return first_state(params, self.optimizer, metrics, scaled=scaled)
+        return train_state.first_state(params, self.optimizer, metrics, scaled=scaled)
 
     def _fresh_state(self, start: warm_start.Source | None = None) -> TrainState:
         """The state before the first step, with the weights of `init_from` if there is one."""
@@ -556,17 +453,6 @@ class Trainer:
         names = self.dataset.label_names
         return [showcase.sheet(state, labels, names) for state in (x if trajectory else [x])]
 
-    def batch_sheet(self) -> Image.Image:
-        """The pictures of the one batch that is trained on, where samples of them will stand."""
-        labels = showcase.labels(self)
-        x = self.data.first_rows(0, len(labels)).image.astype(np.float32)
-        if (e := self.dataset.encoding) and self.codec:
-            how = {"scaling_factor": e.scaling_factor, "shift_factor": e.shift_factor}
-            x = self.codec.decode(autoencoder.scale(x[..., : e.shape[-1]], **how))
-        else:
-            x = x / 127.5 - 1
-        return showcase.sheet(x, labels, self.dataset.label_names)
-
     def greeting(self, last: int) -> str:
         return showcase.greeting(self, last)
 
@@ -610,7 +496,7 @@ class Trainer:
     def items(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a checkpoint holds: arrays, and notes about them."""
         notes = {"config": self.describe(), "data": {"n_rows": len(self.source.train)}}
-        return as_items(self.state), notes
+        return train_state.as_items(self.state), notes
 
     def restore(self, step: int | None = None) -> None:
         """Take the state of one of the run's checkpoints, by default the newest that is whole.
@@ -618,7 +504,7 @@ class Trainer:
         Raises:
             UserError: there is none, it cannot be read, or the data have changed since.
         """
-        like = as_items(parallel.abstract(self._initial_state, self.mesh))
+        like = train_state.as_items(parallel.abstract(self._initial_state, self.mesh))
         with Checkpoints(self.run_dir, read_only=True) as checkpoints:
             if step is None:
                 step, items, self.damaged = checkpoints.restore_newest(like)
@@ -630,15 +516,15 @@ class Trainer:
                 f"cannot resume: {self.dataset.name} had {position['n_rows']} training rows, "
                 f"now it has {n_rows}"
             )
-        self._take(from_items(items))
+        self._take(train_state.from_items(items))
 
     def go_back(self, checkpoints: Checkpoints, step: int, *, position: int) -> None:
         """Take the state of a checkpoint, or of the start, and go on with other batches from
         there.
         """
         if step:
-            like = as_items(parallel.abstract(self._initial_state, self.mesh))
-            state = from_items(checkpoints.restore(step, like))
+            like = train_state.as_items(parallel.abstract(self._initial_state, self.mesh))
+            state = train_state.from_items(checkpoints.restore(step, like))
         else:
             state = self._fresh_state()
         moved = parallel.replicate(np.int32(position), self.mesh)
@@ -658,20 +544,25 @@ class Trainer:
         }
 
 
+def _source(c: TrainConfig) -> Source:
+    return open_source(
+        c.dataset_name,
+        data_dir=c.data_dir,
+        image_column=c.image_column,
+        label_column=c.label_column,
+        conditioning=c.conditioning,
+        caption_column=c.caption_column,
+        templates=c.caption or (),
+        image_size=c.image_size,
+        channels=None if c.profile else c.channels,  # a profile reads no pictures
+        streaming=c.streaming or DEFAULTS["streaming"],
+        latents_dir=c.latents,
+    )
+
+
 def settings(config: Any) -> dict[str, Any]:
     """A config by its fields' names, as JSON takes them."""
     return {name: str(v) if isinstance(v, Path) else v for name, v in vars(config).items()}
-
-
-def as_items(state: TrainState) -> dict[str, Any]:
-    """A state as the items of a checkpoint."""
-    rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return {"params": rest.pop("params"), "ema": rest.pop("ema"), "optimizer": rest}
-
-
-def from_items(items: dict[str, Any]) -> TrainState:
-    """The inverse of `as_items`."""
-    return TrainState(params=items["params"], ema=items["ema"], **items["optimizer"])
 
 
 def begin(config: Any) -> None:

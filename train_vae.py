@@ -30,13 +30,14 @@ import pretrained.lpips
 import processes
 import resident
 import run_folder
-import train
+import train_state
 from checkpoint import Checkpoints
 from objectives import to_float
 from pipeline import Batch
 from sources import open_source
-from train import Trainer, TrainState
+from train import Trainer
 from train_config import take_up
+from train_state import TrainState
 from train_vae_config import (
     DEFAULTS,
     FILLED,
@@ -286,7 +287,7 @@ class VaeTrainer(Trainer):
         draw = partial(resident.draw, batch_size=c.batch_size, mesh=self.mesh)
 
         def step(state, batch, given):
-            return train.update(
+            return train_state.update(
                 state,
                 batch,
                 given.key,
@@ -315,7 +316,7 @@ class VaeTrainer(Trainer):
         loss = (adversarial if self.config.gan_weight else objective)(self.config)
         given = Given(self.train_key, self.lpips)
         metrics = jax.eval_shape(lambda batch: loss(model, batch, given)[1], self.blank_batch())
-        return train.first_state(nnx.to_pure_dict(nnx.state(model)), self.optimizer, metrics)
+        return train_state.first_state(nnx.to_pure_dict(nnx.state(model)), self.optimizer, metrics)
 
     def blank_batch(self) -> Batch:
         n, c = self.config.batch_size // jax.process_count(), self.config

@@ -23,6 +23,7 @@ RANKS = {
     **dict.fromkeys(("vae.autoencoder", "pretrained.weights", "pretrained.loose"), 1),
     "metrics.reference": 1,
     **dict.fromkeys(("checkpoint", "train_config", "showcase", "resident", "scaling"), 2),
+    "train_state": 2,
     **dict.fromkeys(("pretrained.autoencoder", "pretrained.lpips", "pretrained.inception"), 2),
     **dict.fromkeys(("pretrained.dit", "pretrained.sd3", "pretrained.transformer"), 2),
     "metrics.pictures": 2,
