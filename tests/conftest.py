@@ -1,7 +1,10 @@
 """Eight virtual devices, shapes in signatures checked at run time, no silent broadcasting."""
 
+import ctypes
+import gc
 import os
 import signal
+import sys
 
 # Before jax is imported. Unoptimised programs compile three times faster, and tests mostly compile.
 FAST = "--xla_backend_optimization_level=0"
@@ -31,6 +34,16 @@ def cache(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_given_back():
+    """What a module compiled is freed after it: it would be several GB in the end."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(autouse=True)
