@@ -10,6 +10,7 @@ Answers with the run's process id, which leads its process group, and with its e
 import hashlib
 import json
 import os
+import signal
 import sys
 
 import datasets
@@ -42,6 +43,8 @@ def digest(run_dir: str) -> str:
 def be(asked: dict) -> None:
     """The run that is asked for, to its exit."""
     os.setpgid(0, 0)
+    # Ignored where the tests were begun in the background of a script.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream, path in zip((1, 2), sys.argv[1:], strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     n_devices = asked.get("n_devices", 1)

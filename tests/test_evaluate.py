@@ -107,7 +107,7 @@ def test_what_the_command_cannot_do_it_says_in_one_line(trained, tmp_path, cache
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({}, "name one of --run, --images, --npz, --dataset_name, .* not none"),
+        ({}, "name one of --run, --pretrained, --images, --npz, .* not none"),
         ({"run": Path("a"), "npz": Path("b")}, "not --run and --npz"),
         ({"npz": Path("a"), "n": 5}, "--n is for --run"),
         ({"npz": Path("a"), "data_dir": Path("b")}, "--data_dir is for --dataset_name"),
