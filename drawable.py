@@ -237,10 +237,14 @@ class Drawable:
         return How(sampler, float(scale))
 
     def sample(self, labels: Labels, how: How, **more: Any) -> Pictures:
-        """Pictures by `drawing.sample`, which `more` is for; latents, if its `codec` is None."""
+        """Pictures by `drawing.sample`, which `more` is for; latents, if its `codec` is None. Its
+        `negative` is left out where there is no guidance to lead away.
+        """
         if "codec" not in more:
             more["codec"] = self.codec  # a VAE that is gone is said before weights are read
         sampler, scale = how
+        if scale == 1:
+            more["negative"] = None
         return drawing.sample(
             self.params,
             self.model,

@@ -43,10 +43,7 @@ def of_scales(
         more: of `drawing.sample`.
     """
     labels, told = subjects.rows(0, len(subjects.which))
-    rows = []
-    for scale in scales:
-        guided = told if scale != 1 else told | {"negative": None}
-        rows.append(drawable.sample(labels, how.at(scale), **guided | more).x)
+    rows = [drawable.sample(labels, how.at(scale), **told | more).x for scale in scales]
     return images.table(
         images.reduced(images.to_uint8(np.stack(rows)), side),
         rows=[f"cfg {scale:g}" for scale in scales],

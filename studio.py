@@ -250,9 +250,8 @@ def table(
     hows, of = [how_asked(drawable, one) for one in orders], asked(drawable, order)
     labels, told = of.rows(0, 1)
     shown: UInt8[np.ndarray, "rows columns h w c"] | None = None
-    for how, ((column, _), (row, scale)) in zip(hows, cells):
-        more = told if scale != 1 else told | {"negative": None}
-        picture = images.to_uint8(drawable.sample(labels, how, **more).x[0])
+    for how, ((column, _), (row, _)) in zip(hows, cells):
+        picture = images.to_uint8(drawable.sample(labels, how, **told).x[0])
         if shown is None:
             shown = np.full((len(scales), len(steps), *picture.shape), 255, np.uint8)
         shown[row, column] = picture

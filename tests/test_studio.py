@@ -139,6 +139,10 @@ def test_prompts_are_for_models_of_captions(monkeypatch):
         list(studio.draw(of, Order(prompt=" ")))
     with pytest.raises(UserError, match="nothing leads away"):
         list(studio.draw(of, Order(prompt="a", negative_prompt="b", cfg_scale=1.0)))
+    # The published SD3 is told of no caption by an empty one, also where there is no guidance.
+    published = drawable(config, conditioning="text", full_width=6)
+    assert drawn(published, Order(prompt="a seven", cfg_scale=1.0, n=2))[1] == ["a seven"] * 2
+    assert words[-1] == ["a seven", ""]
 
 
 # --- models ---------------------------------------------------------------------------------------
