@@ -190,7 +190,8 @@ def guided(
             two calls.
     """
     both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null)
-    low, high = interval
+    # Times of a grid are float32: without a rounding's room they miss the ends they are meant for.
+    low, high = interval[0] - 1e-6, interval[1] + 1e-6
 
     def combined(x, t):
         if together:

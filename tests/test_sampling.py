@@ -310,6 +310,13 @@ def test_outside_its_interval_guidance_is_the_condition(t, inside):
     np.testing.assert_allclose(guided_at(3.0, t, interval=(0.2, 0.7)), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("n_steps", [10, 20, 50])
+def test_times_of_a_grid_at_the_ends_of_the_interval_are_guided(n_steps):
+    velocity, times = guided(conditional, cond, null, 3.0, interval=(0.2, 0.7)), time_grid(n_steps)
+    led = [abs(velocity(noise, t) - conditional(noise, t, cond)).max() > 1 for t in times]
+    assert led == [2 * n_steps <= 10 * i <= 7 * n_steps for i in range(n_steps, -1, -1)]
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_only_the_first_channels_are_guided_if_asked(channels):
     some, every = guided_at(3.0, channels=channels), guided_at(3.0)
