@@ -3,6 +3,7 @@ drawn ones are written to. All are uint8, in batches, and never all in memory.
 """
 
 import zipfile
+import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -158,7 +159,7 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
         raise UserError(f"{path}: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
         raise UserError(f"{path} is damaged or no .npz file: {error}") from None
 
 

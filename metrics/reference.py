@@ -9,6 +9,7 @@ too, and ours by them.
 import hashlib
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def read(path: Path) -> Reference:
         raise UserError(f"reference {path}: {error}") from None
     except OSError as error:
         raise UserError(f"reference {path}: {error.strerror or error}") from None
-    except (ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+    except (ValueError, KeyError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UserError(f"reference {path} is damaged: {error}") from None
 
 

@@ -201,6 +201,14 @@ def test_a_file_without_pictures_is_refused(tmp_path, arrays, message):
         pictures.of_npz(tmp_path / "x.npz")
 
 
+def test_a_compressed_file_that_is_damaged_is_refused(some, tmp_path):
+    np.savez_compressed(tmp_path / "x.npz", arr_0=some)
+    whole = (tmp_path / "x.npz").read_bytes()
+    (tmp_path / "x.npz").write_bytes(whole[:40] + bytes([255]) * 40 + whole[80:])
+    with pytest.raises(UserError, match=r"damaged or no \.npz file"):
+        pictures.of_npz(tmp_path / "x.npz")
+
+
 def test_pictures_of_two_sizes_are_refused_unless_they_are_made_equal(tmp_path):
     with pytest.raises(UserError, match="holds no pictures"):
         pictures.of_folder(tmp_path)

@@ -251,3 +251,8 @@ def test_a_reference_that_is_not_there_or_cut_off_is_refused(tmp_path, known):
         (tmp_path / "x.npz").write_bytes(content)
         with pytest.raises(UserError, match=r"reference .*x.npz"):
             reference.read(tmp_path / "x.npz")
+    np.savez_compressed(tmp_path / "x.npz", mu=pool.mean, sigma=pool.covariance)
+    whole = (tmp_path / "x.npz").read_bytes()
+    (tmp_path / "x.npz").write_bytes(whole[:40] + bytes([255]) * 40 + whole[80:])
+    with pytest.raises(UserError, match=r"reference .*x.npz is damaged"):
+        reference.read(tmp_path / "x.npz")
