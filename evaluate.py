@@ -32,10 +32,11 @@ from metrics import extraction, fid, pictures, reference
 from metrics.extraction import Extractor, Gathered, Rows
 from metrics.pictures import Batch, PictureSet
 from metrics.reference import Reference
-from run_folder import unwritable
+from run_folder import require_apart, unwritable
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 RECORD = "evaluations.jsonl"
+SPLIT = "train"
 NAMES = {  # of a distance in Inception's features, and in pixels, which is no FID
     "inception": ("fid", "kid", "precision", "recall", "sfid"),
     "pixels": ("pixel_frechet", "pixel_kernel", "pixel_precision", "pixel_recall"),
@@ -92,7 +93,7 @@ class EvaluateConfig:
     dataset_name: str | None = None
     data_dir: Path | None = None
     image_column: str | None = None
-    split: str = "train"
+    split: str | None = None
     image_size: int | None = None
     reference: Path | None = None
     make_reference: Path | None = None
@@ -101,7 +102,7 @@ class EvaluateConfig:
     preparation: str | None = None
     n: int | None = None
     step: int | None = None
-    ema: bool = True
+    ema: bool | None = None
     cfg_scale: float | None = None
     n_steps: int | None = None
     solver: str | None = None
@@ -126,11 +127,12 @@ FILLED = {"n": "50000", "cfg_scale": "the model's own", "n_steps": "the model's 
 FILLED |= {"solver": "the model's own", "shift": "the model's own", "eta": 0, "interval": "0 1"}
 FILLED |= {"preparation": "the reference's"}
 FILLED |= {"batch_size": "64 a device, 16 on a CPU", "out": f"{RECORD} of the run, or here"}
-FILLED |= {"image_size": "as the data set recommends"}
+FILLED |= {"image_size": "as the data set recommends", "split": SPLIT, "ema": True}
 N_DRAWN = 50_000
 SUBJECTS = ("run", "pretrained", "images", "npz", "dataset_name")
 OF_MODELS = ("n", "vae", "samples", *(field.name for field in fields(Wishes)))
-OF_DATA = ("data_dir", "image_column")
+OF_RUNS = ("step", "ema")
+OF_DATA = ("data_dir", "image_column", "split")
 
 
 def check(config: EvaluateConfig) -> None:
@@ -141,7 +143,7 @@ def check(config: EvaluateConfig) -> None:
         raise UserError(
             f"name one of --{', --'.join(SUBJECTS)}, whose pictures are judged, not {which}"
         )
-    owners = dict.fromkeys(OF_MODELS, ("run", "pretrained")) | {"step": ("run",)}
+    owners = dict.fromkeys(OF_MODELS, ("run", "pretrained")) | dict.fromkeys(OF_RUNS, ("run",))
     for name, of in (owners | dict.fromkeys(OF_DATA, ("dataset_name",))).items():
         if getattr(config, name) is not None and given[0] not in of:
             raise UserError(f"--{name} is for --{' and --'.join(of)}")
@@ -152,12 +154,10 @@ def check(config: EvaluateConfig) -> None:
             "pass --reference FILE.npz, which `python evaluate.py --make_reference FILE.npz "
             "--dataset_name NAME` makes, or --make_reference, but not both"
         )
+    if config.make_reference and config.out:
+        raise UserError("--out is for --reference: --make_reference compares nothing")
     _check_numbers(config)
-    for path in filter(None, (config.make_reference, config.samples, config.out)):
-        if not path.parent.is_dir():
-            raise UserError(f"folder {path.parent} does not exist")
-        if path.suffix != ".npz" and path != config.out:
-            raise UserError(f"{path}: the name must end in .npz")
+    _check_files(config)
     if config.features == "pixels" and (config.inception or config.preparation):
         raise UserError("--features pixels takes neither --inception nor --preparation")
     if config.features == "inception" and not config.inception:
@@ -168,8 +168,21 @@ def check(config: EvaluateConfig) -> None:
         )
 
 
+def _check_files(config: EvaluateConfig) -> None:
+    written = "make_reference", "samples", "out"
+    for path in filter(None, (getattr(config, name) for name in written)):
+        if not path.parent.is_dir():
+            raise UserError(f"folder {path.parent} does not exist")
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name a file")
+        if path.suffix != ".npz" and path != config.out:
+            raise UserError(f"{path}: the name must end in .npz")
+    require_apart(config, written=written, read=("npz", "reference"))
+
+
 def _check_numbers(config: EvaluateConfig) -> None:
-    for name, least in {"n": 2, "n_features": 0, "batch_size": 1, "image_size": 2}.items():
+    least_of = {"n": 2, "n_features": 0, "batch_size": 1, "image_size": 2, "seed": 0}
+    for name, least in least_of.items():
         value = getattr(config, name)
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
@@ -184,7 +197,7 @@ def drawable(config: EvaluateConfig) -> Drawable | None:
     """What pictures are drawn from, if they are to be drawn."""
     c = config
     if c.run:
-        return Drawable.of_run(c.run, ema=c.ema, step=c.step, vae=c.vae)
+        return Drawable.of_run(c.run, ema=c.ema is not False, step=c.step, vae=c.vae)
     return Drawable.of_pretrained(c.pretrained, vae=c.vae) if c.pretrained else None
 
 
@@ -201,7 +214,7 @@ def subject(config: EvaluateConfig, run: Drawable | None, batch_size: int) -> Pi
         return pictures.of_npz(c.npz)
     return pictures.of_dataset(
         str(c.dataset_name),
-        split=c.split,
+        split=c.split or SPLIT,
         data_dir=c.data_dir,
         image_column=c.image_column,
         image_size=c.image_size,
@@ -338,14 +351,14 @@ def conclude(
 
 def tell(config: EvaluateConfig, said: dict[str, float], card: dict[str, Any]) -> None:
     """Print the numbers, and add a line to the record."""
-    out = config.out or (config.run or Path()) / RECORD
-    line = json.dumps(said | {"card": card}, default=str)
-    with unwritable(out), out.open("a") as file:
-        file.write(line + "\n")
     for name, value in said.items():
         print(f"{name:20} {value:.6g}")
     if lacking := [name for name in NAMES[config.features] if name not in said]:
         print(f"not known of this reference, or not asked for: {', '.join(lacking)}")
+    out = config.out or (config.run or Path()) / RECORD
+    line = json.dumps(said | {"card": card}, default=str)
+    with unwritable(out), out.open("a") as file:
+        file.write(line + "\n")
     print(f"{card['pictures']['count']} pictures; all that this depends on is in {out}")
 
 

@@ -8,6 +8,7 @@ import jax
 import drawn
 from cli import Text
 from errors import UserError
+from run_folder import require_apart
 
 MOST_SHOWN = 400  # pictures of a grid or a sheet
 N, N_OF_SHEET = 16, 10
@@ -133,6 +134,9 @@ def _check_files(config: GenerateConfig) -> None:
     for path in filter(None, (config.out, config.trajectory, config.x0)):
         if not path.parent.is_dir():
             raise UserError(f"folder {path.parent} does not exist")
+        if path.is_dir() and path.suffix in (".png", ".npz", ".gif"):
+            raise UserError(f"{path} is a folder; name a file")
+    require_apart(config, written=("out", "trajectory", "x0"))
     if config.out.suffix not in (".png", ".npz"):
         drawn.require_ours(config.out)
 

@@ -10,8 +10,9 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import combinations
 from pathlib import Path
 from typing import IO, Any
 
@@ -186,6 +187,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     finally:
         for rest in (new, old):
             _remove(rest)
+
+
+def require_apart(flags: Any, *, written: Sequence[str], read: Sequence[str] = ()) -> None:
+    """Raises UserError if a file that is written by one flag is another's too, and would be lost.
+
+    Args:
+        flags: a command's settings, of which these are paths or None.
+    """
+    names = [name for name in (*written, *read) if getattr(flags, name)]
+    for one, other in combinations(names, 2):
+        path = getattr(flags, one)
+        if one in written and path.resolve() == getattr(flags, other).resolve():
+            raise UserError(f"--{one} and --{other} name the same file: {path}")
 
 
 @contextmanager

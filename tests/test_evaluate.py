@@ -19,6 +19,8 @@ from metrics import extraction, pictures, reference
 from train import TrainConfig, Trainer
 
 rng = np.random.default_rng(0)
+MAKE = {"npz": Path("a.npz"), "reference": None, "make_reference": Path("x.npz")}
+HERE = Path("r.npz").absolute()
 PIXELS = {"pixel_frechet", "pixel_kernel", "pixel_kernel_std", "pixel_precision", "pixel_recall"}
 
 
@@ -115,6 +117,14 @@ def test_what_the_command_cannot_do_it_says_in_one_line(trained, tmp_path, cache
         ({"run": Path("a"), "reference": None}, "--make_reference FILE.npz"),
         ({"run": Path("a"), "n": 1}, "--n 1: must be at least 2"),
         ({"run": Path("a"), "n_features": 1}, "must be 0 or at least 2"),
+        ({"run": Path("a"), "seed": -1}, "--seed -1: must be at least 0"),
+        ({"npz": Path("a"), "split": "test"}, "--split is for --dataset_name"),
+        ({"npz": Path("a"), "ema": False}, "--ema is for --run"),
+        (MAKE | {"out": Path("x")}, "--out is for --reference"),
+        (MAKE | {"make_reference": Path("a.npz")}, "--make_reference and --npz name the same file"),
+        ({"run": Path("a"), "samples": HERE}, "--samples and --reference name the same file"),
+        ({"run": Path("a"), "samples": HERE, "out": HERE}, "--samples and --out name the same"),
+        ({"run": Path("a"), "out": Path("/")}, "/ is a folder; name a file"),
         ({"run": Path("a"), "samples": Path("nowhere/x.npz")}, "folder nowhere does not exist"),
         ({"run": Path("a"), "samples": Path("x.zip")}, "must end in .npz"),
         ({"run": Path("a")}, "FID needs Inception's weights: pass --inception"),
@@ -124,6 +134,12 @@ def test_what_the_command_cannot_do_it_says_in_one_line(trained, tmp_path, cache
 def test_what_cannot_work_is_refused_before_anything_is_read(fields, message):
     with pytest.raises(UserError, match=message):
         evaluate.main(EvaluateConfig(**{"reference": Path("r.npz")} | fields))
+
+
+def test_numbers_are_told_where_they_cannot_be_recorded(tmp_path, capsys):
+    with pytest.raises(UserError, match="cannot write"):
+        evaluate.tell(EvaluateConfig(out=tmp_path), {"fid": 1.5}, {"pictures": {"count": 9}})
+    assert "fid                  1.5\n" in capsys.readouterr().out
 
 
 # --- the same pictures by other ways --------------------------------------------------------------

@@ -158,6 +158,10 @@ def test_a_folder_of_something_else_is_left_alone(command, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         command(out=tmp_path / "file")
+    (tmp_path / "x.npz").mkdir()
+    with pytest.raises(UserError, match=r"x\.npz is a folder; name a file"):
+        command(out=tmp_path / "x.npz")
+    assert {path.name for path in tmp_path.iterdir()} == {"diary.txt", "file", "x.npz"}
 
 
 @pytest.mark.slow
@@ -261,6 +265,7 @@ def test_pictures_of_a_sheet_come_from_all_over_the_data_or_are_refused(digits):
         ({"out": "grid.jpg"}, r"must end in \.png \(a grid\) or \.npz \(arrays\), or be a folder"),
         ({"trajectory": "way.mp4"}, r"must end in \.gif"),
         ({"x0": "seen.png"}, r"--x0 seen\.png: the name must end in \.gif"),
+        ({"trajectory": "a.gif", "x0": "a.gif"}, "--trajectory and --x0 name the same file: a.gif"),
         ({"n": 0}, "--n 0: must be at least 1"),
         ({"out": "/nowhere/grid.png"}, "folder /nowhere does not exist"),
         ({"n": 401}, r"a grid shows at most 400 pictures, not 401: name a folder or an \.npz"),
