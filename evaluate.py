@@ -254,7 +254,7 @@ def gathered(
 
     rows = extract(counted(of.batches(batch_size)), batch_size=min(batch_size, of.count))
     keep = {"n_features": config.n_features, "keep_logits": real is not None}
-    return extraction.gather(fitting(rows), of.count, **keep)
+    return extraction.gather(fitting(rows), of.count, seed=config.seed, **keep)
 
 
 def scores(

@@ -190,10 +190,14 @@ def test_pictures_in_a_reference_take_the_place_of_features(some, tmp_path):
     nothing = {"mu": np.zeros(64), "sigma": np.eye(64), "mu_s": np.zeros(9), "sigma_s": np.eye(9)}
     np.savez(tmp_path / "adm.npz", arr_0=some, **nothing)
     real, extract = reference.read(tmp_path / "adm.npz"), extraction.of_pixels(parallel.make_mesh())
-    found = evaluate.real_features(EvaluateConfig(n_features=10), real, extract, 16)
-    assert found is not None and found.shape == (10, 64)
-    flat = some.reshape(40, 64) / 255
-    assert all(np.abs(flat - row[None]).max(1).min() < 1e-6 for row in found)
+    flat, rows = some.reshape(40, 64) / 255, []
+    for seed in (0, 1):  # which say which pictures are chosen
+        config = EvaluateConfig(n_features=10, seed=seed)
+        found = evaluate.real_features(config, real, extract, 16)
+        assert found is not None and found.shape == (10, 64)
+        assert all(np.abs(flat - row[None]).max(1).min() < 1e-6 for row in found)
+        rows.append(found)
+    assert (rows[0] != rows[1]).any()
 
 
 # --- sets of pictures -----------------------------------------------------------------------------
