@@ -76,6 +76,7 @@ class Drawable:
         ema: whether they are averaged, if that is known.
         vae: where the VAE of latents is now, if it has moved.
         text_towers: where the towers that encode captions are now, if they have moved.
+        revision: the commit of a model of the hub.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Drawable:
     ema: bool | None = None
     vae: str | None = None
     text_towers: Sequence[str] = ()
+    revision: str | None = None
 
     def __post_init__(self):
         if self.vae and not self.encoding:
@@ -144,8 +146,8 @@ class Drawable:
         def load() -> tuple[None, Any]:
             return None, parallel.shard(found.params, mesh)
 
-        settings = found.settings
-        return cls(found.id, settings, found.config, mesh, load, None, vae, text_towers)
+        where = {"vae": vae, "text_towers": text_towers, "revision": found.revision}
+        return cls(found.id, found.settings, found.config, mesh, load, **where)
 
     @cached_property
     def _loaded(self) -> tuple[int | None, Any]:
@@ -185,6 +187,11 @@ class Drawable:
     def label_names(self) -> list[str]:
         return list(self.settings["dataset"].get("label_names") or ())
 
+    @property
+    def towers(self) -> list[str]:
+        """Where what encodes captions is; none for a model of classes."""
+        return list(self.text_towers or self.settings.get("text_towers") or ())
+
     def encode(self, captions: Sequence[str]) -> Caption:
         """Captions as the model's text towers see them.
 
@@ -192,12 +199,8 @@ class Drawable:
             UserError: a tower is not to be had, is not the one that was trained with, or takes less
                 than a whole caption; the towers are of another width than the model.
         """
-        towers, s, model = (
-            self.text_towers or self.settings["text_towers"],
-            self.settings,
-            self.model,
-        )
-        revisions = s["text_revisions"][: len(towers)]
+        towers, model = self.towers, self.model
+        revisions = self.settings["text_revisions"][: len(towers)]
         how = {"length": model.text_length, "full_width": self.full_width}
         encoded = text.encode(captions, towers, revisions, **how)
         widths = encoded.tokens.shape[-1], encoded.pooled.shape[-1]
@@ -260,6 +263,7 @@ class Drawable:
         """What its pictures depend on, for the record that goes with them."""
         found = {"run": self.name, "step": self.step, "ema": self.ema}
         found |= {n: self.settings.get(n) for n in ("dataset_name", "model", "ema_decay")}
+        found |= {"revision": self.revision, "dtype": self.model.dtype, "text_towers": self.towers}
         codec = self.codec
         return found | {"vae": {"id": codec.id, "hash": codec.hash} if codec else None}
 

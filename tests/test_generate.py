@@ -26,6 +26,7 @@ from drawable import Drawable, Wishes
 from drawing import Begin
 from errors import UserError
 from generate_config import GenerateConfig
+from pretrained import transformer
 from train import TrainConfig, Trainer
 
 RUN = Path("runs/digits")
@@ -101,6 +102,17 @@ def test_seeds_are_pictures(command, tmp_path, capsys):
     one, _ = arrays(tmp_path / "one.npz")
     assert np.abs(one[0].astype(int) - several[1]).max() <= 1
     assert (several[0] != several[1]).any()
+
+
+def test_the_card_of_a_published_model_tells_which_it_is_and_how_it_is_told(monkeypatch):
+    towers = {"text_towers": ["clip", "giant", "t5"], "text_revisions": [None] * 3, "full_width": 6}
+    found = transformer.Transformer(CLASSES, {}, drawable(**towers).settings, "someone/sd3", "a1b2")
+    monkeypatch.setattr(transformer, "load", lambda *_, **__: found)
+    card = Drawable.of_pretrained("someone/sd3").card
+    assert (card["run"], card["revision"], card["dtype"]) == ("someone/sd3", "a1b2", "float32")
+    assert card["text_towers"] == ["clip", "giant", "t5"]
+    without_t5 = Drawable.of_pretrained("someone/sd3", text_towers=("here/clip", "here/giant"))
+    assert without_t5.card["text_towers"] == ["here/clip", "here/giant"]
 
 
 def test_files_are_named_by_place_and_label():
