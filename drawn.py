@@ -19,6 +19,7 @@ from jaxtyping import Int
 
 import images
 from drawable import Drawable, How, Wishes
+from drawing import Pictures
 from errors import UserError
 from metrics.pictures import Batch, PictureSet, written
 from run_folder import atomic, locked, tidy, unwritable
@@ -73,9 +74,9 @@ def drawer(drawable: Drawable, subjects: Subjects, how: How, size: int) -> Draw:
     return draw
 
 
-def at_hand(pictures: Batch, size: int) -> Draw:
-    """What has them already."""
-    return lambda start: pictures[start : start + size]
+def part_of(whole: Callable[[], Pictures], size: int) -> Draw:
+    """What draws all of them, once the first are asked for."""
+    return lambda start: images.to_uint8(whole().x[start : start + size])
 
 
 def describe(drawable: Drawable, subjects: Subjects, how: How) -> dict[str, Any]:

@@ -10,6 +10,7 @@ Stop it whenever you like: with an .npz or a folder as --out, the same command g
 """
 
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import parallel
 import sheets
 import subjects
 from drawable import Drawable, How, Wishes
+from drawing import Pictures
 from drawn import Draw
 from errors import UserError
 from generate_config import FILLED, N_OF_SHEET, GenerateConfig, N, check
@@ -113,20 +115,26 @@ def denoised(config: GenerateConfig, drawable: Drawable, how: How) -> Image.Imag
 
 
 def draw(config: GenerateConfig, drawable: Drawable, of: Subjects, how: How) -> None:
-    """Draw and write what is asked for."""
+    """Draw and write what is asked for. Films come last, for `out` may be refused."""
     c, n = config, len(of.which)
-    size = min(c.batch_size, n)
-    draw_batch = drawn.drawer(drawable, of, how, size)
-    if c.trajectory or c.x0:
-        labels, told = of.rows(0, n)
-        told |= {"trajectory": c.trajectory is not None, "estimates": c.x0 is not None}
-        found = drawable.sample(labels, how, batch_size=size, **told)
-        write_gif(c.trajectory, found.trajectory, of, "the way from noise")
-        write_gif(c.x0, found.estimates, of, "what they were taken for on that way")
-        draw_batch = drawn.at_hand(images.to_uint8(found.x), size)
+    size, filmed = min(c.batch_size, n), c.trajectory or c.x0
+    whole = cache(partial(drawn_whole, c, drawable, of, how, size))
+    draw_batch = drawn.part_of(whole, size) if filmed else drawn.drawer(drawable, of, how, size)
     said = {"labels": c.labels, "prompts": c.prompts, "negative_prompt": c.negative_prompt}
     card = drawn.describe(drawable, of, how) | said
     write(c.out, draw_batch, range(0, n, size), of, card)
+    if filmed:
+        write_gif(c.trajectory, whole().trajectory, of, "the way from noise")
+        write_gif(c.x0, whole().estimates, of, "what they were taken for on that way")
+
+
+def drawn_whole(
+    config: GenerateConfig, drawable: Drawable, of: Subjects, how: How, size: int
+) -> Pictures:
+    """All pictures, and of the way there what is to be shown."""
+    labels, told = of.rows(0, len(of.which))
+    told |= {"trajectory": config.trajectory is not None, "estimates": config.x0 is not None}
+    return drawable.sample(labels, how, batch_size=size, **told)
 
 
 def write(out: Path, draw: Draw, starts: range, of: Subjects, card: dict[str, Any]) -> None:

@@ -92,6 +92,9 @@ def test_the_way_there_is_shown_with_every_form(command, tmp_path, capsys):
         with Image.open(tmp_path / name) as frames:
             assert len(list(ImageSequence.Iterator(frames))) == n_frames
     assert len(list((tmp_path / "folder").glob("*.png"))) == 3
+    with pytest.raises(UserError, match="was begun with other settings: seed was 0, not 1"):
+        command(out=tmp_path / "folder", n=3, seed=1, batch_size=8, trajectory=tmp_path / "1.gif")
+    assert not (tmp_path / "1.gif").exists()
 
 
 def test_seeds_are_pictures(command, tmp_path, capsys):
