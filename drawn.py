@@ -98,7 +98,7 @@ def kept(
     """The batches, which are written to the .npz `samples` too. What an earlier process drew is
     read: until all is written, batches are in a folder beside it.
     """
-    parts = samples.with_name(f"{samples.name}.parts")
+    parts = parts_of(samples)
 
     def part(start: int) -> Path:
         return parts / f"{start:09}.npy"
@@ -115,6 +115,20 @@ def kept(
         for path in parts.glob("*.npy"):  # the card last: without it the rest would be a stranger's
             path.unlink()
         shutil.rmtree(parts)
+
+
+def parts_of(samples: Path) -> Path:
+    """The folder beside an .npz that holds what is drawn of it."""
+    return samples.with_name(f"{samples.name}.parts")
+
+
+def begun_by(samples: Path) -> int | None:
+    """How many pictures at a time an .npz was begun with that is not whole yet.
+
+    Raises:
+        UserError: its card is damaged.
+    """
+    return (read_card(parts_of(samples)) or {}).get("batch_size")
 
 
 def in_folder(
@@ -202,20 +216,25 @@ def take_up(folder: Path, card: dict[str, Any]) -> None:
     Raises:
         UserError: the folder was begun with other settings, which are named.
     """
-    file, told = folder / CARD, json.loads(json.dumps(card, default=str))
-    if not file.exists():
-        with atomic(file) as record:
+    told, before = json.loads(json.dumps(card, default=str)), read_card(folder)
+    if before is None:
+        with atomic(folder / CARD) as record:
             record.write(json.dumps(told, indent=2).encode() + b"\n")
         return
-    try:
-        before = dict(json.loads(file.read_text()))
-    except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}") from None
     if changed := list(differences(before, told)):
         raise UserError(
             f"'{folder}' was begun with other settings: {'; '.join(changed)}; go on with those, "
             "remove it, or write elsewhere"
         )
+
+
+def read_card(folder: Path) -> dict[str, Any] | None:
+    """The card of a folder, if there is one."""
+    file = folder / CARD
+    try:
+        return dict(json.loads(file.read_text())) if file.exists() else None
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error}") from None
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> Generator[str]:

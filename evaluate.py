@@ -206,7 +206,9 @@ def subject(config: EvaluateConfig, run: Drawable | None, batch_size: int) -> Pi
     c = config
     if run:
         wishes = vars(Wishes.of(c))
-        how = DrawConfig(n=c.n or N_DRAWN, seed=c.seed, batch_size=batch_size, **wishes)
+        # The default depends on the devices: what was begun on others goes on all the same.
+        begun = drawn.begun_by(c.samples) if c.samples and not c.batch_size else None
+        how = DrawConfig(n=c.n or N_DRAWN, seed=c.seed, batch_size=begun or batch_size, **wishes)
         return drawn.of(run, how, samples=c.samples)
     if c.images:
         return pictures.of_folder(c.images, image_size=c.image_size)

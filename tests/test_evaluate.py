@@ -8,11 +8,14 @@ import nano  # noqa: F401  (its sizes)
 import numpy as np
 import pytest
 from commands import run
+from drawables import drawable
 from PIL import Image
 
 import drawn
 import evaluate
 import parallel
+from drawable import Drawable
+from drawn import DrawConfig
 from errors import UserError
 from evaluate import EvaluateConfig
 from metrics import extraction, pictures, reference
@@ -184,6 +187,20 @@ def test_references_that_do_not_fit_are_refused(digits, some, tmp_path):
         measured(tmp_path / "a", npz=tmp_path / "wide.npz", reference=tmp_path / "fid.npz")
     with pytest.raises(UserError, match="unknown split 'tets'; did you mean 'test'"):
         measured(tmp_path / "a", dataset_name="digits", split="tets", reference=digits)
+
+
+def test_what_was_begun_on_other_devices_goes_on(digits, tmp_path, monkeypatch):
+    of, samples = drawable(), tmp_path / "x.npz"
+    monkeypatch.setattr(Drawable, "of_run", lambda *_, **__: of)
+    begun = drawn.of(of, DrawConfig(n=20, batch_size=7), samples=samples).batches(7)
+    first = next(begun)
+    begun.close()  # type: ignore
+    how = {"run": Path("run"), "n": 20, "samples": samples, "reference": digits}
+    with pytest.raises(UserError, match="batch_size was 7, not 8; go on with"):
+        measured(tmp_path / "a", batch_size=8, **how)
+    measured(tmp_path / "a", **how)
+    with np.load(samples) as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"][:7], first)
 
 
 def test_pictures_in_a_reference_take_the_place_of_features(some, tmp_path):
