@@ -293,8 +293,8 @@ def require_guidable(
     sampler: Sampler, config: ModelConfig, cfg_scale: float, *, negative: bool = False
 ) -> None:
     """Raises UserError if a model cannot be guided so, or need not be told how."""
-    if not math.isfinite(cfg_scale):
-        raise UserError(f"cfg_scale {cfg_scale}: must be finite")
+    if not abs(cfg_scale) <= float(np.finfo(np.float32).max):
+        raise UserError(f"cfg_scale {cfg_scale}: must be finite in float32")
     guide, n = cfg_scale != 1, sampler.guided_channels
     if guide and not (config.n_classes or config.text_width):
         raise UserError(
@@ -333,8 +333,10 @@ def label_ids(words: Sequence[int | str], names: Sequence[str], n_classes: int) 
     # Without classes there is one label, the null label 0.
     ids = {str(i): i for i in range(n_classes or 1)} | {name: i for i, name in enumerate(names)}
     for word in words:
+        if str(word) not in ids and not n_classes:
+            raise UserError(f"label '{word}': the model is told no classes")
         if str(word) not in ids:
-            raise unknown("label", word, names or [f"0 … {max(1, n_classes) - 1}"])
+            raise unknown("label", word, names or [f"0 … {n_classes - 1}"])
     return [ids[str(word)] for word in words]
 
 

@@ -153,7 +153,7 @@ def chosen(split: Split, ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:
         found = [np.flatnonzero(split.labels == i)[: (share == i).sum()] for i in ids]
         rows = np.concatenate(found)
     if len(rows) < n:
-        raise UserError(f"--n {n}: split '{split.name}' has only {len(rows)} such pictures")
+        raise UserError(f"{n} pictures are wanted, and split '{split.name}' has {len(rows)} such")
     return rows
 
 

@@ -196,6 +196,8 @@ def test_a_label_that_does_not_exist_is_named():
         label_ids(["catt"], ["cat", "ship"], 2)
     with pytest.raises(UserError, match="unknown label '10'"):
         label_ids([10], DIGITS, 10)
+    with pytest.raises(UserError, match="label '3': the model is told no classes"):
+        label_ids(["3"], [], 0)
 
 
 def test_labels_share_the_pictures():
@@ -203,7 +205,9 @@ def test_labels_share_the_pictures():
     assert spread([3, 7, 9], 2).tolist() == [3, 7]
 
 
-@pytest.mark.parametrize("how", [{"seed": 2**40}, {"seed": -1}, {"cfg_scale": float("inf")}])
+@pytest.mark.parametrize(
+    "how", [{"seed": 2**40}, {"seed": -1}, {"cfg_scale": float("inf")}, {"cfg_scale": -1e39}]
+)
 def test_numbers_that_cannot_be_are_refused(params, how):
     with pytest.raises(
         UserError, match="must be finite" if "cfg_scale" in how else "must be in 0 …"

@@ -263,7 +263,7 @@ def test_pictures_of_a_sheet_come_from_all_over_the_data_or_are_refused(digits):
     assert len(real.data) == len(real.labels) == 5 and -1 <= real.data.min() < real.data.max() <= 1
     untold = sheets.real_pictures(drawable(NOTHING, conditioning="none"), [], 5)
     assert not np.asarray(untold.labels).any() and untold.names == ()
-    with pytest.raises(UserError, match=r"--n 300: split 'test' has only \d+ such pictures"):
+    with pytest.raises(UserError, match=r"300 pictures are wanted, and split 'test' has \d+ such"):
         sheets.real_pictures(digits, [3], 300)
     with pytest.raises(UserError, match=r"needs the run's real pictures: .* there is no folder"):
         sheets.real_pictures(drawable(data_dir="gone"), [], 5)
