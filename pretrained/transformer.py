@@ -203,7 +203,7 @@ def _of_pipeline(place: str, found: weights.Published, config: ModelConfig) -> d
     def read(name: str) -> dict[str, Any] | None:
         return weights.read_json(place, name, revision=found.revision)
 
-    index, scheduler = read("model_index.json") or {}, read("scheduler/scheduler_config.json")
+    index, scheduler = read(weights.PIPELINE) or {}, read("scheduler/scheduler_config.json")
     usual = DRAWN["sd3"] if config.text_width else DRAWN["dit"] | _guidance(config)
     drawn = usual | (_schedule(scheduler, found.id) if scheduler else {})
     if drawn["prediction"] is None and config.out_channels != config.channels:
