@@ -189,6 +189,7 @@ def test_a_model_in_sd3s_form_is_trained_on_and_exported_in_it(tmp_path):
     assert said["_class_name"] == "SD3Transformer2DModel"
     found = transformer.load(str(tmp_path / "out"))
     assert_same(found.params, jax.device_get(trainer.state.ema))
+    assert found.config == trainer.model_config
     assert found.settings["text_towers"] == [clip]
 
 
