@@ -308,10 +308,12 @@ class Trainer:
         )
         for notice in notices if processes.is_first() else ():
             print(f"--init_from: {notice}")
+        # The fresh ones go first: devices then never hold more than while training.
+        state = dataclasses.replace(state, params=None, ema=None)
         params = parallel.shard(params, self.mesh)
         # Copies: what may lie in the host's memory cannot be donated, nor one buffer for two.
-        params, ema = (jax.tree.map(jnp.copy, params) for _ in range(2))
-        return dataclasses.replace(state, params=params, ema=ema)
+        params = jax.tree.map(jnp.copy, params)
+        return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
 
     def blank_batch(self) -> Batch:
         """This process's part of a batch, with nothing in it."""

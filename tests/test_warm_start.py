@@ -2,6 +2,7 @@
 fresh, what does not fit is named.
 """
 
+import gc
 import json
 from dataclasses import asdict, replace
 from functools import cache
@@ -133,6 +134,24 @@ def test_a_shard_of_weights_is_where_a_shard_must_be(trained):
     fresh = Trainer(replace(TINY, model="DiT-Nano/4", fsdp=8, **FLAGS)).state
     for x, y in zip(jax.tree.leaves(trainer.state), jax.tree.leaves(fresh), strict=True):
         assert x.sharding == y.sharding
+
+
+def test_devices_hold_no_more_than_in_training(trained, monkeypatch):
+    folder, _ = trained
+    copy, held = jnp.copy, []
+
+    def n_bytes(arrays):
+        return sum(x.nbytes for x in arrays)
+
+    def copied(x):
+        held.append(n_bytes(jax.live_arrays()))
+        return copy(x)
+
+    gc.collect()
+    before = n_bytes(jax.live_arrays())
+    monkeypatch.setattr(jnp, "copy", copied)
+    trainer = Trainer(replace(TINY, init_from=str(folder)))
+    assert max(held) - before < 1.05 * n_bytes(jax.tree.leaves(trainer.state))
 
 
 def test_what_the_source_learned_is_learned_on_but_for_what_is_said():
