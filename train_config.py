@@ -532,6 +532,8 @@ def _validate_kind_of_run(config: TrainConfig) -> None:
     if config.lr_range_test and (config.resume or config.profile):
         other = "--resume" if config.resume else "--profile"
         raise UserError(f"--lr_range_test is of fresh weights, and then stops: drop {other}")
+    if config.profile and config.cache_on_device:
+        raise UserError("--profile is of blank batches, and caches none: add --nocache_on_device")
     if config.overfit_batch and config.cache_on_device:
         raise UserError("--overfit_batch has one batch and needs no --cache_on_device; drop one")
     if config.wandb_project is not None:
