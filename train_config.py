@@ -348,7 +348,7 @@ def take_up(config: Config, saved: dict[str, Any]) -> Config:
     changed = [
         f"{name} was {saved.get(name)}, not {value}"
         for name, value in said.items()
-        if name not in FREE_ON_RESUME and saved.get(name) != value
+        if name not in FREE_ON_RESUME and _meant(name, saved.get(name)) != _meant(name, value)
     ]
     if changed:
         raise UserError(f"cannot resume: {'; '.join(changed)}")
@@ -360,6 +360,10 @@ def take_up(config: Config, saved: dict[str, Any]) -> Config:
         if kept.get(name):
             kept[name] = Path(kept[name])
     return type(config)(**kept | said)
+
+
+def _meant(name: str, value: Any) -> Any:
+    return PRECISIONS.get(value, value) if name == "half_precision" else value
 
 
 def with_subject(config: TrainConfig) -> TrainConfig:

@@ -199,6 +199,13 @@ def test_what_changes_the_numbers_may_not(name, value):
         resumed(saved(), **{name: value})
 
 
+def test_two_names_of_a_precision_are_one():
+    run = saved(half_precision=True)
+    assert resumed(run, half_precision="bf16").half_precision == "bf16"
+    with pytest.raises(UserError, match="half_precision was True, not fp16"):
+        resumed(run, half_precision="fp16")
+
+
 # --- what cannot be -------------------------------------------------------------------------------
 
 BAD = [
