@@ -148,7 +148,7 @@ class Trainer:
         if not run_dir or not config.resume:
             return with_subject(config), {}
         saved = run_folder.read_config(run_dir)
-        fsdp = config.fsdp or math.gcd(saved["fsdp"], jax.device_count())
+        fsdp = math.gcd(saved["fsdp"], jax.device_count()) if config.fsdp is None else config.fsdp
         return with_subject(take_up(dataclasses.replace(config, fsdp=fsdp), saved)), saved
 
     def _network(self, before: dict[str, Any]) -> ModelConfig:
