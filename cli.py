@@ -178,6 +178,11 @@ def _filled(word: str) -> str:
     return word
 
 
+def _path(word: str) -> Path:
+    # The shell expands `--out ~/x`, but not `--out=~/x`.
+    return Path(os.path.expanduser(_filled(word)))
+
+
 def _whole(word: str) -> int:
     with contextlib.suppress(ValueError):
         return int(word)
@@ -198,7 +203,7 @@ SCALARS: dict[Any, tuple[str, Callable[[str], Any]]] = {
     int: ("a whole number", _whole),
     float: ("a number", _number),
     bool: ("true or false", lambda word: BOOLS[word.lower()]),
-    Path: ("a path", lambda word: Path(_filled(word))),
+    Path: ("a path", _path),
     str: ("text", str),
     Text: ("text", str),
 }

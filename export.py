@@ -41,7 +41,7 @@ KEPT = (
     *("sample_shift", "cfg_scale", "ema_decay"),
 )
 # What may change as a run goes on, and still is a part of what was trained.
-OF_TRAINING = {"n_steps", "accumulate_steps"}
+OF_TRAINING = {"n_steps", "accumulate_steps", "latents"}
 
 
 @dataclass(frozen=True)
@@ -212,15 +212,19 @@ original DiT, whose spacing these weights were trained with, and its config has 
 
 def command(run: dict[str, Any]) -> str:
     """The command that a run was begun with, without what goes without saying."""
+    run = {"objective": "rectified_flow"} | run  # the first runs had no choice of one
     name, recommended = run["dataset_name"], DATASET_CONFIGS.get(run["dataset_name"])
+    unsaid = (FREE_ON_RESUME | OF_ONE_START) - OF_TRAINING
     usual = DEFAULTS | derived(run, "cpu")
     if recommended:
         usual |= {field: getattr(recommended, field) for field in RECOMMENDED}
+    if run.get("latents"):  # which have a size of their own, and a model for it
+        unsaid |= {"image_size", "channels"}
+        usual["model"] = None
     said = {"dataset_name": name}
     for field in fields(TrainConfig):
         value = run.get(field.name)
-        free = field.name in (FREE_ON_RESUME | OF_ONE_START) - OF_TRAINING
-        if value is not None and value != [] and not free and value != usual.get(field.name):
+        if value not in (None, []) and field.name not in unsaid and value != usual.get(field.name):
             said.setdefault(field.name, value)
     return " ".join(["python train.py", *(flag(*pair) for pair in said.items())])
 

@@ -148,7 +148,7 @@ class Trainer:
         if not run_dir or not config.resume:
             return with_subject(config), {}
         saved = run_folder.read_config(run_dir)
-        fsdp = config.fsdp or math.gcd(saved["fsdp"], jax.device_count())
+        fsdp = math.gcd(saved["fsdp"], jax.device_count()) if config.fsdp is None else config.fsdp
         return with_subject(take_up(dataclasses.replace(config, fsdp=fsdp), saved)), saved
 
     def _network(self, before: dict[str, Any]) -> ModelConfig:
@@ -308,10 +308,12 @@ class Trainer:
         )
         for notice in notices if processes.is_first() else ():
             print(f"--init_from: {notice}")
+        # The fresh ones go first: devices then never hold more than while training.
+        state = dataclasses.replace(state, params=None, ema=None)
         params = parallel.shard(params, self.mesh)
         # Copies: what may lie in the host's memory cannot be donated, nor one buffer for two.
-        params, ema = (jax.tree.map(jnp.copy, params) for _ in range(2))
-        return dataclasses.replace(state, params=params, ema=ema)
+        params = jax.tree.map(jnp.copy, params)
+        return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
 
     def blank_batch(self) -> Batch:
         """This process's part of a batch, with nothing in it."""

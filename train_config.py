@@ -278,6 +278,14 @@ OF_OBJECTIVE = {
     ),
     "ddpm": ("prediction", "learned_sigma", "min_snr_gamma"),
 }
+# What is read only beside another flag: one that is on, or has this value.
+BESIDE = {
+    **dict.fromkeys(("logit_mean", "logit_std"), ("time_density", "logit_normal")),
+    "mode_scale": ("time_density", "mode"),
+    "vae": ("latents", None),
+    "shuffle_buffer": ("streaming", None),
+    **dict.fromkeys(("fid_reference", "fid_n", "fid_features", "inception"), ("fid_every", None)),
+}
 SOLVERS = {"rectified_flow": sampling.SOLVERS, "ddpm": sampling.DESCENTS}
 PROCESSES = ("distributed", "coordinator", "n_processes", "process_index")
 OF_ONE_START = {"run_dir", "resume", "profile", "lr_range_test", *PROCESSES}
@@ -348,7 +356,7 @@ def take_up(config: Config, saved: dict[str, Any]) -> Config:
     changed = [
         f"{name} was {saved.get(name)}, not {value}"
         for name, value in said.items()
-        if name not in FREE_ON_RESUME and saved.get(name) != value
+        if name not in FREE_ON_RESUME and _meant(name, saved.get(name)) != _meant(name, value)
     ]
     if changed:
         raise UserError(f"cannot resume: {'; '.join(changed)}")
@@ -360,6 +368,10 @@ def take_up(config: Config, saved: dict[str, Any]) -> Config:
         if kept.get(name):
             kept[name] = Path(kept[name])
     return type(config)(**kept | said)
+
+
+def _meant(name: str, value: Any) -> Any:
+    return PRECISIONS.get(value, value) if name == "half_precision" else value
 
 
 def with_subject(config: TrainConfig) -> TrainConfig:
@@ -412,6 +424,8 @@ def resolve(
         filled["text_towers"] = ()
     filled = of_one_objective(filled, said)
     check_numbers(filled)
+    if not config.resume:  # what a run was begun with may be of no use as it goes on
+        require_read(filled, said)
     if config.n_epochs is not None and config.n_steps is None:
         filled["n_steps"] = math.ceil(config.n_epochs * n_rows / filled["batch_size"])
     resolved = TrainConfig(**derived(filled, platform) | filled)
@@ -435,6 +449,14 @@ def of_one_objective(filled: dict[str, Any], said: dict[str, Any]) -> dict[str, 
         if name in said:
             raise UserError(f"--{name} is for --objective {other}; this is {chosen}")
     return {name: value for name, value in filled.items() if name not in left_out}
+
+
+def require_read(filled: dict[str, Any], said: dict[str, Any]) -> None:
+    """Raises UserError if what was said is read only beside another flag, which is not there."""
+    for name, (other, value) in BESIDE.items():
+        there = filled.get(other)
+        if name in said and not (there == value if value else there):
+            raise UserError(f"--{name} is for --{other}{f' {value}' if value else ''}")
 
 
 def derived(filled: dict[str, Any], platform: str) -> dict[str, Any]:
@@ -510,8 +532,6 @@ def validate(config: TrainConfig, n_devices: int) -> None:
 def validate_fid(config: TrainConfig) -> None:
     """Refuse distances that lack what they are measured with."""
     if not config.fid_every:
-        if config.fid_reference and not config.resume:  # a resumed run may leave them out
-            raise UserError("--fid_reference is for --fid_every STEPS")
         return
     if config.fid_n < 2:
         raise UserError(f"--fid_n {config.fid_n}: statistics need at least 2 pictures")
@@ -532,6 +552,8 @@ def _validate_kind_of_run(config: TrainConfig) -> None:
     if config.lr_range_test and (config.resume or config.profile):
         other = "--resume" if config.resume else "--profile"
         raise UserError(f"--lr_range_test is of fresh weights, and then stops: drop {other}")
+    if config.profile and config.cache_on_device:
+        raise UserError("--profile is of blank batches, and caches none: add --nocache_on_device")
     if config.overfit_batch and config.cache_on_device:
         raise UserError("--overfit_batch has one batch and needs no --cache_on_device; drop one")
     if config.wandb_project is not None:

@@ -30,6 +30,7 @@ import pretrained.lpips
 import processes
 import resident
 import run_folder
+import train
 import train_state
 from checkpoint import Checkpoints
 from objectives import to_float

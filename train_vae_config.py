@@ -199,8 +199,11 @@ def resolve(
         UserError: a value that cannot be.
     """
     sizes: dict[str, Any] = {"image_size": dataset.image_size, "channels": dataset.channels}
-    filled = DEFAULTS | sizes | train_config.spoken(config)
+    said = train_config.spoken(config)
+    filled = DEFAULTS | sizes | said
     train_config.check_numbers(filled)
+    if not config.resume:
+        train_config.require_read(filled, said)
     if config.n_epochs is not None and config.n_steps is None:
         filled["n_steps"] = math.ceil(config.n_epochs * n_rows / filled["batch_size"])
     quarter = max(1, min(1000, filled["n_steps"] // 4))

@@ -5,6 +5,7 @@ model to be trained. Classes, the size of pictures and their patches may be othe
 changes is said; all else must be the same.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -235,20 +236,34 @@ def _column(x: np.ndarray, like: Any) -> np.ndarray:
 
 
 def kept_rows(there: Sequence[str], n: int, here: Sequence[str], m: int) -> list[int]:
-    """For each of m classes its number among n others, or −1: by name where both have names; else,
-    if they are as many, they are taken for the same.
+    """For each of m classes its number among n others, or −1: by name where both have names, by the
+    first of its synonyms where the whole name is not found; else, if they are as many, they are
+    taken for the same.
     """
     if len(there) != n or len(here) != m or not (n and m):
         return list(range(n)) if n == m else [-1] * m
-    theirs, ours = _keys(there), _keys(here)
-    if theirs == ours:
+    if _keys(there) == _keys(here):
         return list(range(n))
-    number = {key: i for i, key in enumerate(theirs)}
-    return [number.get(key, -1) for key in ours]
+    by_whole = _places(_lowered(there), _lowered(here))
+    by_first = _places(_firsts(there), _firsts(here))
+    return [first if whole < 0 else whole for whole, first in zip(by_whole, by_first)]
+
+
+def _places(there: Sequence[str], here: Sequence[str]) -> list[int]:
+    """Where each name is there, or −1 where it does not stand for one class on both sides."""
+    theirs, ours, place = Counter(there), Counter(here), {name: i for i, name in enumerate(there)}
+    return [place[name] if theirs[name] == ours[name] == 1 else -1 for name in here]
 
 
 def _keys(names: Sequence[str]) -> list[str]:
     """Names less their case and, where no other has the same first, less their synonyms."""
-    whole = [str(name).lower() for name in names]
-    first = [name.split(",")[0].strip() for name in whole]
+    whole, first = _lowered(names), _firsts(names)
     return [short if first.count(short) == 1 else long for short, long in zip(first, whole)]
+
+
+def _lowered(names: Sequence[str]) -> list[str]:
+    return [str(name).lower() for name in names]
+
+
+def _firsts(names: Sequence[str]) -> list[str]:
+    return [name.split(",")[0].strip() for name in _lowered(names)]

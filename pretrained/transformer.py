@@ -28,6 +28,8 @@ from pretrained import autoencoder, dit, sd3, torch_file, weights
 from run_folder import atomic
 
 SETTINGS = "settings.json"  # of what `save` wrote: how it is sampled
+# Of a model, what the configs of diffusers' classes may not say, and its name in SETTINGS.
+UNTOLD = {"time_scale": "time_scale", "image_size": "trained_size", "text_length": "trained_length"}
 FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 OWN = {"DiT": False, "MMDiT": True}  # our classes: whether their blocks are joint
 FAMILIES: dict[str, Any] = dict.fromkeys(dit.CLASSES, dit) | {sd3.CLASS: sd3}
@@ -189,7 +191,8 @@ def _of_folder(place: str, revision: str | None) -> Transformer:
         config = FAMILIES[name].read_config(found.config, found.id, *more)
         params = FAMILIES[name].to_params(found.tensors, config, found.id)
         if ours:
-            config = replace(config, time_scale=float(ours.get("time_scale", config.time_scale)))
+            told = {name: ours[key] for name, key in UNTOLD.items() if key in ours}
+            config = replace(config, **told)
     if ours:
         settings = _settings(config, found.id, {}, None) | ours
     else:
@@ -203,7 +206,7 @@ def _of_pipeline(place: str, found: weights.Published, config: ModelConfig) -> d
     def read(name: str) -> dict[str, Any] | None:
         return weights.read_json(place, name, revision=found.revision)
 
-    index, scheduler = read("model_index.json") or {}, read("scheduler/scheduler_config.json")
+    index, scheduler = read(weights.PIPELINE) or {}, read("scheduler/scheduler_config.json")
     usual = DRAWN["sd3"] if config.text_width else DRAWN["dit"] | _guidance(config)
     drawn = usual | (_schedule(scheduler, found.id) if scheduler else {})
     if drawn["prediction"] is None and config.out_channels != config.channels:
@@ -367,7 +370,7 @@ def save(
     else:
         said = FAMILIES[layout].write_config(config)
         tensors = FAMILIES[layout].to_tensors(params, config)
-    told = dict(settings) | {"time_scale": config.time_scale}
+    told = dict(settings) | {key: getattr(config, name) for name, key in UNTOLD.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic(folder / SETTINGS) as file:

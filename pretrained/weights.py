@@ -23,6 +23,7 @@ from pretrained import torch_file
 from run_folder import atomic
 
 CONFIG = "config.json"
+PIPELINE = "model_index.json"  # of the parts of a pipeline
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
 # For want of the first: in several files, in float16, or as torch saves them.
@@ -73,11 +74,15 @@ def read_json(path_or_id: str, name: str, *, revision: str | None = None) -> dic
     if folder.is_dir():
         return _read_json(folder / name) if (folder / name).is_file() else None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     with _one_line(path_or_id, "", revision):
         try:
             return _read_json(Path(hf_hub_download(path_or_id, name, revision=revision)))
+        except LocalEntryNotFoundError:  # the hub is out of reach
+            if not _is_known_to_lack(path_or_id, name, revision):
+                raise
+            return None
         except EntryNotFoundError:
             return None
 
@@ -282,6 +287,21 @@ def _download_config(
         return *ask(subfolder), subfolder
 
 
+def _is_known_to_lack(name: str, file: str, revision: str | None) -> bool:
+    """Whether the hub's cache tells that there is no such file: the hub was asked for it, all files
+    were downloaded, git's own among them, or a pipeline names its parts, and this is of none.
+    """
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+
+    def cached(file: str) -> Any:
+        return try_to_load_from_cache(name, file, revision=revision)
+
+    if cached(file) is _CACHED_NO_EXIST or isinstance(cached(".gitattributes"), str):
+        return True
+    index = cached(PIPELINE)
+    return isinstance(index, str) and Path(file).parts[0] not in _read_json(Path(index))
+
+
 @contextmanager
 def _one_line(name: str, subfolder: str, revision: str | None) -> Iterator[None]:
     """What the hub's client and diffusers raise, told in one line."""
@@ -293,8 +313,8 @@ def _one_line(name: str, subfolder: str, revision: str | None) -> Iterator[None]
         errors.RepositoryNotFoundError: "it is no folder, and no public model of the hub; for a "
         "private one, run `hf auth login`",
         errors.RevisionNotFoundError: f"the hub has no revision '{revision}' of it",
-        errors.LocalEntryNotFoundError: "it is no folder, not in the hub's cache, and the hub is "
-        f"out of reach; once online, run `hf download {name}`",
+        errors.LocalEntryNotFoundError: "it is no folder, not whole in the hub's cache, and the "
+        f"hub is out of reach; once online, run `hf download {name}`",
         errors.EntryNotFoundError: f"it holds no {CONFIG} with {WEIGHTS}, nor a {subfolder}/",
         errors.HFValidationError: "it is no folder, and cannot be an id of the hub",
     }

@@ -83,6 +83,8 @@ def parse(line):
         ("--several none", {"several": None}),
         ("--widths 8 -1", {"widths": (8, -1)}),
         ("--folder runs/x", {"folder": Path("runs/x")}),
+        ("--folder=~/x", {"folder": Path.home() / "x"}),
+        ("--folder ~nobody-of-this-name/x", {"folder": Path("~nobody-of-this-name/x")}),
     ],
 )
 def test_values_come_from_the_annotation(line, expected):

@@ -282,19 +282,50 @@ def test_sd3_is_drawn_from_as_published(tmp_path):
     assert found.settings["full_width"] == 24 and len(found.settings["text_towers"]) == 3
 
 
-def test_a_pipeline_of_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """The hub's cache of the repository us/dit, with nothing in it yet."""
     from huggingface_hub import constants
 
-    commit, cached = "0123456789abcdef0123456789abcdef01234567", tmp_path / "models--us--dit"
+    cached = tmp_path / "models--us--dit"
     (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text(commit)
-    names = {str(i): f"name {i}" for i in range(10)}
-    pipeline_of(cached / "snapshots" / commit, example("small"), names)
+    (cached / "refs" / "main").write_text(COMMIT)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return cached
+
+
+def test_a_pipeline_of_the_hub_is_read_from_its_cache(cached):
+    names = {str(i): f"name {i}" for i in range(10)}
+    pipeline = pipeline_of(cached / "snapshots" / COMMIT, example("small"), names)
     found = transformer.load("us/dit")
-    assert (found.id, found.revision, found.config) == ("us/dit", commit, SMALL)
+    assert (found.id, found.revision, found.config) == ("us/dit", COMMIT, SMALL)
     assert found.settings["dataset"]["label_names"][3] == "name 3"
     assert found.settings["dataset"]["encoding"]["vae"] == "us/dit"
+    (pipeline / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(UserError, match=r"cannot load 'us/dit': .* the hub is out of reach"):
+        transformer.load("us/dit")
+
+
+@pytest.mark.parametrize("kept", ["nothing", "what the hub said", "all files"])
+def test_what_is_not_in_the_cache_is_not_taken_for_what_the_hub_lacks(cached, kept):
+    """It may be an export, whose settings say how it is drawn."""
+    folder, missing = cached / "snapshots" / COMMIT, cached / ".no_exist" / COMMIT
+    published(folder, example("small"))
+    if kept == "nothing":
+        with pytest.raises(UserError, match=r"cannot load 'us/dit': .* the hub is out of reach"):
+            transformer.load("us/dit")
+        return
+    if kept == "what the hub said":
+        names = (transformer.SETTINGS, "model_index.json", "vae/config.json")
+        for name in (*names, "scheduler/scheduler_config.json"):
+            (missing / name).parent.mkdir(parents=True, exist_ok=True)
+            (missing / name).touch()
+    else:
+        (folder / ".gitattributes").touch()
+    assert transformer.load("us/dit").settings["prediction"] == "epsilon"
 
 
 # --- mistakes -------------------------------------------------------------------------------------

@@ -153,6 +153,16 @@ def test_latents_need_their_vae():
     assert "(SHA-256 of its weights: abc). To the VAE go x / 0.5 + 0.1." in card
 
 
+@pytest.mark.parametrize("objective", [{}, {"objective": "rectified_flow"}])
+def test_the_command_names_latents_and_not_their_shape(objective):
+    """The first runs had no choice of an objective."""
+    run = {"dataset_name": "imagenet", "latents": "my latents", "image_size": 32, "channels": 4}
+    said = export.command(run | {"model": "DiT-B/2", "n_steps": 7} | objective)
+    assert said == (
+        "python train.py --dataset_name imagenet --latents 'my latents' --model DiT-B/2 --n_steps 7"
+    )
+
+
 def test_what_diffusers_cannot_hold_is_said_and_written_as_ours(tmp_path, capsys):
     trainer = Trainer(replace(SMALL, run_dir=tmp_path / "run", rope=True, position="learned"))
     trainer.save()

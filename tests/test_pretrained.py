@@ -383,7 +383,7 @@ def test_a_pipeline_of_the_hub_has_it_in_its_vae(hub, params):
     [
         (
             "us/other",
-            "cannot load 'us/other': it is no folder, not in the hub's cache, and the hub",
+            "cannot load 'us/other': it is no folder, not whole in the hub's cache, and the hub",
         ),
         ("/no/such/folder", "'/no/such/folder': it is no folder, and cannot be an id of the hub"),
     ],

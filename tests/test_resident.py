@@ -67,6 +67,7 @@ def test_a_run_with_its_data_on_the_device_is_the_same_run(tmp_path, capsys):
         ({"streaming": True}, "--cache_on_device holds the whole set"),
         ({"in_memory": False}, "--cache_on_device holds the whole set"),
         ({"caption": ("a {label}",)}, "--cache_on_device is for classes"),
+        ({"profile": True}, "--profile is of blank batches, .*: add --nocache_on_device"),
     ],
 )
 def test_what_cannot_lie_on_devices_is_said(how, message):

@@ -518,6 +518,11 @@ def test_a_resume_that_disagrees_names_the_fields(whole):
         Trainer(TrainConfig(run_dir=whole.run_dir, resume=True, batch_size=16, learning_rate=0.1))
 
 
+def test_a_resume_on_no_device_is_refused(whole):
+    with pytest.raises(UserError, match="--fsdp 0: must be above 0"):
+        Trainer(TrainConfig(run_dir=whole.run_dir, resume=True, fsdp=0))
+
+
 def test_a_resume_on_other_data_is_refused(whole, tmp_path):
     other = make_copy("digits", tmp_path / "data", n=16)
     with pytest.raises(UserError, match="digits had 1437 training rows, now it has 16"):

@@ -199,6 +199,13 @@ def test_what_changes_the_numbers_may_not(name, value):
         resumed(saved(), **{name: value})
 
 
+def test_two_names_of_a_precision_are_one():
+    run = saved(half_precision=True)
+    assert resumed(run, half_precision="bf16").half_precision == "bf16"
+    with pytest.raises(UserError, match="half_precision was True, not fp16"):
+        resumed(run, half_precision="fp16")
+
+
 # --- what cannot be -------------------------------------------------------------------------------
 
 BAD = [
@@ -399,6 +406,33 @@ def test_what_the_objective_does_not_read_is_refused(objective, name, value):
         flag: Any = {name: value}
         resolved(objective=objective, **flag)
     assert getattr(resolved(objective=objective), name) is None
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("logit_mean", 0.0, "--logit_mean is for --time_density logit_normal"),
+        ("logit_std", 0.5, "--logit_std is for --time_density logit_normal"),
+        ("mode_scale", 1.0, "--mode_scale is for --time_density mode"),
+        ("vae", "us/vae", "--vae is for --latents"),
+        ("shuffle_buffer", 9, "--shuffle_buffer is for --streaming"),
+        ("fid_reference", Path("a.npz"), "--fid_reference is for --fid_every"),
+        ("fid_n", 9, "--fid_n is for --fid_every"),
+        ("fid_features", "pixels", "--fid_features is for --fid_every"),
+        ("inception", "a.pth", "--inception is for --fid_every"),
+    ],
+)
+def test_what_another_flag_leaves_unread_is_refused(name, value, message):
+    flag: Any = {name: value}
+    with pytest.raises(UserError) as error:
+        resolved(time_density="uniform", **flag)
+    assert str(error.value) == message
+
+
+def test_a_run_that_goes_on_may_keep_what_is_unread():
+    config = resumed(saved(time_density="uniform") | {"logit_mean": 0.5}, fid_n=9)
+    config = resolve(config, DIGITS, n_rows=1000, n_devices=8, platform="cpu")
+    assert (config.logit_mean, config.fid_n) == (0.5, 9)
 
 
 def test_a_run_of_ddpm_taken_up_as_it_is_resolves_to_what_it_was():

@@ -195,6 +195,7 @@ def test_a_wrong_flag_ends_in_one_line(tmp_path, cache, flags, message):
     [
         ({"kl_weight": -1.0}, "--kl_weight -1.0: must not be below 0"),
         ({"latent_channels": 0}, "--latent_channels 0: must be above 0"),
+        ({"shuffle_buffer": 9}, "--shuffle_buffer is for --streaming"),
         ({"image_size": 18, "block_out_channels": (8, 8, 8)}, "18 is not divisible by 4: 3 widths"),
         ({"batch_size": 9}, "--batch_size 9 is not divisible by the 8 devices"),
         ({"lpips": "nowhere", "image_size": 8}, "at least 16 pixels"),

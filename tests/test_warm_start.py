@@ -2,6 +2,7 @@
 fresh, what does not fit is named.
 """
 
+import gc
 import json
 from dataclasses import asdict, replace
 from functools import cache
@@ -135,6 +136,24 @@ def test_a_shard_of_weights_is_where_a_shard_must_be(trained):
         assert x.sharding == y.sharding
 
 
+def test_devices_hold_no_more_than_in_training(trained, monkeypatch):
+    folder, _ = trained
+    copy, held = jnp.copy, []
+
+    def n_bytes(arrays):
+        return sum(x.nbytes for x in arrays)
+
+    def copied(x):
+        held.append(n_bytes(jax.live_arrays()))
+        return copy(x)
+
+    gc.collect()
+    before = n_bytes(jax.live_arrays())
+    monkeypatch.setattr(jnp, "copy", copied)
+    trainer = Trainer(replace(TINY, init_from=str(folder)))
+    assert max(held) - before < 1.05 * n_bytes(jax.tree.leaves(trainer.state))
+
+
 def test_what_the_source_learned_is_learned_on_but_for_what_is_said():
     start = source(replace(CONFIG, out_channels=2), prediction="v")
     found = warm_start.filled(TINY, start)
@@ -189,6 +208,7 @@ def test_a_model_in_sd3s_form_is_trained_on_and_exported_in_it(tmp_path):
     assert said["_class_name"] == "SD3Transformer2DModel"
     found = transformer.load(str(tmp_path / "out"))
     assert_same(found.params, jax.device_get(trainer.state.ema))
+    assert found.config == trainer.model_config
     assert found.settings["text_towers"] == [clip]
 
 
@@ -224,6 +244,11 @@ def test_classes_of_both_keep_their_rows_and_the_null_stays_last(block):
         ((["a", "b"], 2), (["b", "a", "c"], 3), [1, 0, -1]),
         ((["a, x", "b"], 2), (["A", "b, y"], 2), [0, 1]),
         ((["crane", "crane"], 2), (["crane", "crane"], 2), [0, 1]),
+        ((["a", "crane", "crane"], 3), (["a, x", "crane", "crane"], 3), [0, 1, 2]),
+        ((["crane", "dog", "crane"], 3), (["crane"], 1), [-1]),
+        ((["crane"], 1), (["crane, bird", "crane, machine"], 2), [-1, -1]),
+        ((["maillot", "maillot, tank suit"], 2), (["maillot, tank suit", "crane"], 2), [1, -1]),
+        ((["maillot", "maillot, tank suit"], 2), (["maillot"], 1), [0]),
         (([], 2), (["b", "a"], 2), [0, 1]),
         (([], 2), (["b", "a", "c"], 3), [-1, -1, -1]),
         ((["a", "b"], 2), ([], 0), []),
