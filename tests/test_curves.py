@@ -94,6 +94,15 @@ def test_the_film_has_a_frame_for_each_sheet(tmp_path):
     assert [abs(frame[-5, 5, 2] - 50 * i) < 8 for i, frame in enumerate(shown)] == [True] * 4
 
 
+def test_of_many_sheets_only_as_many_as_fit_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(film, "MOST_FRAMES", 2)
+    names = [f"{step:07d}.png" for step in (10, 20, 30, 40)]
+    (sheets(tmp_path / "samples", *names) / names[2]).write_bytes(b"damaged")
+    film.save(tmp_path / "samples", tmp_path / "a.gif")
+    shown = frames(tmp_path / "a.gif")
+    assert [round(frame[-5, 5, 2] / 50) for frame in shown] == [1, 3]
+
+
 @pytest.mark.parametrize(
     "last, steps", [(180, [50, 150, 180]), (150, [50, 150]), (100, [50, 150]), (None, [50, 150])]
 )
