@@ -10,6 +10,7 @@ from PIL import Image, ImageSequence
 
 import curves
 import film
+import showcase
 from errors import UserError
 from open_run import OpenRun
 from tracking import Silence, Throughput
@@ -155,3 +156,12 @@ def test_no_figure_can_fail_a_run(tmp_path, monkeypatch):
     run.draw_records()
     assert tracker.said[1:] == ["figures/curves.png is not drawn: ZeroDivisionError"]
     assert len(frames(tmp_path / "figures" / "progress.gif")) == 1
+
+
+def test_the_last_words_name_what_there_is(tmp_path):
+    trainer: Any = SimpleNamespace(run_dir=tmp_path, step=15, encoded=None)
+    sheets(tmp_path / "figures", "progress.gif")
+    said = showcase.farewell(trainer)
+    assert "figures/progress.gif" in said and "curves.png" not in said
+    curves.save(record(tmp_path), tmp_path / "figures" / curves.NAME)
+    assert "figures/curves.png" in showcase.farewell(trainer)
