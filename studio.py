@@ -32,6 +32,7 @@ from subjects import Subjects
 MOST_PICTURES, MOST_STEPS, MOST_LETTERS, MOST_CELLS = 64, 250, 300, 36
 MOST_MOVING, MOST_FRAMES = 16, 48  # of an animation: every state of every picture is in memory
 SIZES = (4, 16)  # of batches, so that another number of pictures is not another program
+MOST_PROGRAMS = 32  # of ten MB or more, one for each number of steps, interval, solver
 
 
 @dataclass(frozen=True)
@@ -194,12 +195,19 @@ def size_for(n: int) -> int:
     return next((size for size in SIZES if n <= size), SIZES[-1])
 
 
+def make_room() -> None:
+    """Drop compiled programs before there are many of them."""
+    if drawing.draw._cache_size() >= MOST_PROGRAMS:  # type: ignore
+        drawing.draw.clear_cache()  # type: ignore
+
+
 def draw(drawable: Drawable, order: Order) -> Iterator[list[tuple[Image.Image, str]]]:
     """The pictures and what they are of, batch by batch.
 
     Raises:
         UserError: they cannot be drawn.
     """
+    make_room()
     how, of = how_asked(drawable, order), asked(drawable, order)
     size, names = size_for(order.n), of.captions or [""] * order.n
     draw_batch = drawn.drawer(drawable, of, how, size)
@@ -214,6 +222,7 @@ def way(drawable: Drawable, order: Order) -> list[Image.Image]:
     Raises:
         UserError: they cannot be drawn.
     """
+    make_room()
     order = replace(order, n=min(order.n, MOST_MOVING))
     how, of = how_asked(drawable, order), asked(drawable, order)
     labels, told = of.rows(0, size_for(order.n))
@@ -238,6 +247,7 @@ def table(
     """
     if not 1 <= (n := len(scales) * len(steps)) <= MOST_CELLS:
         raise UserError(f"a table of {n} pictures: name 1 … {MOST_CELLS}")
+    make_room()
     order = replace(order, n=1, labels=order.labels[:1])
     cells = list(product(enumerate(steps), enumerate(scales)))
     # A negative prompt leads away from nothing where there is no guidance.

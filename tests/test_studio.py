@@ -54,6 +54,13 @@ def test_another_number_of_pictures_or_scale_is_no_new_program(digits):
     assert drawing.draw._cache_size() == before  # type: ignore
 
 
+def test_programs_are_dropped_before_there_are_many(digits, monkeypatch):
+    monkeypatch.setattr(studio, "MOST_PROGRAMS", 1)
+    for low in (0.1, 0.2):
+        list(studio.draw(digits, replace(ORDER, n=1, n_steps=1, interval=(low, 1.0))))
+        assert drawing.draw._cache_size() == 1  # type: ignore
+
+
 def test_the_way_begins_with_noise_and_ends_with_the_pictures(digits):
     frames = studio.way(digits, ORDER)
     assert len(frames) == 4  # of three steps
