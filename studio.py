@@ -79,8 +79,8 @@ class Models:
         if self.pretrained:
             self.keep(self.pretrained)  # whose weights come with it
         elif self.run:
+            self.open(self.names()[0])  # which says what it cannot be drawn from
             if not newest(self.run):
-                read_config(self.run)  # which says it where that is no run at all
                 raise UserError(f"run '{self.run}' has no checkpoint yet")
         elif not self.names():
             raise UserError(
@@ -93,7 +93,7 @@ class Models:
         if self.pretrained:
             return [self.pretrained]
         if self.run:
-            return [self.run.name]
+            return [self.run.resolve().name]
         found = sorted(self.runs.glob(f"*/{CONFIG}"), key=lambda path: -path.stat().st_mtime)
         return [path.parent.name for path in found if newest(path.parent) and is_ours(path.parent)]
 
@@ -109,19 +109,25 @@ class Models:
 
     def open(self, name: str) -> Drawable:
         """What is known of a model. The weights of a run are read when they are first asked for."""
-        folder, where = self.folder(name), {"vae": self.vae, "text_towers": self.text_towers}
-        if found := self.kept.get((name, newest(folder))):
-            return found
-        if folder is None:
-            return Drawable.of_pretrained(name, **where)
-        return Drawable.of_run(folder, **where)
+        return self._opened(self._key(name))
 
     def keep(self, name: str) -> Drawable:
         """The same to draw from. Its weights, the newest, take the place of another model's."""
-        found = self.open(name)
-        self.kept.clear()
-        self.kept[name, newest(self.folder(name))] = found
+        key = self._key(name)  # once: a run may save another checkpoint meanwhile
+        found = self._opened(key)
+        self.kept = {key: found}
         return found
+
+    def _key(self, name: str) -> tuple[str, int]:
+        return name, newest(self.folder(name))
+
+    def _opened(self, key: tuple[str, int]) -> Drawable:
+        if found := self.kept.get(key):
+            return found
+        folder, where = self.folder(key[0]), {"vae": self.vae, "text_towers": self.text_towers}
+        if folder is None:
+            return Drawable.of_pretrained(key[0], **where)
+        return Drawable.of_run(folder, **where)
 
 
 def newest(run: Path | None) -> int:

@@ -180,6 +180,21 @@ def test_runs_with_a_checkpoint_are_found_the_last_begun_first(tmp_path):
         models.open("../x")
 
 
+def test_weights_are_kept_under_the_step_that_was_looked_up(tmp_path, monkeypatch):
+    save(tmp_path / "run", 10)
+    models = Models(runs=tmp_path)
+    kept, steps = models.keep("run"), iter([10])
+    monkeypatch.setattr(studio, "newest", lambda _: next(steps, 15))  # one is saved meanwhile
+    monkeypatch.setattr(Models, "names", lambda _: ["run"])
+    assert models.keep("run") is kept and list(models.kept) == [("run", 10)]
+    assert models.keep("run") is not kept
+
+
+def test_a_run_is_called_as_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(save(tmp_path / "run", 10))
+    assert Models(run=Path(".")).names() == ["run"]
+
+
 def test_a_pretrained_model_is_opened_once(digits, monkeypatch):
     opened = []
 
@@ -201,6 +216,8 @@ def test_no_model_is_said(tmp_path):
         Models(run=tmp_path)
     with pytest.raises(UserError, match="has no checkpoint yet"):
         Models(run=save(tmp_path / "begun"))
+    with pytest.raises(UserError, match="--vae there: the model is of pictures"):
+        Models(run=save(tmp_path / "done", 5), vae="there")
 
 
 # --- the command ----------------------------------------------------------------------------------
