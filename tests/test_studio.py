@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import sys
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -242,3 +244,26 @@ def test_where_gradio_is_missing_its_installation_is_told(monkeypatch, tmp_path)
     monkeypatch.delitem(sys.modules, "page", raising=False)
     with pytest.raises(UserError, match=r"pip install -r requirements-demo\.txt"):
         demo.with_page(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_it_loads_leaves_nothing_behind(number, monkeypatch, tmp_path):
+    def load(_):
+        tempfile.mkdtemp()
+        signal.raise_signal(number)
+
+    def end(code):
+        assert not list(tmp_path.iterdir())
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(demo, "with_page", load)
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(number, lambda *_: None)
+    try:
+        with pytest.raises(SystemExit, match=str(128 + number)):
+            demo.main(DemoConfig())
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
