@@ -1,6 +1,6 @@
 # make train          set up, then train on the embedded digits (ARGS="--dataset_name cifar10" for others)
 # make test           set up, then run every test          make check    format, lint, types
-# make bench          set up with torch, then every benchmark of speed, on a CPU in a quarter of an hour
+# make bench          set up with torch, then every benchmark of speed, in eleven minutes on two CPU cores
 # make latents-demo   a VAE of two photographs, their latents, a diffusion transformer of those
 # make demo           a page in the browser to draw from the runs in runs/ (ARGS="--run …")
 # make screenshots    how that page looks, for README.md; needs Chromium

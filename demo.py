@@ -62,17 +62,19 @@ def check(config: DemoConfig) -> None:
 
 
 def main(config: DemoConfig) -> None:
-    """Open the page and wait for Ctrl-C or SIGTERM."""
+    """Open the page and wait for Ctrl-C, SIGTERM or the terminal's end."""
     check(config)
     c = config
     files = Path(tempfile.mkdtemp(prefix="dit-demo-"))
+    tempfile.tempdir = str(files)  # all that is temporary goes with it
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, lambda number, _: leave(number, files))
     try:
         page = with_page(files)
         parallel.keep_compiled()
         models = Models(c.run, c.runs or RUNS, c.pretrained, c.vae, c.text_towers)
         url = page.launch(page.build(models), port=c.port, host=c.host, share=c.share)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, _: leave(number, files))
         print(f"the page: {url}   (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
     finally:
@@ -96,7 +98,7 @@ def with_page(files: Path) -> ModuleType:
     Raises:
         UserError: Gradio is not installed.
     """
-    os.environ |= {"GRADIO_TEMP_DIR": str(files), "GRADIO_ANALYTICS_ENABLED": "False"}
+    os.environ |= {"GRADIO_TEMP_DIR": str(files / "sent"), "GRADIO_ANALYTICS_ENABLED": "False"}
     os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1"}
     try:
         import page

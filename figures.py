@@ -100,6 +100,8 @@ def main(config: FiguresConfig) -> None:
     drawable = Drawable.of_run(c.run, ema=c.ema, step=c.step, **where)
     how = drawable.how(Wishes(cfg_scale=c.cfg_scale, n_steps=c.n_steps))
     words = subject_words(c, drawable)
+    if c.step is not None and not c.records_only:
+        _ = drawable.params  # or that checkpoint is not to be had
     out = c.out or c.run / FIGURES
     with unwritable(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -119,13 +121,13 @@ def main(config: FiguresConfig) -> None:
 
 def attempt(path: Path, draw: Callable[[Path], None]) -> None:
     """One figure, and a line that tells where it is, or why it is not."""
-    try:
-        with unwritable(path):
+    told: object = path
+    with unwritable(path):  # which ends the command: there will be no room for the others
+        try:
             draw(path)
-    except UserError as error:
-        print(f"{path.name} is left out: {error}", flush=True)
-    else:
-        print(path, flush=True)
+        except UserError as error:
+            told = f"{path.name} is left out: {error}"
+    print(told, flush=True)
 
 
 def check(config: FiguresConfig) -> None:

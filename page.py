@@ -5,6 +5,7 @@ in a folder that goes with the process, and no state is shared but a model's wei
 """
 
 import json
+import os
 import random
 import re
 import tempfile
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import httpx
 import pandas as pd
 from PIL import Image
 
+import curves
+import film
 import images
 import studio
 from drawable import Drawable
@@ -49,17 +53,25 @@ def launch(page: gr.Blocks, *, port: int | None, host: str, share: bool) -> str:
     """Open it, and return its address.
 
     Raises:
-        UserError: the port is taken, or the host is not this machine's.
+        UserError: the port is taken, or the host is not this machine's, or it cannot be reached.
     """
+    past_proxies(host)
     page.queue(max_size=MOST_WAITING)
     how = {"footer_links": [], "ssr_mode": False, "css": STYLE, "enable_monitoring": False}
     how |= {"prevent_thread_lock": True, "quiet": True, "max_file_size": 0}
     try:
         _, local, public = page.launch(server_name=host, server_port=port, share=share, **how)
-    except OSError as error:
+    except (OSError, ValueError, httpx.HTTPError) as error:
         where = f"{host}:{port}" if port else host
         raise UserError(f"no page can be opened at {where}: {error}") from None
     return public or local
+
+
+def past_proxies(host: str) -> None:
+    """Gradio looks whether its page is there: a proxy would look on another machine."""
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    past = ",".join(filter(None, (known, "localhost,127.0.0.1", host.strip("[]"))))
+    os.environ |= {"no_proxy": past, "NO_PROXY": past}
 
 
 @contextmanager
@@ -141,13 +153,14 @@ def subject_fields() -> list[Any]:
 def form(drawable: Drawable) -> list[Any]:
     """The fields as they fit a model: of `subject_fields`, then guidance and steps."""
     model, settings = drawable.model, drawable.settings
-    names = drawable.label_names or [str(i) for i in range(model.n_classes)]
-    fitting = list(DESCENTS if settings.get("prediction") else SOLVERS)
     told = bool(model.text_width)
+    names = [] if told else drawable.label_names or [str(i) for i in range(model.n_classes)]
+    fitting = list(DESCENTS if settings.get("prediction") else SOLVERS)
+    words = gr.update(visible=True) if told else gr.update(visible=False, value="")
     return [
         gr.update(choices=names, value=[], visible=bool(names), info="all, if none is chosen"),
-        gr.update(visible=told),
-        gr.update(visible=told),
+        words,
+        words,
         gr.update(choices=fitting, value=settings["solver"]),
         *(gr.skip() for _ in range(3)),
         settings["cfg_scale"],
@@ -271,13 +284,14 @@ def history(run: Path | None) -> list[Any]:
     """
     if run is None:
         return [None, None, None]
-    settings = read_config(run)
+    settings, file = read_config(run), run / "metrics.jsonl"
+    record = curves.read(file) if file.exists() else []
     said = [name for name in settings if settings[name] not in (None, "", [], ())]
     rows = [[name, flat(settings[name])] for name in sorted(said, key=rank)]
-    files = sorted(path for path in run.glob("samples/*.png") if path.stem.isdecimal())
-    files = files[:: -(-len(files) // MOST_SHEETS) or 1]
+    last = max((line["step"] for line in record), default=None)
+    sheets = film.evenly(film.steps(run / "samples", last), MOST_SHEETS)
     # As pictures, not as paths: the run's folder stays closed to visitors.
-    return [curves(run), rows, [(Image.open(p), f"step {int(p.stem)}") for p in files]]
+    return [losses(record), rows, [(Image.open(file), f"step {step}") for step, file in sheets]]
 
 
 def rank(setting: str) -> int:
@@ -291,14 +305,10 @@ def flat(value: Any) -> str:
     return words if len(words) <= 80 else f"{words[:80]}…"
 
 
-def curves(run: Path) -> pd.DataFrame:
-    """The losses in metrics.jsonl; the line that is being written is passed over."""
-    points, names = [], {"loss": "training", "eval_loss": "evaluation"}
-    file = run / "metrics.jsonl"
-    for line in file.read_text().splitlines() if file.exists() else ():
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        points += [(found["step"], found[n], of) for n, of in names.items() if found.get(n)]
+def losses(record: curves.Record) -> pd.DataFrame:
+    """Those of a metrics.jsonl."""
+    names = {"loss": "training", "eval_loss": "evaluation"}
+    points = [
+        (line["step"], line[n], of) for line in record for n, of in names.items() if line.get(n)
+    ]
     return pd.DataFrame(points, columns=["step", "loss", "of"])

@@ -97,11 +97,16 @@ def farewell(trainer: "Trainer") -> str:
     run_dir, step = trainer.run_dir, trainer.step
     checkpoint = f"checkpoints/{step}/"
     prompts = ' --prompts "…"' if trainer.encoded else ""
+    shown = {
+        "samples/final.png": "what the model draws; samples/trajectory.gif is its way from noise",
+        "figures/curves.png": "losses",
+        "figures/progress.gif": "the samples over time",
+    }
+    # A short run has no losses to draw, and what cannot be drawn fails no run.
+    there = [f"  {n:24} {what}\n" for n, what in shown.items() if (run_dir / n).exists()]
     return f"""
 Done: step {step}. Everything is in {run_dir}/
-  {"samples/final.png":24} what the model draws; samples/trajectory.gif is its way from noise
-  {"figures/":24} curves.png, and progress.gif: the samples over time
-  {"metrics.jsonl":24} losses, norms, speed; TensorBoard shows them from the same folder
+{"".join(there)}  {"metrics.jsonl":24} what was recorded; TensorBoard shows it from the same folder
   {checkpoint:24} weights, their average and the optimizer
 Next:
   python generate.py --run {run_dir}{prompts} --n 64 --out samples.png

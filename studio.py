@@ -32,6 +32,7 @@ from subjects import Subjects
 MOST_PICTURES, MOST_STEPS, MOST_LETTERS, MOST_CELLS = 64, 250, 300, 36
 MOST_MOVING, MOST_FRAMES = 16, 48  # of an animation: every state of every picture is in memory
 SIZES = (4, 16)  # of batches, so that another number of pictures is not another program
+MOST_PROGRAMS = 32  # of ten MB or more, one for each number of steps, interval, solver
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ class Models:
         if self.pretrained:
             self.keep(self.pretrained)  # whose weights come with it
         elif self.run:
+            self.open(self.names()[0])  # which says what it cannot be drawn from
             if not newest(self.run):
-                read_config(self.run)  # which says it where that is no run at all
                 raise UserError(f"run '{self.run}' has no checkpoint yet")
         elif not self.names():
             raise UserError(
@@ -92,7 +93,7 @@ class Models:
         if self.pretrained:
             return [self.pretrained]
         if self.run:
-            return [self.run.name]
+            return [self.run.resolve().name]
         found = sorted(self.runs.glob(f"*/{CONFIG}"), key=lambda path: -path.stat().st_mtime)
         return [path.parent.name for path in found if newest(path.parent) and is_ours(path.parent)]
 
@@ -108,19 +109,25 @@ class Models:
 
     def open(self, name: str) -> Drawable:
         """What is known of a model. The weights of a run are read when they are first asked for."""
-        folder, where = self.folder(name), {"vae": self.vae, "text_towers": self.text_towers}
-        if found := self.kept.get((name, newest(folder))):
-            return found
-        if folder is None:
-            return Drawable.of_pretrained(name, **where)
-        return Drawable.of_run(folder, **where)
+        return self._opened(self._key(name))
 
     def keep(self, name: str) -> Drawable:
         """The same to draw from. Its weights, the newest, take the place of another model's."""
-        found = self.open(name)
-        self.kept.clear()
-        self.kept[name, newest(self.folder(name))] = found
+        key = self._key(name)  # once: a run may save another checkpoint meanwhile
+        found = self._opened(key)
+        self.kept = {key: found}
         return found
+
+    def _key(self, name: str) -> tuple[str, int]:
+        return name, newest(self.folder(name))
+
+    def _opened(self, key: tuple[str, int]) -> Drawable:
+        if found := self.kept.get(key):
+            return found
+        folder, where = self.folder(key[0]), {"vae": self.vae, "text_towers": self.text_towers}
+        if folder is None:
+            return Drawable.of_pretrained(key[0], **where)
+        return Drawable.of_run(folder, **where)
 
 
 def newest(run: Path | None) -> int:
@@ -194,12 +201,19 @@ def size_for(n: int) -> int:
     return next((size for size in SIZES if n <= size), SIZES[-1])
 
 
+def make_room() -> None:
+    """Drop compiled programs before there are many of them."""
+    if drawing.draw._cache_size() >= MOST_PROGRAMS:  # type: ignore
+        drawing.draw.clear_cache()  # type: ignore
+
+
 def draw(drawable: Drawable, order: Order) -> Iterator[list[tuple[Image.Image, str]]]:
     """The pictures and what they are of, batch by batch.
 
     Raises:
         UserError: they cannot be drawn.
     """
+    make_room()
     how, of = how_asked(drawable, order), asked(drawable, order)
     size, names = size_for(order.n), of.captions or [""] * order.n
     draw_batch = drawn.drawer(drawable, of, how, size)
@@ -214,6 +228,7 @@ def way(drawable: Drawable, order: Order) -> list[Image.Image]:
     Raises:
         UserError: they cannot be drawn.
     """
+    make_room()
     order = replace(order, n=min(order.n, MOST_MOVING))
     how, of = how_asked(drawable, order), asked(drawable, order)
     labels, told = of.rows(0, size_for(order.n))
@@ -238,6 +253,7 @@ def table(
     """
     if not 1 <= (n := len(scales) * len(steps)) <= MOST_CELLS:
         raise UserError(f"a table of {n} pictures: name 1 … {MOST_CELLS}")
+    make_room()
     order = replace(order, n=1, labels=order.labels[:1])
     cells = list(product(enumerate(steps), enumerate(scales)))
     # A negative prompt leads away from nothing where there is no guidance.

@@ -56,7 +56,8 @@ class Sink:
         self._attempt(self._open)
         if self.run:
             kept = f"kept for: wandb sync {Path(self.run.dir).parent}"
-            say(f"Weights & Biases: {kept if self.run.offline else self.run.url}")
+            where = kept if self.run.offline else self.run.url or "disabled"
+            say(f"Weights & Biases: {where}")
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Numbers by their tags."""
@@ -93,6 +94,7 @@ class Sink:
             "settings": mine,
         }
         try:
+            wandb.setup(mine)  # silent from here on: without a key it would ask for one, and wait
             self.run = wandb.init(**told)
         except Exception as error:
             self.say(f"Weights & Biases is not to be reached ({first_line(error)}): kept offline")

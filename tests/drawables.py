@@ -28,7 +28,7 @@ def weights(config: ModelConfig) -> Any:
 
 def drawable(config: ModelConfig = CLASSES, **settings: Any) -> Drawable:
     """As of a run on the digits."""
-    settings = FLOW | {"dataset_name": "digits", "conditioning": "class"} | settings
-    names = DIGITS if config.n_classes else []
-    settings["dataset"] = {"encoding": None, "label_names": names}
+    dataset = {"encoding": None, "label_names": DIGITS if config.n_classes else []}
+    told = {"dataset_name": "digits", "conditioning": "class", "dataset": dataset}
+    settings = FLOW | told | settings
     return Drawable("digits", settings, config, parallel.make_mesh(), lambda: (7, weights(config)))

@@ -10,6 +10,7 @@ from PIL import Image, ImageSequence
 
 import curves
 import film
+import showcase
 from errors import UserError
 from open_run import OpenRun
 from tracking import Silence, Throughput
@@ -94,6 +95,15 @@ def test_the_film_has_a_frame_for_each_sheet(tmp_path):
     assert [abs(frame[-5, 5, 2] - 50 * i) < 8 for i, frame in enumerate(shown)] == [True] * 4
 
 
+def test_of_many_sheets_only_as_many_as_fit_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(film, "MOST_FRAMES", 2)
+    names = [f"{step:07d}.png" for step in (10, 20, 30, 40)]
+    (sheets(tmp_path / "samples", *names) / names[2]).write_bytes(b"damaged")
+    film.save(tmp_path / "samples", tmp_path / "a.gif")
+    shown = frames(tmp_path / "a.gif")
+    assert [round(frame[-5, 5, 2] / 50) for frame in shown] == [1, 3]
+
+
 @pytest.mark.parametrize(
     "last, steps", [(180, [50, 150, 180]), (150, [50, 150]), (100, [50, 150]), (None, [50, 150])]
 )
@@ -146,3 +156,12 @@ def test_no_figure_can_fail_a_run(tmp_path, monkeypatch):
     run.draw_records()
     assert tracker.said[1:] == ["figures/curves.png is not drawn: ZeroDivisionError"]
     assert len(frames(tmp_path / "figures" / "progress.gif")) == 1
+
+
+def test_the_last_words_name_what_there_is(tmp_path):
+    trainer: Any = SimpleNamespace(run_dir=tmp_path, step=15, encoded=None)
+    sheets(tmp_path / "figures", "progress.gif")
+    said = showcase.farewell(trainer)
+    assert "figures/progress.gif" in said and "curves.png" not in said
+    curves.save(record(tmp_path), tmp_path / "figures" / curves.NAME)
+    assert "figures/curves.png" in showcase.farewell(trainer)

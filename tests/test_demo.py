@@ -8,14 +8,18 @@ import re
 import shutil
 import signal
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from browser import Visitor, browser
 from commands import NANO, SMALL, run, start
-from drawables import CLASSES, DDPM, NOTHING, SHAPE, SIGMA, drawable
+from drawables import CLASSES, DDPM, DIGITS, NOTHING, SHAPE, SIGMA, drawable
+from test_curves import record, sheets
 from test_faults import wait_until
 
 from model import model_config
+from run_folder import NEEDED
 
 pytest.importorskip("gradio", reason="no Gradio: pip install -r requirements-demo.txt")
 pytestmark = pytest.mark.slow
@@ -201,11 +205,63 @@ def test_fields_fit_the_model():
         (CLASSES, {}, (True, False, False), ["euler", "heun"]),
         (SIGMA, DDPM, (True, False, False), ["ddpm", "ddim"]),
         (NOTHING, {"cfg_scale": 1.0}, (False, False, False), ["euler", "heun"]),
-        (captions, {}, (False, True, True), ["euler", "heun"]),
+        # Captions that were made of labels.
+        (
+            captions,
+            {"dataset": {"encoding": None, "label_names": DIGITS}},
+            (False, True, True),
+            ["euler", "heun"],
+        ),
     ):
         fields = form(drawable(config, **settings))
         assert tuple(field["visible"] for field in fields[:3]) == seen
         assert fields[3]["choices"] == solvers
+        # What is not seen is empty, and what is written stays.
+        assert [field.get("value") for field in fields[1:3]] == [None if seen[1] else ""] * 2
+
+
+def test_of_a_run_the_newest_sheets_are_seen_and_what_can_be_read_of_its_record(tmp_path):
+    from page import MOST_SHEETS, history
+
+    names = [f"{step:07d}.png" for step in range(1, 2 * MOST_SHEETS)]
+    sheets(tmp_path / "samples", *names, "final.png")
+    record(tmp_path, end='null\n3\n{"loss": 1.0}\n')
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\n{"step": 99, "loss": 2.0}\n')
+    described = dict.fromkeys(NEEDED, "digits")
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    losses, _, shown = history(tmp_path)
+    assert len(shown) == MOST_SHEETS and shown[-1][1] == "step 99"
+    for picture, _ in shown:
+        picture.close()
+    assert losses["step"].tolist() == [5, 6, 10, 99]
+
+
+def test_no_proxy_is_asked_for_the_page(monkeypatch):
+    from urllib.request import getproxies
+
+    from page import past_proxies
+
+    monkeypatch.setattr(os, "environ", {"HTTP_PROXY": "http://proxy:1", "NO_PROXY": "there"})
+    past_proxies("[::1]")
+    assert getproxies()["no"] == "there,localhost,127.0.0.1,::1"
+
+
+def test_a_page_that_cannot_be_reached_is_said_in_one_line(monkeypatch):
+    import httpx
+
+    from errors import UserError
+    from page import launch
+
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    for error in (httpx.ConnectError("refused"), ValueError("localhost is not accessible")):
+
+        def fail(error=error, **_):
+            raise error
+
+        page: Any = SimpleNamespace(queue=lambda **_: None, launch=fail)
+        with pytest.raises(UserError, match=f"no page can be opened at here: {error}"):
+            launch(page, port=None, host="here", share=False)
 
 
 def test_a_bug_is_told_as_one_and_the_terminal_shows_it(capsys):

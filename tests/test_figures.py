@@ -82,6 +82,25 @@ def test_without_weights_there_are_curves(command):
     assert command(of, records_only=True) == (set(OF_RECORDS), [])
 
 
+def test_a_checkpoint_that_is_asked_for_must_be_there(command, tmp_path):
+    def gone():
+        raise UserError("'run' has no checkpoint of step 999")
+
+    with pytest.raises(UserError, match="no checkpoint of step 999"):
+        command(replace(drawable(), load=gone), step=999)
+    assert not (tmp_path / "run" / "figures").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), OSError("encoder error -2")])
+def test_a_figure_that_cannot_be_written_ends_the_command(command, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setitem(figures.OF_RECORDS, "progress.gif", fail)
+    with pytest.raises(UserError, match=r"cannot write .*progress.gif: (No space|encoder)"):
+        command(drawable(), records_only=True)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import sys
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -52,6 +54,13 @@ def test_another_number_of_pictures_or_scale_is_no_new_program(digits):
         pictures, _ = drawn(digits, replace(ORDER, n=n, cfg_scale=3.0, seed=n))
         assert len(pictures) == n
     assert drawing.draw._cache_size() == before  # type: ignore
+
+
+def test_programs_are_dropped_before_there_are_many(digits, monkeypatch):
+    monkeypatch.setattr(studio, "MOST_PROGRAMS", 1)
+    for low in (0.1, 0.2):
+        list(studio.draw(digits, replace(ORDER, n=1, n_steps=1, interval=(low, 1.0))))
+        assert drawing.draw._cache_size() == 1  # type: ignore
 
 
 def test_the_way_begins_with_noise_and_ends_with_the_pictures(digits):
@@ -177,6 +186,21 @@ def test_runs_with_a_checkpoint_are_found_the_last_begun_first(tmp_path):
         models.open("../x")
 
 
+def test_weights_are_kept_under_the_step_that_was_looked_up(tmp_path, monkeypatch):
+    save(tmp_path / "run", 10)
+    models = Models(runs=tmp_path)
+    kept, steps = models.keep("run"), iter([10])
+    monkeypatch.setattr(studio, "newest", lambda _: next(steps, 15))  # one is saved meanwhile
+    monkeypatch.setattr(Models, "names", lambda _: ["run"])
+    assert models.keep("run") is kept and list(models.kept) == [("run", 10)]
+    assert models.keep("run") is not kept
+
+
+def test_a_run_is_called_as_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(save(tmp_path / "run", 10))
+    assert Models(run=Path(".")).names() == ["run"]
+
+
 def test_a_pretrained_model_is_opened_once(digits, monkeypatch):
     opened = []
 
@@ -198,6 +222,8 @@ def test_no_model_is_said(tmp_path):
         Models(run=tmp_path)
     with pytest.raises(UserError, match="has no checkpoint yet"):
         Models(run=save(tmp_path / "begun"))
+    with pytest.raises(UserError, match="--vae there: the model is of pictures"):
+        Models(run=save(tmp_path / "done", 5), vae="there")
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -222,3 +248,26 @@ def test_where_gradio_is_missing_its_installation_is_told(monkeypatch, tmp_path)
     monkeypatch.delitem(sys.modules, "page", raising=False)
     with pytest.raises(UserError, match=r"pip install -r requirements-demo\.txt"):
         demo.with_page(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_it_loads_leaves_nothing_behind(number, monkeypatch, tmp_path):
+    def load(_):
+        tempfile.mkdtemp()
+        signal.raise_signal(number)
+
+    def end(code):
+        assert not list(tmp_path.iterdir())
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(demo, "with_page", load)
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(number, lambda *_: None)
+    try:
+        with pytest.raises(SystemExit, match=str(128 + number)):
+            demo.main(DemoConfig())
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)

@@ -109,11 +109,16 @@ def test_offline_it_keeps_the_numbers_and_the_resumed_run_has_the_same_id(tmp_pa
 class Fake(SimpleNamespace):
     """A `wandb` that remembers, or fails where it is told to."""
 
-    def __init__(self, *, fails: str = "", step: int = 0):
-        super().__init__(told=[], fails=fails, step=step, offline=True, dir="wandb/x/files")
+    def __init__(self, *, fails: str = "", step: int = 0, offline: bool = True):
+        super().__init__(told=[], fails=fails, step=step, offline=offline, url=None, silent=False)
+        self.dir = "wandb/x/files"
         self.Settings = self.Image = lambda *x, **y: x or y
 
+    def setup(self, settings):
+        self.silent = settings["silent"]
+
     def init(self, **told):
+        assert self.silent or told.get("mode") == "offline"  # or a terminal is asked for a key
         if self.fails == "init" or (self.fails == "network" and told.get("mode") != "offline"):
             raise RuntimeError("no way\nthere")
         self.id = told["id"]
@@ -164,6 +169,11 @@ def test_without_a_network_it_is_kept(tmp_path, monkeypatch):
         "Weights & Biases: kept for: wandb sync wandb/x",
     ]
     assert len(fake.told) == 5 and fake.told[-1] == "finished"
+
+
+def test_where_it_is_disabled_that_is_said(tmp_path, monkeypatch):
+    _, said = recorded(tmp_path, monkeypatch, Fake(offline=False))
+    assert said == ["Weights & Biases: disabled"]
 
 
 def test_what_it_has_is_not_sent_again_and_a_fresh_start_is_a_new_run(tmp_path, monkeypatch):
