@@ -36,14 +36,24 @@ def cache(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def memory_given_back():
-    """What a module compiled is freed after it: it would be several GB in the end."""
-    yield
+def give_memory_back():
+    """Frees what was compiled, to the machine: it would be several GB in the end."""
     jax.clear_caches()
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_given_back():
+    yield
+    give_memory_back()
+
+
+@pytest.fixture
+def room():
+    """For a process that needs most of a machine of 24 GB."""
+    give_memory_back()
 
 
 @pytest.fixture(autouse=True)

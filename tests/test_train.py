@@ -730,7 +730,7 @@ def test_every_data_set_trains(tmp_path, name, capsys):
 
 
 @pytest.mark.slow
-def test_a_profile_of_the_largest_model_prints_its_figures(tmp_path, cache):
+def test_a_profile_of_the_largest_model_prints_its_figures(tmp_path, cache, room):
     flags = ["--profile", "--model", "DiT-XL/2", "--image_size", 32, "--channels", 4]
     flags += ["--batch_size", 1, "--run_dir", tmp_path / "run"]
     done = run("train.py", *flags, cache=cache)
