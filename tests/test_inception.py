@@ -241,12 +241,12 @@ def test_fid_is_the_same_in_batches_of_any_size_on_any_devices(loaded, two_sets)
 def test_the_command_measures_all_that_inception_can(file, two_sets, tmp_path):
     for name, image in zip(("real", "drawn"), two_sets):
         np.savez(tmp_path / f"{name}.npz", arr_0=image)
-    how = {"inception": str(file), "out": tmp_path / "record", "batch_size": 8}
-    real = tmp_path / "statistics.npz"
+    how = {"inception": str(file), "batch_size": 8}
+    real, out = tmp_path / "statistics.npz", tmp_path / "record"
     evaluate.main(EvaluateConfig(npz=tmp_path / "real.npz", make_reference=real, **how))
-    judge = EvaluateConfig(npz=tmp_path / "drawn.npz", reference=real, **how)
+    judge = EvaluateConfig(npz=tmp_path / "drawn.npz", reference=real, out=out, **how)
     evaluate.main(judge)
-    found = json.loads(how["out"].read_text())
+    found = json.loads(out.read_text())
     names = {"fid", "sfid", "inception_score", "inception_score_std", "kid", "kid_std"}
     assert found.keys() == names | {"precision", "recall", "card"}
     assert found["fid"] > 0 and found["sfid"] > 0 and found["inception_score"] >= 1
