@@ -6,12 +6,49 @@ training of `digits` is measured; the others are sensible starts on a single GPU
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-import errors
+from runtime import errors
 
-if TYPE_CHECKING:
-    from latents import Encoding
+
+@dataclass(frozen=True)
+class Encoding:
+    """How pictures became latents: the same for a whole folder, and written into each of its files.
+
+    Args:
+        dataset_name, source: of the pictures; the source is an id with its revision, or a folder.
+        image_size: pixels to a side of the pictures.
+        shape: (height, width, channels) of a latent.
+        vae, vae_hash: where the VAE was, and the hash of its weights; "" where that is not known.
+        scaling_factor, shift_factor: a model sees (z − shift) · scale.
+        precision: that the VAE was run in.
+        mirrored: whether a row also has the moments of the mirrored picture.
+        captions: whether there is a column of captions.
+    """
+
+    dataset_name: str
+    source: str
+    image_size: int
+    shape: tuple[int, int, int]
+    vae: str
+    vae_hash: str
+    scaling_factor: float
+    shift_factor: float
+    precision: str
+    mirrored: bool
+    captions: bool
+
+    @property
+    def moments_shape(self) -> tuple[int, int, int]:
+        """Of a row: mean and log-variance, and after them those of the mirrored picture."""
+        height, width, channels = self.shape
+        return height, width, 2 * channels * (2 if self.mirrored else 1)
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> "Encoding":
+        """From what JSON has made of one, which has no tuples."""
+        facts: dict[str, Any] = record | {"shape": tuple(record["shape"])}
+        return cls(**facts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +92,7 @@ class DatasetConfig:
     ema_decay: float = 0.9995
     cfg_scale: float = 1.5
     latents_dir: str | None = None
-    encoding: "Encoding | None" = None
+    encoding: Encoding | None = None
 
     @property
     def conditioning(self) -> str:
@@ -70,7 +107,7 @@ DATASET_CONFIGS = {
     for config in (
         DatasetConfig(
             name="digits",
-            path="assets/digits",
+            path="data/digits",
             n_classes=10,
             channels=1,
             image_size=8,

@@ -18,11 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-import cli
-import parallel
-from errors import UserError
-from run_folder import RUNS
-from studio import Models
+from inference.app.service import Models
+from runtime import cli, parallel
+from runtime.errors import UserError
+from runtime.run_folder import RUNS
 
 
 @dataclass(frozen=True)
@@ -101,14 +100,14 @@ def with_page(files: Path) -> ModuleType:
     os.environ |= {"GRADIO_TEMP_DIR": str(files / "sent"), "GRADIO_ANALYTICS_ENABLED": "False"}
     os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1"}
     try:
-        import page
+        from inference.app import page as app_page
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
         raise UserError(
             "the page is made by Gradio: .venv/bin/pip install -r requirements-demo.txt"
         ) from None
-    return page
+    return app_page
 
 
 if __name__ == "__main__":

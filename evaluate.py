@@ -21,18 +21,18 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-import cli
-import drawn
-import parallel
-import processes
-from drawable import Drawable, Wishes
-from drawn import DrawConfig
-from errors import UserError
-from metrics import extraction, fid, pictures, reference
-from metrics.extraction import Extractor, Gathered, Rows
-from metrics.pictures import Batch, PictureSet
-from metrics.reference import Reference
-from run_folder import require_apart, unwritable
+from data import image_sets
+from data.image_sets import Batch, PictureSet
+from evaluation import features as evaluation_features
+from evaluation import metrics, reference
+from evaluation.features import Extractor, Gathered, Rows
+from evaluation.reference import Reference
+from inference import sample_files
+from inference.sample_files import DrawConfig
+from inference.trained_model import Drawable, Wishes
+from runtime import cli, parallel, processes
+from runtime.errors import UserError
+from runtime.files import require_apart, unwritable
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 RECORD = "evaluations.jsonl"
@@ -207,14 +207,14 @@ def subject(config: EvaluateConfig, run: Drawable | None, batch_size: int) -> Pi
     if run:
         wishes = vars(Wishes.of(c))
         # The default depends on the devices: what was begun on others goes on all the same.
-        begun = drawn.begun_by(c.samples) if c.samples and not c.batch_size else None
+        begun = sample_files.begun_by(c.samples) if c.samples and not c.batch_size else None
         how = DrawConfig(n=c.n or N_DRAWN, seed=c.seed, batch_size=begun or batch_size, **wishes)
-        return drawn.of(run, how, samples=c.samples)
+        return sample_files.of(run, how, samples=c.samples)
     if c.images:
-        return pictures.of_folder(c.images, image_size=c.image_size)
+        return image_sets.of_folder(c.images, image_size=c.image_size)
     if c.npz:
-        return pictures.of_npz(c.npz)
-    return pictures.of_dataset(
+        return image_sets.of_npz(c.npz)
+    return image_sets.of_dataset(
         str(c.dataset_name),
         split=c.split or SPLIT,
         data_dir=c.data_dir,
@@ -251,12 +251,12 @@ def gathered(
     def fitting(parts: Iterator[Rows]) -> Iterator[Rows]:
         for part in parts:
             if real:  # said at once, not after hours
-                extraction.require_fit(real, part.pool.shape[1])
+                evaluation_features.require_fit(real, part.pool.shape[1])
             yield part
 
     rows = extract(counted(of.batches(batch_size)), batch_size=min(batch_size, of.count))
     keep = {"n_features": config.n_features, "keep_logits": real is not None}
-    return extraction.gather(fitting(rows), of.count, seed=config.seed, **keep)
+    return evaluation_features.gather(fitting(rows), of.count, seed=config.seed, **keep)
 
 
 def scores(
@@ -268,15 +268,15 @@ def scores(
         features: of some of the reference's pictures.
     """
     distance, kernel, precision, recall = NAMES[config.features][:4]
-    said = {distance: fid.frechet_distance(found.pool, real.pool)}
+    said = {distance: metrics.frechet_distance(found.pool, real.pool)}
     if found.spatial and real.spatial:
-        said["sfid"] = fid.frechet_distance(found.spatial, real.spatial)
+        said["sfid"] = metrics.frechet_distance(found.spatial, real.spatial)
     if found.logits is not None:
-        score = fid.inception_score(found.logits, seed=config.seed)
+        score = metrics.inception_score(found.logits, seed=config.seed)
         said |= {"inception_score": score.mean, "inception_score_std": score.std}
     if features is not None and min(len(features), len(found.features)) > 1:
-        spread = fid.kernel_distance(found.features, features, seed=config.seed)
-        both = fid.precision_recall(features, found.features)
+        spread = metrics.kernel_distance(found.features, features, seed=config.seed)
+        both = metrics.precision_recall(features, found.features)
         said |= {kernel: spread.mean, f"{kernel}_std": spread.std}
         said |= {precision: both.precision, recall: both.recall}
     return said
@@ -289,7 +289,7 @@ def real_features(
     if not config.n_features:
         return None
     if real.features is None and real.has_pictures:
-        of = pictures.of_npz(real.path)
+        of = image_sets.of_npz(real.path)
         return gathered(config, extract, of, batch_size, real).features
     if real.features is None or len(real.features) <= config.n_features:
         return real.features
@@ -316,9 +316,9 @@ def main(config: EvaluateConfig) -> None:
     real = reference.read(config.reference) if config.reference else None
     run = drawable(config)
     mesh = run.mesh if run else parallel.make_mesh()
-    size = config.batch_size or extraction.batch_size(mesh)
+    size = config.batch_size or evaluation_features.batch_size(mesh)
     how = {"weights": config.inception, "preparation": config.preparation}
-    extract = extraction.like(real, mesh, space=config.features, **how)
+    extract = evaluation_features.like(real, mesh, space=config.features, **how)
     of = subject(config, run, size)
     found = gathered(config, extract, of, size, real)
     features = real_features(config, real, extract, size) if real else None

@@ -15,23 +15,15 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-import cli
-import parallel
-from datasets_config import DATASET_CONFIGS
-from drawable import Drawable
-from errors import UserError
-from latents import Encoding
+from datasets_config import DATASET_CONFIGS, Encoding
+from inference.trained_model import Drawable
 from model import ModelConfig
 from pretrained import sd3, transformer
-from run_folder import atomic, atomic_folder
-from train_config import (
-    DEFAULTS,
-    FREE_ON_RESUME,
-    OF_ONE_START,
-    RECOMMENDED,
-    TrainConfig,
-    derived,
-)
+from runtime import cli, parallel
+from runtime.errors import UserError
+from runtime.files import atomic, atomic_folder
+from training.config import DEFAULTS, FREE_ON_RESUME, OF_ONE_START, RECOMMENDED, TrainConfig
+from training.resolve import derived
 
 CARD = "README.md"
 # Of a run's settings, what drawing needs, and what a reader of the folder may ask.

@@ -14,21 +14,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-import cli
-import curves
-import drawing
-import film
-import images
-import parallel
-import sheets
-import subjects
-from cli import Text
-from drawable import Drawable, How, Wishes
-from errors import UserError
-from generate_config import MOST_SHOWN
-from open_run import FIGURES
-from run_folder import unwritable
-from subjects import Subjects
+from inference import comparisons, curves, grids
+from inference import labels as inference_labels
+from inference import progress as inference_progress
+from inference.grids import MOST_SHOWN
+from inference.labels import Subjects
+from inference.trained_model import Drawable, How, Wishes
+from runtime import cli, parallel
+from runtime.cli import Text
+from runtime.errors import UserError
+from runtime.files import unwritable
+from training.session import FIGURES
 
 # Of a row: as many pictures as a page shows at a size at which their names can be read.
 COLUMNS, COLUMNS_OF_LARGE, SMALL_SIDE, SIDE = 10, 6, 64, 128
@@ -160,8 +156,8 @@ def subject_words(config: FiguresConfig, drawable: Drawable) -> list[str]:
         return list(c.prompts)
     if c.prompts:
         raise UserError("this run was trained without captions; choose classes by --labels")
-    drawing.label_ids(c.labels, names, n_classes)
-    spread = sheets.evenly(n_classes, columns(drawable)).tolist() if n_classes else []
+    inference_labels.label_ids(c.labels, names, n_classes)
+    spread = comparisons.evenly(n_classes, columns(drawable)).tolist() if n_classes else []
     return list(c.labels) or [names[i] if names else str(i) for i in spread]
 
 
@@ -180,11 +176,13 @@ def row_of(config: FiguresConfig, drawable: Drawable, words: list[str]) -> Subje
     """
     n, seed, text = columns(drawable), config.seed, drawable.model.text_width
     if text and not words:
-        captions = sheets.evaluation_split(drawable).captions
+        captions = comparisons.evaluation_split(drawable).captions
         words = list(dict.fromkeys(several[0] for several in captions))[:n]
     if words:
         n = max(1, n // len(words)) * len(words)
-    return (subjects.of_prompts if text else subjects.of_labels)(drawable, words, n, seed=seed)
+    return (inference_labels.of_prompts if text else inference_labels.of_labels)(
+        drawable, words, n, seed=seed
+    )
 
 
 # --- figures of records ---------------------------------------------------------------------------
@@ -193,7 +191,9 @@ def row_of(config: FiguresConfig, drawable: Drawable, words: list[str]) -> Subje
 def progress(run: Path, path: Path) -> None:
     """The samples over time."""
     record = curves.read(run / "metrics.jsonl")
-    film.save(run / "samples", path, last=max((line["step"] for line in record), default=None))
+    inference_progress.save(
+        run / "samples", path, last=max((line["step"] for line in record), default=None)
+    )
 
 
 # --- figures of weights ---------------------------------------------------------------------------
@@ -208,18 +208,18 @@ def trajectory(scene: Scene, path: Path) -> None:
     states = drawable.sample(labels, how, **told).trajectory
     assert states is not None
     times, frames = how.sampler.times(), []
-    for i in sheets.evenly(len(states), MOST_FRAMES):
-        x = images.reduced(images.to_uint8(sheets.decoded(drawable, states[i])), SIDE)
-        sheet = images.grid(x, columns=len(row.which), captions=of.captions)
+    for i in comparisons.evenly(len(states), MOST_FRAMES):
+        x = grids.reduced(grids.to_uint8(comparisons.decoded(drawable, states[i])), SIDE)
+        sheet = grids.grid(x, columns=len(row.which), captions=of.captions)
         t = float(times[i])
-        frames.append(images.headed(sheet, f"t = {t:.2f}", share=1 - t))
-    images.save_gif(frames, path)
+        frames.append(grids.headed(sheet, f"t = {t:.2f}", share=1 - t))
+    grids.save_gif(frames, path)
 
 
 def x0(scene: Scene, path: Path) -> None:
     """What the model takes x for on that way."""
-    sheet = sheets.of_steps(scene.drawable, scene.row, scene.how, ROWS_OF_STEPS, side=SIDE)
-    images.save_png(sheet, path)
+    sheet = comparisons.of_steps(scene.drawable, scene.row, scene.how, ROWS_OF_STEPS, side=SIDE)
+    grids.save_png(sheet, path)
 
 
 def cfg_sweep(scene: Scene, path: Path) -> None:
@@ -227,19 +227,19 @@ def cfg_sweep(scene: Scene, path: Path) -> None:
     drawable, row, how, c = scene
     if not (drawable.model.n_classes or drawable.model.text_width):
         raise UserError("an unconditional model has no label to be guided by")
-    images.save_png(sheets.of_scales(drawable, row, how, c.cfg_sweep, side=SIDE), path)
+    grids.save_png(comparisons.of_scales(drawable, row, how, c.cfg_sweep, side=SIDE), path)
 
 
 def denoising(scene: Scene, path: Path) -> None:
     """Real pictures, noised more or less and drawn from there."""
     drawable, row, how, c = scene
     ids = np.asarray(row.told)[row.which].tolist() if drawable.model.n_classes else []
-    real = sheets.real_pictures(drawable, ids, len(row.which))
+    real = comparisons.real_pictures(drawable, ids, len(row.which))
     told = {"seed": c.seed, "side": SIDE}
-    images.save_png(sheets.of_times(drawable, real, how, c.denoise, **told), path)
+    grids.save_png(comparisons.of_times(drawable, real, how, c.denoise, **told), path)
 
 
-OF_RECORDS = {curves.NAME: curves.save, film.NAME: progress}
+OF_RECORDS = {curves.NAME: curves.save, inference_progress.NAME: progress}
 OF_WEIGHTS = {
     "trajectory.gif": trajectory,
     "x0.png": x0,

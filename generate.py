@@ -1,37 +1,186 @@
-"""A trained run, or a published model → pictures.
+"""The settings of `generate.py`: every flag, and what cannot be."""
 
-    python generate.py --run runs/digits --labels 3 7 --n 16 --cfg_scale 2 --out grid.png
-    python generate.py --run runs/coco --prompts "a cat on a sofa, from above" --n 4
-    python generate.py --run runs/cifar10 --n 50000 --out samples/
-    python generate.py --pretrained facebook/DiT-XL-2-256 --labels 207 360 --n 8
-    python generate.py --run runs/cifar10 --labels cat ship --cfg_sweep 1 2 4 8 --out sweep.png
-
-Stop it whenever you like: with an .npz or a folder as --out, the same command goes on.
-"""
-
-from dataclasses import replace
+# SECOND DOCSTRING: """A trained run, or a published model → pictures.
+#
+#     python generate.py --run runs/digits --labels 3 7 --n 16 --cfg_scale 2 --out grid.png
+#     python generate.py --run runs/coco --prompts "a cat on a sofa, from above" --n 4
+#     python generate.py --run runs/cifar10 --n 50000 --out samples/
+#     python generate.py --pretrained facebook/DiT-XL-2-256 --labels 207 360 --n 8
+#     python generate.py --run runs/cifar10 --labels cat ship --cfg_sweep 1 2 4 8 --out sweep.png
+#
+# Stop it whenever you like: with an .npz or a folder as --out, the same command goes on.
+# """
+#
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import cli
-import drawing
-import drawn
-import images
-import parallel
-import sheets
-import subjects
-from drawable import Drawable, How, Wishes
-from drawing import Pictures
-from drawn import Draw
-from errors import UserError
-from generate_config import FILLED, N_OF_SHEET, GenerateConfig, N, check
-from run_folder import unwritable
-from subjects import Subjects
+from inference import comparisons, grids, sample_files, sampler
+from inference import labels as inference_labels
+from inference.grids import MOST_SHOWN
+from inference.labels import Subjects
+from inference.sample_files import Draw
+from inference.sampler import Pictures
+from inference.trained_model import Drawable, How, Wishes
+from runtime import cli, parallel
+from runtime.cli import Text
+from runtime.errors import UserError
+from runtime.files import require_apart, unwritable
+
+N, N_OF_SHEET = 16, 10
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Draw pictures from a trained run, or from a published model.
+
+    Args:
+        run: the run's folder.
+        pretrained: instead of a run: DiT or SD3 of the hub or of a folder, as diffusers has them or
+            export.py writes them; or a file of the original DiT or SiT, such as
+            dit:DiT-XL-2-256x256.pt.
+        labels: class names or numbers; all classes if not given. Each gets an equal share of n.
+        prompts: captions, for a model that was trained on them; each in quotes.
+        negative_prompt: a caption that guidance leads away from, in place of the empty one.
+        text_towers: where the model's text towers are, if elsewhere than it says.
+        vae: where the VAE of a model of latents is, if elsewhere than it says.
+        n: how many pictures; of a sheet, how many columns, by default one of each label, up to 10.
+        seed: of the noise. The same seed gives the same pictures.
+        seeds: one for each picture, in place of n and seed: a picture is then the same whatever
+            else is drawn, and that of --seed with n 1.
+        out: where they go: .png is a grid with class names or prompts; .npz holds arr_0 (uint8
+            images, n h w c) and arr_1 (labels, or the prompts' places); a folder gets a file for
+            each, and card.json with all that they depend on. An interrupted .npz or folder goes on.
+        trajectory: a .gif of the way from noise to pictures.
+        x0: a .gif of what each step on that way takes the pictures for.
+        cfg_sweep: scales of guidance: a sheet with a row for each, from the same noise.
+        denoise: times in 0 … 1: a sheet of real pictures of the evaluation split, noised up to
+            each time, and what the model makes of them from there. --labels chooses classes.
+        cfg_scale: guidance scale; 1 is none.
+        interval: guide between two times only, such as 0.2 0.8; 1 is noise.
+        guided_channels: guide the first so many; by default all. Published DiTs are for 3.
+        solver: euler or heun, or ddpm or ddim after training by DDPM.
+        n_steps: solver steps.
+        shift: of rectified flow's time grid; above 1 spends more steps near the noise.
+        eta: fresh noise of ddim, from 0 (none) to 1 (as much as ddpm).
+        ema: use a run's averaged weights; False uses the raw ones.
+        step: of a run's checkpoint; the newest if not given.
+        batch_size: pictures drawn at a time, on all devices together.
+        fsdp: devices that share one copy of the weights.
+    """
+
+    run: Path | None = None
+    pretrained: str | None = None
+    labels: tuple[str, ...] = ()
+    prompts: tuple[Text, ...] = ()
+    negative_prompt: Text | None = None
+    text_towers: tuple[str, ...] = ()
+    vae: str | None = None
+    n: int | None = None
+    seed: int | None = None
+    seeds: tuple[int, ...] = ()
+    out: Path = Path("samples.png")
+    trajectory: Path | None = None
+    x0: Path | None = None
+    cfg_sweep: tuple[float, ...] = ()
+    denoise: tuple[float, ...] = ()
+    cfg_scale: float | None = None
+    interval: tuple[float, ...] | None = None
+    guided_channels: int | None = None
+    solver: str | None = None
+    n_steps: int | None = None
+    shift: float | None = None
+    eta: float | None = None
+    ema: bool = True
+    step: int | None = None
+    batch_size: int = 256
+    fsdp: int | None = None
+
+    @property
+    def sheet(self) -> str | None:
+        """The flag of the sheet that is asked for."""
+        return next((name for name in ("cfg_sweep", "denoise") if getattr(self, name)), None)
+
+
+# What the help page says of values that are not given.
+OWN = ("cfg_scale", "solver", "n_steps", "shift")
+FILLED = dict.fromkeys(OWN, "the model's own") | {"seed": 0, "eta": 0, "interval": "0 1"}
+FILLED |= {"n": N}
+FILLED |= {"fsdp": "the run's own, as far as there are so many"}
+
+
+def check(config: GenerateConfig) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    if (config.run is None) == (config.pretrained is None):
+        raise UserError("name a run's folder by --run, or a published model by --pretrained")
+    if config.pretrained and (config.step is not None or not config.ema):
+        raise UserError("--step and --ema choose among a run's weights; --pretrained has one set")
+    for name in ("n", "batch_size"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    if config.fsdp is not None and (config.fsdp < 1 or jax.device_count() % config.fsdp):
+        raise UserError(f"--fsdp {config.fsdp} does not divide the {jax.device_count()} devices")
+    for other in ("n", "seed"):
+        if config.seeds and getattr(config, other) is not None:
+            raise UserError(f"--seeds has one for each picture; drop --{other}")
+    if config.labels and (config.prompts or config.negative_prompt is not None):
+        raise UserError("--labels are of classes, and prompts are captions; pass one of them")
+    _check_files(config)
+    _check_sheet(config)
+    shown = "a grid shows" if config.out.suffix == ".png" else "--trajectory and --x0 show"
+    n = len(config.seeds) or config.n or N
+    if n > MOST_SHOWN and (config.out.suffix == ".png" or config.trajectory or config.x0):
+        raise UserError(
+            f"{shown} at most {MOST_SHOWN} pictures, not {n}: name a folder or an .npz by --out, "
+            "and no --trajectory or --x0"
+        )
+
+
+def _check_files(config: GenerateConfig) -> None:
+    if config.out.suffix not in (".png", ".npz", "") and not config.out.is_dir():
+        raise UserError(
+            f"--out {config.out}: the name must end in .png (a grid) or .npz (arrays), or be a "
+            "folder's"
+        )
+    for name in ("trajectory", "x0"):
+        path = getattr(config, name)
+        if path and path.suffix != ".gif":
+            raise UserError(f"--{name} {path}: the name must end in .gif")
+    for path in filter(None, (config.out, config.trajectory, config.x0)):
+        if not path.parent.is_dir():
+            raise UserError(f"folder {path.parent} does not exist")
+        if path.is_dir() and path.suffix in (".png", ".npz", ".gif"):
+            raise UserError(f"{path} is a folder; name a file")
+    require_apart(config, written=("out", "trajectory", "x0"))
+    if config.out.suffix not in (".png", ".npz"):
+        sample_files.require_ours(config.out)
+
+
+def _check_sheet(config: GenerateConfig) -> None:
+    if not config.sheet:
+        return
+    others = {"cfg_sweep": ("denoise", "cfg_scale", "trajectory", "x0")}
+    others["denoise"] = ("trajectory", "x0", "prompts", "negative_prompt")
+    for other in others[config.sheet]:
+        if getattr(config, other) not in (None, ()):
+            raise UserError(f"--{config.sheet} makes a sheet of its own; drop --{other}")
+    if config.out.suffix != ".png":
+        raise UserError(f"--out {config.out}: --{config.sheet} makes a sheet, a .png")
+    if config.cfg_sweep and set(config.cfg_sweep) == {1}:
+        raise UserError("--cfg_sweep 1: name a scale besides 1, which is no guidance")
+    if wrong := [t for t in config.denoise if not 0 < t <= 1]:
+        raise UserError(f"--denoise {wrong[0]:g}: a time must be above 0 and at most 1")
+    n_rows = len(config.cfg_sweep) or 1 + 2 * len(config.denoise)
+    n = len(config.seeds) or config.n or len(config.labels or config.prompts) or N_OF_SHEET
+    if n * n_rows > MOST_SHOWN:
+        raise UserError(f"a sheet of {n * n_rows} pictures is more than {MOST_SHOWN}; lower --n")
 
 
 def opened(config: GenerateConfig) -> Drawable:
@@ -49,7 +198,7 @@ def how_asked(config: GenerateConfig, drawable: Drawable) -> How:
     scales = [scale for scale in config.cfg_sweep if scale != 1]
     how = drawable.how(replace(wishes, cfg_scale=scales[0]) if scales else wishes)
     for one in map(how.at, scales) if scales else [how]:
-        drawing.require_guidable(one.sampler, drawable.model, one.cfg_scale, negative=negative)
+        sampler.require_guidable(one.sampler, drawable.model, one.cfg_scale, negative=negative)
     return how
 
 
@@ -73,8 +222,10 @@ def asked(config: GenerateConfig, drawable: Drawable) -> Subjects:
     """What the pictures are to be of."""
     c, n, seed = config, count(config, drawable), config.seeds or config.seed or 0
     if not c.prompts and c.negative_prompt is None:
-        return subjects.of_labels(drawable, c.labels, n, seed=seed)
-    return subjects.of_prompts(drawable, c.prompts, n, seed=seed, negative=c.negative_prompt)
+        return inference_labels.of_labels(drawable, c.labels, n, seed=seed)
+    return inference_labels.of_prompts(
+        drawable, c.prompts, n, seed=seed, negative=c.negative_prompt
+    )
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -90,7 +241,7 @@ def main(config: GenerateConfig) -> None:
     if c.sheet:
         what, sheet = "a sheet", (denoised if c.denoise else swept)(c, drawable, how)
         with unwritable(c.out):
-            images.save_png(sheet, c.out)
+            grids.save_png(sheet, c.out)
     else:
         of = asked(c, drawable)
         what = f"{len(of.which)} pictures"
@@ -102,16 +253,16 @@ def main(config: GenerateConfig) -> None:
 def swept(config: GenerateConfig, drawable: Drawable, how: How) -> Image.Image:
     """The sheet of --cfg_sweep."""
     of, scales = asked(config, drawable), config.cfg_sweep
-    return sheets.of_scales(drawable, of, how, scales, batch_size=config.batch_size)
+    return comparisons.of_scales(drawable, of, how, scales, batch_size=config.batch_size)
 
 
 def denoised(config: GenerateConfig, drawable: Drawable, how: How) -> Image.Image:
     """The sheet of --denoise."""
     c, n, seed = config, count(config, drawable), config.seeds or config.seed or 0
-    drawing.origins(seed, n)
-    ids = drawing.label_ids(c.labels, drawable.label_names, drawable.model.n_classes)
-    real = sheets.real_pictures(drawable, ids, n)
-    return sheets.of_times(drawable, real, how, c.denoise, seed=seed, batch_size=c.batch_size)
+    sampler.origins(seed, n)
+    ids = inference_labels.label_ids(c.labels, drawable.label_names, drawable.model.n_classes)
+    real = comparisons.real_pictures(drawable, ids, n)
+    return comparisons.of_times(drawable, real, how, c.denoise, seed=seed, batch_size=c.batch_size)
 
 
 def draw(config: GenerateConfig, drawable: Drawable, of: Subjects, how: How) -> None:
@@ -119,9 +270,13 @@ def draw(config: GenerateConfig, drawable: Drawable, of: Subjects, how: How) -> 
     c, n = config, len(of.which)
     size, filmed = min(c.batch_size, n), c.trajectory or c.x0
     whole = cache(partial(drawn_whole, c, drawable, of, how, size))
-    draw_batch = drawn.part_of(whole, size) if filmed else drawn.drawer(drawable, of, how, size)
+    draw_batch = (
+        sample_files.part_of(whole, size)
+        if filmed
+        else sample_files.drawer(drawable, of, how, size)
+    )
     said = {"labels": c.labels, "prompts": c.prompts, "negative_prompt": c.negative_prompt}
-    card = drawn.describe(drawable, of, how) | said
+    card = sample_files.describe(drawable, of, how) | said
     write(c.out, draw_batch, range(0, n, size), of, card)
     if filmed:
         write_gif(c.trajectory, whole().trajectory, of, "the way from noise")
@@ -141,7 +296,7 @@ def write(out: Path, draw: Draw, starts: range, of: Subjects, card: dict[str, An
     """A grid with names, the arrays of the ADM suite, or a folder, with a progress bar."""
     with tqdm(total=len(of.which), unit=" pictures", disable=None) as bar:
         if out.suffix == ".npz":
-            for batch in drawn.kept(draw, starts, out, of.which, card):
+            for batch in sample_files.kept(draw, starts, out, of.which, card):
                 bar.update(len(batch))
         elif out.suffix == ".png":
             parts = []
@@ -149,18 +304,18 @@ def write(out: Path, draw: Draw, starts: range, of: Subjects, card: dict[str, An
                 parts.append(draw(start))
                 bar.update(len(parts[-1]))
             with unwritable(out):
-                images.save_png(images.grid(np.concatenate(parts), captions=of.captions), out)
+                grids.save_png(grids.grid(np.concatenate(parts), captions=of.captions), out)
         else:
-            for n_written in drawn.in_folder(draw, starts, out, of.words, card):
+            for n_written in sample_files.in_folder(draw, starts, out, of.words, card):
                 bar.update(n_written)
 
 
 def write_gif(out: Path | None, states: np.ndarray | None, of: Subjects, what: str) -> None:
     """Pictures in −1 … 1 at each step, as grids with names, if they are asked for."""
     if out and states is not None:
-        frames = [images.grid(images.to_uint8(x), captions=of.captions) for x in states]
+        frames = [grids.grid(grids.to_uint8(x), captions=of.captions) for x in states]
         with unwritable(out):
-            images.save_gif(frames, out)
+            grids.save_gif(frames, out)
         print(f"{what}: {out}")
 
 

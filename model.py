@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from errors import UserError, unknown
-from layers import (
+from data.batch import Caption
+from networks.layers import (
     MLPS,
     NORMS,
     POSITIONS,
@@ -29,7 +29,6 @@ from layers import (
     TimeEmbedder,
     VectorEmbedder,
     add_gated,
-    attention,
     identity,
     modulate,
     patchify,
@@ -40,7 +39,8 @@ from layers import (
     unpatchify,
     zeros,
 )
-from text import Caption
+from networks.ops import attention
+from runtime.errors import UserError, unknown
 
 
 @dataclass(frozen=True)

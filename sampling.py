@@ -13,11 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-import diffusion
-from diffusion import Chain, Estimate
-
 Velocity = Callable[[Float[Array, "b *s"], Float[Array, ""]], Float[Array, "b *s"]]
-Read = Callable[[Float[Array, "b *s"], Chain], Estimate]  # x at a step
 Renew = Callable[[Int[Array, ""]], Float[Array, "b *s"]]  # the noise of a step
 STEPS_OF = 2**32 - 1  # where a picture's index would be: no picture has it
 
@@ -122,46 +118,7 @@ def heun(velocity: Velocity, noise, times, *, trajectory: bool = False) -> Solut
     return integrate(step, noise, times, trajectory)
 
 
-# --- down a chain ---------------------------------------------------------------------------------
-
-
-def descend(step, noise: Float[Array, "b *s"], chain: Chain, trajectory: bool) -> Solution:
-    """Apply `step(x, at) -> (x, estimate of the data)` from the chain's last step to its first."""
-    places = jax.tree.map(lambda table: jnp.asarray(table)[::-1], chain)
-    return walk(step, noise, places, trajectory)
-
-
-def ancestral(read: Read, noise, chain: Chain, renew: Renew, *, trajectory: bool = False):
-    """Draw each step from the posterior of the estimated data (Ho et al. 2020, alg. 2)."""
-
-    def step(x, at):
-        data, log_variance = read(x, at)
-        mean = diffusion.posterior_mean(data, x, at)
-        return mean + diffusion.std(log_variance, at) * renew(at.step), data
-
-    return descend(step, noise, chain, trajectory)
-
-
-def ddim(
-    read: Read, noise, chain: Chain, renew: Renew, *, eta: float = 0.0, trajectory: bool = False
-) -> Solution:
-    """The same marginals with less fresh noise: η = 0 adds none, η = 1 as much as `ancestral` does
-    where no variance is learned (Song et al. 2021, eq. 12 and 16).
-    """
-
-    def step(x, at):
-        data, _ = read(x, at)
-        epsilon = (x - at.signal * data) / at.noise
-        sigma = eta * diffusion.std(at.least, at)
-        kept = jnp.sqrt(jnp.maximum(at.noise_before**2 - sigma**2, 0))
-        x = at.signal_before * data + kept * epsilon
-        return x + sigma * renew(at.step) if eta else x, data
-
-    return descend(step, noise, chain, trajectory)
-
-
 SOLVERS = {"euler": euler, "heun": heun}  # of a velocity
-DESCENTS = {"ddpm": ancestral, "ddim": ddim}  # of a chain
 
 
 # --- guidance -------------------------------------------------------------------------------------

@@ -27,35 +27,31 @@ from flax import nnx
 from jaxtyping import UInt8
 from PIL import Image
 
-import captions
-import cli
-import drawing
-import images
-import objectives
-import optim
-import parallel
-import processes
-import profiling
-import resident
-import run_folder
-import showcase
-import text
-import train_state
-import warm_start
-from captions import CaptionStore
-from checkpoint import Checkpoints
-from codec import Codec
-from errors import UserError
-from interrupts import stopping
+from data import caption_cache, text_encoders
+from data.batch import Batch
+from data.caption_cache import CaptionStore
+from data.load import open_source
+from data.pipeline import Pipeline
+from data.rows import Source
+from evaluation.during_training import Yardstick
+from inference import grids
+from inference import labels as inference_labels
+from inference.codec import Codec
+from inference.sampler import Labels, Sampler
+from inference.sampler import sample as sample_images
+from methods import rectified_flow
 from model import ModelConfig, graphdef, init_params
-from open_run import open_run
-from pipeline import Batch, Pipeline
-from range_test import N_STEPS, range_test
-from sources import Source, open_source
-from train_config import (
-    DEFAULTS,
-    FILLED,
-    TrainConfig,
+from runtime import cli, parallel, processes, run_folder
+from runtime.checkpoint import Checkpoints
+from runtime.errors import UserError
+from runtime.signals import stopping
+from training import device_dataset, display, flops, optim, warm_start
+from training import step as training_step
+from training.config import DEFAULTS, FILLED, TrainConfig
+from training.loop import begin, settings
+from training.lr_range_test import N_STEPS, range_test
+from training.profiling import profile
+from training.resolve import (
     network,
     objective,
     reader,
@@ -65,9 +61,8 @@ from train_config import (
     take_up,
     with_subject,
 )
-from train_profile import profile
-from train_state import TrainState
-from yardstick import Yardstick
+from training.session import open_run
+from training.step import TrainState
 
 __all__ = ["TrainConfig", "TrainState", "Trainer"]
 DIGITS = TrainConfig()
@@ -114,7 +109,7 @@ class Trainer:
         self.model_config = self._network(
             saved.get("model_config") or (vars(start.config) if start else {})
         )
-        self.peak = profiling.peak(
+        self.peak = flops.peak(
             jax.devices()[0].device_kind, self.model_config.dtype, peak_tflops=c.peak_tflops
         )
         self.mesh = parallel.make_mesh(c.fsdp)
@@ -187,10 +182,10 @@ class Trainer:
 
     def _encode_captions(self, revisions: Sequence[str] | None) -> CaptionStore:
         c, splits = self.config, (self.source.train, self.source.eval)
-        folder = c.caption_cache or captions.default_folder(c.dataset_name, c.data_dir)
+        folder = c.caption_cache or caption_cache.default_folder(c.dataset_name, c.data_dir)
         texts = [words for split in splits for several in split.captions for words in several]
         if c.profile:
-            texts = texts[: captions.SHARD]  # a profile reads none of them
+            texts = texts[: caption_cache.SHARD]  # a profile reads none of them
         how = {"revisions": revisions, "most": c.text_length}
         return CaptionStore.open(folder, texts, c.text_towers, **how)
 
@@ -237,7 +232,7 @@ class Trainer:
         process's rows or, with `cache_on_device`, what they are drawn from.
         """
         if self.config.cache_on_device:
-            return resident.batches(self.data, self.mesh, start, stop)
+            return device_dataset.batches(self.data, self.mesh, start, stop)
         return self.data.train_batches(start, stop)
 
     # --- one step ---------------------------------------------------------------------------------
@@ -249,23 +244,23 @@ class Trainer:
         self.step, self.position = self.step + 1, self.position + 1
         return report
 
-    def objective(self, **how: Any) -> objectives.Objective:
+    def objective(self, **how: Any) -> rectified_flow.Objective:
         """What is trained for, `loss(model, batch, key) -> (loss, metrics)`, as the settings say. A
         subclass may return another; `how` is for `objectives.draw`: `label_dropout`, which is 0 in
         an evaluation, and `read`.
         """
         return objective(self.config, **how)
 
-    def _loss(self, *, label_dropout: float) -> objectives.Objective:
+    def _loss(self, *, label_dropout: float) -> rectified_flow.Objective:
         return self.objective(label_dropout=label_dropout, read=reader(self.dataset.encoding))
 
     @cached_property
     def update(self):
         c = self.config
         loss = self._loss(label_dropout=c.label_dropout)
-        draw = partial(resident.draw, batch_size=c.batch_size, mesh=self.mesh)
+        draw = partial(device_dataset.draw, batch_size=c.batch_size, mesh=self.mesh)
         step = partial(
-            train_state.update,
+            training_step.update,
             draw=draw if c.cache_on_device else lambda batch, position: batch,
             value_and_grad=parallel.value_and_grad(
                 loss,
@@ -292,7 +287,7 @@ class Trainer:
         model = nnx.merge(graphdef(self.model_config), params)
         metrics = jax.eval_shape(lambda b: loss(model, b, self.train_key)[1], self.blank_batch())
         scaled = self.model_config.dtype == "float16"
-        return train_state.first_state(params, self.optimizer, metrics, scaled=scaled)
+        return training_step.first_state(params, self.optimizer, metrics, scaled=scaled)
 
     def _fresh_state(self, start: warm_start.Source | None = None) -> TrainState:
         """The state before the first step, with the weights of `init_from` if there is one."""
@@ -402,7 +397,7 @@ class Trainer:
         result, (n_steps + 1, b, h, w, c).
         """
         scale = self.config.cfg_scale if cfg_scale is None else cfg_scale
-        solution = drawing.sample(
+        solution = sample_images(
             self.state.ema if ema else self.state.params,
             self.model_config,
             self._told(labels),
@@ -433,12 +428,12 @@ class Trainer:
             # The last batch is filled up, so that all are one compiled program.
             places = np.minimum(np.arange(start, start + batch_size), n - 1) % len(labels)
             x = self.sample([labels[i] for i in places], first=start)
-            yield images.to_uint8(x[: n - start])
+            yield grids.to_uint8(x[: n - start])
 
-    def sampler(self, n_steps: int | None = None) -> drawing.Sampler:
+    def sampler(self, n_steps: int | None = None) -> Sampler:
         """How this run's pictures are drawn, in the configured number of steps if none is said."""
         c = self.config
-        return drawing.Sampler(
+        return Sampler(
             c.solver,
             c.n_sample_steps if n_steps is None else n_steps,
             shift=c.sample_shift or 1.0,
@@ -450,39 +445,39 @@ class Trainer:
         """What a person is shown of a run: a sheet of samples or, with `trajectory`, all states on
         its way from noise.
         """
-        labels = showcase.labels(self)
+        labels = display.labels(self)
         x = self.sample(labels, trajectory=trajectory)
         names = self.dataset.label_names
-        return [showcase.sheet(state, labels, names) for state in (x if trajectory else [x])]
+        return [display.sheet(state, labels, names) for state in (x if trajectory else [x])]
 
     def greeting(self, last: int) -> str:
-        return showcase.greeting(self, last)
+        return display.greeting(self, last)
 
     def farewell(self) -> str:
-        return showcase.farewell(self)
+        return display.farewell(self)
 
     @cached_property
     def flops_per_image(self) -> float | None:
         """Of training, where they can be counted."""
-        if self.model_config.block not in profiling.COUNTED:
+        if self.model_config.block not in flops.COUNTED:
             return None
-        forward = sum(profiling.flops_by_module(self.model_config).values())
-        return profiling.TRAIN_PER_FORWARD * forward
+        forward = sum(flops.flops_by_module(self.model_config).values())
+        return flops.TRAIN_PER_FORWARD * forward
 
     def export(self) -> None:
         """What is written beside every checkpoint: nothing."""
 
-    def _told(self, labels: Sequence[int | str] | str) -> drawing.Labels:
+    def _told(self, labels: Sequence[int | str] | str) -> Labels:
         """What the model is told of pictures with these labels or captions."""
         labels = [labels] if isinstance(labels, str) else labels
         if not self.encoded or not len(labels):
             names, n_classes = self.dataset.label_names, self.model_config.n_classes
-            return drawing.label_ids(labels, names, n_classes)
+            return inference_labels.label_ids(labels, names, n_classes)
         words = [str(label) for label in labels]
         if all(word in self.encoded for word in words):
             return self.encoded(self.encoded.ids(words))
         towers, revisions = self.config.text_towers, self.encoded.revisions
-        return text.encode(words, towers, revisions, length=self.encoded.length)
+        return text_encoders.encode(words, towers, revisions, length=self.encoded.length)
 
     def model(self, ema: bool = True) -> nnx.Module:
         """The live model, `model(x, t, label)`, with averaged or raw weights."""
@@ -498,7 +493,7 @@ class Trainer:
     def items(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a checkpoint holds: arrays, and notes about them."""
         notes = {"config": self.describe(), "data": {"n_rows": len(self.source.train)}}
-        return train_state.as_items(self.state), notes
+        return training_step.as_items(self.state), notes
 
     def restore(self, step: int | None = None) -> None:
         """Take the state of one of the run's checkpoints, by default the newest that is whole.
@@ -506,7 +501,7 @@ class Trainer:
         Raises:
             UserError: there is none, it cannot be read, or the data have changed since.
         """
-        like = train_state.as_items(parallel.abstract(self._initial_state, self.mesh))
+        like = training_step.as_items(parallel.abstract(self._initial_state, self.mesh))
         with Checkpoints(self.run_dir, read_only=True) as checkpoints:
             if step is None:
                 step, items, self.damaged = checkpoints.restore_newest(like)
@@ -518,15 +513,15 @@ class Trainer:
                 f"cannot resume: {self.dataset.name} had {position['n_rows']} training rows, "
                 f"now it has {n_rows}"
             )
-        self._take(train_state.from_items(items))
+        self._take(training_step.from_items(items))
 
     def go_back(self, checkpoints: Checkpoints, step: int, *, position: int) -> None:
         """Take the state of a checkpoint, or of the start, and go on with other batches from
         there.
         """
         if step:
-            like = train_state.as_items(parallel.abstract(self._initial_state, self.mesh))
-            state = train_state.from_items(checkpoints.restore(step, like))
+            like = training_step.as_items(parallel.abstract(self._initial_state, self.mesh))
+            state = training_step.from_items(checkpoints.restore(step, like))
         else:
             state = self._fresh_state()
         moved = parallel.replicate(np.int32(position), self.mesh)
@@ -560,24 +555,6 @@ def _source(c: TrainConfig) -> Source:
         streaming=c.streaming or DEFAULTS["streaming"],
         latents_dir=c.latents,
     )
-
-
-def settings(config: Any) -> dict[str, Any]:
-    """A config by its fields' names, as JSON takes them."""
-    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(config).items()}
-
-
-def begin(config: Any) -> None:
-    """What comes before anything asks for a device: meeting the run's other processes, and keeping
-    compiled programs.
-    """
-    processes.join(
-        config.distributed,
-        coordinator=config.coordinator,
-        n_processes=config.n_processes,
-        process_index=config.process_index,
-    )
-    parallel.keep_compiled()
 
 
 def main() -> None:

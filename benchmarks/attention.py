@@ -20,11 +20,11 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import cli
-import layers
-import profiling
 from benchmarks.timing import interleaved, json_line, number, require, table, turn
-from errors import UserError
+from networks import ops
+from runtime import cli
+from runtime.errors import UserError
+from training import profiling
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 
@@ -53,8 +53,8 @@ class AttentionConfig:
 
 
 def own(q, k, v):
-    with patch.object(layers, "has_cudnn_attention", lambda: False):
-        return layers.attention(q, k, v)
+    with patch.object(ops, "has_cudnn_attention", lambda: False):
+        return ops.attention(q, k, v)
 
 
 def fused(q, k, v, *, width: int):
@@ -69,7 +69,7 @@ def fused(q, k, v, *, width: int):
 def ways(width: int, precision: str) -> dict[str, Callable]:
     """Each way to compute it that this device has."""
     found: dict[str, Callable] = {"own": own, "XLA": jax.nn.dot_product_attention}
-    if layers.has_cudnn_attention() and precision == "bf16":
+    if ops.has_cudnn_attention() and precision == "bf16":
         padded = sorted({width, -(-width // 16) * 16, 128})
         found |= {f"cuDNN, {w} wide": partial(fused, width=w) for w in padded}
     return found
@@ -128,7 +128,7 @@ def main() -> None:
     shapes = list(zip(config.heads, config.width, strict=True))
     rows = [row for s in shapes for p in config.precision for row in measure(config, *s, p)]
     print(table([cells(row) for row in rows]))
-    if not layers.has_cudnn_attention():
+    if not ops.has_cudnn_attention():
         print("left out: cuDNN: no NVIDIA GPU of Ampere or later here")
     print(json_line("attention", rows=rows))
 

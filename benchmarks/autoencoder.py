@@ -21,12 +21,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import cli
-import parallel
 from benchmarks.timing import interleaved, json_line, number, require, table, turn
-from codec import Codec
+from inference.codec import Codec
+from networks.autoencoder import AutoencoderConfig, init_params
 from pretrained.autoencoder import Pretrained, write_config
-from vae.autoencoder import AutoencoderConfig, init_params
+from runtime import cli, parallel
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 

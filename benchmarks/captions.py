@@ -17,13 +17,15 @@ import datasets
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import cli
-import images
 from benchmarks.digits import judge
-from drawing import spread
-from errors import UserError
-from pipeline import Pipeline, open_source
-from train import TrainConfig, Trainer
+from data.load import open_source
+from data.pipeline import Pipeline
+from inference import grids
+from inference.labels import spread
+from runtime import cli
+from runtime.errors import UserError
+from train import Trainer
+from training.config import TrainConfig
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SEEN = (
@@ -60,7 +62,7 @@ def says(template: str, digit: int) -> str:
 
 def write_captions(folder: Path) -> Path:
     """A copy of the embedded digits with a column of captions."""
-    embedded = Path(__file__).parents[1] / "assets" / "digits"
+    embedded = Path(__file__).parents[1] / "data" / "digits"
     for split, data in datasets.load_dataset(str(embedded)).items():
         captions = [[says(template, label) for template in SEEN] for label in data["label"]]
         path = folder / "data" / f"{split}-00000-of-00001.parquet"
@@ -82,7 +84,7 @@ def accuracy(trainer: Trainer, template: str, n: int) -> float:
     pictures = trainer.sample([says(template, digit) for digit in digits])
     real = Pipeline(open_source("digits"), batch_size=1, seed=0)
     train, test = real.images("train"), real.images("eval")
-    return judge(images.to_uint8(pictures), digits, train=train, test=test).accuracy
+    return judge(grids.to_uint8(pictures), digits, train=train, test=test).accuracy
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import cli
-import images
-from errors import UserError
+from inference import grids
+from runtime import cli
+from runtime.errors import UserError
 
 EDGE = 0.75  # of the width
 
@@ -66,7 +66,7 @@ def main(config: CropsConfig) -> None:
             folder = config.out / split / name
             folder.mkdir(parents=True)
             for i in range(n):
-                images.save_png(crop(part, rng, config.size), folder / f"{i:04d}.png")
+                grids.save_png(crop(part, rng, config.size), folder / f"{i:04d}.png")
     print(f"{2 * config.n_train} training and {2 * config.n_test} test crops: {config.out}")
 
 

@@ -18,10 +18,11 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import cli
 from benchmarks.digits import judge_run
 from model import BLOCKS
-from train import TrainConfig, Trainer
+from runtime import cli
+from train import Trainer
+from training.config import TrainConfig
 
 DESIGNS: dict[str, dict[str, Any]] = {
     block: {"model": "DiT-Ti/2", "block": block} for block in BLOCKS

@@ -21,11 +21,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import cli
-import images
-from drawing import spread
-from metrics.fid import Moments, frechet_distance
-from train import TrainConfig, Trainer
+from evaluation.metrics import Moments, frechet_distance
+from inference import grids
+from inference.labels import spread
+from runtime import cli
+from train import Trainer
+from training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def judge(pictures, labels, *, train, test) -> Judgement:
 def judge_run(trainer: Trainer, *, n: int = 1000, **how) -> Judgement:
     """Draw n samples, as many of each digit, and judge them."""
     labels = spread(range(10), n).tolist()
-    pictures = images.to_uint8(trainer.sample(labels, **how))
+    pictures = grids.to_uint8(trainer.sample(labels, **how))
     data = trainer.data
     return judge(pictures, labels, train=data.images("train"), test=data.images("eval"))
 

@@ -24,9 +24,9 @@ from PIL import Image as Picture
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import cli
-import parallel
-from train import TrainConfig, Trainer
+from runtime import cli, parallel
+from train import Trainer
+from training.config import TrainConfig
 
 
 @dataclass(frozen=True)

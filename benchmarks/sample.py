@@ -19,8 +19,6 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import cli
-import profiling
 from benchmarks.peer import PEERS, Peer
 from benchmarks.step import PRECISIONS, Entry, build
 from benchmarks.timing import (
@@ -33,7 +31,11 @@ from benchmarks.timing import (
     table,
     turn,
 )
-from train import TrainConfig, Trainer
+from runtime import cli
+from train import Trainer
+from training import flops as training_flops
+from training import profiling
+from training.config import TrainConfig
 
 CFG_SCALE = 2.0
 
@@ -114,7 +116,10 @@ def results(
     entry: Entry, found: list[Entry], times: dict[str, Times], config: SampleConfig
 ) -> dict[str, Any]:
     """What follows from the times; peers count in the same precision only."""
-    own, forward = times[entry.facts["by"]], sum(profiling.flops_by_module(entry.model).values())
+    own, forward = (
+        times[entry.facts["by"]],
+        sum(training_flops.flops_by_module(entry.model).values()),
+    )
     flops = 2 * forward * config.n * config.n_steps  # guidance asks the model twice
     return {
         "median_s": own.median,

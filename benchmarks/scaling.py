@@ -26,18 +26,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-import cli
 import model
-import parallel
-import profiling
-import scaling
+from benchmarks import planner
+from data.batch import Batch
+from methods.rectified_flow import logit_normal, rectified_flow_loss
 from model import graphdef, init_params, model_config
-from objectives import logit_normal, rectified_flow
-from pipeline import Batch
-from train import TrainConfig, Trainer
+from runtime import cli, parallel
+from train import Trainer
+from training import profiling
+from training.config import TrainConfig
 
 MESHES = {"DDP": (8, 1), "hybrid": (2, 4), "FSDP": (1, 8)}
-LOSS = rectified_flow(density=logit_normal(), label_dropout=0.1)
+LOSS = rectified_flow_loss(density=logit_normal(), label_dropout=0.1)
 LATENTS: dict[str, Any] = {"image_size": 32, "channels": 3, "profile": True}  # no pictures are read
 # The width of DiT-S in two depths, for compile times.
 DEEP = {f"DiT-{n}/2": {"width": 384, "depth": n, "n_heads": 6, "patch_size": 2} for n in (6, 28)}
@@ -156,16 +156,16 @@ def memory(rows: int = 4) -> list[MemoryRow]:
             trainer = Trainer(settings)
             cost = profiling.cost(lowered_step(trainer).compile())
             assert cost.argument_bytes and cost.temporary_bytes
-            planned = scaling.Plan(trainer.model_config, UNKNOWN, data, fsdp, rows).memory
+            planned = planner.Plan(trainer.model_config, UNKNOWN, data, fsdp, rows).memory
             xla = (cost.argument_bytes, cost.temporary_bytes)
             found.append(MemoryRow(name, remat, *xla, planned.state, planned.temporaries))
     return found
 
 
-UNKNOWN = scaling.Device("unknown", *[1.0] * 9)
+UNKNOWN = planner.Device("unknown", *[1.0] * 9)
 
 
-def step_time(n_rounds: int, rows: int = 8) -> tuple[scaling.Plan, float]:
+def step_time(n_rounds: int, rows: int = 8) -> tuple[planner.Plan, float]:
     """The plan of a step of DiT-S/2 on 32×32×3 on all cores as one device, whose speed is what a
     large float32 product and a large copy attain between the steps; and the step's seconds.
     """
@@ -199,7 +199,7 @@ def step_time(n_rounds: int, rows: int = 8) -> tuple[scaling.Plan, float]:
         peak_flops_per_second=speed,
         memory_bytes_per_second=10 * 2 * 4 * size / seconds["copy"],
     )
-    return scaling.Plan(trainer.model_config, processor, 1, 1, rows), seconds["step"]
+    return planner.Plan(trainer.model_config, processor, 1, 1, rows), seconds["step"]
 
 
 def main() -> None:

@@ -25,10 +25,11 @@ sys.path.insert(0, str(ROOT := Path(__file__).parents[1]))
 
 import jax
 
-import cli
 from benchmarks.peer import Peer
 from benchmarks.timing import interleaved, json_line, number, or_left_out, table
-from train import TrainConfig, Trainer
+from runtime import cli
+from train import Trainer
+from training.config import TrainConfig
 
 STAGES = ("import", "build", "open", "compile", "step")
 AT_MOST = {"cold": 25.0, "warm": 12.0}  # seconds, on two cores

@@ -27,9 +27,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import cli
-import parallel
-import profiling
 from benchmarks.peer import PEERS, Peer
 from benchmarks.timing import (
     Times,
@@ -43,7 +40,11 @@ from benchmarks.timing import (
     turn,
 )
 from model import ModelConfig
-from train import TrainConfig, Trainer
+from runtime import cli, parallel
+from train import Trainer
+from training import flops as training_flops
+from training import profiling
+from training.config import TrainConfig
 
 
 class Precision(NamedTuple):
@@ -154,8 +155,8 @@ def ours(trainer: Trainer, precision: str, *, n: int, plan_only: bool) -> Entry:
 
 def known(m: ModelConfig) -> dict[str, Any]:
     """What is known of a model before it is built."""
-    forward = sum(profiling.flops_by_module(m).values())
-    flops = profiling.TRAIN_PER_FORWARD * forward
+    forward = sum(training_flops.flops_by_module(m).values())
+    flops = training_flops.TRAIN_PER_FORWARD * forward
     return {"remat": m.remat, "unroll": m.unroll, "train_flops_per_image": flops}
 
 
@@ -254,7 +255,7 @@ def speeds(
     """What follows from times and the FLOPs of a picture, in which recomputation is not counted."""
     rate = facts["train_flops_per_image"] * batch_size / jax.device_count() / times.median
     dtype = PRECISIONS[facts["precision"]].dtype.__name__
-    sheet = profiling.peak(jax.devices()[0].device_kind, dtype)
+    sheet = training_flops.peak(jax.devices()[0].device_kind, dtype)
     return {
         "median_s": times.median,
         "min_s": times.min,
@@ -263,7 +264,7 @@ def speeds(
         "flops_per_second": rate,
         "matmul_flops_per_second": peaks[facts["precision"]],
         "of_matmul": rate / peaks[facts["precision"]],
-        "of_data_sheet": profiling.mfu(rate, sheet),
+        "of_data_sheet": training_flops.mfu(rate, sheet),
     }
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 from benchmarks.peer import PeerMissing
-from errors import UserError, unknown
+from runtime.errors import UserError, unknown
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "diffusers")
 

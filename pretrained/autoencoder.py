@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from errors import UserError
-from pretrained import weights
-from vae.autoencoder import AutoencoderConfig, AutoencoderKL, graphdef, init_params
+from networks.autoencoder import AutoencoderConfig, AutoencoderKL, graphdef, init_params
+from pretrained import weight_files
+from runtime.errors import UserError
 
 CLASS, DOWN, UP = "AutoencoderKL", "DownEncoderBlock2D", "UpDecoderBlock2D"
 
@@ -81,7 +81,7 @@ def load(path_or_id: str, *, dtype: str = "float32", revision: str | None = None
         UserError: it is not to be had, is damaged, or is not what this project can compute; each by
             its name.
     """
-    found = weights.read(str(path_or_id), subfolder="vae", revision=revision)
+    found = weight_files.read(str(path_or_id), subfolder="vae", revision=revision)
     config = read_config(found.config, found.id)
     graphdef(config, dtype)  # a dtype there is
     params = to_params(found.tensors, config, found.id)
@@ -96,12 +96,12 @@ def save(folder: str | Path, config: AutoencoderConfig, params: Mapping[str, Any
     """
     tensors = to_tensors(params)
     refuse_misfits(tensors, config, str(folder))
-    weights.write(Path(folder).expanduser(), write_config(config), tensors)
+    weight_files.write(Path(folder).expanduser(), write_config(config), tensors)
 
 
 def weights_hash(params: Mapping[str, Any]) -> str:
     """sha256 of an autoencoder's weights, by their names and axes in diffusers."""
-    return weights.tensors_hash(to_tensors(params))
+    return weight_files.tensors_hash(to_tensors(params))
 
 
 # --- the config -----------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def read_config(said: Mapping[str, Any], where: str) -> AutoencoderConfig:
     try:
         config = AutoencoderConfig(**{name: typed(name, value) for name, value in ours.items()})
     except UserError as error:
-        raise UserError(f"'{where}': its {weights.CONFIG} says {error}") from None
+        raise UserError(f"'{where}': its {weight_files.CONFIG} says {error}") from None
     n = len(config.block_out_channels)
     supported = {
         "act_fn": ["silu", "swish"],  # two names of one function
@@ -134,7 +134,9 @@ def read_config(said: Mapping[str, Any], where: str) -> AutoencoderConfig:
     }
     for name, value in facts.items():
         if value not in supported.get(name, []):
-            raise UserError(f"'{where}': its {weights.CONFIG} says {name} {value}: not supported")
+            raise UserError(
+                f"'{where}': its {weight_files.CONFIG} says {name} {value}: not supported"
+            )
     return config
 
 
@@ -209,7 +211,7 @@ def refuse_misfits(
 ) -> None:
     """Raises UserError unless the tensors are those of such an autoencoder."""
     shapes = {name: shape for name, (_, shape) in paths_of(config).items()}
-    weights.refuse_misfits(where, tensors, shapes)
+    weight_files.refuse_misfits(where, tensors, shapes)
 
 
 def to_params(

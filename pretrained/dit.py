@@ -19,10 +19,10 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from errors import UserError
-from layers import sincos_table
 from model import SIZES, ModelConfig, init_params
-from pretrained import weights
+from networks.layers import sincos_table
+from pretrained import weight_files
+from runtime.errors import UserError
 
 CLASS = "DiTTransformer2DModel"
 CLASSES = (CLASS, "Transformer2DModel")  # of which the second is what it was called at first
@@ -171,7 +171,7 @@ def read_config(said: Mapping[str, Any], where: str) -> ModelConfig:
         elif fact not in IDLE and value not in SUPPORTED.get(fact, []):
             problem = "not supported"
         if problem:
-            raise UserError(f"'{where}': its {weights.CONFIG} says {fact} {value}: {problem}")
+            raise UserError(f"'{where}': its {weight_files.CONFIG} says {fact} {value}: {problem}")
     return ModelConfig(
         width=facts["num_attention_heads"] * facts["attention_head_dim"],
         depth=facts["num_layers"],
@@ -250,7 +250,7 @@ def from_original(
     """
     if POSITIONS in tensors:
         refuse_positions(tensors.pop(POSITIONS), config, where)
-    weights.refuse_misfits(where, tensors, original_shapes(config))
+    weight_files.refuse_misfits(where, tensors, original_shapes(config))
     tree: dict[tuple[str, ...], np.ndarray] = {
         ("label", "table"): np.array(tensors.pop(TABLE), np.float32)
     }
@@ -350,7 +350,7 @@ def from_diffusers(
     if (table := tensors.pop("pos_embed.pos_embed", None)) is not None:  # in old files
         refuse_positions(table, config, where)
     shapes = {name: x.shape for name, x in to_tensors(_blank(config), config).items()}
-    weights.refuse_misfits(where, tensors, shapes)
+    weight_files.refuse_misfits(where, tensors, shapes)
     found: Tensors = {}
     for name in original_shapes(config):
         theirs = diffusers_name(name)

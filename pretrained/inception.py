@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from metrics.inception import shapes
-from pretrained import loose, weights
+from networks.inception import shapes
+from pretrained import loose, weight_files
 
 EPSILON = 1e-3  # added to the variances of its batch norms
 # Besides these there are counters of training steps, and the classes' bias: see `Features.logits`.
@@ -43,9 +43,9 @@ def load(path_or_id: str) -> Pretrained:
     found = loose.read(path_or_id, "Inception")
     found = {name: x for name, x in found.items() if not name.endswith(COUNTER)}
     fits = "FID's Inception of 2015"
-    weights.refuse_misfits(path_or_id, found, published_shapes(), fits)
+    weight_files.refuse_misfits(path_or_id, found, published_shapes(), fits)
     tensors = {name: x.astype(np.float32) for name, x in found.items()}
-    return Pretrained(to_params(tensors), weights.tensors_hash(tensors))
+    return Pretrained(to_params(tensors), weight_files.tensors_hash(tensors))
 
 
 def convolutions() -> dict[tuple[str, ...], tuple[int, ...]]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UserError
 from pretrained import torch_file
+from runtime.errors import UserError
 
 PATTERNS = ("*.pth", "*.pt", "*.bin", "*.safetensors")
 

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from errors import UserError
+from networks.perceptual import VGG16, lpips_shapes
 from pretrained import loose
-from vae.losses import VGG16, lpips_shapes
+from runtime.errors import UserError
 
 # Where a convolution stands among torchvision's layers: a ReLU follows each, a pool each group.
 PLACES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)

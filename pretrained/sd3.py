@@ -23,10 +23,10 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 
-from errors import UserError
-from layers import sincos_table
 from model import JOINT, ModelConfig, absolute_position, init_params
-from pretrained import weights
+from networks.layers import sincos_table
+from pretrained import weight_files
+from runtime.errors import UserError
 
 CLASS = "SD3Transformer2DModel"
 TEXT_LENGTH = 77 + 256  # of CLIP and of T5, padding included
@@ -104,7 +104,7 @@ def read_config(
             **FIXED,
         )
     except UserError as error:
-        raise UserError(f"'{where}': its {weights.CONFIG} says {error}") from None
+        raise UserError(f"'{where}': its {weight_files.CONFIG} says {error}") from None
     new = replace(config, position="cropped")
     table = (tensors or {}).get(TABLE)
     return new if table is not None and are_positions(table, new) else config
@@ -308,7 +308,7 @@ def to_params(tensors: Mapping[str, np.ndarray], config: ModelConfig, where: str
         UserError: some are missing, left over or of another shape, with the names of a few; or
             positions are not those of the config.
     """
-    weights.refuse_misfits(where, tensors, shapes(config))
+    weight_files.refuse_misfits(where, tensors, shapes(config))
     if not are_positions(tensors[TABLE], config):
         raise UserError(f"the weights of '{where}': {TABLE} is an unknown table of positions")
     flat = {**tensors, PATCH: rearrange(tensors[PATCH], "d c p q -> d (p q c)")}

@@ -19,7 +19,7 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
-from errors import UserError
+from runtime.errors import UserError
 
 DTYPES: dict[str, Any] = {
     "DoubleStorage": np.float64,

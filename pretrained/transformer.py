@@ -21,11 +21,11 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from errors import UserError, unknown
-from latents import Encoding
+from datasets_config import Encoding
 from model import JOINT, MODELS, ModelConfig, graphdef, init_params
-from pretrained import autoencoder, dit, sd3, torch_file, weights
-from run_folder import atomic
+from pretrained import autoencoder, dit, sd3, torch_file, weight_files
+from runtime.errors import UserError, unknown
+from runtime.files import atomic
 
 SETTINGS = "settings.json"  # of what `save` wrote: how it is sampled
 # Of a model, what the configs of diffusers' classes may not say, and its name in SETTINGS.
@@ -137,7 +137,7 @@ def _asked(words: str) -> Asked:
 def _of_file(path: Path, asked: Asked) -> Transformer:
     where, family = str(path), asked.family or _family_by_name(path)
     if path.suffix == ".safetensors" and path.is_file():
-        tensors = weights.read_safetensors(path)
+        tensors = weight_files.read_safetensors(path)
     else:
         tensors = torch_file.read(path, within=("ema", "model"))
     config = dit.shape_of(tensors, where, asked.n_heads)
@@ -167,19 +167,19 @@ def _family_by_name(path: Path) -> str:
 
 def _of_folder(place: str, revision: str | None) -> Transformer:
     if Path(place).expanduser().is_dir():
-        said = weights.read_json(place, weights.CONFIG) or {}
+        said = weight_files.read_json(place, weight_files.CONFIG) or {}
         if "model_config" in said:
             raise UserError(
                 f"'{place}' is a run of this project; export.py makes of it what is read here"
             )
-    found = weights.read(place, subfolder="transformer", revision=revision)
+    found = weight_files.read(place, subfolder="transformer", revision=revision)
     name = found.config.get("_class_name")
     if name not in FAMILIES | OWN:
         raise UserError(
             f"'{found.id}' is {name or 'of no known class'}, and none of: "
             f"{', '.join(FAMILIES | OWN)}"
         )
-    ours = weights.read_json(place, SETTINGS, revision=found.revision or revision)
+    ours = weight_files.read_json(place, SETTINGS, revision=found.revision or revision)
     if ours and not isinstance(ours.get("dataset", {}), dict):
         raise UserError(f"the {SETTINGS} of '{found.id}' is damaged: it has no dataset")
     if name in OWN:
@@ -200,13 +200,13 @@ def _of_folder(place: str, revision: str | None) -> Transformer:
     return Transformer(config, params, settings, found.id, found.revision)
 
 
-def _of_pipeline(place: str, found: weights.Published, config: ModelConfig) -> dict[str, Any]:
+def _of_pipeline(place: str, found: weight_files.Published, config: ModelConfig) -> dict[str, Any]:
     """What the rest of a pipeline says, if there is one."""
 
     def read(name: str) -> dict[str, Any] | None:
-        return weights.read_json(place, name, revision=found.revision)
+        return weight_files.read_json(place, name, revision=found.revision)
 
-    index, scheduler = read(weights.PIPELINE) or {}, read("scheduler/scheduler_config.json")
+    index, scheduler = read(weight_files.PIPELINE) or {}, read("scheduler/scheduler_config.json")
     usual = DRAWN["sd3"] if config.text_width else DRAWN["dit"] | _guidance(config)
     drawn = usual | (_schedule(scheduler, found.id) if scheduler else {})
     if drawn["prediction"] is None and config.out_channels != config.channels:
@@ -377,7 +377,7 @@ def save(
             file.write(json.dumps(told, indent=2, default=str).encode() + b"\n")
     except OSError as error:
         raise UserError(f"cannot write to '{folder}': {error.strerror}") from None
-    weights.write(folder, said, tensors)
+    weight_files.write(folder, said, tensors)
 
 
 def _own_config(said: Mapping[str, Any], where: str) -> ModelConfig:
@@ -385,9 +385,9 @@ def _own_config(said: Mapping[str, Any], where: str) -> ModelConfig:
     try:
         config = ModelConfig(**facts)
     except (TypeError, UserError) as error:
-        raise UserError(f"the {weights.CONFIG} of '{where}' is damaged: {error}") from None
+        raise UserError(f"the {weight_files.CONFIG} of '{where}' is damaged: {error}") from None
     if OWN[said["_class_name"]] != (config.block == JOINT):
-        raise UserError(f"the {weights.CONFIG} of '{where}' is damaged: block {config.block}")
+        raise UserError(f"the {weight_files.CONFIG} of '{where}' is damaged: block {config.block}")
     return config
 
 
@@ -397,7 +397,7 @@ def _own_params(
     tree = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     paths = {".".join(path): path for path in _leaves(tree)}
     shapes = {name: _leaves(tree)[path].shape for name, path in paths.items()}
-    weights.refuse_misfits(where, tensors, shapes)
+    weight_files.refuse_misfits(where, tensors, shapes)
     return unflatten_dict({path: np.array(tensors[n], np.float32) for n, path in paths.items()})
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from einops import reduce, repeat
 from jaxtyping import Float, UInt8
 
+from networks.autoencoder import AutoencoderConfig, init_params
 from pretrained import autoencoder as pretrained
-from vae.autoencoder import AutoencoderConfig, init_params
 
 GAINS = (1.0, -0.5)  # a channel of a picture becomes so many of latents
 LOG_VARIANCE = -4.0

@@ -14,6 +14,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
+CHECKED = ("data", "evaluation", "generate", "inference", "methods", "model", "networks")
+CHECKED += ("pretrained", "sampling", "training", "evaluate", "convert_imagenet", "export")
+install_import_hook  # noqa: E402
+
 CHECKED = ("layers", "model", "objectives", "optim", "sampling", "images", "generate", "vae")
 CHECKED += ("latents", "codec", "convert_imagenet", "resident", "metrics", "drawn", "evaluate")
 CHECKED += ("diffusion", "drawing", "drawable", "subjects", "sheets", "generate_config")

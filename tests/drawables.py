@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import nano  # noqa: F401  (its sizes)
 
-import parallel
-from drawable import Drawable
+from inference.trained_model import Drawable
 from model import ModelConfig, init_params, model_config
+from runtime import parallel
 
 DIGITS = [str(i) for i in range(10)]
 SHAPE = {"image_size": 8, "channels": 1}

@@ -20,11 +20,10 @@ import numpy as np
 import orbax.checkpoint
 import tensorboardX
 
-import cli
 import convert_imagenet
 import generate
-import processes
 import train
+from runtime import cli, processes
 
 LOADED = nano, datasets, orbax.checkpoint, tensorboardX
 COMMANDS = {

@@ -17,8 +17,7 @@ model.MODELS |= {
 }
 
 if __name__ == "__main__":
-    import cli
-    import processes
     import train
+    from runtime import cli, processes
 
     cli.run(train.main, processes.leave)

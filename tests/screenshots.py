@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 from browser import Visitor, browser  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import cli  # noqa: E402
+from runtime import cli  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ScreenshotConfig:
     """
 
     run: Path
-    out: Path = ROOT / "assets/readme"
+    out: Path = ROOT / "docs/images"
 
 
 def main(config: ScreenshotConfig) -> None:

@@ -11,49 +11,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# A module imports from lower ranks only, and from the neighbours named below.
-RANKS = {
-    **dict.fromkeys(("errors", "diffusion"), -1),
-    **dict.fromkeys(("cli", "images", "layers", "objectives", "sampling", "parallel", "optim"), 0),
-    **dict.fromkeys(("datasets_config", "interrupts", "run_folder", "text", "workers"), 0),
-    **dict.fromkeys(("processes", "lanes", "streams", "latents"), 0),
-    **dict.fromkeys(("vae.losses", "pretrained.torch_file", "metrics.fid", "metrics.inception"), 0),
-    **dict.fromkeys(("captions", "model", "sources", "pipeline", "tracking", "profiling"), 1),
-    **dict.fromkeys(("curves", "film", "weights_and_biases"), 1),
-    **dict.fromkeys(("vae.autoencoder", "pretrained.weights", "pretrained.loose"), 1),
-    "metrics.reference": 1,
-    **dict.fromkeys(("checkpoint", "train_config", "showcase", "resident", "scaling"), 2),
-    "train_state": 2,
-    **dict.fromkeys(("pretrained.autoencoder", "pretrained.lpips", "pretrained.inception"), 2),
-    **dict.fromkeys(("pretrained.dit", "pretrained.sd3", "pretrained.transformer"), 2),
-    "metrics.pictures": 2,
-    "metrics.extraction": 3,
-    **dict.fromkeys(("codec", "doctor", "drawing", "open_run", "train_vae_config"), 3),
-    "yardstick": 3,
-    **dict.fromkeys(("convert_imagenet", "drawable", "range_test", "train_profile"), 4),
-    **dict.fromkeys(("export", "subjects", "warm_start"), 5),
-    **dict.fromkeys(("drawn", "sheets", "train"), 6),
-    **dict.fromkeys(("evaluate", "generate_config", "studio", "train_vae"), 7),
-    **dict.fromkeys(("figures", "generate", "page"), 8),
-    "demo": 9,
+# A room imports from the floors below its own and from itself. Benchmarks and tests stand outside.
+FLOORS = (
+    ("runtime",),
+    ("datasets_config",),
+    ("networks", "sampling", "data"),
+    ("model", "methods"),
+    ("pretrained",),
+    ("evaluation",),
+    ("inference",),
+    ("training",),
+    ("train", "generate", "evaluate", "figures", "export", "demo", "convert_imagenet", "train_vae"),
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+COMMANDS = FLOORS[-1]
+OUTSIDE = ("benchmarks", "tests", "docs", ".venv", "runs")
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in sorted(ROOT.rglob("*.py"))
+    if path.relative_to(ROOT).parts[0] not in OUTSIDE
+    and path.stem != "__init__"
+    and "digits" not in path.parts
 }
-NEIGHBOURS = {
-    ("pipeline", "captions"),
-    ("pipeline", "sources"),
-    ("drawing", "codec"),
-    ("doctor", "codec"),
-    ("pretrained.transformer", "pretrained.autoencoder"),
-    ("pretrained.transformer", "pretrained.dit"),
-    ("pretrained.transformer", "pretrained.sd3"),
-}
-NEIGHBOURS |= {("train", "train_profile"), ("yardstick", "metrics.extraction")}
-WINGS = ("metrics", "pretrained", "vae")
-FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))} | {
-    f"{wing}.{path.stem}": path
-    for wing in WINGS
-    for path in sorted((ROOT / wing).glob("*.py"))
-    if path.stem != "__init__"
-}
+ENTRIES = 27
 SHADOWS = {"datasets", "types", "math", "random", "logging", "profile"}
 DRAWERS = {"utils", "common", "helpers"}
 REQUIRED = [
@@ -61,72 +41,77 @@ REQUIRED = [
     for line in (ROOT / "requirements.txt").read_text().splitlines()
     if line and not line.startswith("#")
 ]
+SHARDING = ("shard_map", "PartitionSpec", "NamedSharding", r"Mesh\(")
+DEVICES = r"jax\.(devices|device_count|default_backend|process_index|process_count)\("
 
 
 def imports(path):
-    """Every module that is imported when the code runs, also inside functions, by whole name and
-    by first part; not what only a type checker sees.
+    """Every module that a file imports, inside functions and for type checkers too, by its whole
+    name and by its room.
     """
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-            node.body = []
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (part for name in node.names for part in (name.name, top(name.name)))
+            yield from (part for name in node.names for part in (name.name, room(name.name)))
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
-            yield from (module, top(module), *(f"{module}.{name.name}" for name in node.names))
+            yield from (module, room(module), *(f"{module}.{name.name}" for name in node.names))
 
 
-def top(module):
+def room(module):
     return module.partition(".")[0]
 
 
-def test_every_module_has_a_rank():
-    assert set(FILES) == set(RANKS)
+def test_every_room_has_a_floor():
+    assert {room(name) for name in FILES} == set(FLOOR_OF)
+
+
+def test_the_root_is_read_at_a_glance():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    names = {line.partition("/")[0] for line in listed.stdout.splitlines()}
+    assert len([name for name in names if not name.startswith(".")]) <= ENTRIES
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_imports_point_down(name):
+    own = room(name)
     up = {
         other
         for other in imports(FILES[name])
-        if other in RANKS and RANKS[other] >= RANKS[name] and (name, other) not in NEIGHBOURS
+        if room(other) in FLOOR_OF
+        and (FLOOR_OF[room(other)] >= FLOOR_OF[own] or room(other) in COMMANDS)
+        and (room(other) != own or own in COMMANDS)
     }
     assert up == set()
 
 
-@pytest.mark.parametrize(
-    "name", ["diffusion", "sampling", "objectives", "parallel", "layers", "optim"]
-)
-def test_the_method_can_be_lifted_into_another_project(name):
-    """Alone, or with the arithmetic of diffusion."""
-    assert set(imports(FILES[name])) & set(RANKS) <= {"diffusion"} - {name}
+def test_no_modules_import_each_other():
+    """Not even for types: a circle is one module in two files."""
+    below = {name: set(imports(path)) & set(FILES) - {name} for name, path in FILES.items()}
+    while ready := {name for name, others in below.items() if not others & set(below)}:
+        for name in ready:
+            del below[name]
+    assert below == {}
 
 
-@pytest.mark.parametrize(
-    "name",
-    (
-        *("datasets_config", "sources", "streams", "lanes", "pipeline", "workers", "latents"),
-        *("images", "tracking", "text", "captions", "metrics.pictures", "curves", "film"),
-        "weights_and_biases",
-    ),
-)
-def test_data_and_pictures_know_nothing_of_jax(name):
-    assert not set(imports(FILES[name])) & {"jax", "flax", "optax", "model", "layers"}
+def test_data_knows_nothing_of_jax():
+    found = {
+        name: set(map(room, imports(path))) & {"jax", "flax", "optax"}
+        for name, path in FILES.items()
+        if room(name) == "data"
+    }
+    assert {name: libraries for name, libraries in found.items() if libraries} == {}
 
 
-@pytest.mark.parametrize("word", ["shard_map", "PartitionSpec", "NamedSharding", r"Mesh\("])
+@pytest.mark.parametrize("word", SHARDING)
 def test_sharding_is_spoken_of_in_one_file(word):
     speaking = {name for name, path in FILES.items() if re.search(word, path.read_text())}
-    assert speaking <= {"parallel"}
+    assert speaking <= {"runtime.parallel"}
 
 
 def test_no_module_shadows_a_library_or_is_a_drawer():
     assert not {name.rpartition(".")[2] for name in FILES} & (SHADOWS | DRAWERS)
     # What lies in this folder is found before what is installed.
-    assert not set(map(top, FILES)) & (set(sys.stdlib_module_names) | set(REQUIRED))
+    assert not set(map(room, FILES)) & (set(sys.stdlib_module_names) | set(REQUIRED))
 
 
 IMPORT_ALL = """

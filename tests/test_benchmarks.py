@@ -13,8 +13,8 @@ import pytest
 from commands import ROOT, run, settings
 
 from benchmarks import peer, timing
-from errors import UserError
 from model import graphdef, init_params, model_config
+from runtime.errors import UserError
 
 needs_torch = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("torch", "diffusers")),

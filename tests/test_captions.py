@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import captions
-import text
-from captions import CaptionStore
-from errors import UserError
+from data import caption_cache, text_encoders
+from data.caption_cache import CaptionStore
+from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 TOWERS, REVISIONS = ["us/clip", "us/t5"], ["0123456789ab", "ba9876543210"]
@@ -46,7 +45,7 @@ class FakeTowers:
         seed = int(hashlib.sha256(caption.encode()).hexdigest()[:8], 16)
         noise = np.random.default_rng(seed).standard_normal((len(caption) + 1, 6))
         tokens, pooled = noise[1:].astype("f2"), noise[0, :4].astype("f2")
-        return text.Embedding(tokens, pooled, len(caption) > 30)
+        return text_encoders.Embedding(tokens, pooled, len(caption) > 30)
 
 
 def never():
@@ -70,7 +69,7 @@ def assert_holds(store, wanted):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(captions, "SHARD", 4)
+    monkeypatch.setattr(caption_cache, "SHARD", 4)
 
 
 # --- what it holds --------------------------------------------------------------------------------
@@ -145,7 +144,7 @@ def test_a_pickled_store_opens_the_files_and_does_not_carry_them(tmp_path, small
 
 
 def test_open_files_do_not_add_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(captions, "SHARD", 1)
+    monkeypatch.setattr(caption_cache, "SHARD", 1)
     before = len(os.listdir("/proc/self/fd"))
     store = open_store(tmp_path, CAPTIONS, FakeTowers())
     assert_holds(store, CAPTIONS)
@@ -238,7 +237,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
     def full(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(captions, "atomic", full)
+    monkeypatch.setattr(caption_cache, "atomic", full)
     message = f"cannot write embeddings to '{tmp_path}.*': No space left .*--caption_cache FOLDER"
     with pytest.raises(UserError, match=message):
         open_store(tmp_path, CAPTIONS, FakeTowers())
@@ -252,7 +251,7 @@ def test_a_folders_embeddings_follow_its_content(tmp_path):
     tower.mkdir()
     (tower / "config.json").write_text("{}")
     store = open_store(tmp_path / "cache", ["a"], FakeTowers(), [str(tower)], None)
-    assert store.revisions == (text.revision(str(tower)),)
+    assert store.revisions == (text_encoders.revision(str(tower)),)
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [f"my tower@{store.revisions[0]}"]
     (tower / "config.json").write_text("{ }")
     changed = open_store(tmp_path / "cache", ["a"], encoder := FakeTowers(), [str(tower)], None)
@@ -261,7 +260,7 @@ def test_a_folders_embeddings_follow_its_content(tmp_path):
 
 @pytest.mark.parametrize("known", [None, [None, None], [REVISIONS[0], None]])
 def test_offline_the_only_embeddings_of_the_towers_serve(known, tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "revision", lambda tower: None)
+    monkeypatch.setattr(text_encoders, "revision", lambda tower: None)
     with pytest.raises(
         UserError, match=r"version of the text tower 'us/.*: .* 0 versions; go online"
     ):
@@ -279,7 +278,7 @@ def test_offline_the_only_embeddings_of_the_towers_serve(known, tmp_path, monkey
 
 
 def test_revisions_are_those_of_the_hub_unless_given(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "revision", {"us/clip": "newest", "us/t5": "newer"}.get)
+    monkeypatch.setattr(text_encoders, "revision", {"us/clip": "newest", "us/t5": "newer"}.get)
     assert open_store(tmp_path, ["a"], FakeTowers(), revisions=None).revisions == (
         "newest",
         "newer",

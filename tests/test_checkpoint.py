@@ -19,9 +19,9 @@ import optax
 import pytest
 from commands import ROOT, fill, small_disk
 
-import parallel
-from checkpoint import Checkpoints, DiskFullError
-from errors import UserError
+from runtime import parallel
+from runtime.checkpoint import Checkpoints, DiskFullError
+from runtime.errors import UserError
 
 ONE = parallel.make_mesh(devices=jax.devices()[:1])
 DDP, FSDP = parallel.make_mesh(1), parallel.make_mesh(8)

@@ -9,8 +9,8 @@ from typing import Literal
 
 import pytest
 
-import cli
-from errors import UserError
+from runtime import cli
+from runtime.errors import UserError
 
 
 @dataclass(frozen=True)

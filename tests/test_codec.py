@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import codec
-import latents
-import parallel
-from codec import Codec
-from errors import UserError
+from data import latents
+from inference import codec
+from inference.codec import Codec
+from networks import autoencoder
+from networks.autoencoder import AutoencoderConfig
 from pretrained import autoencoder as pretrained
-from vae import autoencoder
-from vae.autoencoder import AutoencoderConfig
+from runtime import parallel
+from runtime.errors import UserError
 
 RNG = np.random.default_rng(0)
 # One that mixes places and channels, so that nothing can be right by chance.

@@ -25,13 +25,13 @@ from PIL import Image as Picture
 from test_faults import Forks, children, wait_until
 
 import convert_imagenet
-import images
-import latents
 from convert_imagenet import ConvertConfig
-from errors import UserError
+from data import images, latents
+from data.load import open_source
+from inference import grids, latent_writer
+from networks.autoencoder import AutoencoderConfig, init_params
 from pretrained import autoencoder as pretrained
-from sources import open_source
-from vae.autoencoder import AutoencoderConfig, init_params
+from runtime.errors import UserError
 
 RNG = np.random.default_rng(0)
 N_ROWS, N_FILES = {"train": 1437, "test": 360}, {"train": 23, "test": 6}
@@ -468,7 +468,7 @@ def test_verify_shows_pictures_and_says_how_near_they_are(convert, whole, tmp_pa
     assert said
     split = open_source("digits", image_size=16).train
     pictures = split.images(np.linspace(0, N_ROWS["train"] - 1, 20).astype(int))
-    decoded = images.to_uint8(averaging.pictures(averaging.means(pictures)))
+    decoded = grids.to_uint8(averaging.pictures(averaging.means(pictures)))
     errors = np.square(decoded / 255 - pictures / 255).mean((1, 2, 3))
     psnr = -10 * np.log10(errors)
     assert said[1] == "20"
@@ -578,13 +578,13 @@ def test_the_source_of_the_hub_is_known_by_its_commit():
     info = SimpleNamespace(download_checksums={file: {}})
     for data in (SimpleNamespace(files=[file]), SimpleNamespace(data=SimpleNamespace(info=info))):
         source = replace(digits, config=config, train=replace(digits.train, data=data))
-        assert convert_imagenet.revision(source, None) == f"owner/name@{commit}"
-        assert convert_imagenet.revision(source, Path("copy")) == "copy"
+        assert latent_writer.revision(source, None) == f"owner/name@{commit}"
+        assert latent_writer.revision(source, Path("copy")) == "copy"
 
 
 def test_the_plan_has_every_row_once():
     for n, per_file, size in ((10, 4, 3), (8, 4, 4), (1, 4, 3), (9, 1, 1)):
-        parts = convert_imagenet.plan(Path("x"), "train", n, per_file)
+        parts = latent_writer.plan(Path("x"), "train", n, per_file)
         rows = np.concatenate([rows for part in parts for rows in part.chunks(size)])
         assert rows.tolist() == list(range(n))
         assert len({part.file for part in parts}) == len(parts) == -(-n // per_file)

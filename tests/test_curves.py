@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-import curves
-import film
-import showcase
-from errors import UserError
-from open_run import OpenRun
-from tracking import Silence, Throughput
+from inference import curves, progress
+from runtime.errors import UserError
+from training import display
+from training.session import OpenRun
+from training.tracking import Silence, Throughput
 
 LINES: list[dict] = [
     {"step": 5, "loss": 1.5, "learning_rate": 1e-3, "loss_by_t": [2.0, None, 1.0]},
@@ -90,16 +89,16 @@ def frames(path) -> list[np.ndarray]:
 def test_the_film_has_a_frame_for_each_sheet(tmp_path):
     """In the order of the steps, and no other pictures of the folder."""
     names = ["0000050.png", "0000100.png", "0000150.png", "final.png", "batch.png"]
-    film.save(sheets(tmp_path / "samples", *names), tmp_path / "a.gif", last=180)
+    progress.save(sheets(tmp_path / "samples", *names), tmp_path / "a.gif", last=180)
     shown = frames(tmp_path / "a.gif")
     assert [abs(frame[-5, 5, 2] - 50 * i) < 8 for i, frame in enumerate(shown)] == [True] * 4
 
 
 def test_of_many_sheets_only_as_many_as_fit_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(film, "MOST_FRAMES", 2)
+    monkeypatch.setattr(progress, "MOST_FRAMES", 2)
     names = [f"{step:07d}.png" for step in (10, 20, 30, 40)]
     (sheets(tmp_path / "samples", *names) / names[2]).write_bytes(b"damaged")
-    film.save(tmp_path / "samples", tmp_path / "a.gif")
+    progress.save(tmp_path / "samples", tmp_path / "a.gif")
     shown = frames(tmp_path / "a.gif")
     assert [round(frame[-5, 5, 2] / 50) for frame in shown] == [1, 3]
 
@@ -109,22 +108,22 @@ def test_of_many_sheets_only_as_many_as_fit_are_read(tmp_path, monkeypatch):
 )
 def test_the_final_sheet_is_of_the_end_or_left_out(tmp_path, last, steps):
     folder = sheets(tmp_path / "samples", "0000050.png", "0000150.png", "final.png")
-    assert [step for step, _ in film.steps(folder, last)] == steps
+    assert [step for step, _ in progress.steps(folder, last)] == steps
 
 
 def test_a_film_that_cannot_be_is_told(tmp_path):
     folder = tmp_path / "samples"
     with pytest.raises(UserError, match=r"no sheets of samples in .*samples yet"):
-        film.save(folder, tmp_path / "a.gif")
+        progress.save(folder, tmp_path / "a.gif")
     sheets(folder, "0000050.png", "0000100.png")
     sheets(folder, "0000200.png", size=(60, 20))  # with other labels
-    film.save(folder, tmp_path / "a.gif")
+    progress.save(folder, tmp_path / "a.gif")
     assert {frame.shape for frame in frames(tmp_path / "a.gif")} == {
         frames(tmp_path / "a.gif")[0].shape
     }
     (folder / "0000150.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(20))
     with pytest.raises(UserError, match=r"0000150.png cannot be read"):
-        film.save(folder, tmp_path / "a.gif")
+        progress.save(folder, tmp_path / "a.gif")
 
 
 # --- at the end of a run --------------------------------------------------------------------------
@@ -161,7 +160,7 @@ def test_no_figure_can_fail_a_run(tmp_path, monkeypatch):
 def test_the_last_words_name_what_there_is(tmp_path):
     trainer: Any = SimpleNamespace(run_dir=tmp_path, step=15, encoded=None)
     sheets(tmp_path / "figures", "progress.gif")
-    said = showcase.farewell(trainer)
+    said = display.farewell(trainer)
     assert "figures/progress.gif" in said and "curves.png" not in said
     curves.save(record(tmp_path), tmp_path / "figures" / curves.NAME)
-    assert "figures/curves.png" in showcase.farewell(trainer)
+    assert "figures/curves.png" in display.farewell(trainer)

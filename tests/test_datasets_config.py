@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from datasets_config import DATASET_CONFIGS, find
-from errors import UserError
+from runtime.errors import UserError
 
 
 @pytest.mark.parametrize("config", DATASET_CONFIGS.values(), ids=lambda c: c.name)

@@ -19,7 +19,7 @@ from test_curves import record, sheets
 from test_faults import wait_until
 
 from model import model_config
-from run_folder import NEEDED
+from runtime.run_folder import NEEDED
 
 pytest.importorskip("gradio", reason="no Gradio: pip install -r requirements-demo.txt")
 pytestmark = pytest.mark.slow
@@ -197,7 +197,7 @@ def test_a_port_that_is_taken_is_said_in_one_line(runs, cache, url):
 
 
 def test_fields_fit_the_model():
-    from page import form
+    from inference.app.page import form
 
     told = {"text_length": 5, "text_width": 6, "pooled_width": 4}
     captions = model_config("MMDiT-Nano/4", **SHAPE, out_channels=1, n_classes=0, **told)
@@ -221,7 +221,7 @@ def test_fields_fit_the_model():
 
 
 def test_of_a_run_the_newest_sheets_are_seen_and_what_can_be_read_of_its_record(tmp_path):
-    from page import MOST_SHEETS, history
+    from inference.app.page import MOST_SHEETS, history
 
     names = [f"{step:07d}.png" for step in range(1, 2 * MOST_SHEETS)]
     sheets(tmp_path / "samples", *names, "final.png")
@@ -240,7 +240,7 @@ def test_of_a_run_the_newest_sheets_are_seen_and_what_can_be_read_of_its_record(
 def test_no_proxy_is_asked_for_the_page(monkeypatch):
     from urllib.request import getproxies
 
-    from page import past_proxies
+    from inference.app.page import past_proxies
 
     monkeypatch.setattr(os, "environ", {"HTTP_PROXY": "http://proxy:1", "NO_PROXY": "there"})
     past_proxies("[::1]")
@@ -250,8 +250,8 @@ def test_no_proxy_is_asked_for_the_page(monkeypatch):
 def test_a_page_that_cannot_be_reached_is_said_in_one_line(monkeypatch):
     import httpx
 
-    from errors import UserError
-    from page import launch
+    from inference.app.page import launch
+    from runtime.errors import UserError
 
     monkeypatch.setattr(os, "environ", os.environ.copy())
     for error in (httpx.ConnectError("refused"), ValueError("localhost is not accessible")):
@@ -267,8 +267,8 @@ def test_a_page_that_cannot_be_reached_is_said_in_one_line(monkeypatch):
 def test_a_bug_is_told_as_one_and_the_terminal_shows_it(capsys):
     import gradio as gr
 
-    from errors import UserError
-    from page import messages
+    from inference.app.page import messages
+    from runtime.errors import UserError
 
     with pytest.raises(gr.Error, match="the terminal"), messages():
         raise ZeroDivisionError

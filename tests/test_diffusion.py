@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-import diffusion
-from diffusion import PREDICTIONS, Estimate
+from methods import ddpm
+from methods.ddpm import PREDICTIONS, Estimate
 
 BETA = [1e-4 + (2e-2 - 1e-4) * k / 999 for k in range(1000)]
 ALPHA_BAR = [math.prod(1 - beta for beta in BETA[: k + 1]) for k in range(1000)]
@@ -24,10 +24,10 @@ def double():
 
 def some_steps(n, steps):
     """A chain at these places, for arrays of four axes, and data, noise and x there."""
-    at = diffusion.at_each(diffusion.chain(n), jnp.asarray(steps), 4)
+    at = ddpm.at_each(ddpm.chain(n), jnp.asarray(steps), 4)
     data = jnp.asarray(rng.uniform(-1, 1, (len(steps), 4, 4, 2)))
     noise = jnp.asarray(rng.normal(size=data.shape))
-    return at, data, noise, diffusion.diffuse(data, noise, at)
+    return at, data, noise, ddpm.diffuse(data, noise, at)
 
 
 def said_at_random(like, n_channels=2):
@@ -38,7 +38,7 @@ def said_at_random(like, n_channels=2):
 
 
 def test_the_whole_chain_has_the_papers_betas():
-    whole = diffusion.chain()
+    whole = ddpm.chain()
     assert whole.step.tolist() == list(range(1000))
     np.testing.assert_allclose(np.exp(whole.most), BETA, rtol=1e-9)
     np.testing.assert_allclose(whole.signal**2, ALPHA_BAR, rtol=1e-12)
@@ -48,7 +48,7 @@ def test_the_whole_chain_has_the_papers_betas():
 
 @pytest.mark.parametrize("n", [1, 2, 10, 50, 250, 999, 1000])
 def test_a_shorter_chain_strides_evenly_from_the_first_step_to_the_last(n):
-    short = diffusion.chain(n)
+    short = ddpm.chain(n)
     assert len(set(short.step.tolist())) == n
     assert short.step[-1] == 999 and (n == 1 or short.step[0] == 0)
     strides = np.diff(short.step)
@@ -61,9 +61,9 @@ def test_a_shorter_chain_strides_evenly_from_the_first_step_to_the_last(n):
 
 
 def test_a_chain_may_end_at_the_step_nearest_to_a_time():
-    whole = diffusion.chain(4)
+    whole = ddpm.chain(4)
     for t, n in ((1.0, 4), (0.9, 4), (0.8, 3), (0.3, 2), (0.1, 1)):
-        part = diffusion.up_to(whole, t)
+        part = ddpm.up_to(whole, t)
         assert all((a == b[:n]).all() for a, b in zip(part, whole, strict=True)), t
 
 
@@ -75,22 +75,22 @@ def test_the_posterior_is_bayes_rule(n):
     from_x, from_data = alpha / (1 - alpha), 1 / at.noise_before**2
     variance = 1 / (from_x + from_data)
     mean = variance * (from_x * x / jnp.sqrt(alpha) + from_data * at.signal_before * data)
-    np.testing.assert_allclose(diffusion.posterior_mean(data, x, at), mean, rtol=1e-9)
+    np.testing.assert_allclose(ddpm.posterior_mean(data, x, at), mean, rtol=1e-9)
     np.testing.assert_allclose(jnp.exp(at.least), variance, rtol=1e-9)
     np.testing.assert_allclose(jnp.exp(at.most), 1 - alpha, rtol=1e-9)
 
 
 def test_before_the_first_step_are_the_data_and_no_noise():
     at, data, _, x = some_steps(50, [0])
-    np.testing.assert_allclose(diffusion.posterior_mean(data, x, at), data, atol=1e-12)
-    assert (diffusion.std(at.least, at) == 0).all()
-    second = diffusion.chain(50).least[1]
+    np.testing.assert_allclose(ddpm.posterior_mean(data, x, at), data, atol=1e-12)
+    assert (ddpm.std(at.least, at) == 0).all()
+    second = ddpm.chain(50).least[1]
     assert at.least.item() == second  # instead of the logarithm of 0
 
 
 def test_a_model_is_told_the_step_of_the_whole_chain():
-    np.testing.assert_allclose(diffusion.told(jnp.arange(1000)) * 1000, np.arange(1000), atol=1e-9)
-    assert float(diffusion.told(jnp.int32(999))) < 1
+    np.testing.assert_allclose(ddpm.told(jnp.arange(1000)) * 1000, np.arange(1000), atol=1e-9)
+    assert float(ddpm.told(jnp.int32(999))) < 1
 
 
 # --- what is predicted ----------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def test_min_snr_weighs_an_error_of_the_data_alike_whatever_is_predicted(name, g
     squares = jnp.square(said - PREDICTIONS[name].target(data, noise, at))
     guess = PREDICTIONS[name].data(said, x, at)
     expected = np.minimum(snr, gamma) * jnp.square(guess - data)
-    np.testing.assert_allclose(diffusion.min_snr(name, gamma, at) * squares, expected, rtol=1e-6)
+    np.testing.assert_allclose(ddpm.min_snr(name, gamma, at) * squares, expected, rtol=1e-6)
 
 
 # --- the variance ---------------------------------------------------------------------------------
@@ -136,14 +136,14 @@ def test_a_learned_variance_lies_between_the_two_that_bound_it():
 
     def log_variance(place):
         both = jnp.concatenate([said, jnp.full_like(said, place)], axis=-1)
-        return diffusion.estimate(both, x, at, prediction="epsilon").log_variance
+        return ddpm.estimate(both, x, at, prediction="epsilon").log_variance
 
     least, most = (jnp.broadcast_to(bound, x.shape) for bound in (at.least, at.most))
     np.testing.assert_allclose(log_variance(-1.0), least, rtol=1e-12)
     np.testing.assert_allclose(log_variance(1.0), most, rtol=1e-12)
     np.testing.assert_allclose(log_variance(0.0), (least + most) / 2, rtol=1e-12)
     places = jnp.linspace(-1, 1, x.size).reshape(x.shape)
-    inside = diffusion.estimate(
+    inside = ddpm.estimate(
         jnp.concatenate([said, places], axis=-1), x, at, prediction="epsilon"
     ).log_variance
     assert (inside >= least - 1e-12).all() and (inside <= most + 1e-12).all()
@@ -151,15 +151,15 @@ def test_a_learned_variance_lies_between_the_two_that_bound_it():
 
 def test_without_it_the_variance_is_the_posteriors():
     at, _, _, x = some_steps(100, [0, 50])
-    read = diffusion.estimate(said_at_random(x), x, at, prediction="v")
+    read = ddpm.estimate(said_at_random(x), x, at, prediction="v")
     assert (read.log_variance == jnp.broadcast_to(at.least, x.shape)).all()
 
 
 def test_a_clipped_estimate_is_a_picture():
     at, _, _, x = some_steps(100, [99])
     said = 3 * said_at_random(x)
-    wild = diffusion.estimate(said, x, at, prediction="x0").data
-    tame = diffusion.estimate(said, x, at, prediction="x0", clip=True).data
+    wild = ddpm.estimate(said, x, at, prediction="x0").data
+    tame = ddpm.estimate(said, x, at, prediction="x0", clip=True).data
     assert jnp.abs(wild).max() > 1
     np.testing.assert_array_equal(tame, np.clip(wild, -1, 1))
 
@@ -171,7 +171,7 @@ def test_a_step_of_the_bound_is_the_divergence_of_two_gaussians():
     """By quadrature of p·log(p / q) over twelve standard deviations."""
     at, data, _, x = some_steps(1000, [1, 200, 999])
     guess = Estimate(data + 0.1 * said_at_random(x), at.least + 0.3 * said_at_random(x))
-    means = [np.float64(diffusion.posterior_mean(d, x, at)) for d in (data, guess.data)]
+    means = [np.float64(ddpm.posterior_mean(d, x, at)) for d in (data, guess.data)]
     logs = [np.float64(jnp.broadcast_to(v, x.shape)) for v in (at.least, guess.log_variance)]
     stds = [np.exp(log / 2) for log in logs]
     z = np.linspace(-12, 12, 4001).reshape(-1, 1, 1, 1, 1)
@@ -179,13 +179,13 @@ def test_a_step_of_the_bound_is_the_divergence_of_two_gaussians():
     log_p, log_q = (stats.norm.logpdf(y, mean, std) for mean, std in zip(means, stds))
     kl = np.trapezoid(np.exp(log_p) * (log_p - log_q) * stds[0], z, axis=0)
     expected = kl.mean((1, 2, 3)) / np.log(2)
-    np.testing.assert_allclose(diffusion.bits(guess, data, x, at), expected, rtol=1e-6)
+    np.testing.assert_allclose(ddpm.bits(guess, data, x, at), expected, rtol=1e-6)
 
 
 def test_a_step_of_the_bound_is_nothing_where_the_guess_is_right():
     at, data, _, x = some_steps(1000, [1, 500])
     right = Estimate(data, jnp.broadcast_to(at.least, x.shape))
-    np.testing.assert_allclose(diffusion.bits(right, data, x, at), 0, atol=1e-12)
+    np.testing.assert_allclose(ddpm.bits(right, data, x, at), 0, atol=1e-12)
 
 
 def test_the_first_step_of_the_bound_is_the_cost_of_the_bytes():
@@ -195,7 +195,7 @@ def test_the_first_step_of_the_bound_is_the_cost_of_the_bytes():
     at, _, noise, _ = some_steps(1000, [0])
     levels = np.concatenate([[0, 1, 254, 255], rng.integers(2, 254, 28)])
     data = jnp.asarray(levels.reshape(1, 4, 4, 2) / 127.5 - 1)
-    x = diffusion.diffuse(data, noise, at)
+    x = ddpm.diffuse(data, noise, at)
     guess = Estimate(data + 0.01 * said_at_random(x), -8 + 0.5 * said_at_random(x))
     cost = []
     for value, mean, log in zip(data.ravel(), guess.data.ravel(), guess.log_variance.ravel()):
@@ -205,11 +205,11 @@ def test_the_first_step_of_the_bound_is_the_cost_of_the_bytes():
         low, high = max(low, mean - 12 * std), min(high, mean + 12 * std)
         y = np.linspace(low, high, 20_001)
         cost.append(-np.log2(np.trapezoid(stats.norm.pdf(y, mean, std), y)))
-    np.testing.assert_allclose(diffusion.bits(guess, data, x, at), [np.mean(cost)], rtol=1e-4)
+    np.testing.assert_allclose(ddpm.bits(guess, data, x, at), [np.mean(cost)], rtol=1e-4)
 
 
 def test_the_bytes_share_a_mass_of_one():
     data = jnp.asarray(np.arange(256) / 127.5 - 1)
     for mean, log in ((0.2, -4.0), (-1.3, -2.0), (0.999, -9.0)):
-        logs = diffusion.log_likelihood(data, jnp.full(256, mean), jnp.full(256, log))
+        logs = ddpm.log_likelihood(data, jnp.full(256, mean), jnp.full(256, log))
         np.testing.assert_allclose(jnp.exp(logs).sum(), 1, rtol=1e-6)

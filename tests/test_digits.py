@@ -42,7 +42,7 @@ def test_every_design_learns_sixteen_digits_by_heart(tmp_path, cache, design):
     """What it then draws is nearer to one of the sixteen than real digits are, by far."""
     folder = tmp_path / "data" / "data"
     folder.mkdir(parents=True)
-    for split, data in load_dataset(str(ROOT / "assets" / "digits")).items():
+    for split, data in load_dataset(str(ROOT / "data" / "digits")).items():
         some = data.select(range(16)) if split == "train" else data
         some.to_parquet(folder / f"{split}-00000-of-00001.parquet")
     settings = DESIGNS[design] | {"model": DESIGNS[design]["model"].replace("/2", "/4")}
@@ -72,7 +72,7 @@ def test_an_unseen_caption_is_drawn_after_a_short_training(tmp_path, cache):
 def test_real_digits_are_what_samples_are_measured_by():
     train, test = (
         (np.stack([np.asarray(x) for x in data["image"]])[..., None], np.asarray(data["label"]))
-        for data in load_dataset(str(ROOT / "assets" / "digits")).values()
+        for data in load_dataset(str(ROOT / "data" / "digits")).values()
     )
     same = judge(*test, train=train, test=test)
     assert same.novelty == 1 and same.accuracy > 0.98

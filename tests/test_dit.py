@@ -17,13 +17,13 @@ from flax import nnx
 from torch_autoencoders import SD, nchw, nhwc, quiet, tensors_of
 from torch_transformers import CONFIGS, SMALL, inputs, original_names, torch_dit
 
-from drawable import Drawable, Wishes
-from drawing import Sampler
-from errors import UserError
-from latents import Encoding
+from datasets_config import Encoding
+from inference.sampler import Sampler
+from inference.trained_model import Drawable, Wishes
 from model import graphdef, init_params, model_config
-from pretrained import dit, transformer, weights
+from pretrained import dit, transformer, weight_files
 from pretrained.autoencoder import write_config as write_vae_config
+from runtime.errors import UserError
 
 torch = pytest.importorskip("torch")
 
@@ -375,7 +375,7 @@ def test_doubt_is_refused(words, message, tmp_path):
 
 
 def edit_config(folder, **facts):
-    path = folder / weights.CONFIG
+    path = folder / weight_files.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | facts))
 
 

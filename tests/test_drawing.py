@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from drawables import CLASSES, DIGITS, SIGMA, weights
 
-import diffusion
-import parallel
-from drawing import Begin, Sampler, label_ids, sample, spread
-from errors import UserError
+from data.batch import Caption
+from inference.labels import label_ids, spread
+from inference.sampler import Begin, Sampler, sample
+from methods import ddpm
 from model import model_config
-from text import Caption
+from runtime import parallel
+from runtime.errors import UserError
 
 DDPM = Sampler("ddpm", 3, prediction="epsilon", clip=True)
 DDIM = Sampler("ddim", 3, prediction="v", eta=0.5)
@@ -154,7 +155,7 @@ def test_of_ddpm_they_begin_at_the_nearest_step(sigma_params):
     draw = partial(pictures, sigma_params, [1, 2, 3], config=SIGMA, sampler=sampler)
     plain = draw(trajectory=True)
     assert plain.trajectory is not None
-    chain = diffusion.chain()
+    chain = ddpm.chain()
     for t, step, n_states in ((1.0, 999, 5), (0.6, 666, 4), (0.2, 333, 3)):
         assert sampler.begins_at(t) == step / 1000
         found = draw(begin=Begin(data, sampler.route(t)), trajectory=True)

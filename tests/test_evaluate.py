@@ -11,15 +11,17 @@ from commands import run
 from drawables import drawable
 from PIL import Image
 
-import drawn
 import evaluate
-import parallel
-from drawable import Drawable
-from drawn import DrawConfig
-from errors import UserError
+from data import image_sets
 from evaluate import EvaluateConfig
-from metrics import extraction, pictures, reference
-from train import TrainConfig, Trainer
+from evaluation import features, reference
+from inference import sample_files
+from inference.sample_files import DrawConfig
+from inference.trained_model import Drawable
+from runtime import parallel
+from runtime.errors import UserError
+from train import Trainer
+from training.config import TrainConfig
 
 rng = np.random.default_rng(0)
 MAKE = {"npz": Path("a.npz"), "reference": None, "make_reference": Path("x.npz")}
@@ -192,7 +194,7 @@ def test_references_that_do_not_fit_are_refused(digits, some, tmp_path):
 def test_what_was_begun_on_other_devices_goes_on(digits, tmp_path, monkeypatch):
     of, samples = drawable(), tmp_path / "x.npz"
     monkeypatch.setattr(Drawable, "of_run", lambda *_, **__: of)
-    begun = drawn.of(of, DrawConfig(n=20, batch_size=7), samples=samples).batches(7)
+    begun = sample_files.of(of, DrawConfig(n=20, batch_size=7), samples=samples).batches(7)
     first = next(begun)
     begun.close()  # type: ignore
     how = {"run": Path("run"), "n": 20, "samples": samples, "reference": digits}
@@ -206,7 +208,7 @@ def test_what_was_begun_on_other_devices_goes_on(digits, tmp_path, monkeypatch):
 def test_pictures_in_a_reference_take_the_place_of_features(some, tmp_path):
     nothing = {"mu": np.zeros(64), "sigma": np.eye(64), "mu_s": np.zeros(9), "sigma_s": np.eye(9)}
     np.savez(tmp_path / "adm.npz", arr_0=some, **nothing)
-    real, extract = reference.read(tmp_path / "adm.npz"), extraction.of_pixels(parallel.make_mesh())
+    real, extract = reference.read(tmp_path / "adm.npz"), features.of_pixels(parallel.make_mesh())
     flat, rows = some.reshape(40, 64) / 255, []
     for seed in (0, 1):  # which say which pictures are chosen
         config = EvaluateConfig(n_features=10, seed=seed)
@@ -232,10 +234,10 @@ def test_pictures_in_a_reference_take_the_place_of_features(some, tmp_path):
 def test_a_file_without_pictures_is_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(UserError, match=message):
-        pictures.of_npz(tmp_path / "x.npz")
+        image_sets.of_npz(tmp_path / "x.npz")
     (tmp_path / "x.npz").write_bytes(b"text")
     with pytest.raises(UserError, match=r"damaged or no \.npz file"):
-        pictures.of_npz(tmp_path / "x.npz")
+        image_sets.of_npz(tmp_path / "x.npz")
 
 
 def test_a_compressed_file_that_is_damaged_is_refused(some, tmp_path):
@@ -243,23 +245,23 @@ def test_a_compressed_file_that_is_damaged_is_refused(some, tmp_path):
     whole = (tmp_path / "x.npz").read_bytes()
     (tmp_path / "x.npz").write_bytes(whole[:40] + bytes([255]) * 40 + whole[80:])
     with pytest.raises(UserError, match=r"damaged or no \.npz file"):
-        pictures.of_npz(tmp_path / "x.npz")
+        image_sets.of_npz(tmp_path / "x.npz")
 
 
 def test_pictures_of_two_sizes_are_refused_unless_they_are_made_equal(tmp_path):
     with pytest.raises(UserError, match="holds no pictures"):
-        pictures.of_folder(tmp_path)
+        image_sets.of_folder(tmp_path)
     for i, side in enumerate((8, 9)):
         Image.fromarray(rng.integers(0, 256, (8, side, 3)).astype(np.uint8)).save(
             tmp_path / f"{i}.png"
         )
     with pytest.raises(UserError, match=r"1.png has 9 × 8 pixels, and .*0.png 8 × 8; --image_size"):
-        list(pictures.of_folder(tmp_path).batches(4))
-    (batch,) = pictures.of_folder(tmp_path, image_size=6).batches(4)
+        list(image_sets.of_folder(tmp_path).batches(4))
+    (batch,) = image_sets.of_folder(tmp_path, image_size=6).batches(4)
     assert batch.shape == (2, 6, 6, 3)
     (tmp_path / "2.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"2\.png: the picture cannot be read"):
-        list(pictures.of_folder(tmp_path, image_size=6).batches(4))
+        list(image_sets.of_folder(tmp_path, image_size=6).batches(4))
 
 
 def test_an_interrupted_drawing_goes_on_with_the_same_settings_only(some, tmp_path):
@@ -270,14 +272,14 @@ def test_an_interrupted_drawing_goes_on_with_the_same_settings_only(some, tmp_pa
         return some[start : start + 16]
 
     starts, samples = range(0, 40, 16), tmp_path / "x.npz"
-    begun = drawn.kept(draw, starts, samples, labels, card)
+    begun = sample_files.kept(draw, starts, samples, labels, card)
     for _ in range(2):
         next(begun)
     begun.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npz.parts"]
     with pytest.raises(UserError, match="was begun with other settings"):
-        list(drawn.kept(draw, starts, samples, labels, {"seed": 2}))
-    parts = list(drawn.kept(draw, starts, samples, labels, card))
+        list(sample_files.kept(draw, starts, samples, labels, {"seed": 2}))
+    parts = list(sample_files.kept(draw, starts, samples, labels, card))
     assert calls == [0, 16, 32]
     np.testing.assert_array_equal(np.concatenate(parts), some)
     with np.load(samples) as arrays:

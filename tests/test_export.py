@@ -17,14 +17,15 @@ from torch_autoencoders import nchw, nhwc, quiet
 
 import export
 import generate
-import images
-from drawable import Drawable, Wishes
-from errors import UserError
 from export import ExportConfig
-from generate_config import GenerateConfig
+from generate import GenerateConfig
+from inference import grids
+from inference.trained_model import Drawable, Wishes
 from model import graphdef, model_config
 from pretrained import transformer
-from train import TrainConfig, Trainer
+from runtime.errors import UserError
+from train import Trainer
+from training.config import TrainConfig
 
 SMALL = TrainConfig(
     model="DiT-Nano/4",
@@ -114,7 +115,7 @@ def test_the_command_draws_from_it_too(trained, folder, tmp_path):
     config = GenerateConfig(pretrained=str(folder), labels=("3", "7"), n=2, out=tmp_path / "a.npz")
     generate.main(config)
     drawn = np.load(tmp_path / "a.npz")["arr_0"]
-    expected = images.to_uint8(trained.sample([3, 7]))
+    expected = grids.to_uint8(trained.sample([3, 7]))
     assert np.abs(drawn.astype(int) - expected).max() <= 1
 
 

@@ -21,7 +21,8 @@ from commands import NANO, ROOT, SMALL, fill, run, settings, small_disk
 from PIL import Image
 from test_train import metrics
 
-from pipeline import Pipeline, open_source
+from data.load import open_source
+from data.pipeline import Pipeline
 
 SAVE_EVERY, SAMPLE_EVERY = 20, 15
 EVERY = ["--eval_save_steps", SAVE_EVERY, "--sample_every_n", SAMPLE_EVERY, "--log_every", 5]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from errors import UserError
-from metrics import fid, reference
-from metrics.fid import Gaussian, Moments, frechet_distance
+from evaluation import metrics, reference
+from evaluation.metrics import Gaussian, Moments, frechet_distance
+from runtime.errors import UserError
 
 rng = np.random.default_rng(0)
 
@@ -97,11 +97,11 @@ def test_covariances_that_were_rounded_are_near_enough():
 
 
 def test_the_score_is_1_for_what_says_nothing_and_the_number_of_classes_at_best():
-    assert fid.inception_score(np.zeros((40, 8), np.float32)) == pytest.approx((1, 0))
+    assert metrics.inception_score(np.zeros((40, 8), np.float32)) == pytest.approx((1, 0))
     sure = np.tile(100 * np.eye(8, dtype=np.float32), (50, 1))
-    assert fid.inception_score(sure, n_parts=1).mean == pytest.approx(8)
+    assert metrics.inception_score(sure, n_parts=1).mean == pytest.approx(8)
     in_order = sure[np.argsort(np.arange(400) % 8, kind="stable")]  # class after class
-    assert fid.inception_score(in_order).mean > 6.5
+    assert metrics.inception_score(in_order).mean > 6.5
 
 
 def test_the_score_is_the_exponential_of_a_mean_divergence():
@@ -109,9 +109,9 @@ def test_the_score_is_the_exponential_of_a_mean_divergence():
     p = np.exp(logits.astype(np.float64))
     p /= p.sum(1, keepdims=True)
     divergence = np.mean([sum(q * np.log(q / m) for q, m in zip(row, p.mean(0))) for row in p])
-    found = fid.inception_score(logits, n_parts=1)
+    found = metrics.inception_score(logits, n_parts=1)
     assert found == pytest.approx((np.exp(divergence), 0), rel=1e-9)
-    assert fid.inception_score(logits, seed=1) == fid.inception_score(logits, seed=1)
+    assert metrics.inception_score(logits, seed=1) == metrics.inception_score(logits, seed=1)
 
 
 # --- KID ------------------------------------------------------------------------------------------
@@ -126,18 +126,20 @@ def test_the_kernel_distance_is_the_mean_over_pairs():
     pairs = [(i, j) for i in range(6) for j in range(6) if i != j]
     expected = np.mean([kernel(x[i], x[j]) + kernel(y[i], y[j]) for i, j in pairs])
     expected -= 2 * np.mean([kernel(p, q) for p in x for q in y])
-    assert fid.squared_mmd(x, y) == pytest.approx(expected, rel=1e-9)
+    assert metrics.squared_mmd(x, y) == pytest.approx(expected, rel=1e-9)
     # A subset of all rows is all of them, in another order.
-    assert fid.kernel_distance(x, y, n_subsets=3) == pytest.approx((expected, 0), rel=1e-9)
+    assert metrics.kernel_distance(x, y, n_subsets=3) == pytest.approx((expected, 0), rel=1e-9)
 
 
 def test_the_kernel_distance_of_one_distribution_is_0_on_average():
     x, y = rows(400, 6), rows(400, 6)
     how = {"n_subsets": 200, "subset_size": 50}
-    same, std = fid.kernel_distance(x, y, **how)
+    same, std = metrics.kernel_distance(x, y, **how)
     assert abs(same) < std / 2
-    assert fid.kernel_distance(x, y + 1, **how).mean > 3 * std
-    assert fid.kernel_distance(x, y, seed=1, **how) == fid.kernel_distance(x, y, seed=1, **how)
+    assert metrics.kernel_distance(x, y + 1, **how).mean > 3 * std
+    assert metrics.kernel_distance(x, y, seed=1, **how) == metrics.kernel_distance(
+        x, y, seed=1, **how
+    )
 
 
 # --- precision and recall -------------------------------------------------------------------------
@@ -161,19 +163,19 @@ def in_words(real, drawn, k=3):
 
 @pytest.mark.parametrize("block", [7, 1024])
 def test_precision_and_recall_are_shares_of_neighbourhoods(monkeypatch, block):
-    monkeypatch.setattr(fid, "BLOCK", block)
+    monkeypatch.setattr(metrics, "BLOCK", block)
     real, drawn = rows(50, 5, shift=10.0), rows(40, 5, shift=10.4)
     expected = in_words(real.astype(np.float64), drawn.astype(np.float64))
-    assert fid.precision_recall(real, drawn) == pytest.approx(expected)
+    assert metrics.precision_recall(real, drawn) == pytest.approx(expected)
     assert 0 < min(expected) < 1
 
 
 def test_precision_and_recall_of_the_same_of_strangers_and_of_one_mode():
     x = rows(60, 8)
-    assert fid.precision_recall(x, x) == (1, 1)
-    assert fid.precision_recall(x, x + 1000) == (0, 0)
+    assert metrics.precision_recall(x, x) == (1, 1)
+    assert metrics.precision_recall(x, x + 1000) == (0, 0)
     one_mode = x[:1] + 1e-3 * rng.normal(size=(60, 8)).astype(np.float32)
-    precision, recall = fid.precision_recall(x, one_mode)
+    precision, recall = metrics.precision_recall(x, one_mode)
     assert precision == 1 and recall <= 1 / 60
 
 

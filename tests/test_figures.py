@@ -12,15 +12,14 @@ from test_curves import record
 from test_curves import sheets as put_sheets
 
 import figures
-import images
-import sheets
-import subjects
-from drawable import Drawable, Wishes
-from drawing import Sampler
-from errors import UserError
+from data.batch import Caption
 from figures import FiguresConfig
+from inference import comparisons, grids
+from inference import labels as inference_labels
+from inference.sampler import Sampler
+from inference.trained_model import Drawable, Wishes
 from model import model_config
-from text import Caption
+from runtime.errors import UserError
 
 FEW = {"n_steps": 3, "cfg_sweep": (1.0, 2.0), "denoise": (0.5,)}
 OF_RECORDS = ["curves.png", "progress.gif"]
@@ -134,7 +133,7 @@ CAPTIONS = model_config(
 
 def test_captions_are_those_named_or_of_the_evaluation_split(monkeypatch):
     split = SimpleNamespace(captions=[("a cat",), ("a cat", "one cat"), ("two dogs",)])
-    monkeypatch.setattr(sheets, "evaluation_split", lambda _: split)
+    monkeypatch.setattr(comparisons, "evaluation_split", lambda _: split)
 
     def encode(_, captions):
         n = len(captions)
@@ -167,18 +166,18 @@ def test_large_pictures_are_reduced_to_their_means():
     squares = np.array([[0, 100], [200, 50]], np.uint8)
     large = np.kron(squares, np.ones((130, 130), np.uint8))[None, ..., None]
     large[0, 0, 0] = 255  # a point of a square hardly changes its mean
-    small = images.reduced(large, 128)
+    small = grids.reduced(large, 128)
     assert small.shape == (1, 86, 86, 1)
-    assert images.reduced(small, 128) is small and images.reduced(small, None) is small
+    assert grids.reduced(small, 128) is small and grids.reduced(small, None) is small
     np.testing.assert_array_equal(small[0, [0, 0, -1, -1], [1, -1, 0, -1], 0], squares.ravel())
 
 
 def test_a_bar_tells_how_far_a_film_is():
-    frame = np.asarray(images.headed(Image.new("RGB", (108, 20)), "step 50 of 100", share=0.5))
+    frame = np.asarray(grids.headed(Image.new("RGB", (108, 20)), "step 50 of 100", share=0.5))
     row = frame[-20 - 1]  # the last above the picture
     blue, grey = ((row == colour).all(axis=1).sum() for colour in ((42, 111, 187), (221,) * 3))
     assert (blue, grey) == (50, 50)
-    assert (frame[-20:] == 0).all() and images.headed(Image.new("L", (9, 9)), "").size == (9, 34)
+    assert (frame[-20:] == 0).all() and grids.headed(Image.new("L", (9, 9)), "").size == (9, 34)
 
 
 # --- the sheet of steps ---------------------------------------------------------------------------
@@ -201,20 +200,20 @@ def test_the_times_are_those_of_the_states(config, settings):
 
 def test_a_sheet_of_steps_has_the_states_and_what_they_were_taken_for(monkeypatch):
     of, shown = drawable(), {}
-    row = subjects.of_labels(of, ["3", "7"], 2, seed=5)
+    row = inference_labels.of_labels(of, ["3", "7"], 2, seed=5)
     how = of.how(Wishes(n_steps=5))
 
     def table(x, *, rows, columns):
         shown.update(x=x, rows=rows, columns=columns)
         return Image.new("L", (8, 8))
 
-    monkeypatch.setattr(sheets.images, "table", table)
-    sheets.of_steps(of, row, how, 3)
+    monkeypatch.setattr(comparisons.grids, "table", table)
+    comparisons.of_steps(of, row, how, 3)
     assert list(shown["columns"]) == ["3", "7"]
     assert shown["rows"][::2] == ["x at t = 1.00", "x at t = 0.60", "x at t = 0.20"]
     assert shown["rows"][1::2] == ["x0 prediction"] * 3
     labels, told = row.rows(0, 2)
     found = of.sample(labels, how, trajectory=True, estimates=True, **told)
     assert found.trajectory is not None and found.estimates is not None
-    pictures = sheets.images.to_uint8(np.stack([found.trajectory[0], found.estimates[-1]]))
+    pictures = comparisons.grids.to_uint8(np.stack([found.trajectory[0], found.estimates[-1]]))
     np.testing.assert_array_equal(shown["x"][[0, -1]], pictures)

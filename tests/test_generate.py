@@ -17,17 +17,17 @@ from drawables import CLASSES, DDPM, DIGITS, NOTHING, SIGMA, drawable
 from PIL import Image, ImageSequence
 from test_faults import wait_until
 
-import drawn
 import generate
-import images
-import sheets
-import subjects
-from drawable import Drawable, Wishes
-from drawing import Begin
-from errors import UserError
-from generate_config import GenerateConfig
+from generate import GenerateConfig
+from inference import comparisons, grids, sample_files
+from inference import labels as inference_labels
+from inference.sampler import Begin
+from inference.trained_model import Drawable, Wishes
 from pretrained import transformer
-from train import TrainConfig, Trainer
+from runtime import run_folder
+from runtime.errors import UserError
+from train import Trainer
+from training.config import TrainConfig
 
 RUN = Path("runs/digits")
 
@@ -74,7 +74,7 @@ def test_every_form_and_size_of_batch_holds_the_same_pictures(command, tmp_path,
     for again in (arrays(tmp_path / "b.npz")[0], np.stack([grey(file) for file in files])):
         assert np.abs(again.astype(int) - pictures).max() <= 1
     command(out=tmp_path / "grid.png", **flags)
-    grid = images.grid(pictures, captions=[DIGITS[label] for label in labels])
+    grid = grids.grid(pictures, captions=[DIGITS[label] for label in labels])
     assert (np.asarray(Image.open(tmp_path / "grid.png")) == np.asarray(grid)).all()
     card = json.loads((tmp_path / "folder/card.json").read_text())
     assert (card["count"], card["seed"], card["step"], card["cfg_scale"]) == (11, 5, 7, 2)
@@ -119,9 +119,9 @@ def test_the_card_of_a_published_model_tells_which_it_is_and_how_it_is_told(monk
 
 
 def test_files_are_named_by_place_and_label():
-    assert drawn.file_name(7, 50_000, "cat") == "000007_cat.png"
-    assert drawn.file_name(7, 10_000_000, "") == "0000007.png"
-    long = drawn.file_name(0, 1, "a cat: on/a sofa, from above, and another one beside it")
+    assert sample_files.file_name(7, 50_000, "cat") == "000007_cat.png"
+    assert sample_files.file_name(7, 10_000_000, "") == "0000007.png"
+    long = sample_files.file_name(0, 1, "a cat: on/a sofa, from above, and another one beside it")
     assert long == "000000_a-cat-on-a-sofa-from-above-and-another-o.png"
 
 
@@ -142,8 +142,8 @@ def test_what_was_drawn_is_not_drawn_again(out, tmp_path):
     def to(folder, draw, card):
         path, labels = folder / out, np.arange(40)
         if path.suffix:
-            return list(drawn.kept(draw, range(0, 40, 16), path, labels, card))
-        return list(drawn.in_folder(draw, range(0, 40, 16), path, [*map(str, labels)], card))
+            return list(sample_files.kept(draw, range(0, 40, 16), path, labels, card))
+        return list(sample_files.in_folder(draw, range(0, 40, 16), path, [*map(str, labels)], card))
 
     def content(folder):
         return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -157,7 +157,7 @@ def test_what_was_drawn_is_not_drawn_again(out, tmp_path):
     (left / f".000016_16.png.{2**22}.tmp").touch()  # of a process that was killed
     with pytest.raises(UserError, match=r"seed was 1, not 2; n_steps was 3, not 4; go on with"):
         to(twice, draw, {"seed": 2, "sampler": {"n_steps": 4}})
-    with drawn.locked(left), pytest.raises(UserError, match="another process is writing"):
+    with run_folder.locked(left), pytest.raises(UserError, match="another process is writing"):
         to(twice, draw, {"seed": 1, "sampler": {"n_steps": 3}})
     to(twice, draw, {"seed": 1, "sampler": {"n_steps": 3}})
     assert calls == [0, 16, 32, 32]
@@ -220,8 +220,8 @@ def tables(monkeypatch):
         seen.append((pictures, names))
         return honest(pictures, **names)
 
-    honest = images.table
-    monkeypatch.setattr(images, "table", table)
+    honest = grids.table
+    monkeypatch.setattr(grids, "table", table)
     return seen
 
 
@@ -246,29 +246,29 @@ def test_real_pictures_are_noised_and_drawn_from_there(command, digits, tables, 
     t = ["0", "0.999"] if ddpm else ["0.05", "1"]
     drawn_from = [w for time in t for w in (f"noised, t = {time}", "drawn from it")]
     assert names == {"rows": ["real", *drawn_from], "columns": ["3", "3", "7", "7"]}
-    split = sheets.evaluation_split(of)
+    split = comparisons.evaluation_split(of)
     real = split.images(np.concatenate([np.flatnonzero(split.labels == i)[:2] for i in (3, 7)]))
     np.testing.assert_array_equal(rows[0], real)
     near, far = (np.abs(row.astype(int) - rows[0]).mean() for row in rows[[1, 3]])
     assert near < 10 < 50 < far
-    how, asked = of.how(Wishes()), subjects.of_labels(of, ["3", "7"], 4, seed=5)
+    how, asked = of.how(Wishes()), inference_labels.of_labels(of, ["3", "7"], 4, seed=5)
     labels, told = asked.rows(0, 4)
     begin = Begin(real / np.float32(127.5) - 1, how.sampler.route(1.0))
-    plain = images.to_uint8(of.sample(labels, how, **told | ({"begin": begin} if ddpm else {})).x)
+    plain = grids.to_uint8(of.sample(labels, how, **told | ({"begin": begin} if ddpm else {})).x)
     assert np.abs(rows[4].astype(int) - plain).max() <= 1
 
 
 def test_pictures_of_a_sheet_come_from_all_over_the_data_or_are_refused(digits):
-    real = sheets.real_pictures(digits, [], 5)
+    real = comparisons.real_pictures(digits, [], 5)
     assert len(real.data) == len(real.labels) == 5 and -1 <= real.data.min() < real.data.max() <= 1
-    untold = sheets.real_pictures(drawable(NOTHING, conditioning="none"), [], 5)
+    untold = comparisons.real_pictures(drawable(NOTHING, conditioning="none"), [], 5)
     assert not np.asarray(untold.labels).any() and untold.names == ()
     with pytest.raises(UserError, match=r"300 pictures are wanted, and split 'test' has \d+ such"):
-        sheets.real_pictures(digits, [3], 300)
+        comparisons.real_pictures(digits, [3], 300)
     with pytest.raises(UserError, match=r"needs the run's real pictures: .* there is no folder"):
-        sheets.real_pictures(drawable(data_dir="gone"), [], 5)
+        comparisons.real_pictures(drawable(data_dir="gone"), [], 5)
     with pytest.raises(UserError, match="no data set of digits is known"):
-        sheets.real_pictures(drawable(dataset_name=None), [], 5)
+        comparisons.real_pictures(drawable(dataset_name=None), [], 5)
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from golden import make
 
-import parallel
-from metrics import extraction, fid
-from metrics.fid import Moments, frechet_distance
+from evaluation import features, metrics
+from evaluation.metrics import Moments, frechet_distance
 from pretrained import inception as pretrained
+from runtime import parallel
 
 GOLDEN = json.loads(make.FILE.read_text())
 THEIRS, FIDELITY = GOLDEN["pytorch_fid"], GOLDEN["torch_fidelity"]
@@ -42,7 +42,7 @@ def test_the_frechet_distance_is_pytorch_fids(sets):
 
 def test_the_inception_score_is_torch_fidelitys():
     for n_parts, name in ((1, "isc_of_one"), (10, "isc_of_ten")):
-        found = fid.inception_score(make.logits(400), n_parts=n_parts, seed=0)
+        found = metrics.inception_score(make.logits(400), n_parts=n_parts, seed=0)
         theirs = FIDELITY[name]
         assert found.mean == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
         assert found.std == pytest.approx(theirs["inception_score_std"], rel=1e-9, abs=1e-12)
@@ -50,13 +50,13 @@ def test_the_inception_score_is_torch_fidelitys():
 
 def test_the_kernel_distance_is_torch_fidelitys(sets):
     real, drawn = sets
-    found = fid.kernel_distance(drawn, real[:500], n_subsets=1, subset_size=500)
+    found = metrics.kernel_distance(drawn, real[:500], n_subsets=1, subset_size=500)
     # It computes in float32.
     assert found.mean == pytest.approx(FIDELITY["kid"]["kernel_inception_distance_mean"], rel=1e-4)
 
 
 def test_precision_and_recall_are_torch_fidelitys(sets):
-    found = fid.precision_recall(*sets)
+    found = metrics.precision_recall(*sets)
     theirs = FIDELITY["prc"]
     assert 0.1 < theirs["precision"] < 0.9 and 0.1 < theirs["recall"] < 0.9
     assert found == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
@@ -78,7 +78,7 @@ def extracted(published):
     mesh = parallel.make_mesh(devices=jax.devices()[:1])
 
     def of(preparation):
-        extract = extraction.of_inception(published, mesh, preparation=preparation)
+        extract = features.of_inception(published, mesh, preparation=preparation)
         both = (make.pictures(N, seed) for seed in (make.REAL, make.DRAWN))
         found = [list(extract(iter([image]), batch_size=N)) for image in both]
         return [(rows.pool, rows.logits) for (rows,) in found]
@@ -103,5 +103,5 @@ def test_scores_of_pictures_are_torch_fidelitys(extracted):
     theirs = FIDELITY["pictures"]
     found = frechet_distance(gaussian(real), gaussian(drawn))
     assert found == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
-    score = fid.inception_score(logits, n_parts=1)
+    score = metrics.inception_score(logits, n_parts=1)
     assert score.mean == pytest.approx(theirs["inception_score_mean"], rel=1e-4)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import images
-from errors import UserError
+from data import images
+from inference import grids
+from runtime.errors import UserError
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (6, 6), dtype=np.uint8)
@@ -166,17 +167,17 @@ def test_a_decompression_bomb_is_refused(monkeypatch, limit):
 
 def test_to_uint8_inverts_the_models_range_and_clips():
     every = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-    assert (images.to_uint8(every / 127.5 - 1) == every).all()
-    assert images.to_uint8(np.array([[[-9.0, 9.0]]])).tolist() == [[[0, 255]]]
+    assert (grids.to_uint8(every / 127.5 - 1) == every).all()
+    assert grids.to_uint8(np.array([[[-9.0, 9.0]]])).tolist() == [[[0, 255]]]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_grid_holds_every_picture_enlarged_in_its_place(channels):
     pictures = RNG.integers(0, 256, (5, 8, 8, channels), dtype=np.uint8)
-    sheet = np.asarray(images.grid(pictures, columns=3, min_side=64))
-    assert sheet.shape == (2 * 64 + 3 * images.GAP, 3 * 64 + 4 * images.GAP, 3)
+    sheet = np.asarray(grids.grid(pictures, columns=3, min_side=64))
+    assert sheet.shape == (2 * 64 + 3 * grids.GAP, 3 * 64 + 4 * grids.GAP, 3)
     for i, picture in enumerate(pictures):
-        top, left = (images.GAP + k * (64 + images.GAP) for k in divmod(i, 3))
+        top, left = (grids.GAP + k * (64 + grids.GAP) for k in divmod(i, 3))
         cell = sheet[top : top + 64, left : left + 64]
         assert (cell[4::8, 4::8] == picture).all()
         assert (cell == np.repeat(np.repeat(cell[::8, ::8], 8, 0), 8, 1)).all()
@@ -184,53 +185,53 @@ def test_the_grid_holds_every_picture_enlarged_in_its_place(channels):
 
 def test_captions_are_black_on_white_below_their_picture():
     white = np.full((2, 8, 8, 1), 255, np.uint8)
-    sheet = images.grid(white, columns=2, captions=["cat", "x" * 100], min_side=64)
+    sheet = grids.grid(white, columns=2, captions=["cat", "x" * 100], min_side=64)
     sheet = np.asarray(sheet)
     ink = np.argwhere(sheet[..., 0] < 128)
-    assert ink[:, 0].min() >= 64 + images.GAP
-    gap = slice(64 + images.GAP, 64 + 2 * images.GAP)  # a long name must not run into its neighbour
-    assert (sheet[:, gap] == 255).all() and (sheet[:, -images.GAP :] == 255).all()
+    assert ink[:, 0].min() >= 64 + grids.GAP
+    gap = slice(64 + grids.GAP, 64 + 2 * grids.GAP)  # a long name must not run into its neighbour
+    assert (sheet[:, gap] == 255).all() and (sheet[:, -grids.GAP :] == 255).all()
     assert (ink[:, 1] < 64).any() and (ink[:, 1] > 72).any()
 
 
 def test_a_sentence_is_broken_between_words_and_its_pictures_are_larger():
     white = np.full((2, 8, 8, 1), 255, np.uint8)
     sentence = "the number seven, written by hand on a sheet of paper"
-    sheet = np.asarray(images.grid(white, columns=2, captions=["7", sentence]))
-    assert sheet.shape[1] == 2 * 128 + 3 * images.GAP
-    rows_with_ink = np.any(sheet[128 + images.GAP :, 128 + 2 * images.GAP :, 0] < 128, axis=1)
+    sheet = np.asarray(grids.grid(white, columns=2, captions=["7", sentence]))
+    assert sheet.shape[1] == 2 * 128 + 3 * grids.GAP
+    rows_with_ink = np.any(sheet[128 + grids.GAP :, 128 + 2 * grids.GAP :, 0] < 128, axis=1)
     n_lines = (np.diff(rows_with_ink.astype(int), prepend=0) == 1).sum()
-    assert n_lines == images.MOST_LINES
+    assert n_lines == grids.MOST_LINES
 
 
 @pytest.mark.parametrize("columns", [("cat", "ship", "bird"), ()])
 def test_a_table_holds_every_picture_beside_its_names(columns):
     pictures = RNG.integers(0, 256, (2, 3, 8, 8, 1), dtype=np.uint8)
-    sheet = np.asarray(images.table(pictures, rows=["cfg 1", "a longer name"], columns=columns))
-    grid = np.asarray(images.grid(pictures.reshape(6, 8, 8, 1), columns=3))
+    sheet = np.asarray(grids.table(pictures, rows=["cfg 1", "a longer name"], columns=columns))
+    grid = np.asarray(grids.grid(pictures.reshape(6, 8, 8, 1), columns=3))
     left, top = sheet.shape[1] - grid.shape[1], sheet.shape[0] - grid.shape[0]
     assert (sheet[top:, left:] == grid).all()
     names = sheet[top:, :left, 0] < 128
-    first, second = names[: 64 + images.GAP], names[64 + images.GAP :]
+    first, second = names[: 64 + grids.GAP], names[64 + grids.GAP :]
     assert 0 < first.sum() < second.sum()
     middle = np.argwhere(first)[:, 0].mean()
-    assert abs(middle - images.GAP - 32) < 4
+    assert abs(middle - grids.GAP - 32) < 4
     assert (top > 0) == bool(columns) == (sheet[:top, left:] < 128).any()
 
 
 def test_latents_are_not_shown_as_pictures():
     with pytest.raises(ValueError, match="decode latents first"):
-        images.grid(np.zeros((1, 8, 8, 4), np.uint8))
+        grids.grid(np.zeros((1, 8, 8, 4), np.uint8))
 
 
 def test_a_saved_png_is_the_picture(tmp_path):
-    images.save_png(Image.fromarray(COLOUR), tmp_path / "new" / "a.png")
+    grids.save_png(Image.fromarray(COLOUR), tmp_path / "new" / "a.png")
     assert (np.asarray(Image.open(tmp_path / "new" / "a.png")) == COLOUR).all()
 
 
 def test_a_gif_has_all_frames_and_rests_on_the_last(tmp_path):
     frames = [Image.new("RGB", (8, 8), (60 * i, 0, 0)) for i in range(4)]
-    images.save_gif(frames, tmp_path / "a.gif", seconds_per_frame=0.1, hold_last=2.0)
+    grids.save_gif(frames, tmp_path / "a.gif", seconds_per_frame=0.1, hold_last=2.0)
     with Image.open(tmp_path / "a.gif") as gif:
         durations = []
         for i in range(gif.n_frames):  # type: ignore
@@ -241,8 +242,8 @@ def test_a_gif_has_all_frames_and_rests_on_the_last(tmp_path):
 
 def test_a_failed_save_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "a.png"
-    images.save_png(Image.fromarray(GREY), path)
+    grids.save_png(Image.fromarray(GREY), path)
     with pytest.raises(OSError, match="cannot write mode F"):
-        images.save_png(Image.fromarray(GREY.astype(np.float32)), path)
+        grids.save_png(Image.fromarray(GREY.astype(np.float32)), path)
     assert (np.asarray(Image.open(path)) == GREY).all()
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]

@@ -13,14 +13,15 @@ import pytest
 from PIL import Image
 
 import evaluate
-import parallel
-from errors import UserError
 from evaluate import EvaluateConfig
-from metrics import extraction, inception
-from metrics.extraction import gather, regrouped
-from metrics.fid import frechet_distance
+from evaluation import features
+from evaluation.during_training import Yardstick
+from evaluation.features import gather, regrouped
+from evaluation.metrics import frechet_distance
+from networks import inception
 from pretrained import inception as pretrained
-from yardstick import Yardstick
+from runtime import parallel
+from runtime.errors import UserError
 
 rng = np.random.default_rng(0)
 
@@ -174,7 +175,7 @@ def of_torch(torch, state, two_sets):
 
 def extracted(loaded, images, *, n_devices: int, batch_size: int):
     mesh = parallel.make_mesh(devices=jax.devices()[:n_devices])
-    extract = extraction.of_inception(loaded, mesh, preparation="pytorch_fid")
+    extract = features.of_inception(loaded, mesh, preparation="pytorch_fid")
     for image in images:
         rows = extract(iter([image[:5], image[5:]]), batch_size=batch_size)
         yield gather(rows, len(image), n_features=len(image), keep_logits=True)
@@ -273,9 +274,9 @@ def test_the_command_measures_all_that_inception_can(file, two_sets, tmp_path):
 def test_batches_and_devices_change_no_statistics(n_devices, batch_size):
     image = pictures(50, 20, 24)
     mesh = parallel.make_mesh(devices=jax.devices()[:n_devices])
-    rows = extraction.of_pixels(mesh)(iter([image[:3], image[3:]]), batch_size=batch_size)
+    rows = features.of_pixels(mesh)(iter([image[:3], image[3:]]), batch_size=batch_size)
     found = gather(rows, 50, n_features=20, keep_logits=True)
-    whole = [extraction.Rows(next(extraction.of_pixels(mesh)(iter([image]), batch_size=56)).pool)]
+    whole = [features.Rows(next(features.of_pixels(mesh)(iter([image]), batch_size=56)).pool)]
     expected = gather(whole, 50, n_features=20, keep_logits=True)
     scale = np.trace(expected.pool.covariance)
     assert abs(frechet_distance(found.pool, expected.pool)) < 1e-6 * scale
@@ -340,7 +341,7 @@ def test_grey_pictures_are_shown_in_three_channels():
 
 def test_a_preparation_that_does_not_exist_is_named(loaded):
     with pytest.raises(UserError, match="unknown preparation 'clean'; did you mean 'clean_fid'"):
-        extraction.of_inception(loaded, parallel.make_mesh(), preparation="clean")
+        features.of_inception(loaded, parallel.make_mesh(), preparation="clean")
 
 
 # --- weights --------------------------------------------------------------------------------------

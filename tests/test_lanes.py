@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-import lanes
-from lanes import Lanes
+from data import shuffle
+from data.shuffle import Lanes
 
 SIZES = np.array([7, 10, 1, 10, 3, 9, 10, 10, 2, 8])  # 70 rows
 
@@ -28,14 +28,14 @@ def test_an_epoch_has_each_row_once_in_an_order_of_its_own(batch_size, shuffle_b
 
 
 def test_there_are_as_many_lanes_as_memory_holds(monkeypatch):
-    monkeypatch.setattr(lanes, "OPEN_BYTES", 100)
+    monkeypatch.setattr(shuffle, "OPEN_BYTES", 100)
     many = np.full(1000, 10)
     # A buffer of 30 rows is 3 groups, and each lane has half of one more at both ends of a pool.
     assert plan(many, group_bytes=1, batch_size=200).n_lanes == (100 - 3) // 2
     assert plan(many, group_bytes=10, batch_size=200).n_lanes == 3
     assert plan(many, group_bytes=1000, batch_size=200).n_lanes == 1
     monkeypatch.undo()
-    assert plan(many, group_bytes=1, batch_size=200).n_lanes == lanes.MOST_LANES
+    assert plan(many, group_bytes=1, batch_size=200).n_lanes == shuffle.MOST_LANES
     assert plan(many, batch_size=5).n_lanes == 5
     assert plan(np.full(2, 10), batch_size=5).n_lanes == 2
 

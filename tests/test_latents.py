@@ -17,20 +17,21 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-import latents
-import objectives
-import parallel
-import resident
-from errors import UserError
-from latents import Encoding, Sums
-from pipeline import Pipeline
-from sources import open_source
-from streams import Streamed
-from vae import autoencoder
+from data import latents
+from data.latents import Sums
+from data.load import open_source
+from data.parquet import Streamed
+from data.pipeline import Pipeline
+from datasets_config import Encoding
+from methods import rectified_flow
+from networks import autoencoder
+from runtime import parallel
+from runtime.errors import UserError
+from training import device_dataset
 
 ENCODING = Encoding(
     dataset_name="digits",
-    source="assets/digits",
+    source="data/digits",
     image_size=16,
     shape=(8, 8, 2),
     vae="somewhere",
@@ -355,9 +356,9 @@ def test_streamed_and_stored_rows_are_the_same(latent_digits):
 def test_batches_drawn_on_devices_are_the_pipelines(latent_digits):
     mesh = parallel.make_mesh()
     data = Pipeline(open_source("digits", latents_dir=latent_digits), batch_size=40, seed=1)
-    draw = jax.jit(partial(resident.draw, batch_size=40, mesh=mesh))
+    draw = jax.jit(partial(device_dataset.draw, batch_size=40, mesh=mesh))
     for start, stop in ((0, 3), (34, 37)):
-        held = resident.batches(data, mesh, start, stop)
+        held = device_dataset.batches(data, mesh, start, stop)
         for step, here in zip(range(start, stop), held, strict=True):
             jax.tree.map(np.testing.assert_array_equal, draw(here, step), data.train_batch(step))
 
@@ -418,15 +419,15 @@ def test_the_key_that_latents_are_drawn_by_is_none_of_the_others():
     batch = SimpleNamespace(
         row=jnp.arange(4), image=jnp.asarray(moments(4)), label=jnp.zeros(4, jnp.int32)
     )
-    loss = objectives.rectified_flow(density=objectives.uniform(), read=read)
+    loss = rectified_flow.rectified_flow_loss(density=rectified_flow.uniform(), read=read)
     losses, all_keys = [], []
     for step in range(3):
         key = jax.random.key(step)
         losses.append(loss(Model(), batch, key)[0].item())
-        named = objectives.row_keys(key, batch.row)
+        named = rectified_flow.row_keys(key, batch.row)
         assert (jax.random.key_data(seen[-1]) == jax.random.key_data(named.data)).all()
         all_keys += [tuple(k) for part in named for k in jax.random.key_data(part).tolist()]
-    assert len(set(all_keys)) == 3 * 4 * len(objectives.RowKeys._fields)
+    assert len(set(all_keys)) == 3 * 4 * len(rectified_flow.RowKeys._fields)
     assert len(set(losses)) == 3
 
 

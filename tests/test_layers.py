@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import layers
 import model
-from text import Caption
+from data.batch import Caption
+from networks import layers, ops
 
 key = jax.random.key(0)
 
@@ -37,19 +37,19 @@ def test_attention_is_the_formula():
     weights /= weights.sum(-1, keepdims=True)
     expected = np.einsum("bhnm,bmhk->bnhk", weights, np.float64(v))
     expected = expected.reshape(2, 5, 32)
-    np.testing.assert_allclose(layers.attention(q, k, v), expected, atol=1e-6)
+    np.testing.assert_allclose(ops.attention(q, k, v), expected, atol=1e-6)
 
 
 def test_a_masked_key_is_as_good_as_absent():
     q, k, v = jax.random.normal(key, (3, 2, 5, 4, 8))
     mask = jnp.asarray([[True] * 5, [True, True, False, True, False]])
-    y = layers.attention(q, k, v, mask)
-    np.testing.assert_allclose(y[0], layers.attention(q, k, v)[0], atol=1e-6)
+    y = ops.attention(q, k, v, mask)
+    np.testing.assert_allclose(y[0], ops.attention(q, k, v)[0], atol=1e-6)
     kept = jnp.asarray([0, 1, 3])
-    alone = layers.attention(q[1:], k[1:, kept], v[1:, kept])
+    alone = ops.attention(q[1:], k[1:, kept], v[1:, kept])
     np.testing.assert_allclose(y[1:], alone, atol=1e-6)
     garbage = jnp.where(mask[..., None, None], k, 1e4), jnp.where(mask[..., None, None], v, -1e4)
-    assert (layers.attention(q, *garbage, mask) == y).all()
+    assert (ops.attention(q, *garbage, mask) == y).all()
 
 
 def test_attention_survives_large_bfloat16_scores():
@@ -57,7 +57,7 @@ def test_attention_survives_large_bfloat16_scores():
     q = jnp.ones((1, 1, 1, 1), jnp.bfloat16)
     k = jnp.asarray([300.0, 304.0], jnp.bfloat16).reshape(1, 2, 1, 1)
     v = jnp.asarray([0.0, 1.0], jnp.bfloat16).reshape(1, 2, 1, 1)
-    np.testing.assert_allclose(float(layers.attention(q, k, v)[0, 0, 0]), 0.982, atol=4e-3)
+    np.testing.assert_allclose(float(ops.attention(q, k, v)[0, 0, 0]), 0.982, atol=4e-3)
 
 
 BOUNDS = {"float32": 1e-6, "bfloat16": 5e-3}
@@ -94,7 +94,7 @@ def shapes_of_presets(size):
     classes or captions, on the 32×32×4 latents of a 256×256 picture.
     """
     maps, attentions = set(), set()
-    affine, attention = layers.affine, layers.attention
+    affine, attention = ops.affine, ops.attention
 
     def seen_affine(x, w, bias):
         maps.add(w.shape)
@@ -115,7 +115,7 @@ def shapes_of_presets(size):
     networks += [(f"MM{name}", {}) for name in names]
     picture = {"image_size": 32, "channels": 4, "out_channels": 4}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "affine", seen_affine)
+        patch.setattr(ops, "affine", seen_affine)
         for module in (layers, model):
             patch.setattr(module, "attention", seen_attention)
         for (name, block), (label, words) in product(networks, told):
@@ -149,17 +149,17 @@ def test_attention_and_its_gradients_are_the_plain_forms(size, dtype):
         q = jax.random.normal(keys["q"], (1, n, 1, width)).astype(dtype)
         k, v = (jax.random.normal(keys[name], (1, m, 1, width)).astype(dtype) for name in "kv")
         g = jax.random.normal(keys["g"], (1, n, width)).astype(dtype)
-        y, gradients = value_and_gradients(layers.attention, g, q, k, v)
+        y, gradients = value_and_gradients(ops.attention, g, q, k, v)
         assert_close((y, *gradients), exact_attention(q, k, v, g), BOUNDS[dtype])
 
 
 def test_attention_gives_no_gradient_to_masked_keys():
     q, k, v = jax.random.normal(key, (3, 2, 5, 4, 8))
     mask = jnp.asarray([[True] * 5, [True, True, False, True, False]])
-    y, backward = jax.vjp(lambda q, k, v: layers.attention(q, k, v, mask), q, k, v)
+    y, backward = jax.vjp(lambda q, k, v: ops.attention(q, k, v, mask), q, k, v)
     _, dk, dv = backward(jnp.ones_like(y))
     assert (dk[1, [2, 4]] == 0).all() and (dv[1, [2, 4]] == 0).all()
-    _, backward = jax.vjp(layers.attention, q[:1], k[:1], v[:1])
+    _, backward = jax.vjp(ops.attention, q[:1], k[:1], v[:1])
     np.testing.assert_allclose(dv[:1], backward(jnp.ones_like(y[:1]))[2], atol=1e-6)
 
 
@@ -278,7 +278,7 @@ def test_affine_maps_and_their_gradients_are_the_plain_forms(size, dtype):
         x = jax.random.normal(keys["x"], (2, 16, shape[0])).astype(dtype)
         g = jax.random.normal(keys["g"], (2, 16, shape[1])).astype(dtype)
         w, bias = jax.random.normal(keys["w"], shape), jax.random.normal(keys["b"], shape[1:])
-        y, (dx, dw, dbias) = value_and_gradients(layers.affine, g, x, w, bias)
+        y, (dx, dw, dbias) = value_and_gradients(ops.affine, g, x, w, bias)
         types = [z.dtype for z in (y, dx, dw, dbias)]
         assert types == [x.dtype, x.dtype, jnp.float32, jnp.float32]
         x, w, bias, g = (np.asarray(z, np.float64) for z in (x, w, bias, g))
@@ -327,7 +327,7 @@ def test_what_is_kept_is_found_again_in_its_own_precision(dtype):
     x = jax.random.normal(key, (8, 8)).astype(dtype)
 
     def loss(x):
-        kept = layers.keep(jnp.tanh(x))
+        kept = ops.keep(jnp.tanh(x))
         return (kept * kept @ kept).astype(jnp.float32).sum()
 
     policy = jax.checkpoint_policies.save_any_names_but_these()
@@ -343,13 +343,13 @@ def test_half_precision_on_a_gpu_goes_through_cudnn(masked, monkeypatch):
     """Forward and backward lower to its kernels. Running them takes a GPU."""
     fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91_100)
-    monkeypatch.setattr(layers, "has_cudnn_attention", lambda: True)
+    monkeypatch.setattr(ops, "has_cudnn_attention", lambda: True)
     shape = jax.ShapeDtypeStruct((2, 64, 4, 72), jnp.bfloat16)
     mask = jnp.ones((2, 64), bool) if masked else None
 
     @jax.grad
     def step(q):
-        return layers.attention(q, q, q, mask).astype(jnp.float32).sum()
+        return ops.attention(q, q, q, mask).astype(jnp.float32).sum()
 
     program = jax.jit(step).trace(shape).lower(lowering_platforms=("cuda",)).as_text()
     assert program.count("@__cudnn$fmha") == 2

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from errors import UserError
+from data.batch import Caption
 from model import (
     BLOCKS,
     JOINT,
@@ -21,7 +21,7 @@ from model import (
     init_params,
     model_config,
 )
-from text import Caption
+from runtime.errors import UserError
 
 key = jax.random.key(0)
 TINY = ModelConfig(

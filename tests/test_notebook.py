@@ -17,7 +17,7 @@ def execute(notebook, folder, cache, **how):
     """The notebook after a clean kernel in `folder` has run it, errors and all."""
     source, target = folder / "source.ipynb", folder / "target.ipynb"
     nbformat.write(notebook, source)
-    done = run("notebooks/renew.py", source, folder, target, cache=cache, **how)
+    done = run("docs/renew_quickstart.py", source, folder, target, cache=cache, **how)
     assert done.returncode == 0, done.stderr
     return nbformat.read(target, 4)
 
@@ -38,9 +38,9 @@ def failures(notebook):
 def clone(tmp_path):
     """A folder like a fresh clone, which runs may be written to."""
     for path in ROOT.iterdir():
-        if path.name not in ("notebooks", "runs", ".git"):
+        if path.name not in ("docs", "runs", ".git"):
             (tmp_path / path.name).symlink_to(path)
-    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "docs").mkdir()
     return tmp_path
 
 
@@ -61,7 +61,7 @@ def test_the_notebook_runs_from_a_clean_kernel(clone, cache):
     committed = nbformat.read(PATH, 4)
     for cell in committed.cells:
         cell.source = re.sub(r"n_steps=[1-9]\d\d\b", "n_steps=60", cell.source)
-    ran = execute(committed, clone / "notebooks", cache)
+    ran = execute(committed, clone / "docs", cache)
     assert failures(ran) == []
     assert pictures(ran) == pictures(committed)
     assert len(outputs(ran)) == len(outputs(committed))

@@ -8,11 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import diffusion
-import objectives
-from objectives import ddpm, interpolate, logit_normal, mode, rectified_flow, shift_time, uniform
-from pipeline import Batch
-from text import Caption
+from data.batch import Batch, Caption
+from methods import ddpm, rectified_flow
+from methods.ddpm import ddpm_loss
+from methods.rectified_flow import (
+    interpolate,
+    logit_normal,
+    mode,
+    rectified_flow_loss,
+    shift_time,
+    uniform,
+)
 
 key = jax.random.key(0)
 # Between the quantiles that float32 can hold, denser than any feature of a density.
@@ -21,10 +27,10 @@ u = jnp.linspace(0, 1, 20_001)[1:-1]
 
 def test_dropping_makes_the_null_class_or_the_empty_caption():
     drop = jnp.asarray([True, False, True])
-    label = objectives.drop_labels(jnp.asarray([3, 4, 5]), drop, 10)
+    label = rectified_flow.drop_labels(jnp.asarray([3, 4, 5]), drop, 10)
     assert label.tolist() == [10, 4, 10]
     caption = Caption(jnp.ones((3, 2, 4), jnp.float16), jnp.ones((3, 2), bool), jnp.ones((3, 5)))
-    dropped = objectives.drop_labels(caption, drop, 0)
+    dropped = rectified_flow.drop_labels(caption, drop, 0)
     for part, whole in zip(dropped, caption, strict=True):
         assert (part[0] == 0).all() and (part[2] == 0).all() and (part[1] == whole[1]).all()
         assert part.dtype == whole.dtype
@@ -53,7 +59,7 @@ def batch_of(n, *, image=None, label=None):
 def shown(batch, key, n_classes, label_dropout):
     """What the objective shows a model."""
     spy = Spy(n_classes)
-    rectified_flow(density=uniform(), label_dropout=label_dropout)(spy, batch, key)
+    rectified_flow_loss(density=uniform(), label_dropout=label_dropout)(spy, batch, key)
     return spy.x, spy.t, spy.label
 
 
@@ -76,7 +82,7 @@ def correlation(a, b):
 
 
 def test_bytes_become_minus_one_to_one():
-    ends = objectives.to_float(jnp.asarray([0, 255], jnp.uint8).reshape(2, 1, 1, 1))
+    ends = rectified_flow.to_float(jnp.asarray([0, 255], jnp.uint8).reshape(2, 1, 1, 1))
     assert ends.ravel().tolist() == [-1, 1]
 
 
@@ -225,7 +231,7 @@ TIMES = (np.arange(N) + 0.5) / N
 def linear_loss(batch, slope):
     """The loss of the predictor slope(t)·x, with times spread evenly instead of drawn."""
     model = Spy(10, lambda x, t: slope.reshape(-1, 1, 1, 1) * x)
-    return rectified_flow(density=lambda u: jnp.asarray(TIMES))(model, batch, key)
+    return rectified_flow_loss(density=lambda u: jnp.asarray(TIMES))(model, batch, key)
 
 
 def best_slope(s):
@@ -257,7 +263,7 @@ def test_another_predictor_is_worse_by_its_distance_from_the_best(error):
 def test_the_times_bins_give_the_loss_back():
     t, error = jax.random.uniform(key, (1000,)), jax.random.exponential(key, (1000,))
     t = t.at[:2].set(jnp.asarray([0.0, 1.0]))
-    metrics = objectives.by_time(t, error)
+    metrics = rectified_flow.by_time(t, error)
     np.testing.assert_allclose(metrics["binned_loss"].sum(), error.mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["bin_share"].sum(), 1, rtol=1e-5)
     third = (t >= 0.3) & (t < 0.4)
@@ -274,7 +280,7 @@ ALPHA_BAR = np.cumprod(1 - BETA)
 def seen(batch, *, predict=lambda x, t: 0 * x, key=key, **how):
     """What DDPM shows a model, and what it makes of the answer."""
     spy = Spy(10, predict)
-    loss, metrics = ddpm(**how)(spy, batch, key)
+    loss, metrics = ddpm_loss(**how)(spy, batch, key)
     return jax.device_get((spy.x, spy.t, spy.label, loss, metrics))
 
 
@@ -315,7 +321,7 @@ def wave(x, t):
     return jnp.sin(3 * x) + 0 * t.reshape(-1, 1, 1, 1)
 
 
-@pytest.mark.parametrize("prediction", diffusion.PREDICTIONS)
+@pytest.mark.parametrize("prediction", ddpm.PREDICTIONS)
 @pytest.mark.parametrize("gamma", [0.0, 5.0])
 def test_ddpms_loss_is_the_mean_square_that_is_asked_for(prediction, gamma):
     batch, _ = gaussian_pictures(0.3)
@@ -354,7 +360,7 @@ def with_places(weights, x, t):
 def sigma_loss(weights, learned):
     batch, _ = gaussian_pictures(0.3)
     spy = Spy(10, partial(with_places, weights))
-    return ddpm(learned_sigma=learned)(spy, batch, key)[0]
+    return ddpm_loss(learned_sigma=learned)(spy, batch, key)[0]
 
 
 def test_the_bound_teaches_the_variance_and_leaves_the_mean_alone():
@@ -374,8 +380,8 @@ def test_the_bound_counts_as_a_thousandth_of_its_sum_over_the_steps():
     batch, _ = gaussian_pictures(0.3)
     x, t, _, loss, _ = seen(batch, predict=partial(with_places, weights), learned_sigma=True)
     step, data, noise = read_back(batch, x, t)
-    at = diffusion.at_each(diffusion.chain(), jnp.asarray(step), 4)
+    at = ddpm.at_each(ddpm.chain(), jnp.asarray(step), 4)
     data, x = jnp.asarray(data, jnp.float32), jnp.asarray(x)
-    guess = diffusion.estimate(with_places(weights, x, t), x, at, prediction="epsilon")
-    expected = np.square(0.4 * x - noise).mean() + diffusion.bits(guess, data, x, at).mean()
+    guess = ddpm.estimate(with_places(weights, x, t), x, at, prediction="epsilon")
+    expected = np.square(0.4 * x - noise).mean() + ddpm.bits(guess, data, x, at).mean()
     np.testing.assert_allclose(loss, expected, rtol=1e-3)

@@ -11,9 +11,9 @@ from commands import NANO, run
 from PIL import Image
 from test_train import TINY, assert_same, metrics
 
-from errors import UserError
-from pipeline import Pipeline
-from sources import open_source
+from data.load import open_source
+from data.pipeline import Pipeline
+from runtime.errors import UserError
 from train import Trainer
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-import optim
 from model import ModelConfig, init_params
+from training import optim
 
 key = jax.random.key(0)
 PEAK = 3e-3

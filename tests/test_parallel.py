@@ -12,13 +12,13 @@ from commands import free_port, start
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-import drawing
-import optim
-import parallel
+from data.batch import Batch, Caption
+from inference import sampler as inference_sampler
+from methods.ddpm import ddpm_loss
+from methods.rectified_flow import logit_normal, rectified_flow_loss
 from model import BLOCKS, JOINT, ModelConfig, graphdef, init_params
-from objectives import ddpm, logit_normal, rectified_flow
-from pipeline import Batch
-from text import Caption
+from runtime import parallel
+from training import optim
 
 key = jax.random.key(0)
 DEVICES = jax.devices()
@@ -55,7 +55,7 @@ OPTIMIZER = optim.optimizer(
 )
 # Four meshes are compiled: that takes longer than anything that is run.
 quickly_compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-LOSS = rectified_flow(density=logit_normal(), label_dropout=0.3)
+LOSS = rectified_flow_loss(density=logit_normal(), label_dropout=0.3)
 
 
 def weights(config):
@@ -151,7 +151,7 @@ def test_twenty_clipped_steps_of_an_mmdit_report_what_one_device_reports():
 @pytest.mark.slow
 def test_steps_of_ddpm_report_what_one_device_reports():
     """With the variational bound, whose gradient is stopped in part."""
-    how = {"n": 4, "loss": ddpm(learned_sigma=True, min_snr_gamma=5.0, label_dropout=0.3)}
+    how = {"n": 4, "loss": ddpm_loss(learned_sigma=True, min_snr_gamma=5.0, label_dropout=0.3)}
     config = replace(TINY, out_channels=2)
     expected = steps(config, MESHES["1 device"], **how)["reports"]
     for name in ("DDP 8", "hybrid 2x4"):
@@ -289,8 +289,8 @@ def test_sampling_and_evaluation_never_hold_the_whole_model():
     params = parallel.abstract(lambda: init_params(config, key), mesh)
     whole = sum(4 * x.size for x in jax.tree.leaves(params))
     batch = parallel.place(batch_of(8, config), mesh)
-    sampler, how = drawing.Sampler(n_steps=3), {"guide": True, "trajectory": False}
-    draw = drawing.draw.lower(
+    sampler, how = inference_sampler.Sampler(n_steps=3), {"guide": True, "trajectory": False}
+    draw = inference_sampler.draw.lower(
         params, batch.label, batch.row, 0, 2.0, config=config, sampler=sampler, **how
     )
     loss = jax.jit(lambda p, b: LOSS(nnx.merge(graphdef(config), p), b, key)[0])

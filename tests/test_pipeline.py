@@ -21,12 +21,15 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Va
 from hub_copies import OTHER_ATTRIBUTES, make_copy, picture
 from PIL import Image as Picture
 
-from captions import CaptionStore
+from data.batch import Batch, Caption
+from data.caption_cache import CaptionStore
+from data.load import open_source
+from data.pipeline import Pipeline
+from data.rows import Split
+from data.shuffle import FLIPS
+from data.text_encoders import Embedding
 from datasets_config import DATASET_CONFIGS
-from errors import RunError, UserError
-from pipeline import FLIPS, Batch, Pipeline, open_source
-from sources import Split
-from text import Caption, Embedding
+from runtime.errors import RunError, UserError
 
 ROOT = Path(__file__).parent.parent
 RNG = np.random.default_rng(0)
@@ -314,7 +317,7 @@ def test_the_embedded_digits_are_scikit_learns():
     pipeline = Pipeline(open_source("digits"), batch_size=1, seed=0)
     seen = []
     for split, n in {"train": 1437, "test": 360}.items():
-        path = ROOT / "assets" / "digits" / "data" / f"{split}-00000-of-00001.parquet"
+        path = ROOT / "data" / "digits" / "data" / f"{split}-00000-of-00001.parquet"
         stored = Dataset.from_parquet(str(path)).cast_column("image", Image(decode=False))
         rows = [int(Path(cell["path"]).stem) for cell in stored["image"]]
         pictures, digits = pipeline.images("train" if split == "train" else "eval")

@@ -13,9 +13,9 @@ import pytest
 import safetensors.numpy
 from torch_autoencoders import CONFIGS, SD, quiet, tensors_of, torch_autoencoder
 
-from errors import UserError
-from pretrained import autoencoder, weights
-from vae.autoencoder import init_params
+from networks.autoencoder import init_params
+from pretrained import autoencoder, weight_files
+from runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -33,14 +33,14 @@ def folder(params, tmp_path):
     return tmp_path / "saved"
 
 
-def edit(folder, change, name=weights.WEIGHTS):
+def edit(folder, change, name=weight_files.WEIGHTS):
     """Rewrite a file of weights with `change` made to its tensors."""
-    tensors = safetensors.numpy.load_file(folder / weights.WEIGHTS)
+    tensors = safetensors.numpy.load_file(folder / weight_files.WEIGHTS)
     safetensors.numpy.save_file(change(tensors), folder / name, {"format": "pt"})
 
 
 def edit_config(folder, **facts):
-    path = folder / weights.CONFIG
+    path = folder / weight_files.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | facts))
 
 
@@ -99,7 +99,10 @@ def test_saving_replaces_what_was_there(folder, params):
     found = autoencoder.load(str(folder))
     assert_same(found.params, doubled)
     assert found.config.scaling_factor == 0.5
-    assert sorted(path.name for path in folder.iterdir()) == [weights.CONFIG, weights.WEIGHTS]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        weight_files.CONFIG,
+        weight_files.WEIGHTS,
+    ]
 
 
 def test_a_save_that_fails_leaves_the_old_weights(folder, params, monkeypatch):
@@ -111,7 +114,10 @@ def test_a_save_that_fails_leaves_the_old_weights(folder, params, monkeypatch):
         autoencoder.save(folder, SD, jax.tree.map(lambda x: 2 * x, params))
     monkeypatch.undo()
     assert_same(autoencoder.load(str(folder)).params, params)
-    assert sorted(path.name for path in folder.iterdir()) == [weights.CONFIG, weights.WEIGHTS]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        weight_files.CONFIG,
+        weight_files.WEIGHTS,
+    ]
 
 
 def test_weights_of_another_config_are_not_saved(tmp_path, params):
@@ -125,7 +131,7 @@ def test_weights_of_another_config_are_not_saved(tmp_path, params):
 
 def test_a_pipeline_s_autoencoder_lies_in_its_vae(folder, params):
     (folder / "vae").mkdir()
-    for name in (weights.CONFIG, weights.WEIGHTS):
+    for name in (weight_files.CONFIG, weight_files.WEIGHTS):
         (folder / name).rename(folder / "vae" / name)
     (folder / "model_index.json").write_text("{}")
     assert_same(autoencoder.load(str(folder)).params, params)
@@ -136,9 +142,9 @@ def test_half_precision_files_are_read_as_they_are(dtype, folder):
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
 
-    tensors = safetensors.numpy.load_file(folder / weights.WEIGHTS)
+    tensors = safetensors.numpy.load_file(folder / weight_files.WEIGHTS)
     rounded = {k: torch.from_numpy(x).to(getattr(torch, dtype)) for k, x in tensors.items()}
-    save_file(rounded, folder / weights.WEIGHTS, {"format": "pt"})
+    save_file(rounded, folder / weight_files.WEIGHTS, {"format": "pt"})
     found = autoencoder.to_tensors(autoencoder.load(str(folder)).params)
     assert all(x.dtype == np.float32 for x in found.values())
     assert_same(found, {k: x.float().numpy() for k, x in rounded.items()})
@@ -148,7 +154,7 @@ def test_full_precision_is_preferred_and_half_is_enough(folder, params):
     half = "diffusion_pytorch_model.fp16.safetensors"
     edit(folder, lambda tensors: {k: x.astype("f2") for k, x in tensors.items()}, half)
     assert_same(autoencoder.load(str(folder)).params, params)
-    (folder / weights.WEIGHTS).unlink()
+    (folder / weight_files.WEIGHTS).unlink()
     rounded = jax.tree.map(lambda x: np.asarray(x).astype("f2").astype("f4"), params)
     assert_same(autoencoder.load(str(folder)).params, rounded)
 
@@ -272,35 +278,35 @@ def without(name):
 
 
 def torn(folder):
-    path = folder / weights.WEIGHTS
+    path = folder / weight_files.WEIGHTS
     path.write_bytes(path.read_bytes()[:1000])
 
 
 def misnamed(folder):
-    (folder / weights.WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
+    (folder / weight_files.WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
 
 
 def half_gone(folder):
-    (folder / weights.INDEX).write_text('{"weight_map": {"a": "1.safetensors"}}')
-    (folder / weights.WEIGHTS).unlink()
+    (folder / weight_files.INDEX).write_text('{"weight_map": {"a": "1.safetensors"}}')
+    (folder / weight_files.WEIGHTS).unlink()
 
 
 def pointing_elsewhere(folder):
-    (folder / weights.INDEX).write_text('{"weight_map": {"a": "../1.safetensors"}}')
-    (folder / weights.WEIGHTS).unlink()
+    (folder / weight_files.INDEX).write_text('{"weight_map": {"a": "../1.safetensors"}}')
+    (folder / weight_files.WEIGHTS).unlink()
 
 
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (without(weights.CONFIG), "holds no config.json, nor a vae/config.json"),
-        (without(weights.WEIGHTS), "holds no diffusion_pytorch_model.safetensors$"),
+        (without(weight_files.CONFIG), "holds no config.json, nor a vae/config.json"),
+        (without(weight_files.WEIGHTS), "holds no diffusion_pytorch_model.safetensors$"),
         (misnamed, "diffusion_pytorch_model.bin is damaged or no file of torch.save"),
         (half_gone, "lacks 1.safetensors, which its .*index.json names"),
         (pointing_elsewhere, "it names files elsewhere"),
         (torn, "diffusion_pytorch_model.safetensors is damaged"),
-        (lambda folder: (folder / weights.CONFIG).write_text("{"), "config.json is damaged"),
-        (lambda folder: (folder / weights.CONFIG).write_text("[]"), "config.json is damaged"),
+        (lambda folder: (folder / weight_files.CONFIG).write_text("{"), "config.json is damaged"),
+        (lambda folder: (folder / weight_files.CONFIG).write_text("[]"), "config.json is damaged"),
     ],
 )
 def test_damage_is_told_in_one_line(damage, message, folder):
@@ -319,20 +325,20 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, params):
 
 
 def test_weights_in_several_files_are_one(folder, params):
-    tensors = safetensors.numpy.load_file(folder / weights.WEIGHTS)
-    (folder / weights.WEIGHTS).unlink()
+    tensors = safetensors.numpy.load_file(folder / weight_files.WEIGHTS)
+    (folder / weight_files.WEIGHTS).unlink()
     named = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(tensors)}
     for file in set(named.values()):
         some = {name: x for name, x in tensors.items() if named[name] == file}
         safetensors.numpy.save_file(some, folder / file)
-    (folder / weights.INDEX).write_text(json.dumps({"weight_map": named}))
+    (folder / weight_files.INDEX).write_text(json.dumps({"weight_map": named}))
     assert_same(autoencoder.load(str(folder)).params, params)
 
 
 def test_weights_as_torch_saves_them_are_the_same(folder, params):
     torch = pytest.importorskip("torch")
-    tensors = safetensors.numpy.load_file(folder / weights.WEIGHTS)
-    (folder / weights.WEIGHTS).unlink()
+    tensors = safetensors.numpy.load_file(folder / weight_files.WEIGHTS)
+    (folder / weight_files.WEIGHTS).unlink()
     state = {name: torch.from_numpy(x) for name, x in tensors.items()}
     torch.save(state, folder / "diffusion_pytorch_model.bin")
     assert_same(autoencoder.load(str(folder)).params, params)
@@ -340,7 +346,7 @@ def test_weights_as_torch_saves_them_are_the_same(folder, params):
 
 def test_what_is_written_is_safetensors(folder, params):
     """As the format's own reader has it."""
-    found = safetensors.numpy.load_file(folder / weights.WEIGHTS)
+    found = safetensors.numpy.load_file(folder / weight_files.WEIGHTS)
     assert_same(found, autoencoder.to_tensors(params))
 
 
@@ -372,9 +378,9 @@ def test_an_id_of_the_hub_is_found_in_its_cache(hub, params, revision):
 
 def test_a_pipeline_of_the_hub_has_it_in_its_vae(hub, params):
     (hub / "vae").mkdir()
-    (hub / weights.CONFIG).rename(hub / "vae" / weights.CONFIG)
+    (hub / weight_files.CONFIG).rename(hub / "vae" / weight_files.CONFIG)
     half = "diffusion_pytorch_model.fp16.safetensors"
-    (hub / weights.WEIGHTS).rename(hub / "vae" / half)
+    (hub / weight_files.WEIGHTS).rename(hub / "vae" / half)
     assert_same(autoencoder.load("us/vae").params, params)
 
 

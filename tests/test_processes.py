@@ -11,9 +11,9 @@ import pytest
 from commands import NANO, SMALL, free_port, run, start
 
 import evaluate
-import processes
-from errors import UserError
 from evaluate import EvaluateConfig
+from runtime import processes
+from runtime.errors import UserError
 
 FLAGS = [*SMALL, "--n_steps", 20, "--log_every", 1, "--eval_save_steps", 10]
 FLAGS += ["--sample_every_n", 10]

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-import profiling
+from data.batch import Caption
 from model import BLOCKS, graphdef, init_params, model_config
-from profiling import Peak, StepCost, StepProfile, cost, flops_by_module, measure, peak, roofline
-from text import Caption
+from training import flops as training_flops
+from training import profiling
+from training.flops import Peak, flops_by_module, peak
+from training.profiling import StepCost, StepProfile, cost, measure, roofline
 
 DEPTH, ROWS, WIDTH = 8, 64, 32
 
@@ -149,9 +151,9 @@ def test_peaks_by_the_names_that_jax_gives(kind, dtype, tflops, gigabytes):
 )
 def test_a_peak_is_never_guessed(kind, dtype):
     assert peak(kind, dtype) is None
-    assert profiling.mfu(1e12, None) is None
+    assert training_flops.mfu(1e12, None) is None
     given = peak(kind, dtype, peak_tflops=2.0)
-    assert given is not None and profiling.mfu(1e12, given) == 0.5
+    assert given is not None and training_flops.mfu(1e12, given) == 0.5
 
 
 def test_the_verdict_follows_the_ridge():

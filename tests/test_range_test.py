@@ -8,13 +8,20 @@ import numpy as np
 import pytest
 from commands import NANO, SMALL, run
 
-import range_test
-import run_folder
-import train_config
 from datasets_config import DATASET_CONFIGS
-from errors import UserError
-from range_test import HIGHEST, LOWEST, RangeTest, diverged, exponential, rising, smoothed
-from train_config import TrainConfig
+from runtime import run_folder
+from runtime.errors import UserError
+from training import lr_range_test, resolve
+from training.config import TrainConfig
+from training.lr_range_test import (
+    HIGHEST,
+    LOWEST,
+    RangeTest,
+    diverged,
+    exponential,
+    rising,
+    smoothed,
+)
 
 N = 300
 
@@ -50,7 +57,7 @@ def test_it_stops_where_descent_diverges():
     found = rising(N, descent(1000.0, kick=1e-3))
     assert found.diverged and len(found.losses) < N
     assert 2e-3 < found.rates[-1] < 1e-2
-    assert found.losses[-1] > range_test.DIVERGED
+    assert found.losses[-1] > lr_range_test.DIVERGED
     assert found.suggested is not None and found.suggested < 2e-3
 
 
@@ -109,9 +116,9 @@ def test_it_is_of_fresh_weights_and_nothing_else(other):
     asked = replace(TrainConfig(lr_range_test=50), **{other: True})
     how = {"n_rows": 100, "n_devices": 1, "platform": "cpu"}
     with pytest.raises(UserError, match=f"and then stops: drop --{other}"):
-        train_config.resolve(asked, DATASET_CONFIGS["digits"], **how)
+        resolve.resolve(asked, DATASET_CONFIGS["digits"], **how)
 
 
 def test_it_takes_some_steps():
     with pytest.raises(UserError, match="--lr_range_test 5: it takes at least 20 steps"):
-        range_test.range_test(None, 5)  # pyright: ignore
+        lr_range_test.range_test(None, 5)  # pyright: ignore

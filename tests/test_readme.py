@@ -17,13 +17,14 @@ from commands import ROOT
 from datasets import ClassLabel, Dataset, Features, Image
 from flax import nnx
 
-import cli
 import datasets_config
 import model
-import objectives
 import sampling
 import train
-from sources import open_source
+from data.load import open_source
+from methods import rectified_flow
+from runtime import cli
+from training import config as training_config
 
 TEXT = (ROOT / "README.md").read_text()
 RECIPES = ("A data set", "A block", "An objective", "A solver")
@@ -58,7 +59,7 @@ def test_a_data_set_is_opened_by_its_entry(tmp_path, monkeypatch):
     entry = eval(recipe("A data set"), dict(vars(datasets_config)))
     monkeypatch.setitem(datasets_config.DATASET_CONFIGS, entry.name, entry)
     breeds = ClassLabel(names=[f"breed {i}" for i in range(entry.n_classes)])
-    pictures = [{"bytes": (ROOT / "assets/readme/samples.png").read_bytes(), "path": None}] * 12
+    pictures = [{"bytes": (ROOT / "docs/images/samples.png").read_bytes(), "path": None}] * 12
     columns = {entry.image_column: pictures, entry.label_column: list(range(12))}
     features = Features({entry.image_column: Image(), entry.label_column: breeds})
     for split in ("train", "test"):
@@ -98,7 +99,7 @@ def test_a_block_is_chosen_by_its_name_and_sees_its_condition(monkeypatch):
 
 def test_an_objective_is_what_it_says():
     """Of a model that says 0, Huber's loss of the velocity itself."""
-    made = cook("An objective", objectives, Trainer=train.Trainer, optax=optax)
+    made = cook("An objective", rectified_flow, Trainer=train.Trainer, optax=optax)
     assert issubclass(made["Robust"], train.Trainer)
     loss = made["Robust"].objective(None, label_dropout=0.1)
     image = jax.random.randint(jax.random.key(0), (64, 8, 8, 1), 0, 256).astype(jnp.uint8)
@@ -112,7 +113,7 @@ def test_an_objective_is_what_it_says():
     says_nothing.config = SimpleNamespace(n_classes=10)
     key = jax.random.key(1)
     found, _ = loss(says_nothing, batch, key)
-    rows = objectives.draw(batch, key, n_classes=10, label_dropout=0.1)
+    rows = rectified_flow.draw(batch, key, n_classes=10, label_dropout=0.1)
     v = jnp.abs(rows.noise - rows.data)
     np.testing.assert_allclose(found, jnp.where(v < 1, v**2 / 2, v - 0.5).mean(), rtol=1e-5)
     ((t, label),) = seen
@@ -122,8 +123,8 @@ def test_an_objective_is_what_it_says():
 @pytest.mark.slow
 def test_a_trainer_asks_itself_for_its_objective(tmp_path):
     """Of the untrained model, which says 0, Huber's loss is below half of the squares'."""
-    robust = cook("An objective", objectives, Trainer=train.Trainer, optax=optax)["Robust"]
-    config = train.TrainConfig(model="DiT-Ti/4", batch_size=64, n_eval_batches=1)
+    robust = cook("An objective", rectified_flow, Trainer=train.Trainer, optax=optax)["Robust"]
+    config = training_config.TrainConfig(model="DiT-Ti/4", batch_size=64, n_eval_batches=1)
     small, large = (kind(config).evaluate()["eval_loss"] for kind in (robust, train.Trainer))
     assert 0.2 * large < small < 0.5 * large
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-import run_folder
-from errors import UserError
-from interrupts import stopping
+from runtime import files, run_folder
+from runtime.errors import UserError
+from runtime.signals import stopping
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,17 +100,17 @@ def test_a_damaged_configuration_is_named(tmp_path):
 
 def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "out"
-    with run_folder.atomic(path) as file:
+    with files.atomic(path) as file:
         file.write(b"old")
         assert not path.exists()
-    with pytest.raises(OSError, match="full"), run_folder.atomic(path) as file:
+    with pytest.raises(OSError, match="full"), files.atomic(path) as file:
         file.write(b"ne")
         raise OSError("full")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_full_disk_is_said_of_the_file_that_was_to_be_written(tmp_path):
-    with pytest.raises(OSError) as full, run_folder.atomic(tmp_path / "config.json"):
+    with pytest.raises(OSError) as full, files.atomic(tmp_path / "config.json"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert full.value.filename == str(tmp_path / "config.json")
 
@@ -130,7 +130,7 @@ def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(tmp_path
     others = [f".out.png.{living}.tmp", "samples/1.png", "notes.tmp", ".hidden.tmp", ".x.1"]
     for name in (*ours, *others):
         (tmp_path / name).touch()
-    run_folder.tidy(tmp_path)
+    files.tidy(tmp_path)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == set(others)
 

@@ -10,17 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import diffusion
-from sampling import (
-    SOLVERS,
-    ancestral,
-    ddim,
-    euler,
-    guided,
-    initial_noise,
-    step_noise,
-    time_grid,
-)
+from methods import ddpm
+from methods.ddpm import ancestral, ddim
+from sampling import SOLVERS, euler, guided, initial_noise, step_noise, time_grid
 
 MEAN, STD = 0.3, 0.5
 noise = jax.random.normal(jax.random.key(0), (8, 4))
@@ -132,7 +124,7 @@ def said(x, t, module):
 def read(x, at, *, learned):
     noise, place = said(x, jnp.float64(at.step) / 1000, jnp)
     both = jnp.concatenate([noise, place], axis=-1) if learned else noise
-    return diffusion.estimate(both, x, at, prediction="epsilon")
+    return ddpm.estimate(both, x, at, prediction="epsilon")
 
 
 def strides(n):
@@ -172,7 +164,7 @@ def descended(solver, n_steps, *, learned=False, **how):
     """In float64, from the same noise."""
     with jax.enable_x64(True):
         start, table = jnp.asarray(np.float64(noise)), jnp.asarray(fresh)
-        chain = diffusion.chain(n_steps)
+        chain = ddpm.chain(n_steps)
         how = {"renew": lambda step: table[step], "trajectory": True} | how
         solution = solver(partial(read, learned=learned), start, chain, **how)
         return jax.device_get(solution)
@@ -217,7 +209,7 @@ def best_read(x, at, *, learned=False):
     """
     variance = (at.signal * STD) ** 2 + at.noise**2
     epsilon = at.noise / variance * (x - at.signal * MEAN)
-    guess = diffusion.estimate(epsilon, x, at, prediction="epsilon")
+    guess = ddpm.estimate(epsilon, x, at, prediction="epsilon")
     unknown = at.of_data**2 * (STD * at.noise) ** 2 / variance
     if not learned:
         return guess
@@ -234,12 +226,12 @@ def moments(solver, n_steps, **how):
 @partial(jax.jit, static_argnames=("n_steps", "learned", "renew"))
 def draw_ancestral(noise, *, renew, n_steps, learned=False):
     best = partial(best_read, learned=learned)
-    return ancestral(best, noise, diffusion.chain(n_steps), renew).x
+    return ancestral(best, noise, ddpm.chain(n_steps), renew).x
 
 
 @partial(jax.jit, static_argnames=("n_steps", "renew"))
 def draw_ddim(noise, *, renew, n_steps):
-    return ddim(best_read, noise, diffusion.chain(n_steps), renew).x
+    return ddim(best_read, noise, ddpm.chain(n_steps), renew).x
 
 
 def test_the_best_prediction_draws_gaussian_data():
@@ -259,7 +251,7 @@ def test_ddim_carries_each_noise_to_its_own_data():
     """Where the flow that keeps (x − √ᾱ·m) / √(ᾱs² + 1 − ᾱ) ends."""
     a = ALPHA_BAR[-1]
     kept = (noise - math.sqrt(a) * MEAN) / math.sqrt(a * STD**2 + 1 - a)
-    x = ddim(best_read, noise, diffusion.chain(), lambda step: noise).x
+    x = ddim(best_read, noise, ddpm.chain(), lambda step: noise).x
     np.testing.assert_allclose(x, MEAN + STD * kept, atol=0.01)
 
 

@@ -11,14 +11,15 @@ import jax
 import pytest
 
 import model
-import parallel
-import profiling
-import scaling
+from benchmarks import planner
+from benchmarks.planner import Collective, Device, Plan
+from data.batch import Batch
+from methods.rectified_flow import logit_normal, rectified_flow_loss
 from model import JOINT, ModelConfig, graphdef, init_params, model_config
-from objectives import logit_normal, rectified_flow
-from pipeline import Batch
-from scaling import Collective, Device, Plan
-from train import TrainConfig, Trainer
+from runtime import parallel
+from train import Trainer
+from training import flops, profiling
+from training.config import TrainConfig
 
 MESHES = {"DDP": (8, 1), "hybrid": (2, 4), "FSDP": (1, 8)}
 SMALL = ModelConfig(
@@ -49,17 +50,17 @@ def test_parameters_are_counted_as_on_paper():
     blocks = depth * (18 * d * d + 15 * d)
     outside = (patch * d + d) + (256 * d + d + d * d + d) + classes * d
     final = 2 * d * d + 2 * d + d * patch + patch
-    xl = model_config("DiT-XL/2", image_size=32, **scaling.XL)
-    assert scaling.n_params(xl) == blocks + outside + final
-    assert scaling.n_params(scaling.FIVE_BILLION) == pytest.approx(5e9, rel=0.01)
+    xl = model_config("DiT-XL/2", image_size=32, **planner.XL)
+    assert planner.n_params(xl) == blocks + outside + final
+    assert planner.n_params(planner.FIVE_BILLION) == pytest.approx(5e9, rel=0.01)
 
 
 @pytest.mark.parametrize("fsdp", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shards_sum_to_the_whole_and_lie_as_planned(name, fsdp):
     config = CONFIGS[name]
-    w = scaling.weights(config, fsdp)
-    assert fsdp * (w.on_device - w.alike) + w.alike == 4 * scaling.n_params(config)
+    w = planner.weights(config, fsdp)
+    assert fsdp * (w.on_device - w.alike) + w.alike == 4 * planner.n_params(config)
     mesh = parallel.make_mesh(fsdp)
     params = parallel.create(lambda: init_params(config, jax.random.key(0)), mesh)
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params))
@@ -68,17 +69,17 @@ def test_shards_sum_to_the_whole_and_lie_as_planned(name, fsdp):
 
 def test_what_a_pass_keeps_scales_as_its_parts_do():
     config = model_config("DiT-S/2", image_size=32, channels=4, out_channels=4, n_classes=10)
-    coarse, fine = scaling.forward(config), scaling.forward(replace(config, image_size=64))
+    coarse, fine = planner.forward(config), planner.forward(replace(config, image_size=64))
     assert fine.scores == pytest.approx(16 * coarse.scores, rel=0.02)  # tokens squared
     assert coarse.scores == 2 * 4 * 12 * 6 * 256**2
     assert fine.kept == pytest.approx(4 * coarse.kept, rel=0.02)
     assert fine.made == pytest.approx(4 * coarse.made, rel=0.02)
-    block, deeper = scaling.forward_of_a_block(config), scaling.forward(replace(config, depth=20))
+    block, deeper = planner.forward_of_a_block(config), planner.forward(replace(config, depth=20))
     for field in ("made", "kept", "scores"):
         assert getattr(deeper, field) - getattr(coarse, field) == 8 * getattr(block, field)
-    half = scaling.forward(replace(config, dtype="bfloat16"))
+    half = planner.forward(replace(config, dtype="bfloat16"))
     assert 0.5 < half.kept / coarse.kept < 0.55
-    remat = scaling.forward(replace(config, remat=True))
+    remat = planner.forward(replace(config, remat=True))
     assert coarse.kept / remat.kept > 10 and remat.made == coarse.made
     # Of a block eleven numbers a channel of a token: its input, queries, keys and values, what
     # attention found, two maps back, the MLP's four; and the softmax's sum of each head.
@@ -99,21 +100,21 @@ def test_rings_and_trees():
 
 
 def test_which_devices_meet_in_which_collective():
-    w = scaling.weights(SMALL, 8)
-    gather, scatter, across, alike = scaling.collectives(w, 4, 8)
+    w = planner.weights(SMALL, 8)
+    gather, scatter, across, alike = planner.collectives(w, 4, 8)
     assert (gather.size, gather.n_hosts, scatter.size) == (8, 1, 8)
     assert (across.size, across.n_hosts, across.array_bytes) == (4, 4, w.split / 8)
     assert (alike.size, alike.n_hosts) == (32, 4)
     assert gather.array_bytes == 2 * scatter.array_bytes == 2 * w.split
-    parts = scaling.collectives(w, 4, 8, accumulate_steps=3)
+    parts = planner.collectives(w, 4, 8, accumulate_steps=3)
     assert [p.array_bytes for p in parts] == [
         3 * gather.array_bytes,
         3 * scatter.array_bytes,
         across.array_bytes,
         alike.array_bytes,
     ]
-    (summed,) = scaling.collectives(scaling.weights(SMALL, 1), 8, 1)
-    assert summed.array_bytes == 4 * scaling.n_params(SMALL) and summed.n_hosts == 1
+    (summed,) = planner.collectives(planner.weights(SMALL, 1), 8, 1)
+    assert summed.array_bytes == 4 * planner.n_params(SMALL) and summed.n_hosts == 1
 
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce")
@@ -155,7 +156,7 @@ def test_bytes_of_collectives_are_those_of_the_compiled_program(name, mesh):
     config, (data, fsdp) = CONFIGS[name], MESHES[mesh]
     devices = parallel.make_mesh(fsdp)
     params = parallel.abstract(lambda: init_params(config, jax.random.key(0)), devices)
-    loss = rectified_flow(density=logit_normal(), label_dropout=0.1)
+    loss = rectified_flow_loss(density=logit_normal(), label_dropout=0.1)
     gradient = jax.jit(parallel.value_and_grad(loss, graphdef(config), devices))
     side = config.image_size
     batch = Batch(
@@ -166,7 +167,7 @@ def test_bytes_of_collectives_are_those_of_the_compiled_program(name, mesh):
     compiled = gradient.lower(params, batch, jax.random.key(0)).compile()
     counted = sent_by_hlo(compiled.as_text())
     planned = dict.fromkeys(counted, 0.0)
-    for c in scaling.collectives(scaling.weights(config, fsdp), data, fsdp):
+    for c in planner.collectives(planner.weights(config, fsdp), data, fsdp):
         planned[c.kind] += c.array_bytes
     assert counted["reduce-scatter"] == planned["reduce-scatter"]
     # The loss and its metrics are summed too; what the backward pass need not know is not gathered.
@@ -179,7 +180,7 @@ def test_bytes_of_collectives_are_those_of_the_compiled_program(name, mesh):
 
 def test_the_roofline_of_a_step():
     p = plan(SMALL, "hybrid")
-    forward = sum(profiling.flops_by_module(SMALL).values())
+    forward = sum(flops.flops_by_module(SMALL).values())
     assert p.flops == 3 * 4 * forward
     assert p.arithmetic_seconds == 4 * 4 * forward  # remat: one forward pass more
     assert p.seconds == pytest.approx(p.compute_seconds + p.communication_seconds)
@@ -198,22 +199,22 @@ def test_the_roofline_of_a_step():
 
 
 def test_the_choice_fits_and_is_the_fastest():
-    xl, h100 = scaling.models()["DiT-XL/2", 256], scaling.DEVICES["H100"]
-    best = scaling.choose(xl, h100, 64)
-    assert best and best.memory.total <= scaling.FILLED * h100.memory_bytes
-    assert best.rows * best.n_devices <= scaling.LARGEST_BATCH
-    others = list(scaling.fitting(xl, h100, 64))
+    xl, h100 = planner.models()["DiT-XL/2", 256], planner.DEVICES["H100"]
+    best = planner.choose(xl, h100, 64)
+    assert best and best.memory.total <= planner.FILLED * h100.memory_bytes
+    assert best.rows * best.n_devices <= planner.LARGEST_BATCH
+    others = list(planner.fitting(xl, h100, 64))
     assert {plan.fsdp for plan in others} == {1, 8, 64}
     assert best.images_per_second == max(plan.images_per_second for plan in others)
-    five = scaling.models()["MMDiT-5B/2", 256]
-    assert {plan.fsdp for plan in scaling.fitting(five, h100, 64)} == {8, 64}  # DDP does not fit
-    assert scaling.choose(five, h100, 1) is None
+    five = planner.models()["MMDiT-5B/2", 256]
+    assert {plan.fsdp for plan in planner.fitting(five, h100, 64)} == {8, 64}  # DDP does not fit
+    assert planner.choose(five, h100, 1) is None
 
 
 @pytest.mark.slow
 def test_the_tables_of_the_document_are_the_codes():
-    document = scaling.DOCUMENT.read_text()
-    assert scaling.refreshed(document) == document
+    document = planner.DOCUMENT.read_text()
+    assert planner.refreshed(document) == document
 
 
 # --- the real step --------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ def test_the_real_step_holds_and_needs_what_is_planned(tmp_path, remat):
         s = trainer.state
         state = (s.params, s.ema, s.opt_state)
         whole = nbytes(state)
-        assert whole == pytest.approx(16 * scaling.n_params(trainer.model_config), rel=1e-4)
+        assert whole == pytest.approx(16 * planner.n_params(trainer.model_config), rel=1e-4)
         held = nbytes(state, lambda x: x.addressable_shards[0].data.nbytes)
         if mesh == "FSDP":
             assert held <= 1.3 / 8 * whole and found.argument_bytes <= 1.3 / 8 * whole

@@ -14,17 +14,17 @@ from flax import nnx
 from torch_autoencoders import nchw, nhwc, quiet, tensors_of
 from towers import save_clip, save_t5
 
-import drawing
-import parallel
 import sampling
-import subjects
-import text
-from drawable import Drawable
-from drawing import Sampler
-from errors import UserError
+from data import text_encoders
+from data.batch import Caption
+from inference import labels as inference_labels
+from inference import sampler
+from inference.sampler import Sampler
+from inference.trained_model import Drawable
 from model import JOINT, ModelConfig, graphdef, init_params, model_config
 from pretrained import sd3, transformer
-from text import Caption
+from runtime import parallel
+from runtime.errors import UserError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -355,8 +355,8 @@ def theirs(pipeline, prompts):
 
 def test_prompts_are_those_of_diffusers_with_all_their_padding(towers, pipeline):
     tokens, pooled = theirs(pipeline, PROMPTS)
-    encoded = text.Towers(towers, full_width=24).encode(PROMPTS)
-    found = text.pad(encoded, 24 + 256)
+    encoded = text_encoders.Towers(towers, full_width=24).encode(PROMPTS)
+    found = text_encoders.pad(encoded, 24 + 256)
     assert found.mask.all() and not any(e.cut for e in encoded)  # T5 reads what CLIP cannot
     for ours, expected in ((found.tokens, tokens), (found.pooled, pooled)):
         assert ours.dtype == np.float16
@@ -373,7 +373,8 @@ def test_towers_of_a_pipelines_folder_have_their_tokenizers_beside_them(towers, 
         for file in name.glob("*token*"):
             file.rename(words / file.name)
     (ours,), (expected,) = (
-        text.Towers([*map(str, some)], full_width=24).encode(["a red"]) for some in (names, towers)
+        text_encoders.Towers([*map(str, some)], full_width=24).encode(["a red"])
+        for some in (names, towers)
     )
     np.testing.assert_array_equal(ours.tokens, expected.tokens)
 
@@ -400,17 +401,17 @@ def drawable(towers, *, full_width: int | None = 24, text_towers=()) -> Drawable
 
 
 def test_sd3_is_told_that_there_is_no_prompt_by_an_empty_one(towers):
-    asked = subjects.of_prompts(drawable(towers), ("blue", "a red"), 4)
+    asked = inference_labels.of_prompts(drawable(towers), ("blue", "a red"), 4)
     assert (list(asked.which), asked.names) == ([0, 0, 1, 1], ("blue", "a red"))
     labels, told = asked.rows(0, 4)
-    blue, red, nothing = text.Towers(towers, full_width=24).encode([*asked.names, ""])
+    blue, red, nothing = text_encoders.Towers(towers, full_width=24).encode([*asked.names, ""])
     assert isinstance(labels, Caption) and told["negative"] is not None
     for x, caption in zip(labels.tokens, (blue, blue, red, red), strict=True):
         np.testing.assert_array_equal(x[: len(caption.tokens)], caption.tokens)
     null = told["negative"]
     np.testing.assert_array_equal(null.tokens[0, : len(nothing.tokens)], nothing.tokens)
     np.testing.assert_array_equal(null.pooled, nothing.pooled[None])
-    ours = subjects.of_prompts(drawable(towers, full_width=None), ("blue",), 1)
+    ours = inference_labels.of_prompts(drawable(towers, full_width=None), ("blue",), 1)
     assert ours.negative is None
 
 
@@ -430,8 +431,8 @@ def test_a_missing_t5_is_zeros(towers, pipeline):
     encoder, pipeline.text_encoder_3 = pipeline.text_encoder_3, None
     tokens, _ = theirs(pipeline, PROMPTS)
     pipeline.text_encoder_3 = encoder
-    encoded = text.Towers(towers[:2], full_width=24).encode(PROMPTS)
-    found = text.pad(encoded, 24 + 256)
+    encoded = text_encoders.Towers(towers[:2], full_width=24).encode(PROMPTS)
+    found = text_encoders.pad(encoded, 24 + 256)
     np.testing.assert_allclose(found.tokens, tokens, rtol=0, atol=2e-3 * np.abs(tokens).max())
     assert not found.tokens[:, 24:].any() and found.mask.all()
     assert [e.cut for e in encoded] == [False, False, False, True]
@@ -439,7 +440,7 @@ def test_a_missing_t5_is_zeros(towers, pipeline):
 
 def test_towers_that_are_wider_than_the_model_are_refused(towers):
     with pytest.raises(UserError, match="have 24 channels: the model takes 20"):
-        text.Towers(towers, full_width=20)
+        text_encoders.Towers(towers, full_width=20)
 
 
 # --- a whole sample -------------------------------------------------------------------------------
@@ -461,8 +462,11 @@ def test_our_times_are_diffusers_sigmas_but_for_the_last_step(pipeline):
 
 def test_a_guided_sample_is_that_of_diffusers(towers, pipeline):
     config = replace(CONFIGS["sd3.5 medium"], image_size=12)
-    revisions, prompts = [str(text.revision(tower)) for tower in towers], ["a red", "blue", "", ""]
-    caption = text.encode(prompts, towers, revisions, length=0, full_width=24)
+    revisions, prompts = (
+        [str(text_encoders.revision(tower)) for tower in towers],
+        ["a red", "blue", "", ""],
+    )
+    caption = text_encoders.encode(prompts, towers, revisions, length=0, full_width=24)
     assert caption.mask.all()
     tokens, pooled = (torch.tensor(np.float32(v)) for v in (caption.tokens, caption.pooled))
     x = np.asarray(sampling.initial_noise(3, jnp.arange(3), (12, 12, 4)))
@@ -480,7 +484,7 @@ def test_a_guided_sample_is_that_of_diffusers(towers, pipeline):
             latents=nchw(x),
             output_type="latent",
         ).images
-    found = drawing.sample(
+    found = sampler.sample(
         tensors_and_params("sd3.5 medium")[1],
         config,
         jax.tree.map(lambda x: x[:3], caption),

@@ -13,10 +13,12 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 from hub_copies import make_copy, picture
 
-import streams
-from errors import UserError
-from pipeline import Batch, Pipeline, open_source
-from streams import Streamed
+from data import parquet
+from data.batch import Batch
+from data.load import open_source
+from data.parquet import Streamed
+from data.pipeline import Pipeline
+from runtime.errors import UserError
 
 RNG = np.random.default_rng(0)
 FEATURES = Features({"img": Image(), "label": ClassLabel(names=list("abc"))})
@@ -188,7 +190,7 @@ def test_a_file_elsewhere_that_is_out_of_reach_is_tried_again(folder, monkeypatc
         return honest(path, *args)
 
     monkeypatch.setattr(fsspec, "open", flaky)
-    monkeypatch.setattr(streams.time, "sleep", pauses.append)
+    monkeypatch.setattr(parquet.time, "sleep", pauses.append)
     failures.insert(0, 0)
     expected = pyarrow.parquet.read_table(next(folder.glob("data/*-00000-*")))["img"][5].as_py()
     assert stream.cells([5]) == [expected]
@@ -206,7 +208,7 @@ def test_what_will_not_change_is_not_tried_again(folder, monkeypatch, what):
     def sleep(seconds):
         raise AssertionError("nobody should wait for this")
 
-    monkeypatch.setattr(streams.time, "sleep", sleep)
+    monkeypatch.setattr(parquet.time, "sleep", sleep)
     files = in_memory(folder)
     if what == "missing":
         files = ["memory://set/elsewhere.parquet"]

@@ -13,15 +13,14 @@ import pytest
 from drawables import CLASSES, DDPM, NOTHING, SHAPE, SIGMA, drawable
 
 import demo
-import drawing
-import images
-import studio
+from data.batch import Caption
 from demo import DemoConfig
-from drawable import Drawable
-from errors import UserError
+from inference import grids, sampler
+from inference.app import service
+from inference.app.service import Models, Order
+from inference.trained_model import Drawable
 from model import model_config
-from studio import Models, Order
-from text import Caption
+from runtime.errors import UserError
 
 ORDER = Order(labels=("3", "7"), n=5, seed=5)
 
@@ -33,7 +32,7 @@ def digits():
 
 def drawn(of, order):
     """All pictures as arrays, and what they are of."""
-    found = [pair for pictures in studio.draw(of, order) for pair in pictures]
+    found = [pair for pictures in service.draw(of, order) for pair in pictures]
     return np.stack([np.asarray(picture) for picture, _ in found]), [name for _, name in found]
 
 
@@ -42,39 +41,39 @@ def test_visitors_get_what_generate_draws(digits):
     assert names == ["3"] * 10 + ["7"] * 10 and x.shape == (20, 256, 256)
     how = digits.how(ORDER.of(ORDER))
     straight = digits.sample([3] * 10 + [7] * 10, how, seed=5).x
-    small = images.to_uint8(straight)[..., 0].astype(int)
+    small = grids.to_uint8(straight)[..., 0].astype(int)
     assert np.abs(x[:, ::32, ::32] - small).max() <= 1
     assert (drawn(digits, replace(ORDER, n=20, seed=6))[0] != x).any()
 
 
 def test_another_number_of_pictures_or_scale_is_no_new_program(digits):
-    list(studio.draw(digits, replace(ORDER, n=16)))
-    before = drawing.draw._cache_size()  # type: ignore
+    list(service.draw(digits, replace(ORDER, n=16)))
+    before = sampler.draw._cache_size()  # type: ignore
     for n in (5, 9, 17):
         pictures, _ = drawn(digits, replace(ORDER, n=n, cfg_scale=3.0, seed=n))
         assert len(pictures) == n
-    assert drawing.draw._cache_size() == before  # type: ignore
+    assert sampler.draw._cache_size() == before  # type: ignore
 
 
 def test_programs_are_dropped_before_there_are_many(digits, monkeypatch):
-    monkeypatch.setattr(studio, "MOST_PROGRAMS", 1)
+    monkeypatch.setattr(service, "MOST_PROGRAMS", 1)
     for low in (0.1, 0.2):
-        list(studio.draw(digits, replace(ORDER, n=1, n_steps=1, interval=(low, 1.0))))
-        assert drawing.draw._cache_size() == 1  # type: ignore
+        list(service.draw(digits, replace(ORDER, n=1, n_steps=1, interval=(low, 1.0))))
+        assert sampler.draw._cache_size() == 1  # type: ignore
 
 
 def test_the_way_begins_with_noise_and_ends_with_the_pictures(digits):
-    frames = studio.way(digits, ORDER)
+    frames = service.way(digits, ORDER)
     assert len(frames) == 4  # of three steps
     x, names = drawn(digits, ORDER)
-    last = images.grid(x[:, ::32, ::32, None], captions=names)
+    last = grids.grid(x[:, ::32, ::32, None], captions=names)
     assert np.abs(np.asarray(frames[-1]).astype(int) - np.asarray(last)).max() <= 1
     assert (np.asarray(frames[0]) != np.asarray(last)).any()
-    assert len(studio.way(digits, replace(ORDER, n_steps=60, n=64))) == studio.MOST_FRAMES
+    assert len(service.way(digits, replace(ORDER, n_steps=60, n=64))) == service.MOST_FRAMES
 
 
 def test_a_table_fills_cell_by_cell_with_what_is_drawn_alone(digits):
-    sheets = [np.asarray(s) for s in studio.table(digits, ORDER, [1.0, 4.0], [2, 3])]
+    sheets = [np.asarray(s) for s in service.table(digits, ORDER, [1.0, 4.0], [2, 3])]
     assert len(sheets) == 4 and len({sheet.tobytes() for sheet in sheets}) == 4
     alone = {
         (scale, k): drawn(digits, replace(ORDER, n=1, cfg_scale=float(scale), n_steps=k))[0][0]
@@ -82,7 +81,7 @@ def test_a_table_fills_cell_by_cell_with_what_is_drawn_alone(digits):
         for k in (2, 3)
     }
     cells = [[alone[scale, k][::32, ::32, None] for k in (2, 3)] for scale in (1, 4)]
-    whole = images.table(np.array(cells), rows=["cfg 1", "cfg 4"], columns=["2 steps", "3 steps"])
+    whole = grids.table(np.array(cells), rows=["cfg 1", "cfg 4"], columns=["2 steps", "3 steps"])
     assert np.abs(sheets[-1].astype(int) - np.asarray(whole)).max() <= 1
 
 
@@ -104,25 +103,25 @@ def test_a_table_fills_cell_by_cell_with_what_is_drawn_alone(digits):
 )
 def test_too_much_and_what_cannot_be_is_said(asked, said, digits):
     with pytest.raises(UserError, match=said):
-        list(studio.draw(digits, replace(ORDER, **asked)))
+        list(service.draw(digits, replace(ORDER, **asked)))
 
 
 def test_a_table_has_a_bound(digits):
     for scales, steps in (([1.0] * 7, [2] * 6), ([], [2])):
         with pytest.raises(UserError, match="a table of"):
-            list(studio.table(digits, ORDER, scales, steps))
+            list(service.table(digits, ORDER, scales, steps))
     with pytest.raises(UserError, match="251 steps"):  # before anything is drawn
-        next(studio.table(digits, ORDER, [1.0], [2, 251]))
+        next(service.table(digits, ORDER, [1.0], [2, 251]))
 
 
 def test_no_guidance_has_no_interval_and_other_models_have_other_limits(digits):
     unlimited = replace(ORDER, cfg_scale=1.0, interval=(0.2, 0.8))
-    assert studio.how_asked(digits, unlimited).sampler.interval == (0, 1)
-    assert studio.most_steps(drawable(SIGMA, **DDPM)) == 1000
+    assert service.how_asked(digits, unlimited).sampler.interval == (0, 1)
+    assert service.most_steps(drawable(SIGMA, **DDPM)) == 1000
     nothing = drawable(NOTHING, cfg_scale=1.0)
     assert len(drawn(nothing, Order(n=3))[0]) == 3
     with pytest.raises(UserError, match="unconditional"):
-        list(studio.draw(nothing, Order(n=3, cfg_scale=2.0)))
+        list(service.draw(nothing, Order(n=3, cfg_scale=2.0)))
 
 
 def test_prompts_are_for_models_of_captions(monkeypatch):
@@ -142,12 +141,12 @@ def test_prompts_are_for_models_of_captions(monkeypatch):
     assert names == ["a seven"] * 2 and words == [["a seven"]]
     away, _ = drawn(of, Order(prompt="a seven", negative_prompt="a one", n=2))
     assert words[1:] == [["a seven", "a one"]] and (away != x).any()
-    table = studio.table(of, Order(prompt="a seven", negative_prompt="a one"), [1.0, 2.0], [2])
+    table = service.table(of, Order(prompt="a seven", negative_prompt="a one"), [1.0, 2.0], [2])
     assert len(list(table)) == 2  # also where there is nothing to lead away
     with pytest.raises(UserError, match="write a prompt"):
-        list(studio.draw(of, Order(prompt=" ")))
+        list(service.draw(of, Order(prompt=" ")))
     with pytest.raises(UserError, match="nothing leads away"):
-        list(studio.draw(of, Order(prompt="a", negative_prompt="b", cfg_scale=1.0)))
+        list(service.draw(of, Order(prompt="a", negative_prompt="b", cfg_scale=1.0)))
     # The published SD3 is told of no caption by an empty one, also where there is no guidance.
     published = drawable(config, conditioning="text", full_width=6)
     assert drawn(published, Order(prompt="a seven", cfg_scale=1.0, n=2))[1] == ["a seven"] * 2
@@ -190,7 +189,7 @@ def test_weights_are_kept_under_the_step_that_was_looked_up(tmp_path, monkeypatc
     save(tmp_path / "run", 10)
     models = Models(runs=tmp_path)
     kept, steps = models.keep("run"), iter([10])
-    monkeypatch.setattr(studio, "newest", lambda _: next(steps, 15))  # one is saved meanwhile
+    monkeypatch.setattr(service, "newest", lambda _: next(steps, 15))  # one is saved meanwhile
     monkeypatch.setattr(Models, "names", lambda _: ["run"])
     assert models.keep("run") is kept and list(models.kept) == [("run", 10)]
     assert models.keep("run") is not kept

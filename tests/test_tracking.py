@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from tracking import Throughput, Tracker, duration
+from training.tracking import Throughput, Tracker, duration
 
 N_STEPS = 20
 

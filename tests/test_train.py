@@ -19,13 +19,15 @@ from PIL import Image, ImageSequence
 from towers import save_clip
 
 import generate
-import images
-import optim
-import parallel
-from checkpoint import Checkpoints, DiskFullError
 from datasets_config import DATASET_CONFIGS
-from errors import RunError, UserError
-from train import TrainConfig, Trainer, TrainState
+from inference import grids
+from runtime import parallel
+from runtime.checkpoint import Checkpoints, DiskFullError
+from runtime.errors import RunError, UserError
+from train import Trainer
+from training import optim
+from training.config import TrainConfig
+from training.step import TrainState
 
 TIMES = {"images_per_second", "seconds_per_step", "mfu"}
 TINY = TrainConfig(
@@ -627,7 +629,7 @@ def test_a_prompt_is_encoded_by_the_tower_that_was_trained_with(on_captions, tmp
             drawn = arrays["arr_0"]
         # The embedding that was trained on and the one made for a prompt are one.
         cached = on_captions.sample(["", "", "number 7 in ink", "number 7 in ink"])[2:]
-        assert np.abs(drawn[2:].astype(int) - images.to_uint8(cached)).max() <= 1
+        assert np.abs(drawn[2:].astype(int) - grids.to_uint8(cached)).max() <= 1
         guided = {"prompts": prompts, "cfg_scale": 2.0}
         for negative, same in (("", True), ("a drawing of 3", False)):
             generate.main(replace(how, negative_prompt=negative, **guided))

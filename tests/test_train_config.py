@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import pytest
 
 from datasets_config import DATASET_CONFIGS
-from errors import UserError
+from methods.rectified_flow import logit_normal
 from model import MODELS
-from objectives import logit_normal
-from train_config import DEFAULTS, TrainConfig, network, objective, resolve, take_up
+from runtime.errors import UserError
+from training.config import DEFAULTS, TrainConfig
+from training.resolve import network, objective, resolve, take_up
 
 ROOT = Path(__file__).parents[1]
 FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]

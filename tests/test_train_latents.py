@@ -23,19 +23,20 @@ from test_faults import Forks, assert_same_end, newest, wait_until
 from test_train import metrics
 from towers import save_clip
 
-import drawing
+import datasets_config
 import generate
-import latents
-import sheets
-from drawable import Drawable
-from drawing import Sampler
-from errors import UserError
+from data import latents
+from data.load import open_source
 from generate import GenerateConfig
+from inference import comparisons, sampler
+from inference.sampler import Sampler
+from inference.trained_model import Drawable
+from networks.autoencoder import AutoencoderConfig, init_params
 from pretrained import autoencoder as pretrained
-from sources import open_source
-from train import TrainConfig, Trainer
-from train_config import require_same_latents, with_subject
-from vae.autoencoder import AutoencoderConfig, init_params
+from runtime.errors import UserError
+from train import Trainer
+from training.config import TrainConfig
+from training.resolve import require_same_latents, with_subject
 
 N_STEPS = 18
 EVERY = ["--n_steps", N_STEPS, "--eval_save_steps", 6, "--sample_every_n", 100]
@@ -89,7 +90,7 @@ def test_samples_are_pictures(whole):
     blocks = states.reshape(3, 3, 8, 2, 8, 2)
     assert np.ptp(blocks, axis=(3, 5)).max() < 1e-3
 
-    undecoded = drawing.sample(
+    undecoded = sampler.sample(
         trainer.state.ema,
         trainer.model_config,
         [3, 7, 1],
@@ -112,7 +113,7 @@ def test_samples_are_pictures(whole):
 def test_the_run_knows_how_its_latents_were_made(whole, latent_digits):
     config = json.loads((whole[0] / "config.json").read_text())
     encoding = latents.read(latent_digits).encoding
-    assert latents.Encoding.of(config["dataset"]["encoding"]) == encoding
+    assert datasets_config.Encoding.of(config["dataset"]["encoding"]) == encoding
     assert config["dataset_name"] == "digits" and config["latents"] == str(latent_digits)
     assert config["model_config"]["channels"] == 2 and config["model_config"]["image_size"] == 8
 
@@ -270,7 +271,7 @@ def test_pictures_are_drawn_with_the_vae_wherever_it_is(whole, vae, tmp_path, ca
 @pytest.mark.slow
 def test_real_latents_are_shown_as_pictures(whole, tmp_path, capsys):
     run = Drawable.of_run(whole[0])
-    real, codec = sheets.real_pictures(run, [], 5), run.codec
+    real, codec = comparisons.real_pictures(run, [], 5), run.codec
     split = open_source("digits", image_size=16).eval
     pictures = split.images(np.linspace(0, len(split) - 1, 5).astype(int))
     assert real.data.shape == (5, 8, 8, 2) and codec

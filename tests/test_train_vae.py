@@ -20,18 +20,20 @@ from flax import nnx
 from PIL import Image
 from test_train import assert_same, metrics
 
-import parallel
-import pretrained.autoencoder
-import run_folder
-import train_vae
-from errors import UserError
-from objectives import to_float
-from pipeline import Batch
-from train import TrainConfig, Trainer
-from train_vae import Adversaries, Given, VaeConfig, VaeTrainer
-from train_vae_config import DEFAULTS, FILLED, norm_groups
-from vae import losses
-from vae.autoencoder import AutoencoderConfig, Moments, mode, sample
+from data.batch import Batch
+from methods.rectified_flow import to_float
+from networks import perceptual
+from networks.autoencoder import AutoencoderConfig, Moments, mode, sample
+from pretrained import autoencoder
+from runtime import files, parallel
+from runtime.errors import UserError
+from train import Trainer
+from training.autoencoder import losses
+from training.autoencoder import trainer as autoencoder_trainer
+from training.autoencoder.config import DEFAULTS, FILLED, VaeConfig, norm_groups
+from training.autoencoder.losses import Adversaries, Given
+from training.autoencoder.trainer import VaeTrainer
+from training.config import TrainConfig
 
 COMMAND = "train_vae.py"
 TINY = VaeConfig(
@@ -88,10 +90,10 @@ def test_a_run_leaves_what_it_promises(whole):
 
 
 def test_the_exported_autoencoder_is_the_averaged_one_and_its_latents_have_unit_variance(whole):
-    found = pretrained.autoencoder.load(str(whole.run_dir / "vae"))
+    found = autoencoder.load(str(whole.run_dir / "vae"))
     image = whole.source.train.images(np.arange(48))
     for part, saved in zip(
-        jax.tree.leaves(train_vae.without_critic(whole.state.ema)),
+        jax.tree.leaves(losses.without_critic(whole.state.ema)),
         jax.tree.leaves(found.params),
         strict=True,
     ):
@@ -269,7 +271,7 @@ def test_any_number_of_devices_has_the_gradient_of_one(adversaries, name):
     for n in (1, 2):
         mesh = parallel.make_mesh(devices=jax.devices()[:n])
         mean = (parallel.device_mean,) if name == "adversarial" else ()
-        loss = getattr(train_vae, name)(RESOLVED, *mean)
+        loss = getattr(autoencoder_trainer, name)(RESOLVED, *mean)
         value_and_grad = jax.jit(parallel.value_and_grad(loss, graphdef, mesh))
         batch = parallel.place(noise(), mesh)
         given = Given(jax.random.key(1), ())
@@ -288,35 +290,35 @@ def test_the_adversarial_gradient_is_that_of_its_parts(adversaries):
     def pictures(params):
         model, image = nnx.merge(graphdef, params), to_float(batch.image)
         moments = model.encode(image)
-        z = sample(moments, train_vae.row_keys(given.key, batch.row))
+        z = sample(moments, losses.row_keys(given.key, batch.row))
         return model, image, moments, model.decode(z)
 
     def plain(params):
-        return train_vae.objective(c)(nnx.merge(graphdef, params), batch, given)[0]
+        return losses.objective(c)(nnx.merge(graphdef, params), batch, given)[0]
 
     def near(params):
         _, image, _, picture = pictures(params)
-        return train_vae.reconstruction_loss(c)(picture, image, ())[0]
+        return losses.reconstruction_loss(c)(picture, image, ())[0]
 
     def fools(params):
         model, _, _, picture = pictures(params)
-        return losses.hinge_generator(model.discriminator(picture))
+        return perceptual.hinge_generator(model.discriminator(picture))
 
     def tells(params):
         model, image, _, picture = pictures(params)
-        return losses.hinge_critic(model.discriminator(image), model.discriminator(picture))
+        return perceptual.hinge_critic(model.discriminator(image), model.discriminator(picture))
 
     def both(params):
-        return train_vae.adversarial(c)(nnx.merge(graphdef, params), batch, given)
+        return losses.adversarial(c)(nnx.merge(graphdef, params), batch, given)
 
     grads, reported = jax.jit(jax.grad(both, has_aux=True))(params)
     parts = jax.jit(lambda p: [jax.grad(part)(p) for part in (plain, near, fools, tells)])(params)
     of_plain, of_near, of_fools, of_tells = parts
     last = [tree["decoder"]["conv_out"]["kernel"] for tree in (of_near, of_fools)]
-    weight = c.gan_weight * losses.adaptive_weight(*last)
+    weight = c.gan_weight * perceptual.adaptive_weight(*last)
     np.testing.assert_allclose(reported["gan_weight"], weight, rtol=1e-4)
     np.testing.assert_allclose(
-        losses.norm(weight * last[1]), c.gan_weight * losses.norm(last[0]), rtol=1e-2
+        perceptual.norm(weight * last[1]), c.gan_weight * perceptual.norm(last[0]), rtol=1e-2
     )
     for name in params:
         expected = of_tells[name]
@@ -329,9 +331,9 @@ def test_the_adversarial_gradient_is_that_of_its_parts(adversaries):
 def test_each_row_draws_its_own_noise_by_its_place_alone():
     moments = Moments(jnp.zeros((4, 2, 2, 3)), jnp.zeros((4, 2, 2, 3)))
     key = jax.random.key(0)
-    z = sample(moments, train_vae.row_keys(key, jnp.arange(4)))
+    z = sample(moments, losses.row_keys(key, jnp.arange(4)))
     part = Moments(*(x[2:] for x in moments))
-    of_part = sample(part, train_vae.row_keys(key, jnp.arange(2, 4)))
+    of_part = sample(part, losses.row_keys(key, jnp.arange(2, 4)))
     np.testing.assert_array_equal(of_part, z[2:])
     assert len(np.unique(np.asarray(z))) == z.size
 
@@ -341,15 +343,15 @@ def test_lpips_is_a_part_of_the_distance_where_it_has_weights(adversaries):
     rng = np.random.default_rng(0)
     weights = jax.tree.map(
         lambda x: jnp.asarray(np.abs(rng.normal(size=x.shape, scale=0.05)), jnp.float32),
-        losses.lpips_shapes(),
+        perceptual.lpips_shapes(),
     )
-    loss, model = train_vae.objective(RESOLVED), nnx.merge(graphdef, params)
+    loss, model = losses.objective(RESOLVED), nnx.merge(graphdef, params)
     without, _ = loss(model, noise(2), Given(jax.random.key(0), ()))
     total, reported = loss(model, noise(2), Given(jax.random.key(0), weights))
     assert reported["lpips_loss"] > 0
     np.testing.assert_allclose(total - without, reported["lpips_loss"], rtol=1e-3)
     mesh = parallel.make_mesh(devices=jax.devices()[:2])
-    loss = train_vae.adversarial(RESOLVED, parallel.device_mean)
+    loss = losses.adversarial(RESOLVED, parallel.device_mean)
     value_and_grad = parallel.value_and_grad(loss, graphdef, mesh)
     given = Given(jax.random.key(0), weights)
     (_, reported), grads = jax.eval_shape(value_and_grad, params, noise(2), given)
@@ -368,7 +370,7 @@ def test_a_group_of_channels_is_no_channel_alone(widths, groups):
 
 def test_a_folder_takes_the_place_of_another_only_when_it_is_whole(tmp_path):
     def write(content: str, fail: bool = False):
-        with run_folder.atomic_folder(tmp_path / "x") as folder:
+        with files.atomic_folder(tmp_path / "x") as folder:
             (folder / "file").write_text(content)
             if fail:
                 raise RuntimeError
@@ -381,5 +383,5 @@ def test_a_folder_takes_the_place_of_another_only_when_it_is_whole(tmp_path):
     assert (tmp_path / "x" / "file").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     (tmp_path / ".x.999999999.tmp").mkdir()  # of a process that was killed
-    run_folder.tidy(tmp_path)
+    files.tidy(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 from torch_autoencoders import CONFIGS, SD, nchw, nhwc, params_of, torch_autoencoder
 
-from errors import UserError
-from vae import autoencoder
-from vae.autoencoder import AutoencoderConfig, Moments
+from networks import autoencoder
+from networks.autoencoder import AutoencoderConfig, Moments
+from runtime.errors import UserError
 
 key = jax.random.key(0)
 # scaling_factor and shift_factor of Stable Diffusion 1 and 2, SDXL, SD3 and FLUX.

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from errors import UserError
+from networks import perceptual
 from pretrained import lpips, torch_file
-from vae import losses
+from runtime.errors import UserError
 
 rng = np.random.default_rng(0)
 
@@ -31,26 +31,26 @@ def test_the_kl_is_the_mean_of_the_log_ratio_over_samples():
     z = mean + np.exp(log_variance / 2) * noise
     ratio = 0.5 * (z**2 - noise**2 - log_variance).sum((1, 2, 3))
     expected, error = ratio.mean(), ratio.std() / math.sqrt(len(ratio))
-    found = losses.kl(jnp.asarray(mean), jnp.asarray(log_variance))[0]
+    found = perceptual.kl(jnp.asarray(mean), jnp.asarray(log_variance))[0]
     assert abs(found - expected) < 4 * error
     nothing = jnp.zeros((1, 2, 2, 3))
-    assert losses.kl(nothing, nothing)[0] == 0
+    assert perceptual.kl(nothing, nothing)[0] == 0
 
 
 def test_psnr_of_a_known_error_and_of_none():
     a = jnp.zeros((2, 4, 4, 1))
     # 0.2 on −1 … 1 is a tenth of the range: 20 dB.
-    np.testing.assert_allclose(losses.psnr(a, a + 0.2), 20, rtol=1e-5)
-    np.testing.assert_allclose(losses.psnr(a, a), 100)
+    np.testing.assert_allclose(perceptual.psnr(a, a + 0.2), 20, rtol=1e-5)
+    np.testing.assert_allclose(perceptual.psnr(a, a), 100)
 
 
 def test_the_gradient_term_sees_edges_and_no_constant():
     a = pictures(1, 8)
-    np.testing.assert_allclose(losses.gradient_l2(a, a + 0.5), 0, atol=1e-12)
+    np.testing.assert_allclose(perceptual.gradient_l2(a, a + 0.5), 0, atol=1e-12)
     edge = (
         jnp.zeros((1, 8, 8, 1)).at[:, 4:].set(1.0)
     )  # one row of differences of seven, each a unit high
-    np.testing.assert_allclose(losses.gradient_l2(edge, 0 * edge), 1 / 7, rtol=1e-5)
+    np.testing.assert_allclose(perceptual.gradient_l2(edge, 0 * edge), 1 / 7, rtol=1e-5)
 
 
 # --- LPIPS ----------------------------------------------------------------------------------------
@@ -68,14 +68,14 @@ def states(torch):
     """
     torch.manual_seed(0)
     vgg16, n_in = {}, 3
-    for place, n_out in zip(lpips.PLACES, [n for group in losses.VGG16 for n in group]):
+    for place, n_out in zip(lpips.PLACES, [n for group in perceptual.VGG16 for n in group]):
         scale = (2 / (9 * n_in)) ** 0.5
         vgg16[f"features.{place}.weight"] = torch.randn(n_out, n_in, 3, 3) * scale
         vgg16[f"features.{place}.bias"] = torch.randn(n_out) * 0.1
         n_in = n_out
     linear = {
         f"lin{i}.model.1.weight": torch.rand(1, group[-1], 1, 1)
-        for i, group in enumerate(losses.VGG16)
+        for i, group in enumerate(perceptual.VGG16)
     }
     return vgg16, linear
 
@@ -96,7 +96,7 @@ def on_device(folder) -> Any:
 def lpips_in_torch(torch, states, a, b):
     """Zhang et al. 2018, written from the paper."""
     layers, n_in, groups = [], 3, []
-    for i, widths in enumerate(losses.VGG16):
+    for i, widths in enumerate(perceptual.VGG16):
         layers += [torch.nn.MaxPool2d(2)] if i else []
         for n_out in widths:
             layers += [torch.nn.Conv2d(n_in, n_out, 3, padding=1), torch.nn.ReLU()]
@@ -122,21 +122,23 @@ def test_lpips_is_that_of_torch(torch, states, folder):
     weights = on_device(folder)
     expected = lpips_in_torch(torch, states, a, b)
     assert expected.min() > 0.1
-    found = jax.jit(losses.lpips)(weights, a, b)
+    found = jax.jit(perceptual.lpips)(weights, a, b)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     grey = pictures(1, 16, channels=1)
     colour = jnp.repeat(grey, 3, axis=-1)
     np.testing.assert_allclose(
-        losses.lpips(weights, grey, -grey), losses.lpips(weights, colour, -colour), rtol=1e-5
+        perceptual.lpips(weights, grey, -grey),
+        perceptual.lpips(weights, colour, -colour),
+        rtol=1e-5,
     )
 
 
 def test_lpips_of_a_picture_and_itself_is_0_and_so_is_its_gradient(folder):
     weights, a = on_device(folder), pictures(1, 16)
     weights["vgg16"][0][0]["bias"] -= 100.0  # no feature is above 0: a length of 0 must not be NaN
-    value, gradient = jax.value_and_grad(lambda x: losses.lpips(weights, x, a).sum())(a + 0.1)
+    value, gradient = jax.value_and_grad(lambda x: perceptual.lpips(weights, x, a).sum())(a + 0.1)
     assert np.isfinite(value) and np.isfinite(gradient).all()
-    assert losses.lpips(weights, a, a)[0] == 0
+    assert perceptual.lpips(weights, a, a)[0] == 0
 
 
 def test_lpips_that_is_not_whole_is_refused_in_one_line(folder, states, torch, tmp_path):
@@ -248,8 +250,8 @@ def test_a_damaged_torch_file_is_refused(torch, tmp_path):
 def test_hinge_losses_at_their_corners():
     real, fake = jnp.array([2.0, 0.0]), jnp.array([-2.0, 1.0])
     # Real ones above 1 and fakes below −1 cost nothing; else the distance to there counts.
-    np.testing.assert_allclose(losses.hinge_critic(real, fake), 0.5 * (1 / 2 + 2 / 2))
-    np.testing.assert_allclose(losses.hinge_generator(fake), 0.5)
+    np.testing.assert_allclose(perceptual.hinge_critic(real, fake), 0.5 * (1 / 2 + 2 / 2))
+    np.testing.assert_allclose(perceptual.hinge_generator(fake), 0.5)
 
 
 def test_the_critic_pulls_as_hard_as_the_reconstruction_whatever_its_scale():
@@ -258,17 +260,17 @@ def test_the_critic_pulls_as_hard_as_the_reconstruction_whatever_its_scale():
 
     def pull(scale):
         of_gan = jax.grad(lambda w: scale * jnp.sin(w).sum())(w)
-        return losses.norm(of_gan) * losses.adaptive_weight(of_reconstruction, of_gan)
+        return perceptual.norm(of_gan) * perceptual.adaptive_weight(of_reconstruction, of_gan)
 
-    np.testing.assert_allclose(pull(1.0), losses.norm(of_reconstruction), rtol=1e-4)
+    np.testing.assert_allclose(pull(1.0), perceptual.norm(of_reconstruction), rtol=1e-4)
     np.testing.assert_allclose(pull(10.0), pull(1.0), rtol=1e-4)
     nothing = jnp.zeros_like(w)
-    assert losses.adaptive_weight(of_reconstruction, nothing, most=50.0) == 50
+    assert perceptual.adaptive_weight(of_reconstruction, nothing, most=50.0) == 50
 
 
 @pytest.mark.parametrize("size, n_layers", [(32, 3), (16, 2), (8, 1)])
 def test_a_patch_sees_its_surroundings_and_no_other_picture(size, n_layers):
-    critic = losses.PatchDiscriminator(
+    critic = perceptual.PatchDiscriminator(
         3, width=8, n_layers=n_layers, dtype="float32", rngs=nnx.Rngs(0)
     )
     a = pictures(2, size)

@@ -17,17 +17,17 @@ from flax import nnx
 from towers import save_clip
 
 import export
-import parallel
-import warm_start
-from datasets_config import DATASET_CONFIGS
-from drawable import Drawable
-from errors import UserError
+from datasets_config import DATASET_CONFIGS, Encoding
 from export import ExportConfig
-from latents import Encoding
+from inference.trained_model import Drawable
 from model import graphdef, init_params, model_config
 from pretrained import transformer
-from train import TrainConfig, Trainer
-from warm_start import Source, fitted, kept_rows
+from runtime import parallel
+from runtime.errors import UserError
+from train import Trainer
+from training import warm_start
+from training.config import TrainConfig
+from training.warm_start import Source, fitted, kept_rows
 
 CONFIG = model_config("DiT-Nano/4", image_size=8, channels=1, out_channels=1, n_classes=10)
 TINY = TrainConfig(

@@ -14,10 +14,10 @@ import PIL.Image
 import pytest
 from commands import ROOT
 
-import weights_and_biases
-from errors import UserError
-from tracking import Tracker
-from weights_and_biases import Sink
+from runtime.errors import UserError
+from training import wandb_sink
+from training.tracking import Tracker
+from training.wandb_sink import Sink
 
 BLOCK = 2**15  # bytes of wandb's file, which is a log of LevelDB's format
 
@@ -196,4 +196,4 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
             folder.mkdir()
         importlib.invalidate_caches()
         with pytest.raises(UserError, match=r"pip install -r requirements-wandb.txt"):
-            weights_and_biases.require_installed()
+            wandb_sink.require_installed()

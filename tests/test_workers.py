@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-import workers
-from workers import Worker, WorkerDied, ahead
+from runtime import workers
+from runtime.workers import Worker, WorkerDied, ahead
 
 
 def square(x: int) -> int:

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 
 import evaluate
-import parallel
-from errors import UserError
 from evaluate import EvaluateConfig
-from interrupts import Stop
-from metrics import fid
-from open_run import open_run
-from train import TrainConfig, Trainer
-from yardstick import Yardstick
+from evaluation import metrics
+from evaluation.during_training import Yardstick
+from runtime import parallel
+from runtime.errors import UserError
+from runtime.signals import Stop
+from train import Trainer
+from training.config import TrainConfig
+from training.session import open_run
 
 N = 21  # pictures, which no batch divides
 NAME = f"pixel_frechet_{N}"
@@ -177,7 +178,7 @@ def test_a_distance_needs_all_its_pictures(digits):
     yardstick = Yardstick.open(digits, parallel.make_mesh(), **how)
     some = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1)).astype(np.uint8)
     assert yardstick.distance(iter([some[:19]])) is None
-    moments = fid.Moments(64)
+    moments = metrics.Moments(64)
     moments.add(some.reshape(20, 64).astype(np.float32) / 255)
-    expected = fid.frechet_distance(moments.gaussian(), yardstick.real.pool)
+    expected = metrics.frechet_distance(moments.gaussian(), yardstick.real.pool)
     assert yardstick.distance(iter([some[:3], some[3:]])) == pytest.approx(expected, rel=1e-5)

@@ -6,8 +6,8 @@ import warnings
 import numpy as np
 import pytest
 
+from networks.autoencoder import AutoencoderConfig
 from pretrained.autoencoder import to_params, write_config
-from vae.autoencoder import AutoencoderConfig
 
 SD = AutoencoderConfig(block_out_channels=(8, 16), layers_per_block=2, norm_num_groups=4)
 SD3 = AutoencoderConfig(

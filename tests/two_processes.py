@@ -18,7 +18,7 @@ if __name__ == "__main__":
     import numpy as np
     import test_parallel
 
-    import parallel
+    from runtime import parallel
 
     for name, config in test_parallel.CONFIGS.items():
         reports = test_parallel.steps(config, parallel.make_mesh(4))["reports"]

@@ -1,0 +1,280 @@
+"""Models that visitors of a page may draw from: what they may ask for, and how it is made.
+
+    models = Models(runs=Path("runs"))
+    of = models.keep("digits-DiT-Ti-2-20261121-093000")
+    for pictures in draw(of, Order(labels=("3", "7"), n=20)):
+        ...
+
+Knows nothing of pages. All that is drawn here goes to whoever asked; nothing is kept but a model's
+weights. Calls must come one after the other: see `page.DEVICE`.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from inference import grids, sample_files, sampler
+from inference import labels as inference_labels
+from inference.labels import Subjects
+from inference.trained_model import Drawable, How, Wishes
+from methods import ddpm
+from runtime.errors import UserError, unknown
+from runtime.run_folder import CONFIG, RUNS, read_config
+
+MOST_PICTURES, MOST_STEPS, MOST_LETTERS, MOST_CELLS = 64, 250, 300, 36
+MOST_MOVING, MOST_FRAMES = 16, 48  # of an animation: every state of every picture is in memory
+SIZES = (4, 16)  # of batches, so that another number of pictures is not another program
+MOST_PROGRAMS = 32  # of ten MB or more, one for each number of steps, interval, solver
+
+
+@dataclass(frozen=True)
+class Order(Wishes):
+    """What a visitor asks for; what is None is as in the model's settings.
+
+    Args:
+        labels: names or numbers of classes; by default all.
+        prompt: a caption instead, for a model that was trained on them.
+        negative_prompt: a caption that guidance leads away from; an empty one is none.
+        n: how many pictures.
+    """
+
+    labels: tuple[str, ...] = ()
+    prompt: str = ""
+    negative_prompt: str = ""
+    n: int = 16
+    seed: int = 0
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Models:
+    """A run, a folder of runs, or a pretrained model, by name.
+
+    Args:
+        vae: where the VAE of latents is now, if it has moved.
+        text_towers: where the towers that encode captions are now, if they have moved.
+
+    Raises:
+        UserError: there is none.
+    """
+
+    run: Path | None = None
+    runs: Path = RUNS
+    pretrained: str | None = None
+    vae: str | None = None
+    text_towers: tuple[str, ...] = ()
+    kept: dict[tuple[str, int], Drawable] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        if self.pretrained:
+            self.keep(self.pretrained)  # whose weights come with it
+        elif self.run:
+            self.open(self.names()[0])  # which says what it cannot be drawn from
+            if not newest(self.run):
+                raise UserError(f"run '{self.run}' has no checkpoint yet")
+        elif not self.names():
+            raise UserError(
+                f"{self.runs}/ holds no run with a checkpoint: train one by python train.py, or "
+                "name one by --run"
+            )
+
+    def names(self) -> list[str]:
+        """Of what can be drawn from now: of runs with a checkpoint the last begun first."""
+        if self.pretrained:
+            return [self.pretrained]
+        if self.run:
+            return [self.run.resolve().name]
+        found = sorted(self.runs.glob(f"*/{CONFIG}"), key=lambda path: -path.stat().st_mtime)
+        return [path.parent.name for path in found if newest(path.parent) and is_ours(path.parent)]
+
+    def folder(self, name: str) -> Path | None:
+        """The run's; None for a pretrained model.
+
+        Raises:
+            UserError: there is no such name.
+        """
+        if name not in (names := self.names()):
+            raise unknown("model", name, names)
+        return None if self.pretrained else self.run or self.runs / name
+
+    def open(self, name: str) -> Drawable:
+        """What is known of a model. The weights of a run are read when they are first asked for."""
+        return self._opened(self._key(name))
+
+    def keep(self, name: str) -> Drawable:
+        """The same to draw from. Its weights, the newest, take the place of another model's."""
+        key = self._key(name)  # once: a run may save another checkpoint meanwhile
+        found = self._opened(key)
+        self.kept = {key: found}
+        return found
+
+    def _key(self, name: str) -> tuple[str, int]:
+        return name, newest(self.folder(name))
+
+    def _opened(self, key: tuple[str, int]) -> Drawable:
+        if found := self.kept.get(key):
+            return found
+        folder, where = self.folder(key[0]), {"vae": self.vae, "text_towers": self.text_towers}
+        if folder is None:
+            return Drawable.of_pretrained(key[0], **where)
+        return Drawable.of_run(folder, **where)
+
+
+def newest(run: Path | None) -> int:
+    """The last step with a checkpoint; 0 if there is none."""
+    steps = (path.name for path in run.glob("checkpoints/*")) if run else ()
+    return max((int(step) for step in steps if step.isdecimal()), default=0)
+
+
+def is_ours(run: Path) -> bool:
+    """Whether a folder is a run of `train.py`: other commands and damage are passed over."""
+    try:
+        return bool(read_config(run))
+    except UserError:
+        return False
+
+
+# --- what may be asked for ------------------------------------------------------------------------
+
+
+def most_steps(drawable: Drawable) -> int:
+    """As many as DDPM's chain has, or a bound for flows."""
+    return ddpm.N_STEPS if drawable.settings.get("prediction") else MOST_STEPS
+
+
+def check(drawable: Drawable, order: Order) -> None:
+    """Raises UserError for more than a page gives to one visitor."""
+    if not 1 <= order.n <= MOST_PICTURES:
+        raise UserError(f"{order.n} pictures: ask for 1 … {MOST_PICTURES} at a time")
+    most = most_steps(drawable)
+    if order.n_steps is not None and not 1 <= order.n_steps <= most:
+        raise UserError(f"{order.n_steps} steps: ask for 1 … {most}")
+    for name in ("prompt", "negative_prompt"):
+        if (n := len(getattr(order, name))) > MOST_LETTERS:
+            said = name.replace("_", " ")
+            raise UserError(f"the {said} has {n} letters: at most {MOST_LETTERS} are read")
+
+
+def how_asked(drawable: Drawable, order: Order) -> How:
+    """How to draw it. Without guidance there is no interval to limit.
+
+    Raises:
+        UserError: it does not fit the model, or is too much.
+    """
+    check(drawable, order)
+    if order.cfg_scale == 1:
+        order = replace(order, interval=None, guided_channels=None)
+    how, negative = drawable.how(Wishes.of(order)), bool(order.negative_prompt.strip())
+    sampler.require_guidable(how.sampler, drawable.model, how.cfg_scale, negative=negative)
+    return how
+
+
+def asked(drawable: Drawable, order: Order) -> Subjects:
+    """What the pictures are to be of.
+
+    Raises:
+        UserError: nothing that the model knows.
+    """
+    if not drawable.model.text_width:
+        return inference_labels.of_labels(drawable, order.labels, order.n, seed=order.seed)
+    if not order.prompt.strip():
+        raise UserError("this model was trained on captions: write a prompt")
+    more = {"seed": order.seed, "negative": order.negative_prompt.strip() or None}
+    return inference_labels.of_prompts(drawable, [order.prompt.strip()], order.n, **more)
+
+
+# --- drawing --------------------------------------------------------------------------------------
+
+
+def size_for(n: int) -> int:
+    """Of the batches of n pictures."""
+    return next((size for size in SIZES if n <= size), SIZES[-1])
+
+
+def make_room() -> None:
+    """Drop compiled programs before there are many of them."""
+    if sampler.draw._cache_size() >= MOST_PROGRAMS:  # type: ignore
+        sampler.draw.clear_cache()  # type: ignore
+
+
+def draw(drawable: Drawable, order: Order) -> Iterator[list[tuple[Image.Image, str]]]:
+    """The pictures and what they are of, batch by batch.
+
+    Raises:
+        UserError: they cannot be drawn.
+    """
+    make_room()
+    how, of = how_asked(drawable, order), asked(drawable, order)
+    size, names = size_for(order.n), of.captions or [""] * order.n
+    draw_batch = sample_files.drawer(drawable, of, how, size)
+    for start in range(0, order.n, size):
+        pictures = draw_batch(start)
+        yield [(large(p), name) for p, name in zip(pictures, names[start : start + size])]
+
+
+def way(drawable: Drawable, order: Order) -> list[Image.Image]:
+    """Frames of the first pictures' way from noise, with names, evenly chosen among the steps.
+
+    Raises:
+        UserError: they cannot be drawn.
+    """
+    make_room()
+    order = replace(order, n=min(order.n, MOST_MOVING))
+    how, of = how_asked(drawable, order), asked(drawable, order)
+    labels, told = of.rows(0, size_for(order.n))
+    # Of latents only the frames are decoded, not every state.
+    more = told | {"batch_size": size_for(order.n), "trajectory": True, "codec": None}
+    states = drawable.sample(labels, how, **more).trajectory
+    assert states is not None
+    n_frames = min(len(states), MOST_FRAMES)
+    shown = states[np.linspace(0, len(states) - 1, n_frames).round().astype(int), : order.n]
+    x = drawable.codec.decode(shown) if drawable.codec else shown
+    return [grids.grid(grids.to_uint8(frame), captions=of.captions) for frame in x]
+
+
+def table(
+    drawable: Drawable, order: Order, scales: Sequence[float], steps: Sequence[int]
+) -> Iterator[Image.Image]:
+    """One picture, from the same noise at each scale of guidance (rows) and number of steps
+    (columns): the table as it fills.
+
+    Raises:
+        UserError: some of them cannot be drawn, or they are too many.
+    """
+    if not 1 <= (n := len(scales) * len(steps)) <= MOST_CELLS:
+        raise UserError(f"a table of {n} pictures: name 1 … {MOST_CELLS}")
+    make_room()
+    order = replace(order, n=1, labels=order.labels[:1])
+    cells = list(product(enumerate(steps), enumerate(scales)))
+    # A negative prompt leads away from nothing where there is no guidance.
+    orders = [
+        replace(
+            order, cfg_scale=scale, n_steps=k, **({"negative_prompt": ""} if scale == 1 else {})
+        )
+        for (_, k), (_, scale) in cells
+    ]
+    hows, of = [how_asked(drawable, one) for one in orders], asked(drawable, order)
+    labels, told = of.rows(0, 1)
+    shown: UInt8[np.ndarray, "rows columns h w c"] | None = None
+    for how, ((column, _), (row, _)) in zip(hows, cells):
+        picture = grids.to_uint8(drawable.sample(labels, how, **told).x[0])
+        if shown is None:
+            shown = np.full((len(scales), len(steps), *picture.shape), 255, np.uint8)
+        shown[row, column] = picture
+        rows, columns = [f"cfg {s:g}" for s in scales], [f"{k} step{'s' * (k > 1)}" for k in steps]
+        yield grids.table(shown, rows=rows, columns=columns)
+
+
+def large(picture: UInt8[np.ndarray, "h w c"], side: int = 256) -> Image.Image:
+    """Enlarged by a whole factor, so that small ones are seen as they are."""
+    found = grids.as_image(picture)
+    scale = math.ceil(side / min(found.size))
+    return found.resize((found.width * scale, found.height * scale), Image.Resampling.NEAREST)

@@ -1,0 +1,183 @@
+"""Sheets that compare what a model draws: by the scale of guidance, step by step, and from real
+pictures that were noised more or less.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from PIL import Image
+
+from data.batch import Caption
+from data.load import open_source
+from data.rows import Split
+from inference import grids
+from inference import labels as inference_labels
+from inference.labels import Subjects, spread
+from inference.sampler import Begin
+from inference.trained_model import Drawable, How
+from networks import autoencoder
+from runtime.errors import UserError
+
+# Of a run's settings, what `open_source` takes by the same name.
+OF_DATA = (
+    *("data_dir", "image_column", "label_column", "conditioning", "caption_column"),
+    *("image_size", "channels"),
+)
+
+
+def of_scales(
+    drawable: Drawable,
+    subjects: Subjects,
+    how: How,
+    scales: Sequence[float],
+    *,
+    side: int | None = None,
+    **more: Any,
+) -> Image.Image:
+    """A row of pictures for every scale of guidance, the noise of each column being the same.
+
+    Args:
+        side: pixels to a side that pictures are reduced to, if they have more.
+        more: of `drawing.sample`.
+    """
+    labels, told = subjects.rows(0, len(subjects.which))
+    rows = [drawable.sample(labels, how.at(scale), **told | more).x for scale in scales]
+    return grids.table(
+        grids.reduced(grids.to_uint8(np.stack(rows)), side),
+        rows=[f"cfg {scale:g}" for scale in scales],
+        columns=subjects.captions or (),
+    )
+
+
+def of_steps(
+    drawable: Drawable,
+    subjects: Subjects,
+    how: How,
+    n_rows: int,
+    *,
+    side: int | None = None,
+    **more: Any,
+) -> Image.Image:
+    """The way from noise at up to `n_rows` times, evenly among the solver's steps: a row of what x
+    is there, and below it a row of what the model takes the picture for. See `of_scales`.
+    """
+    labels, told = subjects.rows(0, len(subjects.which))
+    more |= {"trajectory": True, "estimates": True, "codec": None}  # few of them will be decoded
+    found = drawable.sample(labels, how, **told | more)
+    assert found.trajectory is not None and found.estimates is not None
+    steps = evenly(len(found.estimates), n_rows)
+    both = np.stack([found.trajectory[steps], found.estimates[steps]], axis=1)
+    times = how.sampler.times()[steps]
+    x = decoded(drawable, both.reshape(-1, *both.shape[2:]))
+    return grids.table(
+        grids.reduced(grids.to_uint8(x), side),
+        rows=[name for t in times for name in (f"x at t = {t:.2f}", "x0 prediction")],
+        columns=subjects.captions or (),
+    )
+
+
+def decoded(drawable: Drawable, x: Float[np.ndarray, "*n h w c"]) -> Float[np.ndarray, "*n H W C"]:
+    """What a model draws as pictures in −1 … 1."""
+    return drawable.codec.decode(x) if drawable.codec else x
+
+
+def evenly(n: int, most: int) -> Int[np.ndarray, "m"]:
+    """Up to `most` of the places 0 … n − 1, evenly, the first and the last among them."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
+
+
+# --- from real pictures ---------------------------------------------------------------------------
+
+
+class Real(NamedTuple):
+    """Pictures of a data set as a model sees them, and what it is told of each."""
+
+    data: Float[np.ndarray, "b h w c"]
+    labels: Int[np.ndarray, "b"] | Caption
+    names: Sequence[str]
+
+
+def real_pictures(drawable: Drawable, ids: Sequence[int], n: int) -> Real:
+    """Pictures of the evaluation split: of these classes, or from all over it. Latents are the
+    means of what the VAE makes of a picture.
+
+    Raises:
+        UserError: the data set is not at hand, or does not have so many.
+    """
+    split, model = evaluation_split(drawable), drawable.model
+    rows = chosen(split, ids, n)
+    x = np.asarray(split.images(rows), np.float32)
+    if encoding := drawable.encoding:
+        factors = (encoding.scaling_factor, encoding.shift_factor)
+        x = autoencoder.scale(
+            x[..., : encoding.shape[-1]], scaling_factor=factors[0], shift_factor=factors[1]
+        )
+    else:
+        x = x / 127.5 - 1
+    if model.text_width:
+        captions = [split.captions[row][0] for row in rows]
+        return Real(x, drawable.encode(captions), captions)
+    if not model.n_classes:
+        return Real(x, np.zeros(n, np.int32), ())
+    labels = split.labels[rows]
+    return Real(x, labels, inference_labels.captions(labels, drawable.label_names) or ())
+
+
+def evaluation_split(drawable: Drawable) -> Split:
+    """The run's own."""
+    s = drawable.settings
+    if not s.get("dataset_name"):
+        raise UserError(
+            f"--denoise needs real pictures, and no data set of {drawable.name} is known"
+        )
+    latents = s.get("latents")
+    try:
+        return open_source(
+            s["dataset_name"],
+            templates=tuple(s.get("caption") or ()),
+            streaming=bool(s.get("streaming")),
+            latents_dir=Path(latents) if latents else None,
+            **{name: s.get(name) for name in OF_DATA},
+        ).eval
+    except UserError as error:
+        raise UserError(f"--denoise needs the run's real pictures: {error}") from None
+
+
+def chosen(split: Split, ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:
+    """Rows of a split: the first of each class, as many of each, or evenly from all over it."""
+    rows = np.linspace(0, len(split) - 1, min(n, len(split))).astype(int)
+    if ids := list(dict.fromkeys(ids)):
+        share = spread(ids, n)
+        found = [np.flatnonzero(split.labels == i)[: (share == i).sum()] for i in ids]
+        rows = np.concatenate(found)
+    if len(rows) < n:
+        raise UserError(f"{n} pictures are wanted, and split '{split.name}' has {len(rows)} such")
+    return rows
+
+
+def of_times(
+    drawable: Drawable,
+    real: Real,
+    how: How,
+    times: Sequence[float],
+    *,
+    side: int | None = None,
+    **more: Any,
+) -> Image.Image:
+    """Real pictures in the first row; for each time two more: noised up to there, and what the
+    model draws from that. DDPM begins at the step nearest to the time, which is the one that is
+    named. See `of_scales`.
+    """
+    rows, names = [real.data], ["real"]
+    for t in times:
+        begin = Begin(real.data, how.sampler.route(t))
+        more |= {"begin": begin, "trajectory": True, "codec": None}
+        found = drawable.sample(real.labels, how, **more)
+        assert found.trajectory is not None
+        rows += [found.trajectory[0], found.x]
+        names += [f"noised, t = {how.sampler.begins_at(t):.3g}", "drawn from it"]
+    x = grids.reduced(grids.to_uint8(decoded(drawable, np.stack(rows))), side)
+    return grids.table(x, rows=names, columns=real.names)

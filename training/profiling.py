@@ -1,0 +1,322 @@
+"""What a step costs and how well a device is used: FLOPs, bytes, memory, time, MFU, roofline.
+
+Takes steps and a `model.ModelConfig` as they are; builds, trains and prints nothing. A figure that
+the compiler or the table of peaks does not have is None, and n/a in the report.
+"""
+
+# SECOND DOCSTRING: """What the steps of a run cost: `python train.py --profile`.
+#
+# Measures a `Trainer`'s own compiled steps on blank pictures and hands the figures to `profiling`.
+# """
+#
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from inference import sampler
+from runtime import parallel
+from training import flops
+
+if TYPE_CHECKING:
+    from train import Trainer
+from training.flops import TRAIN_PER_FORWARD, Peak, flops_by_module, mfu
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """XLA's own figures for one compiled step on one device; None where XLA does not say.
+
+    XLA counts the body of a scan once, in FLOPs and in bytes.
+    """
+
+    flops: float | None = None
+    accessed_bytes: float | None = None
+    argument_bytes: float | None = None
+    output_bytes: float | None = None
+    temporary_bytes: float | None = None
+    alias_bytes: float | None = None
+
+    @property
+    def intensity(self) -> float | None:
+        """FLOPs per byte accessed."""
+        return self.flops / self.accessed_bytes if self.flops and self.accessed_bytes else None
+
+    @property
+    def memory_bytes(self) -> float | None:
+        """What the step needs in all. XLA's own peak leaves out the temporaries on CPU."""
+        parts = (self.argument_bytes, self.output_bytes, self.temporary_bytes)
+        known = [part for part in parts if part is not None]
+        return sum(known) - (self.alias_bytes or 0) if len(known) == len(parts) else None
+
+
+def cost(compiled: Any) -> StepCost:
+    """The cost of what `jitted.lower(…).compile()` returned. Never fails for want of a figure."""
+    counts = compiled.cost_analysis()  # a dict, a list of one, or None: it depends on the backend
+    counts = counts[0] if isinstance(counts, list | tuple) and counts else counts
+    counts = counts if isinstance(counts, Mapping) else {}
+    memory = compiled.memory_analysis()
+    return StepCost(
+        flops=_positive(counts.get("flops")),
+        accessed_bytes=_positive(counts.get("bytes accessed")),
+        argument_bytes=getattr(memory, "argument_size_in_bytes", None),
+        output_bytes=getattr(memory, "output_size_in_bytes", None),
+        temporary_bytes=getattr(memory, "temp_size_in_bytes", None),
+        alias_bytes=getattr(memory, "alias_size_in_bytes", None),
+    )
+
+
+def _positive(count: float | None) -> float | None:
+    return count if count is not None and count > 0 else None  # backends say -1 for "unknown"
+
+
+def measure(
+    step: Callable[[], Any],
+    *,
+    min_seconds: float = 2.0,
+    min_steps: int = 2,
+) -> float:
+    """Seconds per step, over a window that ends when the device has finished, after one warm-up."""
+    jax.block_until_ready(step())
+    n_steps = min_steps
+    while True:
+        start = time.perf_counter()
+        for _ in range(n_steps):
+            result = step()
+        jax.block_until_ready(result)
+        seconds = time.perf_counter() - start
+        if seconds >= min_seconds:
+            return seconds / n_steps
+        # Only a wait tells the time, so a window that was too short is measured again, longer.
+        n_steps = math.ceil(n_steps * min(10.0, 1.2 * min_seconds / max(seconds, 1e-9)))
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """One kind of step. `flops` is the analytic count over all devices."""
+
+    name: str
+    flops: float
+    cost: StepCost
+    compile_seconds: float
+    seconds: float
+    compiled: Any = field(repr=False, compare=False)
+
+    @property
+    def flops_per_second(self) -> float:
+        return self.flops / self.seconds
+
+
+def profile_step(
+    name: str, jitted: Any, args: Sequence[Any], *, flops: float, run: Callable[[Any], Any]
+) -> StepProfile:
+    """Compile `jitted` for `args` ahead of time, then time it.
+
+    Args:
+        name: what the step is called in the report.
+        jitted: what `jax.jit` returned.
+        args: arrays or shapes; a donated buffer among them is not consumed by compiling.
+        flops: analytic FLOPs of one step over all devices.
+        run: executes one step of the compiled object it is given and returns its output.
+    """
+    start = time.perf_counter()
+    compiled = jitted.lower(*args).compile()
+    compile_seconds = time.perf_counter() - start
+    seconds = measure(lambda: run(compiled))
+    return StepProfile(name, flops, cost(compiled), compile_seconds, seconds, compiled)
+
+
+def roofline(profile: StepProfile, peak: Peak | None, *, n_devices: int = 1) -> str:
+    """One sentence: which roof limits the step, and how near it is (Williams et al. 2009)."""
+    speed = profile.flops_per_second / n_devices
+    if peak is None:
+        return f"n/a: this device's peak is not known; it does {si(speed, 'FLOP/s')}."
+    reached = (
+        f"reaches {speed / peak.flops_per_second:.1%} of {si(peak.flops_per_second, 'FLOP/s')}"
+    )
+    low = profile.cost.intensity
+    if low is None or peak.bytes_per_second is None or profile.cost.accessed_bytes is None:
+        return f"n/a: bytes or bandwidth are not known; it {reached}."
+    # A scan counted once hides FLOPs and bytes: the true intensity lies between XLA's, which the
+    # optimizer outside the loop pulls down, and that of all FLOPs over the bytes that were counted.
+    high = max(low, profile.flops / n_devices / profile.cost.accessed_bytes)
+    ridge = peak.flops_per_second / peak.bytes_per_second
+    span = f"{low:.3g}" if high < 1.1 * low else f"{low:.3g} to {high:.3g}"
+    facts = f"{span} FLOPs per byte, the ridge is at {ridge:.3g}"
+    if low >= ridge:
+        return f"compute-bound: {facts}; it {reached}."
+    if high >= ridge:
+        return f"undecided: {facts} (a scan is counted once); it {reached}."
+    roof = high * peak.bytes_per_second
+    return f"memory-bound: {facts}; it {reached}, {speed / roof:.1%} of what memory allows."
+
+
+def trace(run: Callable[[], Any], folder: Path) -> Path:
+    """Record two steps with jax.profiler into `folder` and return the file to open.
+
+    Raises:
+        RuntimeError: the profiler wrote nothing.
+    """
+    with jax.profiler.trace(str(folder)):
+        for _ in range(2):
+            jax.block_until_ready(run())
+    for ending in ("*.trace.json.gz", "*.xplane.pb"):
+        if files := list(folder.rglob(ending)):
+            return max(files, key=lambda file: file.stat().st_mtime)
+    raise RuntimeError(f"jax.profiler wrote no trace into {folder}")
+
+
+def report(
+    config: Any,
+    n_params: int,
+    profiles: Sequence[StepProfile],
+    *,
+    device_kind: str,
+    n_devices: int,
+    dtype: str,
+    peak: Peak | None,
+    trace_file: Path | None = None,
+) -> str:
+    """Everything above as text for a person."""
+    roof = "n/a (give --peak_tflops)"
+    if peak:
+        roof = f"{si(peak.flops_per_second, 'FLOP/s')}, {si(peak.bytes_per_second, 'B/s')}"
+        roof += f" ({peak.source})"
+    lines = [
+        *_model(config, n_params),
+        f"DEVICE\n  {n_devices} × {device_kind}, {dtype}; peak of one: {roof}",
+        *_steps(profiles, peak, n_devices),
+        "ROOFLINE",
+        *(f"  {p.name}: {roofline(p, peak, n_devices=n_devices)}" for p in profiles),
+    ]
+    if trace_file:
+        lines += [
+            f"TRACE\n  {trace_file}",
+            "  open the .trace.json.gz at https://ui.perfetto.dev, or",
+        ]
+        lines += [f"  pip install xprof && xprof --logdir {trace_file.parents[3]}"]
+    return "\n".join(lines)
+
+
+def _model(config: Any, n_params: int) -> list[str]:
+    """The model's size and its FLOPs by module."""
+    modules = flops_by_module(config)
+    forward, size, patch = sum(modules.values()), config.image_size, config.patch_size
+    shares = {**modules, "total": forward}
+    return [
+        "MODEL",
+        f"  width {config.width}, depth {config.depth}, {config.n_heads} heads, patch {patch}, "
+        f"image {size}×{size}×{config.channels}, {(size // patch) ** 2} tokens",
+        f"  {si(n_params, '')} parameters; in fp32: weights {si(4 * n_params, 'B')}, "
+        f"EMA {si(4 * n_params, 'B')}, Adam's moments {si(8 * n_params, 'B')}",
+        "FORWARD FLOPS PER IMAGE (2 per multiply-add; matrix products only)",
+        *(f"  {name:26}{si(x, 'FLOP'):>12}{x / forward:8.1%}" for name, x in shares.items()),
+    ]
+
+
+def _steps(profiles: Sequence[StepProfile], peak: Peak | None, n_devices: int) -> list[str]:
+    """The table of steps: one column each."""
+
+    def column(p: StepProfile) -> list[str]:
+        c, speed = p.cost, p.flops_per_second / n_devices
+        share = mfu(speed, peak)
+        return [
+            p.name,
+            si(p.flops, "FLOP"),
+            si(c.flops, "FLOP"),
+            si(c.accessed_bytes, "B"),
+            "n/a" if c.intensity is None else f"{c.intensity:.3g} FLOP/B",
+            *(si(x, "B") for x in (c.argument_bytes, c.output_bytes, c.alias_bytes)),
+            *(si(x, "B") for x in (c.temporary_bytes, c.memory_bytes)),
+            si(p.compile_seconds, "s"),
+            si(p.seconds, "s"),
+            si(speed, "FLOP/s"),
+            "n/a" if share is None else f"{share:.1%}",
+        ]
+
+    names = ["", "FLOPs, analytic", "FLOPs, XLA's count", "bytes accessed", "intensity"]
+    names += [f"memory: {kind}" for kind in ("arguments", "outputs", "aliased", "temporaries")]
+    names += ["memory: together", "compile", "time per step", "achieved, per device", "MFU"]
+    rows = zip(names, *(column(p) for p in profiles), strict=True)
+    return [
+        "STEPS",
+        *(f"  {name:24}" + "".join(f"{cell:>16}" for cell in cells) for name, *cells in rows),
+        f"  Analytic: training is {TRAIN_PER_FORWARD} forward passes, recomputation not counted.",
+        "  XLA's figures: of one device, with the body of a scan counted once.",
+    ]
+
+
+def si(value: float | None, unit: str) -> str:
+    """Three digits, a prefix and the unit: 12.1 GFLOP. None is n/a."""
+    if value is None:
+        return "n/a"
+    value = float(f"{value:.3g}")  # first, so that 999.9 becomes 1 k and not 1000
+    power = math.floor(math.log10(abs(value)) / 3) if value else 0
+    power = max(-3, min(power, 5))
+    prefix = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P"}[power]
+    return f"{value / 1000**power:.3g} {prefix}{unit}".rstrip()
+
+
+def profile(trainer: "Trainer") -> str:
+    """Compile and time one step of training, of evaluation and of sampling, and report.
+
+    Leaves the trainer's weights changed, and a trace of the training step in `profile/` of the
+    run's folder.
+    """
+    m, batch, key = trainer.model_config, trainer.blank_batch(), trainer.train_key
+    batch = parallel.place(batch, trainer.mesh)
+    forward = trainer.config.batch_size * sum(flops.flops_by_module(m).values())
+    guide = bool(m.n_classes or m.text_width)
+    draw = partial(
+        sampler.draw,
+        config=m,
+        sampler=trainer.sampler(n_steps=1),
+        guide=guide,
+        trajectory=False,
+    )
+    noise_and_labels = (batch.label, batch.row, 0, jnp.float32(2))
+
+    def train(compiled):
+        trainer.state, report = compiled(trainer.state, batch, key)
+        return report
+
+    profiles = [
+        profile_step(
+            "train",
+            trainer.update,
+            (trainer.state, batch, key),
+            flops=flops.TRAIN_PER_FORWARD * forward,
+            run=train,
+        ),
+        profile_step(
+            "eval",
+            trainer.eval_loss,
+            (trainer.state.ema, batch, key),
+            flops=forward,
+            run=lambda compiled: compiled(trainer.state.ema, batch, key),
+        ),
+        profile_step(
+            "sample, guided" if guide else "sample",
+            jax.jit(draw),
+            (trainer.state.ema, *noise_and_labels),
+            flops=(1 + guide) * forward,
+            run=lambda compiled: compiled(trainer.state.ema, *noise_and_labels),
+        ),
+    ]
+    trace_file = trace(lambda: train(profiles[0].compiled), trainer.run_dir / "profile")
+    return report(
+        m,
+        sum(x.size for x in jax.tree.leaves(trainer.state.params)),
+        profiles,
+        device_kind=jax.devices()[0].device_kind,
+        n_devices=jax.device_count(),
+        dtype=m.dtype,
+        peak=trainer.peak,
+        trace_file=trace_file,
+    )
