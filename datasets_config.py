@@ -12,7 +12,7 @@ from runtime import errors
 
 
 @dataclass(frozen=True)
-class Encoding:
+class LatentEncoding:
     """How pictures became latents: the same for a whole folder, and written into each of its files.
 
     Args:
@@ -45,7 +45,7 @@ class Encoding:
         return height, width, 2 * channels * (2 if self.mirrored else 1)
 
     @classmethod
-    def of(cls, record: dict[str, Any]) -> "Encoding":
+    def of(cls, record: dict[str, Any]) -> "LatentEncoding":
         """From what JSON has made of one, which has no tuples."""
         facts: dict[str, Any] = record | {"shape": tuple(record["shape"])}
         return cls(**facts)
@@ -92,7 +92,7 @@ class DatasetConfig:
     ema_decay: float = 0.9995
     cfg_scale: float = 1.5
     latents_dir: str | None = None
-    encoding: Encoding | None = None
+    encoding: LatentEncoding | None = None
 
     @property
     def conditioning(self) -> str:

@@ -29,10 +29,10 @@ from evaluation.features import Extractor, Gathered, Rows
 from evaluation.reference import Reference
 from inference import sample_files
 from inference.sample_files import DrawConfig
-from inference.trained_model import Drawable, Wishes
+from inference.trained_model import SamplingOverrides, TrainedModel
 from runtime import cli, parallel, processes
 from runtime.errors import UserError
-from runtime.files import require_apart, unwritable
+from runtime.files import check_distinct_paths, report_unwritable
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 RECORD = "evaluations.jsonl"
@@ -130,7 +130,7 @@ FILLED |= {"batch_size": "64 a device, 16 on a CPU", "out": f"{RECORD} of the ru
 FILLED |= {"image_size": "as the data set recommends", "split": SPLIT, "ema": True}
 N_DRAWN = 50_000
 SUBJECTS = ("run", "pretrained", "images", "npz", "dataset_name")
-OF_MODELS = ("n", "vae", "samples", *(field.name for field in fields(Wishes)))
+OF_MODELS = ("n", "vae", "samples", *(field.name for field in fields(SamplingOverrides)))
 OF_RUNS = ("step", "ema")
 OF_DATA = ("data_dir", "image_column", "split")
 
@@ -177,7 +177,7 @@ def _check_files(config: EvaluateConfig) -> None:
             raise UserError(f"{path} is a folder; name a file")
         if path.suffix != ".npz" and path != config.out:
             raise UserError(f"{path}: the name must end in .npz")
-    require_apart(config, written=written, read=("npz", "reference"))
+    check_distinct_paths(config, written=written, read=("npz", "reference"))
 
 
 def _check_numbers(config: EvaluateConfig) -> None:
@@ -193,19 +193,19 @@ def _check_numbers(config: EvaluateConfig) -> None:
 # --- whose pictures -------------------------------------------------------------------------------
 
 
-def drawable(config: EvaluateConfig) -> Drawable | None:
+def drawable(config: EvaluateConfig) -> TrainedModel | None:
     """What pictures are drawn from, if they are to be drawn."""
     c = config
     if c.run:
-        return Drawable.of_run(c.run, ema=c.ema is not False, step=c.step, vae=c.vae)
-    return Drawable.of_pretrained(c.pretrained, vae=c.vae) if c.pretrained else None
+        return TrainedModel.of_run(c.run, ema=c.ema is not False, step=c.step, vae=c.vae)
+    return TrainedModel.of_pretrained(c.pretrained, vae=c.vae) if c.pretrained else None
 
 
-def subject(config: EvaluateConfig, run: Drawable | None, batch_size: int) -> PictureSet:
+def subject(config: EvaluateConfig, run: TrainedModel | None, batch_size: int) -> PictureSet:
     """The pictures that are asked for."""
     c = config
     if run:
-        wishes = vars(Wishes.of(c))
+        wishes = vars(SamplingOverrides.of(c))
         # The default depends on the devices: what was begun on others goes on all the same.
         begun = sample_files.begun_by(c.samples) if c.samples and not c.batch_size else None
         how = DrawConfig(n=c.n or N_DRAWN, seed=c.seed, batch_size=begun or batch_size, **wishes)
@@ -311,7 +311,7 @@ def main(config: EvaluateConfig) -> None:
         process_index=config.process_index,
     )
     parallel.keep_compiled()
-    if config.samples and processes.several():
+    if config.samples and processes.is_distributed():
         raise UserError("--samples is for one process; draw them with one, or leave them out")
     real = reference.read(config.reference) if config.reference else None
     run = drawable(config)
@@ -346,7 +346,7 @@ def conclude(
         known = {"path": str(real.path), "sha256": real.sha256, "pictures": real.card}
         tell(config, said, card | {"reference": known, "config": asdict(config)})
     elif config.make_reference:
-        with unwritable(config.make_reference):
+        with report_unwritable(config.make_reference):
             reference.write(config.make_reference, found.pool, found.spatial, found.features, card)
         print(f"statistics of {found.count} pictures: {config.make_reference}")
 
@@ -359,7 +359,7 @@ def tell(config: EvaluateConfig, said: dict[str, float], card: dict[str, Any]) -
         print(f"not known of this reference, or not asked for: {', '.join(lacking)}")
     out = config.out or (config.run or Path()) / RECORD
     line = json.dumps(said | {"card": card}, default=str)
-    with unwritable(out), out.open("a") as file:
+    with report_unwritable(out), out.open("a") as file:
         file.write(line + "\n")
     print(f"{card['pictures']['count']} pictures; all that this depends on is in {out}")
 

@@ -15,14 +15,14 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from datasets_config import DATASET_CONFIGS, Encoding
-from inference.trained_model import Drawable
+from datasets_config import DATASET_CONFIGS, LatentEncoding
+from inference.trained_model import TrainedModel
 from model import ModelConfig
 from pretrained import sd3, transformer
 from runtime import cli, parallel
 from runtime.errors import UserError
 from runtime.files import atomic, atomic_folder
-from training.config import DEFAULTS, FREE_ON_RESUME, OF_ONE_START, RECOMMENDED, TrainConfig
+from training.config import DEFAULTS, FREE_ON_RESUME, PER_START, RECOMMENDED, TrainConfig
 from training.resolve import derived
 
 CARD = "README.md"
@@ -58,7 +58,7 @@ class ExportConfig:
 def main(config: ExportConfig) -> None:
     """Load, write, tell."""
     c = config
-    of = Drawable.of_run(c.run, ema=c.ema, step=c.step, fsdp=jax.device_count())
+    of = TrainedModel.of_run(c.run, ema=c.ema, step=c.step, fsdp=jax.device_count())
     run, model = of.settings, of.model
     layout, reason = choose(c, model)
     if c.out.exists() and not (c.out.is_dir() and not any(c.out.iterdir())):
@@ -111,7 +111,7 @@ tags:
 # {name}
 
 {run["model"]} trained on {run["dataset_name"]}: {params}, the {kind} weights of step {run["step"]}.
-{subject(run, model, Encoding.of(encoding) if encoding else None)}
+{subject(run, model, LatentEncoding.of(encoding) if encoding else None)}
 
 It was trained by
 
@@ -141,7 +141,7 @@ Its owner has not said yet. The data have their own terms.
 """
 
 
-def subject(run: dict[str, Any], model: ModelConfig, encoding: Encoding | None) -> str:
+def subject(run: dict[str, Any], model: ModelConfig, encoding: LatentEncoding | None) -> str:
     """What it draws, and what it says."""
     size = f"{model.image_size}×{model.image_size}×{model.channels}"
     if encoding:
@@ -206,7 +206,7 @@ def command(run: dict[str, Any]) -> str:
     """The command that a run was begun with, without what goes without saying."""
     run = {"objective": "rectified_flow"} | run  # the first runs had no choice of one
     name, recommended = run["dataset_name"], DATASET_CONFIGS.get(run["dataset_name"])
-    unsaid = (FREE_ON_RESUME | OF_ONE_START) - OF_TRAINING
+    unsaid = (FREE_ON_RESUME | PER_START) - OF_TRAINING
     usual = DEFAULTS | derived(run, "cpu")
     if recommended:
         usual |= {field: getattr(recommended, field) for field in RECOMMENDED}

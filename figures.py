@@ -18,12 +18,12 @@ from inference import comparisons, curves, grids
 from inference import labels as inference_labels
 from inference import progress as inference_progress
 from inference.grids import MOST_SHOWN
-from inference.labels import Subjects
-from inference.trained_model import Drawable, How, Wishes
+from inference.labels import SampleRequest
+from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
 from runtime import cli, parallel
 from runtime.cli import Text
 from runtime.errors import UserError
-from runtime.files import unwritable
+from runtime.files import report_unwritable
 from training.session import FIGURES
 
 # Of a row: as many pictures as a page shows at a size at which their names can be read.
@@ -81,9 +81,9 @@ FILLED |= {"fsdp": "the run's own, as far as there are so many"}
 class Scene(NamedTuple):
     """What a run's pictures are drawn from, of what and how: as many subjects as stand in a row."""
 
-    drawable: Drawable
-    row: Subjects
-    how: How
+    drawable: TrainedModel
+    row: SampleRequest
+    how: SamplingPlan
     config: FiguresConfig
 
 
@@ -93,13 +93,13 @@ def main(config: FiguresConfig) -> None:
     check(c)
     parallel.keep_compiled()
     where = {"vae": c.vae, "text_towers": c.text_towers, "fsdp": c.fsdp}
-    drawable = Drawable.of_run(c.run, ema=c.ema, step=c.step, **where)
-    how = drawable.how(Wishes(cfg_scale=c.cfg_scale, n_steps=c.n_steps))
+    drawable = TrainedModel.of_run(c.run, ema=c.ema, step=c.step, **where)
+    how = drawable.how(SamplingOverrides(cfg_scale=c.cfg_scale, n_steps=c.n_steps))
     words = subject_words(c, drawable)
     if c.step is not None and not c.records_only:
         _ = drawable.params  # or that checkpoint is not to be had
     out = c.out or c.run / FIGURES
-    with unwritable(out):
+    with report_unwritable(out):
         out.mkdir(parents=True, exist_ok=True)
     for name, draw in OF_RECORDS.items():
         attempt(out / name, lambda path, draw=draw: draw(c.run, path))
@@ -118,7 +118,7 @@ def main(config: FiguresConfig) -> None:
 def attempt(path: Path, draw: Callable[[Path], None]) -> None:
     """One figure, and a line that tells where it is, or why it is not."""
     told: object = path
-    with unwritable(path):  # which ends the command: there will be no room for the others
+    with report_unwritable(path):  # which ends the command: there will be no room for the others
         try:
             draw(path)
         except UserError as error:
@@ -143,7 +143,7 @@ def check(config: FiguresConfig) -> None:
 # --- what the pictures are of ---------------------------------------------------------------------
 
 
-def subject_words(config: FiguresConfig, drawable: Drawable) -> list[str]:
+def subject_words(config: FiguresConfig, drawable: TrainedModel) -> list[str]:
     """Labels or prompts; none where the model is told nothing, or captions that are not named.
 
     Raises:
@@ -161,14 +161,14 @@ def subject_words(config: FiguresConfig, drawable: Drawable) -> list[str]:
     return list(c.labels) or [names[i] if names else str(i) for i in spread]
 
 
-def columns(drawable: Drawable) -> int:
+def columns(drawable: TrainedModel) -> int:
     """Pictures of a row, if no more are named."""
     encoding = drawable.encoding
     side = encoding.image_size if encoding else drawable.model.image_size
     return COLUMNS if side <= SMALL_SIDE else COLUMNS_OF_LARGE
 
 
-def row_of(config: FiguresConfig, drawable: Drawable, words: list[str]) -> Subjects:
+def row_of(config: FiguresConfig, drawable: TrainedModel, words: list[str]) -> SampleRequest:
     """A picture of each, or as many as fill a row.
 
     Raises:
@@ -180,7 +180,7 @@ def row_of(config: FiguresConfig, drawable: Drawable, words: list[str]) -> Subje
         words = list(dict.fromkeys(several[0] for several in captions))[:n]
     if words:
         n = max(1, n // len(words)) * len(words)
-    return (inference_labels.of_prompts if text else inference_labels.of_labels)(
+    return (inference_labels.request_prompts if text else inference_labels.request_labels)(
         drawable, words, n, seed=seed
     )
 

@@ -24,14 +24,14 @@ from tqdm import tqdm
 from inference import comparisons, grids, sample_files, sampler
 from inference import labels as inference_labels
 from inference.grids import MOST_SHOWN
-from inference.labels import Subjects
+from inference.labels import SampleRequest
 from inference.sample_files import Draw
-from inference.sampler import Pictures
-from inference.trained_model import Drawable, How, Wishes
+from inference.sampler import Samples
+from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
 from runtime import cli, parallel
 from runtime.cli import Text
 from runtime.errors import UserError
-from runtime.files import require_apart, unwritable
+from runtime.files import check_distinct_paths, report_unwritable
 
 N, N_OF_SHEET = 16, 10
 
@@ -158,7 +158,7 @@ def _check_files(config: GenerateConfig) -> None:
             raise UserError(f"folder {path.parent} does not exist")
         if path.is_dir() and path.suffix in (".png", ".npz", ".gif"):
             raise UserError(f"{path} is a folder; name a file")
-    require_apart(config, written=("out", "trajectory", "x0"))
+    check_distinct_paths(config, written=("out", "trajectory", "x0"))
     if config.out.suffix not in (".png", ".npz"):
         sample_files.require_ours(config.out)
 
@@ -183,26 +183,26 @@ def _check_sheet(config: GenerateConfig) -> None:
         raise UserError(f"a sheet of {n * n_rows} pictures is more than {MOST_SHOWN}; lower --n")
 
 
-def opened(config: GenerateConfig) -> Drawable:
+def opened(config: GenerateConfig) -> TrainedModel:
     """What to draw from."""
     c = config
     where = {"vae": c.vae, "text_towers": c.text_towers, "fsdp": c.fsdp}
     if c.run:
-        return Drawable.of_run(c.run, ema=c.ema, step=c.step, **where)
-    return Drawable.of_pretrained(str(c.pretrained), **where)
+        return TrainedModel.of_run(c.run, ema=c.ema, step=c.step, **where)
+    return TrainedModel.of_pretrained(str(c.pretrained), **where)
 
 
-def how_asked(config: GenerateConfig, drawable: Drawable) -> How:
+def how_asked(config: GenerateConfig, drawable: TrainedModel) -> SamplingPlan:
     """How to draw. Raises UserError if the model cannot be drawn from so."""
-    wishes, negative = Wishes.of(config), config.negative_prompt is not None
+    wishes, negative = SamplingOverrides.of(config), config.negative_prompt is not None
     scales = [scale for scale in config.cfg_sweep if scale != 1]
     how = drawable.how(replace(wishes, cfg_scale=scales[0]) if scales else wishes)
     for one in map(how.at, scales) if scales else [how]:
-        sampler.require_guidable(one.sampler, drawable.model, one.cfg_scale, negative=negative)
+        sampler.check_guidance(one.sampler, drawable.model, one.cfg_scale, negative=negative)
     return how
 
 
-def count(config: GenerateConfig, drawable: Drawable) -> int:
+def count(config: GenerateConfig, drawable: TrainedModel) -> int:
     """How many pictures, or columns.
 
     Raises:
@@ -218,12 +218,12 @@ def count(config: GenerateConfig, drawable: Drawable) -> int:
     return n
 
 
-def asked(config: GenerateConfig, drawable: Drawable) -> Subjects:
+def asked(config: GenerateConfig, drawable: TrainedModel) -> SampleRequest:
     """What the pictures are to be of."""
     c, n, seed = config, count(config, drawable), config.seeds or config.seed or 0
     if not c.prompts and c.negative_prompt is None:
-        return inference_labels.of_labels(drawable, c.labels, n, seed=seed)
-    return inference_labels.of_prompts(
+        return inference_labels.request_labels(drawable, c.labels, n, seed=seed)
+    return inference_labels.request_prompts(
         drawable, c.prompts, n, seed=seed, negative=c.negative_prompt
     )
 
@@ -240,7 +240,7 @@ def main(config: GenerateConfig) -> None:
     how = how_asked(c, drawable)
     if c.sheet:
         what, sheet = "a sheet", (denoised if c.denoise else swept)(c, drawable, how)
-        with unwritable(c.out):
+        with report_unwritable(c.out):
             grids.save_png(sheet, c.out)
     else:
         of = asked(c, drawable)
@@ -250,22 +250,24 @@ def main(config: GenerateConfig) -> None:
     print(f"{what}{step} of {drawable.name}: {c.out}")
 
 
-def swept(config: GenerateConfig, drawable: Drawable, how: How) -> Image.Image:
+def swept(config: GenerateConfig, drawable: TrainedModel, how: SamplingPlan) -> Image.Image:
     """The sheet of --cfg_sweep."""
     of, scales = asked(config, drawable), config.cfg_sweep
     return comparisons.of_scales(drawable, of, how, scales, batch_size=config.batch_size)
 
 
-def denoised(config: GenerateConfig, drawable: Drawable, how: How) -> Image.Image:
+def denoised(config: GenerateConfig, drawable: TrainedModel, how: SamplingPlan) -> Image.Image:
     """The sheet of --denoise."""
     c, n, seed = config, count(config, drawable), config.seeds or config.seed or 0
-    sampler.origins(seed, n)
+    sampler.noise_origins(seed, n)
     ids = inference_labels.label_ids(c.labels, drawable.label_names, drawable.model.n_classes)
     real = comparisons.real_pictures(drawable, ids, n)
     return comparisons.of_times(drawable, real, how, c.denoise, seed=seed, batch_size=c.batch_size)
 
 
-def draw(config: GenerateConfig, drawable: Drawable, of: Subjects, how: How) -> None:
+def draw(
+    config: GenerateConfig, drawable: TrainedModel, of: SampleRequest, how: SamplingPlan
+) -> None:
     """Draw and write what is asked for. Films come last, for `out` may be refused."""
     c, n = config, len(of.which)
     size, filmed = min(c.batch_size, n), c.trajectory or c.x0
@@ -284,15 +286,15 @@ def draw(config: GenerateConfig, drawable: Drawable, of: Subjects, how: How) -> 
 
 
 def drawn_whole(
-    config: GenerateConfig, drawable: Drawable, of: Subjects, how: How, size: int
-) -> Pictures:
+    config: GenerateConfig, drawable: TrainedModel, of: SampleRequest, how: SamplingPlan, size: int
+) -> Samples:
     """All pictures, and of the way there what is to be shown."""
     labels, told = of.rows(0, len(of.which))
     told |= {"trajectory": config.trajectory is not None, "estimates": config.x0 is not None}
     return drawable.sample(labels, how, batch_size=size, **told)
 
 
-def write(out: Path, draw: Draw, starts: range, of: Subjects, card: dict[str, Any]) -> None:
+def write(out: Path, draw: Draw, starts: range, of: SampleRequest, card: dict[str, Any]) -> None:
     """A grid with names, the arrays of the ADM suite, or a folder, with a progress bar."""
     with tqdm(total=len(of.which), unit=" pictures", disable=None) as bar:
         if out.suffix == ".npz":
@@ -303,18 +305,18 @@ def write(out: Path, draw: Draw, starts: range, of: Subjects, card: dict[str, An
             for start in starts:
                 parts.append(draw(start))
                 bar.update(len(parts[-1]))
-            with unwritable(out):
+            with report_unwritable(out):
                 grids.save_png(grids.grid(np.concatenate(parts), captions=of.captions), out)
         else:
             for n_written in sample_files.in_folder(draw, starts, out, of.words, card):
                 bar.update(n_written)
 
 
-def write_gif(out: Path | None, states: np.ndarray | None, of: Subjects, what: str) -> None:
+def write_gif(out: Path | None, states: np.ndarray | None, of: SampleRequest, what: str) -> None:
     """Pictures in −1 … 1 at each step, as grids with names, if they are asked for."""
     if out and states is not None:
         frames = [grids.grid(grids.to_uint8(x), captions=of.captions) for x in states]
-        with unwritable(out):
+        with report_unwritable(out):
             grids.save_gif(frames, out)
         print(f"{what}: {out}")
 

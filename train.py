@@ -33,12 +33,12 @@ from data.caption_cache import CaptionStore
 from data.load import open_source
 from data.pipeline import Pipeline
 from data.rows import Source
-from evaluation.during_training import Yardstick
+from evaluation.during_training import TrainingFID
 from inference import grids
 from inference import labels as inference_labels
 from inference.codec import Codec
-from inference.sampler import Labels, Sampler
-from inference.sampler import sample as sample_images
+from inference.sampler import Labels, SamplerConfig
+from inference.sampler import sample_images as sample_images
 from methods import rectified_flow
 from model import ModelConfig, graphdef, init_params
 from runtime import cli, parallel, processes, run_folder
@@ -47,21 +47,21 @@ from runtime.errors import UserError
 from runtime.signals import stopping
 from training import device_dataset, display, flops, optim, warm_start
 from training import step as training_step
-from training.config import DEFAULTS, FILLED, TrainConfig
+from training.config import DEFAULTS, SHOWN_DEFAULTS, TrainConfig
 from training.loop import begin, settings
 from training.lr_range_test import N_STEPS, range_test
 from training.profiling import profile
 from training.resolve import (
+    merge_saved,
     network,
     objective,
     reader,
     require_even_batches,
     require_same_latents,
     resolve,
-    take_up,
     with_subject,
 )
-from training.session import open_run
+from training.session import open_session
 from training.step import TrainState
 
 __all__ = ["TrainConfig", "TrainState", "Trainer"]
@@ -100,11 +100,11 @@ class Trainer:
         if not saved:  # a finished run may be sampled on any number of devices
             require_even_batches(c, n_devices)
         self.run_dir = run_dir or Path(
-            processes.first_says(lambda: str(run_folder.new(c.dataset_name, c.model)))
+            processes.broadcast_from_first(lambda: str(run_folder.new(c.dataset_name, c.model)))
         )
         self.encoded = None
         if c.conditioning == "text":
-            with processes.in_turn():
+            with processes.first_then_others():
                 self.encoded = self._encode_captions(saved.get("text_revisions"))
         self.model_config = self._network(
             saved.get("model_config") or (vars(start.config) if start else {})
@@ -115,7 +115,7 @@ class Trainer:
         self.mesh = parallel.make_mesh(c.fsdp)
         self.codec = None
         if self.dataset.encoding and not c.profile:
-            with processes.in_turn():
+            with processes.first_then_others():
                 self.codec = Codec.of(self.dataset.encoding, self.mesh, vae=c.vae)
         self.init_key, self.train_key, self.eval_key = jax.random.split(jax.random.key(c.seed), 3)
         how = {"warmup_steps": c.warmup_steps, "n_steps": c.n_steps}
@@ -144,7 +144,7 @@ class Trainer:
             return with_subject(config), {}
         saved = run_folder.read_config(run_dir)
         fsdp = math.gcd(saved["fsdp"], jax.device_count()) if config.fsdp is None else config.fsdp
-        return with_subject(take_up(dataclasses.replace(config, fsdp=fsdp), saved)), saved
+        return with_subject(merge_saved(dataclasses.replace(config, fsdp=fsdp), saved)), saved
 
     def _network(self, before: dict[str, Any]) -> ModelConfig:
         """What is trained; `before` is the network it starts from, or goes on with."""
@@ -177,7 +177,7 @@ class Trainer:
                 run_folder.require_new(Path(config.run_dir))
             return str(config.run_dir or "")
 
-        found = processes.first_says(find)
+        found = processes.broadcast_from_first(find)
         return Path(found) if found else None
 
     def _encode_captions(self, revisions: Sequence[str] | None) -> CaptionStore:
@@ -207,7 +207,7 @@ class Trainer:
         )
 
     @cached_property
-    def yardstick(self) -> Yardstick | None:
+    def yardstick(self) -> TrainingFID | None:
         """What this run's pictures are measured by on the way, if they are.
 
         Raises:
@@ -218,7 +218,7 @@ class Trainer:
             return None
         side = encoding.image_size if encoding else c.image_size
         channels = codec.config.out_channels if codec else c.channels
-        return Yardstick.open(
+        return TrainingFID.open(
             c.fid_reference,
             self.mesh,
             space=c.fid_features,
@@ -258,7 +258,7 @@ class Trainer:
     def update(self):
         c = self.config
         loss = self._loss(label_dropout=c.label_dropout)
-        draw = partial(device_dataset.draw, batch_size=c.batch_size, mesh=self.mesh)
+        draw = partial(device_dataset.draw_batch, batch_size=c.batch_size, mesh=self.mesh)
         step = partial(
             training_step.update,
             draw=draw if c.cache_on_device else lambda batch, position: batch,
@@ -333,7 +333,7 @@ class Trainer:
         require_even_batches(c, jax.device_count())
         # Now: a missing file or a bad picture must end this before anything is written.
         _ = self.yardstick, self.data
-        with stopping() as stop, open_run(self, last) as run:
+        with stopping() as stop, open_session(self, last) as run:
             run.tracker.message(self.greeting(last))
             run.begin()
             for batch in run.batches():
@@ -430,10 +430,10 @@ class Trainer:
             x = self.sample([labels[i] for i in places], first=start)
             yield grids.to_uint8(x[: n - start])
 
-    def sampler(self, n_steps: int | None = None) -> Sampler:
+    def sampler(self, n_steps: int | None = None) -> SamplerConfig:
         """How this run's pictures are drawn, in the configured number of steps if none is said."""
         c = self.config
-        return Sampler(
+        return SamplerConfig(
             c.solver,
             c.n_sample_steps if n_steps is None else n_steps,
             shift=c.sample_shift or 1.0,
@@ -487,7 +487,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this step into the run's folder, and wait for it."""
-        with open_run(self, self.step) as run:
+        with open_session(self, self.step) as run:
             run.save(required=True)
 
     def items(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -558,7 +558,7 @@ def _source(c: TrainConfig) -> Source:
 
 
 def main() -> None:
-    config = cli.parse(TrainConfig, filled=FILLED)
+    config = cli.parse(TrainConfig, filled=SHOWN_DEFAULTS)
     begin(config)
     trainer = Trainer(config)
     if config.profile or config.lr_range_test:

@@ -21,7 +21,7 @@ from benchmarks.digits import judge
 from data.load import open_source
 from data.pipeline import Pipeline
 from inference import grids
-from inference.labels import spread
+from inference.labels import spread_evenly
 from runtime import cli
 from runtime.errors import UserError
 from train import Trainer
@@ -80,7 +80,7 @@ def pretrained_tower() -> str:
 
 def accuracy(trainer: Trainer, template: str, n: int) -> float:
     """The share of n samples that are the digit their caption names."""
-    digits = spread(range(10), n)
+    digits = spread_evenly(range(10), n)
     pictures = trainer.sample([says(template, digit) for digit in digits])
     real = Pipeline(open_source("digits"), batch_size=1, seed=0)
     train, test = real.images("train"), real.images("eval")

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from evaluation.metrics import Moments, frechet_distance
 from inference import grids
-from inference.labels import spread
+from inference.labels import spread_evenly
 from runtime import cli
 from train import Trainer
 from training.config import TrainConfig
@@ -116,7 +116,7 @@ def judge(pictures, labels, *, train, test) -> Judgement:
 
 def judge_run(trainer: Trainer, *, n: int = 1000, **how) -> Judgement:
     """Draw n samples, as many of each digit, and judge them."""
-    labels = spread(range(10), n).tolist()
+    labels = spread_evenly(range(10), n).tolist()
     pictures = grids.to_uint8(trainer.sample(labels, **how))
     data = trainer.data
     return judge(pictures, labels, train=data.images("train"), test=data.images("eval"))

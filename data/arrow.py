@@ -8,7 +8,7 @@ if TYPE_CHECKING:  # at run time they are imported where they are used: together
     from datasets import Dataset
 
 
-class Stored:
+class ArrowSplit:
     """All rows of a split as `datasets` keeps them on this machine. `Streamed` is the other way."""
 
     def __init__(self, data: "Dataset"):
@@ -21,7 +21,7 @@ class Stored:
         """A whole column: of labels or captions."""
         return self.data.select_columns([name]).with_format("arrow")[:][name]
 
-    def pictures(self, name: str) -> "Stored":
+    def pictures(self, name: str) -> "ArrowSplit":
         """The same rows, of which `cells` are those of this column, of pictures or plain bytes.
 
         Raises:
@@ -31,8 +31,8 @@ class Stored:
 
         only = self.data.select_columns([name])
         if self.features[name] == Value("binary"):
-            return Stored(only)
-        return Stored(only.cast_column(name, Image(decode=False)))
+            return ArrowSplit(only)
+        return ArrowSplit(only.cast_column(name, Image(decode=False)))
 
     def cells(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """The undecoded pictures of these rows."""

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     label: Int32[Any, "b"] | Caption
 
 
-class Draw(NamedTuple):
+class BatchPlan(NamedTuple):
     """What a batch will be, before anything is decoded."""
 
     row: Int32[np.ndarray, "b"]  # the index in the global batch
@@ -36,8 +36,8 @@ class Draw(NamedTuple):
     label: Int32[np.ndarray, "b"] | Int64[np.ndarray, "b"]  # the id of a class or of a caption
 
 
-def joined(parts: Sequence[Any]) -> Any:
+def concatenate(parts: Sequence[Any]) -> Any:
     """Batches one after another as one, leaf by leaf."""
     if isinstance(parts[0], tuple):
-        return type(parts[0])(*map(joined, zip(*parts)))  # pyright: ignore[reportCallIssue]
+        return type(parts[0])(*map(concatenate, zip(*parts)))  # pyright: ignore[reportCallIssue]
     return np.concatenate(parts)

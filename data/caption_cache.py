@@ -72,7 +72,7 @@ class CaptionStore:
         *,
         revisions: Sequence[str | None] | None = None,
         most: int | None = None,
-        encoder: Callable[[], text_encoders.Towers] | None = None,
+        encoder: Callable[[], text_encoders.TextEncoders] | None = None,
     ) -> "CaptionStore":
         """Encodes what the folder lacks, shard by shard.
 
@@ -95,7 +95,7 @@ class CaptionStore:
         if missing or not (subfolder / INFO).exists():
             text_encoders.require_same(towers, known)
             _check_writable(subfolder)
-            made = encoder() if encoder else text_encoders.Towers(towers, known)
+            made = encoder() if encoder else text_encoders.TextEncoders(towers, known)
             _write_info(subfolder, names, known, made)
             _encode(subfolder, missing, made)
             del made
@@ -213,7 +213,10 @@ def _check_writable(subfolder: Path) -> None:
 
 
 def _write_info(
-    subfolder: Path, names: Sequence[str], revisions: Sequence[str], towers: text_encoders.Towers
+    subfolder: Path,
+    names: Sequence[str],
+    revisions: Sequence[str],
+    towers: text_encoders.TextEncoders,
 ) -> None:
     channels = {"width": towers.width, "pooled": towers.pooled}
     info = {"names": names, "revisions": revisions, **channels}
@@ -221,7 +224,7 @@ def _write_info(
         file.write(json.dumps(info, indent=2).encode() + b"\n")
 
 
-def _encode(subfolder: Path, captions: Sequence[str], towers: text_encoders.Towers) -> None:
+def _encode(subfolder: Path, captions: Sequence[str], towers: text_encoders.TextEncoders) -> None:
     with tqdm(total=len(captions), desc="captions", unit=" captions", disable=None) as bar:
         for start in range(0, len(captions), SHARD):
             shard = captions[start : start + SHARD]

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from data.parquet import Streamed
+from data.parquet import ParquetSplit
 from datasets_config import DatasetConfig
 from runtime.errors import UserError, unknown
 
 if TYPE_CHECKING:  # at run time they are imported where they are used: together they take a second
     import pyarrow
     from datasets import Features
-from data.arrow import Stored
+from data.arrow import ArrowSplit
 from data.rows import _bad_cell
 
 
@@ -74,7 +74,7 @@ def _caption_column(entry: DatasetConfig, features: "Features", wanted: str | No
 
 def _captions(
     config: DatasetConfig,
-    data: Stored | Streamed,
+    data: ArrowSplit | ParquetSplit,
     rows: Int64[np.ndarray, "n"],
     labels: Int32[np.ndarray, "n"],
 ) -> list[tuple[str, ...]]:
@@ -126,7 +126,7 @@ def _label_kind(feature: Any) -> str | None:
 
 
 def _class_names(
-    entry: DatasetConfig, data: Stored | Streamed, column: str | None
+    entry: DatasetConfig, data: ArrowSplit | ParquetSplit, column: str | None
 ) -> tuple[str, ...]:
     """One name per class, in the order of the ids; () when there are no classes."""
     if column is None:

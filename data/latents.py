@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float16
 
-from datasets_config import Encoding
+from datasets_config import LatentEncoding
 from runtime.errors import UserError
 
 FACTS = "latents.json"
@@ -77,7 +77,7 @@ class LatentSet:
     `skipped` has the rows of the source whose pictures could not be read.
     """
 
-    encoding: Encoding
+    encoding: LatentEncoding
     channel_mean: tuple[float, ...]
     channel_std: tuple[float, ...]
     n_rows: dict[str, int]
@@ -105,7 +105,7 @@ def read(folder: Path) -> LatentSet:
     """
     try:
         record = json.loads((folder / FACTS).read_text())
-        encoding = Encoding.of(record["encoding"])
+        encoding = LatentEncoding.of(record["encoding"])
         channels = {name: tuple(record[name]) for name in ("channel_mean", "channel_std")}
         said = LatentSet(**record | channels | {"encoding": encoding})
         if not said.n_files["train"] or said.n_files.keys() != said.n_rows.keys():
@@ -135,7 +135,7 @@ def pack(moments: Float16[np.ndarray, "b h w k"]) -> list[bytes]:
     return [row.astype("<f2", copy=False).tobytes() for row in moments]
 
 
-def unpack(cells: Sequence[bytes], encoding: Encoding) -> Float16[np.ndarray, "b h w k"]:
+def unpack(cells: Sequence[bytes], encoding: LatentEncoding) -> Float16[np.ndarray, "b h w k"]:
     """The inverse of `pack`.
 
     Raises:
@@ -172,7 +172,7 @@ def record_of(file: Path) -> dict[str, Any]:
     try:
         end = pyarrow.parquet.read_metadata(file)
         record = json.loads((end.metadata or {})[KEY])
-        encoding, sums = Encoding.of(record["encoding"]), Sums.of(record["sums"])
+        encoding, sums = LatentEncoding.of(record["encoding"]), Sums.of(record["sums"])
     except FileNotFoundError:
         raise UserError(f"{file} is missing") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -180,7 +180,7 @@ def record_of(file: Path) -> dict[str, Any]:
     return record | {"encoding": encoding, "sums": sums, "n_rows": end.num_rows}
 
 
-def moments_of(file: Path, encoding: Encoding) -> Iterator[Float16[np.ndarray, "b h w k"]]:
+def moments_of(file: Path, encoding: LatentEncoding) -> Iterator[Float16[np.ndarray, "b h w k"]]:
     """All rows of a file, `AT_ONCE` at a time.
 
     Raises:

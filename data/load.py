@@ -16,13 +16,13 @@ from jaxtyping import Int64
 
 import datasets_config
 from data import images, latents
-from data.parquet import Streamed
+from data.parquet import ParquetSplit
 from datasets_config import DATASET_CONFIGS, DatasetConfig
 from runtime.errors import UserError
 
 if TYPE_CHECKING:  # at run time they are imported where they are used: together they take a second
     pass
-from data.arrow import Stored
+from data.arrow import ArrowSplit
 from data.columns import (
     _caption_column,
     _captions,
@@ -180,7 +180,7 @@ def _folder(entry: DatasetConfig, data_dir: str | Path | None) -> Path | None:
 
 def _load(
     entry: DatasetConfig, folder: Path | None, streaming: bool
-) -> dict[str, Stored | Streamed]:
+) -> dict[str, ArrowSplit | ParquetSplit]:
     """All splits of the set."""
     if folder and not folder.is_dir():
         raise UserError(f"data set '{entry.name}': there is no folder '{folder}'")
@@ -196,7 +196,7 @@ def _load(
     return {str(name): data for name, data in splits.items()}
 
 
-def _stored(entry: DatasetConfig, folder: Path | None) -> dict[Any, Stored]:
+def _stored(entry: DatasetConfig, folder: Path | None) -> dict[Any, ArrowSplit]:
     import datasets
 
     if folder is None:
@@ -208,10 +208,10 @@ def _stored(entry: DatasetConfig, folder: Path | None) -> dict[Any, Stored]:
     else:
         with _without_progress_bars():
             splits = datasets.load_dataset(str(folder))
-    return {name: Stored(data) for name, data in splits.items()}
+    return {name: ArrowSplit(data) for name, data in splits.items()}
 
 
-def _parquet(entry: DatasetConfig, folder: Path | None) -> dict[Any, Streamed]:
+def _parquet(entry: DatasetConfig, folder: Path | None) -> dict[Any, ParquetSplit]:
     import datasets
     from datasets.packaged_modules.parquet.parquet import Parquet
 
@@ -225,7 +225,7 @@ def _parquet(entry: DatasetConfig, folder: Path | None) -> dict[Any, Streamed]:
             "drop --streaming"
         )
     files = builder.config.data_files or {}
-    return {name: Streamed(files[name], builder.info.features) for name in files}
+    return {name: ParquetSplit(files[name], builder.info.features) for name in files}
 
 
 @contextlib.contextmanager
@@ -242,7 +242,7 @@ def _without_progress_bars() -> Iterator[None]:
 
 
 def _choose_splits(
-    entry: DatasetConfig, splits: Mapping[str, Stored | Streamed]
+    entry: DatasetConfig, splits: Mapping[str, ArrowSplit | ParquetSplit]
 ) -> list[tuple[str, Int64[np.ndarray, "n"]]]:
     """Name and rows of the training and the evaluation split; the latter is carved if need be."""
     train = entry.train_split if len(splits) > 1 else next(iter(splits))
@@ -263,10 +263,10 @@ def _choose_splits(
     return list(zip(chosen, rows))
 
 
-def _carved(data: Stored | Streamed, fraction: float) -> list[Int64[np.ndarray, "n"]]:
+def _carved(data: ArrowSplit | ParquetSplit, fraction: float) -> list[Int64[np.ndarray, "n"]]:
     """Rows to train on and rows held back, of what is streamed whole row groups if it has many."""
     unit = rows = np.arange(len(data))
-    if isinstance(data, Streamed) and len(data.sizes) * fraction > 2:
+    if isinstance(data, ParquetSplit) and len(data.sizes) * fraction > 2:
         unit = data.group(rows)
     order = np.random.default_rng(0).permutation(unit[-1] + 1)
     counts = np.cumsum(np.bincount(unit)[order])
@@ -276,7 +276,7 @@ def _carved(data: Stored | Streamed, fraction: float) -> list[Int64[np.ndarray, 
 
 
 def _split(
-    config: DatasetConfig, name: str, data: Stored | Streamed, rows: Int64[np.ndarray, "n"]
+    config: DatasetConfig, name: str, data: ArrowSplit | ParquetSplit, rows: Int64[np.ndarray, "n"]
 ) -> Split:
     """The rows with labels 0 … n_classes − 1; all 0, the null id, when there are no classes."""
     wanted = (config.image_column, config.label_column, config.caption_column)

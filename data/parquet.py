@@ -26,7 +26,7 @@ AT_ONCE = 32  # files that are looked into at the start
 PAUSES = (1, 4, 16, 60)  # seconds before a file elsewhere is tried again
 
 
-class Streamed:
+class ParquetSplit:
     """A split in Parquet files, by path or by address (`hf://…`)."""
 
     def __init__(self, files: Sequence[str], features: "Features | None" = None):
@@ -86,7 +86,7 @@ class Streamed:
             self._columns[name] = pyarrow.chunked_array(chunks, read[0].type)
         return self._columns[name]
 
-    def pictures(self, name: str) -> "Streamed":
+    def pictures(self, name: str) -> "ParquetSplit":
         """The same rows, of which `cells` are those of this column.
 
         Raises:
@@ -98,7 +98,7 @@ class Streamed:
         stored = [of.field(i).name for i in range(of.num_fields)] if types.is_struct(of) else []
         if not (types.is_binary(of) or types.is_large_binary(of) or "bytes" in stored):
             raise TypeError(f"{of} is no picture")
-        copy = Streamed.__new__(Streamed)
+        copy = ParquetSplit.__new__(ParquetSplit)
         copy.__setstate__(self.__getstate__() | {"_pictures": name})
         return copy
 

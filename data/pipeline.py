@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
 
-from data.batch import Batch, Draw, joined
+from data.batch import Batch, BatchPlan, concatenate
 from data.caption_cache import CaptionStore
 from data.load import open_source
-from data.parquet import Streamed
-from data.rows import Pictures, Source, Split
+from data.parquet import ParquetSplit
+from data.rows import Images, Source, Split
 from data.shuffle import flips, laned, lanes, permutation, uniforms
 from runtime import workers
 from runtime.errors import RunError, UserError
@@ -38,9 +38,9 @@ class Decoder:
 
     split: Split
     encoded: CaptionStore | None
-    held: Pictures | None = None  # all of the split
+    held: Images | None = None  # all of the split
 
-    def __call__(self, draw: Draw) -> Batch:
+    def __call__(self, draw: BatchPlan) -> Batch:
         image, mirrored = self.images(draw.source), draw.mirrored
         encoding = self.split.config.encoding
         if encoding and encoding.mirrored:  # a row holds both views
@@ -50,7 +50,7 @@ class Decoder:
             image[mirrored] = image[mirrored, :, ::-1]
         return Batch(draw.row, image, self.encoded(draw.label) if self.encoded else draw.label)
 
-    def images(self, rows: Int64[np.ndarray, "b"]) -> Pictures:
+    def images(self, rows: Int64[np.ndarray, "b"]) -> Images:
         return self.split.images(rows) if self.held is None else self.held[rows]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class Pipeline:
         n_cpus = os.cpu_count() or 1
         self.n_workers = min(16, max(1, n_cpus // 2)) if n_workers is None else n_workers
         self.lanes, stream = None, source.train.data
-        if isinstance(stream, Streamed):
+        if isinstance(stream, ParquetSplit):
             self.lanes = lanes(source.train, batch_size, shuffle_buffer)
             self._eval_lanes = lanes(source.eval, EVAL_LANES, EVAL_LANES)
             stream.capacity = self.lanes.open_groups(n_processes * max(1, self.n_workers))
@@ -163,7 +163,7 @@ class Pipeline:
         several = [train.captions[row] for row in rows]
         return [captions[int(u * len(captions))] for captions, u in zip(several, draws)]
 
-    def _draw(self, step: int, row: Int64[np.ndarray, "b"] | None = None) -> Draw:
+    def _draw(self, step: int, row: Int64[np.ndarray, "b"] | None = None) -> BatchPlan:
         """This process's rows of the batch of `step`, or these ones."""
         row, n = self._mine(self.batch_size) if row is None else row, len(self.source.train)
         epochs = list(self._epochs(step, row))
@@ -173,7 +173,7 @@ class Pipeline:
         if self.encoded:
             parts = [uniforms(self.seed, epoch, n)[places] for epoch, places in epochs]
             draws = np.concatenate(parts)
-        return Draw(row.astype(np.int32), rows, mirrored, self._labels("train", rows, draws))
+        return BatchPlan(row.astype(np.int32), rows, mirrored, self._labels("train", rows, draws))
 
     def _labels(self, split: str, rows: np.ndarray, draws: np.ndarray) -> np.ndarray:
         if self.encoded:
@@ -211,10 +211,10 @@ class Pipeline:
         parts = np.array_split(np.arange(n), min(n, self.n_workers or os.cpu_count() or 1))
         callers = [workers.Worker(decoder) if self.n_workers else decoder for _ in parts]
         draws = map(self._draw, range(start, stop))
-        calls = ([Draw(*(x[part] for x in draw)) for part in parts] for draw in draws)
+        calls = ([BatchPlan(*(x[part] for x in draw)) for part in parts] for draw in draws)
         try:
             with contextlib.closing(workers.ahead(callers, calls)) as answers:
-                yield from map(joined, answers)
+                yield from map(concatenate, answers)
         except workers.WorkerDied as died:
             raise RunError(
                 f"{died}, decoding rows of the training split: {died.call.source.tolist()}"
@@ -236,9 +236,9 @@ class Pipeline:
         for first in range(0, n * size, size):
             rows = order[(first + row) % len(order)]
             labels = self._labels("eval", rows, nothing)
-            yield decoder(Draw(row.astype(np.int32), rows, nothing.astype(bool), labels))
+            yield decoder(BatchPlan(row.astype(np.int32), rows, nothing.astype(bool), labels))
 
-    def images(self, split: str) -> tuple[Pictures, Int32[np.ndarray, "n"]]:
+    def images(self, split: str) -> tuple[Images, Int32[np.ndarray, "n"]]:
         """All pictures and labels of "train" or "eval", in the order of the rows. Those of latents
         are moments, with those of the mirrored pictures where there are any.
         """
@@ -263,7 +263,7 @@ class CaptionIds:
         return self.ids[self.starts[rows] + (draws * self.counts[rows]).astype(np.int64)]
 
 
-def _all_images(split: Split) -> Pictures:
+def _all_images(split: Split) -> Images:
     """Every picture of the split, by threads: Pillow decodes without the interpreter's lock."""
     shape, dtype = split.picture
     decoded = np.empty((len(split), *shape), dtype)

@@ -10,15 +10,15 @@ import numpy as np
 from jaxtyping import Float16, Int32, Int64, UInt8
 
 from data import images, latents
-from data.parquet import Streamed
+from data.parquet import ParquetSplit
 from datasets_config import DatasetConfig
 from runtime.errors import UserError
 
 if TYPE_CHECKING:  # at run time they are imported where they are used: together they take a second
     pass
-from data.arrow import Stored
+from data.arrow import ArrowSplit
 
-Pictures = UInt8[np.ndarray, "b h w c"] | Float16[np.ndarray, "b h w k"]
+Images = UInt8[np.ndarray, "b h w c"] | Float16[np.ndarray, "b h w k"]
 
 
 class Readable(NamedTuple):
@@ -37,7 +37,7 @@ class Split:
 
     config: DatasetConfig
     name: str
-    data: Stored | Streamed  # the pictures of all rows
+    data: ArrowSplit | ParquetSplit  # the pictures of all rows
     rows: Int64[np.ndarray, "n"]  # those that belong here
     labels: Int32[np.ndarray, "n"]
     captions: list[tuple[str, ...]]  # those of each picture; empty where there are none
@@ -53,7 +53,7 @@ class Split:
             return c.encoding.moments_shape, np.float16
         return (c.image_size, c.image_size, c.channels), np.uint8
 
-    def images(self, indices: Int64[np.ndarray, "b"]) -> Pictures:
+    def images(self, indices: Int64[np.ndarray, "b"]) -> Images:
         """Decodes these rows of the split; a `UserError` names the data set, row and column. Of
         latents, they are moments.
         """

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from data.parquet import Streamed
+from data.parquet import ParquetSplit
 from data.rows import Split
 
 OPEN_BYTES = 2**30  # of groups that all readers of one batch together have in memory
@@ -18,7 +18,7 @@ MOST_LANES = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Lanes:
+class GroupedShuffle:
     """Epochs of a set whose rows lie in groups, such as those of Parquet files.
 
     A batch is cut into `n_lanes` equal parts, and each part goes its own way through the set: from
@@ -40,7 +40,7 @@ class Lanes:
         group_bytes: float,
         batch_size: int,
         shuffle_buffer: int,
-    ) -> "Lanes":
+    ) -> "GroupedShuffle":
         """As many lanes as `OPEN_BYTES` can hold the groups of, for pools that together make up
         `shuffle_buffer` rows.
         """
@@ -78,11 +78,11 @@ class Lanes:
 FLIPS, CAPTIONS = 1, 2
 
 
-def lanes(split: Split, batch_size: int, shuffle_buffer: int) -> Lanes:
+def lanes(split: Split, batch_size: int, shuffle_buffer: int) -> GroupedShuffle:
     """The order of a streamed split."""
-    assert isinstance(split.data, Streamed)
+    assert isinstance(split.data, ParquetSplit)
     group = split.data.group(split.rows)
-    return Lanes.plan(
+    return GroupedShuffle.plan(
         np.unique(group, return_counts=True)[1],
         group_bytes=float(split.data.bytes.mean()),
         batch_size=batch_size,
@@ -99,7 +99,7 @@ def permutation(seed: int, epoch: int, n: int) -> Int64[np.ndarray, "n"]:
 
 
 @functools.lru_cache(maxsize=3)
-def laned(lanes: Lanes, seed: int, epoch: int) -> Int64[np.ndarray, "n"]:
+def laned(lanes: GroupedShuffle, seed: int, epoch: int) -> Int64[np.ndarray, "n"]:
     """The order of the rows in one epoch of a streamed set."""
     order = lanes.order(seed, epoch)
     order.flags.writeable = False

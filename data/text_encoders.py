@@ -97,7 +97,7 @@ def _commits(tower: str) -> Iterator[str]:
         yield from (commit.commit_id for commit in hub.list_repo_commits(tower))
 
 
-class Towers:
+class TextEncoders:
     """Text towers, joined as in Stable Diffusion 3 (Esser et al. 2024, §4 and appendix B).
 
     A CLIP gives its last but one hidden states as tokens, and the projected state of the end token
@@ -133,7 +133,7 @@ class Towers:
                 towers are wider than `full_width`.
         """
         revisions = revisions or [None] * len(names)
-        self._towers = [_Tower(*pair) for pair in zip(names, revisions, strict=True)]
+        self._towers = [_TextEncoder(*pair) for pair in zip(names, revisions, strict=True)]
         clips = [tower for tower in self._towers if tower.is_clip]
         others = [tower.width for tower in self._towers if not tower.is_clip]
         self.width = max(sum(tower.width for tower in clips), *others, 0)
@@ -204,7 +204,7 @@ def encode(
             than a whole caption.
     """
     require_same(towers, revisions)
-    embeddings = Towers(towers, revisions, full_width=full_width).encode(captions)
+    embeddings = TextEncoders(towers, revisions, full_width=full_width).encode(captions)
     release()
     for caption, embedding in zip(captions, embeddings):
         if embedding.cut:
@@ -212,7 +212,7 @@ def encode(
     return pad(embeddings, max(length, *(len(e.tokens) for e in embeddings)))
 
 
-class _Tower:
+class _TextEncoder:
     """One of them, not yet joined."""
 
     def __init__(self, name: str, revision: str | None):

@@ -20,7 +20,7 @@ NAMES = {"inception": "fid", "pixels": "pixel_frechet"}  # what is no FID is nev
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class TrainingFID:
     """Statistics of real pictures, and what makes the same features of others."""
 
     real: Reference

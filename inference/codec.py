@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float16, UInt8
 
-from datasets_config import Encoding
+from datasets_config import LatentEncoding
 from methods.rectified_flow import to_float
 from networks import autoencoder
 from networks.autoencoder import AutoencoderConfig
@@ -61,7 +61,9 @@ class Codec:
         return cls(pretrained.load(path_or_id), mesh, dtype=dtype)
 
     @classmethod
-    def of(cls, encoding: Encoding, mesh: parallel.Mesh, *, vae: str | None = None) -> "Codec":
+    def of(
+        cls, encoding: LatentEncoding, mesh: parallel.Mesh, *, vae: str | None = None
+    ) -> "Codec":
         """The VAE that latents were made with, wherever it is now.
 
         Raises:

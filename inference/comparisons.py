@@ -15,9 +15,9 @@ from data.load import open_source
 from data.rows import Split
 from inference import grids
 from inference import labels as inference_labels
-from inference.labels import Subjects, spread
-from inference.sampler import Begin
-from inference.trained_model import Drawable, How
+from inference.labels import SampleRequest, spread_evenly
+from inference.sampler import StartFrom
+from inference.trained_model import SamplingPlan, TrainedModel
 from networks import autoencoder
 from runtime.errors import UserError
 
@@ -29,9 +29,9 @@ OF_DATA = (
 
 
 def of_scales(
-    drawable: Drawable,
-    subjects: Subjects,
-    how: How,
+    drawable: TrainedModel,
+    subjects: SampleRequest,
+    how: SamplingPlan,
     scales: Sequence[float],
     *,
     side: int | None = None,
@@ -53,9 +53,9 @@ def of_scales(
 
 
 def of_steps(
-    drawable: Drawable,
-    subjects: Subjects,
-    how: How,
+    drawable: TrainedModel,
+    subjects: SampleRequest,
+    how: SamplingPlan,
     n_rows: int,
     *,
     side: int | None = None,
@@ -79,7 +79,9 @@ def of_steps(
     )
 
 
-def decoded(drawable: Drawable, x: Float[np.ndarray, "*n h w c"]) -> Float[np.ndarray, "*n H W C"]:
+def decoded(
+    drawable: TrainedModel, x: Float[np.ndarray, "*n h w c"]
+) -> Float[np.ndarray, "*n H W C"]:
     """What a model draws as pictures in −1 … 1."""
     return drawable.codec.decode(x) if drawable.codec else x
 
@@ -100,7 +102,7 @@ class Real(NamedTuple):
     names: Sequence[str]
 
 
-def real_pictures(drawable: Drawable, ids: Sequence[int], n: int) -> Real:
+def real_pictures(drawable: TrainedModel, ids: Sequence[int], n: int) -> Real:
     """Pictures of the evaluation split: of these classes, or from all over it. Latents are the
     means of what the VAE makes of a picture.
 
@@ -123,10 +125,10 @@ def real_pictures(drawable: Drawable, ids: Sequence[int], n: int) -> Real:
     if not model.n_classes:
         return Real(x, np.zeros(n, np.int32), ())
     labels = split.labels[rows]
-    return Real(x, labels, inference_labels.captions(labels, drawable.label_names) or ())
+    return Real(x, labels, inference_labels.label_texts(labels, drawable.label_names) or ())
 
 
-def evaluation_split(drawable: Drawable) -> Split:
+def evaluation_split(drawable: TrainedModel) -> Split:
     """The run's own."""
     s = drawable.settings
     if not s.get("dataset_name"):
@@ -150,7 +152,7 @@ def chosen(split: Split, ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:
     """Rows of a split: the first of each class, as many of each, or evenly from all over it."""
     rows = np.linspace(0, len(split) - 1, min(n, len(split))).astype(int)
     if ids := list(dict.fromkeys(ids)):
-        share = spread(ids, n)
+        share = spread_evenly(ids, n)
         found = [np.flatnonzero(split.labels == i)[: (share == i).sum()] for i in ids]
         rows = np.concatenate(found)
     if len(rows) < n:
@@ -159,9 +161,9 @@ def chosen(split: Split, ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:
 
 
 def of_times(
-    drawable: Drawable,
+    drawable: TrainedModel,
     real: Real,
-    how: How,
+    how: SamplingPlan,
     times: Sequence[float],
     *,
     side: int | None = None,
@@ -173,7 +175,7 @@ def of_times(
     """
     rows, names = [real.data], ["real"]
     for t in times:
-        begin = Begin(real.data, how.sampler.route(t))
+        begin = StartFrom(real.data, how.sampler.route(t))
         more |= {"begin": begin, "trajectory": True, "codec": None}
         found = drawable.sample(real.labels, how, **more)
         assert found.trajectory is not None

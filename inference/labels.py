@@ -10,7 +10,7 @@ from jaxtyping import Int
 from data.batch import Caption
 from inference import sampler
 from inference.sampler import Labels
-from inference.trained_model import Drawable
+from inference.trained_model import TrainedModel
 from model import ModelConfig
 from runtime.errors import UserError, unknown
 
@@ -34,7 +34,7 @@ def label_ids(words: Sequence[int | str], names: Sequence[str], n_classes: int) 
     return [ids[str(word)] for word in words]
 
 
-def spread(ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:
+def spread_evenly(ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:
     """n labels, each id as often as the others, side by side."""
     share, rest = divmod(n, len(ids))
     return np.repeat(np.asarray(ids, np.int32), [share + (i < rest) for i in range(len(ids))])
@@ -43,7 +43,7 @@ def spread(ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:
 Seeds = int | Sequence[int]  # of all pictures, or of each
 
 
-class Subjects(NamedTuple):
+class SampleRequest(NamedTuple):
     """What n pictures are of.
 
     Args:
@@ -63,7 +63,7 @@ class Subjects(NamedTuple):
     @property
     def captions(self) -> list[str] | None:
         """What stands below each picture: its prompt, or its class's name if it has one."""
-        return captions(self.which, self.names)
+        return label_texts(self.which, self.names)
 
     @property
     def words(self) -> list[str]:
@@ -82,7 +82,9 @@ class Subjects(NamedTuple):
         return labels, {"seed": seeds, "first": start, "negative": self.negative}
 
 
-def of_labels(drawable: Drawable, words: Sequence[str], n: int, *, seed: Seeds = 0) -> Subjects:
+def request_labels(
+    drawable: TrainedModel, words: Sequence[str], n: int, *, seed: Seeds = 0
+) -> SampleRequest:
     """Classes by their names or numbers, by default all, each as often as the others, side by side.
 
     Raises:
@@ -91,19 +93,19 @@ def of_labels(drawable: Drawable, words: Sequence[str], n: int, *, seed: Seeds =
     model, names = drawable.model, drawable.label_names
     if model.text_width:
         raise UserError('this model was trained on captions; say what to draw by --prompts "…"')
-    sampler.origins(seed, n)
+    sampler.noise_origins(seed, n)
     ids = label_ids(words, names, model.n_classes) or every_class(model).tolist()
-    return Subjects(spread(ids, n), names, every_class(model), seed)
+    return SampleRequest(spread_evenly(ids, n), names, every_class(model), seed)
 
 
-def of_prompts(
-    drawable: Drawable,
+def request_prompts(
+    drawable: TrainedModel,
     prompts: Sequence[str],
     n: int,
     *,
     seed: Seeds = 0,
     negative: str | None = None,
-) -> Subjects:
+) -> SampleRequest:
     """Prompts, each as often as the others, side by side.
 
     Args:
@@ -116,16 +118,16 @@ def of_prompts(
         raise UserError("this model was trained without captions; choose classes by --labels")
     if not prompts:
         raise UserError('this model was trained on captions; say what to draw by --prompts "…"')
-    sampler.origins(seed, n)
+    sampler.noise_origins(seed, n)
     if negative is None and drawable.full_width:
         negative = ""
     # All in one go, so that they have the same number of tokens.
     told = drawable.encode([*prompts, *([] if negative is None else [negative])])
     last = None if negative is None else jax.tree.map(lambda x: x[-1:], told)
-    return Subjects(spread(range(len(prompts)), n), prompts, told, seed, last)
+    return SampleRequest(spread_evenly(range(len(prompts)), n), prompts, told, seed, last)
 
 
-def by_turns(drawable: Drawable, n: int, *, seed: int = 0) -> Subjects:
+def by_turns(drawable: TrainedModel, n: int, *, seed: int = 0) -> SampleRequest:
     """One of each class after the other: any stretch of them is balanced.
 
     Raises:
@@ -138,7 +140,7 @@ def by_turns(drawable: Drawable, n: int, *, seed: int = 0) -> Subjects:
             "generate.py write an .npz, and pass it by --npz"
         )
     which = np.arange(n, dtype=np.int32) % max(1, model.n_classes)
-    return Subjects(which, drawable.label_names, every_class(model), seed)
+    return SampleRequest(which, drawable.label_names, every_class(model), seed)
 
 
 def every_class(model: ModelConfig) -> Int[np.ndarray, "k"]:
@@ -149,7 +151,7 @@ def every_class(model: ModelConfig) -> Int[np.ndarray, "k"]:
 ShownLabels = Sequence[int | str] | Int[np.ndarray, "n"]
 
 
-def captions(labels: ShownLabels, names: Sequence[str]) -> list[str] | None:
+def label_texts(labels: ShownLabels, names: Sequence[str]) -> list[str] | None:
     """What stands below every picture: its caption, or its class's name if it has one."""
     if names:
         return [label if isinstance(label, str) else names[label] for label in labels]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from data import latents
 from data.latents import LatentSet, Sums
 from data.rows import Readable, Source, Split
-from datasets_config import Encoding
+from datasets_config import LatentEncoding
 from inference.codec import Codec
 from runtime import files as runtime_files
 from runtime import parallel, workers
@@ -61,7 +61,7 @@ def plan(folder: Path, split: str, n_rows: int, rows_per_file: int) -> list[Part
     return [Part(file, i, min(i + rows_per_file, n_rows)) for file, i in zip(files, starts)]
 
 
-def is_made(part: Part, encoding: Encoding) -> bool:
+def is_made(part: Part, encoding: LatentEncoding) -> bool:
     """Whether the file is there, whole and of this encoding.
 
     Raises:
@@ -81,7 +81,7 @@ def is_made(part: Part, encoding: Encoding) -> bool:
     return True
 
 
-def write(part: Part, pieces: Sequence[Piece], split: Split, encoding: Encoding) -> None:
+def write(part: Part, pieces: Sequence[Piece], split: Split, encoding: LatentEncoding) -> None:
     """The file, which takes its name when it is whole. Nothing in it depends on when it is made."""
     import pyarrow
     import pyarrow.parquet
@@ -168,7 +168,7 @@ def convert(
     source: Source,
     codec: Codec,
     folder: Path,
-    encoding: Encoding,
+    encoding: LatentEncoding,
     *,
     rows_per_file: int,
     batch_size: int | None = None,
@@ -217,7 +217,7 @@ def revision(source: Source, data_dir: Path | None) -> str:
 
 def encoding_of(
     source: Source, codec: Codec, *, data_dir: Path | None = None, mirror: bool | None = None
-) -> Encoding:
+) -> LatentEncoding:
     """How the folder is made."""
     c, side = source.config, source.config.image_size
     if side % codec.config.downsampling:
@@ -226,7 +226,7 @@ def encoding_of(
             "VAE divides it by"
         )
     small = side // codec.config.downsampling
-    return Encoding(
+    return LatentEncoding(
         dataset_name=c.name,
         source=revision(source, data_dir),
         image_size=side,
@@ -252,7 +252,7 @@ def require_same(folder: Path, parts: dict[str, list[Part]]) -> None:
         )
 
 
-def complete(folder: Path, encoding: Encoding, parts: dict[str, list[Part]]) -> LatentSet:
+def complete(folder: Path, encoding: LatentEncoding, parts: dict[str, list[Part]]) -> LatentSet:
     """Write what is true of all files together: `latents.json` and the card."""
     records = {
         name: [latents.record_of(p.file) for p in several] for name, several in parts.items()

@@ -19,11 +19,11 @@ from jaxtyping import Int
 
 from data.image_sets import Batch, PictureSet, written
 from inference import grids
-from inference.labels import Subjects, by_turns
-from inference.sampler import Pictures
-from inference.trained_model import Drawable, How, Wishes
+from inference.labels import SampleRequest, by_turns
+from inference.sampler import Samples
+from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
 from runtime.errors import UserError
-from runtime.files import atomic, tidy, unwritable
+from runtime.files import atomic, report_unwritable, tidy
 from runtime.run_folder import locked
 
 CARD = "card.json"
@@ -32,7 +32,7 @@ Draw = Callable[[int], Batch]  # the pictures of a batch, by the place of its fi
 
 
 @dataclass(frozen=True)
-class DrawConfig(Wishes):
+class DrawConfig(SamplingOverrides):
     """What to draw for an evaluation, and how; what is None is as in the run.
 
     Args:
@@ -44,7 +44,7 @@ class DrawConfig(Wishes):
     batch_size: int = 64
 
 
-def of(drawable: Drawable, config: DrawConfig, *, samples: Path | None = None) -> PictureSet:
+def of(drawable: TrainedModel, config: DrawConfig, *, samples: Path | None = None) -> PictureSet:
     """The pictures that an evaluation looks at, which are drawn as they are asked for.
 
     Args:
@@ -62,7 +62,7 @@ def of(drawable: Drawable, config: DrawConfig, *, samples: Path | None = None) -
     return PictureSet(c.n, lambda _: kept(draw, starts, samples, subjects.which, card), card)
 
 
-def drawer(drawable: Drawable, subjects: Subjects, how: How, size: int) -> Draw:
+def drawer(drawable: TrainedModel, subjects: SampleRequest, how: SamplingPlan, size: int) -> Draw:
     """What draws a batch of so many pictures."""
     n = len(subjects.which)
 
@@ -75,12 +75,12 @@ def drawer(drawable: Drawable, subjects: Subjects, how: How, size: int) -> Draw:
     return draw
 
 
-def part_of(whole: Callable[[], Pictures], size: int) -> Draw:
+def part_of(whole: Callable[[], Samples], size: int) -> Draw:
     """What draws all of them, once the first are asked for."""
     return lambda start: grids.to_uint8(whole().x[start : start + size])
 
 
-def describe(drawable: Drawable, subjects: Subjects, how: How) -> dict[str, Any]:
+def describe(drawable: TrainedModel, subjects: SampleRequest, how: SamplingPlan) -> dict[str, Any]:
     """All that pictures depend on, for the card beside them."""
     card = {"sampler": asdict(how.sampler), "cfg_scale": how.cfg_scale, "seed": subjects.seed}
     return card | drawable.card | {"count": len(subjects.which)}
@@ -191,7 +191,7 @@ def taken(folder: Path, card: dict[str, Any]) -> Iterator[None]:
             another process is writing there.
     """
     require_ours(folder)
-    with unwritable(folder):
+    with report_unwritable(folder):
         folder.mkdir(exist_ok=True)
         with locked(folder):
             tidy(folder)

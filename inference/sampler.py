@@ -27,11 +27,11 @@ from runtime.errors import UserError, unknown
 from sampling import SOLVERS, Solution, Velocity, guided, initial_noise, step_noise, time_grid
 
 Labels = Sequence[int] | Int[np.ndarray, "n"] | Caption
-MOST_SEED = 2**31 - 1
+MAX_SEED = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Sampler:
+class SamplerConfig:
     """How pictures are drawn from a model; static, so each combination is compiled once.
 
     Args:
@@ -115,7 +115,7 @@ class Sampler:
         return float(ddpm.up_to(ddpm.chain(self.n_steps), t).step[-1]) / ddpm.N_STEPS
 
 
-class Begin(NamedTuple):
+class StartFrom(NamedTuple):
     """Where drawing begins, if not with pure noise: with data that noise is added to, at the start
     of a `Sampler.route`.
     """
@@ -125,17 +125,17 @@ class Begin(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("config", "sampler", "guide", "trajectory"))
-def draw(
+def sample_batch(
     params: Any,
     label: Label,
     index: Int[Array, "b"],
     seed: Int[Array, "..."],
     cfg_scale: Float[Array, ""],
     negative: Label | None = None,
-    begin: Begin | None = None,
+    begin: StartFrom | None = None,
     *,
     config: ModelConfig,
-    sampler: Sampler,
+    sampler: SamplerConfig,
     guide: bool,
     trajectory: bool,
 ) -> Solution:
@@ -165,9 +165,9 @@ def solve(
     index: Int[Array, "b"],
     seed: Int[Array, "..."] | int,
     shape: tuple[int, int, int],
-    begin: Begin | None = None,
+    begin: StartFrom | None = None,
     *,
-    sampler: Sampler,
+    sampler: SamplerConfig,
     trajectory: bool,
 ) -> Solution:
     """From noise to pictures by `predict(x, t)`: a velocity, or what else the sampler says."""
@@ -179,7 +179,7 @@ def solve(
 
     def read(x, at):
         how = {"prediction": sampler.prediction, "clip": sampler.clip}
-        return ddpm.estimate(predict(x, ddpm.told(at.step)), x, at, **how)
+        return ddpm.estimate(predict(x, ddpm.model_time(at.step)), x, at, **how)
 
     if begin:
         x = ddpm.diffuse(begin.data, x, jax.tree.map(lambda table: table[-1], route))
@@ -188,7 +188,7 @@ def solve(
     return DESCENTS[sampler.solver](read, x, route, renew, **how)
 
 
-class Pictures(NamedTuple):
+class Samples(NamedTuple):
     """A `Solution` on the host: float32 in about −1 … 1."""
 
     x: Float[np.ndarray, "b h w c"]
@@ -196,23 +196,23 @@ class Pictures(NamedTuple):
     estimates: Float[np.ndarray, "n b h w c"] | None
 
 
-def sample(
+def sample_images(
     params: Any,
     config: ModelConfig,
     labels: Labels,
     *,
-    sampler: Sampler,
+    sampler: SamplerConfig,
     mesh: parallel.Mesh,
     cfg_scale: float = 1.0,
     seed: int | Sequence[int] = 0,
     first: int = 0,
     negative: Labels | None = None,
-    begin: Begin | None = None,
+    begin: StartFrom | None = None,
     batch_size: int = 256,
     trajectory: bool = False,
     estimates: bool = False,
     codec: Codec | None = None,
-) -> Pictures:
+) -> Samples:
     """Pictures of `labels`: ids of classes, or encoded captions; of a model of latents, as its
     `codec` decodes them.
 
@@ -233,21 +233,23 @@ def sample(
     labels = as_arrays(labels)
     if not (n := len(jax.tree.leaves(labels)[0])):
         raise UserError("no labels to draw")
-    require_guidable(sampler, config, cfg_scale, negative=negative is not None)
+    check_guidance(sampler, config, cfg_scale, negative=negative is not None)
     size = -(-min(batch_size, n) // mesh.size) * mesh.size
-    each = labels, *origins(seed, n, first), begin and begin.data
+    each = labels, *noise_origins(seed, n, first), begin and begin.data
     away = None
     if negative is not None:
-        away = parallel.spread(rows_of(as_arrays(negative), np.zeros(size, int)), mesh)
+        away = parallel.spread(take_rows(as_arrays(negative), np.zeros(size, int)), mesh)
     static = {"config": replace(config, remat=False, unroll=1), "sampler": sampler}
     static |= {"guide": cfg_scale != 1, "trajectory": trajectory or estimates}
 
     def part(start: int) -> Solution:
         # The last batch is filled up with its last picture.
         rows = np.minimum(np.arange(start, start + size), n - 1)
-        label, place, seeds, data = parallel.spread(rows_of(each, rows), mesh)
-        x = begin and Begin(data, begin.route)
-        return parallel.fetch(draw(params, label, place, seeds, cfg_scale, away, x, **static))
+        label, place, seeds, data = parallel.spread(take_rows(each, rows), mesh)
+        x = begin and StartFrom(data, begin.route)
+        return parallel.fetch(
+            sample_batch(params, label, place, seeds, cfg_scale, away, x, **static)
+        )
 
     parts = [part(start) for start in range(0, n, size)]
 
@@ -256,14 +258,14 @@ def sample(
         x = np.take(x, range(n), axis=axis)
         return codec.decode(x) if codec else x
 
-    return Pictures(
+    return Samples(
         whole("x", 0),
         whole("trajectory", 1) if trajectory else None,
         whole("estimates", 1) if estimates else None,
     )
 
 
-def origins(
+def noise_origins(
     seed: int | Sequence[int], n: int, first: int = 0
 ) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
     """The place and the seed of each of n pictures, which its noise is a function of.
@@ -273,14 +275,14 @@ def origins(
     """
     one = not isinstance(seed, Sequence)
     seeds = [seed] * n if one else list(seed)
-    if wrong := [s for s in seeds if not 0 <= s <= MOST_SEED]:
-        raise UserError(f"seed {wrong[0]}: must be in 0 … {MOST_SEED}")
+    if wrong := [s for s in seeds if not 0 <= s <= MAX_SEED]:
+        raise UserError(f"seed {wrong[0]}: must be in 0 … {MAX_SEED}")
     places = np.arange(first, first + n) if one else np.zeros(n)
     return places.astype(np.int32), np.asarray(seeds, np.int32)
 
 
-def require_guidable(
-    sampler: Sampler, config: ModelConfig, cfg_scale: float, *, negative: bool = False
+def check_guidance(
+    sampler: SamplerConfig, config: ModelConfig, cfg_scale: float, *, negative: bool = False
 ) -> None:
     """Raises UserError if a model cannot be guided so, or need not be told how."""
     if not abs(cfg_scale) <= float(np.finfo(np.float32).max):
@@ -304,7 +306,7 @@ def require_guidable(
 # --- labels ---------------------------------------------------------------------------------------
 
 
-def rows_of(tree: Any, rows: Int[np.ndarray, "b"]) -> Any:
+def take_rows(tree: Any, rows: Int[np.ndarray, "b"]) -> Any:
     """These rows of all arrays."""
     return jax.tree.map(lambda x: x[rows], tree)
 

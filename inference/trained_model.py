@@ -17,10 +17,10 @@ import jax
 
 from data import text_encoders
 from data.batch import Caption
-from datasets_config import Encoding
+from datasets_config import LatentEncoding
 from inference import sampler as inference_sampler
 from inference.codec import Codec
-from inference.sampler import Labels, Pictures, Sampler
+from inference.sampler import Labels, SamplerConfig, Samples
 from model import ModelConfig, init_params
 from pretrained import transformer
 from runtime import parallel
@@ -30,7 +30,7 @@ from runtime.run_folder import read_config
 
 
 @dataclass(frozen=True)
-class Wishes:
+class SamplingOverrides:
     """How pictures shall be drawn; what is None is as the settings of a `Drawable` say. The flags
     of a command, by their names.
     """
@@ -44,26 +44,26 @@ class Wishes:
     guided_channels: int | None = None
 
     @classmethod
-    def of(cls, config: Any) -> "Wishes":
+    def of(cls, config: Any) -> "SamplingOverrides":
         """Those among a command's flags."""
         return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
-class How(NamedTuple):
+class SamplingPlan(NamedTuple):
     """How pictures will be drawn."""
 
-    sampler: Sampler
+    sampler: SamplerConfig
     cfg_scale: float
 
-    def at(self, cfg_scale: float) -> "How":
+    def at(self, cfg_scale: float) -> "SamplingPlan":
         """The same at another scale of guidance. At 1 there is none that could be limited."""
         unlimited = {"interval": (0.0, 1.0), "guided_channels": None}
         limits = unlimited if cfg_scale == 1 else {}
-        return How(replace(self.sampler, **limits), cfg_scale)
+        return SamplingPlan(replace(self.sampler, **limits), cfg_scale)
 
 
 @dataclass(frozen=True)
-class Drawable:
+class TrainedModel:
     """A trained model and what goes with it. Its weights and its VAE are loaded when they are first
     asked for, so that what cannot be drawn is refused before.
 
@@ -107,7 +107,7 @@ class Drawable:
         vae: str | None = None,
         text_towers: Sequence[str] = (),
         fsdp: int | None = None,
-    ) -> "Drawable":
+    ) -> "TrainedModel":
         """A run's checkpoint, the newest if no step is named. Reads its `config.json` only.
 
         Args:
@@ -134,7 +134,7 @@ class Drawable:
         vae: str | None = None,
         text_towers: Sequence[str] = (),
         fsdp: int | None = None,
-    ) -> "Drawable":
+    ) -> "TrainedModel":
         """A model of `pretrained.transformer.load`: of the hub, a folder or a file.
 
         Raises:
@@ -162,10 +162,10 @@ class Drawable:
         return self._loaded[0]
 
     @property
-    def encoding(self) -> Encoding | None:
+    def encoding(self) -> LatentEncoding | None:
         """How the pictures became latents, if the model is of latents."""
         record = self.settings["dataset"].get("encoding")
-        return Encoding.of(record) if record else None
+        return LatentEncoding.of(record) if record else None
 
     @cached_property
     def codec(self) -> Codec | None:
@@ -212,7 +212,7 @@ class Drawable:
             )
         return encoded
 
-    def how(self, wishes: Wishes) -> How:
+    def how(self, wishes: SamplingOverrides) -> SamplingPlan:
         """How it is drawn from: as its settings say, but for what is wished.
 
         Raises:
@@ -226,7 +226,7 @@ class Drawable:
         channels = w.guided_channels
         if channels is None and scale != 1:
             channels = s.get("guided_channels")
-        sampler = Sampler(
+        sampler = SamplerConfig(
             solver=w.solver or s["solver"],
             n_steps=s["n_sample_steps"] if w.n_steps is None else w.n_steps,
             shift=(s.get("sample_shift") or 1.0) if w.shift is None else w.shift,
@@ -236,10 +236,10 @@ class Drawable:
             guided_channels=channels,
             clip=not self.encoding,
         )
-        inference_sampler.require_guidable(sampler, self.model, scale)
-        return How(sampler, float(scale))
+        inference_sampler.check_guidance(sampler, self.model, scale)
+        return SamplingPlan(sampler, float(scale))
 
-    def sample(self, labels: Labels, how: How, **more: Any) -> Pictures:
+    def sample(self, labels: Labels, how: SamplingPlan, **more: Any) -> Samples:
         """Pictures by `drawing.sample`, which `more` is for; latents, if its `codec` is None. Its
         `negative` is left out where there is no guidance to lead away.
         """
@@ -248,7 +248,7 @@ class Drawable:
         sampler, scale = how
         if scale == 1:
             more["negative"] = None
-        return inference_sampler.sample(
+        return inference_sampler.sample_images(
             self.params,
             self.model,
             labels,

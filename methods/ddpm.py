@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from methods.rectified_flow import Objective, Read, by_time, draw, pixels
+from methods.rectified_flow import Objective, Read, by_time, draw_inputs, pixels
 from sampling import Renew, Solution, walk
 
 N_STEPS = 1000
@@ -82,7 +82,7 @@ def at_each(chain: Chain, k: Int[Array, "b"], n_axes: int) -> Chain:
     return jax.tree.map(lambda table: jnp.asarray(table)[k].reshape(shape), chain)
 
 
-def told(step: Int[Array, "*b"]) -> Float[Array, "*b"]:
+def model_time(step: Int[Array, "*b"]) -> Float[Array, "*b"]:
     """A step as a model's t, in 0 … 1: times a `time_scale` of 1000 it is the step again."""
     return step / N_STEPS
 
@@ -293,9 +293,9 @@ def ddpm_loss(
 
     def loss(model, batch, key):
         how = {"label_dropout": label_dropout, "read": read}
-        keys, data, noise, label = draw(batch, key, n_classes=model.config.n_classes, **how)
+        keys, data, noise, label = draw_inputs(batch, key, n_classes=model.config.n_classes, **how)
         k = jax.vmap(lambda key: jax.random.randint(key, (), 0, N_STEPS))(keys.time)
-        t, at = told(k), at_each(steps, k, data.ndim)
+        t, at = model_time(k), at_each(steps, k, data.ndim)
 
         x = diffuse(data, noise, at)
         said, place = jnp.split(model(x, t, label), [data.shape[-1]], axis=-1)

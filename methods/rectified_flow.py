@@ -100,7 +100,7 @@ def drop_labels(
     return jax.tree.map(leaf, label)
 
 
-class Rows(NamedTuple):
+class LossInputs(NamedTuple):
     """What a loss is computed from, but for the times."""
 
     keys: RowKeys
@@ -109,20 +109,20 @@ class Rows(NamedTuple):
     label: PyTree[Array]
 
 
-def draw(
+def draw_inputs(
     batch,
     key: Key[Array, ""],
     *,
     n_classes: int | Int[Array, ""],
     label_dropout: float,
     read: Read = pixels,
-) -> Rows:
+) -> LossInputs:
     """The data and noise of a batch, and its labels less those that are dropped."""
     keys = row_keys(key, batch.row)
     data = read(batch.image, keys.data)
     noise = jax.vmap(lambda key: jax.random.normal(key, data.shape[1:]))(keys.noise)
     drop = jax.vmap(lambda key: jax.random.bernoulli(key, label_dropout))(keys.drop)
-    return Rows(keys, data, noise, drop_labels(batch.label, drop, n_classes))
+    return LossInputs(keys, data, noise, drop_labels(batch.label, drop, n_classes))
 
 
 # --- the losses -----------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def rectified_flow_loss(
 
     def loss(model, batch, key):
         how = {"label_dropout": label_dropout, "read": read}
-        keys, data, noise, label = draw(batch, key, n_classes=model.config.n_classes, **how)
+        keys, data, noise, label = draw_inputs(batch, key, n_classes=model.config.n_classes, **how)
         # The smallest normal number instead of 0, which is no quantile of an unbounded density.
         u = jax.vmap(lambda key: jax.random.uniform(key, minval=jnp.finfo(jnp.float32).tiny))
         t = shift_time(density(u(keys.time)), shift)

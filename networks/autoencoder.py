@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from networks.layers import Linear, identity
-from networks.ops import attention, in_float32, keep
+from networks.ops import attention, in_float32, save_for_backward
 from runtime.errors import UserError, unknown
 
 # Uniform within ±1/√(inputs of an output): what the published autoencoders were trained from.
@@ -128,7 +128,7 @@ class Conv(nnx.Module):
             self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return keep(y + self.bias[...].astype(self.dtype).reshape(1, 1, 1, -1))
+        return save_for_backward(y + self.bias[...].astype(self.dtype).reshape(1, 1, 1, -1))
 
 
 def group_norm(

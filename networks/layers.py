@@ -18,7 +18,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from networks.ops import affine, attention, in_float32, keep
+from networks.ops import affine, attention, in_float32, save_for_backward
 
 xavier = jax.nn.initializers.xavier_uniform()
 zeros = jax.nn.initializers.zeros
@@ -46,7 +46,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         y = affine(x.astype(self.dtype), self.kernel[...], self.bias[...])
-        return keep(y) if self.kept else y
+        return save_for_backward(y) if self.kept else y
 
 
 # --- norms ----------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         scale = self.scale[...].reshape([1] * (x.ndim - 1) + [-1])
-        return rms_norm(keep(x)) * scale.astype(x.dtype)
+        return rms_norm(save_for_backward(x)) * scale.astype(x.dtype)
 
 
 class AffineNorm(nnx.Module):

@@ -15,15 +15,15 @@ from jaxtyping import Array, Bool, Float
 
 
 @jax.custom_jvp
-def keep(x: Array) -> Array:
+def save_for_backward(x: Array) -> Array:
     """x, which the backward pass finds again under the name "kept" instead of computing it again.
 
     Half precision is kept as bits: of numbers XLA for CPUs would keep a copy in float32.
     """
-    return _keep(x)
+    return _save_for_backward(x)
 
 
-def _keep(x):
+def _save_for_backward(x):
     if x.dtype.itemsize > 2:
         return checkpoint_name(x, "kept")
     bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), "kept")
@@ -31,7 +31,7 @@ def _keep(x):
 
 
 # Not `keep` itself: inside a function with its own derivative a name is not seen.
-keep.defjvp(lambda primals, tangents: (_keep(*primals), *tangents))
+save_for_backward.defjvp(lambda primals, tangents: (_save_for_backward(*primals), *tangents))
 
 
 def in_float32(function: Callable[..., Array]) -> Callable[..., Array]:
@@ -107,11 +107,13 @@ def attention(
     if has_cudnn_attention() and q.dtype != jnp.float32 and width % 8 == 0 and width <= 128:
         if mask is not None:
             mask = jnp.broadcast_to(mask[:, None, None], (len(q), 1, q.shape[1], k.shape[1]))
-        q, k, v = keep(q), keep(k), keep(v)
-        y = keep(jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn"))
+        q, k, v = save_for_backward(q), save_for_backward(k), save_for_backward(v)
+        y = save_for_backward(
+            jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+        )
         return rearrange(y, "b n h k -> b n (h k)")
     bias = None if mask is None else jnp.where(jnp.repeat(mask, h, axis=0), 0.0, HIDDEN)
-    q, k, v = (keep(rearrange(x, "b n h k -> (b h) n k")) for x in (q, k, v))
+    q, k, v = (save_for_backward(rearrange(x, "b n h k -> (b h) n k")) for x in (q, k, v))
     # The power of two next to 1/√k is exact in any precision; the rest, if any, is for the scores.
     power = 2.0 ** round(np.log2(width) / -2)
     y: Any = attend(q * jnp.asarray(power, q.dtype), k, v, bias, float(width**-0.5 / power))
@@ -149,8 +151,10 @@ def _attend_forward(q, k, v, bias, scale):
     peak = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - peak)
     total = weights.sum(-1, keepdims=True)
-    y = _keep((_product("znm,zmk->znk", weights.astype(v.dtype), v) / total).astype(v.dtype))
-    log_sum = _keep((peak + jnp.log(total))[..., 0])
+    y = _save_for_backward(
+        (_product("znm,zmk->znk", weights.astype(v.dtype), v) / total).astype(v.dtype)
+    )
+    log_sum = _save_for_backward((peak + jnp.log(total))[..., 0])
     return y, (q, k, v, bias, y, log_sum)
 
 

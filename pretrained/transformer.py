@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from datasets_config import Encoding
+from datasets_config import LatentEncoding
 from model import JOINT, MODELS, ModelConfig, graphdef, init_params
 from pretrained import autoencoder, dit, sd3, torch_file, weight_files
 from runtime.errors import UserError, unknown
@@ -247,7 +247,7 @@ def _schedule(said: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"prediction": PREDICTIONS[kind]}
 
 
-def _encoding(config: ModelConfig, facts: dict[str, Any], where: str) -> Encoding:
+def _encoding(config: ModelConfig, facts: dict[str, Any], where: str) -> LatentEncoding:
     vae = autoencoder.read_config(facts, f"{where}/vae")
     if vae.latent_channels != config.channels:
         raise UserError(
@@ -259,7 +259,7 @@ def _encoding(config: ModelConfig, facts: dict[str, Any], where: str) -> Encodin
     )
 
 
-def _usual_encoding(config: ModelConfig, where: str) -> Encoding | None:
+def _usual_encoding(config: ModelConfig, where: str) -> LatentEncoding | None:
     """Of a model without a VAE: four channels are Stable Diffusion's latents."""
     name, scale, downsampling = USUAL_VAE
     if config.channels != 4:
@@ -269,8 +269,8 @@ def _usual_encoding(config: ModelConfig, where: str) -> Encoding | None:
 
 def _encoding_by(
     config: ModelConfig, where: str, vae: str, scale: float, shift: float, downsampling: int
-) -> Encoding:
-    return Encoding(
+) -> LatentEncoding:
+    return LatentEncoding(
         dataset_name=Path(where).name,
         source=where,
         image_size=config.image_size * downsampling,
@@ -305,7 +305,7 @@ def _label_names(names: Any, n_classes: int) -> list[str]:
 
 
 def _settings(
-    config: ModelConfig, where: str, drawn: Mapping[str, Any], encoding: Encoding | None
+    config: ModelConfig, where: str, drawn: Mapping[str, Any], encoding: LatentEncoding | None
 ) -> dict[str, Any]:
     """What a run's `config.json` would say."""
     name = Path(where).name

@@ -81,7 +81,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _remove(rest)
 
 
-def require_apart(flags: Any, *, written: Sequence[str], read: Sequence[str] = ()) -> None:
+def check_distinct_paths(flags: Any, *, written: Sequence[str], read: Sequence[str] = ()) -> None:
     """Raises UserError if a file that is written by one flag is another's too, and would be lost.
 
     Args:
@@ -95,7 +95,7 @@ def require_apart(flags: Any, *, written: Sequence[str], read: Sequence[str] = (
 
 
 @contextmanager
-def unwritable(path: Path) -> Iterator[None]:
+def report_unwritable(path: Path) -> Iterator[None]:
     """Turns what the system says of a path into a `UserError`."""
     try:
         yield

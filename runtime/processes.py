@@ -62,7 +62,7 @@ def join(
         ) from error
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     return jax.process_count() > 1
 
 
@@ -71,13 +71,13 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def first_says(function: Callable[[], str]) -> str:
+def broadcast_from_first(function: Callable[[], str]) -> str:
     """What `function` returns in the first process, in all of them.
 
     Raises:
         UserError: it raised one in the first process, in all of them.
     """
-    if not several():
+    if not is_distributed():
         return function()
     from jax.experimental import multihost_utils
 
@@ -95,20 +95,20 @@ def first_says(function: Callable[[], str]) -> str:
 
 
 @contextmanager
-def in_turn() -> Iterator[None]:
+def first_then_others() -> Iterator[None]:
     """Inside, the first process is alone; the others follow when it is through."""
-    if several() and not is_first():
+    if is_distributed() and not is_first():
         wait_for_all("in turn")
     try:
         yield
     finally:
-        if several() and is_first():
+        if is_distributed() and is_first():
             wait_for_all("in turn")
 
 
 def wait_for_all(name: str) -> None:
     """Until every process has come here."""
-    if several():
+    if is_distributed():
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import nano  # noqa: F401  (its sizes)
 
-from inference.trained_model import Drawable
+from inference.trained_model import TrainedModel
 from model import ModelConfig, init_params, model_config
 from runtime import parallel
 
@@ -26,9 +26,11 @@ def weights(config: ModelConfig) -> Any:
     return jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), fresh)
 
 
-def drawable(config: ModelConfig = CLASSES, **settings: Any) -> Drawable:
+def drawable(config: ModelConfig = CLASSES, **settings: Any) -> TrainedModel:
     """As of a run on the digits."""
     dataset = {"encoding": None, "label_names": DIGITS if config.n_classes else []}
     told = {"dataset_name": "digits", "conditioning": "class", "dataset": dataset}
     settings = FLOW | told | settings
-    return Drawable("digits", settings, config, parallel.make_mesh(), lambda: (7, weights(config)))
+    return TrainedModel(
+        "digits", settings, config, parallel.make_mesh(), lambda: (7, weights(config))
+    )

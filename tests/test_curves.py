@@ -11,8 +11,8 @@ from PIL import Image, ImageSequence
 from inference import curves, progress
 from runtime.errors import UserError
 from training import display
-from training.session import OpenRun
-from training.tracking import Silence, Throughput
+from training.session import RunSession
+from training.tracking import NullTracker, Throughput
 
 LINES: list[dict] = [
     {"step": 5, "loss": 1.5, "learning_rate": 1e-3, "loss_by_t": [2.0, None, 1.0]},
@@ -129,7 +129,7 @@ def test_a_film_that_cannot_be_is_told(tmp_path):
 # --- at the end of a run --------------------------------------------------------------------------
 
 
-class Told(Silence):
+class Told(NullTracker):
     def __init__(self):
         self.said = []
 
@@ -140,7 +140,7 @@ class Told(Silence):
 def test_no_figure_can_fail_a_run(tmp_path, monkeypatch):
     tracker, trainer = Told(), SimpleNamespace(run_dir=record(tmp_path), SHOWS="samples", step=15)
     nothing: Any = None
-    run = OpenRun(nothing, 15, tracker, nothing, Throughput())
+    run = RunSession(nothing, 15, tracker, nothing, Throughput())
     run.trainer = trainer  # pyright: ignore
     run.draw_records()
     assert (tmp_path / "figures" / "curves.png").exists()

@@ -89,8 +89,8 @@ def test_before_the_first_step_are_the_data_and_no_noise():
 
 
 def test_a_model_is_told_the_step_of_the_whole_chain():
-    np.testing.assert_allclose(ddpm.told(jnp.arange(1000)) * 1000, np.arange(1000), atol=1e-9)
-    assert float(ddpm.told(jnp.int32(999))) < 1
+    np.testing.assert_allclose(ddpm.model_time(jnp.arange(1000)) * 1000, np.arange(1000), atol=1e-9)
+    assert float(ddpm.model_time(jnp.int32(999))) < 1
 
 
 # --- what is predicted ----------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from flax import nnx
 from torch_autoencoders import SD, nchw, nhwc, quiet, tensors_of
 from torch_transformers import CONFIGS, SMALL, inputs, original_names, torch_dit
 
-from datasets_config import Encoding
-from inference.sampler import Sampler
-from inference.trained_model import Drawable, Wishes
+from datasets_config import LatentEncoding
+from inference.sampler import SamplerConfig
+from inference.trained_model import SamplingOverrides, TrainedModel
 from model import graphdef, init_params, model_config
 from pretrained import dit, transformer, weight_files
 from pretrained.autoencoder import write_config as write_vae_config
@@ -200,10 +200,10 @@ def test_a_pipeline_says_what_its_classes_are_and_how_it_is_drawn_from(tmp_path)
     found = said["dataset"]["label_names"]
     assert found[1:3] == ["name 1", "name 2"] and found[9] == "name 0"
     assert found[0] == "name 0, synonym"  # the first of these is another's
-    encoding = Encoding.of(said["dataset"]["encoding"])
+    encoding = LatentEncoding.of(said["dataset"]["encoding"])
     assert (encoding.scaling_factor, encoding.vae) == (0.25, str(folder))
     assert (encoding.image_size, encoding.shape) == (16, (8, 8, 4))
-    codec = Drawable.of_pretrained(str(folder)).codec
+    codec = TrainedModel.of_pretrained(str(folder)).codec
     assert codec is not None and codec.decode(inputs(SMALL)[0]).shape == (3, 16, 16, 3)
 
 
@@ -232,8 +232,8 @@ def ddim():
 def test_samples_are_those_of_diffusers(tmp_path):
     """From the same noise, guided, by DDIM, which adds none of its own."""
     theirs = example("small")
-    found, labels = Drawable.of_pretrained(str(published(tmp_path / "dit", theirs))), [1, 7]
-    how = found.how(Wishes(solver="ddim", n_steps=4, cfg_scale=4.0, guided_channels=4))
+    found, labels = TrainedModel.of_pretrained(str(published(tmp_path / "dit", theirs))), [1, 7]
+    how = found.how(SamplingOverrides(solver="ddim", n_steps=4, cfg_scale=4.0, guided_channels=4))
     drawn = found.sample(labels, how, codec=None, trajectory=True)
     assert drawn.trajectory is not None
     with quiet():
@@ -252,16 +252,16 @@ def test_samples_are_those_of_diffusers(tmp_path):
 
 def test_files_of_the_original_are_drawn_from_as_published(tmp_path):
     theirs = example("small")
-    found = Drawable.of_pretrained(f"dit:heads=4:{saved(tmp_path / 'a.pt', theirs)}")
-    sampler = Sampler("ddpm", 250, prediction="epsilon", guided_channels=3)
-    assert found.how(Wishes()) == (sampler, 4.0)
+    found = TrainedModel.of_pretrained(f"dit:heads=4:{saved(tmp_path / 'a.pt', theirs)}")
+    sampler = SamplerConfig("ddpm", 250, prediction="epsilon", guided_channels=3)
+    assert found.how(SamplingOverrides()) == (sampler, 4.0)
     assert found.encoding is not None
     assert (found.encoding.vae, found.encoding.image_size) == ("stabilityai/sd-vae-ft-ema", 64)
     grey = transformer.load(f"dit:heads=1:{saved(tmp_path / 'grey.pt', example('grey'))}").settings
     assert grey["dataset"]["encoding"] is None and grey["cfg_scale"] == 1.0
     assert "guided_channels" not in grey
-    found = Drawable.of_pretrained(f"SiT:heads=4:{tmp_path / 'a.pt'}")
-    assert found.how(Wishes()) == (Sampler("euler", 50, guided_channels=3), 4.0)
+    found = TrainedModel.of_pretrained(f"SiT:heads=4:{tmp_path / 'a.pt'}")
+    assert found.how(SamplingOverrides()) == (SamplerConfig("euler", 50, guided_channels=3), 4.0)
 
 
 def test_sd3_is_drawn_from_as_published(tmp_path):
@@ -276,8 +276,8 @@ def test_sd3_is_drawn_from_as_published(tmp_path):
     (tmp_path / "all" / "scheduler" / "scheduler_config.json").write_text(json.dumps(facts))
     found = transformer.load(str(tmp_path / "all"))
     assert_same(found.params, jax.device_get(params))
-    how = Drawable.of_pretrained(str(tmp_path / "all")).how(Wishes())
-    assert how == (Sampler("euler", 28, shift=2.5), 7.0)
+    how = TrainedModel.of_pretrained(str(tmp_path / "all")).how(SamplingOverrides())
+    assert how == (SamplerConfig("euler", 28, shift=2.5), 7.0)
     assert transformer.DRAWN["sd3"]["sample_shift"] == 3.0
     assert found.settings["full_width"] == 24 and len(found.settings["text_towers"]) == 3
 

@@ -9,15 +9,15 @@ import pytest
 from drawables import CLASSES, DIGITS, SIGMA, weights
 
 from data.batch import Caption
-from inference.labels import label_ids, spread
-from inference.sampler import Begin, Sampler, sample
+from inference.labels import label_ids, spread_evenly
+from inference.sampler import SamplerConfig, StartFrom, sample_images
 from methods import ddpm
 from model import model_config
 from runtime import parallel
 from runtime.errors import UserError
 
-DDPM = Sampler("ddpm", 3, prediction="epsilon", clip=True)
-DDIM = Sampler("ddim", 3, prediction="v", eta=0.5)
+DDPM = SamplerConfig("ddpm", 3, prediction="epsilon", clip=True)
+DDIM = SamplerConfig("ddim", 3, prediction="v", eta=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,8 @@ def sigma_params():
 
 
 def pictures(params, labels, *, mesh=None, config=CLASSES, **how):
-    how = {"sampler": Sampler(n_steps=3), "cfg_scale": 2.0, "seed": 5} | how
-    return sample(params, config, labels, mesh=mesh or parallel.make_mesh(), **how)
+    how = {"sampler": SamplerConfig(n_steps=3), "cfg_scale": 2.0, "seed": 5} | how
+    return sample_images(params, config, labels, mesh=mesh or parallel.make_mesh(), **how)
 
 
 def test_batches_and_devices_do_not_change_a_picture(params):
@@ -63,7 +63,7 @@ def test_batches_and_devices_do_not_change_what_ddpm_draws(sigma_params, sampler
 
 def test_what_a_step_took_the_picture_for_is_there_if_asked(params, sigma_params):
     for network, config, sampler in (
-        (params, CLASSES, Sampler(n_steps=3)),
+        (params, CLASSES, SamplerConfig(n_steps=3)),
         (sigma_params, SIGMA, DDPM),
     ):
         draw = partial(pictures, network, [1, 2, 3], config=config, sampler=sampler)
@@ -121,7 +121,10 @@ def test_an_empty_negative_caption_is_the_null():
 
 
 def test_guidance_acts_within_its_interval(params, sigma_params):
-    flow = partial(pictures, params, [3, 7]), Sampler(n_steps=3)  # its times are 1, 2/3 and 1/3
+    flow = (
+        partial(pictures, params, [3, 7]),
+        SamplerConfig(n_steps=3),
+    )  # its times are 1, 2/3 and 1/3
     chain = partial(pictures, sigma_params, [3, 7], config=SIGMA), replace(DDIM, n_steps=2)
     for draw, sampler in (flow, chain):
         whole, none = draw(sampler=sampler).x, draw(sampler=sampler, cfg_scale=1.0).x
@@ -133,18 +136,18 @@ def test_guidance_acts_within_its_interval(params, sigma_params):
 
 @pytest.mark.parametrize("shift", [0.3, 1.0, 3.0])
 def test_pictures_noised_all_the_way_are_drawn_from_noise(params, shift):
-    rng, sampler = np.random.default_rng(0), Sampler(n_steps=3, shift=shift)
+    rng, sampler = np.random.default_rng(0), SamplerConfig(n_steps=3, shift=shift)
     data = rng.uniform(-1, 1, (5, 8, 8, 1)).astype("f4")
     draw = partial(pictures, params, [1, 2, 3, 4, 5], sampler=sampler, trajectory=True)
     plain = draw()
-    whole = draw(begin=Begin(data, sampler.route(1.0)), batch_size=2)
+    whole = draw(begin=StartFrom(data, sampler.route(1.0)), batch_size=2)
     np.testing.assert_allclose(whole.x, plain.x, atol=1e-5)
     assert whole.trajectory is not None and plain.trajectory is not None
-    half = draw(begin=Begin(data, sampler.route(0.5)))
+    half = draw(begin=StartFrom(data, sampler.route(0.5)))
     assert half.trajectory is not None
     noise = plain.trajectory[0]
     np.testing.assert_allclose(half.trajectory[0], (data + noise) / 2, atol=1e-6)
-    hardly = draw(begin=Begin(data, sampler.route(1e-4)))
+    hardly = draw(begin=StartFrom(data, sampler.route(1e-4)))
     np.testing.assert_allclose(hardly.x, data, atol=1e-2)
 
 
@@ -158,11 +161,11 @@ def test_of_ddpm_they_begin_at_the_nearest_step(sigma_params):
     chain = ddpm.chain()
     for t, step, n_states in ((1.0, 999, 5), (0.6, 666, 4), (0.2, 333, 3)):
         assert sampler.begins_at(t) == step / 1000
-        found = draw(begin=Begin(data, sampler.route(t)), trajectory=True)
+        found = draw(begin=StartFrom(data, sampler.route(t)), trajectory=True)
         noised = chain.signal[step] * data + chain.noise[step] * plain.trajectory[0]
         assert found.trajectory is not None and len(found.trajectory) == n_states
         np.testing.assert_allclose(found.trajectory[0], noised, atol=1e-5)
-    nearly = draw(begin=Begin(data, sampler.route(1.0))).x
+    nearly = draw(begin=StartFrom(data, sampler.route(1.0))).x
     assert np.abs(nearly - plain.x).mean() < 0.1
 
 
@@ -202,8 +205,8 @@ def test_a_label_that_does_not_exist_is_named():
 
 
 def test_labels_share_the_pictures():
-    assert spread([3, 7], 5).tolist() == [3, 3, 3, 7, 7]
-    assert spread([3, 7, 9], 2).tolist() == [3, 7]
+    assert spread_evenly([3, 7], 5).tolist() == [3, 3, 3, 7, 7]
+    assert spread_evenly([3, 7, 9], 2).tolist() == [3, 7]
 
 
 @pytest.mark.parametrize(
@@ -220,9 +223,9 @@ def test_numbers_that_cannot_be_are_refused(params, how):
 
 def test_a_sampler_that_does_not_exist_is_named():
     with pytest.raises(UserError, match="unknown solver 'rk4'"):
-        Sampler(solver="rk4")
+        SamplerConfig(solver="rk4")
     with pytest.raises(UserError, match="must be at least 1"):
-        replace(Sampler(), n_steps=0)
+        replace(SamplerConfig(), n_steps=0)
 
 
 @pytest.mark.parametrize(
@@ -243,17 +246,17 @@ def test_a_sampler_that_does_not_exist_is_named():
 )
 def test_a_sampler_that_does_not_fit_is_refused(how, message):
     with pytest.raises(UserError, match=message):
-        Sampler(**how)
+        SamplerConfig(**how)
 
 
 def test_guidance_that_cannot_be_is_refused(params):
     with pytest.raises(UserError, match="--guided_channels 3: the model's pictures have 1"):
-        pictures(params, [1], sampler=Sampler(guided_channels=3))
+        pictures(params, [1], sampler=SamplerConfig(guided_channels=3))
     with pytest.raises(UserError, match="--guided_channels 1: without guidance"):
-        pictures(params, [1], sampler=Sampler(guided_channels=1), cfg_scale=1.0)
+        pictures(params, [1], sampler=SamplerConfig(guided_channels=1), cfg_scale=1.0)
     with pytest.raises(UserError, match="--interval: without guidance"):
-        pictures(params, [1], sampler=Sampler(interval=(0.1, 0.2)), cfg_scale=1.0)
+        pictures(params, [1], sampler=SamplerConfig(interval=(0.1, 0.2)), cfg_scale=1.0)
     with pytest.raises(UserError, match="--negative_prompt: without guidance"):
         pictures(params, [1], negative=[3], cfg_scale=1.0)
-    one = pictures(params, [1], sampler=Sampler(n_steps=3, guided_channels=1)).x
+    one = pictures(params, [1], sampler=SamplerConfig(n_steps=3, guided_channels=1)).x
     np.testing.assert_allclose(one, pictures(params, [1]).x, atol=1e-6)

@@ -17,7 +17,7 @@ from evaluate import EvaluateConfig
 from evaluation import features, reference
 from inference import sample_files
 from inference.sample_files import DrawConfig
-from inference.trained_model import Drawable
+from inference.trained_model import TrainedModel
 from runtime import parallel
 from runtime.errors import UserError
 from train import Trainer
@@ -193,7 +193,7 @@ def test_references_that_do_not_fit_are_refused(digits, some, tmp_path):
 
 def test_what_was_begun_on_other_devices_goes_on(digits, tmp_path, monkeypatch):
     of, samples = drawable(), tmp_path / "x.npz"
-    monkeypatch.setattr(Drawable, "of_run", lambda *_, **__: of)
+    monkeypatch.setattr(TrainedModel, "of_run", lambda *_, **__: of)
     begun = sample_files.of(of, DrawConfig(n=20, batch_size=7), samples=samples).batches(7)
     first = next(begun)
     begun.close()  # type: ignore

@@ -20,7 +20,7 @@ import generate
 from export import ExportConfig
 from generate import GenerateConfig
 from inference import grids
-from inference.trained_model import Drawable, Wishes
+from inference.trained_model import SamplingOverrides, TrainedModel
 from model import graphdef, model_config
 from pretrained import transformer
 from runtime.errors import UserError
@@ -104,10 +104,10 @@ def test_what_the_card_says_loads_it_here(folder):
 
 
 def test_it_draws_what_the_run_draws(trained, folder):
-    found = Drawable.of_pretrained(str(folder))
-    assert found.how(Wishes()) == (trained.sampler(), trained.config.cfg_scale)
+    found = TrainedModel.of_pretrained(str(folder))
+    assert found.how(SamplingOverrides()) == (trained.sampler(), trained.config.cfg_scale)
     assert found.label_names == list(trained.dataset.label_names)
-    drawn = found.sample([3, 7], found.how(Wishes()))
+    drawn = found.sample([3, 7], found.how(SamplingOverrides()))
     np.testing.assert_allclose(drawn.x, trained.sample([3, 7]), atol=1e-5)
 
 

@@ -16,8 +16,8 @@ from data.batch import Caption
 from figures import FiguresConfig
 from inference import comparisons, grids
 from inference import labels as inference_labels
-from inference.sampler import Sampler
-from inference.trained_model import Drawable, Wishes
+from inference.sampler import SamplerConfig
+from inference.trained_model import SamplingOverrides, TrainedModel
 from model import model_config
 from runtime.errors import UserError
 
@@ -32,8 +32,8 @@ def command(tmp_path, monkeypatch, capsys):
     run = record(tmp_path / "run") if (tmp_path / "run").mkdir() is None else tmp_path
     put_sheets(run / "samples", "0000005.png", "0000010.png", "final.png")
 
-    def call(of: Drawable, **flags) -> tuple[set[str], list[str]]:
-        monkeypatch.setattr(Drawable, "of_run", lambda *_, **__: of)
+    def call(of: TrainedModel, **flags) -> tuple[set[str], list[str]]:
+        monkeypatch.setattr(TrainedModel, "of_run", lambda *_, **__: of)
         figures.main(FiguresConfig(run=run, **(FEW | flags)))
         out = flags.get("out", run / "figures")
         said = capsys.readouterr().out.splitlines()
@@ -139,7 +139,7 @@ def test_captions_are_those_named_or_of_the_evaluation_split(monkeypatch):
         n = len(captions)
         return Caption(np.ones((n, 4, 6), "f4"), np.ones((n, 4), bool), np.ones((n, 4), "f4"))
 
-    monkeypatch.setattr(Drawable, "encode", encode)
+    monkeypatch.setattr(TrainedModel, "encode", encode)
     of = drawable(CAPTIONS, conditioning="text")
     for prompts, names in (
         ((), ["a cat"] * 5 + ["two dogs"] * 5),  # they fill a row
@@ -156,7 +156,7 @@ def test_captions_that_cannot_be_encoded_leave_the_curves(command, monkeypatch):
     def encode(*_):
         raise UserError("the text tower is not to be had")
 
-    monkeypatch.setattr(Drawable, "encode", encode)
+    monkeypatch.setattr(TrainedModel, "encode", encode)
     drawn, left_out = command(drawable(CAPTIONS, conditioning="text"), prompts=("a cat",))
     assert drawn == set(OF_RECORDS)
     assert len(left_out) == 1 and left_out[0].endswith("the text tower is not to be had")
@@ -187,21 +187,21 @@ def test_a_bar_tells_how_far_a_film_is():
 def test_the_times_are_those_of_the_states(config, settings):
     """What a step takes the picture for is x − t·v: nothing but x at the end, where t is 0."""
     of = drawable(config, **settings)
-    sampler = of.how(Wishes(n_steps=4, cfg_scale=1.0)).sampler
+    sampler = of.how(SamplingOverrides(n_steps=4, cfg_scale=1.0)).sampler
     times = sampler.times()
     assert len(times) == 5 and times[-1] == 0 and (np.diff(times[:-1]) < 0).all()
     assert times[0] == sampler.begins_at(1.0)
     if sampler.prediction is None:
         np.testing.assert_allclose(times, [1, 0.75, 0.5, 0.25, 0])
-        np.testing.assert_allclose(Sampler(n_steps=2, shift=3.0).times(), [1, 0.75, 0])
+        np.testing.assert_allclose(SamplerConfig(n_steps=2, shift=3.0).times(), [1, 0.75, 0])
     else:
         np.testing.assert_allclose(times[:-1], np.array([999, 666, 333, 0]) / 1000)
 
 
 def test_a_sheet_of_steps_has_the_states_and_what_they_were_taken_for(monkeypatch):
     of, shown = drawable(), {}
-    row = inference_labels.of_labels(of, ["3", "7"], 2, seed=5)
-    how = of.how(Wishes(n_steps=5))
+    row = inference_labels.request_labels(of, ["3", "7"], 2, seed=5)
+    how = of.how(SamplingOverrides(n_steps=5))
 
     def table(x, *, rows, columns):
         shown.update(x=x, rows=rows, columns=columns)

@@ -21,8 +21,8 @@ import generate
 from generate import GenerateConfig
 from inference import comparisons, grids, sample_files
 from inference import labels as inference_labels
-from inference.sampler import Begin
-from inference.trained_model import Drawable, Wishes
+from inference.sampler import StartFrom
+from inference.trained_model import SamplingOverrides, TrainedModel
 from pretrained import transformer
 from runtime import run_folder
 from runtime.errors import UserError
@@ -41,8 +41,8 @@ def digits():
 def command(digits, monkeypatch):
     """`generate.main` from the flags' values, on a model of random weights."""
 
-    def call(of: Drawable = digits, **flags) -> None:
-        monkeypatch.setattr(Drawable, "of_run", lambda *_, **__: of)
+    def call(of: TrainedModel = digits, **flags) -> None:
+        monkeypatch.setattr(TrainedModel, "of_run", lambda *_, **__: of)
         generate.main(GenerateConfig(run=RUN, **flags))
 
     return call
@@ -111,10 +111,10 @@ def test_the_card_of_a_published_model_tells_which_it_is_and_how_it_is_told(monk
     towers = {"text_towers": ["clip", "giant", "t5"], "text_revisions": [None] * 3, "full_width": 6}
     found = transformer.Transformer(CLASSES, {}, drawable(**towers).settings, "someone/sd3", "a1b2")
     monkeypatch.setattr(transformer, "load", lambda *_, **__: found)
-    card = Drawable.of_pretrained("someone/sd3").card
+    card = TrainedModel.of_pretrained("someone/sd3").card
     assert (card["run"], card["revision"], card["dtype"]) == ("someone/sd3", "a1b2", "float32")
     assert card["text_towers"] == ["clip", "giant", "t5"]
-    without_t5 = Drawable.of_pretrained("someone/sd3", text_towers=("here/clip", "here/giant"))
+    without_t5 = TrainedModel.of_pretrained("someone/sd3", text_towers=("here/clip", "here/giant"))
     assert without_t5.card["text_towers"] == ["here/clip", "here/giant"]
 
 
@@ -251,9 +251,12 @@ def test_real_pictures_are_noised_and_drawn_from_there(command, digits, tables, 
     np.testing.assert_array_equal(rows[0], real)
     near, far = (np.abs(row.astype(int) - rows[0]).mean() for row in rows[[1, 3]])
     assert near < 10 < 50 < far
-    how, asked = of.how(Wishes()), inference_labels.of_labels(of, ["3", "7"], 4, seed=5)
+    how, asked = (
+        of.how(SamplingOverrides()),
+        inference_labels.request_labels(of, ["3", "7"], 4, seed=5),
+    )
     labels, told = asked.rows(0, 4)
-    begin = Begin(real / np.float32(127.5) - 1, how.sampler.route(1.0))
+    begin = StartFrom(real / np.float32(127.5) - 1, how.sampler.route(1.0))
     plain = grids.to_uint8(of.sample(labels, how, **told | ({"begin": begin} if ddpm else {})).x)
     assert np.abs(rows[4].astype(int) - plain).max() <= 1
 

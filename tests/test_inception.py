@@ -15,7 +15,7 @@ from PIL import Image
 import evaluate
 from evaluate import EvaluateConfig
 from evaluation import features
-from evaluation.during_training import Yardstick
+from evaluation.during_training import TrainingFID
 from evaluation.features import gather, regrouped
 from evaluation.metrics import frechet_distance
 from networks import inception
@@ -255,7 +255,7 @@ def test_the_command_measures_all_that_inception_can(file, two_sets, tmp_path):
     assert made_with["preparation"] == "pytorch_fid" and len(made_with["weights"]) == 64
     # What a training run measures is the same.
     how = {"space": "inception", "weights": str(file), "n": 9, "shape": (40, 56, 3)}
-    yardstick = Yardstick.open(real, parallel.make_mesh(), **how)
+    yardstick = TrainingFID.open(real, parallel.make_mesh(), **how)
     assert yardstick.name == "fid_9"
     assert yardstick.distance(iter([two_sets[1]])) == pytest.approx(found["fid"], rel=1e-5)
     with pytest.raises(UserError, match=r"statistics\.npz is of --preparation pytorch_fid"):

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from data import shuffle
-from data.shuffle import Lanes
+from data.shuffle import GroupedShuffle
 
 SIZES = np.array([7, 10, 1, 10, 3, 9, 10, 10, 2, 8])  # 70 rows
 
 
 def plan(sizes=SIZES, *, group_bytes=2**20, batch_size=8, shuffle_buffer=30):
     how = {"batch_size": batch_size, "shuffle_buffer": shuffle_buffer}
-    return Lanes.plan(sizes, group_bytes=group_bytes, **how)
+    return GroupedShuffle.plan(sizes, group_bytes=group_bytes, **how)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 8, 100])

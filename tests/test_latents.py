@@ -20,16 +20,16 @@ import pytest
 from data import latents
 from data.latents import Sums
 from data.load import open_source
-from data.parquet import Streamed
+from data.parquet import ParquetSplit
 from data.pipeline import Pipeline
-from datasets_config import Encoding
+from datasets_config import LatentEncoding
 from methods import rectified_flow
 from networks import autoencoder
 from runtime import parallel
 from runtime.errors import UserError
 from training import device_dataset
 
-ENCODING = Encoding(
+ENCODING = LatentEncoding(
     dataset_name="digits",
     source="data/digits",
     image_size=16,
@@ -277,7 +277,7 @@ def test_latents_are_those_of_the_pictures_with_their_labels(latent_digits, stre
     """
     pictures = open_source("digits", image_size=16)
     source = open_source("digits", latents_dir=latent_digits, streaming=streaming)
-    assert isinstance(source.train.data, Streamed) == streaming
+    assert isinstance(source.train.data, ParquetSplit) == streaming
     assert source.config.label_names == pictures.config.label_names
     assert source.config.n_classes == 10 and source.config.flip
     assert (source.config.image_size, source.config.channels) == (8, 2)
@@ -356,7 +356,7 @@ def test_streamed_and_stored_rows_are_the_same(latent_digits):
 def test_batches_drawn_on_devices_are_the_pipelines(latent_digits):
     mesh = parallel.make_mesh()
     data = Pipeline(open_source("digits", latents_dir=latent_digits), batch_size=40, seed=1)
-    draw = jax.jit(partial(device_dataset.draw, batch_size=40, mesh=mesh))
+    draw = jax.jit(partial(device_dataset.draw_batch, batch_size=40, mesh=mesh))
     for start, stop in ((0, 3), (34, 37)):
         held = device_dataset.batches(data, mesh, start, stop)
         for step, here in zip(range(start, stop), held, strict=True):
@@ -433,4 +433,4 @@ def test_the_key_that_latents_are_drawn_by_is_none_of_the_others():
 
 def test_an_encoding_comes_back_from_json():
     record = json.loads(json.dumps(dataclasses.asdict(ENCODING)))
-    assert Encoding.of(record) == ENCODING
+    assert LatentEncoding.of(record) == ENCODING

@@ -327,7 +327,7 @@ def test_what_is_kept_is_found_again_in_its_own_precision(dtype):
     x = jax.random.normal(key, (8, 8)).astype(dtype)
 
     def loss(x):
-        kept = ops.keep(jnp.tanh(x))
+        kept = ops.save_for_backward(jnp.tanh(x))
         return (kept * kept @ kept).astype(jnp.float32).sum()
 
     policy = jax.checkpoint_policies.save_any_names_but_these()

@@ -289,8 +289,8 @@ def test_sampling_and_evaluation_never_hold_the_whole_model():
     params = parallel.abstract(lambda: init_params(config, key), mesh)
     whole = sum(4 * x.size for x in jax.tree.leaves(params))
     batch = parallel.place(batch_of(8, config), mesh)
-    sampler, how = inference_sampler.Sampler(n_steps=3), {"guide": True, "trajectory": False}
-    draw = inference_sampler.draw.lower(
+    sampler, how = inference_sampler.SamplerConfig(n_steps=3), {"guide": True, "trajectory": False}
+    draw = inference_sampler.sample_batch.lower(
         params, batch.label, batch.row, 0, 2.0, config=config, sampler=sampler, **how
     )
     loss = jax.jit(lambda p, b: LOSS(nnx.merge(graphdef(config), p), b, key)[0])

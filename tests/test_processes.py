@@ -181,7 +181,7 @@ def test_no_cluster_is_one_line(cache):
 
 
 def test_one_process_is_the_first_and_waits_for_nobody():
-    assert processes.is_first() and not processes.several()
-    assert processes.first_says(lambda: "word") == "word"
-    with processes.in_turn():
+    assert processes.is_first() and not processes.is_distributed()
+    assert processes.broadcast_from_first(lambda: "word") == "word"
+    with processes.first_then_others():
         processes.wait_for_all("nobody")

@@ -113,7 +113,7 @@ def test_an_objective_is_what_it_says():
     says_nothing.config = SimpleNamespace(n_classes=10)
     key = jax.random.key(1)
     found, _ = loss(says_nothing, batch, key)
-    rows = rectified_flow.draw(batch, key, n_classes=10, label_dropout=0.1)
+    rows = rectified_flow.draw_inputs(batch, key, n_classes=10, label_dropout=0.1)
     v = jnp.abs(rows.noise - rows.data)
     np.testing.assert_allclose(found, jnp.where(v < 1, v**2 / 2, v - 0.5).mean(), rtol=1e-5)
     ((t, label),) = seen

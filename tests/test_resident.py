@@ -29,7 +29,7 @@ def source(tmp_path_factory):
 def test_batches_drawn_on_devices_are_the_pipelines(source, batch_size):
     """Within epochs, across them, and of several; also from a step in the middle."""
     data = Pipeline(source, batch_size=batch_size, seed=1)
-    draw = jax.jit(partial(device_dataset.draw, batch_size=batch_size, mesh=MESH))
+    draw = jax.jit(partial(device_dataset.draw_batch, batch_size=batch_size, mesh=MESH))
     for start, stop in ((0, 12), (1001, 1004)):
         expected = data.train_batches(start, stop)
         drawn = device_dataset.batches(data, MESH, start, stop)
@@ -47,7 +47,7 @@ def test_the_host_sends_something_new_only_with_new_epochs(source):
 def test_a_drawn_batch_lies_split_over_the_devices(source):
     data = Pipeline(source, batch_size=16, seed=0)
     held = next(device_dataset.batches(data, MESH, 0, 1))
-    batch = jax.jit(partial(device_dataset.draw, batch_size=16, mesh=MESH))(held, 0)
+    batch = jax.jit(partial(device_dataset.draw_batch, batch_size=16, mesh=MESH))(held, 0)
     assert {len(shard.data) for shard in batch.image.addressable_shards} == {2}
 
 

@@ -19,8 +19,8 @@ from data import text_encoders
 from data.batch import Caption
 from inference import labels as inference_labels
 from inference import sampler
-from inference.sampler import Sampler
-from inference.trained_model import Drawable
+from inference.sampler import SamplerConfig
+from inference.trained_model import TrainedModel
 from model import JOINT, ModelConfig, graphdef, init_params, model_config
 from pretrained import sd3, transformer
 from runtime import parallel
@@ -355,7 +355,7 @@ def theirs(pipeline, prompts):
 
 def test_prompts_are_those_of_diffusers_with_all_their_padding(towers, pipeline):
     tokens, pooled = theirs(pipeline, PROMPTS)
-    encoded = text_encoders.Towers(towers, full_width=24).encode(PROMPTS)
+    encoded = text_encoders.TextEncoders(towers, full_width=24).encode(PROMPTS)
     found = text_encoders.pad(encoded, 24 + 256)
     assert found.mask.all() and not any(e.cut for e in encoded)  # T5 reads what CLIP cannot
     for ours, expected in ((found.tokens, tokens), (found.pooled, pooled)):
@@ -373,7 +373,7 @@ def test_towers_of_a_pipelines_folder_have_their_tokenizers_beside_them(towers, 
         for file in name.glob("*token*"):
             file.rename(words / file.name)
     (ours,), (expected,) = (
-        text_encoders.Towers([*map(str, some)], full_width=24).encode(["a red"])
+        text_encoders.TextEncoders([*map(str, some)], full_width=24).encode(["a red"])
         for some in (names, towers)
     )
     np.testing.assert_array_equal(ours.tokens, expected.tokens)
@@ -387,31 +387,33 @@ def test_a_saved_pipeline_is_read_whole(pipeline, tmp_path):
     expected = tensors_and_params("sd3.5 medium")[1]
     jax.tree.map(np.testing.assert_array_equal, found.params, expected)
     tokens, pooled = theirs(pipeline, ["blue"])
-    caption = Drawable.of_pretrained(str(tmp_path)).encode(["blue"])
+    caption = TrainedModel.of_pretrained(str(tmp_path)).encode(["blue"])
     for ours, theirs_ in ((caption.tokens[:, : 24 + 256], tokens), (caption.pooled, pooled)):
         np.testing.assert_allclose(ours, theirs_, rtol=0, atol=2e-3 * np.abs(theirs_).max())
 
 
-def drawable(towers, *, full_width: int | None = 24, text_towers=()) -> Drawable:
+def drawable(towers, *, full_width: int | None = 24, text_towers=()) -> TrainedModel:
     """A model without weights that is told what these towers say."""
     settings = {"text_towers": towers, "text_revisions": [None] * 3, "full_width": full_width}
     settings["dataset"] = {}
     mesh = parallel.make_mesh(1)
-    return Drawable("sd3", settings, PLAIN, mesh, lambda: (None, None), text_towers=text_towers)
+    return TrainedModel("sd3", settings, PLAIN, mesh, lambda: (None, None), text_towers=text_towers)
 
 
 def test_sd3_is_told_that_there_is_no_prompt_by_an_empty_one(towers):
-    asked = inference_labels.of_prompts(drawable(towers), ("blue", "a red"), 4)
+    asked = inference_labels.request_prompts(drawable(towers), ("blue", "a red"), 4)
     assert (list(asked.which), asked.names) == ([0, 0, 1, 1], ("blue", "a red"))
     labels, told = asked.rows(0, 4)
-    blue, red, nothing = text_encoders.Towers(towers, full_width=24).encode([*asked.names, ""])
+    blue, red, nothing = text_encoders.TextEncoders(towers, full_width=24).encode(
+        [*asked.names, ""]
+    )
     assert isinstance(labels, Caption) and told["negative"] is not None
     for x, caption in zip(labels.tokens, (blue, blue, red, red), strict=True):
         np.testing.assert_array_equal(x[: len(caption.tokens)], caption.tokens)
     null = told["negative"]
     np.testing.assert_array_equal(null.tokens[0, : len(nothing.tokens)], nothing.tokens)
     np.testing.assert_array_equal(null.pooled, nothing.pooled[None])
-    ours = inference_labels.of_prompts(drawable(towers, full_width=None), ("blue",), 1)
+    ours = inference_labels.request_prompts(drawable(towers, full_width=None), ("blue",), 1)
     assert ours.negative is None
 
 
@@ -431,7 +433,7 @@ def test_a_missing_t5_is_zeros(towers, pipeline):
     encoder, pipeline.text_encoder_3 = pipeline.text_encoder_3, None
     tokens, _ = theirs(pipeline, PROMPTS)
     pipeline.text_encoder_3 = encoder
-    encoded = text_encoders.Towers(towers[:2], full_width=24).encode(PROMPTS)
+    encoded = text_encoders.TextEncoders(towers[:2], full_width=24).encode(PROMPTS)
     found = text_encoders.pad(encoded, 24 + 256)
     np.testing.assert_allclose(found.tokens, tokens, rtol=0, atol=2e-3 * np.abs(tokens).max())
     assert not found.tokens[:, 24:].any() and found.mask.all()
@@ -440,7 +442,7 @@ def test_a_missing_t5_is_zeros(towers, pipeline):
 
 def test_towers_that_are_wider_than_the_model_are_refused(towers):
     with pytest.raises(UserError, match="have 24 channels: the model takes 20"):
-        text_encoders.Towers(towers, full_width=20)
+        text_encoders.TextEncoders(towers, full_width=20)
 
 
 # --- a whole sample -------------------------------------------------------------------------------
@@ -484,12 +486,12 @@ def test_a_guided_sample_is_that_of_diffusers(towers, pipeline):
             latents=nchw(x),
             output_type="latent",
         ).images
-    found = sampler.sample(
+    found = sampler.sample_images(
         tensors_and_params("sd3.5 medium")[1],
         config,
         jax.tree.map(lambda x: x[:3], caption),
         negative=jax.tree.map(lambda x: x[3:], caption),
-        sampler=Sampler(n_steps=5, shift=3.0),
+        sampler=SamplerConfig(n_steps=5, shift=3.0),
         mesh=parallel.make_mesh(1),
         cfg_scale=4.5,
         seed=3,

@@ -16,7 +16,7 @@ from hub_copies import make_copy, picture
 from data import parquet
 from data.batch import Batch
 from data.load import open_source
-from data.parquet import Streamed
+from data.parquet import ParquetSplit
 from data.pipeline import Pipeline
 from runtime.errors import UserError
 
@@ -125,7 +125,7 @@ def test_evaluation_is_the_same_every_time(folder):
 def test_few_row_groups_are_kept_and_none_is_sent_to_a_worker(folder):
     one = pipeline(open_both(folder)[1], n_workers=0)
     stream = one.source.train.data
-    assert isinstance(stream, Streamed)
+    assert isinstance(stream, ParquetSplit)
     for step in range(20):
         one.train_batch(step)
     assert 0 < len(stream._groups) <= stream.capacity
@@ -168,7 +168,7 @@ def test_a_damaged_file_is_named(folder, tmp_path):
     (path,) = folder.glob("data/*-00001-*")
     (tmp_path / "x.parquet").write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"cannot read .*x\.parquet"):
-        Streamed([str(tmp_path / "x.parquet")])
+        ParquetSplit([str(tmp_path / "x.parquet")])
 
 
 def in_memory(folder: Path) -> list[str]:
@@ -181,7 +181,7 @@ def in_memory(folder: Path) -> list[str]:
 
 
 def test_a_file_elsewhere_that_is_out_of_reach_is_tried_again(folder, monkeypatch, capsys):
-    stream = Streamed(in_memory(folder)).pictures("img")
+    stream = ParquetSplit(in_memory(folder)).pictures("img")
     honest, failures, pauses = fsspec.open, [1, 1], []
 
     def flaky(path, *args):
@@ -216,4 +216,4 @@ def test_what_will_not_change_is_not_tried_again(folder, monkeypatch, what):
         with fsspec.open(files[0], "wb") as file:
             file.write(b"PAR1 and no more")  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(UserError, match=r"cannot read memory://set/"):
-        Streamed(files).column("no such column")
+        ParquetSplit(files).column("no such column")

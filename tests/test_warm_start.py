@@ -17,9 +17,9 @@ from flax import nnx
 from towers import save_clip
 
 import export
-from datasets_config import DATASET_CONFIGS, Encoding
+from datasets_config import DATASET_CONFIGS, LatentEncoding
 from export import ExportConfig
-from inference.trained_model import Drawable
+from inference.trained_model import TrainedModel
 from model import graphdef, init_params, model_config
 from pretrained import transformer
 from runtime import parallel
@@ -122,7 +122,7 @@ def test_resuming_goes_on_and_does_not_look_at_the_source_again(trained, tmp_pat
 
 def transformer_of(folder, out):
     """A run's weights as an export has them, with another clock."""
-    of = Drawable.of_run(folder)
+    of = TrainedModel.of_run(folder)
     slow = replace(of.model, time_scale=1.0)  # which no flag says
     transformer.save(out, slow, jax.device_get(of.params), of.settings)
 
@@ -308,7 +308,7 @@ def test_a_variance_comes_or_goes_and_the_rest_of_what_is_said_stays():
 
 
 def test_latents_of_another_vae_are_spoken_of():
-    there = Encoding(
+    there = LatentEncoding(
         **dict.fromkeys(("dataset_name", "source", "precision"), ""),
         image_size=64,
         shape=(8, 8, 1),

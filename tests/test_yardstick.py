@@ -14,13 +14,13 @@ import pytest
 import evaluate
 from evaluate import EvaluateConfig
 from evaluation import metrics
-from evaluation.during_training import Yardstick
+from evaluation.during_training import TrainingFID
 from runtime import parallel
 from runtime.errors import UserError
 from runtime.signals import Stop
 from train import Trainer
 from training.config import TrainConfig
-from training.session import open_run
+from training.session import open_session
 
 N = 21  # pictures, which no batch divides
 NAME = f"pixel_frechet_{N}"
@@ -127,7 +127,7 @@ def test_a_run_that_is_asked_to_stop_does_not_measure_to_the_end(
     trainer = Trainer(replace(TINY, run_dir=tmp_path / "run", **measured))
     stop, looked = Stop(), []
     assert trainer.yardstick is not None
-    with open_run(trainer, 6) as run:
+    with open_session(trainer, 6) as run:
         drawn = trainer.pictures
 
         def pictures(*how):
@@ -170,12 +170,12 @@ def test_weights_that_are_not_there_are_refused(tmp_path):
     np.savez(tmp_path / "fid.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     how = {"space": "inception", "weights": str(tmp_path / "x.pth"), "n": 4, "shape": (8, 8, 3)}
     with pytest.raises(UserError, match=r"x\.pth"):
-        Yardstick.open(tmp_path / "fid.npz", parallel.make_mesh(), **how)
+        TrainingFID.open(tmp_path / "fid.npz", parallel.make_mesh(), **how)
 
 
 def test_a_distance_needs_all_its_pictures(digits):
     how = {"space": "pixels", "weights": None, "n": 20, "shape": (8, 8, 1)}
-    yardstick = Yardstick.open(digits, parallel.make_mesh(), **how)
+    yardstick = TrainingFID.open(digits, parallel.make_mesh(), **how)
     some = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1)).astype(np.uint8)
     assert yardstick.distance(iter([some[:19]])) is None
     moments = metrics.Moments(64)

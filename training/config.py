@@ -8,7 +8,7 @@ import sampling
 from methods import ddpm, rectified_flow
 from runtime.cli import Text
 
-UNSAID: Any = None  # filled by `resolve`
+UNSET: Any = None  # filled by `resolve`
 Config = TypeVar("Config")  # this file's, or that of another command that trains
 
 
@@ -122,81 +122,81 @@ class TrainConfig:
         peak_tflops: this device's peak, where the table of profiling.py does not know it.
     """
 
-    dataset_name: str = UNSAID
+    dataset_name: str = UNSET
     data_dir: Path | None = None
     image_column: str | None = None
     label_column: str | None = None
-    conditioning: str = UNSAID
+    conditioning: str = UNSET
     caption_column: str | None = None
     caption: tuple[Text, ...] | None = None
-    text_towers: tuple[str, ...] = UNSAID
+    text_towers: tuple[str, ...] = UNSET
     text_length: int | None = None
     caption_cache: Path | None = None
-    image_size: int = UNSAID
-    channels: int = UNSAID
+    image_size: int = UNSET
+    channels: int = UNSET
     latents: Path | None = None
     vae: str | None = None
-    streaming: bool = UNSAID
-    shuffle_buffer: int = UNSAID
+    streaming: bool = UNSET
+    shuffle_buffer: int = UNSET
     in_memory: bool | None = None
-    cache_on_device: bool = UNSAID
+    cache_on_device: bool = UNSET
     n_workers: int | None = None
-    model: str = UNSAID
+    model: str = UNSET
     init_from: str | None = None
-    patch_size: int = UNSAID
-    block: str = UNSAID
-    position: str = UNSAID
-    rope: bool = UNSAID
-    qk_norm: bool = UNSAID
-    mlp: str = UNSAID
-    norm: str = UNSAID
-    remat: bool = UNSAID
-    half_precision: bool | Literal["bf16", "fp16"] = UNSAID
-    objective: str = UNSAID
-    prediction: str = UNSAID
-    learned_sigma: bool = UNSAID
-    min_snr_gamma: float = UNSAID
-    time_density: str = UNSAID
-    logit_mean: float = UNSAID
-    logit_std: float = UNSAID
-    mode_scale: float = UNSAID
-    time_shift: float = UNSAID
-    label_dropout: float = UNSAID
+    patch_size: int = UNSET
+    block: str = UNSET
+    position: str = UNSET
+    rope: bool = UNSET
+    qk_norm: bool = UNSET
+    mlp: str = UNSET
+    norm: str = UNSET
+    remat: bool = UNSET
+    half_precision: bool | Literal["bf16", "fp16"] = UNSET
+    objective: str = UNSET
+    prediction: str = UNSET
+    learned_sigma: bool = UNSET
+    min_snr_gamma: float = UNSET
+    time_density: str = UNSET
+    logit_mean: float = UNSET
+    logit_std: float = UNSET
+    mode_scale: float = UNSET
+    time_shift: float = UNSET
+    label_dropout: float = UNSET
     n_epochs: float | None = None
-    n_steps: int = UNSAID
-    batch_size: int = UNSAID
-    accumulate_steps: int = UNSAID
-    learning_rate: float = UNSAID
-    schedule: str = UNSAID
-    warmup_steps: int = UNSAID
-    beta1: float = UNSAID
-    beta2: float = UNSAID
-    weight_decay: float = UNSAID
-    clip_norm: float = UNSAID
-    ema_decay: float = UNSAID
-    nan_patience: int = UNSAID
-    overfit_batch: bool = UNSAID
-    seed: int = UNSAID
-    fsdp: int = UNSAID
+    n_steps: int = UNSET
+    batch_size: int = UNSET
+    accumulate_steps: int = UNSET
+    learning_rate: float = UNSET
+    schedule: str = UNSET
+    warmup_steps: int = UNSET
+    beta1: float = UNSET
+    beta2: float = UNSET
+    weight_decay: float = UNSET
+    clip_norm: float = UNSET
+    ema_decay: float = UNSET
+    nan_patience: int = UNSET
+    overfit_batch: bool = UNSET
+    seed: int = UNSET
+    fsdp: int = UNSET
     distributed: bool = False
     coordinator: str | None = None
     n_processes: int | None = None
     process_index: int | None = None
     run_dir: Path | None = None
     resume: bool = False
-    log_every: int = UNSAID
-    eval_save_steps: int = UNSAID
-    n_eval_batches: int = UNSAID
-    sample_every_n: int = UNSAID
-    keep_checkpoints: int = UNSAID
-    cfg_scale: float = UNSAID
-    n_sample_steps: int = UNSAID
-    solver: str = UNSAID
-    sample_shift: float = UNSAID
-    fid_every: int = UNSAID
+    log_every: int = UNSET
+    eval_save_steps: int = UNSET
+    n_eval_batches: int = UNSET
+    sample_every_n: int = UNSET
+    keep_checkpoints: int = UNSET
+    cfg_scale: float = UNSET
+    n_sample_steps: int = UNSET
+    solver: str = UNSET
+    sample_shift: float = UNSET
+    fid_every: int = UNSET
     fid_reference: Path | None = None
-    fid_n: int = UNSAID
-    fid_features: Literal["inception", "pixels"] = UNSAID
+    fid_n: int = UNSET
+    fid_features: Literal["inception", "pixels"] = UNSET
     inception: str | None = None
     wandb_project: str | None = None
     lr_range_test: bool | int = False
@@ -256,7 +256,7 @@ FREE_ON_RESUME = {
     *("profile", "peak_tflops", "distributed", "coordinator", "n_processes", "process_index"),
 }
 # What is said of one objective alone, and None in a run with the other.
-OF_OBJECTIVE = {
+BY_OBJECTIVE = {
     "rectified_flow": (
         *("time_density", "logit_mean", "logit_std", "mode_scale"),
         *("time_shift", "sample_shift"),
@@ -264,7 +264,7 @@ OF_OBJECTIVE = {
     "ddpm": ("prediction", "learned_sigma", "min_snr_gamma"),
 }
 # What is read only beside another flag: one that is on, or has this value.
-BESIDE = {
+ONLY_WITH = {
     **dict.fromkeys(("logit_mean", "logit_std"), ("time_density", "logit_normal")),
     "mode_scale": ("time_density", "mode"),
     "vae": ("latents", None),
@@ -273,14 +273,14 @@ BESIDE = {
 }
 SOLVERS = {"rectified_flow": sampling.SOLVERS, "ddpm": ddpm.DESCENTS}
 PROCESSES = ("distributed", "coordinator", "n_processes", "process_index")
-OF_ONE_START = {"run_dir", "resume", "profile", "lr_range_test", *PROCESSES}
+PER_START = {"run_dir", "resume", "profile", "lr_range_test", *PROCESSES}
 RECOMMENDED = (
     *("model", "batch_size", "learning_rate", "n_steps", "ema_decay", "cfg_scale"),
     *("image_size", "channels", "conditioning"),
 )
 PRESET = ("patch_size", "block", "position", "qk_norm")  # of the model, if not said
 # What the help page says of values that are not given.
-FILLED = (
+SHOWN_DEFAULTS = (
     DEFAULTS
     | dict.fromkeys(RECOMMENDED, "as the data set recommends")
     | dict.fromkeys(("eval_save_steps", "sample_every_n"), "n_steps / 4, at most 1000")

@@ -15,7 +15,7 @@ from data.pipeline import Pipeline
 from runtime import parallel
 
 
-class Resident(NamedTuple):
+class DeviceDataset(NamedTuple):
     """The training set on every device, and where some epochs have their rows."""
 
     image: UInt8[Array, "n h w c"] | Float16[Array, "n h w k"]
@@ -27,7 +27,7 @@ class Resident(NamedTuple):
     first_place: Int[Array, ""]
 
 
-def batches(data: Pipeline, mesh: parallel.Mesh, start: int, stop: int) -> Generator[Resident]:
+def batches(data: Pipeline, mesh: parallel.Mesh, start: int, stop: int) -> Generator[DeviceDataset]:
     """What the batches of the steps start … stop − 1 are drawn from by `draw`: the same arrays for
     as long as the epochs last.
     """
@@ -47,13 +47,13 @@ def batches(data: Pipeline, mesh: parallel.Mesh, start: int, stop: int) -> Gener
             flip = np.concatenate([data.flips(epoch) for epoch in epochs])
             place = np.int32(step * size - first * n)
             changing = parallel.replicate((order, flip, np.int32(step), place), mesh)
-            now = Resident(image, mirrored, label, *changing)
+            now = DeviceDataset(image, mirrored, label, *changing)
         assert now is not None
         yield now
 
 
-def draw(
-    resident: Resident, position: Int[Array, ""], *, batch_size: int, mesh: parallel.Mesh
+def draw_batch(
+    resident: DeviceDataset, position: Int[Array, ""], *, batch_size: int, mesh: parallel.Mesh
 ) -> Any:
     """Inside `jit`: the batch of the step `position`, split over all devices."""
     row = jnp.arange(batch_size, dtype=jnp.int32)

@@ -16,7 +16,7 @@ from networks import autoencoder
 
 if TYPE_CHECKING:
     from train import Trainer
-from inference.labels import ShownLabels, captions
+from inference.labels import ShownLabels, label_texts
 
 ROWS = 4
 COLUMNS = 10
@@ -41,7 +41,7 @@ def sheet(
 ) -> Image.Image:
     """Samples in −1 … 1 as a grid, with what they are of."""
     columns = len(labels) // ROWS
-    return grids.grid(grids.to_uint8(x), columns=columns, captions=captions(labels, names))
+    return grids.grid(grids.to_uint8(x), columns=columns, captions=label_texts(labels, names))
 
 
 def batch_sheet(trainer: "Trainer") -> Image.Image:

@@ -274,7 +274,7 @@ def profile(trainer: "Trainer") -> str:
     forward = trainer.config.batch_size * sum(flops.flops_by_module(m).values())
     guide = bool(m.n_classes or m.text_width)
     draw = partial(
-        sampler.draw,
+        sampler.sample_batch,
         config=m,
         sampler=trainer.sampler(n_steps=1),
         guide=guide,

@@ -12,21 +12,21 @@ from typing import Any
 
 import sampling
 from data import latents
-from datasets_config import DATASET_CONFIGS, DatasetConfig, Encoding
+from datasets_config import DATASET_CONFIGS, DatasetConfig, LatentEncoding
 from methods import ddpm, rectified_flow
 from model import BLOCKS, JOINT, MODELS, ModelConfig, model_config
 from networks import autoencoder
 from runtime.errors import UserError, unknown
 from training import optim, wandb_sink
 from training.config import (
-    BESIDE,
     BETWEEN,
+    BY_OBJECTIVE,
     DEFAULTS,
     DENSITIES,
     FREE_ON_RESUME,
     NOT_NEGATIVE,
-    OF_OBJECTIVE,
-    OF_ONE_START,
+    ONLY_WITH,
+    PER_START,
     POSITIVE,
     PRECISIONS,
     PRESET,
@@ -37,7 +37,7 @@ from training.config import (
 )
 
 
-def spoken(config: Any) -> dict[str, Any]:
+def given_flags(config: Any) -> dict[str, Any]:
     """What was said, with paths of text towers and weights as they are called from anywhere."""
     said = {name: value for name, value in vars(config).items() if value is not None}
     if (start := said.get("init_from")) and Path(start).expanduser().exists():
@@ -51,13 +51,13 @@ def spoken(config: Any) -> dict[str, Any]:
     return said
 
 
-def take_up(config: Config, saved: dict[str, Any]) -> Config:
+def merge_saved(config: Config, saved: dict[str, Any]) -> Config:
     """Fill holes from the `config.json` of the run to go on with.
 
     Raises:
         UserError: `config` says something else about what cannot change, with the fields' names.
     """
-    said = spoken(config)
+    said = given_flags(config)
     # JSON has no tuples; the first runs had no choice of an objective.
     saved = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
     saved.setdefault("objective", "rectified_flow")
@@ -69,7 +69,7 @@ def take_up(config: Config, saved: dict[str, Any]) -> Config:
     if changed:
         raise UserError(f"cannot resume: {'; '.join(changed)}")
     fields = vars(config).keys()
-    kept: dict[str, Any] = {name: saved[name] for name in fields & set(saved) - OF_ONE_START}
+    kept: dict[str, Any] = {name: saved[name] for name in fields & set(saved) - PER_START}
     if "n_epochs" in said:
         kept["n_steps"] = None
     for name in ("data_dir", "latents", "caption_cache", "fid_reference"):
@@ -95,12 +95,12 @@ def with_subject(config: TrainConfig) -> TrainConfig:
     return replace(config, dataset_name=name, latents=folder)
 
 
-def require_same_latents(encoding: Encoding | None, saved: dict[str, Any]) -> None:
+def require_same_latents(encoding: LatentEncoding | None, saved: dict[str, Any]) -> None:
     """Raises UserError if a run would go on with latents that were made otherwise. The VAE and the
     pictures may have moved since.
     """
     record = saved["dataset"].get("encoding")
-    before, now = (vars(e) if e else {} for e in (record and Encoding.of(record), encoding))
+    before, now = (vars(e) if e else {} for e in (record and LatentEncoding.of(record), encoding))
     for name in (now or before).keys() - {"vae", "source"}:
         if before.get(name) != now.get(name):
             raise UserError(
@@ -121,7 +121,7 @@ def resolve(
     Raises:
         UserError: a value that cannot be.
     """
-    said = spoken(config)
+    said = given_flags(config)
     filled = DEFAULTS | {name: getattr(dataset, name) for name in RECOMMENDED} | said
     if filled["conditioning"] == "none":
         filled["cfg_scale"] = said.get("cfg_scale", 1.0)
@@ -130,10 +130,10 @@ def resolve(
             if said.get(name):
                 raise UserError(f"--{name} is for captions; pass --caption_column or --caption too")
         filled["text_towers"] = ()
-    filled = of_one_objective(filled, said)
+    filled = drop_other_objectives(filled, said)
     check_numbers(filled)
     if not config.resume:  # what a run was begun with may be of no use as it goes on
-        require_read(filled, said)
+        reject_unused_flags(filled, said)
     if config.n_epochs is not None and config.n_steps is None:
         filled["n_steps"] = math.ceil(config.n_epochs * n_rows / filled["batch_size"])
     resolved = TrainConfig(**derived(filled, platform) | filled)
@@ -142,16 +142,16 @@ def resolve(
     return resolved
 
 
-def of_one_objective(filled: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+def drop_other_objectives(filled: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
     """`filled` without what only the other objective reads.
 
     Raises:
         UserError: that was said, or there is no such objective.
     """
     chosen = filled["objective"]
-    if chosen not in OF_OBJECTIVE:
-        raise unknown("objective", chosen, OF_OBJECTIVE)
-    left_out = {name: other for other, names in OF_OBJECTIVE.items() for name in names}
+    if chosen not in BY_OBJECTIVE:
+        raise unknown("objective", chosen, BY_OBJECTIVE)
+    left_out = {name: other for other, names in BY_OBJECTIVE.items() for name in names}
     left_out = {name: other for name, other in left_out.items() if other != chosen}
     for name, other in left_out.items():
         if name in said:
@@ -159,9 +159,9 @@ def of_one_objective(filled: dict[str, Any], said: dict[str, Any]) -> dict[str, 
     return {name: value for name, value in filled.items() if name not in left_out}
 
 
-def require_read(filled: dict[str, Any], said: dict[str, Any]) -> None:
+def reject_unused_flags(filled: dict[str, Any], said: dict[str, Any]) -> None:
     """Raises UserError if what was said is read only beside another flag, which is not there."""
-    for name, (other, value) in BESIDE.items():
+    for name, (other, value) in ONLY_WITH.items():
         there = filled.get(other)
         if name in said and not (there == value if value else there):
             raise UserError(f"--{name} is for --{other}{f' {value}' if value else ''}")
@@ -296,7 +296,7 @@ def network(config: TrainConfig, dataset: DatasetConfig) -> ModelConfig:
     )
 
 
-def reader(encoding: Encoding | None) -> rectified_flow.Read:
+def reader(encoding: LatentEncoding | None) -> rectified_flow.Read:
     """What makes data of a batch's pictures, or of its latents' means and log-variances."""
     if not encoding:
         return rectified_flow.pixels

@@ -22,7 +22,7 @@ from runtime.checkpoint import Checkpoints, DiskFullError
 from runtime.errors import RunError, UserError
 from runtime.signals import Stop
 from training import display, tracking, wandb_sink
-from training.tracking import Silence, Sink, Throughput, Tracker
+from training.tracking import NullTracker, Sink, Throughput, Tracker
 
 if TYPE_CHECKING:
     from train import Trainer
@@ -32,19 +32,19 @@ FIGURES = "figures"  # of a run, a folder
 
 
 @contextmanager
-def open_run(trainer: "Trainer", last: int) -> Iterator["OpenRun"]:
+def open_session(trainer: "Trainer", last: int) -> Iterator["RunSession"]:
     """The run's folder, locked, with its configuration written."""
     with ExitStack() as stack:
-        processes.first_says(lambda: _take(trainer, stack))
+        processes.broadcast_from_first(lambda: _take(trainer, stack))
         keep = trainer.config.keep_checkpoints
         checkpoints = stack.enter_context(Checkpoints(trainer.run_dir, keep=keep))
         checkpoints.set_aside(trainer.damaged)
         trainer.damaged = []
-        tracker = Silence()
+        tracker = NullTracker()
         if processes.is_first():
             how = {"start_step": trainer.step, "n_steps": last, "sinks": _sinks(trainer)}
             tracker = Tracker(trainer.run_dir, **how)
-        run = OpenRun(trainer, last, stack.enter_context(tracker), checkpoints, Throughput())
+        run = RunSession(trainer, last, stack.enter_context(tracker), checkpoints, Throughput())
         yield run
 
 
@@ -65,12 +65,12 @@ def _take(trainer: "Trainer", stack: ExitStack) -> str:
 
 
 @dataclass
-class OpenRun:
+class RunSession:
     """What `fit` holds open, and what it knows of the steps so far."""
 
     trainer: "Trainer"
     last: int
-    tracker: Tracker | Silence
+    tracker: Tracker | NullTracker
     checkpoints: Checkpoints
     throughput: Throughput
     unread: tuple[int, int, dict[str, Any]] | None = None  # a step, its batch, its report
@@ -140,7 +140,7 @@ class OpenRun:
         """Several processes go by the step that was read last, so that all leave at the same, and
         as the one that was asked does.
         """
-        if not processes.several():
+        if not processes.is_distributed():
             return bool(stop)
         if self.stop_was_asked and not stop:
             stop.signal = signal.SIGTERM

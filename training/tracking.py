@@ -184,12 +184,12 @@ class Tracker:
             self.message("   ".join([f"step {step:{width}}/{self.n_steps}", *shown.values()]))
 
 
-class Silence:
+class NullTracker:
     """What the other processes of a run tell of it: nothing. The methods of `Tracker` that are
     called in a run.
     """
 
-    def __enter__(self) -> "Silence":
+    def __enter__(self) -> "NullTracker":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from datasets_config import DATASET_CONFIGS, DatasetConfig, Encoding
-from inference.trained_model import Drawable
+from datasets_config import DATASET_CONFIGS, DatasetConfig, LatentEncoding
+from inference.trained_model import TrainedModel
 from model import ModelConfig
 from pretrained import transformer
 from runtime import parallel, processes
@@ -57,11 +57,11 @@ def read(path_or_id: str) -> Source:
     """
     folder = Path(path_or_id).expanduser()
     if not (folder / CHECKPOINTS).is_dir():
-        with processes.in_turn():
+        with processes.first_then_others():
             found = transformer.load(path_or_id)
         return Source(found.config, found.params, found.settings, found.id)
     # Each device has a part of them, and the host the whole.
-    of = Drawable.of_run(folder, fsdp=jax.device_count())
+    of = TrainedModel.of_run(folder, fsdp=jax.device_count())
     return Source(of.model, parallel.fetch(of.params), of.settings, f"step {of.step} of {folder}")
 
 
@@ -138,9 +138,9 @@ def fitted(
     return params, notices + _other_latents(source, dataset.encoding)
 
 
-def _other_latents(source: Source, encoding: Encoding | None) -> list[str]:
+def _other_latents(source: Source, encoding: LatentEncoding | None) -> list[str]:
     record = source.settings["dataset"].get("encoding")
-    there = Encoding.of(record) if record else None
+    there = LatentEncoding.of(record) if record else None
     if there is None or encoding is None:
         kinds = ["latents" if e else "pictures" for e in (encoding, there)]
         return [] if there is encoding else [f"it learns {kinds[0]}, and {kinds[1]} there"]

@@ -22,9 +22,9 @@ from PIL import Image
 
 from inference import curves, grids, progress
 from inference.app import service
-from inference.app.service import MOST_PICTURES, Models, Order
-from inference.sampler import MOST_SEED
-from inference.trained_model import Drawable
+from inference.app.service import MOST_PICTURES, Models, SampleJob
+from inference.sampler import MAX_SEED
+from inference.trained_model import TrainedModel
 from methods.ddpm import DESCENTS
 from runtime.errors import UserError
 from runtime.run_folder import read_config
@@ -145,11 +145,11 @@ def subject_fields() -> list[Any]:
         high = gr.Number(1, label="to (1 is noise)", step=0.1, min_width=80, elem_id="high")
     seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
     another = gr.Button("Another seed", size="sm", elem_id="another")
-    another.click(lambda: random.randrange(MOST_SEED), None, seed, **BESIDE)
+    another.click(lambda: random.randrange(MAX_SEED), None, seed, **BESIDE)
     return [labels, prompt, negative, solver, low, high, seed]
 
 
-def form(drawable: Drawable) -> list[Any]:
+def form(drawable: TrainedModel) -> list[Any]:
     """The fields as they fit a model: of `subject_fields`, then guidance and steps."""
     model, settings = drawable.model, drawable.settings
     told = bool(model.text_width)
@@ -167,7 +167,7 @@ def form(drawable: Drawable) -> list[Any]:
     ]
 
 
-def order(values: tuple[Any, ...], **more: Any) -> Order:
+def order(values: tuple[Any, ...], **more: Any) -> SampleJob:
     """What the fields of `subject_fields` say, and more.
 
     Raises:
@@ -178,7 +178,7 @@ def order(values: tuple[Any, ...], **more: Any) -> Order:
     for name, value in {"seed": seed, "number of pictures": more.get("n", 1)}.items():
         if value is None:
             raise UserError(f"the {name} is missing")
-    return Order(
+    return SampleJob(
         labels=tuple(labels or ()),
         prompt=prompt or "",
         negative_prompt=negative or "",
@@ -209,14 +209,14 @@ def draw_tab(models: Models, model: gr.Dropdown, fields: list[Any]) -> list[Any]
     def on_draw(name: str, n: int | None, steps: int | None, scale: float | None, *values: Any):
         with messages():
             asked, shown = order(values, n=n, n_steps=steps, cfg_scale=scale), []
-            for pictures in service.draw(models.keep(name), asked):
+            for pictures in service.run_job(models.keep(name), asked):
                 shown += pictures
                 yield shown
 
     def on_animate(name: str, n: int | None, steps: int | None, scale: float | None, *values: Any):
         with messages():
             asked = order(values, n=n, n_steps=steps, cfg_scale=scale)
-            frames = service.way(models.keep(name), asked)
+            frames = service.trajectory_frames(models.keep(name), asked)
             # Gradio takes a copy before this goes on.
             with tempfile.TemporaryDirectory() as folder:
                 grids.save_gif(frames, Path(folder) / "way.gif")

@@ -21,8 +21,8 @@ from PIL import Image
 
 from inference import grids, sample_files, sampler
 from inference import labels as inference_labels
-from inference.labels import Subjects
-from inference.trained_model import Drawable, How, Wishes
+from inference.labels import SampleRequest
+from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
 from methods import ddpm
 from runtime.errors import UserError, unknown
 from runtime.run_folder import CONFIG, RUNS, read_config
@@ -34,7 +34,7 @@ MOST_PROGRAMS = 32  # of ten MB or more, one for each number of steps, interval,
 
 
 @dataclass(frozen=True)
-class Order(Wishes):
+class SampleJob(SamplingOverrides):
     """What a visitor asks for; what is None is as in the model's settings.
 
     Args:
@@ -71,7 +71,7 @@ class Models:
     pretrained: str | None = None
     vae: str | None = None
     text_towers: tuple[str, ...] = ()
-    kept: dict[tuple[str, int], Drawable] = field(default_factory=dict, repr=False)
+    kept: dict[tuple[str, int], TrainedModel] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         if self.pretrained:
@@ -105,11 +105,11 @@ class Models:
             raise unknown("model", name, names)
         return None if self.pretrained else self.run or self.runs / name
 
-    def open(self, name: str) -> Drawable:
+    def open(self, name: str) -> TrainedModel:
         """What is known of a model. The weights of a run are read when they are first asked for."""
         return self._opened(self._key(name))
 
-    def keep(self, name: str) -> Drawable:
+    def keep(self, name: str) -> TrainedModel:
         """The same to draw from. Its weights, the newest, take the place of another model's."""
         key = self._key(name)  # once: a run may save another checkpoint meanwhile
         found = self._opened(key)
@@ -119,13 +119,13 @@ class Models:
     def _key(self, name: str) -> tuple[str, int]:
         return name, newest(self.folder(name))
 
-    def _opened(self, key: tuple[str, int]) -> Drawable:
+    def _opened(self, key: tuple[str, int]) -> TrainedModel:
         if found := self.kept.get(key):
             return found
         folder, where = self.folder(key[0]), {"vae": self.vae, "text_towers": self.text_towers}
         if folder is None:
-            return Drawable.of_pretrained(key[0], **where)
-        return Drawable.of_run(folder, **where)
+            return TrainedModel.of_pretrained(key[0], **where)
+        return TrainedModel.of_run(folder, **where)
 
 
 def newest(run: Path | None) -> int:
@@ -145,12 +145,12 @@ def is_ours(run: Path) -> bool:
 # --- what may be asked for ------------------------------------------------------------------------
 
 
-def most_steps(drawable: Drawable) -> int:
+def most_steps(drawable: TrainedModel) -> int:
     """As many as DDPM's chain has, or a bound for flows."""
     return ddpm.N_STEPS if drawable.settings.get("prediction") else MOST_STEPS
 
 
-def check(drawable: Drawable, order: Order) -> None:
+def check(drawable: TrainedModel, order: SampleJob) -> None:
     """Raises UserError for more than a page gives to one visitor."""
     if not 1 <= order.n <= MOST_PICTURES:
         raise UserError(f"{order.n} pictures: ask for 1 … {MOST_PICTURES} at a time")
@@ -163,7 +163,7 @@ def check(drawable: Drawable, order: Order) -> None:
             raise UserError(f"the {said} has {n} letters: at most {MOST_LETTERS} are read")
 
 
-def how_asked(drawable: Drawable, order: Order) -> How:
+def how_asked(drawable: TrainedModel, order: SampleJob) -> SamplingPlan:
     """How to draw it. Without guidance there is no interval to limit.
 
     Raises:
@@ -172,23 +172,23 @@ def how_asked(drawable: Drawable, order: Order) -> How:
     check(drawable, order)
     if order.cfg_scale == 1:
         order = replace(order, interval=None, guided_channels=None)
-    how, negative = drawable.how(Wishes.of(order)), bool(order.negative_prompt.strip())
-    sampler.require_guidable(how.sampler, drawable.model, how.cfg_scale, negative=negative)
+    how, negative = drawable.how(SamplingOverrides.of(order)), bool(order.negative_prompt.strip())
+    sampler.check_guidance(how.sampler, drawable.model, how.cfg_scale, negative=negative)
     return how
 
 
-def asked(drawable: Drawable, order: Order) -> Subjects:
+def asked(drawable: TrainedModel, order: SampleJob) -> SampleRequest:
     """What the pictures are to be of.
 
     Raises:
         UserError: nothing that the model knows.
     """
     if not drawable.model.text_width:
-        return inference_labels.of_labels(drawable, order.labels, order.n, seed=order.seed)
+        return inference_labels.request_labels(drawable, order.labels, order.n, seed=order.seed)
     if not order.prompt.strip():
         raise UserError("this model was trained on captions: write a prompt")
     more = {"seed": order.seed, "negative": order.negative_prompt.strip() or None}
-    return inference_labels.of_prompts(drawable, [order.prompt.strip()], order.n, **more)
+    return inference_labels.request_prompts(drawable, [order.prompt.strip()], order.n, **more)
 
 
 # --- drawing --------------------------------------------------------------------------------------
@@ -199,34 +199,34 @@ def size_for(n: int) -> int:
     return next((size for size in SIZES if n <= size), SIZES[-1])
 
 
-def make_room() -> None:
+def bound_jit_cache() -> None:
     """Drop compiled programs before there are many of them."""
-    if sampler.draw._cache_size() >= MOST_PROGRAMS:  # type: ignore
-        sampler.draw.clear_cache()  # type: ignore
+    if sampler.sample_batch._cache_size() >= MOST_PROGRAMS:  # type: ignore
+        sampler.sample_batch.clear_cache()  # type: ignore
 
 
-def draw(drawable: Drawable, order: Order) -> Iterator[list[tuple[Image.Image, str]]]:
+def run_job(drawable: TrainedModel, order: SampleJob) -> Iterator[list[tuple[Image.Image, str]]]:
     """The pictures and what they are of, batch by batch.
 
     Raises:
         UserError: they cannot be drawn.
     """
-    make_room()
+    bound_jit_cache()
     how, of = how_asked(drawable, order), asked(drawable, order)
     size, names = size_for(order.n), of.captions or [""] * order.n
     draw_batch = sample_files.drawer(drawable, of, how, size)
     for start in range(0, order.n, size):
         pictures = draw_batch(start)
-        yield [(large(p), name) for p, name in zip(pictures, names[start : start + size])]
+        yield [(upscale(p), name) for p, name in zip(pictures, names[start : start + size])]
 
 
-def way(drawable: Drawable, order: Order) -> list[Image.Image]:
+def trajectory_frames(drawable: TrainedModel, order: SampleJob) -> list[Image.Image]:
     """Frames of the first pictures' way from noise, with names, evenly chosen among the steps.
 
     Raises:
         UserError: they cannot be drawn.
     """
-    make_room()
+    bound_jit_cache()
     order = replace(order, n=min(order.n, MOST_MOVING))
     how, of = how_asked(drawable, order), asked(drawable, order)
     labels, told = of.rows(0, size_for(order.n))
@@ -241,7 +241,7 @@ def way(drawable: Drawable, order: Order) -> list[Image.Image]:
 
 
 def table(
-    drawable: Drawable, order: Order, scales: Sequence[float], steps: Sequence[int]
+    drawable: TrainedModel, order: SampleJob, scales: Sequence[float], steps: Sequence[int]
 ) -> Iterator[Image.Image]:
     """One picture, from the same noise at each scale of guidance (rows) and number of steps
     (columns): the table as it fills.
@@ -251,7 +251,7 @@ def table(
     """
     if not 1 <= (n := len(scales) * len(steps)) <= MOST_CELLS:
         raise UserError(f"a table of {n} pictures: name 1 … {MOST_CELLS}")
-    make_room()
+    bound_jit_cache()
     order = replace(order, n=1, labels=order.labels[:1])
     cells = list(product(enumerate(steps), enumerate(scales)))
     # A negative prompt leads away from nothing where there is no guidance.
@@ -273,7 +273,7 @@ def table(
         yield grids.table(shown, rows=rows, columns=columns)
 
 
-def large(picture: UInt8[np.ndarray, "h w c"], side: int = 256) -> Image.Image:
+def upscale(picture: UInt8[np.ndarray, "h w c"], side: int = 256) -> Image.Image:
     """Enlarged by a whole factor, so that small ones are seen as they are."""
     found = grids.as_image(picture)
     scale = math.ceil(side / min(found.size))

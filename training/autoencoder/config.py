@@ -13,7 +13,7 @@ from networks.perceptual import LPIPS_LEAST_SIZE, PIXEL_LOSSES
 from runtime.errors import UserError, unknown
 from training import optim, wandb_sink
 from training import resolve as training_resolve
-from training.config import UNSAID
+from training.config import UNSET
 
 
 @dataclass(frozen=True)
@@ -81,53 +81,53 @@ class VaeConfig:
 
     overfit_batch: ClassVar[bool] = False  # which this command cannot do
 
-    dataset_name: str = UNSAID
+    dataset_name: str = UNSET
     data_dir: Path | None = None
     image_column: str | None = None
-    image_size: int = UNSAID
-    channels: int = UNSAID
-    streaming: bool = UNSAID
-    shuffle_buffer: int = UNSAID
+    image_size: int = UNSET
+    channels: int = UNSET
+    streaming: bool = UNSET
+    shuffle_buffer: int = UNSET
     in_memory: bool | None = None
-    cache_on_device: bool = UNSAID
+    cache_on_device: bool = UNSET
     n_workers: int | None = None
-    latent_channels: int = UNSAID
-    block_out_channels: tuple[int, ...] = UNSAID
-    layers_per_block: int = UNSAID
-    attention: bool = UNSAID
-    half_precision: bool = UNSAID
-    pixel_loss: str = UNSAID
-    gradient_weight: float = UNSAID
+    latent_channels: int = UNSET
+    block_out_channels: tuple[int, ...] = UNSET
+    layers_per_block: int = UNSET
+    attention: bool = UNSET
+    half_precision: bool = UNSET
+    pixel_loss: str = UNSET
+    gradient_weight: float = UNSET
     lpips: str | None = None
-    lpips_weight: float = UNSAID
-    kl_weight: float = UNSAID
-    gan_weight: float = UNSAID
-    gan_start: int = UNSAID
+    lpips_weight: float = UNSET
+    kl_weight: float = UNSET
+    gan_weight: float = UNSET
+    gan_start: int = UNSET
     n_epochs: float | None = None
-    n_steps: int = UNSAID
-    batch_size: int = UNSAID
-    accumulate_steps: int = UNSAID
-    learning_rate: float = UNSAID
-    schedule: str = UNSAID
-    warmup_steps: int = UNSAID
-    beta1: float = UNSAID
-    beta2: float = UNSAID
-    weight_decay: float = UNSAID
-    clip_norm: float = UNSAID
-    ema_decay: float = UNSAID
-    nan_patience: int = UNSAID
-    seed: int = UNSAID
+    n_steps: int = UNSET
+    batch_size: int = UNSET
+    accumulate_steps: int = UNSET
+    learning_rate: float = UNSET
+    schedule: str = UNSET
+    warmup_steps: int = UNSET
+    beta1: float = UNSET
+    beta2: float = UNSET
+    weight_decay: float = UNSET
+    clip_norm: float = UNSET
+    ema_decay: float = UNSET
+    nan_patience: int = UNSET
+    seed: int = UNSET
     distributed: bool = False
     coordinator: str | None = None
     n_processes: int | None = None
     process_index: int | None = None
     run_dir: Path | None = None
     resume: bool = False
-    log_every: int = UNSAID
-    eval_save_steps: int = UNSAID
-    n_eval_batches: int = UNSAID
-    sample_every_n: int = UNSAID
-    keep_checkpoints: int = UNSAID
+    log_every: int = UNSET
+    eval_save_steps: int = UNSET
+    n_eval_batches: int = UNSET
+    sample_every_n: int = UNSET
+    keep_checkpoints: int = UNSET
     wandb_project: str | None = None
 
 
@@ -198,11 +198,11 @@ def resolve(
         UserError: a value that cannot be.
     """
     sizes: dict[str, Any] = {"image_size": dataset.image_size, "channels": dataset.channels}
-    said = training_resolve.spoken(config)
+    said = training_resolve.given_flags(config)
     filled = DEFAULTS | sizes | said
     training_resolve.check_numbers(filled)
     if not config.resume:
-        training_resolve.require_read(filled, said)
+        training_resolve.reject_unused_flags(filled, said)
     if config.n_epochs is not None and config.n_steps is None:
         filled["n_steps"] = math.ceil(config.n_epochs * n_rows / filled["batch_size"])
     quarter = max(1, min(1000, filled["n_steps"] // 4))

@@ -23,7 +23,7 @@ OF_CRITIC = ("gan_loss", "critic_loss", "gan_weight")  # metrics
 # --- the loss -------------------------------------------------------------------------------------
 
 
-class Adversaries(AutoencoderKL):
+class AutoencoderWithCritic(AutoencoderKL):
     """An autoencoder and the critic that it is trained against, side by side."""
 
     def __init__(self, config: AutoencoderConfig, *, dtype: str, rngs: nnx.Rngs):
@@ -35,7 +35,7 @@ class Adversaries(AutoencoderKL):
         )
 
 
-class Given(NamedTuple):
+class LossInputs(NamedTuple):
     """What a step's loss is given besides weights and pictures."""
 
     key: Key[Array, ""]
@@ -136,7 +136,7 @@ def decoded(
     return jax.vjp(lambda last: nnx.merge(definition, last, rest).decode(z), last)
 
 
-def apart(
+def separate_optimizers(
     autoencoder: optax.GradientTransformationExtraArgs,
     critic: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from data.batch import Batch
 from data.load import open_source
-from evaluation.during_training import Yardstick
+from evaluation.during_training import TrainingFID
 from inference import grids
 from methods.rectified_flow import to_float
 from networks import perceptual
@@ -29,14 +29,14 @@ from training import device_dataset, loop, optim
 from training import step as training_step
 from training.autoencoder.config import DEFAULTS, VaeConfig, network, resolve, size_to_open
 from training.autoencoder.losses import (
-    Adversaries,
-    Given,
+    AutoencoderWithCritic,
+    LossInputs,
     adversarial,
-    apart,
     objective,
+    separate_optimizers,
     without_critic,
 )
-from training.resolve import take_up
+from training.resolve import merge_saved
 from training.step import TrainState
 
 COMMAND, NAME, FOLDER = "train_vae.py", "vae", "vae"
@@ -68,7 +68,7 @@ class VaeTrainer(Trainer):
         run_dir, saved = self._folder(config, name, NAME), None
         if run_dir and config.resume:
             saved = run_folder.read_config(run_dir, command=COMMAND)
-            config = take_up(config, saved)
+            config = merge_saved(config, saved)
         self.source = open_source(
             config.dataset_name or DEFAULTS["dataset_name"],
             data_dir=config.data_dir,
@@ -87,7 +87,7 @@ class VaeTrainer(Trainer):
             platform=jax.default_backend(),
         )
         self.run_dir = run_dir or Path(
-            processes.first_says(lambda: str(run_folder.new(c.dataset_name, NAME)))
+            processes.broadcast_from_first(lambda: str(run_folder.new(c.dataset_name, NAME)))
         )
         self.model_config, self.dtype = network(c), "bfloat16" if c.half_precision else "float32"
         self.mesh = parallel.make_mesh()
@@ -104,7 +104,9 @@ class VaeTrainer(Trainer):
         of = partial(optim.optimizer, self.schedule, clip_norm=c.clip_norm)
         self.optimizer = of(beta1=c.beta1, beta2=c.beta2, weight_decay=c.weight_decay)
         if c.gan_weight:  # the critic's as in Esser et al. 2021
-            self.optimizer = apart(self.optimizer, of(beta1=0.5, beta2=0.9, weight_decay=0.0))
+            self.optimizer = separate_optimizers(
+                self.optimizer, of(beta1=0.5, beta2=0.9, weight_decay=0.0)
+            )
         self.step, self.position, self.damaged = 0, 0, []
         if saved and Checkpoints.exist(self.run_dir):
             self.restore()
@@ -117,7 +119,7 @@ class VaeTrainer(Trainer):
         """One step, with the critic or without, as is due."""
         c = self.config
         step = self._adversarial if c.gan_weight and self.step >= c.gan_start else self._alone
-        return step(state, batch, Given(key, self.lpips))
+        return step(state, batch, LossInputs(key, self.lpips))
 
     @cached_property
     def _alone(self) -> Callable:
@@ -132,7 +134,7 @@ class VaeTrainer(Trainer):
         value_and_grad = parallel.value_and_grad(
             loss, self.graphdef, self.mesh, accumulate_steps=c.accumulate_steps
         )
-        draw = partial(device_dataset.draw, batch_size=c.batch_size, mesh=self.mesh)
+        draw = partial(device_dataset.draw_batch, batch_size=c.batch_size, mesh=self.mesh)
 
         def step(state, batch, given):
             return training_step.update(
@@ -156,13 +158,13 @@ class VaeTrainer(Trainer):
         return nnx.split(nnx.eval_shape(lambda: self._build(nnx.Rngs(0))))[0]
 
     def _build(self, rngs: nnx.Rngs) -> AutoencoderKL:
-        kind = Adversaries if self.config.gan_weight else AutoencoderKL
+        kind = AutoencoderWithCritic if self.config.gan_weight else AutoencoderKL
         return kind(self.model_config, dtype=self.dtype, rngs=rngs)
 
     def _initial_state(self) -> TrainState:
         model = self._build(nnx.Rngs(params=self.init_key))
         loss = (adversarial if self.config.gan_weight else objective)(self.config)
-        given = Given(self.train_key, self.lpips)
+        given = LossInputs(self.train_key, self.lpips)
         metrics = jax.eval_shape(lambda batch: loss(model, batch, given)[1], self.blank_batch())
         return training_step.first_state(
             nnx.to_pure_dict(nnx.state(model)), self.optimizer, metrics
@@ -239,7 +241,7 @@ class VaeTrainer(Trainer):
             pretrained_autoencoder.save(folder, config, params)
 
     @cached_property
-    def yardstick(self) -> Yardstick | None:
+    def yardstick(self) -> TrainingFID | None:
         """None: it draws nothing that could be measured."""
         return None
 
