@@ -1,10 +1,12 @@
 # make train          set up, then train on the embedded digits (ARGS="--dataset_name cifar10" for others)
-# make test           set up, then run every test          make check    format, lint, types
+# make test           set up, then the unit tests and one golden path: under five minutes on two cores
+# make proofs         every other test: whole runs, kills, browser, notebook, two processes, large models
+# make check          format, lint, types             make format   rewrite to the house format
 # make bench          set up with torch, then every benchmark of speed, in eleven minutes on two CPU cores
 # make latents-demo   a VAE of two photographs, their latents, a diffusion transformer of those
-# make demo           a page in the browser to draw from the runs in runs/ (ARGS="--run …")
-# make screenshots    how that page looks, for README.md; needs Chromium
-# make install        only set up                          make format   rewrite to the house format
+# make demo           a page in the browser to sample from the runs in runs/ (ARGS="--run …")
+# make screenshots    images of that page for README.md; needs Chromium
+# make install        only set up
 PYTHON ?= python3
 BIN = .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
@@ -14,13 +16,17 @@ else
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 endif
 
-.PHONY: train test bench check format install latents-demo demo screenshots
+.PHONY: train test proofs bench check format install latents-demo demo screenshots
 
 train: .venv/installed
 	$(BIN)/python train.py $(ARGS)
 
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	$(PYTEST) tests/unit tests/system/test_golden_path.py $(ARGS)
+
+proofs: .venv/installed-dev
+	$(PYTEST) tests/run tests/system --ignore tests/system/test_golden_path.py $(ARGS)
 
 # Fifty steps of sampling are ten times five: the loop is one program, however long it runs.
 bench: .venv/installed-bench
@@ -36,7 +42,7 @@ demo: .venv/installed-demo
 SHOWN := runs/screenshots-$(shell date +%Y%m%d-%H%M%S)
 screenshots: .venv/installed-dev
 	$(BIN)/python train.py --n_steps 600 --log_every 10 --sample_every_n 100 --run_dir $(SHOWN)
-	$(BIN)/python tests/screenshots.py --run $(SHOWN)
+	$(BIN)/python tests/support/screenshots.py --run $(SHOWN)
 
 DEMO := runs/latents-demo-$(shell date +%Y%m%d-%H%M%S)
 latents-demo: .venv/installed-dev
@@ -63,18 +69,12 @@ install: .venv/installed
 
 .venv/installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+ifndef UV
+	$(PIP) --upgrade "pip>=25.1" # which knows dependency groups
+endif
 	$(PIP) -r requirements.txt
 	touch $@
 
-.venv/installed-dev: requirements-dev.txt requirements-text.txt requirements-bench.txt requirements-demo.txt \
-		requirements-wandb.txt .venv/installed
-	$(PIP) -r requirements-dev.txt
-	touch $@
-
-.venv/installed-bench: requirements-bench.txt .venv/installed
-	$(PIP) -r requirements-bench.txt
-	touch $@
-
-.venv/installed-demo: requirements-demo.txt .venv/installed
-	$(PIP) -r requirements-demo.txt
+.venv/installed-%: pyproject.toml .venv/installed
+	$(PIP) --group $*
 	touch $@

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import jax
 
-from data.latents import LatentSet
-from data.load import open_source
+from data.latents import LatentDataset
+from data.load import open_dataset
 from inference import latent_check
 from inference.codec import Codec
-from inference.latent_writer import convert, encoding_of
+from inference.latent_writer import convert_dataset, make_encoding
 from runtime import cli, parallel, run_folder
 from runtime import files as runtime_files
 from runtime.errors import UserError
@@ -25,11 +25,11 @@ from runtime.errors import UserError
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Make latents of a data set's pictures, in a folder that training and `load_dataset` open.
+    """Make latents of a dataset's pictures, in a folder that training and `load_dataset` open.
 
     Args:
         dataset_name: a key of DATASET_CONFIGS, folder:PATH or hf:owner/name.
-        data_dir: a local copy of the data set.
+        data_dir: a local copy of the dataset.
         image_column: where to find pictures in folder: and hf: data.
         label_column: where to find classes in folder: and hf: data.
         caption_column: where to find captions.
@@ -66,8 +66,8 @@ class ConvertConfig:
 
 
 # What the help page says of values that are not given.
-FILLED = {"vae": "stabilityai/sdxl-vae", "image_size": "as the data set recommends"}
-FILLED |= {"out": "latents/<data set>", "mirror": "where the set allows flips"}
+FILLED = {"vae": "stabilityai/sdxl-vae", "image_size": "as the dataset recommends"}
+FILLED |= {"out": "latents/<dataset>", "mirror": "where the set allows flips"}
 FILLED |= {"half_precision": "except on a CPU", "batch_size": "64 a device, 16 on a CPU"}
 FILLED |= {"n_workers": "half of the CPUs"}
 LEAST = {"rows_per_file": 1, "batch_size": 1, "image_size": 1, "n_workers": 0, "verify": 0}
@@ -85,18 +85,18 @@ def check(config: ConvertConfig) -> None:
 
 
 def main() -> None:
-    config = cli.parse(ConvertConfig, filled=FILLED)
+    config = cli.parse_flags(ConvertConfig, shown_defaults=FILLED)
     check(config)
-    parallel.keep_compiled()
+    parallel.enable_compilation_cache()
     mesh = parallel.make_mesh()
     if config.doctor:
-        print(latent_check.examine(config.doctor, mesh, vae=config.vae))
+        print(latent_check.check_latents_with_vae(config.doctor, mesh, vae=config.vae))
         return
     half = (
         jax.default_backend() != "cpu" if config.half_precision is None else config.half_precision
     )
     codec = Codec.open(config.vae or FILLED["vae"], mesh, dtype="bfloat16" if half else "float32")
-    source = open_source(
+    source = open_dataset(
         config.dataset_name,
         data_dir=config.data_dir,
         image_column=config.image_column,
@@ -106,13 +106,13 @@ def main() -> None:
         channels=codec.config.in_channels,
         streaming=config.streaming,
     )
-    encoding = encoding_of(source, codec, data_dir=config.data_dir, mirror=config.mirror)
+    encoding = make_encoding(source, codec, data_dir=config.data_dir, mirror=config.mirror)
     name = Path(config.dataset_name.partition(":")[2] or config.dataset_name).name
     folder = config.out or Path("latents") / name
-    run_folder.make(folder / "data")
-    with run_folder.locked(folder):
-        runtime_files.tidy(folder)
-        done = convert(
+    run_folder.create_run_folder(folder / "data")
+    with run_folder.exclusive_writer(folder):
+        runtime_files.remove_leftovers(folder)
+        done = convert_dataset(
             source,
             codec,
             folder,
@@ -122,11 +122,11 @@ def main() -> None:
             n_workers=config.n_workers,
         )
         if config.verify:
-            print(latent_check.verify(done, folder, source, codec, config.verify))
+            print(latent_check.compare_with_images(done, folder, source, codec, config.verify))
     print(farewell(done, folder))
 
 
-def farewell(done: LatentSet, folder: Path) -> str:
+def farewell(done: LatentDataset, folder: Path) -> str:
     """What there is, and what to do next."""
     skipped = sum(map(len, done.skipped.values()))
     without = f" ({skipped} pictures could not be read and were left out)" if skipped else ""
@@ -137,4 +137,4 @@ def farewell(done: LatentSet, folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

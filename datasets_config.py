@@ -1,4 +1,4 @@
-"""What is known of each data set: where it lies, its columns and classes, how to train on it.
+"""What is known of each dataset: where it lies, its columns and classes, how to train on it.
 
 Facts only. `pipeline.py` opens the sets and checks them against what is written here; names of
 classes in the data itself win over the ones below, which serve columns that carry none. The
@@ -53,7 +53,7 @@ class LatentEncoding:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
-    """One data set, and the training recommended for it.
+    """One dataset, and the training recommended for it.
 
     Args:
         path: an id on the Hugging Face hub, or a folder of this repository.
@@ -259,8 +259,8 @@ DATASET_CONFIGS = {
 }
 
 
-def find(name: str) -> DatasetConfig:
+def find_dataset(name: str) -> DatasetConfig:
     """The entry called `name`; `UserError` with the nearest name when there is none."""
     if name not in DATASET_CONFIGS:
-        raise errors.unknown("dataset", name, DATASET_CONFIGS)
+        raise errors.unknown_name("dataset", name, DATASET_CONFIGS)
     return DATASET_CONFIGS[name]

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from inference.app.service import Models
+from inference.app.service import ModelLibrary
 from runtime import cli, parallel
 from runtime.errors import UserError
 from runtime.run_folder import RUNS
@@ -33,7 +33,7 @@ class DemoConfig:
         runs: a folder of runs, among which a visitor chooses.
         pretrained: a published model in their place: an id of the hub, a folder or a file.
         vae: where the VAE of a model of latents is now, if it has moved.
-        text_towers: where its text towers are now, if they have moved.
+        text_towers: where its text encoders are now, if they have moved.
         port: of the page; by default the first free one from 7860.
         host: who can open it: 127.0.0.1 is this machine, 0.0.0.0 everyone in its network.
         share: ask gradio.live for a public address too; needs the network.
@@ -49,7 +49,7 @@ class DemoConfig:
     share: bool = False
 
 
-def check(config: DemoConfig) -> None:
+def check_flags(config: DemoConfig) -> None:
     """Refuse what cannot work before anything is loaded."""
     named = [n for n in ("run", "runs", "pretrained") if getattr(config, n) is not None]
     if len(named) > 1:
@@ -62,17 +62,17 @@ def check(config: DemoConfig) -> None:
 
 def main(config: DemoConfig) -> None:
     """Open the page and wait for Ctrl-C, SIGTERM or the terminal's end."""
-    check(config)
+    check_flags(config)
     c = config
     files = Path(tempfile.mkdtemp(prefix="dit-demo-"))
     tempfile.tempdir = str(files)  # all that is temporary goes with it
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-            signal.signal(number, lambda number, _: leave(number, files))
+            signal.signal(number, lambda number, _: exit_now(number, files))
     try:
-        page = with_page(files)
-        parallel.keep_compiled()
-        models = Models(c.run, c.runs or RUNS, c.pretrained, c.vae, c.text_towers)
+        page = import_page(files)
+        parallel.enable_compilation_cache()
+        models = ModelLibrary(c.run, c.runs or RUNS, c.pretrained, c.vae, c.text_towers)
         url = page.launch(page.build(models), port=c.port, host=c.host, share=c.share)
         print(f"the page: {url}   (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
@@ -80,7 +80,7 @@ def main(config: DemoConfig) -> None:
         shutil.rmtree(files, ignore_errors=True)
 
 
-def leave(number: int, files: Path) -> NoReturn:
+def exit_now(number: int, files: Path) -> NoReturn:
     """As the signal would, without what visitors were sent. At once: an exit of the usual kind
     would wait for a thread that draws just now.
     """
@@ -88,7 +88,7 @@ def leave(number: int, files: Path) -> NoReturn:
     os._exit(128 + number)
 
 
-def with_page(files: Path) -> ModuleType:
+def import_page(files: Path) -> ModuleType:
     """The module `page`. Gradio reads its settings when it is imported.
 
     Args:
@@ -105,10 +105,10 @@ def with_page(files: Path) -> ModuleType:
         if error.name != "gradio":
             raise
         raise UserError(
-            "the page is made by Gradio: .venv/bin/pip install -r requirements-demo.txt"
+            "the page is made by Gradio: .venv/bin/pip install --group demo"
         ) from None
     return app_page
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(DemoConfig, filled={"runs": RUNS, "port": "the first free"})))
+    cli.run_command(lambda: main(cli.parse_flags(DemoConfig, shown_defaults={"runs": RUNS, "port": "the first free"})))

@@ -1,11 +1,12 @@
-"""How good are pictures? FID and its relatives, of a run's samples or of pictures that are at hand.
+"""Evaluate images against statistics of real ones: FID, sFID, the Inception Score, KID, precision
+and recall, of a run's samples, a published model's, or images on disk.
 
     python evaluate.py --make_reference cifar10.npz --dataset_name cifar10 --inception WEIGHTS
     python evaluate.py --run runs/cifar10-… --reference cifar10.npz --inception WEIGHTS
     python evaluate.py --images some/folder --reference cifar10.npz --inception WEIGHTS
 
-Every number is written beside all that it depends on. Neither the size of batches nor the number of
-devices is among that. Stop it whenever you like: with `--samples`, the same command goes on.
+Every result is recorded with everything it depends on; the batch size and the number of devices do
+not change it. With `--samples`, repeating the same command resumes an interrupted evaluation.
 """
 
 import json
@@ -22,22 +23,32 @@ import numpy as np
 from tqdm import tqdm
 
 from data import image_sets
-from data.image_sets import Batch, PictureSet
-from evaluation import features as evaluation_features
-from evaluation import metrics, reference
-from evaluation.features import Extractor, Gathered, Rows
-from evaluation.reference import Reference
+from data.image_sets import ImageBatch, ImageSet
+from evaluation import metrics
+from evaluation.features import (
+    FeatureBatch,
+    FeatureExtractor,
+    FeatureSummary,
+    build_matching_extractor,
+    check_feature_width,
+    default_batch_size,
+    summarize_features,
+)
+from evaluation.reference import Reference, read_reference, write_reference
 from inference import sample_files
-from inference.sample_files import DrawConfig
+from inference.sample_files import EvaluationSamplesConfig
 from inference.trained_model import SamplingOverrides, TrainedModel
 from runtime import cli, parallel, processes
 from runtime.errors import UserError
 from runtime.files import check_distinct_paths, report_unwritable
 
-WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
-RECORD = "evaluations.jsonl"
-SPLIT = "train"
-NAMES = {  # of a distance in Inception's features, and in pixels, which is no FID
+WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
+RECORD_FILE = "evaluations.jsonl"
+DEFAULT_SPLIT = "train"
+DEFAULT_N_SAMPLES = 50_000
+# Names of the scores in the record, by feature space: distance, kernel distance, precision, recall.
+# A distance between pixels is no FID and never called so.
+METRIC_NAMES = {
     "inception": ("fid", "kid", "precision", "recall", "sfid"),
     "pixels": ("pixel_frechet", "pixel_kernel", "pixel_precision", "pixel_recall"),
 }
@@ -45,45 +56,47 @@ NAMES = {  # of a distance in Inception's features, and in pixels, which is no F
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Compare pictures with the statistics of real ones, or make such statistics.
+    """Compare images with the statistics of real ones, or compute such statistics.
 
     Args:
-        run: a run's folder: its pictures are drawn here, as many of each class.
-        pretrained: or a published model, as generate.py takes it.
-        images: or a folder of pictures.
-        npz: or a file of them (arr_0), as generate.py and --samples write it.
-        dataset_name: or a data set, by a key of DATASET_CONFIGS, folder:PATH or hf:owner/name.
-        data_dir: a local copy of the data set.
-        image_column: where to find pictures in folder: and hf: data.
-        split: of the data set.
-        image_size: crop and resize pictures of files and data sets to so many pixels.
-        reference: statistics of real pictures: of --make_reference, pytorch-fid, clean-fid or the
+        run: evaluate a run: its folder. Samples are generated here, as many of each class.
+        pretrained: evaluate a published model, named as for generate.py.
+        images: evaluate a folder of images.
+        npz: evaluate an .npz of images (arr_0), as generate.py and --samples write it.
+        dataset_name: evaluate a dataset: a key of DATASET_CONFIGS, folder:PATH or hf:owner/name.
+        data_dir: a local copy of the dataset.
+        image_column: the image column of folder: and hf: datasets.
+        split: split of the dataset.
+        image_size: crop and resize images of folders and datasets to this many pixels.
+        reference: statistics of real images: of --make_reference, pytorch-fid, clean-fid or the
             ADM suite.
         make_reference: write such statistics to this .npz, and compare nothing.
         inception: weights of FID's Inception network: a file, a folder or an id on the hub.
         features: inception, or pixels, which need no weights. A distance in pixels is not FID.
-        preparation: how pictures are resized for Inception: pytorch_fid, adm or clean_fid. Of a
-            reference that does not say, it is adm if it has spatial statistics, else pytorch_fid.
-        n: how many pictures to draw.
-        step: of the run's checkpoint; the newest if not given.
+        preparation: how images are resized for Inception: pytorch_fid, adm or clean_fid. Defaults
+            to the reference's; for references of other tools to adm if they hold spatial
+            statistics, else to pytorch_fid.
+        n: number of samples to generate.
+        step: step of the run's checkpoint; defaults to the newest.
         ema: use a run's averaged weights; False uses the raw ones.
-        cfg_scale: guidance scale; 1 is none.
+        cfg_scale: guidance scale; 1 disables guidance.
         n_steps: solver steps.
-        solver: euler or heun; ddpm or ddim after training by DDPM.
+        solver: euler or heun; ddpm or ddim for models trained by DDPM.
         shift: of rectified flow's time grid; above 1 spends more steps near the noise.
         interval: guide between two times only, such as 0.2 0.8; 1 is noise.
         eta: fresh noise of ddim, from 0 (none) to 1 (as much as ddpm).
-        guided_channels: guide the first so many; by default all. Published DiTs are for 3.
-        seed: of the noise, and of what is chosen at random for KID and the Inception Score.
-        vae: where the VAE of a model of latents is, if elsewhere than it says.
-        samples: keep the drawn pictures in this .npz, in the ADM suite's layout.
-        n_features: pictures of each side that KID, precision and recall look at; 0 for none.
-        batch_size: pictures drawn and looked at at a time.
-        out: a file that gets one more line of JSON.
-        distributed: join the other processes of a cluster's job, as train.py does.
+        guided_channels: guide only the first so many channels; defaults to all. Published DiTs
+            guide 3.
+        seed: of the noise, and of the random subsets of KID and the Inception Score.
+        vae: where the VAE of a latent model is, if not where its config says.
+        samples: also write the samples to this .npz, in the ADM suite's layout.
+        n_features: images of each side that KID, precision and recall compare; 0 disables them.
+        batch_size: images sampled and evaluated at a time.
+        out: file to which one line of JSON is appended.
+        distributed: join the other processes of a cluster job, as train.py does.
         coordinator: host:port of process 0, where no cluster is detected.
-        n_processes: of the job, likewise.
-        process_index: of this process, from 0, likewise.
+        n_processes: number of processes, where no cluster is detected.
+        process_index: index of this process from 0, where no cluster is detected.
     """
 
     run: Path | None = None
@@ -122,54 +135,74 @@ class EvaluateConfig:
     process_index: int | None = None
 
 
-# What the help page says of values that are not given.
-FILLED = {"n": "50000", "cfg_scale": "the model's own", "n_steps": "the model's own"}
-FILLED |= {"solver": "the model's own", "shift": "the model's own", "eta": 0, "interval": "0 1"}
-FILLED |= {"preparation": "the reference's"}
-FILLED |= {"batch_size": "64 a device, 16 on a CPU", "out": f"{RECORD} of the run, or here"}
-FILLED |= {"image_size": "as the data set recommends", "split": SPLIT, "ema": True}
-N_DRAWN = 50_000
-SUBJECTS = ("run", "pretrained", "images", "npz", "dataset_name")
-OF_MODELS = ("n", "vae", "samples", *(field.name for field in fields(SamplingOverrides)))
-OF_RUNS = ("step", "ema")
-OF_DATA = ("data_dir", "image_column", "split")
+HELP_DEFAULTS = {  # shown by --help for flags whose default is None
+    "n": str(DEFAULT_N_SAMPLES),
+    "cfg_scale": "the model's own",
+    "n_steps": "the model's own",
+    "solver": "the model's own",
+    "shift": "the model's own",
+    "eta": 0,
+    "interval": "0 1",
+    "preparation": "the reference's",
+    "batch_size": "64 a device, 16 on a CPU",
+    "out": f"{RECORD_FILE} of the run, or here",
+    "image_size": "as the dataset recommends",
+    "split": DEFAULT_SPLIT,
+    "ema": True,
+}
+IMAGE_SOURCES = ("run", "pretrained", "images", "npz", "dataset_name")
+# Flags that only some sources take.
+MODEL_FLAGS = ("n", "vae", "samples", *(field.name for field in fields(SamplingOverrides)))
+RUN_FLAGS = ("step", "ema")
+DATASET_FLAGS = ("data_dir", "image_column", "split")
 
 
-def check(config: EvaluateConfig) -> None:
-    """Refuse what cannot work before anything is loaded."""
-    given = [name for name in SUBJECTS if getattr(config, name) is not None]
-    if len(given) != 1:
-        which = " and ".join(f"--{name}" for name in given) or "none"
-        raise UserError(
-            f"name one of --{', --'.join(SUBJECTS)}, whose pictures are judged, not {which}"
-        )
-    owners = dict.fromkeys(OF_MODELS, ("run", "pretrained")) | dict.fromkeys(OF_RUNS, ("run",))
-    for name, of in (owners | dict.fromkeys(OF_DATA, ("dataset_name",))).items():
-        if getattr(config, name) is not None and given[0] not in of:
-            raise UserError(f"--{name} is for --{' and --'.join(of)}")
-    if config.image_size is not None and given[0] in ("run", "pretrained", "npz"):
-        raise UserError(f"--image_size is not for --{given[0]}, whose pictures have their size")
+# --- flags ----------------------------------------------------------------------------------------
+
+
+def check_flags(config: EvaluateConfig) -> None:
+    """Raise UserError for flags that cannot work, before anything is loaded."""
+    _check_source(config)
     if (config.reference is None) == (config.make_reference is None):
         raise UserError(
-            "pass --reference FILE.npz, which `python evaluate.py --make_reference FILE.npz "
-            "--dataset_name NAME` makes, or --make_reference, but not both"
+            "pass either --reference FILE.npz, which `python evaluate.py --make_reference FILE.npz "
+            "--dataset_name NAME` makes, or --make_reference"
         )
     if config.make_reference and config.out:
-        raise UserError("--out is for --reference: --make_reference compares nothing")
+        raise UserError("--out needs --reference: --make_reference compares nothing")
     _check_numbers(config)
     _check_files(config)
     if config.features == "pixels" and (config.inception or config.preparation):
         raise UserError("--features pixels takes neither --inception nor --preparation")
     if config.features == "inception" and not config.inception:
         raise UserError(
-            f"FID needs Inception's weights: pass --inception {WEIGHTS} (from the releases of "
-            "github.com/mseitzer/pytorch-fid) or an id on the hub; --features pixels does without, "
-            "but is no FID"
+            f"FID needs Inception's weights: pass --inception {WEIGHTS_FILE} (from the releases of "
+            "github.com/mseitzer/pytorch-fid) or an id on the hub; --features pixels needs none, "
+            "but is not FID"
         )
 
 
+def _check_source(config: EvaluateConfig) -> None:
+    given = [name for name in IMAGE_SOURCES if getattr(config, name) is not None]
+    if len(given) != 1:
+        flags = ", ".join(f"--{name}" for name in IMAGE_SOURCES)
+        passed = " and ".join(f"--{name}" for name in given) or "none"
+        raise UserError(f"pass exactly one of {flags} to name the images to evaluate, not {passed}")
+    source = given[0]
+    needed = (
+        dict.fromkeys(MODEL_FLAGS, ("run", "pretrained"))
+        | dict.fromkeys(RUN_FLAGS, ("run",))
+        | dict.fromkeys(DATASET_FLAGS, ("dataset_name",))
+    )
+    for name, sources in needed.items():
+        if getattr(config, name) is not None and source not in sources:
+            raise UserError(f"--{name} needs --{' or --'.join(sources)}")
+    if config.image_size is not None and source in ("run", "pretrained", "npz"):
+        raise UserError(f"--image_size does not apply to --{source}: its images have a size")
+
+
 def _check_files(config: EvaluateConfig) -> None:
-    written = "make_reference", "samples", "out"
+    written = ("make_reference", "samples", "out")
     for path in filter(None, (getattr(config, name) for name in written)):
         if not path.parent.is_dir():
             raise UserError(f"folder {path.parent} does not exist")
@@ -181,188 +214,241 @@ def _check_files(config: EvaluateConfig) -> None:
 
 
 def _check_numbers(config: EvaluateConfig) -> None:
-    least_of = {"n": 2, "n_features": 0, "batch_size": 1, "image_size": 2, "seed": 0}
-    for name, least in least_of.items():
+    minimums = {"n": 2, "n_features": 0, "batch_size": 1, "image_size": 2, "seed": 0}
+    for name, minimum in minimums.items():
         value = getattr(config, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value}: must be at least {least}")
+        if value is not None and value < minimum:
+            raise UserError(f"--{name} {value}: must be at least {minimum}")
     if 0 < config.n_features < 2:
         raise UserError("--n_features 1: must be 0 or at least 2")
 
 
-# --- whose pictures -------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------
 
 
-def drawable(config: EvaluateConfig) -> TrainedModel | None:
-    """What pictures are drawn from, if they are to be drawn."""
+def open_model(config: EvaluateConfig) -> TrainedModel | None:
+    """Open the model to sample from; None if images on disk are evaluated."""
     c = config
     if c.run:
-        return TrainedModel.of_run(c.run, ema=c.ema is not False, step=c.step, vae=c.vae)
-    return TrainedModel.of_pretrained(c.pretrained, vae=c.vae) if c.pretrained else None
+        return TrainedModel.from_run(c.run, ema=c.ema is not False, step=c.step, vae=c.vae)
+    return TrainedModel.from_pretrained(c.pretrained, vae=c.vae) if c.pretrained else None
 
 
-def subject(config: EvaluateConfig, run: TrainedModel | None, batch_size: int) -> PictureSet:
-    """The pictures that are asked for."""
+def open_images(config: EvaluateConfig, model: TrainedModel | None, batch_size: int) -> ImageSet:
+    """Open the images to evaluate; samples are generated as they are read.
+
+    Raises:
+        UserError: the images cannot be read, or the model cannot be sampled this way.
+    """
     c = config
-    if run:
-        wishes = vars(SamplingOverrides.of(c))
-        # The default depends on the devices: what was begun on others goes on all the same.
-        begun = sample_files.begun_by(c.samples) if c.samples and not c.batch_size else None
-        how = DrawConfig(n=c.n or N_DRAWN, seed=c.seed, batch_size=begun or batch_size, **wishes)
-        return sample_files.of(run, how, samples=c.samples)
+    if model:
+        return _open_samples(c, model, batch_size)
     if c.images:
-        return image_sets.of_folder(c.images, image_size=c.image_size)
+        return image_sets.image_set_from_folder(c.images, image_size=c.image_size)
     if c.npz:
-        return image_sets.of_npz(c.npz)
-    return image_sets.of_dataset(
+        return image_sets.image_set_from_npz(c.npz)
+    return image_sets.image_set_from_split(
         str(c.dataset_name),
-        split=c.split or SPLIT,
+        split=c.split or DEFAULT_SPLIT,
         data_dir=c.data_dir,
         image_column=c.image_column,
         image_size=c.image_size,
     )
 
 
-# --- scores ---------------------------------------------------------------------------------------
+def _open_samples(config: EvaluateConfig, model: TrainedModel, batch_size: int) -> ImageSet:
+    c = config
+    if c.samples and not c.batch_size:
+        # The default depends on the devices; an .npz begun on other devices resumes with its own.
+        batch_size = sample_files.unfinished_batch_size(c.samples) or batch_size
+    sampling = EvaluationSamplesConfig(
+        n=c.n or DEFAULT_N_SAMPLES,
+        seed=c.seed,
+        batch_size=batch_size,
+        cfg_scale=c.cfg_scale,
+        n_steps=c.n_steps,
+        solver=c.solver,
+        shift=c.shift,
+        interval=c.interval,
+        eta=c.eta,
+        guided_channels=c.guided_channels,
+    )
+    return sample_files.open_image_set(model, sampling, samples=c.samples)
 
 
-def gathered(
+# --- features and scores --------------------------------------------------------------------------
+
+
+def extract_features(
     config: EvaluateConfig,
-    extract: Extractor,
-    of: PictureSet,
+    extractor: FeatureExtractor,
+    images: ImageSet,
     batch_size: int,
-    real: Reference | None,
-) -> Gathered:
-    """The features of a set, with a progress bar.
+    reference: Reference | None,
+) -> FeatureSummary:
+    """Compute the features of all images, with a progress bar.
 
     Raises:
-        UserError: there are fewer than two pictures, or not as many features as the reference has.
+        UserError: fewer than two images, or the reference holds features of another width.
     """
-    if of.count < 2:
-        raise UserError(f"statistics need at least two pictures, not {of.count}")
+    if images.count < 2:
+        raise UserError(f"statistics need at least two images, not {images.count}")
 
-    def counted(batches: Iterator[Batch]) -> Iterator[Batch]:
-        quiet = None if processes.is_first() else True  # None: unless a person watches
-        with tqdm(total=of.count, unit=" pictures", disable=quiet) as bar:
+    def show_progress(batches: Iterator[ImageBatch]) -> Iterator[ImageBatch]:
+        disable = None if processes.is_first() else True  # None: tqdm asks if this is a terminal
+        with tqdm(total=images.count, unit=" images", disable=disable) as bar:
             for batch in batches:
                 yield batch
                 bar.update(len(batch))
 
-    def fitting(parts: Iterator[Rows]) -> Iterator[Rows]:
-        for part in parts:
-            if real:  # said at once, not after hours
-                evaluation_features.require_fit(real, part.pool.shape[1])
-            yield part
+    def check_width(batches: Iterator[FeatureBatch]) -> Iterator[FeatureBatch]:
+        for batch in batches:
+            if reference:  # at the first batch, not after hours
+                check_feature_width(reference, batch.pool.shape[1])
+            yield batch
 
-    rows = extract(counted(of.batches(batch_size)), batch_size=min(batch_size, of.count))
-    keep = {"n_features": config.n_features, "keep_logits": real is not None}
-    return evaluation_features.gather(fitting(rows), of.count, seed=config.seed, **keep)
+    batches = show_progress(images.batches(batch_size))
+    features = extractor(batches, batch_size=min(batch_size, images.count))
+    return summarize_features(
+        check_width(features),
+        images.count,
+        n_features=config.n_features,
+        keep_logits=reference is not None,
+        seed=config.seed,
+    )
 
 
-def scores(
-    config: EvaluateConfig, found: Gathered, real: Reference, features: np.ndarray | None
+def compute_scores(
+    config: EvaluateConfig,
+    summary: FeatureSummary,
+    reference: Reference,
+    reference_features: np.ndarray | None,
 ) -> dict[str, float]:
-    """Every measure that both sides have the features for.
+    """Compute every score for which both sides have the features.
 
     Args:
-        features: of some of the reference's pictures.
+        reference_features: pool features of some of the reference's images.
     """
-    distance, kernel, precision, recall = NAMES[config.features][:4]
-    said = {distance: metrics.frechet_distance(found.pool, real.pool)}
-    if found.spatial and real.spatial:
-        said["sfid"] = metrics.frechet_distance(found.spatial, real.spatial)
-    if found.logits is not None:
-        score = metrics.inception_score(found.logits, seed=config.seed)
-        said |= {"inception_score": score.mean, "inception_score_std": score.std}
-    if features is not None and min(len(features), len(found.features)) > 1:
-        spread = metrics.kernel_distance(found.features, features, seed=config.seed)
-        both = metrics.precision_recall(features, found.features)
-        said |= {kernel: spread.mean, f"{kernel}_std": spread.std}
-        said |= {precision: both.precision, recall: both.recall}
-    return said
+    distance, kernel, precision, recall = METRIC_NAMES[config.features][:4]
+    scores = {distance: metrics.frechet_distance(summary.pool, reference.pool)}
+    if summary.spatial and reference.spatial:
+        scores["sfid"] = metrics.frechet_distance(summary.spatial, reference.spatial)
+    if summary.logits is not None:
+        score = metrics.inception_score(summary.logits, seed=config.seed)
+        scores["inception_score"] = score.mean
+        scores["inception_score_std"] = score.std
+    if reference_features is not None and min(len(reference_features), len(summary.features)) > 1:
+        kid = metrics.kernel_distance(summary.features, reference_features, seed=config.seed)
+        manifold = metrics.precision_recall(reference_features, summary.features)
+        scores[kernel] = kid.mean
+        scores[f"{kernel}_std"] = kid.std
+        scores[precision] = manifold.precision
+        scores[recall] = manifold.recall
+    return scores
 
 
-def real_features(
-    config: EvaluateConfig, real: Reference, extract: Extractor, batch_size: int
+def load_reference_features(
+    config: EvaluateConfig, reference: Reference, extractor: FeatureExtractor, batch_size: int
 ) -> np.ndarray | None:
-    """Of some of the reference's pictures: from its file, or made from the pictures in it."""
+    """Return features of at most `n_features` of the reference's images: those in its file, or
+    computed from its images; None if it holds neither.
+    """
     if not config.n_features:
         return None
-    if real.features is None and real.has_pictures:
-        of = image_sets.of_npz(real.path)
-        return gathered(config, extract, of, batch_size, real).features
-    if real.features is None or len(real.features) <= config.n_features:
-        return real.features
-    # Data sets are often sorted by class: the first rows would not do.
-    rows = np.random.default_rng(config.seed).permutation(len(real.features))
-    return real.features[rows[: config.n_features]]
+    if reference.features is None and reference.has_images:
+        images = image_sets.image_set_from_npz(reference.path)
+        return extract_features(config, extractor, images, batch_size, reference).features
+    if reference.features is None or len(reference.features) <= config.n_features:
+        return reference.features
+    # A random subset: datasets are often sorted by class, so the first rows would be a few classes.
+    rows = np.random.default_rng(config.seed).permutation(len(reference.features))
+    return reference.features[rows[: config.n_features]]
 
 
 # --- the command ----------------------------------------------------------------------------------
 
 
 def main(config: EvaluateConfig) -> None:
-    """Read what is compared with, look at all pictures, write what was found."""
-    check(config)
-    processes.join(
+    """Load the reference, compute the features of all images, write the scores or statistics."""
+    check_flags(config)
+    processes.join_cluster(
         config.distributed,
         coordinator=config.coordinator,
         n_processes=config.n_processes,
         process_index=config.process_index,
     )
-    parallel.keep_compiled()
+    parallel.enable_compilation_cache()
     if config.samples and processes.is_distributed():
-        raise UserError("--samples is for one process; draw them with one, or leave them out")
-    real = reference.read(config.reference) if config.reference else None
-    run = drawable(config)
-    mesh = run.mesh if run else parallel.make_mesh()
-    size = config.batch_size or evaluation_features.batch_size(mesh)
-    how = {"weights": config.inception, "preparation": config.preparation}
-    extract = evaluation_features.like(real, mesh, space=config.features, **how)
-    of = subject(config, run, size)
-    found = gathered(config, extract, of, size, real)
-    features = real_features(config, real, extract, size) if real else None
-    if processes.is_first():
-        card = {"pictures": of.card | {"count": of.count}, "features": extract.card}
-        card |= {"command": shlex.join(sys.argv), "jax": jax.__version__, "made": time.ctime()}
-        conclude(config, found, real, features, card)
+        raise UserError("--samples needs a single process: drop it, or run without --distributed")
+    reference = read_reference(config.reference) if config.reference else None
+    model = open_model(config)
+    mesh = model.mesh if model else parallel.make_mesh()
+    batch_size = config.batch_size or default_batch_size(mesh)
+    extractor = build_matching_extractor(
+        reference,
+        mesh,
+        space=config.features,
+        weights=config.inception,
+        preparation=config.preparation,
+    )
+    images = open_images(config, model, batch_size)
+    summary = extract_features(config, extractor, images, batch_size, reference)
+    if reference:
+        reference_features = load_reference_features(config, reference, extractor, batch_size)
+        if processes.is_first():
+            scores = compute_scores(config, summary, reference, reference_features)
+            report_scores(config, scores, build_card(images, extractor, reference, config))
+    elif config.make_reference and processes.is_first():
+        card = build_card(images, extractor)
+        with report_unwritable(config.make_reference):
+            write_reference(
+                config.make_reference, summary.pool, summary.spatial, summary.features, card
+            )
+        print(f"statistics of {summary.count} images: {config.make_reference}")
     processes.wait_for_all("the end")
 
 
-def conclude(
-    config: EvaluateConfig,
-    found: Gathered,
-    real: Reference | None,
-    features: np.ndarray | None,
-    card: dict[str, Any],
-) -> None:
-    """Write statistics, or compare them with the reference's.
+def build_card(
+    images: ImageSet,
+    extractor: FeatureExtractor,
+    reference: Reference | None = None,
+    config: EvaluateConfig | None = None,
+) -> dict[str, Any]:
+    """Build the record of everything a result depends on.
 
-    Args:
-        features: of some of the reference's pictures.
+    Its keys are a file format: programs read them from evaluations.jsonl and from references.
     """
-    if real:
-        said = scores(config, found, real, features)
-        known = {"path": str(real.path), "sha256": real.sha256, "pictures": real.card}
-        tell(config, said, card | {"reference": known, "config": asdict(config)})
-    elif config.make_reference:
-        with report_unwritable(config.make_reference):
-            reference.write(config.make_reference, found.pool, found.spatial, found.features, card)
-        print(f"statistics of {found.count} pictures: {config.make_reference}")
+    card = {
+        "pictures": images.card | {"count": images.count},
+        "features": extractor.card,
+        "command": shlex.join(sys.argv),
+        "jax": jax.__version__,
+        "made": time.ctime(),
+    }
+    if reference and config:
+        card["reference"] = {
+            "path": str(reference.path),
+            "sha256": reference.sha256,
+            "pictures": reference.card,
+        }
+        card["config"] = asdict(config)
+    return card
 
 
-def tell(config: EvaluateConfig, said: dict[str, float], card: dict[str, Any]) -> None:
-    """Print the numbers, and add a line to the record."""
-    for name, value in said.items():
+def report_scores(config: EvaluateConfig, scores: dict[str, float], card: dict[str, Any]) -> None:
+    """Print the scores and append them to the record."""
+    for name, value in scores.items():
         print(f"{name:20} {value:.6g}")
-    if lacking := [name for name in NAMES[config.features] if name not in said]:
-        print(f"not known of this reference, or not asked for: {', '.join(lacking)}")
-    out = config.out or (config.run or Path()) / RECORD
-    line = json.dumps(said | {"card": card}, default=str)
+    if missing := [name for name in METRIC_NAMES[config.features] if name not in scores]:
+        print(f"not computed (no features in the reference, or disabled): {', '.join(missing)}")
+    out = config.out or (config.run or Path()) / RECORD_FILE
+    line = json.dumps(scores | {"card": card}, default=str)
     with report_unwritable(out), out.open("a") as file:
         file.write(line + "\n")
-    print(f"{card['pictures']['count']} pictures; all that this depends on is in {out}")
+    print(f"{card['pictures']['count']} images; recorded in {out}")
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(EvaluateConfig, filled=FILLED)), processes.leave)
+    cli.run_command(
+        lambda: main(cli.parse_flags(EvaluateConfig, shown_defaults=HELP_DEFAULTS)), processes.exit_process
+    )

@@ -17,11 +17,11 @@ import numpy as np
 from inference import comparisons, curves, grids
 from inference import labels as inference_labels
 from inference import progress as inference_progress
-from inference.grids import MOST_SHOWN
+from inference.grids import MAX_GRID_IMAGES
 from inference.labels import SampleRequest
 from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
 from runtime import cli, parallel
-from runtime.cli import Text
+from runtime.cli import FreeText
 from runtime.errors import UserError
 from runtime.files import report_unwritable
 from training.session import FIGURES
@@ -53,7 +53,7 @@ class FiguresConfig:
         ema: use the averaged weights; False uses the raw ones.
         step: of the checkpoint; the newest if not given.
         vae: where the VAE of a run on latents is now, if it has moved.
-        text_towers: where the run's text towers are now, if they have moved.
+        text_towers: where the run's text encoders are now, if they have moved.
         fsdp: devices that share one copy of the weights.
     """
 
@@ -61,7 +61,7 @@ class FiguresConfig:
     out: Path | None = None
     records_only: bool = False
     labels: tuple[str, ...] = ()
-    prompts: tuple[Text, ...] = ()
+    prompts: tuple[FreeText, ...] = ()
     cfg_sweep: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
     denoise: tuple[float, ...] = (0.25, 0.5, 0.75)
     cfg_scale: float | None = None
@@ -91,10 +91,10 @@ def main(config: FiguresConfig) -> None:
     """Draw all that can be had."""
     c = config
     check(c)
-    parallel.keep_compiled()
+    parallel.enable_compilation_cache()
     where = {"vae": c.vae, "text_towers": c.text_towers, "fsdp": c.fsdp}
-    drawable = TrainedModel.of_run(c.run, ema=c.ema, step=c.step, **where)
-    how = drawable.how(SamplingOverrides(cfg_scale=c.cfg_scale, n_steps=c.n_steps))
+    drawable = TrainedModel.from_run(c.run, ema=c.ema, step=c.step, **where)
+    how = drawable.plan(SamplingOverrides(cfg_scale=c.cfg_scale, n_steps=c.n_steps))
     words = subject_words(c, drawable)
     if c.step is not None and not c.records_only:
         _ = drawable.params  # or that checkpoint is not to be had
@@ -136,8 +136,8 @@ def check(config: FiguresConfig) -> None:
         raise UserError(f"--denoise {wrong[0]:g}: a time must be above 0 and at most 1")
     n = max(len(config.labels or config.prompts), COLUMNS)
     n_rows = max(len(config.cfg_sweep), 1 + 2 * len(config.denoise), 2 * ROWS_OF_STEPS)
-    if n * n_rows > MOST_SHOWN:
-        raise UserError(f"a sheet of {n * n_rows} pictures is more than {MOST_SHOWN}")
+    if n * n_rows > MAX_GRID_IMAGES:
+        raise UserError(f"a sheet of {n * n_rows} pictures is more than {MAX_GRID_IMAGES}")
 
 
 # --- what the pictures are of ---------------------------------------------------------------------
@@ -157,7 +157,7 @@ def subject_words(config: FiguresConfig, drawable: TrainedModel) -> list[str]:
     if c.prompts:
         raise UserError("this run was trained without captions; choose classes by --labels")
     inference_labels.label_ids(c.labels, names, n_classes)
-    spread = comparisons.evenly(n_classes, columns(drawable)).tolist() if n_classes else []
+    spread = comparisons.evenly_spaced(n_classes, columns(drawable)).tolist() if n_classes else []
     return list(c.labels) or [names[i] if names else str(i) for i in spread]
 
 
@@ -176,7 +176,7 @@ def row_of(config: FiguresConfig, drawable: TrainedModel, words: list[str]) -> S
     """
     n, seed, text = columns(drawable), config.seed, drawable.model.text_width
     if text and not words:
-        captions = comparisons.evaluation_split(drawable).captions
+        captions = comparisons.open_eval_split(drawable).captions
         words = list(dict.fromkeys(several[0] for several in captions))[:n]
     if words:
         n = max(1, n // len(words)) * len(words)
@@ -190,8 +190,8 @@ def row_of(config: FiguresConfig, drawable: TrainedModel, words: list[str]) -> S
 
 def progress(run: Path, path: Path) -> None:
     """The samples over time."""
-    record = curves.read(run / "metrics.jsonl")
-    inference_progress.save(
+    record = curves.read_metrics(run / "metrics.jsonl")
+    inference_progress.save_progress_gif(
         run / "samples", path, last=max((line["step"] for line in record), default=None)
     )
 
@@ -207,18 +207,18 @@ def trajectory(scene: Scene, path: Path) -> None:
     told |= {"trajectory": True, "codec": None}  # only what is shown is decoded
     states = drawable.sample(labels, how, **told).trajectory
     assert states is not None
-    times, frames = how.sampler.times(), []
-    for i in comparisons.evenly(len(states), MOST_FRAMES):
-        x = grids.reduced(grids.to_uint8(comparisons.decoded(drawable, states[i])), SIDE)
-        sheet = grids.grid(x, columns=len(row.which), captions=of.captions)
+    times, frames = how.sampler.state_times(), []
+    for i in comparisons.evenly_spaced(len(states), MOST_FRAMES):
+        x = grids.shrink_images(grids.to_uint8(comparisons.decode_images(drawable, states[i])), SIDE)
+        sheet = grids.image_grid(x, columns=len(row.which), captions=of.captions)
         t = float(times[i])
-        frames.append(grids.headed(sheet, f"t = {t:.2f}", share=1 - t))
+        frames.append(grids.add_header(sheet, f"t = {t:.2f}", share=1 - t))
     grids.save_gif(frames, path)
 
 
 def x0(scene: Scene, path: Path) -> None:
     """What the model takes x for on that way."""
-    sheet = comparisons.of_steps(scene.drawable, scene.row, scene.how, ROWS_OF_STEPS, side=SIDE)
+    sheet = comparisons.compare_steps(scene.drawable, scene.row, scene.how, ROWS_OF_STEPS, side=SIDE)
     grids.save_png(sheet, path)
 
 
@@ -227,19 +227,19 @@ def cfg_sweep(scene: Scene, path: Path) -> None:
     drawable, row, how, c = scene
     if not (drawable.model.n_classes or drawable.model.text_width):
         raise UserError("an unconditional model has no label to be guided by")
-    grids.save_png(comparisons.of_scales(drawable, row, how, c.cfg_sweep, side=SIDE), path)
+    grids.save_png(comparisons.compare_scales(drawable, row, how, c.cfg_sweep, side=SIDE), path)
 
 
 def denoising(scene: Scene, path: Path) -> None:
     """Real pictures, noised more or less and drawn from there."""
     drawable, row, how, c = scene
     ids = np.asarray(row.told)[row.which].tolist() if drawable.model.n_classes else []
-    real = comparisons.real_pictures(drawable, ids, len(row.which))
+    real = comparisons.load_real_images(drawable, ids, len(row.which))
     told = {"seed": c.seed, "side": SIDE}
-    grids.save_png(comparisons.of_times(drawable, real, how, c.denoise, **told), path)
+    grids.save_png(comparisons.compare_denoising(drawable, real, how, c.denoise, **told), path)
 
 
-OF_RECORDS = {curves.NAME: curves.save, inference_progress.NAME: progress}
+OF_RECORDS = {curves.CURVES_FILE: curves.save_curves, inference_progress.PROGRESS_FILE: progress}
 OF_WEIGHTS = {
     "trajectory.gif": trajectory,
     "x0.png": x0,
@@ -248,4 +248,4 @@ OF_WEIGHTS = {
 }
 
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(FiguresConfig, filled=FILLED)))
+    cli.run_command(lambda: main(cli.parse_flags(FiguresConfig, shown_defaults=FILLED)))

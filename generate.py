@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 from inference import comparisons, grids, sample_files, sampler
 from inference import labels as inference_labels
-from inference.grids import MOST_SHOWN
+from inference.grids import MAX_GRID_IMAGES
 from inference.labels import SampleRequest
-from inference.sample_files import Draw
+from inference.sample_files import BatchSampler
 from inference.sampler import Samples
 from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
 from runtime import cli, parallel
-from runtime.cli import Text
+from runtime.cli import FreeText
 from runtime.errors import UserError
 from runtime.files import check_distinct_paths, report_unwritable
 
@@ -48,7 +48,7 @@ class GenerateConfig:
         labels: class names or numbers; all classes if not given. Each gets an equal share of n.
         prompts: captions, for a model that was trained on them; each in quotes.
         negative_prompt: a caption that guidance leads away from, in place of the empty one.
-        text_towers: where the model's text towers are, if elsewhere than it says.
+        text_towers: where the model's text encoders are, if elsewhere than it says.
         vae: where the VAE of a model of latents is, if elsewhere than it says.
         n: how many pictures; of a sheet, how many columns, by default one of each label, up to 10.
         seed: of the noise. The same seed gives the same pictures.
@@ -78,8 +78,8 @@ class GenerateConfig:
     run: Path | None = None
     pretrained: str | None = None
     labels: tuple[str, ...] = ()
-    prompts: tuple[Text, ...] = ()
-    negative_prompt: Text | None = None
+    prompts: tuple[FreeText, ...] = ()
+    negative_prompt: FreeText | None = None
     text_towers: tuple[str, ...] = ()
     vae: str | None = None
     n: int | None = None
@@ -136,9 +136,9 @@ def check(config: GenerateConfig) -> None:
     _check_sheet(config)
     shown = "a grid shows" if config.out.suffix == ".png" else "--trajectory and --x0 show"
     n = len(config.seeds) or config.n or N
-    if n > MOST_SHOWN and (config.out.suffix == ".png" or config.trajectory or config.x0):
+    if n > MAX_GRID_IMAGES and (config.out.suffix == ".png" or config.trajectory or config.x0):
         raise UserError(
-            f"{shown} at most {MOST_SHOWN} pictures, not {n}: name a folder or an .npz by --out, "
+            f"{shown} at most {MAX_GRID_IMAGES} pictures, not {n}: name a folder or an .npz by --out, "
             "and no --trajectory or --x0"
         )
 
@@ -160,7 +160,7 @@ def _check_files(config: GenerateConfig) -> None:
             raise UserError(f"{path} is a folder; name a file")
     check_distinct_paths(config, written=("out", "trajectory", "x0"))
     if config.out.suffix not in (".png", ".npz"):
-        sample_files.require_ours(config.out)
+        sample_files.check_sample_folder(config.out)
 
 
 def _check_sheet(config: GenerateConfig) -> None:
@@ -179,8 +179,8 @@ def _check_sheet(config: GenerateConfig) -> None:
         raise UserError(f"--denoise {wrong[0]:g}: a time must be above 0 and at most 1")
     n_rows = len(config.cfg_sweep) or 1 + 2 * len(config.denoise)
     n = len(config.seeds) or config.n or len(config.labels or config.prompts) or N_OF_SHEET
-    if n * n_rows > MOST_SHOWN:
-        raise UserError(f"a sheet of {n * n_rows} pictures is more than {MOST_SHOWN}; lower --n")
+    if n * n_rows > MAX_GRID_IMAGES:
+        raise UserError(f"a sheet of {n * n_rows} pictures is more than {MAX_GRID_IMAGES}; lower --n")
 
 
 def opened(config: GenerateConfig) -> TrainedModel:
@@ -188,15 +188,15 @@ def opened(config: GenerateConfig) -> TrainedModel:
     c = config
     where = {"vae": c.vae, "text_towers": c.text_towers, "fsdp": c.fsdp}
     if c.run:
-        return TrainedModel.of_run(c.run, ema=c.ema, step=c.step, **where)
-    return TrainedModel.of_pretrained(str(c.pretrained), **where)
+        return TrainedModel.from_run(c.run, ema=c.ema, step=c.step, **where)
+    return TrainedModel.from_pretrained(str(c.pretrained), **where)
 
 
 def how_asked(config: GenerateConfig, drawable: TrainedModel) -> SamplingPlan:
     """How to draw. Raises UserError if the model cannot be drawn from so."""
-    wishes, negative = SamplingOverrides.of(config), config.negative_prompt is not None
+    wishes, negative = SamplingOverrides.from_flags(config), config.negative_prompt is not None
     scales = [scale for scale in config.cfg_sweep if scale != 1]
-    how = drawable.how(replace(wishes, cfg_scale=scales[0]) if scales else wishes)
+    how = drawable.plan(replace(wishes, cfg_scale=scales[0]) if scales else wishes)
     for one in map(how.at, scales) if scales else [how]:
         sampler.check_guidance(one.sampler, drawable.model, one.cfg_scale, negative=negative)
     return how
@@ -234,7 +234,7 @@ def asked(config: GenerateConfig, drawable: TrainedModel) -> SampleRequest:
 def main(config: GenerateConfig) -> None:
     """Load, draw, write."""
     check(config)
-    parallel.keep_compiled()
+    parallel.enable_compilation_cache()
     c = config
     drawable = opened(c)
     how = how_asked(c, drawable)
@@ -253,16 +253,16 @@ def main(config: GenerateConfig) -> None:
 def swept(config: GenerateConfig, drawable: TrainedModel, how: SamplingPlan) -> Image.Image:
     """The sheet of --cfg_sweep."""
     of, scales = asked(config, drawable), config.cfg_sweep
-    return comparisons.of_scales(drawable, of, how, scales, batch_size=config.batch_size)
+    return comparisons.compare_scales(drawable, of, how, scales, batch_size=config.batch_size)
 
 
 def denoised(config: GenerateConfig, drawable: TrainedModel, how: SamplingPlan) -> Image.Image:
     """The sheet of --denoise."""
     c, n, seed = config, count(config, drawable), config.seeds or config.seed or 0
-    sampler.noise_origins(seed, n)
+    sampler.check_seeds(seed)
     ids = inference_labels.label_ids(c.labels, drawable.label_names, drawable.model.n_classes)
-    real = comparisons.real_pictures(drawable, ids, n)
-    return comparisons.of_times(drawable, real, how, c.denoise, seed=seed, batch_size=c.batch_size)
+    real = comparisons.load_real_images(drawable, ids, n)
+    return comparisons.compare_denoising(drawable, real, how, c.denoise, seed=seed, batch_size=c.batch_size)
 
 
 def draw(
@@ -273,12 +273,12 @@ def draw(
     size, filmed = min(c.batch_size, n), c.trajectory or c.x0
     whole = cache(partial(drawn_whole, c, drawable, of, how, size))
     draw_batch = (
-        sample_files.part_of(whole, size)
+        sample_files.slice_samples(whole, size)
         if filmed
-        else sample_files.drawer(drawable, of, how, size)
+        else sample_files.make_batch_sampler(drawable, of, how, size)
     )
     said = {"labels": c.labels, "prompts": c.prompts, "negative_prompt": c.negative_prompt}
-    card = sample_files.describe(drawable, of, how) | said
+    card = sample_files.describe_samples(drawable, of, how) | said
     write(c.out, draw_batch, range(0, n, size), of, card)
     if filmed:
         write_gif(c.trajectory, whole().trajectory, of, "the way from noise")
@@ -294,11 +294,11 @@ def drawn_whole(
     return drawable.sample(labels, how, batch_size=size, **told)
 
 
-def write(out: Path, draw: Draw, starts: range, of: SampleRequest, card: dict[str, Any]) -> None:
+def write(out: Path, draw: BatchSampler, starts: range, of: SampleRequest, card: dict[str, Any]) -> None:
     """A grid with names, the arrays of the ADM suite, or a folder, with a progress bar."""
     with tqdm(total=len(of.which), unit=" pictures", disable=None) as bar:
         if out.suffix == ".npz":
-            for batch in sample_files.kept(draw, starts, out, of.which, card):
+            for batch in sample_files.write_npz(draw, starts, out, of.which, card):
                 bar.update(len(batch))
         elif out.suffix == ".png":
             parts = []
@@ -306,20 +306,20 @@ def write(out: Path, draw: Draw, starts: range, of: SampleRequest, card: dict[st
                 parts.append(draw(start))
                 bar.update(len(parts[-1]))
             with report_unwritable(out):
-                grids.save_png(grids.grid(np.concatenate(parts), captions=of.captions), out)
+                grids.save_png(grids.image_grid(np.concatenate(parts), captions=of.captions), out)
         else:
-            for n_written in sample_files.in_folder(draw, starts, out, of.words, card):
+            for n_written in sample_files.write_folder(draw, starts, out, of.words, card):
                 bar.update(n_written)
 
 
 def write_gif(out: Path | None, states: np.ndarray | None, of: SampleRequest, what: str) -> None:
     """Pictures in −1 … 1 at each step, as grids with names, if they are asked for."""
     if out and states is not None:
-        frames = [grids.grid(grids.to_uint8(x), captions=of.captions) for x in states]
+        frames = [grids.image_grid(grids.to_uint8(x), captions=of.captions) for x in states]
         with report_unwritable(out):
             grids.save_gif(frames, out)
         print(f"{what}: {out}")
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(GenerateConfig, filled=FILLED)))
+    cli.run_command(lambda: main(cli.parse_flags(GenerateConfig, shown_defaults=FILLED)))

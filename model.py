@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from data.batch import Caption
+from data.batch import EncodedCaption
 from networks.layers import (
     MLPS,
     NORMS,
@@ -40,7 +40,7 @@ from networks.layers import (
     zeros,
 )
 from networks.ops import attention
-from runtime.errors import UserError, unknown
+from runtime.errors import UserError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class ModelConfig:
         }
         for field, table in tables.items():
             if getattr(self, field) not in table:
-                raise unknown(field, getattr(self, field), table)
+                raise unknown_name(field, getattr(self, field), table)
         if self.n_classes and self.text_width:
             raise UserError(
                 "a model is told classes or captions: n_classes or text_width must be 0"
@@ -135,7 +135,7 @@ class ModelConfig:
 
 # --- the condition --------------------------------------------------------------------------------
 
-Label = Int[Array, "b"] | Caption
+Label = Int[Array, "b"] | EncodedCaption
 
 
 class Condition(NamedTuple):
@@ -183,19 +183,19 @@ class CaptionEmbedder(nnx.Module):
         self.tokens = Linear(c.text_width, d, dtype=c.dtype, rngs=rngs)
         self.pooled = VectorEmbedder(c.pooled_width, d, dtype=c.dtype, rngs=rngs)
 
-    def __call__(self, caption: Caption) -> Condition:
+    def __call__(self, caption: EncodedCaption) -> Condition:
         tokens, pooled = (
             self.norm(x.astype(jnp.float32)) for x in (caption.tokens, caption.pooled)
         )
         return Condition(self.pooled(pooled), self.tokens(tokens), caption.mask)
 
 
-def label_embedder(config: ModelConfig, of_class: Callable[..., Any], *, rngs: nnx.Rngs) -> Any:
+def make_label_embedder(config: ModelConfig, of_class: Callable[..., Any], *, rngs: nnx.Rngs) -> Any:
     """What turns a label into a `Condition`: captions are told alike to every model."""
     return (CaptionEmbedder if config.text_width else of_class)(config, rngs=rngs)
 
 
-def widen(mask: Bool[Array, "b m"] | None, *, before: int = 0, after: int = 0):
+def pad_mask(mask: Bool[Array, "b m"] | None, *, before: int = 0, after: int = 0):
     """The mask of a sequence with tokens that all count put before or after it."""
     if mask is None:
         return None
@@ -205,12 +205,12 @@ def widen(mask: Bool[Array, "b m"] | None, *, before: int = 0, after: int = 0):
 # --- blocks: four ways to condition a transformer (Peebles & Xie 2023, §3.2 and fig. 3) -----------
 
 
-def self_attention(c: ModelConfig, *, rngs: nnx.Rngs) -> Attention:
+def make_self_attention(c: ModelConfig, *, rngs: nnx.Rngs) -> Attention:
     how = {"grid": c.rotary_grid, "qk_norm": c.qk_norm, "dtype": c.dtype}
     return Attention(c.width, c.n_heads, rngs=rngs, **how)
 
 
-def feed_forward(c: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
+def make_mlp(c: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
     return MLPS[c.mlp](c.width, round(c.mlp_ratio * c.width), dtype=c.dtype, rngs=rngs)
 
 
@@ -224,8 +224,8 @@ class AdaLNZeroBlock(nnx.Module):
         c, d = config, config.width
         self.norm = NORMS[c.norm]
         self.modulation = Linear(d, 6 * d, dtype=c.dtype, rngs=rngs, init=zeros)
-        self.attention = self_attention(c, rngs=rngs)
-        self.mlp = feed_forward(c, rngs=rngs)
+        self.attention = make_self_attention(c, rngs=rngs)
+        self.mlp = make_mlp(c, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"], cond: Condition) -> Float[Array, "b n d"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
@@ -242,8 +242,8 @@ class AdaLNBlock(nnx.Module):
         c, d = config, config.width
         self.norm = NORMS[c.norm]
         self.modulation = Linear(d, 4 * d, dtype=c.dtype, rngs=rngs, init=zeros)
-        self.attention = self_attention(c, rngs=rngs)
-        self.mlp = feed_forward(c, rngs=rngs)
+        self.attention = make_self_attention(c, rngs=rngs)
+        self.mlp = make_mlp(c, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"], cond: Condition) -> Float[Array, "b n d"]:
         shift1, scale1, shift2, scale2 = jnp.split(
@@ -259,11 +259,11 @@ class CrossAttentionBlock(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         c, d = config, config.width
         self.norm1, self.norm2, self.norm3 = (AffineNorm(c.norm, d) for _ in range(3))
-        self.attention = self_attention(c, rngs=rngs)
+        self.attention = make_self_attention(c, rngs=rngs)
         self.cross_attention = CrossAttention(
             d, c.n_heads, qk_norm=c.qk_norm, dtype=c.dtype, rngs=rngs
         )
-        self.mlp = feed_forward(c, rngs=rngs)
+        self.mlp = make_mlp(c, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"], cond: Condition) -> Float[Array, "b n d"]:
         x = x + self.attention(self.norm1(x))
@@ -277,11 +277,11 @@ class InContextBlock(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         c, d = config, config.width
         self.norm1, self.norm2 = (AffineNorm(c.norm, d) for _ in range(2))
-        self.attention = self_attention(c, rngs=rngs)
-        self.mlp = feed_forward(c, rngs=rngs)
+        self.attention = make_self_attention(c, rngs=rngs)
+        self.mlp = make_mlp(c, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b s d"], cond: Condition) -> Float[Array, "b s d"]:
-        mask = widen(cond.mask, after=x.shape[1] - cond.tokens.shape[1])
+        mask = pad_mask(cond.mask, after=x.shape[1] - cond.tokens.shape[1])
         x = x + self.attention(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
 
@@ -314,7 +314,7 @@ class PlainFinalLayer(nnx.Module):
         return self.out(self.norm(x))
 
 
-def absolute_position(c: ModelConfig, *, rngs: nnx.Rngs) -> Any:
+def make_position_embedding(c: ModelConfig, *, rngs: nnx.Rngs) -> Any:
     """What adds positions to the picture's tokens: a table that is cropped has its own size."""
     table = {"side": c.position_side, "base": c.position_base}
     how = table if c.position in ("cropped", "centred") else {}
@@ -347,9 +347,9 @@ class DiT(nnx.Module):
         c, d, design = config, config.width, BLOCKS[config.block]
         self.config, self.n_joining = c, None if design.tokens_join else 0  # None: all tokens
         self.patch = Linear(c.patch_size**2 * c.channels, d, dtype=c.dtype, rngs=rngs)
-        self.position = absolute_position(c, rngs=rngs)
+        self.position = make_position_embedding(c, rngs=rngs)
         self.time = TimeEmbedder(d, time_scale=c.time_scale, dtype=c.dtype, rngs=rngs)
-        self.label = label_embedder(c, ClassVector, rngs=rngs)
+        self.label = make_label_embedder(c, ClassVector, rngs=rngs)
         self.blocks = stack(lambda rngs: design.block(c, rngs=rngs), c.depth, rngs)
         self.final = design.final(c, rngs=rngs)
 
@@ -358,7 +358,7 @@ class DiT(nnx.Module):
     ) -> Float[Array, "b h w o"]:
         """The prediction at x_t, float32. A class is in 0 … n_classes; n_classes means none."""
         c = self.config
-        cond = with_time(self.time(t), self.label(label))
+        cond = add_time(self.time(t), self.label(label))
         x = self.position(self.patch(patchify(x, c.patch_size)))
         n = x.shape[1]
         x = jnp.concatenate([cond.tokens[:, : self.n_joining], x], axis=1)
@@ -367,10 +367,10 @@ class DiT(nnx.Module):
         return unpatchify(x, c.patch_size, c.grid[0]).astype(jnp.float32)
 
 
-def with_time(time: Float[Array, "b d"], label: Condition) -> Condition:
+def add_time(time: Float[Array, "b d"], label: Condition) -> Condition:
     """t joins the label: added to its vector, and as a token of its own before its tokens."""
     tokens = jnp.concatenate([time[:, None], label.tokens], axis=1)
-    return Condition(time + label.vector, tokens, widen(label.mask, before=1))
+    return Condition(time + label.vector, tokens, pad_mask(label.mask, before=1))
 
 
 # --- MMDiT: two streams with one attention (Esser et al. 2024, §4 and fig. 2b) --------------------
@@ -407,7 +407,7 @@ class Stream(nnx.Module):
             "qkv", d, c.n_heads, grid=grid, qk_norm=c.qk_norm, dtype=c.dtype, rngs=rngs
         )
         self.out = Linear(d, d, dtype=c.dtype, rngs=rngs)
-        self.mlp = feed_forward(c, rngs=rngs)
+        self.mlp = make_mlp(c, rngs=rngs)
 
     def modulations(self, vector: Float[Array, "b d"]) -> Modulations:
         return Modulations(*jnp.split(self.modulation(jax.nn.silu(vector)), 6, axis=-1))
@@ -438,7 +438,7 @@ class JointBlock(nnx.Module):
         mp = self.picture.modulations(cond.vector)
         mc = self.context.modulations(cond.vector)
         q, k, v = join(self.picture.before(x.picture, mp), self.context.before(x.context, mc))
-        y = attention(q, k, v, widen(cond.mask, before=n))
+        y = attention(q, k, v, pad_mask(cond.mask, before=n))
         return Streams(
             self.picture.after(x.picture, y[:, :n], mp), self.context.after(x.context, y[:, n:], mc)
         )
@@ -454,7 +454,7 @@ class DualJointBlock(JointBlock):
         c, d = config, config.width
         self.norm = NORMS[c.norm]
         self.modulation = Linear(d, 3 * d, dtype=c.dtype, rngs=rngs, init=zeros)
-        self.attention = self_attention(c, rngs=rngs)
+        self.attention = make_self_attention(c, rngs=rngs)
 
     def __call__(self, x: Streams, cond: Condition) -> Streams:
         n = x.picture.shape[1]
@@ -463,7 +463,7 @@ class DualJointBlock(JointBlock):
         shift, scale, gate = jnp.split(self.modulation(jax.nn.silu(cond.vector)), 3, axis=-1)
         alone = self.attention(modulate(self.norm(x.picture), shift, scale))
         q, k, v = join(self.picture.before(x.picture, mp), self.context.before(x.context, mc))
-        y = attention(q, k, v, widen(cond.mask, before=n))
+        y = attention(q, k, v, pad_mask(cond.mask, before=n))
         picture = add_gated(x.picture, gate, alone)
         return Streams(
             self.picture.after(picture, y[:, :n], mp), self.context.after(x.context, y[:, n:], mc)
@@ -492,7 +492,7 @@ class LastJointBlock(nnx.Module):
         shift, scale = jnp.split(self.modulation(jax.nn.silu(cond.vector)), 2, axis=-1)
         q, *kv = self.picture.before(x.picture, mp)
         k, v = join(kv, self.kv(modulate(self.norm(x.context), shift, scale)))
-        y = attention(q, k, v, widen(cond.mask, before=x.picture.shape[1]))
+        y = attention(q, k, v, pad_mask(cond.mask, before=x.picture.shape[1]))
         return self.picture.after(x.picture, y, mp)
 
 
@@ -505,9 +505,9 @@ class MMDiT(nnx.Module):
         c, d = config, config.width
         self.config = c
         self.patch = Linear(c.patch_size**2 * c.channels, d, dtype=c.dtype, rngs=rngs)
-        self.position = absolute_position(c, rngs=rngs)
+        self.position = make_position_embedding(c, rngs=rngs)
         self.time = TimeEmbedder(d, time_scale=c.time_scale, dtype=c.dtype, rngs=rngs)
-        self.label = label_embedder(c, ClassTokens, rngs=rngs)
+        self.label = make_label_embedder(c, ClassTokens, rngs=rngs)
         n_plain = c.depth - 1 - c.n_dual
         self.dual_blocks = stack(lambda rngs: DualJointBlock(c, rngs=rngs), c.n_dual, rngs)
         self.blocks = stack(lambda rngs: JointBlock(c, rngs=rngs), n_plain, rngs)
@@ -558,21 +558,21 @@ def model_config(name: str, **fields) -> ModelConfig:
         UserError: the name is not in `MODELS`, or a field has a value that does not exist.
     """
     if name not in MODELS:
-        raise unknown("model", name, MODELS)
+        raise unknown_name("model", name, MODELS)
     return ModelConfig(**MODELS[name] | fields)
 
 
-def build(config: ModelConfig, rngs: nnx.Rngs) -> DiT | MMDiT:
+def build_model(config: ModelConfig, rngs: nnx.Rngs) -> DiT | MMDiT:
     """The network of a configuration."""
     return (MMDiT if config.block == JOINT else DiT)(config, rngs=rngs)
 
 
 @lru_cache
-def graphdef(config: ModelConfig) -> nnx.GraphDef:
+def model_graphdef(config: ModelConfig) -> nnx.GraphDef:
     """All of a model but its weights, static and hashable: `nnx.merge(graphdef, params)` lives."""
-    return nnx.split(nnx.eval_shape(lambda: build(config, nnx.Rngs(0))))[0]
+    return nnx.split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))))[0]
 
 
-def init_params(config: ModelConfig, key: Key[Array, ""]) -> dict[str, Any]:
+def init_model_params(config: ModelConfig, key: Key[Array, ""]) -> dict[str, Any]:
     """Fresh weights as a plain tree of float32 arrays (Peebles & Xie 2023, §4)."""
-    return nnx.to_pure_dict(nnx.split(build(config, nnx.Rngs(params=key)))[1])
+    return nnx.to_pure_dict(nnx.split(build_model(config, nnx.Rngs(params=key)))[1])

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 Velocity = Callable[[Float[Array, "b *s"], Float[Array, ""]], Float[Array, "b *s"]]
-Renew = Callable[[Int[Array, ""]], Float[Array, "b *s"]]  # the noise of a step
-STEPS_OF = 2**32 - 1  # where a picture's index would be: no picture has it
+FreshNoise = Callable[[Int[Array, ""]], Float[Array, "b *s"]]  # the noise of a step
+STEP_NOISE_TAG = 2**32 - 1  # where a picture's index would be: no picture has it
 
 
 class Solution(NamedTuple):
@@ -52,13 +52,13 @@ def initial_noise(
 
 def step_noise(
     seed: Int[Array, "..."] | int, index: Int[Array, "b"], shape: tuple[int, ...]
-) -> Renew:
+) -> FreshNoise:
     """Standard normal noise of every step: a function of a picture's seed and index, and the step.
     One seed may be that of all.
     """
 
     def key(seed, index):
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STEPS_OF), index)
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STEP_NOISE_TAG), index)
 
     keys = jax.vmap(key)(jnp.broadcast_to(seed, index.shape), index)
 
@@ -68,7 +68,7 @@ def step_noise(
     return renew
 
 
-def walk(step, noise: Float[Array, "b *s"], places: PyTree[Array], trajectory: bool) -> Solution:
+def scan_steps(step, noise: Float[Array, "b *s"], places: PyTree[Array], trajectory: bool) -> Solution:
     """Apply `step(x, place) -> (x, estimate of the data)` at one place after the other."""
 
     def body(x, place):
@@ -85,7 +85,7 @@ def walk(step, noise: Float[Array, "b *s"], places: PyTree[Array], trajectory: b
 # --- the flow of a velocity -----------------------------------------------------------------------
 
 
-def integrate(step, noise: Float[Array, "b *s"], times: Float[Array, "times"], trajectory: bool):
+def integrate_velocity(step, noise: Float[Array, "b *s"], times: Float[Array, "times"], trajectory: bool):
     """Apply `step(x, t, s) -> (x, v)`, which carries x from time t to time s and tells the velocity
     at t, along the grid. The data are taken to be where that leads: x − t·v.
     """
@@ -95,7 +95,7 @@ def integrate(step, noise: Float[Array, "b *s"], times: Float[Array, "times"], t
         y, v = step(x, t, s)
         return y, x - t * v
 
-    return walk(carry, noise, (times[:-1], times[1:]), trajectory)
+    return scan_steps(carry, noise, (times[:-1], times[1:]), trajectory)
 
 
 def euler(velocity: Velocity, noise, times, *, trajectory: bool = False) -> Solution:
@@ -105,7 +105,7 @@ def euler(velocity: Velocity, noise, times, *, trajectory: bool = False) -> Solu
         v = velocity(x, t)
         return x + (s - t) * v, v
 
-    return integrate(step, noise, times, trajectory)
+    return integrate_velocity(step, noise, times, trajectory)
 
 
 def heun(velocity: Velocity, noise, times, *, trajectory: bool = False) -> Solution:
@@ -115,7 +115,7 @@ def heun(velocity: Velocity, noise, times, *, trajectory: bool = False) -> Solut
         v = velocity(x, t)
         return x + (s - t) * (v + velocity(x + (s - t) * v, s)) / 2, v
 
-    return integrate(step, noise, times, trajectory)
+    return integrate_velocity(step, noise, times, trajectory)
 
 
 SOLVERS = {"euler": euler, "heun": heun}  # of a velocity

@@ -1,26 +1,26 @@
-"""Train an autoencoder: the one whose latents a diffusion model learns.
+"""Train an autoencoder, on whose latents a diffusion model can be trained.
 
     python train_vae.py --dataset_name digits --n_steps 2000 --run_dir runs/vae
 
-It is trained to reconstruct pictures (L1 or L2, and LPIPS), with latents held loosely to a normal
-distribution (KL) and, if asked, against a critic of patches (Rombach et al. 2022, appendix G). The
-result, `RUN/vae/`, is a folder as diffusers has them. The run itself is that of `train.Trainer`.
+The loss is reconstruction (L1 or L2, and LPIPS), a small KL divergence of the latents from a normal
+distribution and, with --gan_weight, a patch discriminator (Rombach et al. 2022, appendix G). The
+result is `RUN/vae/`, in the format of diffusers. The run itself is `training.loop.Loop.fit`.
 """
 
 from runtime import cli, processes
-from training import loop
-from training.autoencoder.config import FILLED, VaeConfig
+from training.autoencoder.config import HELP_DEFAULTS, VaeConfig
 from training.autoencoder.trainer import VaeTrainer
+from training.loop import initialize_jax
 
 __all__ = ["VaeConfig", "VaeTrainer"]
 
 
 def main() -> None:
-    config = cli.parse(VaeConfig, filled=FILLED)
-    loop.begin(config)
+    config = cli.parse_flags(VaeConfig, shown_defaults=HELP_DEFAULTS)
+    initialize_jax(config)
     VaeTrainer(config).fit()
     processes.wait_for_all("the end")
 
 
 if __name__ == "__main__":
-    cli.run(main, processes.leave)
+    cli.run_command(main, processes.exit_process)

@@ -121,7 +121,7 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
-    config = cli.parse(AttentionConfig)
+    config = cli.parse_flags(AttentionConfig)
     require("precision", config.precision, DTYPES)
     if len(config.heads) != len(config.width):
         raise UserError("--heads and --width: each number of heads needs its width")
@@ -134,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

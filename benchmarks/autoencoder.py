@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.timing import interleaved, json_line, number, require, table, turn
 from inference.codec import Codec
 from networks.autoencoder import AutoencoderConfig, init_params
-from pretrained.autoencoder import Pretrained, write_config
+from pretrained.autoencoder import PretrainedAutoencoder, config_to_diffusers
 from runtime import cli, parallel
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -54,9 +54,9 @@ class AutoencoderBenchConfig:
 def ours(config: AutoencoderConfig, precision: str, image: np.ndarray) -> dict[str, Callable]:
     """Turns of encoding and decoding, compiled."""
     params = jax.jit(lambda: init_params(config, jax.random.key(0)))()
-    vae = Pretrained(config, jax.device_get(params), hash="", id="random", revision=None)
+    vae = PretrainedAutoencoder(config, jax.device_get(params), hash="", id="random", revision=None)
     codec = Codec(vae, parallel.make_mesh(), dtype=DTYPES[precision])
-    z = parallel.fetch(codec.encode(image))[..., : config.latent_channels].astype(np.float32)
+    z = parallel.fetch_to_host(codec.encode(image))[..., : config.latent_channels].astype(np.float32)
     codec.decode(z)
     return {
         f"encode, ours {precision}": turn(lambda: codec.encode(image)),
@@ -73,7 +73,7 @@ def theirs(config: AutoencoderConfig, precision: str, image: np.ndarray) -> dict
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() != "cpu" else "cpu"
-    facts = {k: v for k, v in write_config(config).items() if not k.startswith("_")}
+    facts = {k: v for k, v in config_to_diffusers(config).items() if not k.startswith("_")}
     model: Any = AutoencoderKL(**facts)
     model.to(device).eval()
     half = precision == "bf16"
@@ -136,7 +136,7 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
-    config = cli.parse(AutoencoderBenchConfig)
+    config = cli.parse_flags(AutoencoderBenchConfig)
     require("precision", config.precision, DTYPES)
     rows = measure(config)
     print(table([cells(row) for row in rows]))
@@ -144,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

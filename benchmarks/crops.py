@@ -71,4 +71,4 @@ def main(config: CropsConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(CropsConfig)))
+    cli.run_command(lambda: main(cli.parse_flags(CropsConfig)))

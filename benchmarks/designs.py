@@ -77,7 +77,7 @@ def relative_step_times(trainers: dict[str, Trainer], n_rounds: int) -> dict[str
 
 
 def main() -> None:
-    config = cli.parse(DesignsConfig)
+    config = cli.parse_flags(DesignsConfig)
     trainers = {
         name: trained(config.out / name, settings, config.n_steps)
         for name, settings in DESIGNS.items()
@@ -98,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

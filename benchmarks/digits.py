@@ -7,7 +7,7 @@ that was asked for. Two Fréchet distances compare statistics with the real test
 and of what a small network sees that was trained to read digits (the digit Fréchet distance).
 Neither is FID: no Inception network is involved. The distance to the nearest training picture shows
 whether samples are copies. What the real training split has of all this is printed too: it is the
-floor. Needs scikit-learn (requirements-dev.txt).
+floor. Needs scikit-learn (pip install --group dev).
 """
 
 import json
@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from evaluation.metrics import Moments, frechet_distance
+from evaluation.metrics import RunningStatistics, frechet_distance
 from inference import grids
 from inference.labels import spread_evenly
 from runtime import cli
@@ -63,10 +63,10 @@ class Judgement:
 
 def distance(a, b) -> float:
     """The Fréchet distance between two sets of rows."""
-    both = [Moments(rows.shape[1]) for rows in (a, b)]
+    both = [RunningStatistics(rows.shape[1]) for rows in (a, b)]
     for moments, rows in zip(both, (a, b)):
-        moments.add(rows)
-    return frechet_distance(*(moments.gaussian() for moments in both))
+        moments.update(rows)
+    return frechet_distance(*(moments.statistics() for moments in both))
 
 
 def reader(x, labels) -> Callable:
@@ -123,7 +123,7 @@ def judge_run(trainer: Trainer, *, n: int = 1000, **how) -> Judgement:
 
 
 def main() -> None:
-    config = cli.parse(DigitsConfig)
+    config = cli.parse_flags(DigitsConfig)
     how = {"cfg_scale": config.cfg_scale, "n_steps": config.n_steps}
     said: dict = {"solver": config.solver} if config.solver else {}
     trainer = Trainer(TrainConfig(run_dir=config.run, resume=True, **said))
@@ -137,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

@@ -57,7 +57,7 @@ ROWS = {  # which data, and how they are fed
 
 
 def write(folder: Path, *, n: int, size: int, form: str) -> str:
-    """n made-up pictures of ten classes as Parquet; returns the data set's name."""
+    """n made-up pictures of ten classes as Parquet; returns the dataset's name."""
     rng = np.random.default_rng(0)
 
     def picture() -> bytes:
@@ -101,12 +101,12 @@ def measure(trainer: Trainer, config: InputConfig) -> dict[str, float]:
             yield
 
     def same() -> Iterator:
-        batch = parallel.place(next(trainer.batches(0, 1)), trainer.mesh)
+        batch = parallel.shard_batch(next(trainer.batches(0, 1)), trainer.mesh)
         while True:
             yield batch
 
     def fed() -> Iterator:
-        return parallel.prefetch(trainer.batches(0, endless), trainer.mesh)
+        return parallel.prefetch_to_device(trainer.batches(0, endless), trainer.mesh)
 
     found: dict[str, list[float]] = {"alone": [], "step": [], "fed": []}
     for _ in range(config.rounds):
@@ -124,7 +124,7 @@ def measure(trainer: Trainer, config: InputConfig) -> dict[str, float]:
 
 
 def main() -> None:
-    config = cli.parse(InputConfig)
+    config = cli.parse_flags(InputConfig)
     results = {}
     disable_progress_bars()
     print(f"{'images/s':34}{'alone':>12}{'step':>10}{'fed':>10}{'fed / step':>12}")
@@ -148,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

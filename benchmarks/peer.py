@@ -74,7 +74,7 @@ class Peer:
                 failed.
         """
         if missing := [p for p in ("torch", "diffusers") if not importlib.util.find_spec(p)]:
-            raise PeerMissing(f"{' and '.join(missing)} not installed: requirements-bench.txt")
+            raise PeerMissing(f"{' and '.join(missing)} not installed: pip install --group bench")
         if config.block != "adaln_zero":
             raise PeerMissing(f"diffusers has no DiT with blocks '{config.block}'")
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`)

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from data.batch import Caption
-from model import JOINT, ModelConfig, graphdef, init_params, model_config
+from data.batch import EncodedCaption
+from model import JOINT, ModelConfig, model_graphdef, init_model_params, model_config
 from runtime import parallel
 from training import flops as training_flops
 
@@ -117,7 +117,7 @@ class Weights(NamedTuple):
 
 @lru_cache
 def shapes(config: ModelConfig) -> Any:
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return jax.eval_shape(lambda: init_model_params(config, jax.random.key(0)))
 
 
 def n_params(config: ModelConfig) -> int:
@@ -125,9 +125,9 @@ def n_params(config: ModelConfig) -> int:
 
 
 def weights(config: ModelConfig, fsdp: int) -> Weights:
-    """By the shape rule of `parallel.partition`."""
+    """By the shape rule of `parallel.partition_specs`."""
     params, n = shapes(config), n_stacked(config)
-    specs = parallel.partition(params, parallel.abstract_mesh(1, fsdp))
+    specs = parallel.partition_specs(params, parallel.abstract_mesh(1, fsdp))
     split, alike, largest = 0, 0, 0.0
     for name, part in params.items():
         axes = parallel.sharded_axes(specs[name], jax.tree.map(lambda x: x.ndim, part))
@@ -161,13 +161,13 @@ def forward(config: ModelConfig) -> Pass:
     by which weights drop out.
     """
     params, few, many = shapes(config), 97, 101
-    specs = parallel.partition(params, parallel.abstract_mesh(1, 1))
+    specs = parallel.partition_specs(params, parallel.abstract_mesh(1, 1))
 
     def plain(params):
-        return nnx.merge(graphdef(replace(config, remat=False)), params)
+        return nnx.merge(model_graphdef(replace(config, remat=False)), params)
 
     def frugal(params):
-        return parallel.live_model(graphdef(config), params, specs)
+        return parallel.merge_sharded_model(model_graphdef(config), params, specs)
 
     def residuals(make: Callable, rows: int) -> int:
         def split(params, inputs):
@@ -196,7 +196,7 @@ def inputs_of(config: ModelConfig, rows: int) -> tuple[Any, ...]:
     if config.text_width:
         tokens = array(m, config.text_width, dtype=jnp.float16)
         pooled = array(config.pooled_width, dtype=jnp.float16)
-        label = Caption(tokens, array(m, dtype=jnp.bool), pooled)
+        label = EncodedCaption(tokens, array(m, dtype=jnp.bool), pooled)
     return array(side, side, config.channels), array(), label
 
 

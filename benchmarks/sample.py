@@ -148,7 +148,7 @@ def cells(row: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, str]:
 
 
 def main() -> None:
-    config = cli.parse(SampleConfig)
+    config = cli.parse_flags(SampleConfig)
     require("precision", config.precision, PRECISIONS)
     require("peer", config.peer, PEERS)
     rows = [row for model in config.model for row in measure(config, model)]
@@ -158,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

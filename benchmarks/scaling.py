@@ -30,7 +30,7 @@ import model
 from benchmarks import planner
 from data.batch import Batch
 from methods.rectified_flow import logit_normal, rectified_flow_loss
-from model import graphdef, init_params, model_config
+from model import model_graphdef, init_model_params, model_config
 from runtime import cli, parallel
 from train import Trainer
 from training import profiling
@@ -59,7 +59,7 @@ class ScalingConfig:
 
 def lowered_step(trainer: Trainer) -> Any:
     jax.block_until_ready(trainer.state)  # what makes it must not be timed with what comes next
-    batch = parallel.place(trainer.blank_batch(), trainer.mesh)
+    batch = parallel.shard_batch(trainer.blank_batch(), trainer.mesh)
     return trainer.update.lower(trainer.state, batch, trainer.train_key)
 
 
@@ -109,18 +109,18 @@ def gradient_times(n_rounds: int) -> dict[str, float]:
         return Batch(jnp.arange(rows, dtype=jnp.int32), image, jnp.zeros(rows, jnp.int32))
 
     def plain(params, batch):
-        return LOSS(nnx.merge(graphdef(c), params), batch, key)
+        return LOSS(nnx.merge(model_graphdef(c), params), batch, key)
 
     meshes = {"ours": parallel.make_mesh(devices=jax.devices()[:1])}
     meshes |= {name: parallel.make_mesh(fsdp) for name, (_, fsdp) in MESHES.items()}
     gradient = jax.jit(jax.value_and_grad(plain, has_aux=True))
-    params, batch = init_params(c, key), make()
+    params, batch = init_model_params(c, key), make()
     steps: dict[str, Callable[[], Any]] = {"plain": lambda: gradient(params, batch)}
     for name, mesh in meshes.items():
-        run = jax.jit(parallel.value_and_grad(LOSS, graphdef(c), mesh))
+        run = jax.jit(parallel.value_and_grad(LOSS, model_graphdef(c), mesh))
         args = (
-            parallel.create(lambda: init_params(c, key), mesh),
-            parallel.place(jax.device_get(batch), mesh),
+            parallel.create_sharded(lambda: init_model_params(c, key), mesh),
+            parallel.shard_batch(jax.device_get(batch), mesh),
             key,
         )
         steps[name] = lambda run=run, args=args: run(*args)
@@ -203,7 +203,7 @@ def step_time(n_rounds: int, rows: int = 8) -> tuple[planner.Plan, float]:
 
 
 def main() -> None:
-    config = cli.parse(ScalingConfig)
+    config = cli.parse_flags(ScalingConfig)
     plan, measured = step_time(config.n_rounds)
     device = plan.device
     print(
@@ -239,4 +239,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

@@ -5,7 +5,7 @@ torch.
 
 Each figure is of a fresh process that is `train.py` up to there: imports; the trainer, with its
 weights; the run's folder and its data; a step with its compilation. Cold is an empty cache folder,
-of compiled programs and of data sets; warm is the folder that another such process has left. torch
+of compiled programs and of datasets; warm is the folder that another such process has left. torch
 is the same model's first step in float32, without data, folder or compilation.
 """
 
@@ -115,7 +115,7 @@ def torch_start(model: str | None) -> Callable[[], float]:
 
 
 def main() -> None:
-    config = cli.parse(StartupConfig)
+    config = cli.parse_flags(StartupConfig)
     stages: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory() as folder:
         turns = starts(config.model, Path(folder), stages)
@@ -143,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

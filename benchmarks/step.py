@@ -125,7 +125,7 @@ def random_batch(trainer: Trainer) -> Any:
     rng, blank = np.random.default_rng(0), trainer.blank_batch()
     image = rng.integers(0, 256, blank.image.shape, np.uint8)
     label = rng.integers(0, trainer.model_config.n_classes, len(image), np.int32)
-    return parallel.place(blank._replace(image=image, label=label), trainer.mesh)
+    return parallel.shard_batch(blank._replace(image=image, label=label), trainer.mesh)
 
 
 def ours(trainer: Trainer, precision: str, *, n: int, plan_only: bool) -> Entry:
@@ -228,7 +228,7 @@ def measure(config: StepConfig, model: str, batch_size: int) -> list[dict[str, A
 
 def plan(config: StepConfig, model: str, batch_size: int) -> list[dict[str, Any]]:
     """What the compiler knows of all variants of one model and batch."""
-    with mock.patch.object(parallel, "create", parallel.abstract), contextlib.ExitStack() as stack:
+    with mock.patch.object(parallel, "create_sharded", parallel.abstract_state), contextlib.ExitStack() as stack:
         found = entries(config, model, batch_size, stack)
     untimed = dict.fromkeys(
         ["median_s", "min_s", "images_per_second", "flops_per_second", "of_matmul", "of_data_sheet"]
@@ -287,7 +287,7 @@ def cells(row: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, str]:
 
 
 def main() -> None:
-    config = cli.parse(StepConfig)
+    config = cli.parse_flags(StepConfig)
     require("precision", config.precision, PRECISIONS)
     require("peer", config.peer, PEERS)
     # Else a compile time might be the time to read a file.
@@ -305,4 +305,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command(main)

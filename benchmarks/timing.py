@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 from benchmarks.peer import PeerMissing
-from runtime.errors import UserError, unknown
+from runtime.errors import UserError, unknown_name
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "diffusers")
 
@@ -92,7 +92,7 @@ def require(flag: str, given: Iterable[str] | None, known: Iterable[str]) -> Non
     """Raises UserError where a flag has a value that does not exist."""
     for value in given or ():
         if value not in known:
-            raise unknown(flag, value, known)
+            raise unknown_name(flag, value, known)
 
 
 def device() -> str:

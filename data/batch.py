@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float16, Int32, Int64, Shaped, UInt8
 
 
-class Caption(NamedTuple):
+class EncodedCaption(NamedTuple):
     """Embeddings of a batch, padded to one length: NumPy's here, JAX's inside a model."""
 
     tokens: Shaped[Any, "b m e"]  # zeros beyond a caption's end
@@ -16,7 +16,7 @@ class Caption(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One process's rows of a global batch; `row` is the index there, not in the data set.
+    """One process's rows of a global batch; `row` is the index there, not in the dataset.
 
     An image is bytes, or the moments of a latent: mean and log-variance. A label is the id of a
     class or, where the model is told in words, an encoded caption.
@@ -24,7 +24,7 @@ class Batch(NamedTuple):
 
     row: Int32[Any, "b"]
     image: UInt8[Any, "b h w c"] | Float16[Any, "b h w k"]
-    label: Int32[Any, "b"] | Caption
+    label: Int32[Any, "b"] | EncodedCaption
 
 
 class BatchPlan(NamedTuple):
@@ -36,8 +36,8 @@ class BatchPlan(NamedTuple):
     label: Int32[np.ndarray, "b"] | Int64[np.ndarray, "b"]  # the id of a class or of a caption
 
 
-def concatenate(parts: Sequence[Any]) -> Any:
+def concatenate_batches(parts: Sequence[Any]) -> Any:
     """Batches one after another as one, leaf by leaf."""
     if isinstance(parts[0], tuple):
-        return type(parts[0])(*map(concatenate, zip(*parts)))  # pyright: ignore[reportCallIssue]
+        return type(parts[0])(*map(concatenate_batches, zip(*parts)))  # pyright: ignore[reportCallIssue]
     return np.concatenate(parts)

@@ -1,4 +1,4 @@
-"""The embeddings of a data set's captions, computed once and kept in a folder.
+"""The embeddings of a dataset's captions, computed once and kept in a folder.
 
     FOLDER/openai--clip-vit-large-patch14@0123456789ab/     and more towers after a +
         towers.json          their names, revisions and channels
@@ -27,18 +27,18 @@ from tqdm import tqdm
 
 from data import batch, text_encoders
 from runtime.errors import UserError
-from runtime.files import atomic
+from runtime.files import atomic_file
 
 if TYPE_CHECKING:  # at run time it is imported where it is used
     import pyarrow
 
-SHARD = 1024  # captions of a file: the most that a killed process loses
-INFO = "towers.json"
+CAPTIONS_PER_SHARD = 1024  # captions of a file: the most that a killed process loses
+INFO_FILE = "towers.json"
 HALF = np.dtype("<f2")
 LENGTH_STEP = 8
 
 
-def default_folder(dataset_name: str, data_dir: Path | None) -> Path:
+def default_cache_folder(dataset_name: str, data_dir: Path | None) -> Path:
     """Beside data on this machine, never inside, where it would be taken for data; for a set of the
     hub, or one in this repository, in the person's cache.
     """
@@ -92,14 +92,14 @@ class CaptionStore:
         held = _rows([_mapped(path) for path in subfolder.glob("*.parquet")])
         wanted = sorted(set(captions))
         missing = [caption for caption in wanted if caption not in held]
-        if missing or not (subfolder / INFO).exists():
-            text_encoders.require_same(towers, known)
+        if missing or not (subfolder / INFO_FILE).exists():
+            text_encoders.check_revisions(towers, known)
             _check_writable(subfolder)
             made = encoder() if encoder else text_encoders.TextEncoders(towers, known)
             _write_info(subfolder, names, known, made)
             _encode(subfolder, missing, made)
             del made
-            text_encoders.release()
+            text_encoders.release_gpu_memory()
         return cls(subfolder, wanted, most)
 
     def __init__(self, subfolder: Path, captions: Sequence[str], most: int | None):
@@ -148,24 +148,24 @@ class CaptionStore:
                 raise UserError(f"there is no embedding of the caption {caption!r}")
         return np.array([self._ids[caption] for caption in captions], np.int64)
 
-    def blank(self, n: int) -> batch.Caption:
+    def blank(self, n: int) -> batch.EncodedCaption:
         """n null captions."""
-        nothing = text_encoders.Embedding(
+        nothing = text_encoders.CaptionEmbedding(
             np.zeros((0, self.width), HALF), np.zeros(self.pooled, HALF), False
         )
-        return text_encoders.pad([nothing] * n, self.length)
+        return text_encoders.pad_embeddings([nothing] * n, self.length)
 
-    def __call__(self, ids: Int[np.ndarray, "b"]) -> batch.Caption:
+    def __call__(self, ids: Int[np.ndarray, "b"]) -> batch.EncodedCaption:
         """The embeddings, each padded to `length`."""
         rows = self._row[ids]
         shards = np.searchsorted(self._end, rows, side="right")
         pairs = zip(shards.tolist(), (rows - self._end[shards]).tolist())  # rows from the end
-        return text_encoders.pad([self._embedding(*pair) for pair in pairs], self.length)
+        return text_encoders.pad_embeddings([self._embedding(*pair) for pair in pairs], self.length)
 
-    def _embedding(self, shard: int, row: int) -> text_encoders.Embedding:
+    def _embedding(self, shard: int, row: int) -> text_encoders.CaptionEmbedding:
         tokens, pooled, cut = (column[row] for column in self._shards[shard])
         tokens, pooled = (np.frombuffer(x.as_buffer(), HALF) for x in (tokens, pooled))
-        return text_encoders.Embedding(tokens.reshape(-1, self.width), pooled, cut.as_py())
+        return text_encoders.CaptionEmbedding(tokens.reshape(-1, self.width), pooled, cut.as_py())
 
 
 def _names_and_revisions(
@@ -174,19 +174,19 @@ def _names_and_revisions(
     """Of the towers: what tells them from others here. Names are fit for a file."""
     names = [_plain(tower) for tower in towers]
     asked = zip(towers, revisions or [None] * len(towers), strict=True)
-    known = [revision or text_encoders.revision(tower) for tower, revision in asked]
+    known = [revision or text_encoders.find_revision(tower) for tower, revision in asked]
     told = [revision for revision in known if revision]
     if len(told) == len(known):
         return names, told
     pattern = "+".join(
         f"{glob.escape(n)}@{glob.escape(r) if r else '*'}" for n, r in zip(names, known)
     )
-    infos = [_read_info(path.parent) for path in sorted(folder.glob(f"{pattern}/{INFO}"))]
+    infos = [_read_info(path.parent) for path in sorted(folder.glob(f"{pattern}/{INFO_FILE}"))]
     fitting = [info for info in infos if info["names"] == names]
     if len(fitting) == 1:
         return names, fitting[0]["revisions"]
     raise UserError(
-        f"cannot tell the version of the text tower '{towers[known.index(None)]}': it is no folder,"
+        f"cannot tell the version of the text encoder '{towers[known.index(None)]}': it is no folder,"
         f" the Hugging Face hub does not answer or know it, and '{folder}' holds embeddings of"
         f" {len(fitting)} versions; go online, or name a tower's folder"
     )
@@ -199,8 +199,8 @@ def _plain(tower: str) -> str:
 
 
 def _read_info(subfolder: Path) -> dict[str, Any]:
-    with _readable(subfolder / INFO):
-        info = json.loads((subfolder / INFO).read_text())
+    with _readable(subfolder / INFO_FILE):
+        info = json.loads((subfolder / INFO_FILE).read_text())
         return {name: info[name] for name in ("names", "revisions", "width", "pooled")}
 
 
@@ -220,14 +220,14 @@ def _write_info(
 ) -> None:
     channels = {"width": towers.width, "pooled": towers.pooled}
     info = {"names": names, "revisions": revisions, **channels}
-    with _writing(subfolder), atomic(subfolder / INFO) as file:
+    with _writing(subfolder), atomic_file(subfolder / INFO_FILE) as file:
         file.write(json.dumps(info, indent=2).encode() + b"\n")
 
 
 def _encode(subfolder: Path, captions: Sequence[str], towers: text_encoders.TextEncoders) -> None:
     with tqdm(total=len(captions), desc="captions", unit=" captions", disable=None) as bar:
-        for start in range(0, len(captions), SHARD):
-            shard = captions[start : start + SHARD]
+        for start in range(0, len(captions), CAPTIONS_PER_SHARD):
+            shard = captions[start : start + CAPTIONS_PER_SHARD]
             digest = hashlib.sha256(json.dumps(shard).encode()).hexdigest()
             path = subfolder / f"{digest[:16]}.parquet"
             if not path.exists():  # as it does where another process is at the same work
@@ -236,7 +236,7 @@ def _encode(subfolder: Path, captions: Sequence[str], towers: text_encoders.Text
 
 
 def _write(
-    path: Path, captions: Sequence[str], embeddings: Sequence[text_encoders.Embedding]
+    path: Path, captions: Sequence[str], embeddings: Sequence[text_encoders.CaptionEmbedding]
 ) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -251,7 +251,7 @@ def _write(
         "pooled": pa.array([raw(e.pooled) for e in embeddings], pa.large_binary()),
         "cut": pa.array([e.cut for e in embeddings], pa.bool_()),
     }
-    with _writing(path.parent), atomic(path) as file:
+    with _writing(path.parent), atomic_file(path) as file:
         table = pa.table(columns)
         pq.write_table(table, file, row_group_size=64, compression="none", use_dictionary=False)
 
@@ -267,7 +267,7 @@ def _mapped(path: Path) -> "pyarrow.Table":
             table = pq.ParquetFile(path).read().combine_chunks()
         with _writing(path.parent):
             copy.parent.mkdir(exist_ok=True)
-            with atomic(copy) as file, pa.ipc.new_file(file, table.schema) as writer:
+            with atomic_file(copy) as file, pa.ipc.new_file(file, table.schema) as writer:
                 writer.write_table(table)
     with _readable(copy), pa.memory_map(str(copy)) as file:  # closed, the map lives on
         return pa.ipc.open_file(file).read_all()

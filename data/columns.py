@@ -8,35 +8,35 @@ from jaxtyping import Int32, Int64
 
 from data.parquet import ParquetSplit
 from datasets_config import DatasetConfig
-from runtime.errors import UserError, unknown
+from runtime.errors import UserError, unknown_name
 
 if TYPE_CHECKING:  # at run time they are imported where they are used: together they take a second
     import pyarrow
     from datasets import Features
 from data.arrow import ArrowSplit
-from data.rows import _bad_cell
+from data.rows import cell_error
 
 
-def _image_column(entry: DatasetConfig, features: "Features", wanted: str | None) -> str:
+def find_image_column(entry: DatasetConfig, features: "Features", wanted: str | None) -> str:
     from datasets import Image
 
     fitting = [name for name, feature in features.items() if isinstance(feature, Image)]
-    return _column_name(entry, features, fitting, wanted=wanted, flag="image_column")
+    return _choose_column(entry, features, fitting, wanted=wanted, flag="image_column")
 
 
-def _label_column(entry: DatasetConfig, features: "Features", wanted: str | None) -> str | None:
+def find_label_column(entry: DatasetConfig, features: "Features", wanted: str | None) -> str | None:
     from datasets import ClassLabel
 
     fitting = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    if not fitting and _label_kind(features.get("label")):
+    if not fitting and _label_type(features.get("label")):
         fitting = ["label"]
     unlabelled = entry.label_column is None or (entry.label_column == "" and not fitting)
     if wanted == "" or (wanted is None and unlabelled):
         return None
-    return _column_name(entry, features, fitting, wanted=wanted, flag="label_column")
+    return _choose_column(entry, features, fitting, wanted=wanted, flag="label_column")
 
 
-def _conditioning(
+def choose_conditioning(
     entry: DatasetConfig,
     wanted: str | None,
     label_column: str | None,
@@ -45,7 +45,7 @@ def _conditioning(
 ) -> str | None:
     """What a model shall be told; None for classes where there are any."""
     if wanted not in (None, "class", "text", "none"):
-        raise unknown("conditioning", wanted, ("class", "text", "none"))
+        raise unknown_name("conditioning", wanted, ("class", "text", "none"))
     if (caption_column or templates) and wanted not in (None, "text"):
         raise UserError(f"captions are for --conditioning text, not {wanted}")
     if caption_column and (templates or label_column):
@@ -59,20 +59,20 @@ def _conditioning(
     return "text" if caption_column or templates or listed else None
 
 
-def _caption_column(entry: DatasetConfig, features: "Features", wanted: str | None) -> str:
+def find_caption_column(entry: DatasetConfig, features: "Features", wanted: str | None) -> str:
     texts = re.compile(r"((large_)?list<\w+: )?(large_)?string>?")
     fitting = [field.name for field in features.arrow_schema if texts.fullmatch(str(field.type))]
     # Where several hold texts, such as file names, none is taken for want of the one that is meant.
     only = fitting if len(fitting) == 1 else []
-    column = _column_name(entry, features, only, wanted=wanted, flag="caption_column")
+    column = _choose_column(entry, features, only, wanted=wanted, flag="caption_column")
     if column not in fitting:
         raise UserError(
-            f"data set '{entry.name}', column '{column}': holds no texts; pass --caption_column"
+            f"dataset '{entry.name}', column '{column}': holds no texts; pass --caption_column"
         )
     return column
 
 
-def _captions(
+def read_captions(
     config: DatasetConfig,
     data: ArrowSplit | ParquetSplit,
     rows: Int64[np.ndarray, "n"],
@@ -99,7 +99,7 @@ def _captions(
     return [of_class[label] for label in labels]
 
 
-def _column_name(
+def _choose_column(
     entry: DatasetConfig, features: "Features", fitting: list[str], *, wanted: str | None, flag: str
 ) -> str:
     """The column asked for, else the entry's, else the one that fits (for an entry, the first)."""
@@ -111,11 +111,11 @@ def _column_name(
         return fitting[0]
     problem = f"has no column '{choice}'" if choice else "leaves open which column to take"
     raise UserError(
-        f"data set '{entry.name}' {problem} (columns: {', '.join(features)}); pass --{flag}"
+        f"dataset '{entry.name}' {problem} (columns: {', '.join(features)}); pass --{flag}"
     )
 
 
-def _label_kind(feature: Any) -> str | None:
+def _label_type(feature: Any) -> str | None:
     """How the column names its classes: "class", "bool", "int", "string", or None."""
     from datasets import ClassLabel, Value
 
@@ -125,7 +125,7 @@ def _label_kind(feature: Any) -> str | None:
     return next((kind for kind in ("bool", "int", "string") if kind in dtype), None)
 
 
-def _class_names(
+def read_class_names(
     entry: DatasetConfig, data: ArrowSplit | ParquetSplit, column: str | None
 ) -> tuple[str, ...]:
     """One name per class, in the order of the ids; () when there are no classes."""
@@ -133,7 +133,7 @@ def _class_names(
         return ()
     feature, is_listed = data.features[column], column == entry.label_column
     listed = entry.label_names if is_listed else ()
-    kind = _label_kind(feature)
+    kind = _label_type(feature)
     if kind == "class":
         return tuple(feature.names)
     if kind == "bool":
@@ -145,12 +145,12 @@ def _class_names(
         n_classes = entry.n_classes if is_listed else max(values, default=0) + 1
         return listed or tuple(str(i) for i in range(n_classes))
     raise UserError(
-        f"data set '{entry.name}', column '{column}': labels must be classes, whole numbers,"
+        f"dataset '{entry.name}', column '{column}': labels must be classes, whole numbers,"
         f" bools or strings, not {feature}; pass --label_column"
     )
 
 
-def _label_ids(
+def read_label_ids(
     config: DatasetConfig, split: str, column: "pyarrow.ChunkedArray"
 ) -> Int32[np.ndarray, "n"]:
     """Class ids of a whole split; names become their place in `config.label_names`."""
@@ -166,5 +166,5 @@ def _label_ids(
         label = column[row].as_py()
         allowed = f"{names[0]} … {names[-1]}" if isinstance(label, str) else f"0 … {len(names) - 1}"
         problem = f"label {label!r} is none of the {len(names)} classes {allowed}"
-        raise _bad_cell(config, split, row, str(config.label_column), problem)
+        raise cell_error(config, split, row, str(config.label_column), problem)
     return ids.astype(np.int32)

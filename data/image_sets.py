@@ -1,4 +1,4 @@
-"""Sets of pictures that are to be judged: in folders, .npz files and data sets; and the .npz that
+"""Sets of pictures that are to be judged: in folders, .npz files and datasets; and the .npz that
 drawn ones are written to. All are uint8, in batches, and never all in memory.
 """
 
@@ -14,53 +14,53 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from data import images
-from data.load import open_source
-from runtime.errors import UserError, unknown
-from runtime.files import atomic
+from data.load import open_dataset
+from runtime.errors import UserError, unknown_name
+from runtime.files import atomic_file
 
-Batch = UInt8[np.ndarray, "b h w c"]
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-ARRAY, LABELS = "arr_0.npy", "arr_1.npy"
+ImageBatch = UInt8[np.ndarray, "b h w c"]
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGES_ENTRY, LABELS_ENTRY = "arr_0.npy", "arr_1.npy"
 
 
 @dataclass(frozen=True)
-class PictureSet:
+class ImageSet:
     """So many pictures, and what they are; `batches(n)` reads them, n at a time."""
 
     count: int
-    batches: Callable[[int], Iterator[Batch]] = field(repr=False)
+    batches: Callable[[int], Iterator[ImageBatch]] = field(repr=False)
     card: dict[str, Any]
 
 
-def of_dataset(
+def image_set_from_split(
     name: str,
     *,
     split: str,
     data_dir: Path | None = None,
     image_column: str | None = None,
     image_size: int | None = None,
-) -> PictureSet:
+) -> ImageSet:
     """All pictures of a split, cropped and resized as for training.
 
     Raises:
-        UserError: there is no such data set or split.
+        UserError: there is no such dataset or split.
     """
     how = {"data_dir": data_dir, "image_column": image_column, "image_size": image_size}
-    source = open_source(name, conditioning="none", **how)
+    source = open_dataset(name, conditioning="none", **how)
     splits = source.whole()
     if split not in splits:
-        raise unknown("split", split, splits)
+        raise unknown_name("split", split, splits)
     rows, c = splits[split], source.config
 
-    def batches(n: int) -> Iterator[Batch]:
+    def batches(n: int) -> Iterator[ImageBatch]:
         for start in range(0, len(rows), n):
             yield rows.images(np.arange(start, min(start + n, len(rows))))
 
     card = {"dataset_name": name, "split": split, "image_size": c.image_size}
-    return PictureSet(len(rows), batches, card)
+    return ImageSet(len(rows), batches, card)
 
 
-def of_folder(folder: Path, *, image_size: int | None = None) -> PictureSet:
+def image_set_from_folder(folder: Path, *, image_size: int | None = None) -> ImageSet:
     """All pictures in a folder and its subfolders, in the order of their names.
 
     Args:
@@ -71,13 +71,13 @@ def of_folder(folder: Path, *, image_size: int | None = None) -> PictureSet:
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder '{folder}'")
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
     if not files:
-        raise UserError(f"'{folder}' holds no pictures ({', '.join(SUFFIXES)})")
+        raise UserError(f"'{folder}' holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
     first = _picture(files[0], image_size)
     channels = first.shape[-1]
 
-    def batches(n: int) -> Iterator[Batch]:
+    def batches(n: int) -> Iterator[ImageBatch]:
         for start in range(0, len(files), n):
             batch = []
             for file in files[start : start + n]:
@@ -87,7 +87,7 @@ def of_folder(folder: Path, *, image_size: int | None = None) -> PictureSet:
                     raise UserError(f"{file} has {sizes}; --image_size makes them equal")
             yield np.stack(batch)
 
-    return PictureSet(len(files), batches, {"images": str(folder), "image_size": image_size})
+    return ImageSet(len(files), batches, {"images": str(folder), "image_size": image_size})
 
 
 def _picture(
@@ -95,10 +95,10 @@ def _picture(
 ) -> UInt8[np.ndarray, "h w c"]:
     """A file's picture; where channels are not said, grey ones have one."""
     try:
-        image = images.upright(file.read_bytes())
+        image = images.open_upright(file.read_bytes())
         channels = channels or (1 if image.mode in ("1", "L") else 3)
         if image_size:
-            return images.decode(image, channels=channels, size=image_size)
+            return images.decode_image(image, channels=channels, size=image_size)
         array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
         return array.reshape(*array.shape[:2], channels)
     except OSError as error:
@@ -115,7 +115,7 @@ def _size(picture: UInt8[np.ndarray, "h w c"]) -> str:
 # --- .npz -----------------------------------------------------------------------------------------
 
 
-def of_npz(path: Path) -> PictureSet:
+def image_set_from_npz(path: Path) -> ImageSet:
     """The pictures in `arr_0` of a file in the layout of Dhariwal & Nichol's suite.
 
     Raises:
@@ -124,7 +124,7 @@ def of_npz(path: Path) -> PictureSet:
     with _opened(path) as (_, shape):
         pass
 
-    def batches(n: int) -> Iterator[Batch]:
+    def batches(n: int) -> Iterator[ImageBatch]:
         n_bytes = int(np.prod(shape[1:]))
         with _opened(path) as (file, _):
             for start in range(0, shape[0], n):
@@ -134,7 +134,7 @@ def of_npz(path: Path) -> PictureSet:
                     raise UserError("its pictures are not whole")
                 yield np.frombuffer(content, np.uint8).reshape(size, *shape[1:])
 
-    return PictureSet(shape[0], batches, {"npz": str(path)})
+    return ImageSet(shape[0], batches, {"npz": str(path)})
 
 
 @contextmanager
@@ -142,9 +142,9 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
     """The file of the pictures at their first byte, and their shape."""
     try:
         with zipfile.ZipFile(path) as archive:
-            if ARRAY not in archive.namelist():
-                raise UserError(f"it holds {', '.join(archive.namelist())}, but no {ARRAY}")
-            with archive.open(ARRAY) as file:
+            if IMAGES_ENTRY not in archive.namelist():
+                raise UserError(f"it holds {', '.join(archive.namelist())}, but no {IMAGES_ENTRY}")
+            with archive.open(IMAGES_ENTRY) as file:
                 major, _ = np.lib.format.read_magic(file)
                 read = (
                     np.lib.format.read_array_header_1_0
@@ -163,12 +163,12 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
         raise UserError(f"{path} is damaged or no .npz file: {error}") from None
 
 
-def written(batches: Iterable[Batch], path: Path, labels: Int[np.ndarray, "n"]) -> Generator[Batch]:
+def copy_to_npz(batches: Iterable[ImageBatch], path: Path, labels: Int[np.ndarray, "n"]) -> Generator[ImageBatch]:
     """The same batches, which are also written to `path` in the layout of Dhariwal & Nichol's
     suite: pictures in `arr_0`, labels in `arr_1`. The file takes its name when it is whole.
     """
-    with atomic(path) as file, zipfile.ZipFile(file, "w") as archive:
-        with archive.open(ARRAY, "w", force_zip64=True) as entry:
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open(IMAGES_ENTRY, "w", force_zip64=True) as entry:
             for i, batch in enumerate(batches):
                 if i == 0:
                     shape = (len(labels), *batch.shape[1:])
@@ -176,5 +176,5 @@ def written(batches: Iterable[Batch], path: Path, labels: Int[np.ndarray, "n"]) 
                     np.lib.format.write_array_header_1_0(entry, header)
                 entry.write(np.ascontiguousarray(batch).data)
                 yield batch
-        with archive.open(LABELS, "w") as entry:
+        with archive.open(LABELS_ENTRY, "w") as entry:
             np.lib.format.write_array(entry, labels.astype(np.int64), allow_pickle=False)

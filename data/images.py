@@ -1,6 +1,6 @@
 """Pictures on the host: files to uint8 arrays, arrays to grids, PNG and GIF files.
 
-NumPy and Pillow only. It knows neither of data sets (the pipeline adds the row and column to an
+NumPy and Pillow only. It knows neither of datasets (the pipeline adds the row and column to an
 error) nor of latents, which are decoded before they come here.
 """
 
@@ -13,13 +13,13 @@ from PIL import Image, ImageOps
 
 from runtime.errors import UserError
 
-DEPTH_16 = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-OPAQUE = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
+SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+OPAQUE_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
 
 
-def decode(raw: bytes | Image.Image, *, channels: int, size: int) -> UInt8[np.ndarray, "s s c"]:
+def decode_image(raw: bytes | Image.Image, *, channels: int, size: int) -> UInt8[np.ndarray, "s s c"]:
     """The central square of a picture in `channels` 1 (grey) or 3 (RGB), resized; see `upright`."""
-    image, mode = upright(raw), "L" if channels == 1 else "RGB"
+    image, mode = open_upright(raw), "L" if channels == 1 else "RGB"
     if image.mode != mode:
         image = image.convert(mode)
     if image.size != (size, size):
@@ -30,7 +30,7 @@ def decode(raw: bytes | Image.Image, *, channels: int, size: int) -> UInt8[np.nd
     return np.asarray(image).reshape(size, size, channels)
 
 
-def upright(raw: bytes | Image.Image) -> Image.Image:
+def open_upright(raw: bytes | Image.Image) -> Image.Image:
     """A picture as it is meant to be seen, opaque and of 8 bits, in some mode of Pillow's.
 
     EXIF orientation is applied, transparent pixels lie over white, 16-bit greys are scaled. Raises
@@ -57,12 +57,12 @@ def _check_size(image: Image.Image) -> None:
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    if image.mode in DEPTH_16:
+    if image.mode in SIXTEEN_BIT_MODES:
         return _grey_from_16_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode not in OPAQUE:
+    if image.mode not in OPAQUE_MODES:
         raise UserError(f"pictures of Pillow's mode {image.mode} have no defined range of values")
     return image
 

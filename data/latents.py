@@ -1,8 +1,8 @@
-"""A folder of latents: what a VAE made of a data set's pictures, and how it was made.
+"""A folder of latents: what a VAE made of a dataset's pictures, and how it was made.
 
     latents/digits/
       latents.json                            `LatentSet`: the VAE, its scale, statistics, counts
-      data/train-00000-of-00002.parquet …     a Hugging Face data set
+      data/train-00000-of-00002.parquet …     a Hugging Face dataset
       README.md                               its card
 
 A row holds the *moments* of q(z | picture), mean and log-variance, so that each step of training
@@ -24,15 +24,15 @@ from jaxtyping import Float, Float16
 from datasets_config import LatentEncoding
 from runtime.errors import UserError
 
-FACTS = "latents.json"
-KEY = b"latents"  # of every file's own record
-COLUMN, LABEL, CAPTION = "moments", "label", "caption"
-AT_ONCE = 512  # rows that are read at a time
-LEAST_STD, MOST_STD = 0.4, 2.5  # of scaled latents; a VAE's own scale makes it about 1
+INFO_FILE = "latents.json"
+METADATA_KEY = b"latents"  # of every file's own record
+MOMENTS_COLUMN, LABEL_COLUMN, CAPTION_COLUMN = "moments", "label", "caption"
+ROWS_PER_READ = 512  # rows that are read at a time
+MIN_SCALED_STD, MAX_SCALED_STD = 0.4, 2.5  # of scaled latents; a VAE's own scale makes it about 1
 
 
 @dataclass(frozen=True)
-class Sums:
+class MomentSums:
     """Of latents drawn from their moments, by channel: how many numbers, their sum and the sum of
     their squares, both expected.
     """
@@ -42,7 +42,7 @@ class Sums:
     second: Float[np.ndarray, "c"]
 
     @classmethod
-    def over(cls, moments: Float16[np.ndarray, "b h w k"], channels: int) -> "Sums":
+    def over(cls, moments: Float16[np.ndarray, "b h w k"], channels: int) -> "MomentSums":
         """E z = μ and E z² = μ² + σ², summed over rows and places, in float64. Mirrored views are
         left out.
         """
@@ -52,8 +52,8 @@ class Sums:
         second = np.square(mean) + np.exp(log_variance)
         return cls(mean[..., 0].size, mean.sum((0, 1, 2)), second.sum((0, 1, 2)))
 
-    def __add__(self, other: "Sums") -> "Sums":
-        return Sums(self.n + other.n, self.first + other.first, self.second + other.second)
+    def __add__(self, other: "MomentSums") -> "MomentSums":
+        return MomentSums(self.n + other.n, self.first + other.first, self.second + other.second)
 
     @property
     def mean(self) -> Float[np.ndarray, "c"]:
@@ -67,12 +67,12 @@ class Sums:
         return {"n": self.n, "first": self.first.tolist(), "second": self.second.tolist()}
 
     @classmethod
-    def of(cls, record: dict[str, Any]) -> "Sums":
+    def of(cls, record: dict[str, Any]) -> "MomentSums":
         return cls(record["n"], np.array(record["first"]), np.array(record["second"]))
 
 
 @dataclass(frozen=True)
-class LatentSet:
+class LatentDataset:
     """A whole folder. `channel_mean` and `channel_std` are of the latents before scale and shift;
     `skipped` has the rows of the source whose pictures could not be read.
     """
@@ -97,17 +97,17 @@ class LatentSet:
         return e.scaling_factor * math.sqrt(second.mean() - mean.mean() ** 2)
 
 
-def read(folder: Path) -> LatentSet:
+def read_latent_dataset(folder: Path) -> LatentDataset:
     """What `latents.json` says.
 
     Raises:
         UserError: the folder holds no finished latents, or the file is damaged.
     """
     try:
-        record = json.loads((folder / FACTS).read_text())
+        record = json.loads((folder / INFO_FILE).read_text())
         encoding = LatentEncoding.of(record["encoding"])
         channels = {name: tuple(record[name]) for name in ("channel_mean", "channel_std")}
-        said = LatentSet(**record | channels | {"encoding": encoding})
+        said = LatentDataset(**record | channels | {"encoding": encoding})
         if not said.n_files["train"] or said.n_files.keys() != said.n_rows.keys():
             raise ValueError("it counts no rows to train on")
         if {len(said.channel_mean), len(said.channel_std)} != {encoding.shape[-1]}:
@@ -115,14 +115,14 @@ def read(folder: Path) -> LatentSet:
         return said
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"'{folder}' holds no finished latents: it has no {FACTS}; "
+            f"'{folder}' holds no finished latents: it has no {INFO_FILE}; "
             "python convert_imagenet.py makes them"
         ) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder / FACTS} is damaged: {error}") from None
+        raise UserError(f"{folder / INFO_FILE} is damaged: {error}") from None
 
 
-def as_json(record: Any) -> bytes:
+def to_json(record: Any) -> bytes:
     """A dataclass of this file as text."""
     return json.dumps(dataclasses.asdict(record), indent=2).encode() + b"\n"
 
@@ -130,12 +130,12 @@ def as_json(record: Any) -> bytes:
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def pack(moments: Float16[np.ndarray, "b h w k"]) -> list[bytes]:
+def pack_moments(moments: Float16[np.ndarray, "b h w k"]) -> list[bytes]:
     """Rows as the cells of a column: little-endian float16, in the order h, w, channels."""
     return [row.astype("<f2", copy=False).tobytes() for row in moments]
 
 
-def unpack(cells: Sequence[bytes], encoding: LatentEncoding) -> Float16[np.ndarray, "b h w k"]:
+def unpack_moments(cells: Sequence[bytes], encoding: LatentEncoding) -> Float16[np.ndarray, "b h w k"]:
     """The inverse of `pack`.
 
     Raises:
@@ -155,12 +155,12 @@ def unpack(cells: Sequence[bytes], encoding: LatentEncoding) -> Float16[np.ndarr
 # --- files ----------------------------------------------------------------------------------------
 
 
-def files(folder: Path, split: str, n: int) -> list[Path]:
+def latent_files(folder: Path, split: str, n: int) -> list[Path]:
     """The files of a split, as Hugging Face names them."""
     return [folder / "data" / f"{split}-{i:05d}-of-{n:05d}.parquet" for i in range(n)]
 
 
-def record_of(file: Path) -> dict[str, Any]:
+def read_file_record(file: Path) -> dict[str, Any]:
     """What a file says of itself: its `encoding`, the first and the last of the `rows` it was made
     from and those that were `skipped`, the number of the rows that it has and their `sums`.
 
@@ -171,8 +171,8 @@ def record_of(file: Path) -> dict[str, Any]:
 
     try:
         end = pyarrow.parquet.read_metadata(file)
-        record = json.loads((end.metadata or {})[KEY])
-        encoding, sums = LatentEncoding.of(record["encoding"]), Sums.of(record["sums"])
+        record = json.loads((end.metadata or {})[METADATA_KEY])
+        encoding, sums = LatentEncoding.of(record["encoding"]), MomentSums.of(record["sums"])
     except FileNotFoundError:
         raise UserError(f"{file} is missing") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -180,7 +180,7 @@ def record_of(file: Path) -> dict[str, Any]:
     return record | {"encoding": encoding, "sums": sums, "n_rows": end.num_rows}
 
 
-def moments_of(file: Path, encoding: LatentEncoding) -> Iterator[Float16[np.ndarray, "b h w k"]]:
+def iterate_moments(file: Path, encoding: LatentEncoding) -> Iterator[Float16[np.ndarray, "b h w k"]]:
     """All rows of a file, `AT_ONCE` at a time.
 
     Raises:
@@ -190,8 +190,8 @@ def moments_of(file: Path, encoding: LatentEncoding) -> Iterator[Float16[np.ndar
 
     try:
         with pyarrow.parquet.ParquetFile(file) as opened:
-            for batch in opened.iter_batches(batch_size=AT_ONCE, columns=[COLUMN]):
-                yield unpack(batch[COLUMN].to_pylist(), encoding)
+            for batch in opened.iter_batches(batch_size=ROWS_PER_READ, columns=[MOMENTS_COLUMN]):
+                yield unpack_moments(batch[MOMENTS_COLUMN].to_pylist(), encoding)
     except UserError:
         raise
     except (OSError, ValueError, KeyError) as error:
@@ -201,16 +201,16 @@ def moments_of(file: Path, encoding: LatentEncoding) -> Iterator[Float16[np.ndar
 # --- the doctor -----------------------------------------------------------------------------------
 
 
-def examine(folder: Path) -> LatentSet:
+def check_latents(folder: Path) -> LatentDataset:
     """The fast half of the doctor's visit, for which no VAE is needed: that every file is there,
     whole and of this encoding, and that the latents are as `latents.json` says.
 
     Raises:
         UserError: what is wrong.
     """
-    said = read(folder)
+    said = read_latent_dataset(folder)
     records = {
-        split: {file: record_of(file) for file in files(folder, split, n)}
+        split: {file: read_file_record(file) for file in latent_files(folder, split, n)}
         for split, n in said.n_files.items()
     }
     for problem in chain(_wrong_files(said, records), _wrong_statistics(said, records["train"])):
@@ -218,25 +218,25 @@ def examine(folder: Path) -> LatentSet:
     return said
 
 
-def _wrong_files(said: LatentSet, records: dict[str, dict[Path, dict[str, Any]]]) -> Iterator[str]:
+def _wrong_files(said: LatentDataset, records: dict[str, dict[Path, dict[str, Any]]]) -> Iterator[str]:
     wanted = dataclasses.asdict(said.encoding)
     for split, of_split in records.items():
         for file, record in of_split.items():
             for name, made in dataclasses.asdict(record["encoding"]).items():
                 if made != wanted[name]:
-                    yield f"{name} is {wanted[name]} in {FACTS}, but {file.name} has {made}"
+                    yield f"{name} is {wanted[name]} in {INFO_FILE}, but {file.name} has {made}"
         n_rows = sum(record["n_rows"] for record in of_split.values())
         if n_rows != said.n_rows[split]:
-            yield f"split '{split}' has {n_rows} rows, and {FACTS} says {said.n_rows[split]}"
+            yield f"split '{split}' has {n_rows} rows, and {INFO_FILE} says {said.n_rows[split]}"
 
 
-def _wrong_statistics(said: LatentSet, records: dict[Path, dict[str, Any]]) -> Iterator[str]:
-    sums = sum_of(record["sums"] for record in records.values())
+def _wrong_statistics(said: LatentDataset, records: dict[Path, dict[str, Any]]) -> Iterator[str]:
+    sums = add_moment_sums(record["sums"] for record in records.values())
     written, found = (said.channel_mean, said.channel_std), (sums.mean, sums.std)
     if not np.allclose(found, written, rtol=1e-6, atol=1e-12):
         yield (
-            f"channels have mean {numbers(sums.mean)} and std {numbers(sums.std)}, and {FACTS} "
-            f"says {numbers(said.channel_mean)} and {numbers(said.channel_std)}"
+            f"channels have mean {format_numbers(sums.mean)} and std {format_numbers(sums.std)}, and {INFO_FILE} "
+            f"says {format_numbers(said.channel_mean)} and {format_numbers(said.channel_std)}"
         )
         return
     e = said.encoding
@@ -245,10 +245,10 @@ def _wrong_statistics(said: LatentSet, records: dict[Path, dict[str, Any]]) -> I
         (file for file in records if records[file]["n_rows"]),
         key=lambda file: records[file]["n_rows"],
     )
-    rows = sum_of(Sums.over(moments, e.shape[-1]) for moments in moments_of(file, e))
+    rows = add_moment_sums(MomentSums.over(moments, e.shape[-1]) for moments in iterate_moments(file, e))
     if not np.allclose(rows.second, records[file]["sums"].second, rtol=1e-6):
         yield f"the rows of {file.name} are not those that it was written with"
-    if not LEAST_STD <= said.scaled_std <= MOST_STD:
+    if not MIN_SCALED_STD <= said.scaled_std <= MAX_SCALED_STD:
         yield (
             f"scaled by {e.scaling_factor} they have a standard deviation of "
             f"{said.scaled_std:.3g}, where a model expects about 1: the scaling factor is of "
@@ -256,7 +256,7 @@ def _wrong_statistics(said: LatentSet, records: dict[Path, dict[str, Any]]) -> I
         )
 
 
-def sum_of(several: Iterator[Sums]) -> Sums:
+def add_moment_sums(several: Iterator[MomentSums]) -> MomentSums:
     """All of them together, in their order."""
     total = next(several)
     for one in several:
@@ -264,5 +264,5 @@ def sum_of(several: Iterator[Sums]) -> Sums:
     return total
 
 
-def numbers(values: Sequence[float] | np.ndarray) -> str:
+def format_numbers(values: Sequence[float] | np.ndarray) -> str:
     return " ".join(f"{value:.3g}" for value in values)

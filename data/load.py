@@ -1,4 +1,4 @@
-"""Opening a data set: its columns, classes and splits, found and checked before anything trains.
+"""Opening a dataset: its columns, classes and splits, found and checked before anything trains.
 
 A `Source` holds pictures as files and knows how to decode some rows of them; the order of the rows
 and the making of batches are the pipeline's.
@@ -24,21 +24,21 @@ if TYPE_CHECKING:  # at run time they are imported where they are used: together
     pass
 from data.arrow import ArrowSplit
 from data.columns import (
-    _caption_column,
-    _captions,
-    _class_names,
-    _conditioning,
-    _image_column,
-    _label_column,
-    _label_ids,
+    find_caption_column,
+    read_captions,
+    read_class_names,
+    choose_conditioning,
+    find_image_column,
+    find_label_column,
+    read_label_ids,
 )
-from data.rows import Source, Split, _bad_cell, _content
+from data.rows import Source, Split, cell_error, image_bytes
 
 EVAL_SPLITS = ("validation", "valid", "val", "test")
-MODELS_BY_SIDE = {16: "DiT-Ti/2", 32: "DiT-S/2", 64: "DiT-S/4", math.inf: "DiT-B/8"}
+MODEL_BY_MAX_SIDE = {16: "DiT-Ti/2", 32: "DiT-S/2", 64: "DiT-S/4", math.inf: "DiT-B/8"}
 
 
-def open_source(
+def open_dataset(
     name: str,
     *,
     data_dir: str | Path | None = None,
@@ -52,7 +52,7 @@ def open_source(
     streaming: bool = False,
     latents_dir: Path | None = None,
 ) -> Source:
-    """Opens a data set and checks every label; a `UserError` says what is wrong and what to pass.
+    """Opens a dataset and checks every label; a `UserError` says what is wrong and what to pass.
 
     Args:
         name: a key of `DATASET_CONFIGS`, `folder:PATH` or `hf:owner/name[:configuration]`.
@@ -69,22 +69,22 @@ def open_source(
         data_dir = latents_dir
     elif channels not in (None, 1, 3) or (image_size is not None and image_size < 2):
         raise UserError("channels must be 1 or 3, and image_size at least 2")
-    conditioning = _conditioning(entry, conditioning, label_column, caption_column, templates)
+    conditioning = choose_conditioning(entry, conditioning, label_column, caption_column, templates)
     splits = _load(entry, _folder(entry, data_dir), streaming)
     (train, train_rows), (held_out, held_out_rows) = _choose_splits(entry, splits)
     features = splits[train].features
-    image_column = _image_column(entry, features, image_column)
+    image_column = find_image_column(entry, features, image_column)
     templates = templates or (() if caption_column else entry.templates)
     if conditioning == "text" and not templates:
-        caption_column = _caption_column(entry, features, caption_column)
+        caption_column = find_caption_column(entry, features, caption_column)
     if conditioning == "none" or caption_column:
         label_column = ""
-    label_column = _label_column(entry, features, label_column)
+    label_column = find_label_column(entry, features, label_column)
     if conditioning in ("class", "text") and not (label_column or caption_column):
         raise UserError(
-            f"data set '{entry.name}' has no classes to tell a model; pass --label_column"
+            f"dataset '{entry.name}' has no classes to tell a model; pass --label_column"
         )
-    names = _class_names(entry, splits[train], label_column)
+    names = read_class_names(entry, splits[train], label_column)
     config = dataclasses.replace(
         entry,
         image_column=image_column,
@@ -107,7 +107,7 @@ def _entry(name: str) -> DatasetConfig:
     """The table's entry, or one with zeros and empty names where the data will have to tell."""
     kind, _, path = name.partition(":")
     if kind not in ("folder", "hf"):
-        return datasets_config.find(name)
+        return datasets_config.find_dataset(name)
     if not path:
         raise UserError(f"'{name}' names nothing; write folder:PATH or hf:owner/name")
     path, _, config_name = path.partition(":") if kind == "hf" else (path, "", "")
@@ -136,7 +136,7 @@ def _of_latents(
     channels: int | None,
 ) -> DatasetConfig:
     """The entry with what its latents are, and a model for their size."""
-    encoding = latents.examine(folder).encoding
+    encoding = latents.check_latents(folder).encoding
     if encoding.dataset_name != entry.name:
         raise UserError(
             f"the latents in '{folder}' are of {encoding.dataset_name}, not {entry.name}"
@@ -153,12 +153,12 @@ def _of_latents(
     if entry.latents_dir:
         model = entry.model
     else:
-        model = next(model for most, model in MODELS_BY_SIDE.items() if side <= most)
+        model = next(model for most, model in MODEL_BY_MAX_SIDE.items() if side <= most)
     return dataclasses.replace(
         entry,
-        image_column=latents.COLUMN,
+        image_column=latents.MOMENTS_COLUMN,
         label_column="",
-        caption_column=latents.CAPTION if encoding.captions else None,
+        caption_column=latents.CAPTION_COLUMN if encoding.captions else None,
         eval_split="",
         n_classes=0,
         label_names=(),
@@ -183,7 +183,7 @@ def _load(
 ) -> dict[str, ArrowSplit | ParquetSplit]:
     """All splits of the set."""
     if folder and not folder.is_dir():
-        raise UserError(f"data set '{entry.name}': there is no folder '{folder}'")
+        raise UserError(f"dataset '{entry.name}': there is no folder '{folder}'")
     try:
         splits = _parquet(entry, folder) if streaming else _stored(entry, folder)
     except UserError:
@@ -192,7 +192,7 @@ def _load(
         reason = str(error).partition("\n")[0] or type(error).__name__
         where = f"folder '{folder}'" if folder else f"'{entry.path}' of the Hugging Face hub"
         hint = "" if folder else "; --data_dir FOLDER opens a local copy"
-        raise UserError(f"data set '{entry.name}': cannot open {where} ({reason}){hint}") from error
+        raise UserError(f"dataset '{entry.name}': cannot open {where} ({reason}){hint}") from error
     return {str(name): data for name, data in splits.items()}
 
 
@@ -221,7 +221,7 @@ def _parquet(entry: DatasetConfig, folder: Path | None) -> dict[Any, ParquetSpli
     if not isinstance(builder, Parquet):
         kind = "a folder of save_to_disk" if builder is None else f"of the kind '{builder.name}'"
         raise UserError(
-            f"data set '{entry.name}': --streaming reads Parquet files, and this is {kind}; "
+            f"dataset '{entry.name}': --streaming reads Parquet files, and this is {kind}; "
             "drop --streaming"
         )
     files = builder.config.data_files or {}
@@ -248,7 +248,7 @@ def _choose_splits(
     train = entry.train_split if len(splits) > 1 else next(iter(splits))
     if train not in splits:
         raise UserError(
-            f"data set '{entry.name}' has no split '{train}' (splits: {', '.join(splits)})"
+            f"dataset '{entry.name}' has no split '{train}' (splits: {', '.join(splits)})"
         )
     candidates = EVAL_SPLITS if entry.eval_split == "" else (entry.eval_split,)
     chosen = [train, *(s for s in candidates if s in splits and s != train)][:2]
@@ -258,7 +258,7 @@ def _choose_splits(
         chosen, rows = [train, train], _carved(splits[train], entry.eval_fraction)
     if not all(len(r) for r in rows):
         raise UserError(
-            f"data set '{entry.name}' has too few rows to train on and to evaluate with"
+            f"dataset '{entry.name}' has too few rows to train on and to evaluate with"
         )
     return list(zip(chosen, rows))
 
@@ -283,20 +283,20 @@ def _split(
     columns = [column for column in wanted if column]
     if not set(columns) <= set(data.features):
         raise UserError(
-            f"data set '{config.name}', split '{name}' needs the columns {' and '.join(columns)}"
+            f"dataset '{config.name}', split '{name}' needs the columns {' and '.join(columns)}"
             f" but has {', '.join(data.features)}"
         )
     try:
         pictures = data.pictures(columns[0])
     except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's
         raise UserError(
-            f"data set '{config.name}', split '{name}': column '{columns[0]}' holds no pictures"
+            f"dataset '{config.name}', split '{name}': column '{columns[0]}' holds no pictures"
             f" (columns: {', '.join(data.features)}); pass --image_column"
         ) from error
     labels = np.zeros(len(data), np.int32)
     if config.label_column is not None:
-        labels = _label_ids(config, name, data.column(config.label_column))
-    captions = _captions(config, data, rows, labels[rows])
+        labels = read_label_ids(config, name, data.column(config.label_column))
+    captions = read_captions(config, data, rows, labels[rows])
     return Split(config, name, pictures, rows, labels[rows], captions)
 
 
@@ -306,13 +306,13 @@ def _with_measured_pictures(split: Split) -> DatasetConfig:
     if not config.image_size:
         row = int(split.rows[0])
         try:
-            side = min(images.upright(_content(split.data.cells([row])[0])).size)
+            side = min(images.open_upright(image_bytes(split.data.cells([row])[0])).size)
         except UserError as error:
-            raise _bad_cell(config, split.name, row, config.image_column, str(error)) from error
+            raise cell_error(config, split.name, row, config.image_column, str(error)) from error
         config = dataclasses.replace(config, image_size=min(64, max(8, side // 8 * 8)))
     if not config.channels:
         coloured = dataclasses.replace(split, config=dataclasses.replace(config, channels=3))
         some = coloured.images(np.linspace(0, len(split) - 1, 16).astype(int))
         config = dataclasses.replace(config, channels=1 if (some == some[..., :1]).all() else 3)
-    fitting = next(model for side, model in MODELS_BY_SIDE.items() if config.image_size <= side)
+    fitting = next(model for side, model in MODEL_BY_MAX_SIDE.items() if config.image_size <= side)
     return dataclasses.replace(config, model=fitting)

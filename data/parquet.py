@@ -1,4 +1,4 @@
-"""Data sets in Parquet files that are read where they lie, a row group at a time.
+"""Datasets in Parquet files that are read where they lie, a row group at a time.
 
 Nothing is downloaded or converted first. Any row can be had, in any order; rows of one group after
 another come cheaply.
@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # at run time they are imported where they are used: together
     import pyarrow.parquet
     from datasets import Features
 
-AT_ONCE = 32  # files that are looked into at the start
-PAUSES = (1, 4, 16, 60)  # seconds before a file elsewhere is tried again
+FILES_AT_ONCE = 32  # files that are looked into at the start
+RETRY_SECONDS = (1, 4, 16, 60)  # seconds before a file elsewhere is tried again
 
 
 class ParquetSplit:
@@ -135,7 +135,7 @@ class ParquetSplit:
         import pyarrow.parquet
 
         path = self.files[i]
-        pauses = iter(PAUSES if "://" in path else ())
+        pauses = iter(RETRY_SECONDS if "://" in path else ())
         while True:
             try:
                 with fsspec.open(path) as file, pyarrow.parquet.ParquetFile(file) as parquet:
@@ -155,6 +155,6 @@ class ParquetSplit:
         """What `read` has of every file, with a progress bar when it takes long."""
         from tqdm import tqdm
 
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
             answers = pool.map(lambda i: self._read(i, read), range(len(self.files)))
             return list(tqdm(answers, what, len(self.files), leave=False, delay=2, unit="file"))

@@ -1,4 +1,4 @@
-"""From an opened data set to shuffled uint8 batches, where a batch is a function of (seed, step).
+"""From an opened dataset to shuffled uint8 batches, where a batch is a function of (seed, step).
 
 It knows nothing of devices, floats or training, and never imports JAX.
 """
@@ -15,25 +15,25 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
 
-from data.batch import Batch, BatchPlan, concatenate
+from data.batch import Batch, BatchPlan, concatenate_batches
 from data.caption_cache import CaptionStore
-from data.load import open_source
+from data.load import open_dataset
 from data.parquet import ParquetSplit
 from data.rows import Images, Source, Split
-from data.shuffle import flips, laned, lanes, permutation, uniforms
+from data.shuffle import sample_flips, shuffle_grouped_rows, plan_grouped_shuffle, shuffle_rows, sample_caption_uniforms
 from runtime import workers
 from runtime.errors import RunError, UserError
 
 __all__ = ["Batch", "Pipeline", "Source", "open_source"]
 
-HELD_BYTES = 2**30  # decoded pictures up to this size stay in memory
+MAX_IN_MEMORY_BYTES = 2**30  # decoded pictures up to this size stay in memory
 EVAL_LANES = 16  # row groups of a streamed set that an evaluation reads at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Decoder:
     """A draw's batch. A pickled one holds what is needed for that and neither pictures nor texts:
-    it reads the data set's files.
+    it reads the dataset's files.
     """
 
     split: Split
@@ -104,14 +104,14 @@ class Pipeline:
         self.n_workers = min(16, max(1, n_cpus // 2)) if n_workers is None else n_workers
         self.lanes, stream = None, source.train.data
         if isinstance(stream, ParquetSplit):
-            self.lanes = lanes(source.train, batch_size, shuffle_buffer)
-            self._eval_lanes = lanes(source.eval, EVAL_LANES, EVAL_LANES)
+            self.lanes = plan_grouped_shuffle(source.train, batch_size, shuffle_buffer)
+            self._eval_lanes = plan_grouped_shuffle(source.eval, EVAL_LANES, EVAL_LANES)
             stream.capacity = self.lanes.open_groups(n_processes * max(1, self.n_workers))
         if in_memory is None:
             shape, dtype = source.train.picture
             row_bytes = math.prod(shape) * np.dtype(dtype).itemsize
             n_rows = len(source.train) + len(source.eval)
-            in_memory = n_rows * row_bytes <= HELD_BYTES and not self.lanes
+            in_memory = n_rows * row_bytes <= MAX_IN_MEMORY_BYTES and not self.lanes
         self.encoded = encoded
         splits = {"train": source.train, "eval": source.eval}
         self._decoders = {
@@ -126,13 +126,13 @@ class Pipeline:
     def order(self, epoch: int) -> Int64[np.ndarray, "n"]:
         """The training rows in the order of this epoch."""
         if self.lanes:
-            return laned(self.lanes, self.seed, epoch)
-        return permutation(self.seed, epoch, len(self.source.train))
+            return shuffle_grouped_rows(self.lanes, self.seed, epoch)
+        return shuffle_rows(self.seed, epoch, len(self.source.train))
 
     def flips(self, epoch: int) -> Bool[np.ndarray, "n"]:
         """For each place in this epoch, whether the picture there is mirrored."""
         n = len(self.source.train)
-        return flips(self.seed, epoch, n) if self.source.config.flip else np.zeros(n, bool)
+        return sample_flips(self.seed, epoch, n) if self.source.config.flip else np.zeros(n, bool)
 
     def rows(self, step: int) -> Int64[np.ndarray, "b"]:
         """The training rows of the global batch of `step`, which counts from 0."""
@@ -159,7 +159,7 @@ class Pipeline:
         if not self.encoded:
             return train.labels[rows].tolist()
         epochs = self._epochs(step, np.arange(self.batch_size))
-        draws = np.concatenate([uniforms(self.seed, epoch, n)[places] for epoch, places in epochs])
+        draws = np.concatenate([sample_caption_uniforms(self.seed, epoch, n)[places] for epoch, places in epochs])
         several = [train.captions[row] for row in rows]
         return [captions[int(u * len(captions))] for captions, u in zip(several, draws)]
 
@@ -171,7 +171,7 @@ class Pipeline:
         mirrored = np.concatenate([self.flips(epoch)[places] for epoch, places in epochs])
         draws = np.zeros(len(row))
         if self.encoded:
-            parts = [uniforms(self.seed, epoch, n)[places] for epoch, places in epochs]
+            parts = [sample_caption_uniforms(self.seed, epoch, n)[places] for epoch, places in epochs]
             draws = np.concatenate(parts)
         return BatchPlan(row.astype(np.int32), rows, mirrored, self._labels("train", rows, draws))
 
@@ -213,8 +213,8 @@ class Pipeline:
         draws = map(self._draw, range(start, stop))
         calls = ([BatchPlan(*(x[part] for x in draw)) for part in parts] for draw in draws)
         try:
-            with contextlib.closing(workers.ahead(callers, calls)) as answers:
-                yield from map(concatenate, answers)
+            with contextlib.closing(workers.run_ahead(callers, calls)) as answers:
+                yield from map(concatenate_batches, answers)
         except workers.WorkerDied as died:
             raise RunError(
                 f"{died}, decoding rows of the training split: {died.call.source.tolist()}"
@@ -231,7 +231,7 @@ class Pipeline:
         row, decoder = self._mine(size), self._decoders["eval"]
         # Shuffled, because the first rows of a set are often all of one class.
         n_rows = len(self.source.eval)
-        order = laned(self._eval_lanes, 0, 0) if self.lanes else permutation(0, 0, n_rows)
+        order = shuffle_grouped_rows(self._eval_lanes, 0, 0) if self.lanes else shuffle_rows(0, 0, n_rows)
         nothing = np.zeros(len(row))
         for first in range(0, n * size, size):
             rows = order[(first + row) % len(order)]

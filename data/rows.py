@@ -21,7 +21,7 @@ from data.arrow import ArrowSplit
 Images = UInt8[np.ndarray, "b h w c"] | Float16[np.ndarray, "b h w k"]
 
 
-class Readable(NamedTuple):
+class DecodedRows(NamedTuple):
     """Pictures of those rows of a split that have any, and of each other row of the data what is
     wrong with it.
     """
@@ -54,27 +54,27 @@ class Split:
         return (c.image_size, c.image_size, c.channels), np.uint8
 
     def images(self, indices: Int64[np.ndarray, "b"]) -> Images:
-        """Decodes these rows of the split; a `UserError` names the data set, row and column. Of
+        """Decodes these rows of the split; a `UserError` names the dataset, row and column. Of
         latents, they are moments.
         """
         rows = self.rows[indices].tolist()
         if self.config.encoding:
             cells = [cell["bytes"] for cell in self.data.cells(rows)]
-            return latents.unpack(cells, self.config.encoding)
+            return latents.unpack_moments(cells, self.config.encoding)
         size, channels = self.config.image_size, self.config.channels
         decoded = np.empty((len(indices), size, size, channels), np.uint8)
         for i, cell in enumerate(self.data.cells(rows)):
             try:
-                decoded[i] = images.decode(_content(cell), channels=channels, size=size)
+                decoded[i] = images.decode_image(image_bytes(cell), channels=channels, size=size)
             except UserError as error:
                 column = self.config.image_column
-                raise _bad_cell(self.config, self.name, rows[i], column, str(error)) from error
+                raise cell_error(self.config, self.name, rows[i], column, str(error)) from error
         return decoded
 
-    def readable(self, indices: Int64[np.ndarray, "b"]) -> Readable:
+    def readable(self, indices: Int64[np.ndarray, "b"]) -> DecodedRows:
         """Decodes those of these rows that can be."""
         try:
-            return Readable(indices, self.images(indices), {})
+            return DecodedRows(indices, self.images(indices), {})
         except UserError:  # not said which others there are
             good, problems = [], {}
             for place, index in enumerate(indices):
@@ -83,12 +83,12 @@ class Split:
                     good.append(place)
                 except UserError as error:
                     problems[int(self.rows[index])] = str(error)
-            return Readable(indices[good], self.images(indices[good]), problems)
+            return DecodedRows(indices[good], self.images(indices[good]), problems)
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """An opened data set. `config` has no holes: its columns, classes and sizes are the data's."""
+    """An opened dataset. `config` has no holes: its columns, classes and sizes are the data's."""
 
     config: DatasetConfig
     train: Split
@@ -110,7 +110,7 @@ class Source:
         return {"train": both}
 
 
-def _content(cell: Mapping[str, Any] | None) -> bytes:
+def image_bytes(cell: Mapping[str, Any] | None) -> bytes:
     """The file of an undecoded picture, which an image folder keeps on disk."""
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise UserError("the cell is empty")
@@ -122,7 +122,7 @@ def _content(cell: Mapping[str, Any] | None) -> bytes:
         raise UserError(f"the file cannot be read ({error})") from error
 
 
-def _bad_cell(config: DatasetConfig, split: str, row: int, column: str, problem: str) -> UserError:
+def cell_error(config: DatasetConfig, split: str, row: int, column: str, problem: str) -> UserError:
     return UserError(
-        f"data set '{config.name}', split '{split}', row {row}, column '{column}': {problem}"
+        f"dataset '{config.name}', split '{split}', row {row}, column '{column}': {problem}"
     )

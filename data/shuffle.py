@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float64, Int64
 from data.parquet import ParquetSplit
 from data.rows import Split
 
-OPEN_BYTES = 2**30  # of groups that all readers of one batch together have in memory
-MOST_LANES = 64
+MAX_OPEN_BYTES = 2**30  # of groups that all readers of one batch together have in memory
+MAX_LANES = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +45,8 @@ class GroupedShuffle:
         `shuffle_buffer` rows.
         """
         pooled = shuffle_buffer / sizes.mean()  # groups; at both ends of a pool is half of another
-        room = int((OPEN_BYTES / group_bytes - pooled) / 2)
-        n_lanes = max(1, min(room, MOST_LANES, batch_size, len(sizes)))
+        room = int((MAX_OPEN_BYTES / group_bytes - pooled) / 2)
+        n_lanes = max(1, min(room, MAX_LANES, batch_size, len(sizes)))
         return cls(sizes, n_lanes, math.ceil(shuffle_buffer / n_lanes), batch_size)
 
     def order(self, seed: int, epoch: int) -> Int64[np.ndarray, "n"]:
@@ -75,10 +75,10 @@ class GroupedShuffle:
 
 
 # NumPy's seeds (s, e) and (s, e, 0) are one stream, so no constant is 0.
-FLIPS, CAPTIONS = 1, 2
+FLIP_STREAM, CAPTION_STREAM = 1, 2
 
 
-def lanes(split: Split, batch_size: int, shuffle_buffer: int) -> GroupedShuffle:
+def plan_grouped_shuffle(split: Split, batch_size: int, shuffle_buffer: int) -> GroupedShuffle:
     """The order of a streamed split."""
     assert isinstance(split.data, ParquetSplit)
     group = split.data.group(split.rows)
@@ -91,7 +91,7 @@ def lanes(split: Split, batch_size: int, shuffle_buffer: int) -> GroupedShuffle:
 
 
 @functools.lru_cache(maxsize=4)  # an epoch, the one it runs into, the evaluation
-def permutation(seed: int, epoch: int, n: int) -> Int64[np.ndarray, "n"]:
+def shuffle_rows(seed: int, epoch: int, n: int) -> Int64[np.ndarray, "n"]:
     """The order of the rows in one epoch."""
     order = np.random.default_rng((seed, epoch)).permutation(n)
     order.flags.writeable = False
@@ -99,7 +99,7 @@ def permutation(seed: int, epoch: int, n: int) -> Int64[np.ndarray, "n"]:
 
 
 @functools.lru_cache(maxsize=3)
-def laned(lanes: GroupedShuffle, seed: int, epoch: int) -> Int64[np.ndarray, "n"]:
+def shuffle_grouped_rows(lanes: GroupedShuffle, seed: int, epoch: int) -> Int64[np.ndarray, "n"]:
     """The order of the rows in one epoch of a streamed set."""
     order = lanes.order(seed, epoch)
     order.flags.writeable = False
@@ -107,16 +107,16 @@ def laned(lanes: GroupedShuffle, seed: int, epoch: int) -> Int64[np.ndarray, "n"
 
 
 @functools.lru_cache(maxsize=2)
-def flips(seed: int, epoch: int, n: int) -> Bool[np.ndarray, "n"]:
+def sample_flips(seed: int, epoch: int, n: int) -> Bool[np.ndarray, "n"]:
     """For each place in an epoch, heads or tails."""
-    heads = np.random.default_rng((seed, epoch, FLIPS)).random(n) < 0.5
+    heads = np.random.default_rng((seed, epoch, FLIP_STREAM)).random(n) < 0.5
     heads.flags.writeable = False
     return heads
 
 
 @functools.lru_cache(maxsize=2)
-def uniforms(seed: int, epoch: int, n: int) -> Float64[np.ndarray, "n"]:
+def sample_caption_uniforms(seed: int, epoch: int, n: int) -> Float64[np.ndarray, "n"]:
     """A number in 0 … 1 for each place in an epoch: which of its captions a picture has there."""
-    draws = np.random.default_rng((seed, epoch, CAPTIONS)).random(n)
+    draws = np.random.default_rng((seed, epoch, CAPTION_STREAM)).random(n)
     draws.flags.writeable = False
     return draws

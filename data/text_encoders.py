@@ -1,6 +1,6 @@
-"""Captions to tokens and a pooled vector, by the text towers of Hugging Face.
+"""Captions to tokens and a pooled vector, by the text encoders of Hugging Face.
 
-Knows nothing of JAX, data sets or files of ours. transformers and torch are imported only when
+Knows nothing of JAX, datasets or files of ours. transformers and torch are imported only when
 something is encoded.
 """
 
@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float16
 
-from data.batch import Caption
+from data.batch import EncodedCaption
 from runtime.errors import UserError
 
-CLIP = ("clip", "clip_text_model")
+CLIP_MODEL_TYPES = ("clip", "clip_text_model")
 T5_TOKENS = 256  # as diffusers' SD3; positions that are relative have no end of their own
 REVISION_DIGITS = 12
 HUB_SECONDS = 10
@@ -28,7 +28,7 @@ TOKENIZER_FILES = ("config.json", "*token*", "vocab*", "merges*", "*.model")
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
-class Embedding(NamedTuple):
+class CaptionEmbedding(NamedTuple):
     """What is kept of one caption, unpadded; the null caption has no tokens."""
 
     tokens: Float16[np.ndarray, "n e"]
@@ -36,7 +36,7 @@ class Embedding(NamedTuple):
     cut: bool  # the caption was longer than a tower takes; of SD3's, than any does
 
 
-def pad(embeddings: Sequence[Embedding], length: int) -> Caption:
+def pad_embeddings(embeddings: Sequence[CaptionEmbedding], length: int) -> EncodedCaption:
     """At least one embedding, each with zeros up to `length` tokens or cut to it."""
     n, (first, *_) = len(embeddings), embeddings
     tokens = np.zeros((n, length, first.tokens.shape[1]), first.tokens.dtype)
@@ -45,10 +45,10 @@ def pad(embeddings: Sequence[Embedding], length: int) -> Caption:
         kept = embedding.tokens[:length]
         tokens[i, : len(kept)] = kept
         mask[i, : len(kept)] = True
-    return Caption(tokens, mask, np.stack([embedding.pooled for embedding in embeddings]))
+    return EncodedCaption(tokens, mask, np.stack([embedding.pooled for embedding in embeddings]))
 
 
-def revision(tower: str) -> str | None:
+def find_revision(tower: str) -> str | None:
     """12 digits that change when the tower's weights or tokenizer do; None if they cannot be told.
 
     For a folder they are a hash of its files, of large ones' ends; for an id of the hub they are
@@ -98,7 +98,7 @@ def _commits(tower: str) -> Iterator[str]:
 
 
 class TextEncoders:
-    """Text towers, joined as in Stable Diffusion 3 (Esser et al. 2024, §4 and appendix B).
+    """Text encoders, joined as in Stable Diffusion 3 (Esser et al. 2024, §4 and appendix B).
 
     A CLIP gives its last but one hidden states as tokens, and the projected state of the end token
     as the pooled vector; a T5, or any encoder as BERT, its last hidden states. CLIPs' tokens lie
@@ -146,9 +146,9 @@ class TextEncoders:
             )
         self.width = full_width or self.width
 
-    def encode(self, captions: Sequence[str], batch_size: int = 64) -> list[Embedding]:
+    def encode(self, captions: Sequence[str], batch_size: int = 64) -> list[CaptionEmbedding]:
         """In the captions' order; a caption's embedding does not depend on those beside it."""
-        null = Embedding(np.zeros((0, self.width), "f2"), np.zeros(self.pooled, "f2"), False)
+        null = CaptionEmbedding(np.zeros((0, self.width), "f2"), np.zeros(self.pooled, "f2"), False)
         encoded = [null] * len(captions)
         asked = [i for i, caption in enumerate(captions) if self._full or caption.strip()]
         if asked:
@@ -158,7 +158,7 @@ class TextEncoders:
                 encoded[i] = self._join(parts)
         return encoded
 
-    def _join(self, parts: Sequence[Embedding]) -> Embedding:
+    def _join(self, parts: Sequence[CaptionEmbedding]) -> CaptionEmbedding:
         clips = [part for tower, part in zip(self._towers, parts) if tower.is_clip]
         rest = [part.tokens for tower, part in zip(self._towers, parts) if not tower.is_clip]
         if clips:
@@ -170,30 +170,30 @@ class TextEncoders:
         tokens = np.concatenate([_zero_padded(x, len(x), self.width) for x in rest])
         pooled = np.concatenate([part.pooled for part in clips or parts])
         cut = (all if self._full else any)(part.cut for part in parts)
-        return Embedding(tokens, pooled, cut)
+        return CaptionEmbedding(tokens, pooled, cut)
 
 
-def require_same(towers: Sequence[str], revisions: Sequence[str | None]) -> None:
+def check_revisions(towers: Sequence[str], revisions: Sequence[str | None]) -> None:
     """Raises UserError if a tower's folder no longer holds what it held, as far as that is known.
     (Of the hub, the revision is what is loaded.)
     """
     for tower, known in zip(towers, revisions, strict=True):
         folder = Path(tower).expanduser()
-        if known and folder.is_dir() and (now := revision(tower)) != known:
+        if known and folder.is_dir() and (now := find_revision(tower)) != known:
             raise UserError(
-                f"the text tower '{tower}' is not the one that was trained with: its revision is "
+                f"the text encoder '{tower}' is not the one that was trained with: its revision is "
                 f"{now}, not {known}"
             )
 
 
-def encode(
+def encode_captions(
     captions: Sequence[str],
     towers: Sequence[str],
     revisions: Sequence[str | None],
     *,
     length: int,
     full_width: int | None = None,
-) -> Caption:
+) -> EncodedCaption:
     """New captions as the towers of a trained run see them, padded to `length` or to the longest.
 
     Args:
@@ -203,13 +203,13 @@ def encode(
         UserError: a tower is not to be had, is no longer the one of these revisions, or takes less
             than a whole caption.
     """
-    require_same(towers, revisions)
+    check_revisions(towers, revisions)
     embeddings = TextEncoders(towers, revisions, full_width=full_width).encode(captions)
-    release()
+    release_gpu_memory()
     for caption, embedding in zip(captions, embeddings):
         if embedding.cut:
-            raise UserError(f"longer than the text tower takes: '{caption}'")
-    return pad(embeddings, max(length, *(len(e.tokens) for e in embeddings)))
+            raise UserError(f"longer than the text encoder takes: '{caption}'")
+    return pad_embeddings(embeddings, max(length, *(len(e.tokens) for e in embeddings)))
 
 
 class _TextEncoder:
@@ -218,7 +218,7 @@ class _TextEncoder:
     def __init__(self, name: str, revision: str | None):
         with _quiet():
             self._tokenizer, self._model, config = _load(name, revision)
-        self.is_clip = config.model_type in CLIP
+        self.is_clip = config.model_type in CLIP_MODEL_TYPES
         self.width: int = self._model.config.hidden_size
         self.pooled: int = self._model.config.projection_dim if self.is_clip else self.width
         positions = getattr(self._model.config, "max_position_embeddings", T5_TOKENS)
@@ -226,7 +226,7 @@ class _TextEncoder:
 
     def encode(
         self, captions: Sequence[str], batch_size: int, *, full: bool = False
-    ) -> list[Embedding]:
+    ) -> list[CaptionEmbedding]:
         """`full`: with padding up to the most tokens, and nothing hidden."""
         with _quiet():
             whole, ids = self._tokenize(captions, None), self._tokenize(captions, self._most)
@@ -237,7 +237,7 @@ class _TextEncoder:
                 some = [ids[i] for i in rows]
                 for i, (tokens, pooled) in zip(rows, self._forward(some, full=full)):
                     cut = len(whole[i]) > len(ids[i])
-                    encoded[i] = Embedding(_to_half(tokens), _to_half(pooled), cut)
+                    encoded[i] = CaptionEmbedding(_to_half(tokens), _to_half(pooled), cut)
         return [encoded[i] for i in range(len(ids))]
 
     def _tokenize(self, captions: Sequence[str], length: int | None) -> list[list[int]]:
@@ -269,7 +269,7 @@ class _TextEncoder:
         return ((row, row.mean(axis=0)) for row in tokens)
 
 
-def release() -> None:
+def release_gpu_memory() -> None:
     """Gives the GPU's memory of towers that are held no more back: torch would keep it."""
     gc.collect()
     torch = sys.modules.get("torch")
@@ -290,7 +290,7 @@ def _load(name: str, revision: str | None) -> tuple[Any, Any, Any]:
     with _one_line(name):
         config = transformers.AutoConfig.from_pretrained(**source)
     kind: Any
-    if config.model_type in CLIP:
+    if config.model_type in CLIP_MODEL_TYPES:
         kind = transformers.CLIPTextModelWithProjection
     elif type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING:
         kind = transformers.AutoModelForTextEncoding
@@ -310,9 +310,9 @@ def _load(name: str, revision: str | None) -> tuple[Any, Any, Any]:
         model.to(device)
     # transformers makes up what is missing, be it weights or a vocabulary, and goes on.
     if lacking := sorted(key for key in report["missing_keys"] if "pooler" not in key):
-        raise UserError(f"the text tower '{name}' is not whole: its weights lack {lacking[0]}")
+        raise UserError(f"the text encoder '{name}' is not whole: its weights lack {lacking[0]}")
     if len(tokenizer) < model.config.vocab_size / 2:
-        raise UserError(f"the text tower '{name}' is not whole: it lacks its tokenizer's files")
+        raise UserError(f"the text encoder '{name}' is not whole: it lacks its tokenizer's files")
     model = model.get_encoder() if config.is_encoder_decoder else model
     return tokenizer, model.eval(), config
 
@@ -335,7 +335,7 @@ def _one_line(name: str) -> Iterator[None]:
     except (ImportError, OSError, RuntimeError, ValueError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         where = "" if Path(name).is_dir() else ", which is no folder"
-        raise UserError(f"cannot load the text tower '{name}'{where}: {reason}") from error
+        raise UserError(f"cannot load the text encoder '{name}'{where}: {reason}") from error
 
 
 @contextmanager
@@ -350,7 +350,7 @@ def _quiet() -> Iterator[None]:
         except ImportError:
             raise UserError(
                 "encoding captions needs transformers and torch:"
-                " .venv/bin/pip install -r requirements-text.txt"
+                " .venv/bin/pip install --group text"
             ) from None
         level = logging.get_verbosity()
         bars = logging.set_tqdm_hook(lambda _, args, kwargs: logging.EmptyTqdm(*args, **kwargs))

@@ -1,7 +1,8 @@
-"""How far a run's pictures are from real ones while it trains: a Fréchet distance.
+"""The Fréchet distance between a run's samples and real images, measured while it trains.
 
-It measures as `evaluate.py` does, so that a number in the middle of a run is that of the checkpoint
-of the same step, judged with as many pictures. It draws nothing itself, and changes no state.
+It is computed as `evaluate.py` computes it: the number logged at a step is that of the step's
+checkpoint, evaluated with the same number of samples. Generates no samples itself and changes no
+training state.
 """
 
 from collections.abc import Iterable
@@ -9,71 +10,94 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from data.image_sets import Batch
-from evaluation import features, metrics, reference
-from evaluation.features import Extractor
-from evaluation.metrics import Moments
-from evaluation.reference import Reference
+from data.image_sets import ImageBatch
+from evaluation.features import (
+    FeatureExtractor,
+    build_matching_extractor,
+    check_feature_width,
+    default_batch_size,
+)
+from evaluation.metrics import RunningStatistics, frechet_distance
+from evaluation.reference import Reference, read_reference
 from runtime import parallel
 
-NAMES = {"inception": "fid", "pixels": "pixel_frechet"}  # what is no FID is never called so
+# In metrics.jsonl, by feature space. Only Inception features give an FID.
+METRIC_NAMES = {"inception": "fid", "pixels": "pixel_frechet"}
 
 
 @dataclass(frozen=True)
 class TrainingFID:
-    """Statistics of real pictures, and what makes the same features of others."""
+    """Measures the Fréchet distance of samples to a reference.
 
-    real: Reference
-    extract: Extractor
-    n: int  # how many pictures are looked at: a Fréchet distance depends on it
+    Args:
+        reference: statistics of real images.
+        extractor: computes the same features as the reference holds.
+        n_samples: images per measurement. The distance is biased by it: fewer give a larger one.
+    """
+
+    reference: Reference
+    extractor: FeatureExtractor
+    n_samples: int
 
     @classmethod
-    def open(
+    def load(
         cls,
         path: Path,
         mesh: parallel.Mesh,
         *,
         space: str,
         weights: str | None,
-        n: int,
-        shape: tuple[int, int, int],
+        n_samples: int,
+        image_shape: tuple[int, int, int],
     ) -> Self:
-        """Args:
-            space: of features: inception or pixels.
-            weights: Inception's.
-            n: how many pictures are to be measured.
-            shape: of a picture.
+        """Load a reference and the extractor that matches it.
+
+        Args:
+            path: of the reference.
+            space: of the features: inception or pixels.
+            weights: Inception's: a file, a folder or an id on the hub.
+            n_samples: images per measurement.
+            image_shape: (h, w, c) of a sample.
 
         Raises:
-            UserError: the reference or the weights are not there, or do not fit each other or the
-                pictures.
+            UserError: the reference or the weights cannot be loaded, or do not fit each other or
+                the image shape.
         """
-        real = reference.read(path)
-        extract = features.like(real, mesh, space=space, weights=weights)
-        features.require_fit(real, extract.width(shape))
-        return cls(real, extract, n)
+        reference = read_reference(path)
+        extractor = build_matching_extractor(reference, mesh, space=space, weights=weights)
+        check_feature_width(reference, extractor.feature_width(image_shape))
+        return cls(reference, extractor, n_samples)
 
     @property
     def name(self) -> str:
-        """Of the number: it tells how many pictures, for fewer have a larger distance."""
-        return f"{NAMES[self.extract.card['space']]}_{self.n}"
+        """The metric's name, with the number of samples: numbers of other sizes do not compare."""
+        return f"{METRIC_NAMES[self.extractor.card['space']]}_{self.n_samples}"
 
     @property
     def batch_size(self) -> int:
-        """How many pictures to hand over at a time."""
-        return min(features.batch_size(self.extract.mesh), self.n)
+        """The number of images to pass to `measure` at a time."""
+        return min(default_batch_size(self.extractor.mesh), self.n_samples)
 
     @property
     def card(self) -> dict[str, Any]:
-        """What the number depends on besides the run."""
-        known = {"sha256": self.real.sha256, "pictures": self.real.card.get("pictures")}
-        return {"name": self.name, "n": self.n, "features": self.extract.card, "reference": known}
+        """Everything the number depends on besides the run, for its config.json."""
+        return {
+            "name": self.name,
+            "n": self.n_samples,
+            "features": self.extractor.card,
+            "reference": {
+                "sha256": self.reference.sha256,
+                "pictures": self.reference.card.get("pictures"),
+            },
+        }
 
-    def distance(self, pictures: Iterable[Batch]) -> float | None:
-        """Of n pictures to the real ones; None if there were fewer."""
-        pool = Moments(len(self.real.pool.mean))
-        for rows in self.extract(pictures, batch_size=self.batch_size):
-            pool.add(rows.pool)
-        if pool.count < self.n:
+    def measure(self, batches: Iterable[ImageBatch]) -> float | None:
+        """Return the distance of the samples to the reference; None if there are fewer than
+        `n_samples`.
+        """
+        statistics = RunningStatistics(len(self.reference.pool.mean))
+        for features in self.extractor(batches, batch_size=self.batch_size):
+            statistics.update(features.pool)
+        if statistics.count < self.n_samples:
             return None
-        return metrics.frechet_distance(pool.gaussian(), self.real.pool)
+        return frechet_distance(statistics.statistics(), self.reference.pool)

@@ -1,7 +1,7 @@
-"""Pictures → rows of features, on all devices: an Inception network's, or plain pixels.
+"""Features of images, computed on all devices: activations of FID's Inception network, or pixels.
 
-Whatever the size of the batches that come, the network sees one size; the last batch is filled up,
-and what filled it is dropped.
+Batches of any size come in; the network sees one fixed size, so that it is compiled once. Computes
+no distances: see `evaluation/metrics.py`.
 """
 
 from collections import deque
@@ -13,207 +13,237 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from evaluation.metrics import Gaussian, Moments
+from evaluation.metrics import FeatureStatistics, RunningStatistics
 from evaluation.reference import Reference
 from networks import inception
-from pretrained import inception as pretrained
+from pretrained.inception import PretrainedInception, load_inception
 from runtime import parallel
-from runtime.errors import UserError, unknown
+from runtime.errors import UserError, unknown_name
 
-IN_FLIGHT = 2  # batches on the devices whose features are not read yet
-PIXELS = 16  # to a side, at most, of pictures as features
-AT_A_TIME = {"cpu": 16}  # pictures on a device, if nobody says
-AT_A_TIME_ELSEWHERE = 64
+MAX_BATCHES_IN_FLIGHT = 2  # dispatched to the devices, features not yet fetched
+MAX_PIXEL_SIDE = 16  # images are shrunk to this side before their pixels serve as features
+IMAGES_PER_DEVICE = {"cpu": 16}  # by backend, where no batch size is given
+IMAGES_PER_ACCELERATOR = 64
 
 
-class Rows(NamedTuple):
-    """Features of some pictures; of pixels, `pool` alone."""
+class FeatureBatch(NamedTuple):
+    """Features of a batch of images; pixel features fill `pool` only."""
 
     pool: Float[Any, "b d"]
     spatial: Float[Any, "b s"] | None = None
     logits: Float[Any, "b k"] | None = None
 
 
-class Extractor:
-    """Features of a kind, on a mesh."""
+class FeatureExtractor:
+    """Computes one kind of features on a mesh.
+
+    Args:
+        function: (params, uint8 images) → features; compiled here.
+        params: replicated on the mesh.
+        card: record of everything the features depend on, written beside each result.
+    """
 
     def __init__(
         self,
-        function: Callable[[Any, Array], Rows],
+        function: Callable[[Any, Array], FeatureBatch],
         params: Any,
         mesh: parallel.Mesh,
         card: dict[str, Any],
     ):
-        self.mesh, self.card, self._function = mesh, card, jax.jit(function)
+        self.mesh = mesh
+        self.card = card
+        self._function = jax.jit(function)
         self._params = parallel.replicate(params, mesh)
 
     def __call__(
         self, batches: Iterable[UInt8[np.ndarray, "_b h w c"]], *, batch_size: int
-    ) -> Iterator[Rows]:
-        """Rows for the pictures of all batches, in their order."""
-        size, flying = -(-batch_size // self.mesh.size) * self.mesh.size, deque()
-        for pictures in regrouped(batches, size):
-            rows = np.minimum(np.arange(size), len(pictures) - 1)
-            found = self._function(self._params, parallel.spread(pictures[rows], self.mesh))
-            flying.append((len(pictures), found))
-            if len(flying) > IN_FLIGHT:
-                yield _landed(*flying.popleft())
-        while flying:
-            yield _landed(*flying.popleft())
+    ) -> Iterator[FeatureBatch]:
+        """Yield the features of all images, in their order, `batch_size` rounded up to a multiple
+        of the device count at a time.
+        """
+        size = -(-batch_size // self.mesh.size) * self.mesh.size
+        in_flight: deque[tuple[int, FeatureBatch]] = deque()
+        for images in rebatch(batches, size):
+            # The last batch is padded by repeating its last image: one shape, one program.
+            rows = np.minimum(np.arange(size), len(images) - 1)
+            features = self._function(self._params, parallel.shard_rows(images[rows], self.mesh))
+            in_flight.append((len(images), features))
+            if len(in_flight) > MAX_BATCHES_IN_FLIGHT:
+                yield _fetch_rows(*in_flight.popleft())
+        while in_flight:
+            yield _fetch_rows(*in_flight.popleft())
 
-    def width(self, shape: tuple[int, int, int]) -> int:
-        """How many features a picture of this shape has; nothing is computed."""
-        picture = jax.ShapeDtypeStruct((1, *shape), np.uint8)
-        return jax.eval_shape(self._function, self._params, picture).pool.shape[1]
-
-
-def batch_size(mesh: parallel.Mesh) -> int:
-    """How many pictures to draw and to look at at a time."""
-    return AT_A_TIME.get(jax.default_backend(), AT_A_TIME_ELSEWHERE) * mesh.size
-
-
-def _landed(n: int, rows: Rows) -> Rows:
-    return jax.tree.map(lambda x: x[:n], parallel.fetch(rows))
+    def feature_width(self, image_shape: tuple[int, int, int]) -> int:
+        """Return the number of features of an image (h, w, c), without computing any."""
+        image = jax.ShapeDtypeStruct((1, *image_shape), np.uint8)
+        return jax.eval_shape(self._function, self._params, image).pool.shape[1]
 
 
-def regrouped(
+def default_batch_size(mesh: parallel.Mesh) -> int:
+    """Return the number of images to sample and to evaluate at a time."""
+    return IMAGES_PER_DEVICE.get(jax.default_backend(), IMAGES_PER_ACCELERATOR) * mesh.size
+
+
+def _fetch_rows(n: int, features: FeatureBatch) -> FeatureBatch:
+    """Copy features to the host and drop those of the padding."""
+    return jax.tree.map(lambda x: x[:n], parallel.fetch_to_host(features))
+
+
+def rebatch(
     batches: Iterable[UInt8[np.ndarray, "_b h w c"]], size: int
 ) -> Iterator[UInt8[np.ndarray, "_b h w c"]]:
-    """The same pictures, `size` at a time; the last may be fewer."""
-    held: list[np.ndarray] = []
+    """Regroup images into batches of `size`; the last may be smaller."""
+    pending: list[np.ndarray] = []
     for batch in batches:
-        held.append(batch)
-        while sum(map(len, held)) >= size:
-            joined = np.concatenate(held)
+        pending.append(batch)
+        while sum(map(len, pending)) >= size:
+            joined = np.concatenate(pending)
             yield joined[:size]
-            held = [joined[size:]]
-    if sum(map(len, held)):
-        yield np.concatenate(held)
+            pending = [joined[size:]]
+    if sum(map(len, pending)):
+        yield np.concatenate(pending)
 
 
-def of_inception(
-    weights: pretrained.Pretrained, mesh: parallel.Mesh, *, preparation: str
-) -> Extractor:
-    """Features of FID's Inception.
+# --- kinds of features ----------------------------------------------------------------------------
+
+
+def build_inception_extractor(
+    weights: PretrainedInception, mesh: parallel.Mesh, *, preparation: str
+) -> FeatureExtractor:
+    """Build the extractor of FID's Inception features (Heusel et al. 2017).
+
+    Args:
+        preparation: how images are resized for it, a key of `inception.PREPARATIONS`.
 
     Raises:
-        UserError: there is no such preparation.
+        UserError: unknown preparation.
     """
     if preparation not in inception.PREPARATIONS:
-        raise unknown("preparation", preparation, inception.PREPARATIONS)
+        raise unknown_name("preparation", preparation, inception.PREPARATIONS)
     prepare = inception.PREPARATIONS[preparation]
     card = {"space": "inception", "preparation": preparation, "weights": weights.hash}
 
-    def function(params: Any, image: Array) -> Rows:
-        return Rows(*inception.network(params, prepare(image)))
+    def function(params: Any, image: Array) -> FeatureBatch:
+        return FeatureBatch(*inception.network(params, prepare(image)))
 
-    return Extractor(function, weights.params, mesh, card)
+    return FeatureExtractor(function, weights.params, mesh, card)
 
 
-def of_pixels(mesh: parallel.Mesh) -> Extractor:
-    """Values in 0 … 1 of the pictures themselves, shrunk to `PIXELS` to a side."""
+def build_pixel_extractor(mesh: parallel.Mesh) -> FeatureExtractor:
+    """Build the extractor of pixel values in 0 … 1, shrunk to `MAX_PIXEL_SIDE` to a side."""
 
-    def function(_: Any, image: Array) -> Rows:
-        height, width = (min(n, PIXELS) for n in image.shape[1:3])
+    def function(_: Any, image: Array) -> FeatureBatch:
+        height, width = (min(n, MAX_PIXEL_SIDE) for n in image.shape[1:3])
         small = inception.resize(image.astype("float32"), height, width, antialias=True)
-        return Rows(small.reshape(len(small), -1) / 255)
+        return FeatureBatch(small.reshape(len(small), -1) / 255)
 
-    return Extractor(function, {}, mesh, {"space": "pixels", "most_to_a_side": PIXELS})
-
-
-# --- the features of a reference ------------------------------------------------------------------
+    card = {"space": "pixels", "most_to_a_side": MAX_PIXEL_SIDE}
+    return FeatureExtractor(function, {}, mesh, card)
 
 
-def like(
-    real: Reference | None,
+def build_matching_extractor(
+    reference: Reference | None,
     mesh: parallel.Mesh,
     *,
     space: str,
     weights: str | None,
     preparation: str | None = None,
-) -> Extractor:
-    """What makes features as those of a reference were made.
+) -> FeatureExtractor:
+    """Build an extractor of the features that a reference holds.
 
     Args:
-        real: the reference; without one, anything goes.
+        reference: None accepts any features.
         space: inception or pixels.
         weights: Inception's: a file, a folder or an id on the hub.
-        preparation: by default the reference's.
+        preparation: defaults to the reference's.
 
     Raises:
-        UserError: the reference was made otherwise, or there are no such weights.
+        UserError: the reference holds other features, or the weights cannot be loaded.
     """
-    made_with = real.made_with if real else {}
-    if real and made_with["space"] != space:
+    feature_card = reference.feature_card if reference else {}
+    if reference and feature_card["space"] != space:
         raise UserError(
-            f"reference {real.path} is of the features '{made_with['space']}', not of '{space}'"
+            f"reference {reference.path} holds features '{feature_card['space']}', not '{space}'"
         )
     if space == "pixels":
-        return of_pixels(mesh)
-    chosen = preparation or made_with.get("preparation", "pytorch_fid")
-    if real and real.card and chosen != made_with["preparation"]:
-        raise UserError(f"reference {real.path} is of --preparation {made_with['preparation']}")
-    found = pretrained.load(str(weights))
-    if real and made_with.get("weights") not in (None, found.hash):
+        return build_pixel_extractor(mesh)
+    chosen = preparation or feature_card.get("preparation", "pytorch_fid")
+    if reference and reference.card and chosen != feature_card["preparation"]:
         raise UserError(
-            f"reference {real.path} was made with other weights than '{weights}': their hash is "
-            f"{made_with['weights'][:12]}…, not {found.hash[:12]}…"
+            f"reference {reference.path} was made with --preparation "
+            f"{feature_card['preparation']}, not {chosen}"
         )
-    return of_inception(found, mesh, preparation=chosen)
-
-
-def require_fit(real: Reference, width: int) -> None:
-    """Raises UserError if a reference has other features than so many."""
-    if width != (known := len(real.pool.mean)):
+    inception_weights = load_inception(str(weights))
+    if reference and feature_card.get("weights") not in (None, inception_weights.hash):
         raise UserError(
-            f"reference {real.path} has {known} features, and these pictures {width}: they have "
-            "another size or colour, or it is of another network"
+            f"reference {reference.path} was made with other weights than '{weights}': their hash "
+            f"is {feature_card['weights'][:12]}…, not {inception_weights.hash[:12]}…"
+        )
+    return build_inception_extractor(inception_weights, mesh, preparation=chosen)
+
+
+def check_feature_width(reference: Reference, width: int) -> None:
+    """Raise UserError if a reference does not hold `width` features per image."""
+    expected = len(reference.pool.mean)
+    if width != expected:
+        raise UserError(
+            f"reference {reference.path} has {expected} features per image, and these images have "
+            f"{width}: their size or number of channels differs, or the reference is of another "
+            "network"
         )
 
 
-# --- a set's features, gathered -------------------------------------------------------------------
+# --- summary of a set of images -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """What is kept of a set: statistics of all pictures, and the features of some, in order."""
+class FeatureSummary:
+    """Statistics of all images of a set, and the features of a random subset, in order."""
 
     count: int
-    pool: Gaussian = field(repr=False)
-    spatial: Gaussian | None = field(repr=False)
+    pool: FeatureStatistics = field(repr=False)
+    spatial: FeatureStatistics | None = field(repr=False)
     features: Float[np.ndarray, "n d"] = field(repr=False)
     logits: Float[np.ndarray, "n k"] | None = field(repr=False)
 
 
-def gather(
-    rows: Iterable[Rows], count: int, *, n_features: int, keep_logits: bool, seed: int = 0
-) -> Gathered:
-    """Statistics of `count` pictures' features, at least two.
+def summarize_features(
+    batches: Iterable[FeatureBatch],
+    count: int,
+    *,
+    n_features: int,
+    keep_logits: bool,
+    seed: int = 0,
+) -> FeatureSummary:
+    """Accumulate the statistics of `count` images, at least two.
 
     Args:
-        n_features: pictures whose pool features are kept; which ones depends on the count and the
-            seed alone.
-        keep_logits: of all pictures.
+        n_features: images whose pool features are kept. The choice depends on `count` and `seed`
+            only.
+        keep_logits: keep the logits of all images.
     """
-    kept = np.zeros(count, bool)
-    kept[np.random.default_rng(seed).permutation(count)[:n_features]] = True
-    pool = spatial = None
-    features, logits, start = [], [], 0
-    for part in rows:
-        pool = pool or Moments(part.pool.shape[1])
-        pool.add(part.pool)
-        features.append(part.pool[kept[start : start + len(part.pool)]])
-        start += len(part.pool)
-        if part.spatial is not None:
-            spatial = spatial or Moments(part.spatial.shape[1])
-            spatial.add(part.spatial)
-        if keep_logits and part.logits is not None:
-            logits.append(part.logits)
-    assert pool and start == count, f"{start} pictures of {count}"
-    return Gathered(
+    selected = np.zeros(count, bool)
+    selected[np.random.default_rng(seed).permutation(count)[:n_features]] = True
+    pool = None
+    spatial = None
+    features = []
+    logits = []
+    start = 0
+    for batch in batches:
+        pool = pool or RunningStatistics(batch.pool.shape[1])
+        pool.update(batch.pool)
+        features.append(batch.pool[selected[start : start + len(batch.pool)]])
+        start += len(batch.pool)
+        if batch.spatial is not None:
+            spatial = spatial or RunningStatistics(batch.spatial.shape[1])
+            spatial.update(batch.spatial)
+        if keep_logits and batch.logits is not None:
+            logits.append(batch.logits)
+    assert pool and start == count, f"{start} images of {count}"
+    return FeatureSummary(
         count=count,
-        pool=pool.gaussian(),
-        spatial=spatial.gaussian() if spatial else None,
+        pool=pool.statistics(),
+        spatial=spatial.statistics() if spatial else None,
         features=np.concatenate(features),
         logits=np.concatenate(logits) if logits else None,
     )

@@ -1,9 +1,9 @@
-"""What is known of the real pictures: an .npz of means and covariances, read and written.
+"""Reference statistics of real images: an .npz of means and covariances, read and written.
 
-Ours holds `mu`, `sigma` (of pool features), `mu_s`, `sigma_s` (spatial), `features` of some of the
-pictures, and a `card` that says how all that was made. pytorch-fid's and clean-fid's files have the
-first two, those of Dhariwal & Nichol's suite the first four and pictures (`arr_0`): they are read
-too, and ours by them.
+Our files hold `mu` and `sigma` of the pool features, `mu_s` and `sigma_s` of the spatial ones,
+`features` of some of the images, and `card`, a JSON record of how they were made. Files of
+pytorch-fid and clean-fid hold the first two; those of the ADM suite (Dhariwal & Nichol 2021) the
+first four and images (`arr_0`). All are read here, and those tools read ours. Computes nothing.
 """
 
 import hashlib
@@ -17,50 +17,58 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from evaluation.metrics import Gaussian
+from evaluation.metrics import FeatureStatistics
 from runtime.errors import UserError
-from runtime.files import atomic
+from runtime.files import atomic_file
 
-PICTURES = "arr_0"
+IMAGE_ARRAY = "arr_0"
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A set of real pictures, as its file tells of it."""
+    """Statistics of a set of real images, as read from a file.
 
-    pool: Gaussian = field(repr=False)
-    spatial: Gaussian | None = field(repr=False)
-    features: Float[np.ndarray, "n d"] | None = field(repr=False)  # of some of the pictures
-    has_pictures: bool
-    card: dict[str, Any]  # empty in files that are not ours
+    Args:
+        features: pool features of some of the images.
+        has_images: the file holds images too, in `IMAGE_ARRAY`.
+        card: record of how the file was made; empty in files of other tools.
+    """
+
+    pool: FeatureStatistics = field(repr=False)
+    spatial: FeatureStatistics | None = field(repr=False)
+    features: Float[np.ndarray, "n d"] | None = field(repr=False)
+    has_images: bool
+    card: dict[str, Any]
     path: Path
     sha256: str
 
     @property
-    def made_with(self) -> dict[str, Any]:
-        """What its features are of, as an `Extractor`'s card says it. Files that do not say are of
-        Inception: Dhariwal & Nichol's if they have what only those have, else pytorch-fid's.
+    def feature_card(self) -> dict[str, Any]:
+        """The `FeatureExtractor.card` of its features.
+
+        Files of other tools have no card and are Inception features: the ADM suite's if they hold
+        spatial statistics or images, else pytorch-fid's.
         """
-        theirs = self.spatial is not None or self.has_pictures
-        foreign = {"space": "inception", "preparation": "adm" if theirs else "pytorch_fid"}
+        is_adm = self.spatial is not None or self.has_images
+        foreign = {"space": "inception", "preparation": "adm" if is_adm else "pytorch_fid"}
         return self.card.get("features", foreign)
 
 
-def read(path: Path) -> Reference:
-    """A reference of any of the four kinds.
+def read_reference(path: Path) -> Reference:
+    """Read a reference of this project, pytorch-fid, clean-fid or the ADM suite.
 
     Raises:
-        UserError: the file is not there, or no such file.
+        UserError: the file is missing, damaged, or no reference.
     """
     try:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
             if not zipfile.is_zipfile(file):
-                raise UserError("it is no .npz file")
+                raise UserError("not an .npz file")
             file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:
-                return _reference(arrays, path, sha256)
+                return _parse_reference(arrays, path, sha256)
     except UserError as error:
         raise UserError(f"reference {path}: {error}") from None
     except OSError as error:
@@ -69,50 +77,57 @@ def read(path: Path) -> Reference:
         raise UserError(f"reference {path} is damaged: {error}") from None
 
 
-def _reference(arrays: Any, path: Path, sha256: str) -> Reference:
+def _parse_reference(arrays: Any, path: Path, sha256: str) -> Reference:
     names = arrays.files
     if not {"mu", "sigma"} <= set(names):
-        held = ", ".join(names) or "nothing"
-        only = " (pictures alone are what --npz is for)" if PICTURES in names else ""
-        raise UserError(f"it holds {held}, but no mu and sigma{only}")
+        contents = ", ".join(names) or "nothing"
+        hint = " (to evaluate a file of images, pass it by --npz)" if IMAGE_ARRAY in names else ""
+        raise UserError(f"it holds {contents}, but no mu and sigma{hint}")
     features = arrays["features"] if "features" in names else None
     card = json.loads(str(arrays["card"])) if "card" in names else {}
     if not isinstance(card, dict):
-        raise UserError("its card is none of ours")
-    pool = _gaussian(arrays, "mu", "sigma")
+        raise UserError("its card is not a JSON object")
+    pool = _read_statistics(arrays, "mu", "sigma")
     if features is not None and features.shape[1:] != pool.mean.shape:
-        raise UserError(f"its features have the shape {features.shape}")
+        raise UserError(f"features of shape {features.shape} do not fit mu {pool.mean.shape}")
     return Reference(
         pool=pool,
-        spatial=_gaussian(arrays, "mu_s", "sigma_s") if "mu_s" in names else None,
+        spatial=_read_statistics(arrays, "mu_s", "sigma_s") if "mu_s" in names else None,
         features=features,
-        has_pictures=PICTURES in names,
+        has_images=IMAGE_ARRAY in names,
         card=card,
         path=path,
         sha256=sha256,
     )
 
 
-def _gaussian(arrays: Any, mean_name: str, covariance_name: str) -> Gaussian:
+def _read_statistics(arrays: Any, mean_name: str, covariance_name: str) -> FeatureStatistics:
     mean = arrays[mean_name].astype(np.float64)
     covariance = arrays[covariance_name].astype(np.float64)
     if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
-        raise UserError(f"{mean_name} {mean.shape} and {covariance_name} {covariance.shape}")
+        raise UserError(
+            f"{mean_name} {mean.shape} and {covariance_name} {covariance.shape} are not a vector "
+            "and its covariance"
+        )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError(f"{mean_name} or {covariance_name} has numbers that are not finite")
-    return Gaussian(mean, covariance)
+        raise UserError(f"{mean_name} or {covariance_name} holds numbers that are not finite")
+    return FeatureStatistics(mean, covariance)
 
 
-def write(
+def write_reference(
     path: Path,
-    pool: Gaussian,
-    spatial: Gaussian | None,
+    pool: FeatureStatistics,
+    spatial: FeatureStatistics | None,
     features: Float[np.ndarray, "n d"],
     card: dict[str, Any],
 ) -> None:
-    """Write a reference, whole or not at all."""
+    """Write a reference atomically.
+
+    Args:
+        features: pool features of some of the images, for KID, precision and recall.
+    """
     arrays: dict[str, Any] = {"mu": pool.mean, "sigma": pool.covariance, "features": features}
     if spatial:
         arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
-    with atomic(path) as file:
+    with atomic_file(path) as file:
         np.savez(file, **arrays, card=np.array(json.dumps(card, default=str)))

@@ -22,9 +22,9 @@ from pretrained import autoencoder as pretrained
 from runtime import parallel
 from runtime.errors import UserError
 
-DECODED_AT_ONCE = 16  # pictures on a device
+DECODED_PER_DEVICE = 16  # pictures on a device
 TILE, OVERLAP = 128, 16  # latents to a side: of larger ones, tiles are decoded and blended
-MOST = 65_504.0  # of a float16
+MAX_FLOAT16 = 65_504.0  # of a float16
 
 
 class Codec:
@@ -32,7 +32,7 @@ class Codec:
 
     def __init__(
         self,
-        vae: pretrained.Pretrained,
+        vae: pretrained.PretrainedAutoencoder,
         mesh: parallel.Mesh,
         *,
         dtype: str = "float32",
@@ -58,10 +58,10 @@ class Codec:
         Raises:
             UserError: it cannot be read, or is no AutoencoderKL.
         """
-        return cls(pretrained.load(path_or_id), mesh, dtype=dtype)
+        return cls(pretrained.load_autoencoder(path_or_id), mesh, dtype=dtype)
 
     @classmethod
-    def of(
+    def from_encoding(
         cls, encoding: LatentEncoding, mesh: parallel.Mesh, *, vae: str | None = None
     ) -> "Codec":
         """The VAE that latents were made with, wherever it is now.
@@ -73,7 +73,7 @@ class Codec:
         if not (vae or e.vae):
             raise UserError("these latents do not say what VAE made them: name it by --vae")
         try:
-            found = pretrained.load(vae or e.vae)
+            found = pretrained.load_autoencoder(vae or e.vae)
         except UserError as error:
             hint = "" if vae else "; if the VAE has moved, say where to by --vae"
             raise UserError(f"{error}{hint}") from None
@@ -87,27 +87,27 @@ class Codec:
 
     def encode(self, image: UInt8[np.ndarray, "b H W c"]) -> Float16[Array, "b h w k"]:
         """Means and log-variances, side by side; not waited for. The devices must divide b."""
-        return self._encode(self._params, parallel.spread(image, self.mesh))
+        return self._encode(self._params, parallel.shard_rows(image, self.mesh))
 
     def decode(self, x: Float[np.ndarray, "*b h w z"]) -> Float[np.ndarray, "*b H W c"]:
         """Pictures in about −1 … 1 of latents as a model draws them."""
         *leading, _, _, _ = x.shape
         x = np.asarray(x, np.float32).reshape(-1, *x.shape[-3:])
         large = max(x.shape[1:3]) > TILE
-        size = min(1 if large else DECODED_AT_ONCE, -(-len(x) // self.mesh.size)) * self.mesh.size
+        size = min(1 if large else DECODED_PER_DEVICE, -(-len(x) // self.mesh.size)) * self.mesh.size
         parts = []
         for start in range(0, len(x), size):
             rows = np.minimum(np.arange(start, start + size), len(x) - 1)
             parts.append(self._decode_tiles(x[rows]) if large else self._decode_whole(x[rows]))
-        pictures = np.concatenate([parallel.fetch(part) for part in parts])[: len(x)]
+        pictures = np.concatenate([parallel.fetch_to_host(part) for part in parts])[: len(x)]
         return pictures.reshape(*leading, *pictures.shape[1:])
 
     def _decode_whole(self, x: Float[np.ndarray, "b h w z"]) -> Float[Array, "b H W c"]:
-        return self._decode(self._params, parallel.spread(x, self.mesh))
+        return self._decode(self._params, parallel.shard_rows(x, self.mesh))
 
     def _decode_tiles(self, x: Float[np.ndarray, "b h w z"]) -> Float[np.ndarray, "b H W c"]:
         def decode(tiles):
-            return parallel.fetch(self._decode_whole(tiles))
+            return parallel.fetch_to_host(self._decode_whole(tiles))
 
         how = {"tile": TILE, "overlap": OVERLAP, "downsampling": self.config.downsampling}
         return autoencoder.decode_tiled(decode, x, **how)
@@ -117,7 +117,7 @@ class Codec:
         def encode(params: Any, image: Array) -> Array:
             vae = nnx.merge(self._graphdef, params)
             moments = jnp.concatenate(vae.encode(to_float(image)), axis=-1)
-            return jnp.clip(moments, -MOST, MOST).astype(jnp.float16)
+            return jnp.clip(moments, -MAX_FLOAT16, MAX_FLOAT16).astype(jnp.float16)
 
         return jax.jit(encode)
 

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
-from data.batch import Caption
-from data.load import open_source
+from data.batch import EncodedCaption
+from data.load import open_dataset
 from data.rows import Split
 from inference import grids
 from inference import labels as inference_labels
@@ -22,13 +22,13 @@ from networks import autoencoder
 from runtime.errors import UserError
 
 # Of a run's settings, what `open_source` takes by the same name.
-OF_DATA = (
+DATASET_FLAGS = (
     *("data_dir", "image_column", "label_column", "conditioning", "caption_column"),
     *("image_size", "channels"),
 )
 
 
-def of_scales(
+def compare_scales(
     drawable: TrainedModel,
     subjects: SampleRequest,
     how: SamplingPlan,
@@ -45,14 +45,14 @@ def of_scales(
     """
     labels, told = subjects.rows(0, len(subjects.which))
     rows = [drawable.sample(labels, how.at(scale), **told | more).x for scale in scales]
-    return grids.table(
-        grids.reduced(grids.to_uint8(np.stack(rows)), side),
+    return grids.comparison_grid(
+        grids.shrink_images(grids.to_uint8(np.stack(rows)), side),
         rows=[f"cfg {scale:g}" for scale in scales],
         columns=subjects.captions or (),
     )
 
 
-def of_steps(
+def compare_steps(
     drawable: TrainedModel,
     subjects: SampleRequest,
     how: SamplingPlan,
@@ -68,25 +68,25 @@ def of_steps(
     more |= {"trajectory": True, "estimates": True, "codec": None}  # few of them will be decoded
     found = drawable.sample(labels, how, **told | more)
     assert found.trajectory is not None and found.estimates is not None
-    steps = evenly(len(found.estimates), n_rows)
+    steps = evenly_spaced(len(found.estimates), n_rows)
     both = np.stack([found.trajectory[steps], found.estimates[steps]], axis=1)
-    times = how.sampler.times()[steps]
-    x = decoded(drawable, both.reshape(-1, *both.shape[2:]))
-    return grids.table(
-        grids.reduced(grids.to_uint8(x), side),
+    times = how.sampler.state_times()[steps]
+    x = decode_images(drawable, both.reshape(-1, *both.shape[2:]))
+    return grids.comparison_grid(
+        grids.shrink_images(grids.to_uint8(x), side),
         rows=[name for t in times for name in (f"x at t = {t:.2f}", "x0 prediction")],
         columns=subjects.captions or (),
     )
 
 
-def decoded(
+def decode_images(
     drawable: TrainedModel, x: Float[np.ndarray, "*n h w c"]
 ) -> Float[np.ndarray, "*n H W C"]:
     """What a model draws as pictures in −1 … 1."""
     return drawable.codec.decode(x) if drawable.codec else x
 
 
-def evenly(n: int, most: int) -> Int[np.ndarray, "m"]:
+def evenly_spaced(n: int, most: int) -> Int[np.ndarray, "m"]:
     """Up to `most` of the places 0 … n − 1, evenly, the first and the last among them."""
     return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
 
@@ -94,23 +94,23 @@ def evenly(n: int, most: int) -> Int[np.ndarray, "m"]:
 # --- from real pictures ---------------------------------------------------------------------------
 
 
-class Real(NamedTuple):
-    """Pictures of a data set as a model sees them, and what it is told of each."""
+class RealImages(NamedTuple):
+    """Pictures of a dataset as a model sees them, and what it is told of each."""
 
     data: Float[np.ndarray, "b h w c"]
-    labels: Int[np.ndarray, "b"] | Caption
+    labels: Int[np.ndarray, "b"] | EncodedCaption
     names: Sequence[str]
 
 
-def real_pictures(drawable: TrainedModel, ids: Sequence[int], n: int) -> Real:
+def load_real_images(drawable: TrainedModel, ids: Sequence[int], n: int) -> RealImages:
     """Pictures of the evaluation split: of these classes, or from all over it. Latents are the
     means of what the VAE makes of a picture.
 
     Raises:
-        UserError: the data set is not at hand, or does not have so many.
+        UserError: the dataset is not at hand, or does not have so many.
     """
-    split, model = evaluation_split(drawable), drawable.model
-    rows = chosen(split, ids, n)
+    split, model = open_eval_split(drawable), drawable.model
+    rows = choose_rows(split, ids, n)
     x = np.asarray(split.images(rows), np.float32)
     if encoding := drawable.encoding:
         factors = (encoding.scaling_factor, encoding.shift_factor)
@@ -121,34 +121,34 @@ def real_pictures(drawable: TrainedModel, ids: Sequence[int], n: int) -> Real:
         x = x / 127.5 - 1
     if model.text_width:
         captions = [split.captions[row][0] for row in rows]
-        return Real(x, drawable.encode(captions), captions)
+        return RealImages(x, drawable.encode(captions), captions)
     if not model.n_classes:
-        return Real(x, np.zeros(n, np.int32), ())
+        return RealImages(x, np.zeros(n, np.int32), ())
     labels = split.labels[rows]
-    return Real(x, labels, inference_labels.label_texts(labels, drawable.label_names) or ())
+    return RealImages(x, labels, inference_labels.label_texts(labels, drawable.label_names) or ())
 
 
-def evaluation_split(drawable: TrainedModel) -> Split:
+def open_eval_split(drawable: TrainedModel) -> Split:
     """The run's own."""
     s = drawable.settings
     if not s.get("dataset_name"):
         raise UserError(
-            f"--denoise needs real pictures, and no data set of {drawable.name} is known"
+            f"--denoise needs real pictures, and no dataset of {drawable.name} is known"
         )
     latents = s.get("latents")
     try:
-        return open_source(
+        return open_dataset(
             s["dataset_name"],
             templates=tuple(s.get("caption") or ()),
             streaming=bool(s.get("streaming")),
             latents_dir=Path(latents) if latents else None,
-            **{name: s.get(name) for name in OF_DATA},
+            **{name: s.get(name) for name in DATASET_FLAGS},
         ).eval
     except UserError as error:
         raise UserError(f"--denoise needs the run's real pictures: {error}") from None
 
 
-def chosen(split: Split, ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:
+def choose_rows(split: Split, ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:
     """Rows of a split: the first of each class, as many of each, or evenly from all over it."""
     rows = np.linspace(0, len(split) - 1, min(n, len(split))).astype(int)
     if ids := list(dict.fromkeys(ids)):
@@ -160,9 +160,9 @@ def chosen(split: Split, ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:
     return rows
 
 
-def of_times(
+def compare_denoising(
     drawable: TrainedModel,
-    real: Real,
+    real: RealImages,
     how: SamplingPlan,
     times: Sequence[float],
     *,
@@ -175,11 +175,11 @@ def of_times(
     """
     rows, names = [real.data], ["real"]
     for t in times:
-        begin = StartFrom(real.data, how.sampler.route(t))
-        more |= {"begin": begin, "trajectory": True, "codec": None}
+        start_from = StartFrom(real.data, how.sampler.time_steps(t))
+        more |= {"begin": start_from, "trajectory": True, "codec": None}
         found = drawable.sample(real.labels, how, **more)
         assert found.trajectory is not None
         rows += [found.trajectory[0], found.x]
-        names += [f"noised, t = {how.sampler.begins_at(t):.3g}", "drawn from it"]
-    x = grids.reduced(grids.to_uint8(decoded(drawable, np.stack(rows))), side)
-    return grids.table(x, rows=names, columns=real.names)
+        names += [f"noised, t = {how.sampler.nearest_start(t):.3g}", "drawn from it"]
+    x = grids.shrink_images(grids.to_uint8(decode_images(drawable, np.stack(rows))), side)
+    return grids.comparison_grid(x, rows=names, columns=real.names)

@@ -13,13 +13,13 @@ import numpy as np
 from jaxtyping import Float64
 
 from runtime.errors import UserError
-from runtime.files import atomic
+from runtime.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NAME = "curves.png"
+CURVES_FILE = "curves.png"
 WIDTH, HEIGHT, DPI = 8.0, 5.4, 200  # inches; legible at half of its pixels
 BLUE, ORANGE, GREEN, GREY = "#2a6fbb", "#d9652b", "#2f8f5b", "#8a8a8a"
 # What is plotted in the first of the curves, as far as it is recorded.
@@ -38,7 +38,7 @@ STYLE: dict[Any, Any] = {
 Record = list[dict[str, Any]]
 
 
-def read(path: Path) -> Record:
+def read_metrics(path: Path) -> Record:
     """The lines of a metrics.jsonl, but for one that a kill has torn.
 
     Raises:
@@ -66,30 +66,30 @@ def series(
     return steps, np.array([line[name] for line in lines], np.float64)
 
 
-def save(run_dir: Path, path: Path) -> None:
+def save_curves(run_dir: Path, path: Path) -> None:
     """Draw the curves of a run's folder into a .png.
 
     Raises:
         UserError: it has recorded no losses.
     """
-    save_figure(draw(read(run_dir / "metrics.jsonl"), title=run_dir.resolve().name), path)
+    save_figure(plot_curves(read_metrics(run_dir / "metrics.jsonl"), title=run_dir.resolve().name), path)
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
     """Writes the whole .png or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as file:
+    with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=DPI)
 
 
-def blank(width: float = WIDTH, height: float = HEIGHT) -> "Figure":
+def new_figure(width: float = WIDTH, height: float = HEIGHT) -> "Figure":
     """A figure that belongs to nobody, so that drawing leaves nothing behind in a process."""
     from matplotlib.figure import Figure  # half a second that other commands need not wait for
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def draw(record: Record, *, title: str = "") -> "Figure":
+def plot_curves(record: Record, *, title: str = "") -> "Figure":
     """Losses above; the loss by t and the learning rate below, as far as they are recorded.
 
     Raises:
@@ -102,7 +102,7 @@ def draw(record: Record, *, title: str = "") -> "Figure":
     by_t, rates = (len(series(record, name)[0]) > 0 for name in ("loss_by_t", "learning_rate"))
     below = [name for name, found in (("by_t", by_t), ("rate", rates)) if found]
     with matplotlib.rc_context(STYLE):
-        figure = blank(height=HEIGHT if below else HEIGHT / 2)
+        figure = new_figure(height=HEIGHT if below else HEIGHT / 2)
         rows = [["loss"] * max(1, len(below)), *([below] if below else [])]
         axes: dict[str, Axes] = figure.subplot_mosaic(rows)  # pyright: ignore
         _losses(axes["loss"], record, title)

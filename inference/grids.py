@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-MOST_SHOWN = 400  # pictures of a grid or a sheet
+MAX_GRID_IMAGES = 400  # pictures of a grid or a sheet
 
 GAP = 4  # pixels between the pictures of a grid
 FONT_SIZE = 13
-MOST_LINES = 3  # of a caption
+MAX_CAPTION_LINES = 3  # of a caption
 BAR, BAR_REST = "#2a6fbb", "#dddddd"
 
 
@@ -23,7 +23,7 @@ def to_uint8(x: Float[np.ndarray, "*n h w c"]) -> UInt8[np.ndarray, "*n h w c"]:
     return np.rint(np.clip((x + 1) * 127.5, 0, 255)).astype(np.uint8)
 
 
-def reduced(
+def shrink_images(
     images: UInt8[np.ndarray, "*n h w c"], side: int | None
 ) -> UInt8[np.ndarray, "*n a b c"]:
     """Pictures of at most `side` pixels to a side, for sheets of many: the means of squares."""
@@ -37,7 +37,7 @@ def reduced(
     return np.rint(squares.mean(axis=(-4, -2))).astype(np.uint8)
 
 
-def grid(
+def image_grid(
     images: UInt8[np.ndarray, "n h w c"],
     *,
     columns: int | None = None,
@@ -71,7 +71,7 @@ def grid(
     draw = ImageDraw.Draw(sheet)
     for i, picture in enumerate(images):
         x, y = GAP + i % columns * step_x, GAP + i // columns * step_y
-        large = as_image(picture).resize((cell_width, cell_height), Image.Resampling.NEAREST)
+        large = to_pillow(picture).resize((cell_width, cell_height), Image.Resampling.NEAREST)
         sheet.paste(large, (x, y))
         for number, line in enumerate(lines[i] if lines else ()):
             middle = (x + cell_width / 2, y + cell_height + GAP / 2 + number * line_height)
@@ -79,7 +79,7 @@ def grid(
     return sheet
 
 
-def table(
+def comparison_grid(
     images: UInt8[np.ndarray, "rows columns h w c"],
     *,
     rows: Sequence[str],
@@ -90,7 +90,7 @@ def table(
     """
     font = ImageFont.load_default(size=FONT_SIZE)
     pictures = np.concatenate(list(images))
-    cells = grid(pictures, columns=images.shape[1], min_side=_side_for(columns, font))
+    cells = image_grid(pictures, columns=images.shape[1], min_side=_side_for(columns, font))
     step_x, step_y = ((side - GAP) // n for side, n in zip(cells.size, images.shape[1::-1]))
     lines = [_lines(name, width=step_x - GAP - 2, font=font) for name in columns]
     line_height = FONT_SIZE + GAP // 2
@@ -111,7 +111,7 @@ def table(
     return sheet
 
 
-def headed(image: Image.Image, text: str, *, share: float | None = None) -> Image.Image:
+def add_header(image: Image.Image, text: str, *, share: float | None = None) -> Image.Image:
     """The image under a line of text and, with `share` in 0 … 1, a bar of that part of its width:
     a frame of a film that tells how far it is.
     """
@@ -130,7 +130,7 @@ def headed(image: Image.Image, text: str, *, share: float | None = None) -> Imag
     return sheet
 
 
-def as_image(picture: UInt8[np.ndarray, "h w c"]) -> Image.Image:
+def to_pillow(picture: UInt8[np.ndarray, "h w c"]) -> Image.Image:
     """A grey or a coloured picture as Pillow's."""
     return Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
 
@@ -161,7 +161,7 @@ def _lines(
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if not lines[-1] or len(lines) == MOST_LINES or font.getlength(longer) <= width:
+        if not lines[-1] or len(lines) == MAX_CAPTION_LINES or font.getlength(longer) <= width:
             lines[-1] = longer
         else:
             lines.append(word)

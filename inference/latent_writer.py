@@ -18,22 +18,22 @@ from jaxtyping import Float16, Int64
 from tqdm import tqdm
 
 from data import latents
-from data.latents import LatentSet, Sums
-from data.rows import Readable, Source, Split
+from data.latents import LatentDataset, MomentSums
+from data.rows import DecodedRows, Source, Split
 from datasets_config import LatentEncoding
 from inference.codec import Codec
 from runtime import files as runtime_files
 from runtime import parallel, workers
 from runtime.errors import RunError, UserError
 
-GROUP = 512  # rows of a row group, which a streamed training reads at a time
+ROWS_PER_GROUP = 512  # rows of a row group, which a streamed training reads at a time
 IN_FLIGHT = 2  # batches on the devices whose results are not read yet
 
 
 # --- a file ---------------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
+class LatentFile(NamedTuple):
     """A file, and the rows of the split that it is made from: first … last − 1."""
 
     file: Path
@@ -46,7 +46,7 @@ class Part(NamedTuple):
         return [np.arange(start, min(start + batch_size, self.last)) for start in starts]
 
 
-class Piece(NamedTuple):
+class EncodedBatch(NamedTuple):
     """What became of a batch."""
 
     rows: Int64[np.ndarray, "b"]
@@ -54,14 +54,14 @@ class Piece(NamedTuple):
     problems: dict[int, str]
 
 
-def plan(folder: Path, split: str, n_rows: int, rows_per_file: int) -> list[Part]:
+def plan_files(folder: Path, split: str, n_rows: int, rows_per_file: int) -> list[LatentFile]:
     """The files of a split, each from as many rows, in their order."""
     starts = range(0, n_rows, rows_per_file)
-    files = latents.files(folder, split, len(starts))
-    return [Part(file, i, min(i + rows_per_file, n_rows)) for file, i in zip(files, starts)]
+    files = latents.latent_files(folder, split, len(starts))
+    return [LatentFile(file, i, min(i + rows_per_file, n_rows)) for file, i in zip(files, starts)]
 
 
-def is_made(part: Part, encoding: LatentEncoding) -> bool:
+def is_written(part: LatentFile, encoding: LatentEncoding) -> bool:
     """Whether the file is there, whole and of this encoding.
 
     Raises:
@@ -69,7 +69,7 @@ def is_made(part: Part, encoding: LatentEncoding) -> bool:
     """
     if not part.file.exists():
         return False
-    record = latents.record_of(part.file)
+    record = latents.read_file_record(part.file)
     wanted = dataclasses.asdict(encoding) | {"rows": [part.first, part.last]}
     found = dataclasses.asdict(record["encoding"]) | {"rows": record["rows"]}
     for name, value in wanted.items():
@@ -81,7 +81,7 @@ def is_made(part: Part, encoding: LatentEncoding) -> bool:
     return True
 
 
-def write(part: Part, pieces: Sequence[Piece], split: Split, encoding: LatentEncoding) -> None:
+def write_latent_file(part: LatentFile, pieces: Sequence[EncodedBatch], split: Split, encoding: LatentEncoding) -> None:
     """The file, which takes its name when it is whole. Nothing in it depends on when it is made."""
     import pyarrow
     import pyarrow.parquet
@@ -90,31 +90,31 @@ def write(part: Part, pieces: Sequence[Piece], split: Split, encoding: LatentEnc
     rows = np.concatenate([piece.rows for piece in pieces])
     moments = np.concatenate([piece.moments for piece in pieces])
     channels = encoding.shape[-1]
-    kinds: dict[str, Any] = {latents.COLUMN: Value("binary")}
-    columns: dict[str, Any] = {latents.COLUMN: latents.pack(moments)}
+    kinds: dict[str, Any] = {latents.MOMENTS_COLUMN: Value("binary")}
+    columns: dict[str, Any] = {latents.MOMENTS_COLUMN: latents.pack_moments(moments)}
     if split.config.n_classes:
-        kinds[latents.LABEL] = ClassLabel(names=list(split.config.label_names))
-        columns[latents.LABEL] = split.labels[rows].astype(np.int64)
+        kinds[latents.LABEL_COLUMN] = ClassLabel(names=list(split.config.label_names))
+        columns[latents.LABEL_COLUMN] = split.labels[rows].astype(np.int64)
     if encoding.captions:
-        kinds[latents.CAPTION] = List(Value("string"))
-        columns[latents.CAPTION] = [list(split.captions[row]) for row in rows]
+        kinds[latents.CAPTION_COLUMN] = List(Value("string"))
+        columns[latents.CAPTION_COLUMN] = [list(split.captions[row]) for row in rows]
     record = {
         "encoding": dataclasses.asdict(encoding),
         "rows": [part.first, part.last],
         "skipped": sorted(row for piece in pieces for row in piece.problems),
-        "sums": latents.sum_of(Sums.over(piece.moments, channels) for piece in pieces).record(),
+        "sums": latents.add_moment_sums(MomentSums.over(piece.moments, channels) for piece in pieces).record(),
     }
     schema = Features(kinds).arrow_schema
-    schema = schema.with_metadata((schema.metadata or {}) | {latents.KEY: json.dumps(record)})
-    with runtime_files.atomic(part.file) as file:
+    schema = schema.with_metadata((schema.metadata or {}) | {latents.METADATA_KEY: json.dumps(record)})
+    with runtime_files.atomic_file(part.file) as file:
         content = pyarrow.table(columns, schema=schema)
-        pyarrow.parquet.write_table(content, file, row_group_size=GROUP)
+        pyarrow.parquet.write_table(content, file, row_group_size=ROWS_PER_GROUP)
 
 
 # --- all of them ----------------------------------------------------------------------------------
 
 
-def encoded(
+def encode_split(
     split: Split,
     chunks: Sequence[Int64[np.ndarray, "b"]],
     codec: Codec,
@@ -122,23 +122,23 @@ def encoded(
     mirrored: bool,
     batch_size: int,
     n_workers: int,
-) -> Generator[Piece]:
+) -> Generator[EncodedBatch]:
     """The chunks in their order. Pictures are decoded ahead of the devices, and what these make is
     waited for as late as can be.
     """
     decode = dataclasses.replace(split, labels=split.labels[:0], captions=[]).readable
     callers = [workers.Worker(decode) for _ in range(n_workers)] or [decode] * (os.cpu_count() or 1)
     steps = (np.array_split(rows, len(callers)) for rows in chunks)
-    flying: deque[tuple[Readable, list[jax.Array]]] = deque()
+    flying: deque[tuple[DecodedRows, list[jax.Array]]] = deque()
 
-    def land() -> Piece:
+    def land() -> EncodedBatch:
         (rows, _, problems), views = flying.popleft()
-        moments = [parallel.fetch(view)[: len(rows)] for view in views]
-        return Piece(rows, np.concatenate(moments, axis=-1), problems)
+        moments = [parallel.fetch_to_host(view)[: len(rows)] for view in views]
+        return EncodedBatch(rows, np.concatenate(moments, axis=-1), problems)
 
-    with closing(workers.ahead(callers, steps)) as answers:
-        for answer in survived(answers):
-            batch = joined(answer)
+    with closing(workers.run_ahead(callers, steps)) as answers:
+        for answer in name_undecodable_rows(answers):
+            batch = join_parts(answer)
             padded = np.zeros((batch_size, *batch.images.shape[1:]), np.uint8)
             padded[: len(batch.images)] = batch.images
             views = [padded, padded[:, :, ::-1]] if mirrored else [padded]
@@ -149,7 +149,7 @@ def encoded(
         yield land()
 
 
-def survived(answers: Generator[list[Readable]]) -> Generator[list[Readable]]:
+def name_undecodable_rows(answers: Generator[list[DecodedRows]]) -> Generator[list[DecodedRows]]:
     """The same, where pictures that kill their readers end it in one line."""
     try:
         yield from answers
@@ -157,14 +157,14 @@ def survived(answers: Generator[list[Readable]]) -> Generator[list[Readable]]:
         raise RunError(f"{died}, decoding rows {died.call.tolist()} of a split") from died
 
 
-def joined(parts: Sequence[Readable]) -> Readable:
+def join_parts(parts: Sequence[DecodedRows]) -> DecodedRows:
     """What several readers made of a batch."""
     rows, pictures, problems = zip(*parts)
     every = {row: why for several in problems for row, why in several.items()}
-    return Readable(np.concatenate(rows), np.concatenate(pictures), every)
+    return DecodedRows(np.concatenate(rows), np.concatenate(pictures), every)
 
 
-def convert(
+def convert_dataset(
     source: Source,
     codec: Codec,
     folder: Path,
@@ -173,7 +173,7 @@ def convert(
     rows_per_file: int,
     batch_size: int | None = None,
     n_workers: int | None = None,
-) -> LatentSet:
+) -> LatentDataset:
     """Make what is missing of the folder, and then say that it is whole.
 
     Raises:
@@ -185,15 +185,15 @@ def convert(
         n_workers = max(1, (os.cpu_count() or 1) // 2)
     size = batch_size or (16 if jax.default_backend() == "cpu" else 64) * jax.device_count()
     how = {"mirrored": encoding.mirrored, "batch_size": size, "n_workers": n_workers}
-    parts = {name: plan(folder, name, len(s), rows_per_file) for name, s in splits.items()}
-    require_same(folder, parts)
-    missing = {name: [p for p in parts[name] if not is_made(p, encoding)] for name in parts}
+    parts = {name: plan_files(folder, name, len(s), rows_per_file) for name, s in splits.items()}
+    check_same_files(folder, parts)
+    missing = {name: [p for p in parts[name] if not is_written(p, encoding)] for name in parts}
     n_left = sum(p.last - p.first for several in missing.values() for p in several)
     n_rows = sum(map(len, splits.values()))
     with tqdm(total=n_rows, initial=n_rows - n_left, unit=" images", smoothing=0.05) as bar:
         for name, split in splits.items():
             chunks = [rows for part in missing[name] for rows in part.chunks(size)]
-            with closing(encoded(split, chunks, codec, **how)) as stream:
+            with closing(encode_split(split, chunks, codec, **how)) as stream:
                 for part in missing[name]:
                     pieces = []
                     for rows in part.chunks(size):
@@ -201,11 +201,11 @@ def convert(
                         bar.update(len(rows))
                         for problem in pieces[-1].problems.values():
                             bar.write(f"warning: {problem}; it is left out", file=sys.stderr)
-                    write(part, pieces, split, encoding)
-    return complete(folder, encoding, parts)
+                    write_latent_file(part, pieces, split, encoding)
+    return write_manifest(folder, encoding, parts)
 
 
-def revision(source: Source, data_dir: Path | None) -> str:
+def source_revision(source: Source, data_dir: Path | None) -> str:
     """Where the pictures are from: of the hub, with the commit."""
     if data_dir or source.config.name.startswith("folder:"):
         return str(data_dir or source.config.path)
@@ -215,7 +215,7 @@ def revision(source: Source, data_dir: Path | None) -> str:
     return source.config.path + (f"@{commit[1]}" if commit else "")
 
 
-def encoding_of(
+def make_encoding(
     source: Source, codec: Codec, *, data_dir: Path | None = None, mirror: bool | None = None
 ) -> LatentEncoding:
     """How the folder is made."""
@@ -228,7 +228,7 @@ def encoding_of(
     small = side // codec.config.downsampling
     return LatentEncoding(
         dataset_name=c.name,
-        source=revision(source, data_dir),
+        source=source_revision(source, data_dir),
         image_size=side,
         shape=(small, small, codec.config.latent_channels),
         vae=codec.id,
@@ -241,7 +241,7 @@ def encoding_of(
     )
 
 
-def require_same(folder: Path, parts: dict[str, list[Part]]) -> None:
+def check_same_files(folder: Path, parts: dict[str, list[LatentFile]]) -> None:
     """Raises UserError if the folder has files that are not of this plan."""
     planned = {part.file for several in parts.values() for part in several}
     others = sorted(set((folder / "data").glob("*.parquet")) - planned)
@@ -252,15 +252,15 @@ def require_same(folder: Path, parts: dict[str, list[Part]]) -> None:
         )
 
 
-def complete(folder: Path, encoding: LatentEncoding, parts: dict[str, list[Part]]) -> LatentSet:
+def write_manifest(folder: Path, encoding: LatentEncoding, parts: dict[str, list[LatentFile]]) -> LatentDataset:
     """Write what is true of all files together: `latents.json` and the card."""
     records = {
-        name: [latents.record_of(p.file) for p in several] for name, several in parts.items()
+        name: [latents.read_file_record(p.file) for p in several] for name, several in parts.items()
     }
-    sums = latents.sum_of(record["sums"] for record in records["train"])
+    sums = latents.add_moment_sums(record["sums"] for record in records["train"])
     if not sums.n:
         raise UserError(f"no picture of {encoding.dataset_name} can be read")
-    done = LatentSet(
+    done = LatentDataset(
         encoding=encoding,
         channel_mean=tuple(sums.mean.tolist()),
         channel_std=tuple(sums.std.tolist()),
@@ -271,14 +271,14 @@ def complete(folder: Path, encoding: LatentEncoding, parts: dict[str, list[Part]
             for name, several in records.items()
         },
     )
-    with runtime_files.atomic(folder / "README.md") as file:
-        file.write(card(done).encode())
-    with runtime_files.atomic(folder / latents.FACTS) as file:
-        file.write(latents.as_json(done))
+    with runtime_files.atomic_file(folder / "README.md") as file:
+        file.write(dataset_card(done).encode())
+    with runtime_files.atomic_file(folder / latents.INFO_FILE) as file:
+        file.write(latents.to_json(done))
     return done
 
 
-def card(done: LatentSet) -> str:
+def dataset_card(done: LatentDataset) -> str:
     """What the folder's page on the hub says."""
     e = done.encoding
     files = "\n".join(f"  - split: {name}\n    path: data/{name}-*.parquet" for name in done.n_rows)
@@ -286,12 +286,12 @@ def card(done: LatentSet) -> str:
     views = ", then both of the mirrored picture" if e.mirrored else ""
     # `load_dataset` takes two folders of one name for the same, unless their cards differ; and as
     # many rows at a time as are in a file's first group, which may be none.
-    digest = hashlib.sha256(latents.as_json(done)).hexdigest()
+    digest = hashlib.sha256(latents.to_json(done)).hexdigest()
     return f"""---
 configs:
 - config_name: default
   description: {digest}
-  batch_size: {GROUP}
+  batch_size: {ROWS_PER_GROUP}
   data_files:
 {files}
 ---
@@ -301,7 +301,7 @@ configs:
 {done.counts}, made by `convert_imagenet.py` from `{e.source}` with the VAE `{e.vae}`
 (SHA-256 of its weights: {e.vae_hash}).
 
-    np.frombuffer(row["{latents.COLUMN}"], "<f2").reshape({height}, {width}, {n})
+    np.frombuffer(row["{latents.MOMENTS_COLUMN}"], "<f2").reshape({height}, {width}, {n})
 
 are the means and log-variances of {e.shape[-1]} channels each{views}. A diffusion model is
 given (z − {e.shift_factor}) · {e.scaling_factor}, where z is drawn from them.

@@ -1,8 +1,9 @@
-"""Many pictures of one `Drawable`: drawn in batches, and kept so that what was interrupted goes on.
+"""Files of many samples: an .npz in the layout of the ADM suite, or a folder with a file for each.
 
-    pictures = drawn.of(Drawable.of_run(Path("runs/digits")), DrawConfig(n=1000))
+    images = open_image_set(TrainedModel.from_run(run), EvaluationSamplesConfig(n=1000))
 
-What is kept is an .npz in the layout of the ADM suite, or a folder with a file for each picture.
+Samples are made batch by batch as they are read, never all in memory. What is written is resumed by
+the same request after an interruption. Grids and GIFs are written in `grids.py`.
 """
 
 import json
@@ -17,26 +18,27 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from data.image_sets import Batch, PictureSet, written
+from data.image_sets import ImageBatch, ImageSet, copy_to_npz
 from inference import grids
-from inference.labels import SampleRequest, by_turns
+from inference.labels import SampleRequest, request_round_robin
 from inference.sampler import Samples
 from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
 from runtime.errors import UserError
-from runtime.files import atomic, report_unwritable, tidy
-from runtime.run_folder import locked
+from runtime.files import atomic_file, remove_leftovers, report_unwritable
+from runtime.run_folder import exclusive_writer
 
 CARD = "card.json"
-MOST_LETTERS = 40  # of a label in a file's name
-Draw = Callable[[int], Batch]  # the pictures of a batch, by the place of its first
+MAX_LABEL_LETTERS = 40  # in a file's name
+BatchSampler = Callable[[int], ImageBatch]  # the batch that begins at this index
 
 
 @dataclass(frozen=True)
-class DrawConfig(SamplingOverrides):
-    """What to draw for an evaluation, and how; what is None is as in the run.
+class EvaluationSamplesConfig(SamplingOverrides):
+    """Samples for an evaluation. Overrides that are None are left to the model.
 
     Args:
-        n: how many pictures, as many of each class.
+        n: number of samples, equal shares of each class.
+        batch_size: samples at a time.
     """
 
     n: int = 50_000
@@ -44,193 +46,235 @@ class DrawConfig(SamplingOverrides):
     batch_size: int = 64
 
 
-def of(drawable: TrainedModel, config: DrawConfig, *, samples: Path | None = None) -> PictureSet:
-    """The pictures that an evaluation looks at, which are drawn as they are asked for.
+def open_image_set(
+    trained: TrainedModel, config: EvaluationSamplesConfig, *, samples: Path | None = None
+) -> ImageSet:
+    """Open the samples that an evaluation looks at. They are made as they are read.
 
     Args:
-        samples: an .npz that they are written to. Until it is whole, they are kept beside it.
+        samples: an .npz to write them to. Until it is complete, batches are in a folder beside it.
 
     Raises:
-        UserError: this cannot draw from it.
+        UserError: the model was trained on captions, or the config does not fit it.
     """
-    c, size = config, min(config.batch_size, config.n)
-    subjects, how = by_turns(drawable, c.n, seed=c.seed), drawable.how(c)
-    draw, starts = drawer(drawable, subjects, how, size), range(0, c.n, size)
-    card = describe(drawable, subjects, how)
-    if samples is None:
-        return PictureSet(c.n, lambda _: map(draw, starts), card)
-    return PictureSet(c.n, lambda _: kept(draw, starts, samples, subjects.which, card), card)
+    n, size = config.n, min(config.batch_size, config.n)
+    request = request_round_robin(trained, n, seed=config.seed)
+    plan = trained.plan(config)
+    sample_at = make_batch_sampler(trained, request, plan, size)
+    starts = range(0, n, size)
+    card = describe_samples(trained, request, plan)
+
+    def batches(_: int) -> Iterator[ImageBatch]:
+        if samples is None:
+            return map(sample_at, starts)
+        return write_npz(sample_at, starts, samples, request.label_index, card)
+
+    return ImageSet(n, batches, card)
 
 
-def drawer(drawable: TrainedModel, subjects: SampleRequest, how: SamplingPlan, size: int) -> Draw:
-    """What draws a batch of so many pictures."""
-    n = len(subjects.which)
+def make_batch_sampler(
+    trained: TrainedModel, request: SampleRequest, plan: SamplingPlan, size: int
+) -> BatchSampler:
+    """Make the function that samples batches of `size` images of a request."""
+    n = len(request.label_index)
 
-    def draw(start: int) -> Batch:
+    def sample_at(start: int) -> ImageBatch:
         # The last batch is filled up, so that all are one compiled program.
-        labels, told = subjects.rows(start, start + size)
-        found = drawable.sample(labels, how, batch_size=size, **told)
-        return grids.to_uint8(found.x[: n - start])
+        rows = request.rows(start, start + size)
+        samples = trained.sample(
+            rows.labels,
+            plan,
+            seed=rows.seed,
+            first_index=rows.first_index,
+            negative=rows.negative,
+            batch_size=size,
+        )
+        return grids.to_uint8(samples.x[: n - start])
 
-    return draw
-
-
-def part_of(whole: Callable[[], Samples], size: int) -> Draw:
-    """What draws all of them, once the first are asked for."""
-    return lambda start: grids.to_uint8(whole().x[start : start + size])
-
-
-def describe(drawable: TrainedModel, subjects: SampleRequest, how: SamplingPlan) -> dict[str, Any]:
-    """All that pictures depend on, for the card beside them."""
-    card = {"sampler": asdict(how.sampler), "cfg_scale": how.cfg_scale, "seed": subjects.seed}
-    return card | drawable.card | {"count": len(subjects.which)}
+    return sample_at
 
 
-# --- what is kept ---------------------------------------------------------------------------------
+def slice_samples(sample_all: Callable[[], Samples], size: int) -> BatchSampler:
+    """Make the function that cuts batches of `size` images out of samples made all at once. They
+    are made when the first batch is needed; `sample_all` should cache its result.
+    """
+    return lambda start: grids.to_uint8(sample_all().x[start : start + size])
 
 
-def kept(
-    draw: Draw,
+def describe_samples(
+    trained: TrainedModel, request: SampleRequest, plan: SamplingPlan
+) -> dict[str, Any]:
+    """All that the samples depend on, for the card beside them."""
+    plan_card = {"sampler": asdict(plan.sampler), "cfg_scale": plan.cfg_scale, "seed": request.seed}
+    return plan_card | trained.card | {"count": len(request.label_index)}
+
+
+# --- .npz and folders -----------------------------------------------------------------------------
+
+
+def write_npz(
+    sample_at: BatchSampler,
     starts: range,
     samples: Path,
     labels: Int[np.ndarray, "n"],
     card: dict[str, Any],
-) -> Generator[Batch]:
-    """The batches, which are written to the .npz `samples` too. What an earlier process drew is
-    read: until all is written, batches are in a folder beside it.
+) -> Generator[ImageBatch]:
+    """Write samples to an .npz and yield them, batch by batch.
+
+    Until all are made, batches are files in a folder beside it, and those that an earlier process
+    made are read from there.
+
+    Args:
+        starts: the index of the first sample of each batch.
+
+    Raises:
+        UserError: see `claim_folder`.
     """
-    parts = parts_of(samples)
+    folder = parts_folder(samples)
 
-    def part(start: int) -> Path:
-        return parts / f"{start:09}.npy"
+    def batch_file(start: int) -> Path:
+        return folder / f"{start:09}.npy"
 
-    def keep(start: int, batch: Batch) -> None:
-        with atomic(part(start)) as file:
+    def save_batch(start: int, batch: ImageBatch) -> None:
+        with atomic_file(batch_file(start)) as file:
             np.save(file, batch)
 
-    with taken(parts, card | {"batch_size": starts.step}):
-        ready = ensured(draw, starts, is_kept=lambda s: part(s).exists(), keep=keep)
-        batches = (np.load(part(start)) for start in ready)
-        yield from written(batches, parts / samples.name, labels)
-        (parts / samples.name).replace(samples)
-        for path in parts.glob("*.npy"):  # the card last: without it the rest would be a stranger's
+    with claim_folder(folder, card | {"batch_size": starts.step}):
+        saved_starts = sample_missing_batches(
+            sample_at, starts, is_saved=lambda start: batch_file(start).exists(), save=save_batch
+        )
+        batches = (np.load(batch_file(start)) for start in saved_starts)
+        yield from copy_to_npz(batches, folder / samples.name, labels)
+        (folder / samples.name).replace(samples)
+        # The card goes last: without it, the other files would not be recognised as ours.
+        for path in folder.glob("*.npy"):
             path.unlink()
-        shutil.rmtree(parts)
+        shutil.rmtree(folder)
 
 
-def parts_of(samples: Path) -> Path:
-    """The folder beside an .npz that holds what is drawn of it."""
+def parts_folder(samples: Path) -> Path:
+    """The folder beside an .npz that holds its batches until all are made."""
     return samples.with_name(f"{samples.name}.parts")
 
 
-def begun_by(samples: Path) -> int | None:
-    """How many pictures at a time an .npz was begun with that is not whole yet.
+def unfinished_batch_size(samples: Path) -> int | None:
+    """The batch size that an unfinished .npz was begun with; None if there is none.
 
     Raises:
         UserError: its card is damaged.
     """
-    return (read_card(parts_of(samples)) or {}).get("batch_size")
+    return (read_card(parts_folder(samples)) or {}).get("batch_size")
 
 
-def in_folder(
-    draw: Draw,
+def write_folder(
+    sample_at: BatchSampler,
     starts: range,
     folder: Path,
     labels: Sequence[str],
     card: dict[str, Any],
 ) -> Generator[int]:
-    """The batches as PNG files in a folder, each named by a picture's place and label, beside a
-    card. Yields how many pictures there are, batch by batch.
+    """Write samples as PNG files to a folder, each named by its index and label, beside a card.
+    Yields the number of images of each batch.
+
+    Raises:
+        UserError: see `claim_folder`.
     """
     n = len(labels)
 
-    def files(start: int) -> list[Path]:
-        some = range(start, min(start + starts.step, n))
-        return [folder / file_name(place, n, labels[place]) for place in some]
+    def image_files(start: int) -> list[Path]:
+        indices = range(start, min(start + starts.step, n))
+        return [folder / sample_file_name(i, n, labels[i]) for i in indices]
 
-    def keep(start: int, batch: Batch) -> None:
-        for picture, file in zip(batch, files(start), strict=True):
-            grids.save_png(grids.as_image(picture), file)
+    def save_batch(start: int, batch: ImageBatch) -> None:
+        for image, file in zip(batch, image_files(start), strict=True):
+            grids.save_png(grids.to_pillow(image), file)
 
-    def is_kept(start: int) -> bool:
-        return all(file.exists() for file in files(start))
+    def is_saved(start: int) -> bool:
+        return all(file.exists() for file in image_files(start))
 
-    with taken(folder, card | {"batch_size": starts.step}):
-        for start in ensured(draw, starts, is_kept=is_kept, keep=keep):
-            yield len(files(start))
-
-
-def file_name(place: int, n: int, label: str) -> str:
-    """Of a picture, so that names sort as places do: 000007_cat.png."""
-    word = re.sub(r"\W+", "-", label)[:MOST_LETTERS].strip("-")
-    return f"{place:0{max(6, len(str(n - 1)))}}{'_' * bool(word)}{word}.png"
+    with claim_folder(folder, card | {"batch_size": starts.step}):
+        for start in sample_missing_batches(sample_at, starts, is_saved=is_saved, save=save_batch):
+            yield len(image_files(start))
 
 
-def ensured(
-    draw: Draw,
+def sample_file_name(index: int, n: int, label: str) -> str:
+    """Name a sample's file, such as 000007_cat.png. Names sort as indices do."""
+    number = f"{index:0{max(6, len(str(n - 1)))}}"
+    word = re.sub(r"\W+", "-", label)[:MAX_LABEL_LETTERS].strip("-")
+    return f"{number}_{word}.png" if word else f"{number}.png"
+
+
+def sample_missing_batches(
+    sample_at: BatchSampler,
     starts: range,
     *,
-    is_kept: Callable[[int], bool],
-    keep: Callable[[int, Batch], object],
+    is_saved: Callable[[int], bool],
+    save: Callable[[int, ImageBatch], object],
 ) -> Generator[int]:
-    """The place of each batch, once it is kept: it is drawn unless it is there already, of a
-    process that ended somehow.
+    """Yield the start of each batch once it is saved. Only batches that an earlier process has not
+    saved are sampled.
     """
     for start in starts:
-        if not is_kept(start):
-            keep(start, draw(start))
+        if not is_saved(start):
+            save(start, sample_at(start))
         yield start
 
 
+# --- claiming a folder ----------------------------------------------------------------------------
+
+
 @contextmanager
-def taken(folder: Path, card: dict[str, Any]) -> Iterator[None]:
-    """A folder of drawn pictures, new or begun with the same card, for this process alone.
+def claim_folder(folder: Path, card: dict[str, Any]) -> Iterator[None]:
+    """Open a folder of samples for this process alone: a new one, or one begun with the same card.
 
     Raises:
-        UserError: it was begun with other settings, holds something else, or cannot be written to;
+        UserError: it was begun with other settings, holds other files, cannot be written to, or
             another process is writing there.
     """
-    require_ours(folder)
+    check_sample_folder(folder)
     with report_unwritable(folder):
         folder.mkdir(exist_ok=True)
-        with locked(folder):
-            tidy(folder)
-            take_up(folder, card)
+        with exclusive_writer(folder):
+            remove_leftovers(folder)
+            write_or_compare_card(folder, card)
             yield
 
 
-def require_ours(folder: Path) -> None:
-    """Raises UserError if a folder holds files, and no card that tells how they were drawn."""
+def check_sample_folder(folder: Path) -> None:
+    """Raises UserError if a folder holds files but no card, so that they are not our samples."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"'{folder}' is a file; name a folder that is new")
+        raise UserError(f"'{folder}' is a file; name a new folder")
     if not folder.is_dir() or (folder / CARD).exists():
         return
-    if strangers := sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")):
-        raise UserError(
-            f"'{folder}' holds other files, such as {strangers[0]}; name a folder that is new"
-        )
+    if others := sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")):
+        raise UserError(f"'{folder}' holds other files, such as {others[0]}; name a new folder")
 
 
-def take_up(folder: Path, card: dict[str, Any]) -> None:
-    """Write the card of a new folder, or compare it.
+def write_or_compare_card(folder: Path, card: dict[str, Any]) -> None:
+    """Write the card of a new folder, or compare it with that of one that was begun.
 
     Raises:
         UserError: the folder was begun with other settings, which are named.
     """
-    told, before = json.loads(json.dumps(card, default=str)), read_card(folder)
-    if before is None:
-        with atomic(folder / CARD) as record:
-            record.write(json.dumps(told, indent=2).encode() + b"\n")
+    card = json.loads(json.dumps(card, default=str))
+    old_card = read_card(folder)
+    if old_card is None:
+        with atomic_file(folder / CARD) as file:
+            file.write(json.dumps(card, indent=2).encode() + b"\n")
         return
-    if changed := list(differences(before, told)):
+    if changes := list(describe_differences(old_card, card)):
         raise UserError(
-            f"'{folder}' was begun with other settings: {'; '.join(changed)}; go on with those, "
-            "remove it, or write elsewhere"
+            f"'{folder}' was begun with other settings: {'; '.join(changes)}; resume with those, "
+            "remove the folder, or name another one"
         )
 
 
 def read_card(folder: Path) -> dict[str, Any] | None:
-    """The card of a folder, if there is one."""
+    """Read the card of a folder; None if there is none.
+
+    Raises:
+        UserError: the card is damaged.
+    """
     file = folder / CARD
     try:
         return dict(json.loads(file.read_text())) if file.exists() else None
@@ -238,16 +282,17 @@ def read_card(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{file} is damaged: {error}") from None
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> Generator[str]:
-    """What differs, in words."""
-    for name in before | now:
-        was, become = before.get(name), now.get(name)
-        if isinstance(was, dict) and isinstance(become, dict):
-            yield from differences(was, become)
-        elif was != become:
-            yield f"{name} was {shortened(was)}, not {shortened(become)}"
+def describe_differences(old: dict[str, Any], new: dict[str, Any]) -> Generator[str]:
+    """Describe each value that differs between two cards."""
+    for name in old | new:
+        old_value, new_value = old.get(name), new.get(name)
+        if isinstance(old_value, dict) and isinstance(new_value, dict):
+            yield from describe_differences(old_value, new_value)
+        elif old_value != new_value:
+            yield f"{name} was {shorten(old_value)}, not {shorten(new_value)}"
 
 
-def shortened(value: Any) -> str:
-    words = str(value)
-    return words if len(words) <= 60 else f"{words[:60]}…"
+def shorten(value: Any) -> str:
+    """Cut the text of a value to 60 letters."""
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -1,8 +1,10 @@
-"""How pictures are drawn from a model's weights: labels and noise in, pictures out.
+"""Sample images from a model's weights: labels and noise in, images out.
 
-    drawing.sample(params, config, [3, 7], sampler=Sampler(n_steps=50), mesh=parallel.make_mesh())
+    sampler = SamplerConfig(n_steps=50)
+    sample_images(params, config, [3, 7], sampler=sampler, mesh=parallel.make_mesh())
 
-Where weights come from and where pictures go is known elsewhere (`drawable.py`, `drawn.py`).
+A batch is one compiled program. Where weights come from and where images go is not known here: see
+`trained_model.py` and `sample_files.py`.
 """
 
 import math
@@ -17,32 +19,35 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from data.batch import Caption
+from data.batch import EncodedCaption
 from inference.codec import Codec
 from methods import ddpm, rectified_flow
-from methods.ddpm import DESCENTS, Chain
-from model import Label, ModelConfig, graphdef
+from methods.ddpm import DDPM_SOLVERS, NoiseSchedule
+from model import Label, ModelConfig, model_graphdef
 from runtime import parallel
-from runtime.errors import UserError, unknown
+from runtime.errors import UserError, unknown_name
 from sampling import SOLVERS, Solution, Velocity, guided, initial_noise, step_noise, time_grid
 
-Labels = Sequence[int] | Int[np.ndarray, "n"] | Caption
+Labels = Sequence[int] | Int[np.ndarray, "n"] | EncodedCaption
 MAX_SEED = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How pictures are drawn from a model; static, so each combination is compiled once.
+    """Settings of a sampler; hashable and static under `jax.jit`: each combination compiles once.
 
     Args:
-        solver: euler or heun; ddpm or ddim for a model that is trained by DDPM.
-        n_steps: steps of the solver.
-        shift: of the time grid; above 1 spends more steps near the noise.
-        interval: times between which guidance acts.
-        prediction: of `diffusion.PREDICTIONS`; None for a velocity.
-        eta: of ddim: how much fresh noise, from 0 to 1.
-        guided_channels: how many of a picture's channels are guided; by default all.
-        clip: what ddpm and ddim take the data for, to where pictures are.
+        solver: euler or heun; ddpm or ddim for a model trained by DDPM.
+        n_steps: solver steps.
+        shift: shift of the time grid; above 1 spends more steps near the noise.
+        interval: guidance interval: the two times between which guidance acts.
+        prediction: a key of `ddpm.PREDICTIONS`; None if the model predicts a velocity.
+        eta: fresh noise of ddim, from 0 (none) to 1 (as much as ddpm).
+        guided_channels: guide only the first so many channels; by default all.
+        clip: clip the x0 prediction of ddpm and ddim to −1 … 1, the range of pixels.
+
+    Raises:
+        UserError: an unknown solver or prediction, or a number out of range.
     """
 
     solver: str = "euler"
@@ -55,16 +60,16 @@ class SamplerConfig:
     clip: bool = False
 
     def __post_init__(self):
-        fitting = DESCENTS if self.prediction else SOLVERS
-        if self.solver not in SOLVERS | DESCENTS:
-            raise unknown("solver", self.solver, SOLVERS | DESCENTS)
+        allowed_solvers = DDPM_SOLVERS if self.prediction else SOLVERS
+        if self.solver not in SOLVERS | DDPM_SOLVERS:
+            raise unknown_name("solver", self.solver, SOLVERS | DDPM_SOLVERS)
         if self.prediction not in (None, *ddpm.PREDICTIONS):
-            raise unknown("prediction", self.prediction, ddpm.PREDICTIONS)
-        if self.solver not in fitting:
-            trained = "DDPM" if self.prediction else "rectified flow"
+            raise unknown_name("prediction", self.prediction, ddpm.PREDICTIONS)
+        if self.solver not in allowed_solvers:
+            method = "DDPM" if self.prediction else "rectified flow"
             raise UserError(
-                f"--solver {self.solver} is not for a model trained by {trained}, which takes one "
-                f"of: {', '.join(fitting)}"
+                f"--solver {self.solver} is not for a model trained by {method}, which takes one "
+                f"of: {', '.join(allowed_solvers)}"
             )
         self._check_numbers()
 
@@ -79,7 +84,7 @@ class SamplerConfig:
             )
         if self.prediction and self.shift != 1:
             raise UserError(
-                f"--shift {self.shift:g} is for rectified flow; the steps of DDPM are even"
+                f"--shift {self.shift:g} is for rectified flow; DDPM's steps are evenly spaced"
             )
         if not 0 < self.shift < math.inf:
             raise UserError(f"--shift {self.shift:g}: must be above 0")
@@ -90,38 +95,41 @@ class SamplerConfig:
         low, high = self.interval
         if not 0 <= low < high <= 1:
             raise UserError(
-                f"--interval {low:g} {high:g}: must be two times in 0 … 1, the earlier first"
+                f"--interval {low:g} {high:g}: must be two times in 0 … 1, the lower first"
             )
 
-    def route(self, t: float = 1.0) -> Float[Array, "times"] | Chain:
-        """The way of x from time t, or from the step of a chain that is nearest to it, to the data:
-        times of a flow, or a chain.
+    def time_steps(self, start: float = 1.0) -> Float[Array, "times"] | NoiseSchedule:
+        """Discretize the way from time `start` to the data: the times of a flow, or the part of a
+        DDPM chain that begins at the step nearest to `start`.
         """
         if self.prediction is None:
-            return time_grid(self.n_steps, shift=self.shift, start=t)
-        return ddpm.up_to(ddpm.chain(self.n_steps), t)
+            return time_grid(self.n_steps, shift=self.shift, start=start)
+        return ddpm.truncate_schedule(ddpm.noise_schedule(self.n_steps), start)
 
-    def times(self) -> Float[np.ndarray, "times"]:
-        """The time of each state on the way from pure noise to the data."""
-        route = self.route()
-        if isinstance(route, Chain):
-            return np.append(route.step[::-1] / ddpm.N_STEPS, 0.0)
-        return np.asarray(route)
+    def state_times(self) -> Float[np.ndarray, "times"]:
+        """The time of each state of a trajectory, from pure noise (1) to the data (0)."""
+        time_steps = self.time_steps()
+        if isinstance(time_steps, NoiseSchedule):
+            return np.append(time_steps.step[::-1] / ddpm.N_STEPS, 0.0)
+        return np.asarray(time_steps)
 
-    def begins_at(self, t: float) -> float:
-        """The time at which `route` begins."""
+    def nearest_start(self, t: float) -> float:
+        """The time at which `time_steps(t)` begins: t itself, or that of DDPM's nearest step."""
         if self.prediction is None:
             return t
-        return float(ddpm.up_to(ddpm.chain(self.n_steps), t).step[-1]) / ddpm.N_STEPS
+        return float(ddpm.truncate_schedule(ddpm.noise_schedule(self.n_steps), t).step[-1]) / ddpm.N_STEPS
 
 
 class StartFrom(NamedTuple):
-    """Where drawing begins, if not with pure noise: with data that noise is added to, at the start
-    of a `Sampler.route`.
+    """Data to start sampling from in place of pure noise.
+
+    Args:
+        data: images or scaled latents, as the model sees them. Noise is added to them.
+        time_steps: `SamplerConfig.time_steps(t)`; its first time says how much noise.
     """
 
     data: Float[Any, "b h w c"]
-    route: Any
+    time_steps: Any
 
 
 @partial(jax.jit, static_argnames=("config", "sampler", "guide", "trajectory"))
@@ -132,64 +140,93 @@ def sample_batch(
     seed: Int[Array, "..."],
     cfg_scale: Float[Array, ""],
     negative: Label | None = None,
-    begin: StartFrom | None = None,
+    start_from: StartFrom | None = None,
     *,
     config: ModelConfig,
     sampler: SamplerConfig,
     guide: bool,
     trajectory: bool,
 ) -> Solution:
-    """One batch, from noise to pictures, as one compiled program. `negative` takes the place of the
-    null label.
+    """Sample one batch from noise, as one compiled program.
+
+    Args:
+        index: of each sample: its noise is a function of seed and index.
+        negative: labels in place of the null label of classifier-free guidance.
+        guide: use guidance at `cfg_scale`; False runs the conditional model alone.
+        trajectory: return all states and x0 predictions too.
     """
-    model = nnx.merge(graphdef(config), params)
+    model = nnx.merge(model_graphdef(config), params)
 
     def predict(x, t, label):
         return model(x, jnp.full(x.shape[0], t), label)
 
     if guide:
         null = jax.tree.map(lambda x: jnp.full_like(x, config.n_classes), label)
-        # A variance is not guided.
-        more = config.channels if config.out_channels > config.channels else None
-        how = {"interval": sampler.interval, "channels": sampler.guided_channels or more}
-        how["together"] = jax.default_backend() != "cpu"
-        bound = guided(predict, label, null if negative is None else negative, cfg_scale, **how)
+        # A learned variance is not guided.
+        has_variance = config.out_channels > config.channels
+        predict_guided = guided(
+            predict,
+            label,
+            null if negative is None else negative,
+            cfg_scale,
+            interval=sampler.interval,
+            channels=sampler.guided_channels or (config.channels if has_variance else None),
+            together=jax.default_backend() != "cpu",
+        )
     else:
-        bound = partial(predict, label=label)
+        predict_guided = partial(predict, label=label)
     shape = (config.image_size, config.image_size, config.channels)
-    return solve(bound, index, seed, shape, begin, sampler=sampler, trajectory=trajectory)
+    return integrate_from_noise(
+        predict_guided, index, seed, shape, start_from, sampler=sampler, trajectory=trajectory
+    )
 
 
-def solve(
+def integrate_from_noise(
     predict: Velocity,
     index: Int[Array, "b"],
     seed: Int[Array, "..."] | int,
     shape: tuple[int, int, int],
-    begin: StartFrom | None = None,
+    start_from: StartFrom | None = None,
     *,
     sampler: SamplerConfig,
     trajectory: bool,
 ) -> Solution:
-    """From noise to pictures by `predict(x, t)`: a velocity, or what else the sampler says."""
-    x, route = initial_noise(seed, index, shape), begin.route if begin else sampler.route()
+    """Integrate from noise to images. `predict(x, t)` returns a velocity (rectified flow) or the
+    raw output of the network (DDPM).
+    """
+    x = initial_noise(seed, index, shape)
+    time_steps: Any = start_from.time_steps if start_from else sampler.time_steps()
     if sampler.prediction is None:
-        if begin:
-            x, _ = rectified_flow.interpolate(begin.data, x, jnp.full(len(x), route[0]))
-        return SOLVERS[sampler.solver](predict, x, route, trajectory=trajectory)
+        if start_from:
+            t = jnp.full(len(x), time_steps[0])
+            x, _ = rectified_flow.interpolate(start_from.data, x, t)
+        return SOLVERS[sampler.solver](predict, x, time_steps, trajectory=trajectory)
 
-    def read(x, at):
-        how = {"prediction": sampler.prediction, "clip": sampler.clip}
-        return ddpm.estimate(predict(x, ddpm.model_time(at.step)), x, at, **how)
+    prediction = sampler.prediction
 
-    if begin:
-        x = ddpm.diffuse(begin.data, x, jax.tree.map(lambda table: table[-1], route))
-    renew = step_noise(seed, index, shape)
-    how = {"trajectory": trajectory} | ({"eta": sampler.eta} if sampler.eta else {})
-    return DESCENTS[sampler.solver](read, x, route, renew, **how)
+    def denoise(x, schedule):
+        output = predict(x, ddpm.model_time(schedule.step))
+        return ddpm.interpret_output(output, x, schedule, prediction=prediction, clip=sampler.clip)
+
+    if start_from:
+        last_step = jax.tree.map(lambda table: table[-1], time_steps)
+        x = ddpm.diffuse(start_from.data, x, last_step)
+    fresh_noise = step_noise(seed, index, shape)
+    if sampler.solver == "ddim":
+        return ddpm.ddim(
+            denoise, x, time_steps, fresh_noise, eta=sampler.eta, trajectory=trajectory
+        )
+    return DDPM_SOLVERS[sampler.solver](denoise, x, time_steps, fresh_noise, trajectory=trajectory)
 
 
 class Samples(NamedTuple):
-    """A `Solution` on the host: float32 in about −1 … 1."""
+    """A `Solution` on the host, float32: images in about −1 … 1, or latents as the model sees them.
+
+    Args:
+        x: the samples.
+        trajectory: all states, noise first and `x` last.
+        estimates: the x0 prediction of each step.
+    """
 
     x: Float[np.ndarray, "b h w c"]
     trajectory: Float[np.ndarray, "n+1 b h w c"] | None
@@ -205,112 +242,139 @@ def sample_images(
     mesh: parallel.Mesh,
     cfg_scale: float = 1.0,
     seed: int | Sequence[int] = 0,
-    first: int = 0,
+    first_index: int = 0,
     negative: Labels | None = None,
-    begin: StartFrom | None = None,
+    start_from: StartFrom | None = None,
     batch_size: int = 256,
     trajectory: bool = False,
     estimates: bool = False,
     codec: Codec | None = None,
 ) -> Samples:
-    """Pictures of `labels`: ids of classes, or encoded captions; of a model of latents, as its
-    `codec` decodes them.
+    """Sample an image for each label: class ids, or encoded captions.
 
-    A picture is a function of the weights, its label, its seed and its place: that in `labels`,
-    counted from `first`, or 0 where each has a seed of its own. Neither `batch_size` nor the number
-    of devices changes it. Label `config.n_classes` is "no class"; `cfg_scale` 1 samples the
-    conditional model in half the time.
+    A sample is a function of the weights, its label, its seed and its index, and of nothing else:
+    neither `batch_size` nor the number of devices changes it. Label `config.n_classes` is the null
+    label. `cfg_scale` 1 runs the conditional model alone, in half the time.
 
     Args:
-        negative: the label of one picture, from which guidance leads away; by default the null.
-        begin: data to add noise to, as the model sees them, and the way from there.
-        trajectory: whether all states are wanted too.
-        estimates: whether that is what each step takes the picture for.
+        seed: one for all samples, which are then numbered from `first_index`; or one for each,
+            whose index is then 0.
+        negative: one label in place of the null label of guidance.
+        start_from: data to add noise to and start from, as the model sees them, a row per label.
+        batch_size: samples at a time, on all devices together.
+        trajectory: return all states too.
+        estimates: return the x0 prediction of each step too.
+        codec: decodes the latents of a latent diffusion model; None returns the model's output.
 
     Raises:
-        UserError: no labels, or numbers that cannot be.
+        UserError: there are no labels, a seed is out of range, or guidance does not fit the model.
     """
-    labels = as_arrays(labels)
-    if not (n := len(jax.tree.leaves(labels)[0])):
-        raise UserError("no labels to draw")
+    labels = labels_as_arrays(labels)
+    n = len(jax.tree.leaves(labels)[0])
+    if n == 0:
+        raise UserError("there are no labels to sample")
     check_guidance(sampler, config, cfg_scale, negative=negative is not None)
+    # Devices get equal shares of a batch.
     size = -(-min(batch_size, n) // mesh.size) * mesh.size
-    each = labels, *noise_origins(seed, n, first), begin and begin.data
-    away = None
+    index, seeds = noise_indices_and_seeds(seed, n, first_index)
+    data = start_from.data if start_from else None
+    negative_batch = None
     if negative is not None:
-        away = parallel.spread(take_rows(as_arrays(negative), np.zeros(size, int)), mesh)
-    static = {"config": replace(config, remat=False, unroll=1), "sampler": sampler}
-    static |= {"guide": cfg_scale != 1, "trajectory": trajectory or estimates}
+        repeated = take_rows(labels_as_arrays(negative), np.zeros(size, int))
+        negative_batch = parallel.shard_rows(repeated, mesh)
 
-    def part(start: int) -> Solution:
-        # The last batch is filled up with its last picture.
+    def sample_rows_from(start: int) -> Solution:
+        # The last batch is filled up with the last row.
         rows = np.minimum(np.arange(start, start + size), n - 1)
-        label, place, seeds, data = parallel.spread(take_rows(each, rows), mesh)
-        x = begin and StartFrom(data, begin.route)
-        return parallel.fetch(
-            sample_batch(params, label, place, seeds, cfg_scale, away, x, **static)
+        batch = take_rows((labels, index, seeds, data), rows)
+        batch_labels, batch_index, batch_seeds, batch_data = parallel.shard_rows(batch, mesh)
+        solution = sample_batch(
+            params,
+            batch_labels,
+            batch_index,
+            batch_seeds,
+            cfg_scale,
+            negative_batch,
+            StartFrom(batch_data, start_from.time_steps) if start_from else None,
+            config=replace(config, remat=False, unroll=1),
+            sampler=sampler,
+            guide=cfg_scale != 1,
+            trajectory=trajectory or estimates,
         )
+        return parallel.fetch_to_host(solution)
 
-    parts = [part(start) for start in range(0, n, size)]
+    batches = [sample_rows_from(start) for start in range(0, n, size)]
 
-    def whole(field: str, axis: int) -> Float[np.ndarray, "..."]:
-        x = np.concatenate([getattr(part, field) for part in parts], axis=axis)
+    def join_batches(field: str, axis: int) -> Float[np.ndarray, "..."]:
+        x = np.concatenate([getattr(batch, field) for batch in batches], axis=axis)
         x = np.take(x, range(n), axis=axis)
         return codec.decode(x) if codec else x
 
     return Samples(
-        whole("x", 0),
-        whole("trajectory", 1) if trajectory else None,
-        whole("estimates", 1) if estimates else None,
+        x=join_batches("x", 0),
+        trajectory=join_batches("trajectory", 1) if trajectory else None,
+        estimates=join_batches("estimates", 1) if estimates else None,
     )
 
 
-def noise_origins(
-    seed: int | Sequence[int], n: int, first: int = 0
+def check_seeds(seed: int | Sequence[int]) -> None:
+    """Raises UserError if a seed is out of range."""
+    seeds = seed if isinstance(seed, Sequence) else [seed]
+    if invalid := [s for s in seeds if not 0 <= s <= MAX_SEED]:
+        raise UserError(f"seed {invalid[0]}: must be in 0 … {MAX_SEED}")
+
+
+def noise_indices_and_seeds(
+    seed: int | Sequence[int], n: int, first_index: int = 0
 ) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
-    """The place and the seed of each of n pictures, which its noise is a function of.
+    """The index and the seed of each of n samples, of which its noise is a function.
 
     Raises:
-        UserError: a seed that cannot be.
+        UserError: a seed is out of range.
     """
-    one = not isinstance(seed, Sequence)
-    seeds = [seed] * n if one else list(seed)
-    if wrong := [s for s in seeds if not 0 <= s <= MAX_SEED]:
-        raise UserError(f"seed {wrong[0]}: must be in 0 … {MAX_SEED}")
-    places = np.arange(first, first + n) if one else np.zeros(n)
-    return places.astype(np.int32), np.asarray(seeds, np.int32)
+    check_seeds(seed)
+    if isinstance(seed, Sequence):
+        return np.zeros(n, np.int32), np.asarray(seed, np.int32)
+    return np.arange(first_index, first_index + n).astype(np.int32), np.full(n, seed, np.int32)
 
 
 def check_guidance(
     sampler: SamplerConfig, config: ModelConfig, cfg_scale: float, *, negative: bool = False
 ) -> None:
-    """Raises UserError if a model cannot be guided so, or need not be told how."""
+    """Raises UserError if the model cannot be guided so, or if a flag of guidance has no effect.
+
+    Args:
+        negative: a negative prompt is given.
+    """
     if not abs(cfg_scale) <= float(np.finfo(np.float32).max):
         raise UserError(f"cfg_scale {cfg_scale}: must be finite in float32")
-    guide, n = cfg_scale != 1, sampler.guided_channels
+    guide = cfg_scale != 1
     if guide and not (config.n_classes or config.text_width):
         raise UserError(
             f"cfg_scale {cfg_scale}: an unconditional model has no label to be guided by; "
             "leave it at 1"
         )
-    if n is not None and not guide:
-        raise UserError(f"--guided_channels {n}: without guidance (cfg_scale 1) none is guided")
-    if n is not None and not 1 <= n <= config.channels:
-        raise UserError(f"--guided_channels {n}: the model's pictures have {config.channels}")
+    n_guided = sampler.guided_channels
+    if n_guided is not None and not guide:
+        raise UserError(
+            f"--guided_channels {n_guided}: has no effect without guidance (cfg_scale 1)"
+        )
+    if n_guided is not None and not 1 <= n_guided <= config.channels:
+        raise UserError(f"--guided_channels {n_guided}: the model has {config.channels} channels")
     if not guide and sampler.interval != (0, 1):
-        raise UserError("--interval: without guidance (cfg_scale 1) there is none to limit")
+        raise UserError("--interval: has no effect without guidance (cfg_scale 1)")
     if not guide and negative:
-        raise UserError("--negative_prompt: without guidance (cfg_scale 1) nothing leads away")
+        raise UserError("--negative_prompt: has no effect without guidance (cfg_scale 1)")
 
 
 # --- labels ---------------------------------------------------------------------------------------
 
 
 def take_rows(tree: Any, rows: Int[np.ndarray, "b"]) -> Any:
-    """These rows of all arrays."""
+    """Index all arrays of a tree by rows."""
     return jax.tree.map(lambda x: x[rows], tree)
 
 
-def as_arrays(labels: Labels) -> Int[np.ndarray, "n"] | Caption:
-    """Labels that can be taken by rows."""
-    return labels if isinstance(labels, Caption) else np.asarray(labels, np.int32)
+def labels_as_arrays(labels: Labels) -> Int[np.ndarray, "n"] | EncodedCaption:
+    """Labels as arrays that can be indexed by rows."""
+    return labels if isinstance(labels, EncodedCaption) else np.asarray(labels, np.int32)

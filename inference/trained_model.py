@@ -1,9 +1,9 @@
-"""What pictures are drawn from: weights, the shape of their model, and all that is known of them.
+"""A trained model to sample from: its weights, its config and all that sampling needs besides.
 
-    of = Drawable.of_run(Path("runs/digits"))
-    of.sample([3, 7], of.how(Wishes(cfg_scale=2))).x
+    trained = TrainedModel.from_run(Path("runs/digits"))
+    trained.sample([3, 7], trained.plan(SamplingOverrides(cfg_scale=2))).x
 
-A command reads a run through this and nowhere else.
+Commands read a run through this class and nowhere else. It writes nothing.
 """
 
 import math
@@ -16,12 +16,18 @@ from typing import Any, NamedTuple
 import jax
 
 from data import text_encoders
-from data.batch import Caption
+from data.batch import EncodedCaption
 from datasets_config import LatentEncoding
-from inference import sampler as inference_sampler
 from inference.codec import Codec
-from inference.sampler import Labels, SamplerConfig, Samples
-from model import ModelConfig, init_params
+from inference.sampler import (
+    Labels,
+    SamplerConfig,
+    Samples,
+    StartFrom,
+    check_guidance,
+    sample_images,
+)
+from model import ModelConfig, init_model_params
 from pretrained import transformer
 from runtime import parallel
 from runtime.checkpoint import Checkpoints
@@ -31,9 +37,7 @@ from runtime.run_folder import read_config
 
 @dataclass(frozen=True)
 class SamplingOverrides:
-    """How pictures shall be drawn; what is None is as the settings of a `Drawable` say. The flags
-    of a command, by their names.
-    """
+    """Sampling flags of a command, under their names. None leaves a setting to the model."""
 
     cfg_scale: float | None = None
     n_steps: int | None = None
@@ -44,39 +48,45 @@ class SamplingOverrides:
     guided_channels: int | None = None
 
     @classmethod
-    def of(cls, config: Any) -> "SamplingOverrides":
-        """Those among a command's flags."""
+    def from_flags(cls, config: Any) -> "SamplingOverrides":
+        """Pick these flags out of a command's config."""
         return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
 class SamplingPlan(NamedTuple):
-    """How pictures will be drawn."""
+    """A sampler and a guidance scale, complete and checked against the model."""
 
     sampler: SamplerConfig
     cfg_scale: float
 
-    def at(self, cfg_scale: float) -> "SamplingPlan":
-        """The same at another scale of guidance. At 1 there is none that could be limited."""
-        unlimited = {"interval": (0.0, 1.0), "guided_channels": None}
-        limits = unlimited if cfg_scale == 1 else {}
-        return SamplingPlan(replace(self.sampler, **limits), cfg_scale)
+    def with_cfg_scale(self, cfg_scale: float) -> "SamplingPlan":
+        """The same plan at another guidance scale; at 1, without the limits of guidance."""
+        if cfg_scale != 1:
+            return SamplingPlan(self.sampler, cfg_scale)
+        unlimited = replace(self.sampler, interval=(0.0, 1.0), guided_channels=None)
+        return SamplingPlan(unlimited, cfg_scale)
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained model and what goes with it. Its weights and its VAE are loaded when they are first
-    asked for, so that what cannot be drawn is refused before.
+    """A trained model and what goes with it.
+
+    Weights and VAE are loaded at their first use, so that a request that does not fit the model is
+    refused before.
 
     Args:
-        name: in messages, and in records of what was drawn.
-        settings: as in a run's config.json: how it was trained and is sampled, and on what.
-        model: the weights' shape.
-        mesh: where they are to be.
-        load: what loads them, and tells of which step of training they are, if that is known.
-        ema: whether they are averaged, if that is known.
-        vae: where the VAE of latents is now, if it has moved.
-        text_towers: where the towers that encode captions are now, if they have moved.
+        name: for messages, and for records of what was sampled.
+        settings: as in a run's config.json: how it was trained and is sampled, and on what data.
+        model: the config of the network.
+        mesh: the devices to place the weights on.
+        load: loads the weights. Returns the training step they are of, if known, and the weights.
+        ema: whether the weights are averaged, if known.
+        vae: where the VAE of a latent diffusion model is now, if it has moved.
+        text_encoders: where the text encoders are now, if they have moved.
         revision: the commit of a model of the hub.
+
+    Raises:
+        UserError: `vae` or `text_encoders` does not fit the model.
     """
 
     name: str
@@ -86,33 +96,38 @@ class TrainedModel:
     load: Callable[[], tuple[int | None, Any]] = field(repr=False)
     ema: bool | None = None
     vae: str | None = None
-    text_towers: Sequence[str] = ()
+    text_encoders: Sequence[str] = ()
     revision: str | None = None
 
     def __post_init__(self):
         if self.vae and not self.encoding:
-            raise UserError(f"--vae {self.vae}: the model is of pictures, not of latents")
-        known, n = len(self.settings.get("text_revisions") or ()), len(self.text_towers)
-        # The published SD3 does without the last of its towers, T5.
-        if n and n not in (known, known - bool(self.full_width)):
-            raise UserError(f"--text_towers: the model has {known}, not {n}")
+            raise UserError(f"--vae {self.vae}: the model is of pixels, not of latents")
+        n_given = len(self.text_encoders)
+        n_trained = len(self.settings.get("text_revisions") or ())
+        # The published SD3 does without the last of its text encoders, T5.
+        n_required = n_trained - 1 if self.full_width else n_trained
+        if n_given and n_given not in (n_trained, n_required):
+            raise UserError(
+                f"--text_towers: the model has {n_trained} text encoders, not {n_given}"
+            )
 
     @classmethod
-    def of_run(
+    def from_run(
         cls,
         folder: Path,
         *,
         ema: bool = True,
         step: int | None = None,
         vae: str | None = None,
-        text_towers: Sequence[str] = (),
+        text_encoders: Sequence[str] = (),
         fsdp: int | None = None,
     ) -> "TrainedModel":
-        """A run's checkpoint, the newest if no step is named. Reads its `config.json` only.
+        """Open a run's checkpoint, the newest if no step is given. Reads only its `config.json`.
 
         Args:
-            fsdp: devices that share one copy of the weights; by default as many as in the run, as
-                far as there are so many.
+            ema: the averaged weights; False for the raw ones.
+            fsdp: devices that share one copy of the weights; by default as in the run, or the
+                greatest common divisor of that and the number of devices here.
 
         Raises:
             UserError: the folder is not a run, or `config.json` does not describe one.
@@ -124,148 +139,216 @@ class TrainedModel:
             raise UserError(f"the config.json of '{folder}' is damaged: {error}") from None
         mesh = parallel.make_mesh(fsdp or math.gcd(settings["fsdp"], jax.device_count()))
         load = partial(load_params, folder, model, mesh, ema=ema, step=step)
-        return cls(str(folder), settings, model, mesh, load, ema, vae, text_towers)
+        return cls(
+            name=str(folder),
+            settings=settings,
+            model=model,
+            mesh=mesh,
+            load=load,
+            ema=ema,
+            vae=vae,
+            text_encoders=text_encoders,
+        )
 
     @classmethod
-    def of_pretrained(
+    def from_pretrained(
         cls,
         path_or_id: str,
         *,
         vae: str | None = None,
-        text_towers: Sequence[str] = (),
+        text_encoders: Sequence[str] = (),
         fsdp: int | None = None,
     ) -> "TrainedModel":
-        """A model of `pretrained.transformer.load`: of the hub, a folder or a file.
+        """Open a published model by `transformer.load_transformer`: of the hub, a folder or a file.
 
         Raises:
-            UserError: it is not to be had, or cannot be computed here.
+            UserError: it cannot be read, or has parts that are not implemented here.
         """
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        found, mesh = transformer.load(path_or_id, dtype=dtype), parallel.make_mesh(fsdp or 1)
+        published = transformer.load_transformer(path_or_id, dtype=dtype)
+        mesh = parallel.make_mesh(fsdp or 1)
 
         def load() -> tuple[None, Any]:
-            return None, parallel.shard(found.params, mesh)
+            return None, parallel.shard_params(published.params, mesh)
 
-        where = {"vae": vae, "text_towers": text_towers, "revision": found.revision}
-        return cls(found.id, found.settings, found.config, mesh, load, **where)
+        return cls(
+            name=published.id,
+            settings=published.settings,
+            model=published.config,
+            mesh=mesh,
+            load=load,
+            vae=vae,
+            text_encoders=text_encoders,
+            revision=published.revision,
+        )
 
     @cached_property
     def _loaded(self) -> tuple[int | None, Any]:
         return self.load()
 
-    @property
-    def params(self) -> Any:
+    def load_weights(self) -> Any:
+        """Load the weights, if they are not loaded yet, and return them.
+
+        Raises:
+            UserError: there is no such checkpoint, or it cannot be read.
+        """
         return self._loaded[1]
 
     @property
+    def params(self) -> Any:
+        """The weights, on the mesh."""
+        return self.load_weights()
+
+    @property
     def step(self) -> int | None:
+        """The training step that the weights are of, if known."""
         return self._loaded[0]
 
     @property
     def encoding(self) -> LatentEncoding | None:
-        """How the pictures became latents, if the model is of latents."""
+        """How images became latents, for a latent diffusion model."""
         record = self.settings["dataset"].get("encoding")
         return LatentEncoding.of(record) if record else None
 
     @cached_property
     def codec(self) -> Codec | None:
-        """What makes pictures of its latents; None where it draws pictures.
+        """The VAE that decodes the model's latents; None for a model of pixels.
 
         Raises:
-            UserError: the VAE cannot be read, or is another one.
+            UserError: the VAE cannot be read, or has other weights than that of the latents.
         """
         if not (encoding := self.encoding):
             return None
-        return Codec.of(encoding, self.mesh, vae=self.vae or self.settings.get("vae"))
+        return Codec.from_encoding(encoding, self.mesh, vae=self.vae or self.settings.get("vae"))
 
     @property
     def full_width(self) -> int | None:
-        """Of the published SD3, channels of a token: see `text.Towers`. None for our own models."""
+        """Channels of a token of the published SD3, whose text encoders are padded to it; None for
+        our own models.
+        """
         return self.settings.get("full_width")
 
     @property
     def label_names(self) -> list[str]:
+        """Class names, if the dataset has them."""
         return list(self.settings["dataset"].get("label_names") or ())
 
     @property
-    def towers(self) -> list[str]:
-        """Where what encodes captions is; none for a model of classes."""
-        return list(self.text_towers or self.settings.get("text_towers") or ())
+    def text_encoder_paths(self) -> list[str]:
+        """Folders or hub ids of the text encoders; empty for a model without captions."""
+        return list(self.text_encoders or self.settings.get("text_towers") or ())
 
-    def encode(self, captions: Sequence[str]) -> Caption:
-        """Captions as the model's text towers see them.
+    def encode_captions(self, captions: Sequence[str]) -> EncodedCaption:
+        """Encode captions with the model's text encoders.
 
         Raises:
-            UserError: a tower is not to be had, is not the one that was trained with, or takes less
-                than a whole caption; the towers are of another width than the model.
+            UserError: a text encoder cannot be read, is not the one that was trained with, or takes
+                less than a whole caption; their widths are not the model's.
         """
-        towers, model = self.towers, self.model
-        revisions = self.settings["text_revisions"][: len(towers)]
-        how = {"length": model.text_length, "full_width": self.full_width}
-        encoded = text_encoders.encode(captions, towers, revisions, **how)
-        widths = encoded.tokens.shape[-1], encoded.pooled.shape[-1]
-        if widths != (model.text_width, model.pooled_width):
+        model = self.model
+        paths = self.text_encoder_paths
+        encoded = text_encoders.encode_captions(
+            captions,
+            paths,
+            self.settings["text_revisions"][: len(paths)],
+            length=model.text_length,
+            full_width=self.full_width,
+        )
+        width, pooled_width = encoded.tokens.shape[-1], encoded.pooled.shape[-1]
+        if (width, pooled_width) != (model.text_width, model.pooled_width):
             raise UserError(
-                f"the text towers {', '.join(towers)} give {widths[0]} channels of a token and "
-                f"{widths[1]} of the pooled vector; the model takes {model.text_width} and "
+                f"the text encoders {', '.join(paths)} give {width} channels of a token and "
+                f"{pooled_width} of the pooled vector; the model takes {model.text_width} and "
                 f"{model.pooled_width}"
             )
         return encoded
 
-    def how(self, wishes: SamplingOverrides) -> SamplingPlan:
-        """How it is drawn from: as its settings say, but for what is wished.
+    def plan(self, overrides: SamplingOverrides) -> SamplingPlan:
+        """Complete the overrides with the model's own settings.
 
         Raises:
-            UserError: what cannot be, or does not fit the model.
+            UserError: a value is out of range, or does not fit the model.
         """
-        w, s = wishes, self.settings
-        if w.interval is not None and len(w.interval) != 2:
+        settings = self.settings
+        if overrides.interval is not None and len(overrides.interval) != 2:
             raise UserError("--interval takes two times: the lowest and the highest")
-        low, high = w.interval or (0.0, 1.0)
-        scale = s["cfg_scale"] if w.cfg_scale is None else w.cfg_scale
-        channels = w.guided_channels
-        if channels is None and scale != 1:
-            channels = s.get("guided_channels")
+        low, high = overrides.interval or (0.0, 1.0)
+        cfg_scale = settings["cfg_scale"] if overrides.cfg_scale is None else overrides.cfg_scale
+        n_steps = settings["n_sample_steps"] if overrides.n_steps is None else overrides.n_steps
+        own_shift = settings.get("sample_shift") or 1.0
+        guided_channels = overrides.guided_channels
+        if guided_channels is None and cfg_scale != 1:
+            guided_channels = settings.get("guided_channels")
         sampler = SamplerConfig(
-            solver=w.solver or s["solver"],
-            n_steps=s["n_sample_steps"] if w.n_steps is None else w.n_steps,
-            shift=(s.get("sample_shift") or 1.0) if w.shift is None else w.shift,
+            solver=overrides.solver or settings["solver"],
+            n_steps=n_steps,
+            shift=own_shift if overrides.shift is None else overrides.shift,
             interval=(low, high),
-            prediction=s.get("prediction"),  # which runs of rectified flow do without
-            eta=w.eta or 0.0,
-            guided_channels=channels,
+            prediction=settings.get("prediction"),  # rectified flow has none
+            eta=overrides.eta or 0.0,
+            guided_channels=guided_channels,
             clip=not self.encoding,
         )
-        inference_sampler.check_guidance(sampler, self.model, scale)
-        return SamplingPlan(sampler, float(scale))
+        check_guidance(sampler, self.model, cfg_scale)
+        return SamplingPlan(sampler, float(cfg_scale))
 
-    def sample(self, labels: Labels, how: SamplingPlan, **more: Any) -> Samples:
-        """Pictures by `drawing.sample`, which `more` is for; latents, if its `codec` is None. Its
-        `negative` is left out where there is no guidance to lead away.
+    def sample(
+        self,
+        labels: Labels,
+        plan: SamplingPlan,
+        *,
+        seed: int | Sequence[int] = 0,
+        first_index: int = 0,
+        negative: Labels | None = None,
+        start_from: StartFrom | None = None,
+        batch_size: int = 256,
+        trajectory: bool = False,
+        estimates: bool = False,
+        decode: bool = True,
+    ) -> Samples:
+        """Sample images by `sample_images`, which explains the arguments.
+
+        Args:
+            negative: has no effect at a guidance scale of 1.
+            decode: decode latents to images; False returns them as the model sees them.
+
+        Raises:
+            UserError: weights or VAE cannot be read, or the request does not fit the model.
         """
-        if "codec" not in more:
-            more["codec"] = self.codec  # a VAE that is gone is said before weights are read
-        sampler, scale = how
-        if scale == 1:
-            more["negative"] = None
-        return inference_sampler.sample_images(
+        codec = self.codec if decode else None  # a missing VAE is reported before weights are read
+        return sample_images(
             self.params,
             self.model,
             labels,
-            sampler=sampler,
-            cfg_scale=scale,
+            sampler=plan.sampler,
             mesh=self.mesh,
-            **more,
+            cfg_scale=plan.cfg_scale,
+            seed=seed,
+            first_index=first_index,
+            negative=None if plan.cfg_scale == 1 else negative,
+            start_from=start_from,
+            batch_size=batch_size,
+            trajectory=trajectory,
+            estimates=estimates,
+            codec=codec,
         )
 
     @property
     def card(self) -> dict[str, Any]:
-        """What its pictures depend on, for the record that goes with them."""
-        found = {"run": self.name, "step": self.step, "ema": self.ema}
-        found |= {n: self.settings.get(n) for n in ("dataset_name", "model", "ema_decay")}
-        found |= {"revision": self.revision, "dtype": self.model.dtype, "text_towers": self.towers}
-        codec = self.codec
-        return found | {"vae": {"id": codec.id, "hash": codec.hash} if codec else None}
+        """All that the model's samples depend on, for the record beside them."""
+        step, codec = self.step, self.codec
+        return {
+            "run": self.name,
+            "step": step,
+            "ema": self.ema,
+            "dataset_name": self.settings.get("dataset_name"),
+            "model": self.settings.get("model"),
+            "ema_decay": self.settings.get("ema_decay"),
+            "revision": self.revision,
+            "dtype": self.model.dtype,
+            "text_towers": self.text_encoder_paths,
+            "vae": {"id": codec.id, "hash": codec.hash} if codec else None,
+        }
 
 
 def load_params(
@@ -276,12 +359,15 @@ def load_params(
     ema: bool = True,
     step: int | None = None,
 ) -> tuple[int, Any]:
-    """(step, weights) of a run's checkpoint, the newest if no step is named, averaged or raw."""
+    """Load a run's weights, averaged or raw, from its newest checkpoint if no step is given.
+
+    Returns the checkpoint's step, and the weights.
+    """
     item = "ema" if ema else "params"
-    like = {item: parallel.abstract(partial(init_params, config, jax.random.key(0)), mesh)}
+    like = {item: parallel.abstract_state(partial(init_model_params, config, jax.random.key(0)), mesh)}
     with Checkpoints(run, read_only=True) as checkpoints:
         if step is None:
             step, items, _ = checkpoints.restore_newest(like)
         else:
-            items = checkpoints.restore(checkpoints.pick(step), like)
+            items = checkpoints.restore(checkpoints.resolve_step(step), like)
     return step, items[item]

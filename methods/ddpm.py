@@ -14,19 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from methods.rectified_flow import Objective, Read, by_time, draw_inputs, pixels
-from sampling import Renew, Solution, walk
+from methods.rectified_flow import Objective, ToModelInput, loss_by_time, sample_loss_inputs, pixels_to_input
+from sampling import FreshNoise, Solution, scan_steps
 
 N_STEPS = 1000
 BETAS = 1e-4, 2e-2  # of the first step and the last, between them linear (Ho et al. 2020, §4)
-LEVEL = 2 / 255  # between two of a byte's values in −1 … 1
+BYTE_STEP = 2 / 255  # between two of a byte's values in −1 … 1
 Table = Any  # NumPy's array over steps, or JAX's of some of them
 
 
 # --- the schedule ---------------------------------------------------------------------------------
 
 
-class Chain(NamedTuple):
+class NoiseSchedule(NamedTuple):
     """Steps in order from data to noise, each field an array over them; or what that is at some.
 
     "Before" is the step before in the chain, nearer to the data; before the first are the data.
@@ -43,7 +43,7 @@ class Chain(NamedTuple):
     least: Table  # log β̃: if all data are one picture
 
 
-def chain(n_steps: int = N_STEPS) -> Chain:
+def noise_schedule(n_steps: int = N_STEPS) -> NoiseSchedule:
     """All steps, or `n_steps` of them from first to last in even strides; of one, the last.
 
     Where steps are left out, β of the rest follows from their ᾱ (Nichol & Dhariwal 2021, eq. 19).
@@ -57,7 +57,7 @@ def chain(n_steps: int = N_STEPS) -> Chain:
     variance = beta * (1 - before) / (1 - alpha_bar)
     # 0 at the first step, and of 0 there is no logarithm: the second's in its place, as in N & D.
     variance[0] = variance[1] if n_steps > 1 else beta[0]
-    return Chain(
+    return NoiseSchedule(
         step=step,
         signal=np.sqrt(alpha_bar),
         noise=np.sqrt(1 - alpha_bar),
@@ -70,13 +70,13 @@ def chain(n_steps: int = N_STEPS) -> Chain:
     )
 
 
-def up_to(chain: Chain, t: float) -> Chain:
+def truncate_schedule(chain: NoiseSchedule, t: float) -> NoiseSchedule:
     """The chain from the data to that of its steps which is nearest to a model's t."""
     n = np.abs(chain.step / N_STEPS - t).argmin() + 1
-    return Chain(*(table[:n] for table in chain))
+    return NoiseSchedule(*(table[:n] for table in chain))
 
 
-def at_each(chain: Chain, k: Int[Array, "b"], n_axes: int) -> Chain:
+def gather_steps(chain: NoiseSchedule, k: Int[Array, "b"], n_axes: int) -> NoiseSchedule:
     """The chain at a k-th step for each picture, for arrays with so many axes."""
     shape = (-1, *[1] * (n_axes - 1))
     return jax.tree.map(lambda table: jnp.asarray(table)[k].reshape(shape), chain)
@@ -90,19 +90,19 @@ def model_time(step: Int[Array, "*b"]) -> Float[Array, "*b"]:
 # --- one step -------------------------------------------------------------------------------------
 
 
-def diffuse(data: Float[Array, "*s"], noise: Float[Array, "*s"], at: Chain) -> Float[Array, "*s"]:
+def diffuse(data: Float[Array, "*s"], noise: Float[Array, "*s"], at: NoiseSchedule) -> Float[Array, "*s"]:
     """x = √ᾱ·data + √(1 − ᾱ)·noise (Ho et al. 2020, eq. 4)."""
     return at.signal * data + at.noise * noise
 
 
 def posterior_mean(
-    data: Float[Array, "*s"], x: Float[Array, "*s"], at: Chain
+    data: Float[Array, "*s"], x: Float[Array, "*s"], at: NoiseSchedule
 ) -> Float[Array, "*s"]:
     """The mean of the step before, where data and x are known (Ho et al. 2020, eq. 7)."""
     return at.of_data * data + at.of_x * x
 
 
-def std(log_variance: Float[Array, "*s"], at: Chain) -> Float[Array, "*s"]:
+def step_noise_std(log_variance: Float[Array, "*s"], at: NoiseSchedule) -> Float[Array, "*s"]:
     """The standard deviation of the noise that a step adds, which at the first step is none."""
     return jnp.where(at.noise_before > 0, jnp.exp(log_variance / 2), 0.0)
 
@@ -112,8 +112,8 @@ class Prediction(NamedTuple):
     makes it one of the data (Hang et al. 2023, §3.3), as a function of SNR = ᾱ / (1 − ᾱ).
     """
 
-    target: Callable[[Array, Array, Chain], Array]  # of (data, noise)
-    data: Callable[[Array, Array, Chain], Array]  # of (what the model says, x)
+    target: Callable[[Array, Array, NoiseSchedule], Array]  # of (data, noise)
+    data: Callable[[Array, Array, NoiseSchedule], Array]  # of (what the model says, x)
     weight: Callable[[Array], Array]
 
 
@@ -136,7 +136,7 @@ PREDICTIONS = {
 }
 
 
-def min_snr(prediction: str, gamma: float, at: Chain) -> Float[Array, "*s"]:
+def min_snr_weight(prediction: str, gamma: float, at: NoiseSchedule) -> Float[Array, "*s"]:
     """The weight of a squared error that counts as one of the data with weight min(SNR, γ) (Hang et
     al. 2023, eq. 10).
     """
@@ -151,10 +151,10 @@ class Estimate(NamedTuple):
     log_variance: Float[Array, "*s c"]
 
 
-def estimate(
+def interpret_output(
     said: Float[Array, "*s o"],
     x: Float[Array, "*s c"],
-    at: Chain,
+    at: NoiseSchedule,
     *,
     prediction: str,
     clip: bool = False,
@@ -179,8 +179,8 @@ def estimate(
 # --- the variational bound ------------------------------------------------------------------------
 
 
-def bits(
-    guess: Estimate, data: Float[Array, "b h w c"], x: Float[Array, "b h w c"], at: Chain
+def bound_in_bits(
+    guess: Estimate, data: Float[Array, "b h w c"], x: Float[Array, "b h w c"], at: NoiseSchedule
 ) -> Float[Array, "b"]:
     """A step's term of the variational bound in bits per dimension: the divergence of the step that
     a guess makes from the posterior, at the first step the cost of the bytes (Ho et al. 2020, eq. 5
@@ -217,38 +217,38 @@ def log_likelihood(
 
     # By symmetry always on the lower side, where a float can tell small masses from each other.
     distance = -jnp.abs(data - mean)
-    inside = mass_below(distance + LEVEL / 2) - mass_below(distance - LEVEL / 2)
-    below = mass_below(data - mean + LEVEL / 2)
-    above = mass_below(mean - data + LEVEL / 2)
+    inside = mass_below(distance + BYTE_STEP / 2) - mass_below(distance - BYTE_STEP / 2)
+    below = mass_below(data - mean + BYTE_STEP / 2)
+    above = mass_below(mean - data + BYTE_STEP / 2)
     mass = jnp.where(data < -0.999, below, jnp.where(data > 0.999, above, inside))
     return jnp.log(jnp.maximum(mass, 1e-12))
 
 
-Denoise = Callable[[Float[Array, "b *s"], Chain], Estimate]  # x at a step
+Denoiser = Callable[[Float[Array, "b *s"], NoiseSchedule], Estimate]  # x at a step
 
 
 # --- down a chain ---------------------------------------------------------------------------------
 
 
-def descend(step, noise: Float[Array, "b *s"], chain: Chain, trajectory: bool) -> Solution:
+def run_reverse_process(step, noise: Float[Array, "b *s"], chain: NoiseSchedule, trajectory: bool) -> Solution:
     """Apply `step(x, at) -> (x, estimate of the data)` from the chain's last step to its first."""
     places = jax.tree.map(lambda table: jnp.asarray(table)[::-1], chain)
-    return walk(step, noise, places, trajectory)
+    return scan_steps(step, noise, places, trajectory)
 
 
-def ancestral(read: Denoise, noise, chain: Chain, renew: Renew, *, trajectory: bool = False):
+def ancestral(read: Denoiser, noise, chain: NoiseSchedule, renew: FreshNoise, *, trajectory: bool = False):
     """Draw each step from the posterior of the estimated data (Ho et al. 2020, alg. 2)."""
 
     def step(x, at):
         data, log_variance = read(x, at)
         mean = posterior_mean(data, x, at)
-        return mean + std(log_variance, at) * renew(at.step), data
+        return mean + step_noise_std(log_variance, at) * renew(at.step), data
 
-    return descend(step, noise, chain, trajectory)
+    return run_reverse_process(step, noise, chain, trajectory)
 
 
 def ddim(
-    read: Denoise, noise, chain: Chain, renew: Renew, *, eta: float = 0.0, trajectory: bool = False
+    read: Denoiser, noise, chain: NoiseSchedule, renew: FreshNoise, *, eta: float = 0.0, trajectory: bool = False
 ) -> Solution:
     """The same marginals with less fresh noise: η = 0 adds none, η = 1 as much as `ancestral` does
     where no variance is learned (Song et al. 2021, eq. 12 and 16).
@@ -257,16 +257,16 @@ def ddim(
     def step(x, at):
         data, _ = read(x, at)
         epsilon = (x - at.signal * data) / at.noise
-        sigma = eta * std(at.least, at)
+        sigma = eta * step_noise_std(at.least, at)
         kept = jnp.sqrt(jnp.maximum(at.noise_before**2 - sigma**2, 0))
         x = at.signal_before * data + kept * epsilon
         return x + sigma * renew(at.step) if eta else x, data
 
-    return descend(step, noise, chain, trajectory)
+    return run_reverse_process(step, noise, chain, trajectory)
 
 
-DESCENTS = {"ddpm": ancestral, "ddim": ddim}  # of a chain
-LAMBDA = 1e-3  # of the variational bound, the sum over all steps
+DDPM_SOLVERS = {"ddpm": ancestral, "ddim": ddim}  # of a chain
+BOUND_WEIGHT = 1e-3  # of the variational bound, the sum over all steps
 
 
 def ddpm_loss(
@@ -275,7 +275,7 @@ def ddpm_loss(
     learned_sigma: bool = False,
     min_snr_gamma: float = 0.0,
     label_dropout: float = 0.0,
-    read: Read = pixels,
+    read: ToModelInput = pixels_to_input,
 ) -> Objective:
     """Match the noise of a step drawn from all alike: E |model(x, t, label) − noise|² (Ho et al.
     2020, eq. 14).
@@ -289,24 +289,24 @@ def ddpm_loss(
         min_snr_gamma: above 0, `diffusion.min_snr` weighs the squared errors of the steps.
         label_dropout, read: as in `rectified_flow_loss`.
     """
-    steps, target = chain(), PREDICTIONS[prediction].target
+    steps, target = noise_schedule(), PREDICTIONS[prediction].target
 
     def loss(model, batch, key):
         how = {"label_dropout": label_dropout, "read": read}
-        keys, data, noise, label = draw_inputs(batch, key, n_classes=model.config.n_classes, **how)
+        keys, data, noise, label = sample_loss_inputs(batch, key, n_classes=model.config.n_classes, **how)
         k = jax.vmap(lambda key: jax.random.randint(key, (), 0, N_STEPS))(keys.time)
-        t, at = model_time(k), at_each(steps, k, data.ndim)
+        t, at = model_time(k), gather_steps(steps, k, data.ndim)
 
         x = diffuse(data, noise, at)
         said, place = jnp.split(model(x, t, label), [data.shape[-1]], axis=-1)
         squares = jnp.square(said - target(data, noise, at))
         if min_snr_gamma:
-            squares *= min_snr(prediction, min_snr_gamma, at)
+            squares *= min_snr_weight(prediction, min_snr_gamma, at)
         error = squares.mean((1, 2, 3))
         if learned_sigma:
             said = jnp.concatenate([jax.lax.stop_gradient(said), place], axis=-1)
-            guess = estimate(said, x, at, prediction=prediction)
-            error += LAMBDA * N_STEPS * bits(guess, data, x, at)
-        return error.mean(), by_time(t, error)
+            guess = interpret_output(said, x, at, prediction=prediction)
+            error += BOUND_WEIGHT * N_STEPS * bound_in_bits(guess, data, x, at)
+        return error.mean(), loss_by_time(t, error)
 
     return loss

@@ -17,7 +17,7 @@ N_TIME_BINS = 10
 Metrics = dict[str, Array]
 Objective = Callable[[Any, Any, Any], tuple[Array, Metrics]]
 # What a picture is to a model: `read(image, keys)`, with a key for each row.
-Read = Callable[[Array, Key[Array, "b"]], Float[Array, "b h w c"]]
+ToModelInput = Callable[[Array, Key[Array, "b"]], Float[Array, "b h w c"]]
 Density = Callable[[Float[Array, "b"]], Float[Array, "b"]]
 
 
@@ -26,7 +26,7 @@ def to_float(image: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     return image.astype(jnp.float32) / 127.5 - 1
 
 
-def pixels(image: UInt8[Array, "b h w c"], keys: Key[Array, "b"]) -> Float[Array, "b h w c"]:
+def pixels_to_input(image: UInt8[Array, "b h w c"], keys: Key[Array, "b"]) -> Float[Array, "b h w c"]:
     """A picture as itself; its keys are not used."""
     return to_float(image)
 
@@ -57,7 +57,7 @@ def logit_normal(mean: float = 0.0, std: float = 1.0) -> Density:
     return lambda u: jax.nn.sigmoid(mean + std * jax.scipy.special.ndtri(u))
 
 
-def mode(scale: float = 1.29) -> Density:
+def heavy_tailed_mode(scale: float = 1.29) -> Density:
     """Heavy tails around a mode at the middle; scale 0 is uniform (Esser et al. 2024, eq. 20 at
     1 − u, so that it rises). `scale` is in −1 … 2 / (π − 2) = 1.75.
     """
@@ -81,7 +81,7 @@ class RowKeys(NamedTuple):
     data: Key[Array, "b"]
 
 
-def row_keys(key: Key[Array, ""], row: Int[Array, "b"]) -> RowKeys:
+def derive_row_keys(key: Key[Array, ""], row: Int[Array, "b"]) -> RowKeys:
     """Keys that depend on the step's key and the row's index in the global batch alone."""
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), 4))(row)
     return RowKeys(time=keys[:, 0], noise=keys[:, 1], drop=keys[:, 2], data=keys[:, 3])
@@ -109,16 +109,16 @@ class LossInputs(NamedTuple):
     label: PyTree[Array]
 
 
-def draw_inputs(
+def sample_loss_inputs(
     batch,
     key: Key[Array, ""],
     *,
     n_classes: int | Int[Array, ""],
     label_dropout: float,
-    read: Read = pixels,
+    read: ToModelInput = pixels_to_input,
 ) -> LossInputs:
     """The data and noise of a batch, and its labels less those that are dropped."""
-    keys = row_keys(key, batch.row)
+    keys = derive_row_keys(key, batch.row)
     data = read(batch.image, keys.data)
     noise = jax.vmap(lambda key: jax.random.normal(key, data.shape[1:]))(keys.noise)
     drop = jax.vmap(lambda key: jax.random.bernoulli(key, label_dropout))(keys.drop)
@@ -128,7 +128,7 @@ def draw_inputs(
 # --- the losses -----------------------------------------------------------------------------------
 
 
-def by_time(t: Float[Array, "b"], error: Float[Array, "b"]) -> Metrics:
+def loss_by_time(t: Float[Array, "b"], error: Float[Array, "b"]) -> Metrics:
     """The loss in ten equal bins of t, as two means that can be averaged over devices and steps
     before they are divided.
 
@@ -140,7 +140,7 @@ def by_time(t: Float[Array, "b"], error: Float[Array, "b"]) -> Metrics:
 
 
 def rectified_flow_loss(
-    *, density: Density, shift: float = 1.0, label_dropout: float = 0.0, read: Read = pixels
+    *, density: Density, shift: float = 1.0, label_dropout: float = 0.0, read: ToModelInput = pixels_to_input
 ) -> Objective:
     """Match the velocity of the straight path: E |model(x_t, t, label) − (noise − data)|² (Liu et
     al. 2022, eq. 1).
@@ -155,13 +155,13 @@ def rectified_flow_loss(
 
     def loss(model, batch, key):
         how = {"label_dropout": label_dropout, "read": read}
-        keys, data, noise, label = draw_inputs(batch, key, n_classes=model.config.n_classes, **how)
+        keys, data, noise, label = sample_loss_inputs(batch, key, n_classes=model.config.n_classes, **how)
         # The smallest normal number instead of 0, which is no quantile of an unbounded density.
         u = jax.vmap(lambda key: jax.random.uniform(key, minval=jnp.finfo(jnp.float32).tiny))
         t = shift_time(density(u(keys.time)), shift)
 
         x_t, velocity = interpolate(data, noise, t)
         error = jnp.square(model(x_t, t, label) - velocity).mean((1, 2, 3))
-        return error.mean(), by_time(t, error)
+        return error.mean(), loss_by_time(t, error)
 
     return loss

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Key
 
 from networks.layers import Linear, identity
 from networks.ops import attention, in_float32, save_for_backward
-from runtime.errors import UserError, unknown
+from runtime.errors import UserError, unknown_name
 
 # Uniform within ±1/√(inputs of an output): what the published autoencoders were trained from.
 lecun = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -338,7 +338,7 @@ class AutoencoderKL(nnx.Module):
 
     def __init__(self, config: AutoencoderConfig, *, dtype: str = "float32", rngs: nnx.Rngs):
         if dtype not in DTYPES:
-            raise unknown("dtype", dtype, DTYPES)
+            raise unknown_name("dtype", dtype, DTYPES)
         n = config.latent_channels
         self.config = config
         self.encoder = Encoder(config, dtype=dtype, rngs=rngs)

@@ -21,10 +21,15 @@ from runtime.errors import UserError
 
 CLASS, DOWN, UP = "AutoencoderKL", "DownEncoderBlock2D", "UpDecoderBlock2D"
 
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a list of widths"}
+KIND_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    tuple: "a list of widths",
+}
 
 # Our names to diffusers', one after the other.
-RULES = (
+RENAMES = (
     (r"^encoder\.levels\.", "encoder.down_blocks."),
     (r"^decoder\.levels\.", "decoder.up_blocks."),
     (r"\.blocks\.", ".resnets."),
@@ -42,19 +47,19 @@ RULES = (
     (r"\.shift$", ".bias"),
 )
 # What files of before 2023 call them.
-OLD_RULES = (
+OLD_RENAMES = (
     (r"\.attentions\.0\.query\.", ".attentions.0.to_q."),
     (r"\.attentions\.0\.key\.", ".attentions.0.to_k."),
     (r"\.attentions\.0\.value\.", ".attentions.0.to_v."),
     (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
 )
 # Axes of weights, by their number: of convolutions, linear maps, and the rest.
-PUBLISHED_AXES = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # ours are h w i o; diffusers' are o i h w
+DIFFUSERS_AXES = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # ours are h w i o; diffusers' are o i h w
 OUR_AXES = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 
 
 @dataclass(frozen=True)
-class Pretrained:
+class PretrainedAutoencoder:
     """An autoencoder's weights, where they are from and what they are."""
 
     config: AutoencoderConfig
@@ -70,7 +75,9 @@ class Pretrained:
         return nnx.merge(graphdef(self.config, self.dtype), params)
 
 
-def load(path_or_id: str, *, dtype: str = "float32", revision: str | None = None) -> Pretrained:
+def load_autoencoder(
+    path_or_id: str, *, dtype: str = "float32", revision: str | None = None
+) -> PretrainedAutoencoder:
     """An autoencoder of the hub or of a folder; in a pipeline's, its `vae/`.
 
     Args:
@@ -81,33 +88,37 @@ def load(path_or_id: str, *, dtype: str = "float32", revision: str | None = None
         UserError: it is not to be had, is damaged, or is not what this project can compute; each by
             its name.
     """
-    found = weight_files.read(str(path_or_id), subfolder="vae", revision=revision)
-    config = read_config(found.config, found.id)
+    found = weight_files.read_network(str(path_or_id), subfolder="vae", revision=revision)
+    config = config_from_diffusers(found.config, found.id)
     graphdef(config, dtype)  # a dtype there is
-    params = to_params(found.tensors, config, found.id)
-    return Pretrained(config, params, weights_hash(params), found.id, found.revision, dtype)
+    params = params_from_diffusers(found.tensors, config, found.id)
+    return PretrainedAutoencoder(
+        config, params, hash_weights(params), found.id, found.revision, dtype
+    )
 
 
-def save(folder: str | Path, config: AutoencoderConfig, params: Mapping[str, Any]) -> None:
+def save_autoencoder(
+    folder: str | Path, config: AutoencoderConfig, params: Mapping[str, Any]
+) -> None:
     """Write `config.json` and the weights as diffusers' `AutoencoderKL.from_pretrained` reads them.
 
     Raises:
         UserError: the weights do not fit the config, or the folder cannot be written to.
     """
-    tensors = to_tensors(params)
-    refuse_misfits(tensors, config, str(folder))
-    weight_files.write(Path(folder).expanduser(), write_config(config), tensors)
+    tensors = params_to_diffusers(params)
+    require_config_shapes(tensors, config, str(folder))
+    weight_files.write_network(Path(folder).expanduser(), config_to_diffusers(config), tensors)
 
 
-def weights_hash(params: Mapping[str, Any]) -> str:
+def hash_weights(params: Mapping[str, Any]) -> str:
     """sha256 of an autoencoder's weights, by their names and axes in diffusers."""
-    return weight_files.tensors_hash(to_tensors(params))
+    return weight_files.hash_tensors(params_to_diffusers(params))
 
 
 # --- the config -----------------------------------------------------------------------------------
 
 
-def read_config(said: Mapping[str, Any], where: str) -> AutoencoderConfig:
+def config_from_diffusers(said: Mapping[str, Any], where: str) -> AutoencoderConfig:
     """The facts of a `config.json`.
 
     Latents' means and deviations by channel (`latents_mean`, `latents_std`) are refused like
@@ -123,7 +134,9 @@ def read_config(said: Mapping[str, Any], where: str) -> AutoencoderConfig:
     facts = {k: v for k, v in said.items() if v is not None and not k.startswith("_")}
     ours = {name: facts.pop(name) for name in facts.keys() & AutoencoderConfig.__annotations__}
     try:
-        config = AutoencoderConfig(**{name: typed(name, value) for name, value in ours.items()})
+        config = AutoencoderConfig(
+            **{name: parse_fact(name, value) for name, value in ours.items()}
+        )
     except UserError as error:
         raise UserError(f"'{where}': its {weight_files.CONFIG} says {error}") from None
     n = len(config.block_out_channels)
@@ -140,7 +153,7 @@ def read_config(said: Mapping[str, Any], where: str) -> AutoencoderConfig:
     return config
 
 
-def typed(name: str, value: Any) -> Any:
+def parse_fact(name: str, value: Any) -> Any:
     """A fact as `AutoencoderConfig` has it: JSON has no tuples, and writes 1.0 as 1.
 
     Raises:
@@ -158,11 +171,11 @@ def typed(name: str, value: Any) -> Any:
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if type(value) is not type(default):
-        raise UserError(f"{name} {value}: must be {KINDS[type(default)]}")
+        raise UserError(f"{name} {value}: must be {KIND_NAMES[type(default)]}")
     return value
 
 
-def write_config(config: AutoencoderConfig) -> dict[str, Any]:
+def config_to_diffusers(config: AutoencoderConfig) -> dict[str, Any]:
     """All that diffusers needs to build it."""
     n = len(config.block_out_channels)
     blocks = {"down_block_types": [DOWN] * n, "up_block_types": [UP] * n}
@@ -172,49 +185,49 @@ def write_config(config: AutoencoderConfig) -> dict[str, Any]:
 # --- the weights ----------------------------------------------------------------------------------
 
 
-def rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+def apply_renames(name: str, rules: tuple[tuple[str, str], ...]) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def published_name(path: tuple) -> str:
+def diffusers_name(path: tuple) -> str:
     """diffusers' name of a weight of ours."""
-    return rename(".".join(map(str, path)), RULES)
+    return apply_renames(".".join(map(str, path)), RENAMES)
 
 
-def leaves(params: Mapping[str, Any]) -> dict[tuple, Any]:
+def flatten_leaves(params: Mapping[str, Any]) -> dict[tuple, Any]:
     """Each array of a tree by its path."""
     return dict(flatten_dict(params))
 
 
-def to_tensors(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def params_to_diffusers(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Our weights under diffusers' names and in its axes."""
     return {
-        published_name(path): np.transpose(np.asarray(x), PUBLISHED_AXES[x.ndim])
-        for path, x in leaves(params).items()
+        diffusers_name(path): np.transpose(np.asarray(x), DIFFUSERS_AXES[x.ndim])
+        for path, x in flatten_leaves(params).items()
     }
 
 
 @lru_cache
-def paths_of(config: AutoencoderConfig) -> dict[str, tuple[tuple, tuple[int, ...]]]:
+def paths_and_shapes(config: AutoencoderConfig) -> dict[str, tuple[tuple, tuple[int, ...]]]:
     """For each of diffusers' names of its weights: the path of ours, and diffusers' shape."""
     tree = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     return {
-        published_name(path): (path, tuple(x.shape[i] for i in PUBLISHED_AXES[x.ndim]))
-        for path, x in leaves(tree).items()
+        diffusers_name(path): (path, tuple(x.shape[i] for i in DIFFUSERS_AXES[x.ndim]))
+        for path, x in flatten_leaves(tree).items()
     }
 
 
-def refuse_misfits(
+def require_config_shapes(
     tensors: Mapping[str, np.ndarray], config: AutoencoderConfig, where: str
 ) -> None:
     """Raises UserError unless the tensors are those of such an autoencoder."""
-    shapes = {name: shape for name, (_, shape) in paths_of(config).items()}
-    weight_files.refuse_misfits(where, tensors, shapes)
+    shapes = {name: shape for name, (_, shape) in paths_and_shapes(config).items()}
+    weight_files.require_shapes(where, tensors, shapes)
 
 
-def to_params(
+def params_from_diffusers(
     tensors: Mapping[str, np.ndarray], config: AutoencoderConfig, where: str
 ) -> dict[str, Any]:
     """diffusers' weights as ours. Each is used once and none is left.
@@ -222,10 +235,10 @@ def to_params(
     Raises:
         UserError: some are missing, left over or of another shape, with the names of a few.
     """
-    paths = paths_of(config)
+    paths = paths_and_shapes(config)
     found: dict[str, np.ndarray] = {}
     for old, x in tensors.items():
-        name = rename(old, OLD_RULES)
+        name = apply_renames(old, OLD_RENAMES)
         if name in found:
             raise UserError(f"the weights of '{where}' hold {name} twice, once by an old name")
         # The first files had attention's linear maps as convolutions of one place.
@@ -233,7 +246,7 @@ def to_params(
             x.ndim == 4 and x.shape[2:] == (1, 1) and name in paths and len(paths[name][1]) == 2
         )
         found[name] = x[:, :, 0, 0] if is_map else x
-    refuse_misfits(found, config, where)
+    require_config_shapes(found, config, where)
     return unflatten_dict(
         {
             path: np.array(

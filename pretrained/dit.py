@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from model import SIZES, ModelConfig, init_params
+from model import SIZES, ModelConfig, init_model_params
 from networks.layers import sincos_table
 from pretrained import weight_files
 from runtime.errors import UserError
@@ -48,7 +48,7 @@ PARTS = {"kernel": "weight", "bias": "bias"}
 
 # The original's names to diffusers', the first that fits. What is not of a block, but is named as
 # of one, diffusers repeats in every block.
-RULES = (
+RENAMES = (
     (r"^x_embedder\.", "pos_embed."),
     (r"^final_layer\.adaLN_modulation\.1\.", "proj_out_1."),
     (r"^final_layer\.linear\.", "proj_out_2."),
@@ -63,7 +63,7 @@ RULES = (
 )
 
 # What our model must be for the original's code, and for diffusers', to compute the same.
-HELD = {
+REQUIRED = {
     "block": "adaln_zero",
     "position": "sincos",
     "rope": False,
@@ -96,14 +96,14 @@ SUPPORTED = {
     "only_cross_attention": [False],
     "use_linear_projection": [False],
 }
-IDLE = ("dropout", "norm_num_groups", "upcast_attention")
-WRITTEN = ("activation_fn", "norm_type", "norm_elementwise_affine", "attention_bias")
+WITHOUT_EFFECT = ("dropout", "norm_num_groups", "upcast_attention")
+WRITTEN_FACTS = ("activation_fn", "norm_type", "norm_elementwise_affine", "attention_bias")
 
 
 # --- the shape ------------------------------------------------------------------------------------
 
 
-def shape_of(tensors: Mapping[str, np.ndarray], where: str, n_heads: int | None) -> ModelConfig:
+def infer_config(tensors: Mapping[str, np.ndarray], where: str, n_heads: int | None) -> ModelConfig:
     """The shape of an original DiT, which comes without a config. Heads leave no trace in the
     weights: they follow from width and depth of the published sizes, or are told.
 
@@ -116,7 +116,7 @@ def shape_of(tensors: Mapping[str, np.ndarray], where: str, n_heads: int | None)
         n_rows, _ = tensors[TABLE].shape
         (n_out,) = tensors["final_layer.linear.bias"].shape
     except (KeyError, ValueError) as error:
-        raise UserError(f"'{where}' holds no DiT or SiT: {_reason(error)}") from None
+        raise UserError(f"'{where}' holds no DiT or SiT: {_describe_key_error(error)}") from None
     numbers = [int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))]
     depth, side = 1 + max(numbers, default=-1), math.isqrt(n_tokens)
     if side**2 != n_tokens:
@@ -124,7 +124,7 @@ def shape_of(tensors: Mapping[str, np.ndarray], where: str, n_heads: int | None)
     return ModelConfig(
         width=width,
         depth=depth,
-        n_heads=n_heads or _published_heads(width, depth, where),
+        n_heads=n_heads or _find_published_heads(width, depth, where),
         patch_size=patch_size,
         image_size=side * patch_size,
         channels=channels,
@@ -133,11 +133,11 @@ def shape_of(tensors: Mapping[str, np.ndarray], where: str, n_heads: int | None)
     )
 
 
-def _reason(error: Exception) -> str:
+def _describe_key_error(error: Exception) -> str:
     return f"it lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
 
 
-def _published_heads(width: int, depth: int, where: str) -> int:
+def _find_published_heads(width: int, depth: int, where: str) -> int:
     for size in SIZES.values():
         if (size["width"], size["depth"]) == (width, depth):
             return size["n_heads"]
@@ -147,7 +147,7 @@ def _published_heads(width: int, depth: int, where: str) -> int:
     )
 
 
-def read_config(said: Mapping[str, Any], where: str) -> ModelConfig:
+def config_from_diffusers(said: Mapping[str, Any], where: str) -> ModelConfig:
     """The facts of a `config.json` of diffusers.
 
     Its `norm_eps` is 1e-5 by default, also where the weights are the original's, whose code has
@@ -168,7 +168,7 @@ def read_config(said: Mapping[str, Any], where: str) -> ModelConfig:
             least = 0 if fact == "num_embeds_ada_norm" else 1
             if type(value) is not int or value < least:
                 problem = f"must be a whole number of at least {least}"
-        elif fact not in IDLE and value not in SUPPORTED.get(fact, []):
+        elif fact not in WITHOUT_EFFECT and value not in SUPPORTED.get(fact, []):
             problem = "not supported"
         if problem:
             raise UserError(f"'{where}': its {weight_files.CONFIG} says {fact} {value}: {problem}")
@@ -184,14 +184,14 @@ def read_config(said: Mapping[str, Any], where: str) -> ModelConfig:
     )
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
+def config_to_diffusers(config: ModelConfig) -> dict[str, Any]:
     """All that diffusers needs to build it.
 
     Raises:
         UserError: its DiT has no place for what the model is made of.
     """
-    values = {name: getattr(config, name) for name in HELD}
-    unfit = [f"{name} {value}" for name, value in values.items() if value != HELD[name]]
+    values = {name: getattr(config, name) for name in REQUIRED}
+    unfit = [f"{name} {value}" for name, value in values.items() if value != REQUIRED[name]]
     if unfit:
         raise UserError(f"diffusers' {CLASS} cannot hold a model with {', '.join(unfit)}")
     return {
@@ -207,18 +207,20 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "norm_eps": 1e-6,
         # diffusers has no word for it, and skips what begins with _.
         "_downscale_freq_shift": "0 in these weights, where diffusers has 1: see README.md",
-    } | {name: values[0] for name, values in SUPPORTED.items() if name in WRITTEN}
+    } | {name: values[0] for name, values in SUPPORTED.items() if name in WRITTEN_FACTS}
 
 
 # --- the original's names and ours ----------------------------------------------------------------
 
 
-def to_original(params: Mapping[str, Any], config: ModelConfig) -> Tensors:
+def params_to_original(params: Mapping[str, Any], config: ModelConfig) -> Tensors:
     """Our weights under the original's names and in its axes: views of them, and no positions."""
-    return dict(_originals(params, config))
+    return dict(_iterate_originals(params, config))
 
 
-def _originals(params: Mapping[str, Any], config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+def _iterate_originals(
+    params: Mapping[str, Any], config: ModelConfig
+) -> Iterator[tuple[str, np.ndarray]]:
     tree: dict[tuple[str, ...], Any] = dict(flatten_dict(params))
     yield TABLE, np.asarray(tree["label", "table"])
     for ours, theirs in LINEAR.items():
@@ -238,7 +240,7 @@ def _to_axes(x: np.ndarray, name: str, config: ModelConfig) -> np.ndarray:
     return x.T
 
 
-def from_original(
+def params_from_original(
     tensors: MutableMapping[str, np.ndarray], config: ModelConfig, where: str
 ) -> dict[str, Any]:
     """The original's weights as ours, float32. Each is used once and none is left; they leave
@@ -249,15 +251,15 @@ def from_original(
             positions are others than ours.
     """
     if POSITIONS in tensors:
-        refuse_positions(tensors.pop(POSITIONS), config, where)
-    weight_files.refuse_misfits(where, tensors, original_shapes(config))
+        require_sincos_positions(tensors.pop(POSITIONS), config, where)
+    weight_files.require_shapes(where, tensors, original_shapes(config))
     tree: dict[tuple[str, ...], np.ndarray] = {
         ("label", "table"): np.array(tensors.pop(TABLE), np.float32)
     }
     for ours, theirs in LINEAR.items():
         for ours_part, part in PARTS.items():
             path, name = (*ours.split("."), ours_part), f"{theirs}.{part}"
-            whole = np.empty(_shapes(config)[path], np.float32)
+            whole = np.empty(_our_shapes(config)[path], np.float32)
             if "{i}" in name:
                 for i in range(config.depth):
                     whole[i] = tensors.pop(name.format(i=i)).T
@@ -270,25 +272,25 @@ def from_original(
 
 
 @lru_cache
-def _shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+def _our_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Of each of our weights, by its path."""
-    tree: Any = jax.eval_shape(partial(init_params, config), jax.random.key(0))
+    tree: Any = jax.eval_shape(partial(init_model_params, config), jax.random.key(0))
     leaves: dict[tuple[str, ...], Any] = dict(flatten_dict(tree))
     return {path: x.shape for path, x in leaves.items()}
 
 
 def original_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Of each of the original's weights but its positions, by its name."""
-    return {name: x.shape for name, x in to_original(_blank(config), config).items()}
+    return {name: x.shape for name, x in params_to_original(_make_zeros(config), config).items()}
 
 
-def _blank(config: ModelConfig) -> dict:
+def _make_zeros(config: ModelConfig) -> dict:
     """Weights that are one zero, seen from many places."""
-    zeros = {path: np.broadcast_to(np.float32(0), s) for path, s in _shapes(config).items()}
+    zeros = {path: np.broadcast_to(np.float32(0), s) for path, s in _our_shapes(config).items()}
     return unflatten_dict(zeros)
 
 
-def refuse_positions(table: np.ndarray, config: ModelConfig, where: str) -> None:
+def require_sincos_positions(table: np.ndarray, config: ModelConfig, where: str) -> None:
     """Raises UserError if a stored table of positions is not the one that is computed here."""
     places = [np.arange(side, dtype=float) for side in config.grid]
     ours = sincos_table(config.width, *places)[None]
@@ -299,12 +301,12 @@ def refuse_positions(table: np.ndarray, config: ModelConfig, where: str) -> None
 # --- the original's names and diffusers' ----------------------------------------------------------
 
 
-def to_tensors(params: Mapping[str, Any], config: ModelConfig) -> Tensors:
+def params_to_diffusers(params: Mapping[str, Any], config: ModelConfig) -> Tensors:
     """Our weights under diffusers' names and in its axes, as views."""
-    return to_diffusers(to_original(params, config), config.depth)
+    return rename_to_diffusers(params_to_original(params, config), config.depth)
 
 
-def to_params(
+def params_from_diffusers(
     tensors: MutableMapping[str, np.ndarray], config: ModelConfig, where: str
 ) -> dict[str, Any]:
     """diffusers' weights as ours, float32; they leave `tensors`.
@@ -313,10 +315,10 @@ def to_params(
         UserError: some are missing, left over or of another shape; or the blocks' embedders, which
             are copies of one, differ.
     """
-    return from_original(from_diffusers(tensors, config, where), config, where)
+    return params_from_original(rename_from_diffusers(tensors, config, where), config, where)
 
 
-def to_diffusers(tensors: Mapping[str, np.ndarray], depth: int) -> Tensors:
+def rename_to_diffusers(tensors: Mapping[str, np.ndarray], depth: int) -> Tensors:
     """The original's weights under diffusers' names. Embedders are repeated for each block, and
     queries, keys and values have maps of their own.
     """
@@ -336,21 +338,21 @@ def diffusers_name(name: str) -> str:
     """Of one of the original's weights: with {i} where each block has it, with {part} where there
     are three.
     """
-    for pattern, replacement in RULES:
+    for pattern, replacement in RENAMES:
         renamed, n = re.subn(pattern, replacement, name)
         if n:
             return renamed
     raise AssertionError(name)
 
 
-def from_diffusers(
+def rename_from_diffusers(
     tensors: MutableMapping[str, np.ndarray], config: ModelConfig, where: str
 ) -> Tensors:
     """diffusers' weights under the original's names: the inverse of `to_diffusers`."""
     if (table := tensors.pop("pos_embed.pos_embed", None)) is not None:  # in old files
-        refuse_positions(table, config, where)
-    shapes = {name: x.shape for name, x in to_tensors(_blank(config), config).items()}
-    weight_files.refuse_misfits(where, tensors, shapes)
+        require_sincos_positions(table, config, where)
+    shapes = {name: x.shape for name, x in params_to_diffusers(_make_zeros(config), config).items()}
+    weight_files.require_shapes(where, tensors, shapes)
     found: Tensors = {}
     for name in original_shapes(config):
         theirs = diffusers_name(name)
@@ -358,13 +360,17 @@ def from_diffusers(
             parts = [tensors.pop(theirs.format(part=part)) for part in "qkv"]
             found[name] = np.concatenate(parts)
         elif "{i}" in theirs:
-            found[name] = _same([theirs.format(i=i) for i in range(config.depth)], tensors, where)
+            found[name] = _pop_identical(
+                [theirs.format(i=i) for i in range(config.depth)], tensors, where
+            )
         else:
             found[name] = tensors.pop(theirs)
     return found
 
 
-def _same(names: list[str], tensors: MutableMapping[str, np.ndarray], where: str) -> np.ndarray:
+def _pop_identical(
+    names: list[str], tensors: MutableMapping[str, np.ndarray], where: str
+) -> np.ndarray:
     """The tensor that all of these are."""
     first = tensors.pop(names[0])
     for name in names[1:]:
@@ -378,7 +384,7 @@ def _same(names: list[str], tensors: MutableMapping[str, np.ndarray], where: str
 # --- SiT ------------------------------------------------------------------------------------------
 
 
-def from_sit(params: dict, config: ModelConfig) -> tuple[dict, ModelConfig]:
+def convert_sit(params: dict, config: ModelConfig) -> tuple[dict, ModelConfig]:
     """SiT's weights, read as a DiT's, as those of a model of ours: time runs the other way, v
     changes its sign, and what it says beyond a velocity is left out.
 
@@ -387,7 +393,7 @@ def from_sit(params: dict, config: ModelConfig) -> tuple[dict, ModelConfig]:
     reflects them goes into the first linear map.
     """
     hidden, out = params["time"]["mlp"]["hidden"], params["final"]["out"]
-    hidden["kernel"] = _reflected(hidden["kernel"])
+    hidden["kernel"] = _reverse_time_kernel(hidden["kernel"])
     n, c = config.patch_size**2, config.channels
     for part, x in out.items():
         velocity = x.reshape(*x.shape[:-1], n, -1)[..., :c]
@@ -395,7 +401,7 @@ def from_sit(params: dict, config: ModelConfig) -> tuple[dict, ModelConfig]:
     return params, replace(config, out_channels=c, time_scale=1.0)
 
 
-def _reflected(kernel: np.ndarray) -> np.ndarray:
+def _reverse_time_kernel(kernel: np.ndarray) -> np.ndarray:
     """W with which W'·features(t) = W·features(1 − t), for `layers.time_features`."""
     of_cos, of_sin = np.split(kernel.astype(np.float64), 2)
     n = len(of_cos)

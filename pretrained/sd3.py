@@ -23,7 +23,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 
-from model import JOINT, ModelConfig, absolute_position, init_params
+from model import JOINT, ModelConfig, make_position_embedding, init_model_params
 from networks.layers import sincos_table
 from pretrained import weight_files
 from runtime.errors import UserError
@@ -64,7 +64,7 @@ FIXED = {
 # --- the config -----------------------------------------------------------------------------------
 
 
-def read_config(
+def config_from_diffusers(
     said: Mapping[str, Any], where: str, tensors: Mapping[str, np.ndarray] | None = None
 ) -> ModelConfig:
     """The facts of a `config.json`. The model is not tied to its `image_size`, which is diffusers'
@@ -107,7 +107,7 @@ def read_config(
         raise UserError(f"'{where}': its {weight_files.CONFIG} says {error}") from None
     new = replace(config, position="cropped")
     table = (tensors or {}).get(TABLE)
-    return new if table is not None and are_positions(table, new) else config
+    return new if table is not None and matches_positions(table, new) else config
 
 
 def require_supported(facts: Mapping[str, Any]) -> None:
@@ -129,7 +129,7 @@ def require_supported(facts: Mapping[str, Any]) -> None:
         )
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
+def config_to_diffusers(config: ModelConfig) -> dict[str, Any]:
     """All that diffusers needs to build it. Its default size of pictures is the one that positions
     are counted by, whatever size the model was trained on.
 
@@ -176,62 +176,62 @@ class Part(NamedTuple):
     of: int = 1
 
 
-def whole(*names: str) -> tuple[Part, ...]:
+def join_tensors(*names: str) -> tuple[Part, ...]:
     return tuple(Part(name) for name in names)
 
 
-def cut(name: str, of: int, *indices: int) -> tuple[Part, ...]:
+def take_chunks(name: str, of: int, *indices: int) -> tuple[Part, ...]:
     return tuple(Part(name, index, of) for index in indices)
 
 
-def within(prefix: str, table: Mapping[str, tuple[Part, ...]]) -> dict[str, tuple[Part, ...]]:
+def add_prefix(prefix: str, table: Mapping[str, tuple[Part, ...]]) -> dict[str, tuple[Part, ...]]:
     return {f"{prefix}.{name}": parts for name, parts in table.items()}
 
 
 # Each map or norm of ours, and what it is in diffusers: parts side by side. A modulation is six
 # (shift, scale and gate of attention and of the MLP), nine where there is a second attention, or
 # two: scale before shift there, shift before scale here.
-OUTSIDE = {
-    "patch": whole("pos_embed.proj"),
-    "time.mlp.hidden": whole("time_text_embed.timestep_embedder.linear_1"),
-    "time.mlp.out": whole("time_text_embed.timestep_embedder.linear_2"),
-    "label.tokens": whole("context_embedder"),
-    "label.pooled.hidden": whole("time_text_embed.text_embedder.linear_1"),
-    "label.pooled.out": whole("time_text_embed.text_embedder.linear_2"),
-    "final.modulation": cut("norm_out.linear", 2, 1, 0),
-    "final.out": whole("proj_out"),
+OUTSIDE_BLOCKS = {
+    "patch": join_tensors("pos_embed.proj"),
+    "time.mlp.hidden": join_tensors("time_text_embed.timestep_embedder.linear_1"),
+    "time.mlp.out": join_tensors("time_text_embed.timestep_embedder.linear_2"),
+    "label.tokens": join_tensors("context_embedder"),
+    "label.pooled.hidden": join_tensors("time_text_embed.text_embedder.linear_1"),
+    "label.pooled.out": join_tensors("time_text_embed.text_embedder.linear_2"),
+    "final.modulation": take_chunks("norm_out.linear", 2, 1, 0),
+    "final.out": join_tensors("proj_out"),
 }
-PICTURE = {
-    "modulation": cut("norm1.linear", 6, *range(6)),
-    "qkv.linear": whole("attn.to_q", "attn.to_k", "attn.to_v"),
-    "qkv.norm_q": whole("attn.norm_q"),
-    "qkv.norm_k": whole("attn.norm_k"),
-    "out": whole("attn.to_out.0"),
-    "mlp.up": whole("ff.net.0.proj"),
-    "mlp.down": whole("ff.net.2"),
+IMAGE_STREAM = {
+    "modulation": take_chunks("norm1.linear", 6, *range(6)),
+    "qkv.linear": join_tensors("attn.to_q", "attn.to_k", "attn.to_v"),
+    "qkv.norm_q": join_tensors("attn.norm_q"),
+    "qkv.norm_k": join_tensors("attn.norm_k"),
+    "out": join_tensors("attn.to_out.0"),
+    "mlp.up": join_tensors("ff.net.0.proj"),
+    "mlp.down": join_tensors("ff.net.2"),
 }
-CONTEXT = {
-    "modulation": cut("norm1_context.linear", 6, *range(6)),
-    "qkv.linear": whole("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "qkv.norm_q": whole("attn.norm_added_q"),
-    "qkv.norm_k": whole("attn.norm_added_k"),
-    "out": whole("attn.to_add_out"),
-    "mlp.up": whole("ff_context.net.0.proj"),
-    "mlp.down": whole("ff_context.net.2"),
+CONTEXT_STREAM = {
+    "modulation": take_chunks("norm1_context.linear", 6, *range(6)),
+    "qkv.linear": join_tensors("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "qkv.norm_q": join_tensors("attn.norm_added_q"),
+    "qkv.norm_k": join_tensors("attn.norm_added_k"),
+    "out": join_tensors("attn.to_add_out"),
+    "mlp.up": join_tensors("ff_context.net.0.proj"),
+    "mlp.down": join_tensors("ff_context.net.2"),
 }
-BLOCK = within("picture", PICTURE) | within("context", CONTEXT)
+BLOCK = add_prefix("picture", IMAGE_STREAM) | add_prefix("context", CONTEXT_STREAM)
 DUAL_BLOCK = BLOCK | {
-    "picture.modulation": cut("norm1.linear", 9, *range(6)),
-    "modulation": cut("norm1.linear", 9, 6, 7, 8),
-    "attention.qkv.linear": whole("attn2.to_q", "attn2.to_k", "attn2.to_v"),
-    "attention.qkv.norm_q": whole("attn2.norm_q"),
-    "attention.qkv.norm_k": whole("attn2.norm_k"),
-    "attention.out": whole("attn2.to_out.0"),
+    "picture.modulation": take_chunks("norm1.linear", 9, *range(6)),
+    "modulation": take_chunks("norm1.linear", 9, 6, 7, 8),
+    "attention.qkv.linear": join_tensors("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "attention.qkv.norm_q": join_tensors("attn2.norm_q"),
+    "attention.qkv.norm_k": join_tensors("attn2.norm_k"),
+    "attention.out": join_tensors("attn2.to_out.0"),
 }
-LAST_BLOCK = within("picture", PICTURE) | {
-    "modulation": cut("norm1_context.linear", 2, 1, 0),
-    "kv.linear": whole("attn.add_k_proj", "attn.add_v_proj"),
-    "kv.norm_k": whole("attn.norm_added_k"),
+LAST_BLOCK = add_prefix("picture", IMAGE_STREAM) | {
+    "modulation": take_chunks("norm1_context.linear", 2, 1, 0),
+    "kv.linear": join_tensors("attn.add_k_proj", "attn.add_v_proj"),
+    "kv.norm_k": join_tensors("attn.norm_added_k"),
 }
 LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight"}
 STACKS = ("dual_blocks", "blocks")
@@ -239,7 +239,7 @@ STACKS = ("dual_blocks", "blocks")
 PATCH, TABLE = "pos_embed.proj.weight", "pos_embed.pos_embed"
 
 
-def places(path: tuple, config: ModelConfig) -> list[list[Part]]:
+def locate_parts(path: tuple, config: ModelConfig) -> list[list[Part]]:
     """Where an array of ours is in diffusers: the parts that lie side by side in it, for each block
     of a stack.
     """
@@ -251,7 +251,7 @@ def places(path: tuple, config: ModelConfig) -> list[list[Part]]:
         "last": (LAST_BLOCK, [last]),
     }
     if stack not in blocks:
-        found = [("", OUTSIDE[".".join(path[:-1])])]
+        found = [("", OUTSIDE_BLOCKS[".".join(path[:-1])])]
     else:
         table, layers = blocks[stack]
         found = [(f"transformer_blocks.{i}.", table[".".join(rest)]) for i in layers]
@@ -261,7 +261,7 @@ def places(path: tuple, config: ModelConfig) -> list[list[Part]]:
     ]
 
 
-def leaves(tree: Mapping[str, Any]) -> dict[tuple, Any]:
+def flatten_leaves(tree: Mapping[str, Any]) -> dict[tuple, Any]:
     """Each array of a tree by its path."""
     return dict(flatten_dict(tree))
 
@@ -269,11 +269,11 @@ def leaves(tree: Mapping[str, Any]) -> dict[tuple, Any]:
 @lru_cache
 def our_shapes(config: ModelConfig) -> dict[tuple, tuple[int, ...]]:
     """The shape of each array of ours."""
-    tree = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    return {path: x.shape for path, x in leaves(tree).items()}
+    tree = jax.eval_shape(lambda: init_model_params(config, jax.random.key(0)))
+    return {path: x.shape for path, x in flatten_leaves(tree).items()}
 
 
-def unread(config: ModelConfig) -> dict[str, np.ndarray]:
+def dropped_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
     """The context's queries in the last block, as they are written."""
     d, block = config.width, f"transformer_blocks.{config.depth - 1}.attn"
     found = {f"{block}.add_q_proj.weight": np.zeros((d, d), np.float32)}
@@ -284,14 +284,14 @@ def unread(config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 @lru_cache
-def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def diffusers_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Each of diffusers' tensors by its name, and its shape."""
     c = config
-    found = {name: x.shape for name, x in unread(c).items()}
+    found = {name: x.shape for name, x in dropped_tensors(c).items()}
     found[TABLE] = (1, c.position_side**2, c.width)
     for path, shape in our_shapes(c).items():
         *inputs, outputs = shape[path[0] in STACKS :]
-        for parts in places(path, c):
+        for parts in locate_parts(path, c):
             for part in parts:
                 found[part.name] = (outputs // len(parts) * part.of, *inputs)
     found[PATCH] = (c.width, c.channels, c.patch_size, c.patch_size)
@@ -301,15 +301,17 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 # --- the weights ----------------------------------------------------------------------------------
 
 
-def to_params(tensors: Mapping[str, np.ndarray], config: ModelConfig, where: str) -> dict[str, Any]:
+def params_from_diffusers(
+    tensors: Mapping[str, np.ndarray], config: ModelConfig, where: str
+) -> dict[str, Any]:
     """diffusers' weights as ours. Each is used once and none is left, but for what is said above.
 
     Raises:
         UserError: some are missing, left over or of another shape, with the names of a few; or
             positions are not those of the config.
     """
-    weight_files.refuse_misfits(where, tensors, shapes(config))
-    if not are_positions(tensors[TABLE], config):
+    weight_files.require_shapes(where, tensors, diffusers_shapes(config))
+    if not matches_positions(tensors[TABLE], config):
         raise UserError(f"the weights of '{where}': {TABLE} is an unknown table of positions")
     flat = {**tensors, PATCH: rearrange(tensors[PATCH], "d c p q -> d (p q c)")}
 
@@ -317,19 +319,21 @@ def to_params(tensors: Mapping[str, np.ndarray], config: ModelConfig, where: str
         return np.split(flat[part.name].T, part.of, axis=-1)[part.index]
 
     def array(path: tuple) -> np.ndarray:
-        rows = [np.concatenate([*map(piece, parts)], axis=-1) for parts in places(path, config)]
+        rows = [
+            np.concatenate([*map(piece, parts)], axis=-1) for parts in locate_parts(path, config)
+        ]
         whole = np.stack(rows) if path[0] in STACKS else rows[0]
         return np.ascontiguousarray(whole, np.float32)
 
     return unflatten_dict({path: array(path) for path in our_shapes(config)})
 
 
-def to_tensors(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
+def params_to_diffusers(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
     """Our weights under diffusers' names and in its axes."""
     found: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
-    for path, x in leaves(params).items():
+    for path, x in flatten_leaves(params).items():
         rows = np.asarray(x) if path[0] in STACKS else np.asarray(x)[None]
-        for row, parts in zip(rows, places(path, config), strict=True):
+        for row, parts in zip(rows, locate_parts(path, config), strict=True):
             for part, piece in zip(parts, np.split(row, len(parts), axis=-1), strict=True):
                 found[part.name][part.index] = piece
     tensors = {
@@ -338,29 +342,29 @@ def to_tensors(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.n
     }
     p = config.patch_size
     tensors[PATCH] = rearrange(tensors[PATCH], "d (p q c) -> d c p q", p=p, q=p)
-    return tensors | unread(config) | {TABLE: positions(config)}
+    return tensors | dropped_tensors(config) | {TABLE: position_table(config)}
 
 
 # --- positions ------------------------------------------------------------------------------------
 
 
-def axis_of_positions(config: ModelConfig) -> Float[np.ndarray, "s half"]:
+def axis_positions(config: ModelConfig) -> Float[np.ndarray, "s half"]:
     """The half of a token's table that encodes its column; that of its row is the same."""
-    places = absolute_position(config, rngs=nnx.Rngs(0)).places(config.position_side)
+    places = make_position_embedding(config, rngs=nnx.Rngs(0)).places(config.position_side)
     return sincos_table(config.width, np.zeros(1), places)[:, : config.width // 2]
 
 
-def positions(config: ModelConfig) -> Float[np.ndarray, "1 n d"]:
+def position_table(config: ModelConfig) -> Float[np.ndarray, "1 n d"]:
     """The whole table that positions are cropped from."""
-    axis = axis_of_positions(config)
+    axis = axis_positions(config)
     shape = (len(axis), *axis.shape)
     columns, rows = np.broadcast_to(axis[None], shape), np.broadcast_to(axis[:, None], shape)
     return rearrange(np.concatenate([columns, rows], axis=-1), "h w d -> 1 (h w) d")
 
 
-def are_positions(table: Float[np.ndarray, "..."], config: ModelConfig) -> bool:
+def matches_positions(table: Float[np.ndarray, "..."], config: ModelConfig) -> bool:
     """Whether a file's table is the config's, but for half precision."""
-    axis = axis_of_positions(config)
+    axis = axis_positions(config)
     if table.shape != (1, len(axis) ** 2, config.width):
         return False
     rows = rearrange(table, "1 (h w) (two d) -> h w two d", h=len(axis), two=2)

@@ -36,7 +36,7 @@ DTYPES: dict[str, Any] = {
 OLD_MAGIC = 0x1950A86A20F9469CFC6C
 
 
-def read(path: Path, *, within: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+def read_torch_file(path: Path, *, within: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """The tensors of a file by their names, those of nested dictionaries joined by dots. What is no
     tensor is left out. Numbers that are not asked for stay in the file, if it is a zip file.
 

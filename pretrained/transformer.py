@@ -1,11 +1,12 @@
-"""Diffusion transformers that are not runs of this project: of the hub, of a folder, of a file.
+"""Diffusion transformers that were not trained by this project: of the hub, a folder or a file.
 
-    found = load("facebook/DiT-XL-2-256")
-    found.config, found.params       # ours, as if trained here
-    found.settings                   # how it is sampled, as a run's config.json would say it
+    pretrained = load_transformer("facebook/DiT-XL-2-256")
+    pretrained.config, pretrained.params    # ours, as if trained here
+    pretrained.settings                     # how it is sampled, with the keys of a run's config.json
 
-Which family they are of and how they are sampled is decided here; their names and axes are known by
-the family's own module. `save` writes one that others can load.
+This module decides which family a model belongs to and how it is sampled. The names and axes of its
+weights are known by the family's own module, `dit.py` or `sd3.py`. `save_transformer` writes one
+that others can load.
 """
 
 import json
@@ -22,44 +23,63 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from datasets_config import LatentEncoding
-from model import JOINT, MODELS, ModelConfig, graphdef, init_params
-from pretrained import autoencoder, dit, sd3, torch_file, weight_files
+from model import JOINT, MODELS, ModelConfig, model_graphdef, init_model_params
+from pretrained import autoencoder, dit, sd3, weight_files
 from runtime.errors import UserError, unknown
 from runtime.files import atomic
 
-SETTINGS = "settings.json"  # of what `save` wrote: how it is sampled
-# Of a model, what the configs of diffusers' classes may not say, and its name in SETTINGS.
-UNTOLD = {"time_scale": "time_scale", "image_size": "trained_size", "text_length": "trained_length"}
-FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-OWN = {"DiT": False, "MMDiT": True}  # our classes: whether their blocks are joint
-FAMILIES: dict[str, Any] = dict.fromkeys(dit.CLASSES, dit) | {sd3.CLASS: sd3}
+SETTINGS = "settings.json"  # written by `save_transformer`: how the model is sampled
+# Fields of a ModelConfig that the configs of diffusers' classes cannot hold, and their keys in
+# SETTINGS.
+SETTINGS_KEYS = {
+    "time_scale": "time_scale",
+    "image_size": "trained_size",
+    "text_length": "trained_length",
+}
+FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+OWN_CLASSES = {"DiT": False, "MMDiT": True}  # our classes: whether their blocks are joint
+DIFFUSERS_CLASSES = (*dit.CLASSES, sd3.CLASS)
 
-# How the published models are sampled.
-FLOW = {"prediction": None, "solver": "euler", "n_sample_steps": 50, "sample_shift": 1.0}
-DRAWN: dict[str, dict[str, Any]] = {
+# Sampling defaults of the published models.
+FLOW: dict[str, Any] = {
+    "prediction": None,
+    "solver": "euler",
+    "n_sample_steps": 50,
+    "sample_shift": 1.0,
+}
+SAMPLING_DEFAULTS: dict[str, dict[str, Any]] = {
     "dit": {"prediction": "epsilon", "solver": "ddpm", "n_sample_steps": 250, "sample_shift": None},
     "sit": FLOW,
     "sd3": FLOW | {"n_sample_steps": 28, "sample_shift": 3.0, "cfg_scale": 7.0},
 }
-# Where SD3's towers are without it.
-TOWERS = ["openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"]
-TOWERS += ["google/t5-v1_1-xxl"]
-# What diffusers' schedulers say of the chain of `diffusion.chain`, also by default.
-CHAIN = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
-CHAIN |= {"beta_schedule": "linear"}
+# The originals of SD3's text encoders, for transformers that come without them.
+SD3_TEXT_ENCODERS = [
+    "openai/clip-vit-large-patch14",
+    "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
+    "google/t5-v1_1-xxl",
+]
+# Facts of a scheduler of diffusers that are supported, which are also its defaults. They are the
+# chain of `methods.ddpm`.
+SUPPORTED_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+}
 PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
 # The VAE of models of four channels that come without one: (id, scale, pixels to a latent's side).
-USUAL_VAE = ("stabilityai/sd-vae-ft-ema", 0.18215, 8)
+DEFAULT_VAE = ("stabilityai/sd-vae-ft-ema", 0.18215, 8)
 
 
 @dataclass(frozen=True)
-class Transformer:
-    """A network, how to draw from it, and where it is from.
+class PretrainedTransformer:
+    """A network, how it is sampled, and where it is from.
 
     Args:
         params: NumPy's float32, for `model.graphdef`.
-        settings: what a run's `config.json` says that drawing needs.
-        id: of the hub, or a whole path. revision: the hub's commit.
+        settings: the part of a run's `config.json` that sampling needs.
+        id: of the hub, or an absolute path.
+        revision: the hub's commit.
     """
 
     config: ModelConfig
@@ -69,46 +89,51 @@ class Transformer:
     revision: str | None = None
 
     def model(self) -> nnx.Module:
-        """A live module, `model(x, t, label)`."""
-        return nnx.merge(graphdef(self.config), jax.tree.map(jnp.asarray, self.params))
+        """Build a live module, `model(x, t, label)`."""
+        return nnx.merge(model_graphdef(self.config), jax.tree.map(jnp.asarray, self.params))
 
 
-def load(path_or_id: str, *, dtype: str = "float32", revision: str | None = None) -> Transformer:
-    """A transformer of a folder, of the hub (by itself or in a pipeline's `transformer/`), or of a
-    file of the original DiT or SiT.
+def load_transformer(
+    path_or_id: str, *, dtype: str = "float32", revision: str | None = None
+) -> PretrainedTransformer:
+    """Load a transformer of a folder, of the hub, or of a file of the original DiT or SiT.
 
-    A file does not say which of the two it is of. Its name may (`DiT-XL-2-256x256.pt`), or what
-    stands before its path: `dit:` or `sit:`; and of a size that was not published the number of
-    heads too: `dit:heads=6:PATH`.
+    In a folder or a repository it lies by itself, or in a pipeline's `transformer/`.
+
+    DiT and SiT files share a layout. The file's name may say which it is (`DiT-XL-2-256x256.pt`);
+    otherwise prefix the path with `dit:` or `sit:`. A size that was not published also needs its
+    number of heads: `dit:heads=6:PATH`.
 
     Args:
         dtype: of matrix products.
         revision: of the hub: a branch, tag or commit.
 
     Raises:
-        UserError: it is not to be had, is damaged, or is not what this project can compute; each by
-            its name.
+        UserError: it cannot be had, is damaged, or holds something that this project cannot
+            compute, which the message names.
     """
-    asked = _asked(str(path_or_id))
-    path = Path(asked.place).expanduser()
-    if path.is_file() or path.suffix in FILES:
-        found = _of_file(path, asked)
-    elif asked.family:
-        raise UserError(f"'{path_or_id}': {asked.family}: is for a file of weights")
+    reference = _parse_reference(str(path_or_id))
+    path = Path(reference.place).expanduser()
+    if path.is_file() or path.suffix in FILE_SUFFIXES:
+        pretrained = _load_file(path, reference)
+    elif reference.family:
+        raise UserError(f"'{path_or_id}': {reference.family}: is for a file of weights")
     else:
-        found = _of_folder(asked.place, revision)
-    config = replace(found.config, dtype=dtype)
-    settings = found.settings | {"model_config": asdict(config)}
-    return replace(found, config=config, settings=settings)
+        pretrained = _load_folder_or_hub(reference.place, revision)
+    config = replace(pretrained.config, dtype=dtype)
+    settings = pretrained.settings | {"model_config": asdict(config)}
+    return replace(pretrained, config=config, settings=settings)
 
 
-def preset_of(config: ModelConfig) -> str | None:
-    """The name in `MODELS` of this shape, and of this patch size if there is one."""
+def find_preset(config: ModelConfig) -> str | None:
+    """Find the name in `MODELS` of this shape, and of this patch size if there is one."""
 
     def fits(preset: dict[str, Any]) -> bool:
-        joint = preset.get("block") == JOINT
-        sizes = all(preset[name] == getattr(config, name) for name in ("width", "depth", "n_heads"))
-        return sizes and joint == (config.block == JOINT)
+        is_joint = preset.get("block") == JOINT
+        same_size = all(
+            preset[name] == getattr(config, name) for name in ("width", "depth", "n_heads")
+        )
+        return same_size and is_joint == (config.block == JOINT)
 
     names = [name for name, preset in MODELS.items() if fits(preset)]
     names.sort(key=lambda name: MODELS[name]["patch_size"] != config.patch_size)
@@ -118,156 +143,192 @@ def preset_of(config: ModelConfig) -> str | None:
 # --- a file ---------------------------------------------------------------------------------------
 
 
-class Asked(NamedTuple):
-    """What a person named."""
+class Reference(NamedTuple):
+    """A path or hub id, with the facts that may stand before a file's path."""
 
     family: str | None
     n_heads: int | None
     place: str
 
 
-def _asked(words: str) -> Asked:
-    found = re.fullmatch(r"(dit|sit):(?:heads=(\d+):)?(.+)", words, re.IGNORECASE)
-    if not found:
-        return Asked(None, None, words)
-    family, n_heads, place = found.groups()
-    return Asked(family.lower(), int(n_heads) if n_heads else None, place)
+def _parse_reference(text: str) -> Reference:
+    match = re.fullmatch(r"(dit|sit):(?:heads=(\d+):)?(.+)", text, re.IGNORECASE)
+    if not match:
+        return Reference(None, None, text)
+    family, n_heads, place = match.groups()
+    return Reference(family.lower(), int(n_heads) if n_heads else None, place)
 
 
-def _of_file(path: Path, asked: Asked) -> Transformer:
-    where, family = str(path), asked.family or _family_by_name(path)
-    if path.suffix == ".safetensors" and path.is_file():
-        tensors = weight_files.read_safetensors(path)
-    else:
-        tensors = torch_file.read(path, within=("ema", "model"))
-    config = dit.shape_of(tensors, where, asked.n_heads)
+def _load_file(path: Path, reference: Reference) -> PretrainedTransformer:
+    where = str(path)
+    family = reference.family or _infer_family(path)
+    tensors = weight_files.read_tensor_file(
+        path, within=("ema", "model"), dtypes=weight_files.FLOAT_DTYPES
+    )
+    config = dit.infer_config(tensors, where, reference.n_heads)
     if config.width % config.n_heads:
         raise UserError(f"'{where}': width {config.width} is not divisible by {config.n_heads}")
-    params = dit.from_original(tensors, config, where)
+    params = dit.params_from_original(tensors, config, where)
     if family == "sit":
-        params, config = dit.from_sit(params, config)
+        params, config = dit.convert_sit(params, config)
     place = str(path.resolve())
-    drawn = DRAWN[family] | _guidance(config)
-    settings = _settings(config, place, drawn, _usual_encoding(config, place))
-    return Transformer(config, params, settings, place)
+    sampling = SAMPLING_DEFAULTS[family] | _default_guidance(config)
+    settings = _make_settings(config, place, sampling, _default_encoding(config, place))
+    return PretrainedTransformer(config, params, settings, place)
 
 
-def _family_by_name(path: Path) -> str:
-    words = [w for w in ("dit", "sit") if re.search(rf"(?<![a-z]){w}(?![a-z])", path.name.lower())]
-    if len(words) != 1:
+def _infer_family(path: Path) -> str:
+    families = [
+        family
+        for family in ("dit", "sit")
+        if re.search(rf"(?<![a-z]){family}(?![a-z])", path.name.lower())
+    ]
+    if len(families) != 1:
         raise UserError(
-            f"'{path}' may be of DiT or of SiT, whose files look alike and whose times run in "
-            f"opposite directions: say dit:{path} or sit:{path}"
+            f"'{path}' may be a DiT or a SiT: their files share a layout but run time in opposite "
+            f"directions; name it as dit:{path} or sit:{path}"
         )
-    return words[0]
+    return families[0]
 
 
 # --- a folder, or the hub -------------------------------------------------------------------------
 
 
-def _of_folder(place: str, revision: str | None) -> Transformer:
+def _load_folder_or_hub(place: str, revision: str | None) -> PretrainedTransformer:
     if Path(place).expanduser().is_dir():
-        said = weight_files.read_json(place, weight_files.CONFIG) or {}
-        if "model_config" in said:
-            raise UserError(
-                f"'{place}' is a run of this project; export.py makes of it what is read here"
-            )
-    found = weight_files.read(place, subfolder="transformer", revision=revision)
-    name = found.config.get("_class_name")
-    if name not in FAMILIES | OWN:
+        _refuse_run(place)
+    network = weight_files.read_network(place, subfolder="transformer", revision=revision)
+    settings = weight_files.read_optional_json(
+        place, SETTINGS, revision=network.revision or revision
+    )
+    if settings and not isinstance(settings.get("dataset", {}), dict):
+        raise UserError(f"the {SETTINGS} of '{network.id}' is damaged: it has no dataset")
+    config, params = _convert_network(network, settings or {})
+    if settings:
+        settings = _make_settings(config, network.id, {}, None) | settings
+    else:
+        settings = _read_pipeline_settings(place, network, config)
+    return PretrainedTransformer(config, params, settings, network.id, network.revision)
+
+
+def _refuse_run(folder: str) -> None:
+    config = weight_files.read_optional_json(folder, weight_files.CONFIG) or {}
+    if "model_config" in config:
         raise UserError(
-            f"'{found.id}' is {name or 'of no known class'}, and none of: "
-            f"{', '.join(FAMILIES | OWN)}"
+            f"'{folder}' is a run of this project: export it by export.py, and load the export"
         )
-    ours = weight_files.read_json(place, SETTINGS, revision=found.revision or revision)
-    if ours and not isinstance(ours.get("dataset", {}), dict):
-        raise UserError(f"the {SETTINGS} of '{found.id}' is damaged: it has no dataset")
-    if name in OWN:
-        config = _own_config(found.config, found.id)
-        params = _own_params(found.tensors, config, found.id)
-    else:
-        # How SD3's positions are counted, only its table of them tells.
-        more = [found.tensors] if name == sd3.CLASS else []
-        config = FAMILIES[name].read_config(found.config, found.id, *more)
-        params = FAMILIES[name].to_params(found.tensors, config, found.id)
-        if ours:
-            told = {name: ours[key] for name, key in UNTOLD.items() if key in ours}
-            config = replace(config, **told)
-    if ours:
-        settings = _settings(config, found.id, {}, None) | ours
-    else:
-        settings = _of_pipeline(place, found, config)
-    return Transformer(config, params, settings, found.id, found.revision)
 
 
-def _of_pipeline(place: str, found: weight_files.Published, config: ModelConfig) -> dict[str, Any]:
-    """What the rest of a pipeline says, if there is one."""
+def _convert_network(
+    network: weight_files.PublishedNetwork, settings: Mapping[str, Any]
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Convert a config and weights to ours, by the family that the config names."""
+    name = network.config.get("_class_name")
+    if name in OWN_CLASSES:
+        config = _read_own_config(network.config, network.id)
+        return config, _read_own_params(network.tensors, config, network.id)
+    if name == sd3.CLASS:
+        # Only SD3's table of positions tells how they are counted.
+        config = sd3.config_from_diffusers(network.config, network.id, network.tensors)
+        params = sd3.params_from_diffusers(network.tensors, config, network.id)
+    elif name in dit.CLASSES:
+        config = dit.config_from_diffusers(network.config, network.id)
+        params = dit.params_from_diffusers(network.tensors, config, network.id)
+    else:
+        raise UserError(
+            f"'{network.id}' is {name or 'of no known class'}, and none of: "
+            f"{', '.join((*DIFFUSERS_CLASSES, *OWN_CLASSES))}"
+        )
+    fields = {name: settings[key] for name, key in SETTINGS_KEYS.items() if key in settings}
+    return replace(config, **fields), params
+
+
+def _read_pipeline_settings(
+    place: str, network: weight_files.PublishedNetwork, config: ModelConfig
+) -> dict[str, Any]:
+    """Derive the settings from the rest of a pipeline, if there is one."""
 
     def read(name: str) -> dict[str, Any] | None:
-        return weight_files.read_json(place, name, revision=found.revision)
+        return weight_files.read_optional_json(place, name, revision=network.revision)
 
-    index, scheduler = read(weight_files.PIPELINE) or {}, read("scheduler/scheduler_config.json")
-    usual = DRAWN["sd3"] if config.text_width else DRAWN["dit"] | _guidance(config)
-    drawn = usual | (_schedule(scheduler, found.id) if scheduler else {})
-    if drawn["prediction"] is None and config.out_channels != config.channels:
-        raise UserError(f"'{found.id}': a flow has no variance to be learned, and it says one")
-    facts = read("vae/config.json")
-    encoding = _encoding(config, facts, found.id) if facts else _usual_encoding(config, found.id)
-    settings = _settings(config, found.id, drawn, encoding)
-    settings["dataset"]["label_names"] = _label_names(index.get("id2label"), config.n_classes)
-    if config.text_width:  # see `text.Towers`
-        towers = _towers(place)
-        more = {"text_towers": towers, "text_revisions": [None] * len(TOWERS)}
-        settings |= more | {"full_width": config.text_width}
+    index = read(weight_files.PIPELINE) or {}
+    scheduler = read("scheduler/scheduler_config.json")
+    if config.text_width:
+        sampling = SAMPLING_DEFAULTS["sd3"]
+    else:
+        sampling = SAMPLING_DEFAULTS["dit"] | _default_guidance(config)
+    if scheduler:
+        sampling = sampling | _read_scheduler(scheduler, network.id)
+    if sampling["prediction"] is None and config.out_channels != config.channels:
+        raise UserError(
+            f"'{network.id}': its scheduler is of a flow, which has no variance to predict, and "
+            "its network predicts one"
+        )
+    vae = read("vae/config.json")
+    if vae:
+        encoding = _read_encoding(config, vae, network.id)
+    else:
+        encoding = _default_encoding(config, network.id)
+    settings = _make_settings(config, network.id, sampling, encoding)
+    settings["dataset"]["label_names"] = _read_label_names(index.get("id2label"), config.n_classes)
+    if config.text_width:  # see `text_encoders.TextEncoders`
+        settings["text_towers"] = _find_text_encoders(place)
+        settings["text_revisions"] = [None] * len(SD3_TEXT_ENCODERS)
+        settings["full_width"] = config.text_width
     return settings
 
 
-def _towers(place: str) -> list[str]:
-    """SD3's text towers: those of a pipeline's folder, where T5 may be absent, or its originals."""
+def _find_text_encoders(place: str) -> list[str]:
+    """List SD3's text encoders: those of a pipeline's folder, where T5 may be absent, or the
+    originals of the hub.
+    """
     folder = Path(place).expanduser()
     own = [folder / f"text_encoder{suffix}" for suffix in ("", "_2", "_3")]
-    return [str(path) for path in own if path.is_dir()] or TOWERS
+    return [str(path) for path in own if path.is_dir()] or SD3_TEXT_ENCODERS
 
 
-def _schedule(said: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """How a model was trained, as its scheduler tells it."""
-    if str(said.get("_class_name")).startswith("FlowMatch"):
-        flow = {name: FLOW[name] for name in ("prediction", "solver")}
-        return flow | {"sample_shift": float(said.get("shift", 1.0))}
-    for name, value in CHAIN.items():
-        if said.get(name, value) != value:
+def _read_scheduler(facts: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Read from a scheduler's config how a model was trained."""
+    if str(facts.get("_class_name")).startswith("FlowMatch"):
+        return {
+            "prediction": FLOW["prediction"],
+            "solver": FLOW["solver"],
+            "sample_shift": float(facts.get("shift", 1.0)),
+        }
+    for name, value in SUPPORTED_SCHEDULE.items():
+        if facts.get(name, value) != value:
             raise UserError(
-                f"'{where}': its scheduler says {name} {said[name]}, and only {value} is supported"
+                f"'{where}': its scheduler says {name} {facts[name]}, and only {value} is supported"
             )
-    if said.get("trained_betas") is not None:
+    if facts.get("trained_betas") is not None:
         raise UserError(f"'{where}': its scheduler has trained_betas, which are not supported")
-    kind = said.get("prediction_type", "epsilon")
-    if kind not in PREDICTIONS:
-        raise unknown(f"prediction_type of the scheduler of '{where}':", kind, PREDICTIONS)
-    return {"prediction": PREDICTIONS[kind]}
+    prediction = facts.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise unknown(f"prediction_type of the scheduler of '{where}':", prediction, PREDICTIONS)
+    return {"prediction": PREDICTIONS[prediction]}
 
 
-def _encoding(config: ModelConfig, facts: dict[str, Any], where: str) -> LatentEncoding:
-    vae = autoencoder.read_config(facts, f"{where}/vae")
+def _read_encoding(config: ModelConfig, facts: dict[str, Any], where: str) -> LatentEncoding:
+    vae = autoencoder.config_from_diffusers(facts, f"{where}/vae")
     if vae.latent_channels != config.channels:
         raise UserError(
             f"'{where}': its VAE has {vae.latent_channels} channels, its transformer "
             f"{config.channels}"
         )
-    return _encoding_by(
+    return _make_encoding(
         config, where, where, vae.scaling_factor, vae.shift_factor, vae.downsampling
     )
 
 
-def _usual_encoding(config: ModelConfig, where: str) -> LatentEncoding | None:
-    """Of a model without a VAE: four channels are Stable Diffusion's latents."""
-    name, scale, downsampling = USUAL_VAE
+def _default_encoding(config: ModelConfig, where: str) -> LatentEncoding | None:
+    """Return the encoding of a model without a VAE: four channels are Stable Diffusion's latents."""
+    name, scale, downsampling = DEFAULT_VAE
     if config.channels != 4:
         return None
-    return _encoding_by(config, where, name, scale, 0.0, downsampling)
+    return _make_encoding(config, where, name, scale, 0.0, downsampling)
 
 
-def _encoding_by(
+def _make_encoding(
     config: ModelConfig, where: str, vae: str, scale: float, shift: float, downsampling: int
 ) -> LatentEncoding:
     return LatentEncoding(
@@ -276,7 +337,7 @@ def _encoding_by(
         image_size=config.image_size * downsampling,
         shape=(config.image_size, config.image_size, config.channels),
         vae=vae,
-        vae_hash="",  # any will do
+        vae_hash="",  # accepts any
         scaling_factor=scale,
         shift_factor=shift,
         precision="float32",
@@ -285,29 +346,38 @@ def _encoding_by(
     )
 
 
-def _guidance(config: ModelConfig) -> dict[str, Any]:
-    """Of models on classes. The scripts of DiT and SiT guide three of their four channels."""
+def _default_guidance(config: ModelConfig) -> dict[str, Any]:
+    """Return the guidance of models on classes.
+
+    The sampling scripts of DiT and SiT guide three of their four channels.
+    """
     if not config.n_classes:
         return {"cfg_scale": 1.0}
-    return {"cfg_scale": 4.0} | ({"guided_channels": 3} if config.channels == 4 else {})
+    if config.channels == 4:
+        return {"cfg_scale": 4.0, "guided_channels": 3}
+    return {"cfg_scale": 4.0}
 
 
-def _label_names(names: Any, n_classes: int) -> list[str]:
-    """Of a pipeline's names of classes, which may be lists of synonyms, the first, where no other
-    class has it too.
+def _read_label_names(names: Any, n_classes: int) -> list[str]:
+    """Shorten a pipeline's names of classes, each a list of synonyms, to the first synonym.
+
+    A name stays whole if another class has the same first synonym.
     """
     names = names if isinstance(names, dict) else {}
-    whole = [str(names.get(str(i), "")) for i in range(n_classes)]
-    if not all(whole):
+    full_names = [str(names.get(str(i), "")) for i in range(n_classes)]
+    if not all(full_names):
         return []
-    first = [name.split(",")[0].strip() for name in whole]
-    return [short if first.count(short) == 1 else long for short, long in zip(first, whole)]
+    short_names = [name.split(",")[0].strip() for name in full_names]
+    return [
+        short if short_names.count(short) == 1 else full
+        for short, full in zip(short_names, full_names)
+    ]
 
 
-def _settings(
-    config: ModelConfig, where: str, drawn: Mapping[str, Any], encoding: LatentEncoding | None
+def _make_settings(
+    config: ModelConfig, where: str, sampling: Mapping[str, Any], encoding: LatentEncoding | None
 ) -> dict[str, Any]:
-    """What a run's `config.json` would say."""
+    """Make the part of a run's `config.json` that sampling needs."""
     name = Path(where).name
     return {
         "dataset_name": name,
@@ -317,7 +387,7 @@ def _settings(
             "label_names": [],
             "encoding": asdict(encoding) if encoding else None,
         },
-        "model": preset_of(config) or name,
+        "model": find_preset(config) or name,
         "model_config": asdict(config),
         "vae": None,
         "text_towers": [],
@@ -325,29 +395,29 @@ def _settings(
         "fsdp": 1,
         **FLOW,
         "cfg_scale": 1.0,
-        **drawn,
+        **sampling,
     }
 
 
-# --- our own layout, and what is written ----------------------------------------------------------
+# --- our own layout, and writing ------------------------------------------------------------------
 
 
-def layout_of(config: ModelConfig) -> tuple[str, str]:
-    """The class under which a model is written, and what keeps it from being one of diffusers'."""
+def choose_layout(config: ModelConfig) -> tuple[str, str]:
+    """Return the class under which a model is written, and why it is none of diffusers' if so."""
     family = sd3 if config.block == JOINT else dit
     try:
-        family.write_config(config)
+        family.config_to_diffusers(config)
     except UserError as error:
-        return own_class(config), str(error)
+        return own_class_name(config), str(error)
     return family.CLASS, ""
 
 
-def own_class(config: ModelConfig) -> str:
-    """The name of our own class."""
+def own_class_name(config: ModelConfig) -> str:
+    """Return the name of our own class for a model."""
     return "MMDiT" if config.block == JOINT else "DiT"
 
 
-def save(
+def save_transformer(
     folder: str | Path,
     config: ModelConfig,
     params: Mapping[str, Any],
@@ -355,51 +425,57 @@ def save(
     *,
     layout: str | None = None,
 ) -> None:
-    """Write a network as `load` and, if its `layout_of` is one of theirs, diffusers read it.
+    """Write a network as `load_transformer` and, in a layout of theirs, diffusers read it.
 
     Args:
-        layout: by default what `layout_of` says.
+        layout: the class to write it as, by default that of `choose_layout`.
 
     Raises:
         UserError: the folder cannot be written to.
     """
-    folder, layout = Path(folder).expanduser(), layout or layout_of(config)[0]
-    if layout in OWN:
-        said = {"_class_name": layout} | asdict(config)
-        tensors = {".".join(path): np.asarray(x) for path, x in _leaves(params).items()}
+    folder = Path(folder).expanduser()
+    layout = layout or choose_layout(config)[0]
+    if layout in OWN_CLASSES:
+        network_config = {"_class_name": layout} | asdict(config)
+        tensors = {".".join(path): np.asarray(x) for path, x in _flatten_leaves(params).items()}
     else:
-        said = FAMILIES[layout].write_config(config)
-        tensors = FAMILIES[layout].to_tensors(params, config)
-    told = dict(settings) | {key: getattr(config, name) for name, key in UNTOLD.items()}
+        family = sd3 if layout == sd3.CLASS else dit
+        network_config = family.config_to_diffusers(config)
+        tensors = family.params_to_diffusers(params, config)
+    fields = {key: getattr(config, name) for name, key in SETTINGS_KEYS.items()}
+    text = json.dumps(dict(settings) | fields, indent=2, default=str)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic(folder / SETTINGS) as file:
-            file.write(json.dumps(told, indent=2, default=str).encode() + b"\n")
+            file.write(text.encode() + b"\n")
     except OSError as error:
         raise UserError(f"cannot write to '{folder}': {error.strerror}") from None
-    weight_files.write(folder, said, tensors)
+    weight_files.write_network(folder, network_config, tensors)
 
 
-def _own_config(said: Mapping[str, Any], where: str) -> ModelConfig:
-    facts = {name: value for name, value in said.items() if not name.startswith("_")}
+def _read_own_config(facts: Mapping[str, Any], where: str) -> ModelConfig:
+    fields = {name: value for name, value in facts.items() if not name.startswith("_")}
     try:
-        config = ModelConfig(**facts)
+        config = ModelConfig(**fields)
     except (TypeError, UserError) as error:
         raise UserError(f"the {weight_files.CONFIG} of '{where}' is damaged: {error}") from None
-    if OWN[said["_class_name"]] != (config.block == JOINT):
+    if OWN_CLASSES[facts["_class_name"]] != (config.block == JOINT):
         raise UserError(f"the {weight_files.CONFIG} of '{where}' is damaged: block {config.block}")
     return config
 
 
-def _own_params(
+def _read_own_params(
     tensors: Mapping[str, np.ndarray], config: ModelConfig, where: str
 ) -> dict[str, Any]:
-    tree = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    paths = {".".join(path): path for path in _leaves(tree)}
-    shapes = {name: _leaves(tree)[path].shape for name, path in paths.items()}
-    weight_files.refuse_misfits(where, tensors, shapes)
-    return unflatten_dict({path: np.array(tensors[n], np.float32) for n, path in paths.items()})
+    leaves = _flatten_leaves(jax.eval_shape(lambda: init_model_params(config, jax.random.key(0))))
+    paths = {".".join(path): path for path in leaves}
+    weight_files.require_shapes(
+        where, tensors, {name: leaves[path].shape for name, path in paths.items()}
+    )
+    return unflatten_dict(
+        {path: np.array(tensors[name], np.float32) for name, path in paths.items()}
+    )
 
 
-def _leaves(tree: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+def _flatten_leaves(tree: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
     return dict(flatten_dict(tree))

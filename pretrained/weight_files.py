@@ -1,16 +1,13 @@
-"""Published networks as files: a folder in diffusers' layout, or an id of the Hugging Face hub.
+"""Published networks as files: a folder in diffusers' layout, a file, or an id of the hub.
 
-Tensors have the names, the axes and the precision of their file here; those of safetensors lie in
-the file until they are looked at. What they mean is known by the family's own module beside this
-one. Nothing here needs torch.
+Tensors keep the names, axes and precision of their file; those of safetensors are memory-mapped.
+Their meaning is known by the module of each family. Nothing here needs torch.
 """
 
 import hashlib
 import json
 import struct
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -18,25 +15,38 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from pretrained import torch_file
+from pretrained import hub
+from pretrained.torch_file import read_torch_file
 from runtime.errors import UserError
-from runtime.files import atomic
+from runtime.files import atomic_file
 
 CONFIG = "config.json"
-PIPELINE = "model_index.json"  # of the parts of a pipeline
+PIPELINE = "model_index.json"  # lists the parts of a pipeline
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
-# For want of the first: in several files, in float16, or as torch saves them.
+# In order of preference: one file, several, float16, and torch's own format.
 WEIGHT_FILES = (
-    *(WEIGHTS, INDEX, "diffusion_pytorch_model.fp16.safetensors"),
+    WEIGHTS,
+    INDEX,
+    "diffusion_pytorch_model.fp16.safetensors",
     "diffusion_pytorch_model.bin",
 )
+BARE_PATTERNS = ("*.pth", "*.pt", "*.bin", "*.safetensors")  # of weights without a config
 # NumPy has no bfloat16 of its own, and safetensors' reader for it does not know one.
-DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+FLOAT_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES = FLOAT_DTYPES | {
+    "F64": np.float64,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 
 
-class Published(NamedTuple):
-    """A network as it was found."""
+class PublishedNetwork(NamedTuple):
+    """A network's files, as they were found."""
 
     id: str  # of the hub; a folder's whole path
     revision: str | None  # the hub's commit
@@ -44,68 +54,202 @@ class Published(NamedTuple):
     tensors: dict[str, np.ndarray]
 
 
-def read(path_or_id: str, *, subfolder: str, revision: str | None = None) -> Published:
-    """A network's config and weights: of a folder if there is one, else of the hub.
+def read_network(
+    path_or_id: str, *, subfolder: str, revision: str | None = None
+) -> PublishedNetwork:
+    """Read a network's config and weights from a folder if there is one, else from the hub.
 
     Args:
         subfolder: where the network lies in a whole pipeline, such as vae.
-        revision: of the hub; of no account for folders.
+        revision: of the hub: a branch, tag or commit. Ignored for folders.
 
     Raises:
-        UserError: it is not to be had, or its files are damaged.
+        UserError: it cannot be had, or its files are damaged.
     """
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
-        place = _place(folder, subfolder)
-        config = _read_json(place / CONFIG)
-        return Published(str(folder.resolve()), None, config, _all_tensors(_weights(place)))
-    with _one_line(path_or_id, subfolder, revision):
-        config, commit, weights = _download(path_or_id, subfolder, revision)
-    return Published(path_or_id, commit, config, _all_tensors(weights))
+        place = _find_network_folder(folder, subfolder)
+        config = _read_json_object(place / CONFIG)
+        tensors = _read_tensor_files(_find_weight_files(place), FLOAT_DTYPES)
+        return PublishedNetwork(str(folder.resolve()), None, config, tensors)
+    required = f"{CONFIG} with {WEIGHTS}, nor a {subfolder}/"
+    with hub.explain_failures(path_or_id, required=required, revision=revision):
+        config, commit, place = hub.download_config(path_or_id, subfolder, revision, file=CONFIG)
+        files = _download_weight_files(path_or_id, place, commit or revision)
+    tensors = _read_tensor_files(files, FLOAT_DTYPES)
+    return PublishedNetwork(path_or_id, commit, config, tensors)
 
 
-def read_json(path_or_id: str, name: str, *, revision: str | None = None) -> dict[str, Any] | None:
-    """A file of facts beside a network, such as a pipeline's model_index.json, or None.
+def read_optional_json(
+    path_or_id: str, name: str, *, revision: str | None = None
+) -> dict[str, Any] | None:
+    """Read a JSON file beside a network, such as a pipeline's model_index.json; None if absent.
 
     Raises:
-        UserError: the file is damaged, or the hub cannot be asked.
+        UserError: the file is damaged, or the hub is out of reach and its cache does not tell
+            whether there is such a file.
     """
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
-        return _read_json(folder / name) if (folder / name).is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        return _read_json_object(folder / name) if (folder / name).is_file() else None
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    with _one_line(path_or_id, "", revision):
+    with hub.explain_failures(path_or_id, required=name, revision=revision):
         try:
-            return _read_json(Path(hf_hub_download(path_or_id, name, revision=revision)))
+            file = hub.download_optional_file(path_or_id, name, revision=revision)
         except LocalEntryNotFoundError:  # the hub is out of reach
             if not _is_known_to_lack(path_or_id, name, revision):
                 raise
             return None
-        except EntryNotFoundError:
-            return None
+        return _read_json_object(file) if file else None
 
 
-def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
-    """Save a network as diffusers would. Each file takes its name only when it is whole, the config
-    last: a folder without one is refused.
+def read_bare_weights(path_or_id: str, purpose: str) -> dict[str, np.ndarray]:
+    """Read the tensors of weight files without a config: a file, a folder's, or a repository's.
+
+    Args:
+        purpose: what they are for, for the messages of errors.
+
+    Raises:
+        UserError: there are no such files, or one is damaged or holds more than tensors.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_file():
+        return read_tensor_file(path)
+    folder, patterns = path, ", ".join(BARE_PATTERNS)
+    if not path.is_dir():
+        with hub.explain_failures(path_or_id, required=patterns, purpose=purpose):
+            folder = hub.download_matching(path_or_id, BARE_PATTERNS)
+    files = sorted(file for pattern in BARE_PATTERNS for file in folder.glob(pattern))
+    if not files:
+        raise UserError(f"{purpose} '{path_or_id}': it holds no {patterns}")
+    return _read_tensor_files(files, DTYPES)
+
+
+def write_network(folder: Path, config: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+    """Save a network as diffusers would.
+
+    Each file takes its name only when it is complete. The config comes last: a folder without one
+    is refused.
 
     Raises:
         UserError: the folder cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic(folder / WEIGHTS) as file:
-            _write_tensors(file, tensors)
-        with atomic(folder / CONFIG) as file:
+        with atomic_file(folder / WEIGHTS) as file:
+            _write_safetensors(file, tensors)
+        with atomic_file(folder / CONFIG) as file:
             file.write(json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
     except OSError as error:
         raise UserError(f"cannot write weights to '{folder}': {error.strerror}") from None
 
 
-def _write_tensors(file: IO[bytes], tensors: Mapping[str, np.ndarray]) -> None:
-    """In safetensors' format and float32, with one tensor at a time in memory."""
+def hash_tensors(tensors: Mapping[str, np.ndarray]) -> str:
+    """Return the sha256 of names, shapes and numbers in float32.
+
+    It does not depend on the order in which a file holds them, nor on its precision as long as
+    that loses nothing.
+    """
+    digest = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.shape}\n".encode())
+        digest.update(np.ascontiguousarray(x, "<f4").tobytes())
+    return digest.hexdigest()
+
+
+def require_shapes(
+    where: str,
+    tensors: Mapping[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]],
+    reference: str = "its config",
+) -> None:
+    """Raise UserError unless the tensors have exactly these names and shapes.
+
+    Args:
+        where: the network, for the error's message.
+        reference: where the shapes come from, for the error's message.
+    """
+    problems = {
+        "it lacks": sorted(set(shapes) - set(tensors)),
+        "it has no place for": sorted(set(tensors) - set(shapes)),
+        "of another shape is": [
+            f"{name} {tensors[name].shape}, not {shape}"
+            for name, shape in sorted(shapes.items())
+            if name in tensors and tensors[name].shape != shape
+        ],
+    }
+    parts = [f"{problem} {_list_some(names)}" for problem, names in problems.items() if names]
+    if parts:
+        raise UserError(f"the weights of '{where}' do not fit {reference}: {'; '.join(parts)}")
+
+
+def _list_some(names: list[str], n: int = 3) -> str:
+    rest = f" and {len(names) - n} more" if len(names) > n else ""
+    return ", ".join(names[:n]) + rest
+
+
+# --- one file of tensors --------------------------------------------------------------------------
+
+
+def read_tensor_file(
+    path: Path, *, within: tuple[str, ...] = (), dtypes: Mapping[str, Any] = DTYPES
+) -> dict[str, np.ndarray]:
+    """Read the tensors of a file of safetensors or of torch.save, by its suffix.
+
+    Args:
+        within: of a torch file, see `read_torch_file`.
+        dtypes: of safetensors, the number formats that are accepted.
+
+    Raises:
+        UserError: it cannot be read, is damaged, or holds anything but such tensors.
+    """
+    if path.suffix == ".safetensors":
+        return read_safetensors(path, dtypes)
+    return read_torch_file(path, within=within)
+
+
+def _read_tensor_files(files: Iterable[Path], dtypes: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    tensors: dict[str, np.ndarray] = {}
+    for path in files:
+        tensors |= read_tensor_file(path, dtypes=dtypes)
+    return tensors
+
+
+def read_safetensors(path: Path, dtypes: Mapping[str, Any] = DTYPES) -> dict[str, np.ndarray]:
+    """Read the tensors of a safetensors file, as read-only views of the file.
+
+    Raises:
+        UserError: it cannot be read, is damaged, or holds numbers of other formats than `dtypes`.
+    """
+    try:
+        safetensors.safe_open(path, "np")  # checks the file thoroughly
+        with path.open("rb") as file:
+            start = 8 + struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(start - 8))
+    except FileNotFoundError:
+        raise UserError(f"{path}: No such file or directory") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in dtypes:
+            raise UserError(
+                f"{path}: {name} is {entry['dtype']}, which is none of {', '.join(dtypes)}"
+            )
+    buffer = np.memmap(path, np.uint8, "r")[start:] if header else np.zeros(0, np.uint8)
+
+    def view(dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> np.ndarray:
+        return np.asarray(buffer[slice(*data_offsets)]).view(dtypes[dtype]).reshape(shape)
+
+    return {
+        name: view(entry["dtype"], entry["shape"], entry["data_offsets"])
+        for name, entry in header.items()
+    }
+
+
+def _write_safetensors(file: IO[bytes], tensors: Mapping[str, np.ndarray]) -> None:
+    """Write tensors in float32, with one at a time in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, x in tensors.items():
@@ -118,219 +262,76 @@ def _write_tensors(file: IO[bytes], tensors: Mapping[str, np.ndarray]) -> None:
         file.write(np.ascontiguousarray(x, "<f4").data)
 
 
-def tensors_hash(tensors: Mapping[str, np.ndarray]) -> str:
-    """sha256 of names, shapes and numbers in float32: it does not change with the order or
-    precision in which a file holds them, if that loses nothing.
-    """
-    digest = hashlib.sha256()
-    for name, x in sorted(tensors.items()):
-        digest.update(f"{name} {x.shape}\n".encode())
-        digest.update(np.ascontiguousarray(x, "<f4").tobytes())
-    return digest.hexdigest()
+# --- the files of a network -----------------------------------------------------------------------
 
 
-def refuse_misfits(
-    where: str,
-    tensors: Mapping[str, np.ndarray],
-    shapes: Mapping[str, tuple[int, ...]],
-    what: str = "its config",
-) -> None:
-    """Raises UserError unless the tensors are those of `shapes`, each of its shape.
-
-    Args:
-        what: asks for these shapes, as the error shall say.
-    """
-    problems = {
-        "it lacks": sorted(set(shapes) - set(tensors)),
-        "it has no place for": sorted(set(tensors) - set(shapes)),
-        "of another shape is": [
-            f"{name} {tensors[name].shape}, not {shape}"
-            for name, shape in sorted(shapes.items())
-            if name in tensors and tensors[name].shape != shape
-        ],
-    }
-    said = [f"{kind} {_some(names)}" for kind, names in problems.items() if names]
-    if said:
-        raise UserError(f"the weights of '{where}' do not fit {what}: {'; '.join(said)}")
-
-
-def _some(names: list[str], n: int = 3) -> str:
-    more = f" and {len(names) - n} more" if len(names) > n else ""
-    return ", ".join(names[:n]) + more
-
-
-# --- a folder -------------------------------------------------------------------------------------
-
-
-def _place(folder: Path, subfolder: str) -> Path:
+def _find_network_folder(folder: Path, subfolder: str) -> Path:
     for place in (folder, folder / subfolder):
         if (place / CONFIG).is_file():
             return place
     raise UserError(f"'{folder}' holds no {CONFIG}, nor a {subfolder}/{CONFIG}")
 
 
-def _weights(place: Path) -> list[Path]:
+def _find_weight_files(folder: Path) -> list[Path]:
     for name in WEIGHT_FILES:
-        if (place / name).is_file():
-            files = [place / part for part in _parts(place / name)]
+        if (folder / name).is_file():
+            files = [folder / part for part in _list_parts(folder / name)]
             missing = [path.name for path in files if not path.is_file()]
             if missing:
-                raise UserError(f"'{place}' lacks {_some(missing)}, which its {INDEX} names")
+                raise UserError(f"'{folder}' lacks {_list_some(missing)}, which its {INDEX} names")
             return files
-    raise UserError(f"'{place}' holds no {WEIGHTS}")
+    raise UserError(f"'{folder}' holds no {WEIGHTS}")
 
 
-def _parts(file: Path) -> list[str]:
-    """The files that a file of weights stands for: itself, or those that an index names."""
-    if file.name != INDEX:
-        return [file.name]
-    named = _read_json(file).get("weight_map")
-    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
-        raise UserError(f"{file} is damaged: it names no files")
-    parts = sorted(set(named.values()))
-    if any(Path(part).name != part for part in parts):
-        raise UserError(f"{file} is damaged: it names files elsewhere")
-    return parts
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(path.read_text())
-    except ValueError as error:  # not JSON, or not even text
-        raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(facts, dict):
-        raise UserError(f"{path} is damaged: it holds no settings")
-    return facts
-
-
-def _all_tensors(files: Iterable[Path]) -> dict[str, np.ndarray]:
-    found: dict[str, np.ndarray] = {}
-    for path in files:
-        read = read_safetensors if path.suffix == ".safetensors" else torch_file.read
-        found |= read(path)
-    return found
-
-
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file, as views of it.
-
-    Raises:
-        UserError: it is damaged, or holds other numbers than those of DTYPES.
-    """
-    try:
-        safetensors.safe_open(path, "np")  # whose checks are thorough
-        with path.open("rb") as file:
-            start = 8 + struct.unpack("<Q", file.read(8))[0]
-            header = json.loads(file.read(start - 8))
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise UserError(
-                f"{path}: {name} is {entry['dtype']}, which is none of {', '.join(DTYPES)}"
-            )
-    whole = np.memmap(path, np.uint8, "r")[start:] if header else np.zeros(0, np.uint8)
-
-    def view(dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> np.ndarray:
-        return np.asarray(whole[slice(*data_offsets)]).view(DTYPES[dtype]).reshape(shape)
-
-    return {name: view(**entry) for name, entry in header.items()}
-
-
-# --- the hub --------------------------------------------------------------------------------------
-
-
-def _download(
-    name: str, subfolder: str, revision: str | None
-) -> tuple[dict, str | None, list[Path]]:
-    """Config, commit and the paths of the weights, which are of the same commit."""
-    from huggingface_hub import hf_hub_download
+def _download_weight_files(name: str, subfolder: str | None, revision: str | None) -> list[Path]:
     from huggingface_hub.errors import EntryNotFoundError
 
-    config, commit, place = _download_config(name, subfolder, revision)
-
-    def fetch(file: str) -> Path:
-        return Path(hf_hub_download(name, file, subfolder=place, revision=commit or revision))
+    def download(file: str) -> Path:
+        return hub.download_file(name, file, subfolder=subfolder, revision=revision)
 
     for file in WEIGHT_FILES:
         try:
-            return config, commit, [fetch(part) for part in _parts(fetch(file))]
+            return [download(part) for part in _list_parts(download(file))]
         except EntryNotFoundError:
             if file == WEIGHT_FILES[-1]:
                 raise
     raise AssertionError
 
 
-def _download_config(
-    name: str, subfolder: str, revision: str | None
-) -> tuple[dict, str | None, str | None]:
-    """Config, commit and where it lies: a pipeline's repository has no config of its own."""
-    from huggingface_hub.errors import EntryNotFoundError
+def _list_parts(file: Path) -> list[str]:
+    """List the files that hold the weights: the file itself, or those that an index names."""
+    if file.name != INDEX:
+        return [file.name]
+    file_by_tensor = _read_json_object(file).get("weight_map")
+    if not isinstance(file_by_tensor, dict) or not all(
+        isinstance(name, str) for name in file_by_tensor.values()
+    ):
+        raise UserError(f"{file} is damaged: it names no files")
+    parts = sorted(set(file_by_tensor.values()))
+    if any(Path(part).name != part for part in parts):
+        raise UserError(f"{file} is damaged: it names files elsewhere")
+    return parts
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of diffusers, at its import and of what it calls
-        from diffusers.configuration_utils import ConfigMixin
 
-        class Config(ConfigMixin):
-            config_name = CONFIG
-
-        def ask(place: str | None) -> Any:
-            how = {"subfolder": place, "revision": revision, "return_commit_hash": True}
-            return Config.load_config(name, **how)
-
-        try:
-            return *ask(None), None
-        except OSError as error:
-            if not any(isinstance(cause, EntryNotFoundError) for cause in _causes(error)):
-                raise
-        return *ask(subfolder), subfolder
+def _read_json_object(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(path.read_text())
+    except ValueError as error:  # not JSON, or not even text
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(facts, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return facts
 
 
 def _is_known_to_lack(name: str, file: str, revision: str | None) -> bool:
-    """Whether the hub's cache tells that there is no such file: the hub was asked for it, all files
-    were downloaded, git's own among them, or a pipeline names its parts, and this is of none.
+    """Return True if the hub's cache proves that the repository has no such file.
+
+    The proof is one of three: the hub was asked for it; all files were downloaded, git's own among
+    them; or a pipeline's index names its parts, and the file belongs to none.
     """
-    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
-
-    def cached(file: str) -> Any:
-        return try_to_load_from_cache(name, file, revision=revision)
-
-    if cached(file) is _CACHED_NO_EXIST or isinstance(cached(".gitattributes"), str):
+    if hub.is_recorded_absent(name, file, revision):
         return True
-    index = cached(PIPELINE)
-    return isinstance(index, str) and Path(file).parts[0] not in _read_json(Path(index))
-
-
-@contextmanager
-def _one_line(name: str, subfolder: str, revision: str | None) -> Iterator[None]:
-    """What the hub's client and diffusers raise, told in one line."""
-    from huggingface_hub import errors
-
-    reasons = {
-        errors.GatedRepoError: "its owner asks who uses it; accept the terms on "
-        f"https://huggingface.co/{name}, then run `hf auth login`",
-        errors.RepositoryNotFoundError: "it is no folder, and no public model of the hub; for a "
-        "private one, run `hf auth login`",
-        errors.RevisionNotFoundError: f"the hub has no revision '{revision}' of it",
-        errors.LocalEntryNotFoundError: "it is no folder, not whole in the hub's cache, and the "
-        f"hub is out of reach; once online, run `hf download {name}`",
-        errors.EntryNotFoundError: f"it holds no {CONFIG} with {WEIGHTS}, nor a {subfolder}/",
-        errors.HFValidationError: "it is no folder, and cannot be an id of the hub",
-    }
-    try:
-        yield
-    except Exception as error:  # the hub's client raises its transport's kinds besides its own
-        for cause in _causes(error):
-            for kind, reason in reasons.items():
-                if isinstance(cause, kind):
-                    raise UserError(f"cannot load '{name}': {reason}") from error
-        *_, root = _causes(error)
-        reason = str(root).strip().partition("\n")[0] or type(root).__name__
-        raise UserError(f"cannot load '{name}': {reason}") from error
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+    if hub.find_cached(name, ".gitattributes", revision):
+        return True
+    index = hub.find_cached(name, PIPELINE, revision)
+    return index is not None and Path(file).parts[0] not in _read_json_object(index)

@@ -30,13 +30,13 @@ import orbax.checkpoint as ocp
 
 from runtime.errors import UserError
 
-FOLDER = "checkpoints"
-DAMAGED = "damaged"  # checkpoints that cannot be read are moved here
-ARRAYS = ("params", "ema", "optimizer")
-NOTES = ("config", "data")
-SUMS = "sums"
+CHECKPOINTS_FOLDER = "checkpoints"
+DAMAGED_FOLDER = "damaged"  # checkpoints that cannot be read are moved here
+ARRAY_ITEMS = ("params", "ema", "optimizer")
+METADATA_ITEMS = ("config", "data")
+CHECKSUMS_ITEM = "sums"
 # What Orbax raises over damaged files. A lack of memory is a RuntimeError and no damage.
-DAMAGE = (ValueError, LookupError, OSError, AttributeError, TypeError, AssertionError)
+DAMAGE_ERRORS = (ValueError, LookupError, OSError, AttributeError, TypeError, AssertionError)
 
 
 class DamageError(UserError):
@@ -62,7 +62,7 @@ class Checkpoints:
                 what a killed process left half-written is removed.
         """
         _hush_orbax()
-        self.folder = run_dir.resolve() / FOLDER
+        self.folder = run_dir.resolve() / CHECKPOINTS_FOLDER
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             cleanup_tmp_directories=not read_only,
@@ -70,13 +70,13 @@ class Checkpoints:
             read_only=read_only,
         )
         self.failed = False  # the last save
-        items = (*ARRAYS, *NOTES, SUMS)
+        items = (*ARRAY_ITEMS, *METADATA_ITEMS, CHECKSUMS_ITEM)
         self.manager = ocp.CheckpointManager(self.folder, item_names=items, options=options)
 
     @staticmethod
     def exist(run_dir: Path) -> bool:
         """Whether the run has a complete checkpoint."""
-        return any(path.name.isdecimal() for path in (run_dir / FOLDER).glob("*"))
+        return any(path.name.isdecimal() for path in (run_dir / CHECKPOINTS_FOLDER).glob("*"))
 
     def __enter__(self):
         return self
@@ -87,11 +87,11 @@ class Checkpoints:
         finally:
             self.manager.close()
 
-    def latest(self) -> int | None:
+    def latest_step(self) -> int | None:
         """The newest complete step, or None."""
         return self.manager.latest_step()
 
-    def pick(self, step: int | None = None) -> int:
+    def resolve_step(self, step: int | None = None) -> int:
         """The step asked for, or the newest.
 
         Raises:
@@ -119,18 +119,18 @@ class Checkpoints:
         self.wait()
         if self.failed:
             self._after_a_failure()
-        if step == self.latest():
+        if step == self.latest_step():
             return
         self._check_space(arrays)
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
-        items |= {name: ocp.args.JsonSave(note) for name, note in notes.items()}
-        sums: dict[str, Any] = {name: bit_sums(tree) for name, tree in arrays.items()}
-        sums |= {name: checksum(note) for name, note in notes.items()}
-        items[SUMS] = ocp.args.JsonSave(sums)
+        items |= {name: ocp.args.JsonSave(read_metadata) for name, read_metadata in notes.items()}
+        sums: dict[str, Any] = {name: array_checksums(tree) for name, tree in arrays.items()}
+        sums |= {name: json_checksum(read_metadata) for name, read_metadata in notes.items()}
+        items[CHECKSUMS_ITEM] = ocp.args.JsonSave(sums)
         with self._disk_full_is_said():
             saved = self.manager.save(step, args=ocp.args.Composite(**items))
         if not saved:
-            raise RuntimeError(f"step {step} not saved: {self.folder} holds step {self.latest()}")
+            raise RuntimeError(f"step {step} not saved: {self.folder} holds step {self.latest_step()}")
 
     def restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
         """Read the items named in `like`, which gives their shapes, types and shardings.
@@ -141,11 +141,11 @@ class Checkpoints:
             DamageError: the checkpoint is damaged or was written by another configuration.
         """
         items: dict[str, Any] = {n: ocp.args.StandardRestore(tree) for n, tree in like.items()}
-        items[SUMS] = ocp.args.JsonRestore()
+        items[CHECKSUMS_ITEM] = ocp.args.JsonRestore()
         with self._damage_is_said(step):
             restored = self.manager.restore(step, args=ocp.args.Composite(**items))
             for name in like:
-                changed = bit_sums(restored[name]).items() ^ restored[SUMS][name].items()
+                changed = array_checksums(restored[name]).items() ^ restored[CHECKSUMS_ITEM][name].items()
                 if changed:
                     raise ValueError(f"bits of {name}{min(changed)[0]} are not those saved")
         return {name: restored[name] for name in like}
@@ -159,13 +159,13 @@ class Checkpoints:
             DamageError: none can be read; with several processes, which would have to agree on it,
                 the newest cannot.
         """
-        self.pick()
+        self.resolve_step()
         damaged, steps = [], sorted(self.manager.all_steps(), reverse=True)
         for step in steps:
             try:
                 items = self.restore(step, like)
-                for name in NOTES:
-                    self.note(step, name)
+                for name in METADATA_ITEMS:
+                    self.read_metadata(step, name)
                 return step, items, damaged
             except DamageError as error:
                 self.manager.reload()
@@ -180,23 +180,23 @@ class Checkpoints:
 
     def set_aside(self, steps: Iterable[int]) -> None:
         """Move damaged checkpoints to `damaged/` of the run's folder: new ones take their place."""
-        aside = self.folder.parent / DAMAGED
+        aside = self.folder.parent / DAMAGED_FOLDER
         for step in steps:
             aside.mkdir(exist_ok=True)
             (self.folder / str(step)).rename(_unused(aside / str(step)))
         self.manager.reload()
 
-    def note(self, step: int, name: str) -> dict[str, Any]:
+    def read_metadata(self, step: int, name: str) -> dict[str, Any]:
         """One of the JSON objects of a step.
 
         Raises:
             DamageError: the checkpoint is damaged.
         """
-        items = {name: ocp.args.JsonRestore() for name in (name, SUMS)}
+        items = {name: ocp.args.JsonRestore() for name in (name, CHECKSUMS_ITEM)}
         with self._damage_is_said(step):
             restored = self.manager.restore(step, args=ocp.args.Composite(**items))
-            found = checksum(restored[name])
-            if restored[SUMS].get(name, found) != found:  # older checkpoints have no sum of it
+            found = json_checksum(restored[name])
+            if restored[CHECKSUMS_ITEM].get(name, found) != found:  # older checkpoints have no sum of it
                 raise ValueError(f"'{name}' is not what was saved")
         return restored[name]
 
@@ -253,7 +253,7 @@ class Checkpoints:
         except Exception as error:
             # A truncated array is a bare Exception of Orbax, caused by what is wrong with it.
             bare = type(error) is Exception
-            if not bare and not isinstance(error, DAMAGE):
+            if not bare and not isinstance(error, DAMAGE_ERRORS):
                 raise
             cause = error.__cause__ or error if bare else error
             reason = " ".join(str(cause).split())
@@ -265,7 +265,7 @@ class Checkpoints:
             ) from error
 
     def _disk_full(self, reason: str) -> DiskFullError:
-        last = self.latest()
+        last = self.latest_step()
         left = "there is none yet" if last is None else f"the last complete one is step {last}"
         return DiskFullError(f"no space left for {self.folder}: {reason}; {left}")
 
@@ -289,7 +289,7 @@ def _sums(tree: Any) -> Any:
     return jax.tree.map(of, tree)
 
 
-def bit_sums(tree: Any) -> dict[str, int]:
+def array_checksums(tree: Any) -> dict[str, int]:
     """Of each array, the sum of its words modulo 2³²: any changed bit changes it.
 
     Computed where the array lies, so that the way to the disk and back is covered; sums of whole
@@ -299,9 +299,9 @@ def bit_sums(tree: Any) -> dict[str, int]:
     return {jax.tree_util.keystr(path): int(x) for path, x in sums}
 
 
-def checksum(note: dict[str, Any]) -> int:
+def json_checksum(read_metadata: dict[str, Any]) -> int:
     """Of what a JSON object says, however it is written."""
-    return zlib.crc32(json.dumps(note, sort_keys=True).encode())
+    return zlib.crc32(json.dumps(read_metadata, sort_keys=True).encode())
 
 
 def _hush_orbax() -> None:

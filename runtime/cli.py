@@ -26,17 +26,17 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 import fire
 from fire.decorators import SetParseFn
 
-from runtime.errors import RunError, UserError, unknown
+from runtime.errors import RunError, UserError, unknown_name
 
 T = TypeVar("T")
-Text = Annotated[str, "may hold commas"]
+FreeText = Annotated[str, "may hold commas"]
 
 
-def parse(
+def parse_flags(
     config: type[T],
     argv: Sequence[str] | None = None,
     *,
-    filled: Mapping[str, Any] | None = None,
+    shown_defaults: Mapping[str, Any] | None = None,
 ) -> T:
     """The dataclass `config` filled from `argv`, by default the words after the command's name.
 
@@ -56,7 +56,7 @@ def parse(
         found.update(words)
 
     record.__doc__ = config.__doc__
-    record.__signature__ = _signature(fields, kinds, filled or {})  # type: ignore
+    record.__signature__ = _signature(fields, kinds, shown_defaults or {})  # type: ignore
     if "-h" in argv or "--help" in argv:
         print(_help_page(record))
         sys.exit(0)
@@ -68,7 +68,7 @@ def parse(
     return config(**{name: _coerce(name, words, kinds[name]) for name, words in found.items()})
 
 
-def run(main: Callable[[], object], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
+def run_command(main: Callable[[], object], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
     """Call `main` and exit: 0, 2 for a person's mistake or a full disk, 130 for Ctrl-C, else 1.
 
     `leave` exits after a failure that one line explains.
@@ -155,14 +155,14 @@ def _coerce(name: str, words: Sequence[str], kind: Any) -> Any:
             return _value(words, member)
     literals = [member for member in _members(kind) if typing.get_origin(member) is Literal]
     if literals:
-        raise unknown(name, words[0], map(str, typing.get_args(literals[0])))
+        raise unknown_name(name, words[0], map(str, typing.get_args(literals[0])))
     raise UserError(f"--{name} '{' '.join(words)}': expected {_expected(kind)}")
 
 
 def _value(words: Sequence[str], kind: Any) -> Any:
     """What words mean under one member of an annotation; ValueError or KeyError if nothing."""
     inner = typing.get_args(kind)
-    if kind == tuple[Text, ...]:
+    if kind == tuple[FreeText, ...]:
         return tuple(words)
     if typing.get_origin(kind) is tuple:  # one word may hold several, split by commas
         parts = words[0].split(",") if len(words) == 1 else words
@@ -205,7 +205,7 @@ SCALARS: dict[Any, tuple[str, Callable[[str], Any]]] = {
     bool: ("true or false", lambda word: BOOLS[word.lower()]),
     Path: ("a path", _path),
     str: ("text", str),
-    Text: ("text", str),
+    FreeText: ("text", str),
 }
 
 
@@ -235,14 +235,14 @@ def _required(field: dataclasses.Field) -> bool:
 
 
 def _signature(
-    fields: dict[str, dataclasses.Field], kinds: dict[str, Any], filled: Mapping[str, Any]
+    fields: dict[str, dataclasses.Field], kinds: dict[str, Any], shown_defaults: Mapping[str, Any]
 ) -> inspect.Signature:
     """What Fire prints: types in words, and each default as a person would type it."""
 
     def parameter(name: str, field: dataclasses.Field) -> inspect.Parameter:
         make = field.default_factory
         default = field.default if make is MISSING else make()
-        default = filled.get(name) if default is None else default
+        default = shown_defaults.get(name) if default is None else default
         words = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
         shown = type("Default", (), {"__repr__": lambda _: "none" if words == "None" else words})()
         return inspect.Parameter(

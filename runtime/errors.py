@@ -1,28 +1,28 @@
-"""Ends that one line explains. Everything else that goes wrong is a bug and keeps its traceback."""
+"""Errors that one line explains. Every other exception is a bug and keeps its traceback."""
 
 import difflib
 from collections.abc import Iterable
 
 
-class OneLine:
-    """Is shown by a notebook as what it says, too, and not by the way there."""
+class OneLineError:
+    """Mixin of an exception that a notebook, too, shows as its message without a traceback."""
 
-    def _render_traceback_(self) -> list[str]:  # IPython asks for it
+    def _render_traceback_(self) -> list[str]:  # called by IPython
         return [f"error: {self}"]
 
 
-class RunError(OneLine, RuntimeError):
-    """A run that failed, and whose message tells why: `cli.run` prints it and exits with 1."""
+class RunError(OneLineError, RuntimeError):
+    """A run that failed; the message says why. `cli.run_command` prints it and exits with 1."""
 
 
-class UserError(OneLine, ValueError):
-    """A mistake at the keyboard or in the data: `cli.run` prints one line and exits with 2."""
+class UserError(OneLineError, ValueError):
+    """A mistake in the flags or in the data. `cli.run_command` prints one line and exits with 2."""
 
 
-def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
-    """For a name that is not in a table: the name, the nearest one and what is allowed."""
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
+    """Make the error for a name that is not in a table: the name, the nearest one, all allowed."""
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    more = f", … {len(known) - 20} more" if len(known) > 20 else ""
-    return UserError(f"unknown {kind} '{name}'{hint} (one of: {', '.join(known[:20])}{more})")
+    nearest = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+    rest = f", … {len(known) - 20} more" if len(known) > 20 else ""
+    return UserError(f"unknown {kind} '{name}'{hint} (one of: {', '.join(known[:20])}{rest})")

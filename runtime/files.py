@@ -1,4 +1,7 @@
-"""runtime.files."""
+"""Files and folders that are either complete or absent, and checks of paths that flags name.
+
+Nothing here knows what the files contain, or what a run folder is.
+"""
 
 import os
 import re
@@ -11,16 +14,60 @@ from typing import IO, Any
 
 from runtime.errors import UserError
 
-TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")  # .NAME.PID.tmp: two processes never share one
+TEMPORARY_NAME = re.compile(r"\..+\.(\d+)\.tmp")  # .NAME.PID.tmp: two processes never share one
 
 
-def tidy(run_dir: Path) -> None:
-    """Remove what `atomic` had not finished in the folder or its subfolders when its process was
-    killed. Call it as the only writer.
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that takes the name `path` only when all of it is on disk.
+
+    Raises:
+        OSError: the file cannot be written. `filename` names it; `path` is as it was before.
     """
-    for path in (*run_dir.glob(".*.tmp"), *run_dir.glob("*/.*.tmp")):
-        found = TEMPORARY.fullmatch(path.name)
-        if found and not _is_alive(int(found[1])):
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno and not error.filename:  # a write to a full disk does not name the file
+            error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Create a folder to write into that replaces `path` only when all of it is written.
+
+    A crash during the replacement can leave no folder at `path`, but never a mix of old and new.
+    """
+    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}-old.{os.getpid()}.tmp")
+    _remove(new)  # left by an earlier process with the same id
+    _remove(old)
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if path.exists():
+            path.replace(old)
+        new.replace(path)
+    finally:
+        _remove(new)
+        _remove(old)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left unfinished in the folder and its subfolders.
+
+    Only the sole writer of the folder may call it. Files of processes that are alive stay.
+    """
+    for path in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
+        match = TEMPORARY_NAME.fullmatch(path.name)
+        if match and not _is_other_live_process(int(match[1])):
             _remove(path)
 
 
@@ -31,12 +78,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _is_alive(process: int) -> bool:
-    """Whether that is another process: one that draws pictures, perhaps."""
-    if process == os.getpid():  # in a container the next process often has the same number
+def _is_other_live_process(process_id: int) -> bool:
+    if process_id == os.getpid():  # in a container the next process often gets the same id
         return False
     try:
-        os.kill(process, 0)
+        os.kill(process_id, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
@@ -44,59 +90,27 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-@contextmanager
-def atomic(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the name `path` only when all of it is on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        if error.errno and not error.filename:  # a write into a full disk does not tell where
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name `path` only when all of it is written, and the
-    place of what had that name. A crash just then can leave neither, but never a mix of both.
-    """
-    new, old = (path.with_name(f".{path.name}{s}.{os.getpid()}.tmp") for s in ("", "-old"))
-    for rest in (new, old):  # of a process that had our number
-        _remove(rest)
-    try:
-        new.mkdir(parents=True)
-        yield new
-        if path.exists():
-            path.replace(old)
-        new.replace(path)
-    finally:
-        for rest in (new, old):
-            _remove(rest)
-
-
 def check_distinct_paths(flags: Any, *, written: Sequence[str], read: Sequence[str] = ()) -> None:
-    """Raises UserError if a file that is written by one flag is another's too, and would be lost.
+    """Refuse flags that would overwrite a file that another flag reads or writes.
 
     Args:
-        flags: a command's settings, of which these are paths or None.
+        flags: a command's config.
+        written: names of flags that are output paths or None.
+        read: names of flags that are input paths or None.
+
+    Raises:
+        UserError: two flags name the same file, and at least one of them writes it.
     """
-    names = [name for name in (*written, *read) if getattr(flags, name)]
-    for one, other in combinations(names, 2):
-        path = getattr(flags, one)
-        if one in written and path.resolve() == getattr(flags, other).resolve():
-            raise UserError(f"--{one} and --{other} name the same file: {path}")
+    given = [name for name in (*written, *read) if getattr(flags, name)]
+    for first, second in combinations(given, 2):
+        path = getattr(flags, first)
+        if first in written and path.resolve() == getattr(flags, second).resolve():
+            raise UserError(f"--{first} and --{second} name the same file: {path}")
 
 
 @contextmanager
 def report_unwritable(path: Path) -> Iterator[None]:
-    """Turns what the system says of a path into a `UserError`."""
+    """Turn an OSError inside into a UserError that names `path`."""
     try:
         yield
     except OSError as error:

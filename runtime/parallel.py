@@ -26,7 +26,7 @@ STACKS = ("blocks", "dual_blocks")  # parts of a model whose weights have a lead
 MIN_SHARDED_SIZE = 1024  # elements; smaller arrays cost more to gather than to keep
 
 
-def keep_compiled() -> None:
+def enable_compilation_cache() -> None:
     """Keep compiled programs for the next start, if the environment does not say where. For
     commands to call: importing must not change JAX.
     """
@@ -53,7 +53,7 @@ def abstract_mesh(data: int, fsdp: int) -> AbstractMesh:
 # --- where arrays live ----------------------------------------------------------------------------
 
 
-def partition(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+def partition_specs(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The shape rule: the `PartitionSpec` of every array, for parameters, their moments and their
     averages alike.
 
@@ -73,25 +73,25 @@ def partition(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree_util.tree_map_with_path(rule, tree)
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def named_shardings(tree: Any, mesh: Mesh) -> Any:
     """`partition` as shardings of this mesh, for `out_shardings` and for restoring a checkpoint."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition(tree, mesh))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(tree, mesh))
 
 
-def abstract(make: Callable[[], Any], mesh: Mesh) -> Any:
+def abstract_state(make: Callable[[], Any], mesh: Mesh) -> Any:
     """Shapes, types and shardings of what `make` would create."""
     tree = jax.eval_shape(make)
     return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree, mesh)
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, named_shardings(tree, mesh)
     )
 
 
-def create(make: Callable[[], Any], mesh: Mesh) -> Any:
+def create_sharded(make: Callable[[], Any], mesh: Mesh) -> Any:
     """Run `make` with each device computing its own shards: the whole never exists anywhere."""
-    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make), mesh))()
+    return jax.jit(make, out_shardings=named_shardings(jax.eval_shape(make), mesh))()
 
 
-def place(batch: Any, mesh: Mesh) -> Any:
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """This process's rows of a batch → one global array per field, split over all devices. What is
     on devices already stays as it is.
     """
@@ -105,7 +105,7 @@ def place(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(leaf, batch)
 
 
-def prefetch(batches: Iterable[Any], mesh: Mesh, n: int = 2) -> Iterator[Any]:
+def prefetch_to_device(batches: Iterable[Any], mesh: Mesh, n: int = 2) -> Iterator[Any]:
     """`place` of every batch, n of them ahead of the one in use: copies hide behind a step.
 
     An error of `batches` comes out when those before it are used up.
@@ -113,7 +113,7 @@ def prefetch(batches: Iterable[Any], mesh: Mesh, n: int = 2) -> Iterator[Any]:
     ahead, iterator, error = deque(), iter(batches), None
     while error is None:
         try:
-            ahead.append(place(next(iterator), mesh))
+            ahead.append(shard_batch(next(iterator), mesh))
         except Exception as caught:
             error = caught
         while len(ahead) > (0 if error else n):
@@ -122,7 +122,7 @@ def prefetch(batches: Iterable[Any], mesh: Mesh, n: int = 2) -> Iterator[Any]:
         raise error
 
 
-def spread(tree: Any, mesh: Mesh) -> Any:
+def shard_rows(tree: Any, mesh: Mesh) -> Any:
     """Arrays that every process has in full → global arrays, their rows split over all devices."""
     return _from_everywhere(tree, NamedSharding(mesh, P(AXES)))
 
@@ -132,9 +132,9 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return _from_everywhere(tree, NamedSharding(mesh, P()))
 
 
-def shard(tree: Any, mesh: Mesh) -> Any:
+def shard_params(tree: Any, mesh: Mesh) -> Any:
     """Arrays that every process has in full → global arrays that live as `partition` says."""
-    return jax.tree.map(_from_everywhere, tree, shardings(tree, mesh))
+    return jax.tree.map(_from_everywhere, tree, named_shardings(tree, mesh))
 
 
 def _from_everywhere(tree: Any, sharding: NamedSharding) -> Any:
@@ -145,12 +145,12 @@ def _from_everywhere(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(leaf, tree)
 
 
-def split_rows(tree: Any, mesh: Mesh) -> Any:
+def constrain_rows(tree: Any, mesh: Mesh) -> Any:
     """Inside `jit`: let every device have its rows."""
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P(AXES)))
 
 
-def fetch(tree: Any) -> Any:
+def fetch_to_host(tree: Any) -> Any:
     """Global arrays → NumPy arrays, in full in every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
@@ -159,24 +159,24 @@ def fetch(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def any_process(flag: bool, mesh: Mesh) -> Any:
+def any_across_processes(flag: bool, mesh: Mesh) -> Any:
     """Whether the flag is set in any process: a number that is there when the device has come to
     it. Every process must ask.
     """
     if jax.process_count() == 1:
         return flag
-    return _any(place(np.full(jax.local_device_count(), flag), mesh))
+    return _any_flag(shard_batch(np.full(jax.local_device_count(), flag), mesh))
 
 
 @jax.jit
-def _any(flags: Any) -> Any:
+def _any_flag(flags: Any) -> Any:
     return flags.any()
 
 
 # --- gradients ------------------------------------------------------------------------------------
 
 
-def unshard(shards: Any, axes: tuple[int | None, ...]) -> Any:
+def gather_params(shards: Any, axes: tuple[int | None, ...]) -> Any:
     """Gather every leaf that has an axis. The transpose is the reduce-scatter of its gradient."""
     leaves, treedef = jax.tree.flatten(shards)
     full = [
@@ -190,20 +190,20 @@ def sharded_axes(specs: Any, ndims: Any) -> tuple[int | None, ...]:
     """Every leaf's sharded axis, counted from the end so that it survives the scan over depth."""
     return tuple(
         tuple(spec).index("fsdp") - ndim if "fsdp" in spec else None
-        for spec, ndim in zip(_leaves(specs), jax.tree.leaves(ndims), strict=True)
+        for spec, ndim in zip(_spec_leaves(specs), jax.tree.leaves(ndims), strict=True)
     )
 
 
-def _leaves(specs: Any) -> list[P]:
+def _spec_leaves(specs: Any) -> list[P]:
     return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
 
 
 # What the backward pass finds again: what layers `keep`. All else is cheaper to compute once more
 # than to keep: norms, activations, casts, and gathered weights, which would add up to the model.
-named = jax.checkpoint_policies.save_any_names_but_these()
+SAVE_NAMED_VALUES = jax.checkpoint_policies.save_any_names_but_these()
 
 
-class Gathered(nnx.Module):
+class GatheredOnCall(nnx.Module):
     """A part of a model whose sharded weights are gathered for the length of one call, and once
     more for its backward pass. With nothing to gather, it still keeps no copies of weights.
     """
@@ -214,19 +214,19 @@ class Gathered(nnx.Module):
     def __call__(self, *args):
         graphdef, shards = nnx.split(self.part)
 
-        @partial(jax.checkpoint, policy=named)
+        @partial(jax.checkpoint, policy=SAVE_NAMED_VALUES)
         def call(shards, *args):
-            return nnx.merge(graphdef, unshard(shards, self.axes))(*args)
+            return nnx.merge(graphdef, gather_params(shards, self.axes))(*args)
 
         return call(shards, *args)
 
 
-def live_model(graphdef, params: Any, specs: Any) -> nnx.Module:
+def merge_sharded_model(graphdef, params: Any, specs: Any) -> nnx.Module:
     """The model on this device's shards, each part of which gathers itself when it is called."""
     model = nnx.merge(graphdef, params)
     for name, weights in params.items():
         axes = sharded_axes(specs[name], jax.tree.map(lambda x: x.ndim, weights))
-        setattr(model, name, Gathered(getattr(model, name), axes))
+        setattr(model, name, GatheredOnCall(getattr(model, name), axes))
     return model
 
 
@@ -245,20 +245,20 @@ def value_and_grad(loss: Callable, graphdef, mesh: Mesh, *, accumulate_steps: in
     """
 
     def run(params, batch, key, scale=None):
-        specs = partition(params, mesh)
+        specs = partition_specs(params, mesh)
         share = (1 if scale is None else scale) / (mesh.size * accumulate_steps)
 
         def local(params, batch, key, share):
             def weighed(params, rows):
-                value, metrics = loss(live_model(graphdef, params, specs), rows, key)
+                value, metrics = loss(merge_sharded_model(graphdef, params, specs), rows, key)
                 return value * share, (value, metrics)
 
             # Each device differentiates by weights of its own, and the sum over devices that hold
             # the same comes last: what was scattered is summed as shards, and parts only once.
-            own = jax.tree.map(lambda x, spec: _vary(x, _whole(spec)), params, specs)
-            gradient = _added_up(jax.grad(weighed, has_aux=True), accumulate_steps)
+            own = jax.tree.map(lambda x, spec: _mark_varying(x, _replicated_axes(spec)), params, specs)
+            gradient = _accumulate(jax.grad(weighed, has_aux=True), accumulate_steps)
             grads, sums = gradient(own, batch)
-            grads = jax.tree.map(lambda g, spec: jax.lax.psum(g, _whole(spec)), grads, specs)
+            grads = jax.tree.map(lambda g, spec: jax.lax.psum(g, _replicated_axes(spec)), grads, specs)
             means = jax.tree.map(lambda x: x / accumulate_steps, sums)
             return jax.lax.pmean(means, AXES), grads
 
@@ -273,24 +273,24 @@ def value_and_grad(loss: Callable, graphdef, mesh: Mesh, *, accumulate_steps: in
     return run
 
 
-def device_mean(tree: Any) -> Any:
+def mean_over_devices(tree: Any) -> Any:
     """Inside a loss of `value_and_grad`: the mean over all devices' rows of what a loss is to know
     of the whole batch, such as a gradient of its own.
     """
     return jax.lax.pmean(tree, AXES)
 
 
-def _whole(spec: P) -> tuple[str, ...]:
+def _replicated_axes(spec: P) -> tuple[str, ...]:
     """The axes along which devices hold the same."""
     return tuple(axis for axis in AXES if axis not in spec)
 
 
-def _vary(x: Any, axes: tuple[str, ...]) -> Any:
+def _mark_varying(x: Any, axes: tuple[str, ...]) -> Any:
     """The same, as something that differs along these axes."""
     return jax.lax.pcast(x, axes, to="varying")
 
 
-def _added_up(function: Callable, n: int) -> Callable:
+def _accumulate(function: Callable, n: int) -> Callable:
     """The sum of `function(params, rows)` over n equal parts of the rows, one after the other."""
     if n == 1:
         return function
@@ -298,7 +298,7 @@ def _added_up(function: Callable, n: int) -> Callable:
     def run(params, batch):
         parts = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
         shapes = jax.eval_shape(function, params, jax.tree.map(lambda x: x[0], parts))
-        nothing = jax.tree.map(lambda s: _vary(jnp.zeros(s.shape, s.dtype), AXES), shapes)
+        nothing = jax.tree.map(lambda s: _mark_varying(jnp.zeros(s.shape, s.dtype), AXES), shapes)
 
         def add(total, rows):
             return jax.tree.map(jnp.add, total, function(params, rows)), None

@@ -14,12 +14,12 @@ import numpy as np
 
 from runtime.errors import UserError
 
-SAID_BYTES = 4096
-SECONDS_TO_PART = 20
-SECONDS_OF_SILENCE = 45  # until a process counts as dead and the others end
+MESSAGE_BYTES = 4096
+SHUTDOWN_SECONDS = 20
+HEARTBEAT_TIMEOUT_SECONDS = 45  # until a process counts as dead and the others end
 
 
-def join(
+def join_cluster(
     detect: bool = False,
     *,
     coordinator: str | None = None,
@@ -51,8 +51,8 @@ def join(
             coordinator,
             n_processes,
             process_index,
-            heartbeat_timeout_seconds=SECONDS_OF_SILENCE,
-            shutdown_timeout_seconds=SECONDS_TO_PART,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -81,13 +81,13 @@ def broadcast_from_first(function: Callable[[], str]) -> str:
         return function()
     from jax.experimental import multihost_utils
 
-    said = np.zeros(SAID_BYTES, np.uint8)
+    said = np.zeros(MESSAGE_BYTES, np.uint8)
     if is_first():
         try:
             words = b"+" + function().encode()
         except UserError as error:
             words = b"-" + str(error).encode()
-        said[: len(words)] = np.frombuffer(words[:SAID_BYTES], np.uint8)
+        said[: len(words)] = np.frombuffer(words[:MESSAGE_BYTES], np.uint8)
     said = bytes(multihost_utils.broadcast_one_to_all(said)).rstrip(b"\0").decode(errors="replace")
     if said.startswith("-"):
         raise UserError(said[1:])
@@ -114,7 +114,7 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def leave(status: int) -> NoReturn:
+def exit_process(status: int) -> NoReturn:
     """Exit. After a failure the others are not waited for: they learn of it and end too."""
     if status and jax.distributed.is_initialized():
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop soon, so that a run can save before it leaves."""
+"""SIGINT and SIGTERM as requests to stop soon, so that a run can save before it exits."""
 
 import os
 import signal
@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Stopped(KeyboardInterrupt):
-    """A Ctrl-C that was waited for until all was saved. A notebook shows the one line."""
+class StoppedBySignal(KeyboardInterrupt):
+    """A Ctrl-C that took effect after everything was saved. A notebook shows one line."""
 
-    def _render_traceback_(self) -> list[str]:  # IPython asks for it
-        return ["stopped, and all is saved; fit() goes on from here"]
+    def _render_traceback_(self) -> list[str]:  # called by IPython
+        return ["stopped, and all is saved; fit() resumes from here"]
 
 
-class Stop:
-    """True once a signal has asked to stop."""
+class StopRequest:
+    """A flag that is true once a signal has arrived; `signal` is its number."""
 
     def __init__(self):
         self.signal: int | None = None
@@ -24,36 +24,41 @@ class Stop:
     def __bool__(self) -> bool:
         return self.signal is not None
 
-    def leave(self) -> None:
-        """End as the signal would have: `Stopped`, or SystemExit with 128 + its number."""
+    def raise_exit(self) -> None:
+        """End as the signal would have ended the process; without a signal, do nothing.
+
+        Raises:
+            StoppedBySignal: it was SIGINT.
+            SystemExit: it was another signal; the status is 128 + its number.
+        """
         if self.signal == signal.SIGINT:
-            raise Stopped
+            raise StoppedBySignal
         if self.signal is not None:
             raise SystemExit(128 + self.signal)
 
 
 @contextmanager
-def stopping() -> Iterator[Stop]:
-    """Inside, the first SIGINT or SIGTERM only sets the `Stop`; a second one acts as ever."""
-    stop = Stop()
+def catch_stop_signals() -> Iterator[StopRequest]:
+    """Record the first SIGINT or SIGTERM in a `StopRequest`; a second one acts as usual."""
+    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield stop  # signals reach the main thread alone
+        yield request  # only the main thread receives signals
         return
-    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    old_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.signal = number
-        # Not `print`, which this may have interrupted and which cannot be entered twice.
-        os.write(2, b"\nstopping after this step; once more to leave at once\n")
+    def handle(number: int, frame: FrameType | None) -> None:
+        request.signal = number
+        # Not `print`: the signal may have interrupted one, and it is not re-entrant.
+        os.write(2, b"\nstopping after this step; once more to exit at once\n")
         restore()
 
     def restore() -> None:
-        for number, handler in old.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
 
-    for number in old:
-        signal.signal(number, ask)
+    for number in old_handlers:
+        signal.signal(number, handle)
     try:
-        yield stop
+        yield request
     finally:
         restore()

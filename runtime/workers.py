@@ -20,19 +20,19 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-AHEAD = 3  # steps that are asked for before they are wanted
-ATTEMPTS = 3  # a call that has ended so many workers is given up
+STEPS_AHEAD = 3  # steps that are asked for before they are wanted
+MAX_ATTEMPTS = 3  # a call that has ended so many workers is given up
 
 
 class WorkerDied(RuntimeError):
     """The same call has ended a worker `ATTEMPTS` times; `call` is what was asked."""
 
     def __init__(self, call: Any, how: str):
-        super().__init__(f"a worker {how}, {ATTEMPTS} times over the same call")
+        super().__init__(f"a worker {how}, {MAX_ATTEMPTS} times over the same call")
         self.call, self.how = call, how
 
 
-def ahead(
+def run_ahead(
     callers: Sequence[Callable[[Any], Any]], steps: Iterable[Sequence[Any]]
 ) -> Generator[list[Any]]:
     """The answers to each step's calls, in order; the i-th call always goes to the i-th caller.
@@ -46,7 +46,7 @@ def ahead(
         for calls in steps:
             triples = zip(threads, callers, calls, strict=True)
             asked.append([thread.submit(caller, call) for thread, caller, call in triples])
-            if len(asked) > AHEAD:
+            if len(asked) > STEPS_AHEAD:
                 yield [answer.result() for answer in asked.popleft()]
         while asked:
             yield [answer.result() for answer in asked.popleft()]
@@ -75,7 +75,7 @@ class Worker:
     def __call__(self, call: Any) -> Any:
         """Raises what the function raises, or `WorkerDied`."""
         how = ""
-        for _ in range(ATTEMPTS):
+        for _ in range(MAX_ATTEMPTS):
             if how:
                 print(f"warning: a worker {how}; another takes its place", file=sys.stderr)
             try:
@@ -135,22 +135,22 @@ class Worker:
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
 
 
-def _serve(connection: Connection) -> None:
+def _serve_calls(connection: Connection) -> None:
     """What a worker does."""
     messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(connection, messages), daemon=True).start()
+    threading.Thread(target=_receive_until_parent_exits, args=(connection, messages), daemon=True).start()
     sys.path[:] = pickle.loads(messages.get())
-    function, error = _outcome(pickle.loads, messages.get())
+    function, error = _result_or_error(pickle.loads, messages.get())
     while True:
         message = messages.get()
-        connection.send((None, error) if error else _outcome(_call, function, message))
+        connection.send((None, error) if error else _result_or_error(_call, function, message))
 
 
 def _call(function: Callable[[Any], Any], message: bytes) -> Any:
     return function(pickle.loads(message))
 
 
-def _listen(connection: Connection, messages: queue.SimpleQueue[bytes]) -> None:
+def _receive_until_parent_exits(connection: Connection, messages: queue.SimpleQueue[bytes]) -> None:
     """Until the parent is gone: then this process ends, whatever it is doing.
 
     Nothing is unpickled here, for that imports: two threads that import modules which import each
@@ -163,7 +163,7 @@ def _listen(connection: Connection, messages: queue.SimpleQueue[bytes]) -> None:
         os._exit(1)
 
 
-def _outcome(function: Callable[..., Any], *args: Any) -> tuple[Any, Exception | None]:
+def _result_or_error(function: Callable[..., Any], *args: Any) -> tuple[Any, Exception | None]:
     """The answer or the error, which can be sent."""
     try:
         return function(*args), None
@@ -177,4 +177,4 @@ def _outcome(function: Callable[..., Any], *args: Any) -> tuple[Any, Exception |
 
 if __name__ == "__main__":
     with suppress(OSError):  # the parent has gone
-        _serve(Connection(int(sys.argv[1])))
+        _serve_calls(Connection(int(sys.argv[1])))

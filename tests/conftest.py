@@ -5,6 +5,8 @@ import gc
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
 # Before jax is imported. Unoptimised programs compile three times faster, and tests mostly compile.
 FAST = "--xla_backend_optimization_level=0"
@@ -28,6 +30,51 @@ import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
+
+
+UNIT = Path(__file__).parent / "unit"
+UNIT_SECONDS = 6  # of one unit test
+UNIT_BUDGET = 480  # seconds of all unit tests together, whatever the number of workers
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Fail a unit test that takes too long: it belongs to tests/run or tests/system.
+
+    The lesser of wall and processor time counts, so that a busy machine fails nothing.
+    """
+    wall, processor = time.perf_counter(), time.process_time()
+    result = yield
+    seconds = min(time.perf_counter() - wall, time.process_time() - processor)
+    if UNIT in item.path.parents and seconds > UNIT_SECONDS:
+        pytest.fail(f"a unit test of {seconds:.1f} s; {UNIT_SECONDS} s are allowed", pytrace=False)
+    return result
+
+
+class UnitBudget:
+    """Add up what the unit tests take and fail the session when it is more than their budget."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def pytest_runtest_logreport(self, report):
+        if report.nodeid.startswith("tests/unit/"):
+            self.seconds += report.duration
+
+    def pytest_sessionfinish(self, session):
+        if self.seconds > UNIT_BUDGET and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if self.seconds > UNIT_BUDGET:
+            terminalreporter.write_line(
+                f"the unit tests took {self.seconds:.0f} s; {UNIT_BUDGET} s are allowed", red=True
+            )
+
+
+def pytest_configure(config):
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        config.pluginmanager.register(UnitBudget())
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -88,7 +135,7 @@ def latent_digits(vae, cache, tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(cache, tmp_path_factory):
     """What forks commands off; see test_faults.py."""
-    from test_faults import Forks
+    from faults_cases import Forks
 
     forks = Forks(cache, tmp_path_factory.mktemp("forks"))
     with forks.server:
@@ -99,7 +146,7 @@ def server(cache, tmp_path_factory):
 @pytest.fixture
 def forks(server):
     """The same, of which no run is left behind."""
-    from test_faults import children
+    from faults_cases import children
 
     yield server
     if not server.ended:

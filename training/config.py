@@ -1,4 +1,8 @@
-"""training.config."""
+"""Every flag of `train.py`, its default, and the rules that a value must keep.
+
+Facts only: a flag left out is `UNSET` here. `training.resolve` fills it in and checks the result by
+the tables below. No other module reads flags by these tables.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,120 +10,121 @@ from typing import Any, Literal, TypeVar
 
 import sampling
 from methods import ddpm, rectified_flow
-from runtime.cli import Text
+from runtime.cli import FreeText
 
-UNSET: Any = None  # filled by `resolve`
-Config = TypeVar("Config")  # this file's, or that of another command that trains
+UNSET: Any = None  # a flag left out; `training.resolve` fills it in
+AnyConfig = TypeVar("AnyConfig")  # TrainConfig, or the config of another command that trains
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a diffusion transformer on a Hugging Face data set, by default on the digits in this
+    """Train a diffusion transformer on a Hugging Face dataset, by default on the digits in this
     repository.
 
-    A value not given is the resumed run's, else the data set's recommendation, else the default in
-    DEFAULTS.
+    A flag left out takes the value of the resumed run, else the dataset's recommendation, else its
+    default.
 
     Args:
         dataset_name: a key of DATASET_CONFIGS, folder:PATH or hf:owner/name.
-        data_dir: a local copy of the data set: Parquet files, an image folder or a `save_to_disk`
+        data_dir: local copy of the dataset: Parquet files, an image folder or a `save_to_disk`
             folder.
-        image_column: where to find pictures in folder: and hf: data.
-        label_column: where to find classes in folder: and hf: data.
-        conditioning: what the model is told: class, text or none; by default text where captions
-            are named, class where there are classes.
-        caption_column: where to find captions, one or a list of them a picture.
-        caption: captions made from class names, such as "a photo of a {label}".
-        text_towers: that encode captions, by Hugging Face id or folder; several are joined as in
+        image_column: column of the images, for folder: and hf: datasets.
+        label_column: column of the class labels, for folder: and hf: datasets.
+        conditioning: class, text or none; by default text if captions are configured, class if
+            there are classes.
+        caption_column: column of the captions, one or a list of them per image.
+        caption: caption templates filled with the class name, such as "a photo of a {label}".
+        text_towers: text encoders, by Hugging Face id or folder; several are concatenated as in
             SD3.
-        text_length: tokens beyond which captions are cut; by default what the towers take.
-        caption_cache: where encoded captions are kept; by default beside the data set.
-        image_size: pixels to a side after centre crop and resize.
-        channels: 1 (grey) or 3 (RGB).
-        latents: a folder of convert_imagenet.py, to train on in place of pictures.
-        vae: where the VAE of the latents is now, if it has moved.
-        streaming: read pictures from Parquet files, here or on the hub, as they are needed.
-        shuffle_buffer: rows of a streamed set that are mixed at a time.
-        in_memory: decode the whole set once and hold it; by default up to 1 GiB.
-        cache_on_device: hold the whole set in device memory and draw batches there.
-        n_workers: processes that decode a set that is not held.
+        text_length: maximum caption length in tokens; by default the text encoders' own.
+        caption_cache: folder for the encoded captions; by default beside the dataset.
+        image_size: height and width in pixels after centre crop and resize.
+        channels: 1 (greyscale) or 3 (RGB).
+        latents: folder written by convert_imagenet.py, to train on latents instead of images.
+        vae: current location of the latents' VAE, if it has moved.
+        streaming: read images from Parquet files on demand, locally or from the hub.
+        shuffle_buffer: rows in the shuffle buffer of a streamed dataset.
+        in_memory: decode the dataset once and keep it in host memory; by default up to 1 GiB.
+        cache_on_device: keep the dataset in device memory and sample batches there.
+        n_workers: worker processes that decode images, unless the dataset is in memory.
         model: a preset such as DiT-S/2.
-        init_from: start from these weights: a run's folder, a folder or hub id of diffusers or of
-            export.py, or a file of DiT or SiT; flags of the model are then by default as there.
-        patch_size: overrides the preset's.
-        block: how a DiT's blocks are conditioned: adaln_zero, adaln, cross_attention or in_context.
-        position: absolute positions: sincos, cropped or centred (from the middle of a large table,
-            as in SD3), learned or none.
-        rope: 2-D rotary positions in attention.
+        init_from: initial weights: a run folder, a folder or hub id in the format of diffusers or
+            export.py, or a DiT or SiT checkpoint file; model flags then default to its own.
+        patch_size: patch size in pixels; overrides the preset.
+        block: conditioning of the DiT blocks: adaln_zero, adaln, cross_attention or in_context.
+        position: absolute position embedding: sincos, cropped or centred (the middle of a large
+            table, as in SD3), learned or none.
+        rope: 2-D rotary position embedding in attention.
         qk_norm: normalise queries and keys.
         mlp: gelu or swiglu.
         norm: layer or rms.
-        remat: recompute blocks in the backward pass to save memory; on by default for L and XL.
+        remat: recompute activations in the backward pass to save memory; by default for L and XL.
         half_precision: compute in bfloat16 (bf16 or true), or in float16 with loss scaling (fp16);
-            by default bf16 on GPU and TPU, not on CPU.
-        objective: what the model learns: rectified_flow or ddpm.
-        prediction: what it says with ddpm: epsilon, x0 or v.
-        learned_sigma: with ddpm, learn the variance of each step too.
-        min_snr_gamma: with ddpm, of min-SNR weights, which 5 is usual for; 0 weighs steps alike.
-        time_density: of training times: uniform, logit_normal or mode.
-        logit_mean: of the logit-normal density.
-        logit_std: of the logit-normal density.
-        mode_scale: of the mode density.
-        time_shift: moves training times towards noise; above 1 for large pictures.
-        label_dropout: share of rows trained without their label or caption, for guidance.
-        n_epochs: how long to train; n_steps wins.
-        n_steps: how long to train, in updates; more on a resumed run stretches its schedule.
-        batch_size: pictures per update, over all devices.
-        accumulate_steps: parts that a batch is computed in, one after the other, to save memory.
-        learning_rate: the peak of the schedule.
+            by default bf16 on GPU and TPU, float32 on CPU.
+        objective: training objective: rectified_flow or ddpm.
+        prediction: output of a ddpm model: epsilon, x0 or v.
+        learned_sigma: learn the variance of the reverse process too (ddpm).
+        min_snr_gamma: γ of min-SNR loss weighting (ddpm), usually 5; 0 disables it.
+        time_density: density of training times: uniform, logit_normal or mode.
+        logit_mean: mean of the logit-normal density.
+        logit_std: standard deviation of the logit-normal density.
+        mode_scale: scale of the mode density.
+        time_shift: shift of training times towards noise; above 1 for large images.
+        label_dropout: fraction of labels or captions replaced by the null label, for
+            classifier-free guidance.
+        n_epochs: length of training in epochs; n_steps takes precedence.
+        n_steps: length of training in updates; a larger value on resume stretches the schedule.
+        batch_size: images per update, over all devices.
+        accumulate_steps: gradient accumulation: microbatches per update, to save memory.
+        learning_rate: peak learning rate.
         schedule: constant, cosine or linear.
-        warmup_steps: of linear rise to the peak.
-        beta1: AdamW's decay of the mean of gradients.
-        beta2: AdamW's decay of their squares.
-        weight_decay: AdamW's, on matrices only.
-        clip_norm: of the gradient; 0 never clips.
-        ema_decay: of the averaged weights, which are the ones sampled and evaluated.
-        nan_patience: steps in a row without a finite loss and gradient, each of which leaves the
-            weights alone, before the run goes back to its last checkpoint.
-        overfit_batch: train on the first batch alone, again and again, with fresh noise and times
-            at each step, and evaluate on it, to see whether a model can learn. Its pictures are
-            samples/batch.png, and samples should become these. The loss should fall towards 0, last
-            where t is near 0 and the noise that is asked for hardly shows.
-        seed: of everything random.
+        warmup_steps: steps of linear warmup.
+        beta1: AdamW's decay rate of the first moment.
+        beta2: AdamW's decay rate of the second moment.
+        weight_decay: AdamW's weight decay, on matrices only.
+        clip_norm: maximum gradient norm; 0 disables clipping.
+        ema_decay: decay of the averaged weights (EMA), which are sampled and evaluated.
+        nan_patience: non-finite steps in a row before rollback to the last checkpoint; each of
+            them leaves the weights unchanged.
+        overfit_batch: train and evaluate on the first batch only, with new noise and times at each
+            step, to check that the model can learn. The batch is written to samples/batch.png, and
+            the samples should converge to it. The loss should approach 0, slowest near t = 0, where
+            the noise to predict is almost invisible.
+        seed: random seed.
         fsdp: devices that share one copy of the weights; 1 is plain data parallelism.
-        distributed: join the other processes of a cluster's job (SLURM, Open MPI, Kubernetes, Cloud
+        distributed: join the other processes of a cluster job (SLURM, Open MPI, Kubernetes, Cloud
             TPU), as JAX detects it.
-        coordinator: host:port of process 0, where no cluster is detected.
-        n_processes: of the run, likewise.
-        process_index: of this process, from 0, likewise.
-        run_dir: the run's folder; by default runs/<dataset>-<model>-<time>.
-        resume: go on in run_dir, or in the newest run of this data set and model.
+        coordinator: host:port of process 0, if JAX detects no cluster.
+        n_processes: number of processes, if JAX detects no cluster.
+        process_index: index of this process, from 0, if JAX detects no cluster.
+        run_dir: run folder; by default runs/<dataset>-<model>-<time>.
+        resume: continue run_dir, or the newest run of this dataset and model.
         log_every: steps between lines of metrics.
         eval_save_steps: steps between evaluations, each with a checkpoint.
-        n_eval_batches: batches of an evaluation.
+        n_eval_batches: batches per evaluation.
         sample_every_n: steps between sample grids.
-        keep_checkpoints: how many of the newest to keep.
-        cfg_scale: guidance of the samples.
-        n_sample_steps: solver steps of the samples.
-        solver: of the samples: euler or heun, with ddpm: ddpm or ddim.
-        sample_shift: of the samples' time grid.
-        fid_every: steps between measurements of the Fréchet distance of samples to real pictures,
-            and one at the end; 0 for none. Training waits while fid_n pictures are drawn, and
-            looked at: Inception alone needs 20 minutes for 5000 on two CPU cores.
-        fid_reference: statistics of the real ones: an .npz of evaluate.py --make_reference, of
+        keep_checkpoints: number of newest checkpoints to keep.
+        cfg_scale: classifier-free guidance scale of the samples.
+        n_sample_steps: solver steps per sample.
+        solver: solver for sampling: euler or heun; with ddpm, ddpm or ddim.
+        sample_shift: shift of the sampling times towards noise.
+        fid_every: steps between FID evaluations, with one more at the end; 0 disables them.
+            Training waits meanwhile: Inception alone needs 20 minutes for 5000 samples on two CPU
+            cores.
+        fid_reference: reference statistics: an .npz of evaluate.py --make_reference, of
             pytorch-fid, clean-fid or the ADM suite.
-        fid_n: pictures that are drawn for it, as many of each class. Fewer have a larger distance:
-            compare only numbers of equally many (published ones are of 50000).
-        fid_features: inception, or pixels, which need no weights; the number is then called
-            pixel_frechet, for it is no FID.
-        inception: weights of FID's Inception network: a file, a folder or an id on the hub. They
-            take 0.1 GB on each device while training, and half a GB more while they are used.
-        wandb_project: record the run on Weights & Biases too, under this name; WANDB_MODE=offline
-            keeps it in the run's folder.
+        fid_n: samples per FID evaluation, equally many of each class. FID falls as the number
+            rises: compare only results with the same number (published ones use 50000).
+        fid_features: inception, or pixels, which needs no weights; its result is not FID and is
+            called pixel_frechet.
+        inception: weights of FID's Inception network: a file, a folder or a hub id. They take 0.1
+            GB of each device's memory in training, and half a GB more during an FID evaluation.
+        wandb_project: also log to this Weights & Biases project; with WANDB_MODE=offline, into the
+            run folder.
         lr_range_test: raise the learning rate from 1e-6 to 1e-1 on fresh weights, over 300 steps or
-            a number given, plot the loss, suggest a rate, and stop.
-        profile: measure the train, eval and sampling steps, print a report, and stop.
-        peak_tflops: this device's peak, where the table of profiling.py does not know it.
+            the number given, plot the loss, suggest a learning rate, and exit.
+        profile: measure the training, evaluation and sampling steps, print a report, and exit.
+        peak_tflops: peak TFLOP/s of this device, if training/flops.py does not know it.
     """
 
     dataset_name: str = UNSET
@@ -128,7 +133,7 @@ class TrainConfig:
     label_column: str | None = None
     conditioning: str = UNSET
     caption_column: str | None = None
-    caption: tuple[Text, ...] | None = None
+    caption: tuple[FreeText, ...] | None = None
     text_towers: tuple[str, ...] = UNSET
     text_length: int | None = None
     caption_cache: Path | None = None
@@ -204,6 +209,7 @@ class TrainConfig:
     peak_tflops: float | None = None
 
 
+# Defaults that depend on no dataset, model or device.
 DEFAULTS: dict[str, Any] = {
     "dataset_name": "digits",
     "text_towers": ("openai/clip-vit-large-patch14",),
@@ -243,9 +249,8 @@ DEFAULTS: dict[str, Any] = {
     "fid_features": "inception",
 }
 
-# What may change when a run goes on: where things lie, how often they are looked at, how long it
-# goes, and what leaves the numbers as they are.
-FREE_ON_RESUME = {
+# Flags that may change on resume: locations, intervals, length, and what leaves the numbers alone.
+MAY_CHANGE_ON_RESUME = {
     *("run_dir", "resume", "data_dir", "latents", "vae", "caption_cache", "in_memory"),
     *("n_workers", "fsdp", "remat"),
     *("accumulate_steps", "cache_on_device", "nan_patience"),
@@ -255,60 +260,74 @@ FREE_ON_RESUME = {
     *("wandb_project", "lr_range_test"),
     *("profile", "peak_tflops", "distributed", "coordinator", "n_processes", "process_index"),
 }
-# What is said of one objective alone, and None in a run with the other.
-BY_OBJECTIVE = {
+# Flags of a single start, which a resumed run does not inherit.
+CLUSTER_FLAGS = ("distributed", "coordinator", "n_processes", "process_index")
+FLAGS_OF_ONE_START = {"run_dir", "resume", "profile", "lr_range_test", *CLUSTER_FLAGS}
+# Flags that only one objective reads; None in a run with the other.
+FLAGS_OF_OBJECTIVE = {
     "rectified_flow": (
         *("time_density", "logit_mean", "logit_std", "mode_scale"),
         *("time_shift", "sample_shift"),
     ),
     "ddpm": ("prediction", "learned_sigma", "min_snr_gamma"),
 }
-# What is read only beside another flag: one that is on, or has this value.
-ONLY_WITH = {
-    **dict.fromkeys(("logit_mean", "logit_std"), ("time_density", "logit_normal")),
+# Flags that are read only if another flag has this value; None: any value but False and 0.
+REQUIRED_FLAG = {
+    "logit_mean": ("time_density", "logit_normal"),
+    "logit_std": ("time_density", "logit_normal"),
     "mode_scale": ("time_density", "mode"),
     "vae": ("latents", None),
     "shuffle_buffer": ("streaming", None),
-    **dict.fromkeys(("fid_reference", "fid_n", "fid_features", "inception"), ("fid_every", None)),
+    "fid_reference": ("fid_every", None),
+    "fid_n": ("fid_every", None),
+    "fid_features": ("fid_every", None),
+    "inception": ("fid_every", None),
 }
-SOLVERS = {"rectified_flow": sampling.SOLVERS, "ddpm": ddpm.DESCENTS}
-PROCESSES = ("distributed", "coordinator", "n_processes", "process_index")
-PER_START = {"run_dir", "resume", "profile", "lr_range_test", *PROCESSES}
-RECOMMENDED = (
+# Flags whose default is in the dataset's entry in datasets_config.py.
+RECOMMENDED_BY_DATASET = (
     *("model", "batch_size", "learning_rate", "n_steps", "ema_decay", "cfg_scale"),
     *("image_size", "channels", "conditioning"),
 )
-PRESET = ("patch_size", "block", "position", "qk_norm")  # of the model, if not said
-# What the help page says of values that are not given.
-SHOWN_DEFAULTS = (
+# Flags whose default is in the model's preset.
+DEFAULT_FROM_PRESET = ("patch_size", "block", "position", "qk_norm")
+# Defaults as the help page prints them.
+HELP_DEFAULTS = (
     DEFAULTS
-    | dict.fromkeys(RECOMMENDED, "as the data set recommends")
+    | dict.fromkeys(RECOMMENDED_BY_DATASET, "as the dataset recommends")
     | dict.fromkeys(("eval_save_steps", "sample_every_n"), "n_steps / 4, at most 1000")
     | {"warmup_steps": "n_steps / 20, at most 1000"}
-    | dict.fromkeys(PRESET, "the model's")
+    | dict.fromkeys(DEFAULT_FROM_PRESET, "the model's")
     | {"solver": "euler, with ddpm: ddpm"}
     | {"remat": "for L and XL", "half_precision": "except on a CPU", "run_dir": "a new one"}
 )
+# Flags whose value must be above 0.
 POSITIVE = (
     *("n_steps", "n_epochs", "batch_size", "learning_rate", "patch_size", "image_size", "fsdp"),
     *("logit_std", "time_shift", "sample_shift", "log_every", "eval_save_steps", "sample_every_n"),
     *("n_eval_batches", "keep_checkpoints", "n_sample_steps", "peak_tflops", "text_length"),
     *("shuffle_buffer", "accumulate_steps", "nan_patience"),
 )
-NOT_NEGATIVE = (
+# Flags whose value must be 0 or more.
+NON_NEGATIVE = (
     *("weight_decay", "clip_norm", "warmup_steps", "n_workers", "seed", "min_snr_gamma"),
     "fid_every",
 )
-BETWEEN = {
+# Closed intervals that a flag's value must lie in.
+RANGES = {
     "label_dropout": (0, 1),
     "ema_decay": (0, 1),
     "beta1": (0, 0.999999),  # AdamW divides by 1 − βⁿ
     "beta2": (0, 0.999999),
-    "mode_scale": (-1, 1.75),  # beyond, its times are no longer in order, then no longer in 0 … 1
+    # Beyond these, u → t is first no longer increasing, then leaves 0 … 1.
+    "mode_scale": (-1, 1.75),
 }
+# Values of --half_precision → the dtype of the computation.
 PRECISIONS = {False: "float32", True: "bfloat16", "bf16": "bfloat16", "fp16": "float16"}
-DENSITIES = {
+# Values of --solver, by --objective; the first is the default.
+SOLVERS = {"rectified_flow": sampling.SOLVERS, "ddpm": ddpm.DDPM_SOLVERS}
+# Values of --time_density → the density, with the flags that shape it.
+TIME_DENSITIES = {
     "uniform": lambda config: rectified_flow.uniform(),
     "logit_normal": lambda config: rectified_flow.logit_normal(config.logit_mean, config.logit_std),
-    "mode": lambda config: rectified_flow.mode(config.mode_scale),
+    "mode": lambda config: rectified_flow.heavy_tailed_mode(config.mode_scale),
 }

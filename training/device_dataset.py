@@ -1,4 +1,4 @@
-"""A small data set that lies in device memory, and the batches that are drawn from it there.
+"""A small dataset that lies in device memory, and the batches that are drawn from it there.
 
 They are the pipeline's own batches; the host's part is the order of an epoch, now and then.
 """
@@ -52,15 +52,15 @@ def batches(data: Pipeline, mesh: parallel.Mesh, start: int, stop: int) -> Gener
         yield now
 
 
-def draw_batch(
+def gather_batch(
     resident: DeviceDataset, position: Int[Array, ""], *, batch_size: int, mesh: parallel.Mesh
 ) -> Any:
     """Inside `jit`: the batch of the step `position`, split over all devices."""
     row = jnp.arange(batch_size, dtype=jnp.int32)
     place = resident.first_place + (position - resident.first_step) * batch_size + row
-    row, place = parallel.split_rows((row, place), mesh)
+    row, place = parallel.constrain_rows((row, place), mesh)
     index, flip = resident.order[place], resident.flip[place]
     image = resident.image[index]
     other = image[:, :, ::-1] if resident.mirrored is None else resident.mirrored[index]
     image = jnp.where(flip[:, None, None, None], other, image)
-    return parallel.split_rows(Batch(row, image, resident.label[index]), mesh)
+    return parallel.constrain_rows(Batch(row, image, resident.label[index]), mesh)

@@ -1,108 +1,122 @@
-"""What a run shows a person: its first words, its sample sheets and its last words.
+"""What a training run shows a person: its first message, its grids of samples, its last message.
 
-It neither samples nor writes.
+Plain values in, texts and images out. It neither samples nor writes files.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from PIL import Image
 
+from data.caption_cache import CaptionStore
+from data.rows import Source
+from datasets_config import LatentEncoding
 from inference import grids
+from inference.codec import Codec
+from inference.labels import DisplayLabels, label_texts
+from model import ModelConfig
 from networks import autoencoder
-
-if TYPE_CHECKING:
-    from train import Trainer
-from inference.labels import ShownLabels, label_texts
+from training.config import TrainConfig
 
 ROWS = 4
 COLUMNS = 10
 
 
-def labels(trainer: "Trainer") -> list[int] | list[str]:
-    """The labels of a sheet: up to ten classes, spread over all, or captions of the evaluation
-    split; four rows of them. Without either, the null label. Of a run on one batch, its own.
+def grid_labels(
+    n_classes: int, captions: Sequence[Sequence[str]] | None = None
+) -> list[int] | list[str]:
+    """The labels of a grid of samples, row by row: up to ten classes spread over all of them, or
+    ten captions, four times. Without either, null labels.
+
+    Args:
+        captions: several per row of the evaluation split, where the model is trained on captions.
     """
-    if trainer.config.overfit_batch:
-        return trainer.data.labels(0)[: ROWS * COLUMNS]
-    if trainer.encoded:
-        captions = dict.fromkeys(several[0] for several in trainer.source.eval.captions)
-        return list(captions)[:COLUMNS] * ROWS
-    n_classes = trainer.model_config.n_classes
+    if captions is not None:
+        distinct = dict.fromkeys(texts[0] for texts in captions)
+        return list(distinct)[:COLUMNS] * ROWS
     classes = np.linspace(0, max(0, n_classes - 1), min(n_classes, COLUMNS) or ROWS)
     return classes.astype(int).tolist() * ROWS
 
 
-def sheet(
-    x: Float[np.ndarray, "b h w c"], labels: ShownLabels, names: Sequence[str]
+def sample_grid(
+    x: Float[np.ndarray, "b h w c"], labels: DisplayLabels, names: Sequence[str]
 ) -> Image.Image:
-    """Samples in −1 … 1 as a grid, with what they are of."""
+    """Arrange samples in −1 … 1 in four rows, with their labels below."""
     columns = len(labels) // ROWS
-    return grids.grid(grids.to_uint8(x), columns=columns, captions=label_texts(labels, names))
+    return grids.image_grid(grids.to_uint8(x), columns=columns, captions=label_texts(labels, names))
 
 
-def batch_sheet(trainer: "Trainer") -> Image.Image:
-    """The pictures of the one batch that is trained on, where samples of them will stand."""
-    shown = labels(trainer)
-    x = trainer.data.first_rows(0, len(shown)).image.astype(np.float32)
-    if (e := trainer.dataset.encoding) and trainer.codec:
-        how = {"scaling_factor": e.scaling_factor, "shift_factor": e.shift_factor}
-        x = trainer.codec.decode(autoencoder.scale(x[..., : e.shape[-1]], **how))
-    else:
-        x = x / 127.5 - 1
-    return sheet(x, shown, trainer.dataset.label_names)
-
-
-def greeting(trainer: "Trainer", last: int) -> str:
-    """What is trained, on what, from where to where."""
-    c, m, source = trainer.config, trainer.model_config, trainer.source
-    n_params = sum(x.size for x in jax.tree.leaves(trainer.state.params))
-    devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
-    begin = f"going on at step {trainer.step}" if trainer.step else "starting"
-    n_rows = f"the first {c.batch_size} of " * c.overfit_batch + str(len(source.train))
-    return (
-        f"{c.model}, {n_params / 1e6:.3g} M parameters, {m.dtype}, on {devices}\n"
-        f"{source.config.name}: {n_rows} training {subject(trainer)} of "
-        f"{m.image_size}×{m.image_size}×{m.channels}, {told(trainer)}\n"
-        f"{begin}: {last} steps of {c.batch_size} pictures, into {trainer.run_dir}"
+def decode_rows(
+    stored: Num[np.ndarray, "b h w k"], encoding: LatentEncoding | None, codec: Codec | None
+) -> Float[np.ndarray, "b H W c"]:
+    """Rows of a dataset as images in −1 … 1: uint8 images, or the means of latents decoded."""
+    x = stored.astype(np.float32)
+    if encoding is None or codec is None:
+        return x / 127.5 - 1
+    means = x[..., : encoding.shape[-1]]
+    return codec.decode(
+        autoencoder.scale(
+            means, scaling_factor=encoding.scaling_factor, shift_factor=encoding.shift_factor
+        )
     )
 
 
-def subject(trainer: "Trainer") -> str:
-    """What there is to learn."""
-    if not (e := trainer.dataset.encoding):
-        return "pictures"
-    return f"latents ({e.image_size}×{e.image_size} pictures through {e.vae})"
+def start_message(
+    config: TrainConfig,
+    model: ModelConfig,
+    source: Source,
+    captions: CaptionStore | None,
+    *,
+    n_params: int,
+    step: int,
+    last: int,
+    run_dir: Path,
+) -> str:
+    """Describe the model, the dataset and the run from `step` to step `last`."""
+    devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
+    part = f"the first {config.batch_size} of " if config.overfit_batch else ""
+    begin = f"resuming at step {step}" if step else "starting"
+    return (
+        f"{config.model}, {n_params / 1e6:.3g} M parameters, {model.dtype}, on {devices}\n"
+        f"{source.config.name}: {part}{len(source.train)} training "
+        f"{_describe_rows(source.config.encoding)} of "
+        f"{model.image_size}×{model.image_size}×{model.channels}, "
+        f"{_describe_conditioning(model, captions)}\n"
+        f"{begin}: {last} steps of {config.batch_size} images, into {run_dir}"
+    )
 
 
-def told(trainer: "Trainer") -> str:
-    """What the model is told of a picture."""
-    if not trainer.encoded:
-        return f"{trainer.model_config.n_classes or 'no'} classes"
-    n_cut = trainer.encoded.n_cut
-    cut = f"; {n_cut} are longer and were cut" if n_cut else ""
-    return f"captions, padded to {trainer.encoded.length} tokens{cut}"
+def _describe_rows(encoding: LatentEncoding | None) -> str:
+    if encoding is None:
+        return "images"
+    return f"latents ({encoding.image_size}×{encoding.image_size} images through {encoding.vae})"
 
 
-def farewell(trainer: "Trainer") -> str:
-    """Where everything is, and what to do next."""
-    run_dir, step = trainer.run_dir, trainer.step
+def _describe_conditioning(model: ModelConfig, captions: CaptionStore | None) -> str:
+    if captions is None:
+        return f"{model.n_classes or 'no'} classes"
+    cut = f"; {captions.n_cut} are longer and were cut" if captions.n_cut else ""
+    return f"captions, padded to {captions.length} tokens{cut}"
+
+
+def end_message(run_dir: Path, step: int, *, has_captions: bool) -> str:
+    """List the files of a finished run, and commands to run next."""
     checkpoint = f"checkpoints/{step}/"
-    prompts = ' --prompts "…"' if trainer.encoded else ""
-    shown = {
-        "samples/final.png": "what the model draws; samples/trajectory.gif is its way from noise",
+    prompts = ' --prompts "…"' if has_captions else ""
+    files = {
+        "samples/final.png": "samples; samples/trajectory.gif shows them emerge from noise",
         "figures/curves.png": "losses",
         "figures/progress.gif": "the samples over time",
     }
-    # A short run has no losses to draw, and what cannot be drawn fails no run.
-    there = [f"  {n:24} {what}\n" for n, what in shown.items() if (run_dir / n).exists()]
+    # A short run has no losses to plot, and a figure that fails does not fail the run.
+    lines = [f"  {name:24} {text}\n" for name, text in files.items() if (run_dir / name).exists()]
     return f"""
 Done: step {step}. Everything is in {run_dir}/
-{"".join(there)}  {"metrics.jsonl":24} what was recorded; TensorBoard shows it from the same folder
-  {checkpoint:24} weights, their average and the optimizer
+{"".join(lines)}  {"metrics.jsonl":24} the metrics; TensorBoard reads them from the same folder
+  {checkpoint:24} weights, their average and the optimizer's state
 Next:
   python generate.py --run {run_dir}{prompts} --n 64 --out samples.png
   python figures.py --run {run_dir}

@@ -1,24 +1,407 @@
-"""training.loop."""
+"""A training run in the order of time: its folder, its batches, its step, and its state.
 
+`Loop.fit` is the run. What is trained is the task of a subclass: `train.Trainer` (a diffusion
+transformer) or `training.autoencoder.trainer.VaeTrainer`. Nothing here knows a network or a loss.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
-from runtime import parallel, processes
+import jax
+import numpy as np
+import optax
+from jaxtyping import Array, Key
+from PIL import Image
+
+from data.batch import Batch
+from data.caption_cache import CaptionStore
+from data.pipeline import Pipeline
+from data.rows import Source
+from datasets_config import DatasetConfig
+from runtime import parallel, processes, run_folder
+from runtime.checkpoint import Checkpoints
+from runtime.errors import UserError
+from runtime.signals import catch_stop_signals
+from training import device_dataset
+from training import step as training_step
+from training.resolve import require_even_batches
+from training.session import open_session
+from training.step import StepReport, TrainState
 
 
-def settings(config: Any) -> dict[str, Any]:
-    """A config by its fields' names, as JSON takes them."""
-    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(config).items()}
+def initialize_jax(config: Any) -> None:
+    """Join the run's other processes and keep compiled programs for the next start. Call it before
+    anything asks JAX for a device.
 
-
-def begin(config: Any) -> None:
-    """What comes before anything asks for a device: meeting the run's other processes, and keeping
-    compiled programs.
+    Raises:
+        UserError: the other processes cannot be joined.
     """
-    processes.join(
+    processes.join_cluster(
         config.distributed,
         coordinator=config.coordinator,
         n_processes=config.n_processes,
         process_index=config.process_index,
     )
-    parallel.keep_compiled()
+    parallel.enable_compilation_cache()
+
+
+def flags_as_json(config: Any) -> dict[str, Any]:
+    """Every flag of a config by its name; paths as strings."""
+    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(config).items()}
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The contents of a run's `config.json`.
+
+    Args:
+        flags: every flag of the command, as JSON.
+        run_dir: the run's folder.
+        model_config: a dataclass, the shape of the network.
+        dataset: facts about the dataset.
+        extra: further entries of the task.
+    """
+
+    flags: Mapping[str, Any]
+    run_dir: Path
+    model_config: Any
+    dataset: DatasetConfig
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **self.flags,
+            "run_dir": str(self.run_dir),
+            "model_config": dataclasses.asdict(self.model_config),
+            "dataset": dataclasses.asdict(self.dataset),
+            **self.extra,
+        }
+
+
+class Loop(ABC):
+    """A run of one task: `fit`, checkpoints, and everything that does not depend on the task.
+
+    A subclass opens the dataset and the devices in its `__init__`, sets the attributes below, and
+    implements the abstract methods.
+
+    Attributes:
+        config: every flag, resolved.
+        source: the opened dataset; `dataset` are the facts about it.
+        encoded: the encoded captions of a dataset with captions.
+        model_config: a dataclass, the shape of the network.
+        train_key: the random key that every step's is derived from.
+        state: weights, averages and optimizer on all devices.
+        step: updates so far.
+        position: batches so far; more than steps after a rollback.
+        damaged: steps of checkpoints that could not be restored.
+    """
+
+    CONFIG: ClassVar[type[Any]]  # the dataclass of the command's flags
+    COMMAND: ClassVar[str]  # the command's file name, recorded in config.json
+    GRID_FOLDER: ClassVar[
+        str
+    ]  # where image grids go in the run's folder, and their TensorBoard tag
+
+    source: Source
+    dataset: DatasetConfig
+    encoded: CaptionStore | None = None
+    model_config: Any
+    run_dir: Path
+    mesh: parallel.Mesh
+    train_key: Key[Array, ""]
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformationExtraArgs
+    state: TrainState
+
+    def __init__(self, config: Any):
+        self.config: Any = config
+        self.step = 0
+        self.position = 0
+        self.damaged: list[int] = []
+        self._pipeline: Pipeline | None = None
+
+    @classmethod
+    def from_run(cls, run_dir: str | Path) -> Self:
+        """Open a run's folder at its newest checkpoint, to sample from it or to resume it.
+
+        Raises:
+            UserError: the folder is not a run, or has no complete checkpoint yet.
+        """
+        loop = cls(cls.CONFIG(run_dir=Path(run_dir), resume=True))
+        if not loop.step:
+            raise UserError(f"'{run_dir}' has no complete checkpoint yet")
+        return loop
+
+    # --- the task ---------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def update(self) -> Callable[[TrainState, Any, Key[Array, ""]], tuple[TrainState, StepReport]]:
+        """The compiled training step: `update(state, batch, key)`. It donates the state."""
+
+    @abstractmethod
+    def initial_state(self) -> TrainState:
+        """Build the state before the first step. Traced, so that a device creates only its shards."""
+
+    @abstractmethod
+    def make_optimizer(self, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+        """Build the optimizer for a schedule of the learning rate."""
+
+    @abstractmethod
+    def blank_batch(self) -> Batch:
+        """This process's part of a batch of zeros."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate the averaged weights on the evaluation split. Returns metrics by name."""
+
+    @abstractmethod
+    def image_grids(self, *, trajectory: bool = False) -> list[Image.Image]:
+        """Grids of images made by the averaged weights. The last one is the result; with
+        `trajectory`, those before it lead there, for tasks that have such steps.
+        """
+
+    @abstractmethod
+    def start_message(self, last: int) -> str:
+        """Text printed before the first step of a run to step `last`."""
+
+    @abstractmethod
+    def end_message(self) -> str:
+        """Text printed after the last step."""
+
+    @abstractmethod
+    def describe(self) -> RunRecord:
+        """The record that is written to `config.json`."""
+
+    # Hooks that a task may leave as they are.
+
+    def first_grids(self) -> dict[str, Image.Image]:
+        """Grids to save before the first step, by file name."""
+        return {}
+
+    def measurement_is_due(self, last: int) -> bool:
+        """Whether `measure` follows this step of a run to step `last`."""
+        return False
+
+    def measure(
+        self, until_stopped: Callable[[Iterable[Any]], Iterator[Any]]
+    ) -> dict[str, float] | None:
+        """Compute metrics that take too long for `evaluate`. Returns None if interrupted.
+
+        Args:
+            until_stopped: cuts off an iterable of batches when the run has to stop.
+        """
+        return {}
+
+    def utilization(self, images_per_second: float) -> float | None:
+        """Model FLOPs utilization (MFU) at this speed of all devices, or None if unknown."""
+        return None
+
+    def export(self) -> None:
+        """Write files to be kept beside every checkpoint."""
+
+    # --- the run's folder, data and state ---------------------------------------------------------
+
+    def _find_run_dir(self, dataset_name: str, model: str | None) -> Path | None:
+        """The run's folder if it is given or exists; the same in all processes.
+
+        Raises:
+            UserError: there is no run to resume, or the folder of a new run is in use.
+        """
+        config = self.config
+
+        def find() -> str:
+            if config.resume and not config.run_dir:
+                return str(run_folder.newest_run(dataset_name, model, command=self.COMMAND))
+            if config.run_dir and not config.resume:
+                run_folder.require_unused(Path(config.run_dir))
+            return str(config.run_dir or "")
+
+        path = processes.broadcast_from_first(find)
+        return Path(path) if path else None
+
+    def _new_run_dir(self, dataset_name: str, model: str) -> Path:
+        """A folder's name for a new run; the same in all processes."""
+        return Path(
+            processes.broadcast_from_first(
+                lambda: str(run_folder.new_run_path(dataset_name, model))
+            )
+        )
+
+    def prepare(self) -> None:
+        """Open everything that only training needs. Called before a run writes anything.
+
+        Raises:
+            UserError: a file is missing, or an image is broken.
+        """
+        self.open_data()
+
+    def open_data(self) -> Pipeline:
+        """Open the pipeline of batches, once. A small dataset is decoded here."""
+        if self._pipeline is None:
+            c = self.config
+            self._pipeline = Pipeline(
+                self.source,
+                batch_size=c.batch_size,
+                seed=c.seed,
+                process_index=jax.process_index(),
+                n_processes=jax.process_count(),
+                n_workers=c.n_workers,
+                in_memory=True if c.cache_on_device else c.in_memory,
+                shuffle_buffer=c.shuffle_buffer,
+                encoded=self.encoded,
+                one_batch=c.overfit_batch,
+            )
+        return self._pipeline
+
+    @property
+    def data(self) -> Pipeline:
+        """The pipeline of batches."""
+        return self.open_data()
+
+    def batches(self, start: int, stop: int) -> Generator[Any]:
+        """Inputs of `train_step` for the positions start … stop − 1 in the order of all batches:
+        this process's rows or, with `cache_on_device`, the dataset that a step gathers them from.
+        """
+        if self.config.cache_on_device:
+            return device_dataset.batches(self.data, self.mesh, start, stop)
+        return self.data.train_batches(start, stop)
+
+    def read_batch(self) -> Callable[[Any, Array], Batch]:
+        """Make the traced function from an input of `train_step` and its position to a `Batch`."""
+        if not self.config.cache_on_device:
+            return lambda batch, position: batch
+        return partial(
+            device_dataset.gather_batch, batch_size=self.config.batch_size, mesh=self.mesh
+        )
+
+    def set_schedule(self, schedule: optax.Schedule) -> None:
+        """Take the learning rate from `schedule`. Only before the first step, which compiles it."""
+        self.schedule = schedule
+        self.optimizer = self.make_optimizer(schedule)
+
+    def create_state(self) -> TrainState:
+        """Create the state before the first step on all devices."""
+        return parallel.create_sharded(self.initial_state, self.mesh)
+
+    def train_step(self, batch: Any) -> StepReport:
+        """Dispatch one update with one item of `batches`. The report is still being computed."""
+        batch = parallel.shard_batch(batch, self.mesh)
+        self.state, report = self.update(self.state, batch, self.train_key)
+        self.step += 1
+        self.position += 1
+        return report
+
+    # --- a run, in the order of time --------------------------------------------------------------
+
+    def fit(self, n_steps: int | None = None) -> None:
+        """Train to step `n_steps`, by default the configured one. Leaves metrics, image grids and
+        checkpoints in the run's folder.
+
+        Raises:
+            RunError: the loss stays non-finite after several rollbacks.
+            KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, once a checkpoint is written.
+        """
+        c = self.config
+        last = c.n_steps if n_steps is None else n_steps
+        require_even_batches(c, jax.device_count())
+        self.prepare()
+        with catch_stop_signals() as stop, open_session(self, last) as session:
+            session.tracker.message(self.start_message(last))
+            session.begin()
+            for batch in session.batches():
+                report = self.train_step(batch)
+                # Fetch step k's metrics only after step k + 1 is dispatched: fetching them now
+                # would idle the device.
+                if not session.fetch_pending():
+                    continue
+                session.add_pending(report, stop)
+
+                leaving = session.is_leaving(stop)
+                evaluate = self.step % c.eval_save_steps == 0 or self.step == last
+                sample = self.step % c.sample_every_n == 0 and not leaving
+                measure = self.measurement_is_due(last) and not leaving
+                if evaluate or sample or measure or leaving:
+                    if not session.fetch_pending():
+                        continue
+                    with session.throughput.paused():
+                        if evaluate:
+                            session.tracker.log(self.step, self.evaluate())
+                        if evaluate or leaving:
+                            session.save(required=leaving or self.step == last)
+                        if sample:
+                            session.save_image_grid(f"{self.step:07d}.png")
+                        if measure:
+                            session.measure(stop)
+                if leaving:
+                    break
+            else:
+                session.save_image_grid("final.png", trajectory=True)
+                session.save_figures()
+                session.tracker.message(self.end_message())
+        stop.raise_exit()
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint of this step into the run's folder, and wait for it."""
+        with open_session(self, self.step) as session:
+            session.save(required=True)
+
+    def checkpoint_items(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The arrays of a checkpoint, and the notes beside them."""
+        notes = {"config": self.describe().as_json(), "data": {"n_rows": len(self.source.train)}}
+        return training_step.as_items(self.state), notes
+
+    def _abstract_items(self) -> dict[str, Any]:
+        """Shapes and shardings of a checkpoint's arrays."""
+        return training_step.as_items(parallel.abstract_state(self.initial_state, self.mesh))
+
+    def _restore_or_create(self, create: Callable[[], TrainState], *, resume: bool) -> None:
+        """Restore the newest checkpoint of a resumed run; without one, create the state."""
+        if resume and Checkpoints.exist(self.run_dir):
+            self.restore()
+        else:
+            self.state = create()
+
+    def restore(self, step: int | None = None) -> None:
+        """Restore one of the run's checkpoints, by default the newest complete one.
+
+        Raises:
+            UserError: there is none, it cannot be read, or the dataset has changed since.
+        """
+        with Checkpoints(self.run_dir, read_only=True) as checkpoints:
+            if step is None:
+                step, items, self.damaged = checkpoints.restore_newest(self._abstract_items())
+            else:
+                items = checkpoints.restore(checkpoints.pick(step), self._abstract_items())
+            saved_rows = checkpoints.note(step, "data")["n_rows"]
+        n_rows = len(self.source.train)
+        if saved_rows != n_rows:
+            raise UserError(
+                f"cannot resume: {self.dataset.name} had {saved_rows} training rows, "
+                f"now it has {n_rows}"
+            )
+        self._set_state(training_step.from_items(items))
+
+    def roll_back(self, checkpoints: Checkpoints, step: int, *, position: int) -> None:
+        """Restore the checkpoint of `step`, or the initial state if it is 0, and continue with the
+        batch at `position`.
+        """
+        if step:
+            items = checkpoints.restore(step, self._abstract_items())
+            state = training_step.from_items(items)
+        else:
+            state = self.create_state()
+        moved = parallel.replicate(np.int32(position), self.mesh)
+        self._set_state(dataclasses.replace(state, position=moved))
+
+    def _set_state(self, state: TrainState) -> None:
+        self.state = state
+        self.step = int(state.step)
+        self.position = int(state.position)

@@ -20,11 +20,10 @@ from inference import curves
 from runtime import files, parallel, processes, run_folder
 from runtime.errors import UserError
 from training import tracking
+from training.loop import Loop
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from train import Trainer
 
 FOLDER = "lr_range_test"  # of a run
 N_STEPS, LEAST_STEPS = 300, 20
@@ -132,28 +131,31 @@ def rising(n_steps: int, step: Callable[[int], float | None]) -> RangeTest:
 # --- of a run -------------------------------------------------------------------------------------
 
 
-def range_test(trainer: "Trainer", n_steps: int) -> str:
-    """Make the test, leave it in `lr_range_test/` of the run's folder, and say what came of it.
+def range_test(loop: Loop, n_steps: int) -> str:
+    """Run the test, save it in `lr_range_test/` of the run's folder, and return a summary.
 
-    Leaves the trainer's weights changed, and no run that could be gone on with.
+    Leaves the loop's weights changed, and no run that could be resumed.
+
+    Raises:
+        UserError: `n_steps` is too small.
     """
     if n_steps < LEAST_STEPS:
-        raise UserError(f"--lr_range_test {n_steps}: it takes at least {LEAST_STEPS} steps")
-    trainer.config = replace(trainer.config, log_every=1)  # the loss of each step alone
-    trainer.follow(exponential(n_steps))
-    with closing(trainer.batches(0, n_steps)) as batches:
-        placed = parallel.prefetch(batches, trainer.mesh)
+        raise UserError(f"--lr_range_test {n_steps}: needs at least {LEAST_STEPS} steps")
+    loop.config = replace(loop.config, log_every=1)  # so that the loss is that of one step
+    loop.set_schedule(exponential(n_steps))
+    with closing(loop.batches(0, n_steps)) as batches:
+        placed = parallel.prefetch_to_device(batches, loop.mesh)
 
         def step(_: int) -> float | None:
-            report = jax.device_get(trainer.train_step(next(placed)))
-            loss = tracking.summary(report)["loss"]
+            report = jax.device_get(loop.train_step(next(placed)))
+            loss = tracking.metrics_line(report)["loss"]
             # A loss scale that is still too large leaves a step out, and is no divergence.
-            return None if math.isnan(loss) and not report["bad_steps"] else loss
+            return None if math.isnan(loss) and not report.bad_steps else loss
 
         found = rising(n_steps, step)
-    folder = trainer.run_dir / FOLDER
+    folder = loop.run_dir / FOLDER
     if processes.is_first():
-        run_folder.make(folder)
+        run_folder.create_run_folder(folder)
         write(found, folder / "points.json")
         curves.save_figure(draw(found), folder / "loss.png")
     return said(found, folder)
@@ -165,7 +167,7 @@ def write(found: RangeTest, path: Path) -> None:
     columns = {name: [x if math.isfinite(x) else None for x in v] for name, v in columns.items()}
     facts = {"suggested": found.suggested, "rule": RULE, "least": found.least}
     facts |= {"diverged": found.diverged}
-    with files.atomic(path) as file:
+    with files.atomic_file(path) as file:
         file.write(json.dumps(facts | columns, allow_nan=False).encode() + b"\n")
 
 
@@ -184,7 +186,7 @@ def draw(found: RangeTest) -> "Figure":
     import matplotlib
 
     with matplotlib.rc_context(curves.STYLE):
-        figure = curves.blank(height=3.6)
+        figure = curves.new_figure(height=3.6)
         ax = figure.subplots()
         ax.plot(found.rates, found.losses, color=curves.GREY, lw=0.6, alpha=0.6, label="each step")
         ax.plot(found.rates, found.smoothed, color=curves.BLUE, lw=1.8, label="smoothed")

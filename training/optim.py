@@ -13,19 +13,19 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
-def constant(peak: float, n_steps: int) -> optax.Schedule:
+def constant_schedule(peak: float, n_steps: int) -> optax.Schedule:
     return optax.constant_schedule(peak)
 
 
-def cosine(peak: float, n_steps: int) -> optax.Schedule:
+def cosine_schedule(peak: float, n_steps: int) -> optax.Schedule:
     return optax.cosine_decay_schedule(peak, n_steps)
 
 
-def linear(peak: float, n_steps: int) -> optax.Schedule:
+def linear_schedule(peak: float, n_steps: int) -> optax.Schedule:
     return optax.linear_schedule(peak, 0.0, n_steps)
 
 
-SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear}
+SCHEDULES = {"constant": constant_schedule, "cosine": cosine_schedule, "linear": linear_schedule}
 
 
 def learning_rate_schedule(
@@ -38,7 +38,7 @@ def learning_rate_schedule(
     return optax.join_schedules([rise, fall], [warmup_steps])
 
 
-def optimizer(
+def clipped_adamw(
     schedule: optax.Schedule,
     *,
     beta1: float,
@@ -103,20 +103,20 @@ class LossScale(NamedTuple):
     n_good: Int[Array, ""]
 
 
-FIRST_SCALE, LEAST_SCALE = 2.0**15, 1.0
-GOOD_STEPS = 1000  # until a larger scale is tried
+INITIAL_LOSS_SCALE, MIN_LOSS_SCALE = 2.0**15, 1.0
+LOSS_SCALE_GROWTH_STEPS = 1000  # until a larger scale is tried
 
 
-def first_loss_scale() -> LossScale:
-    return LossScale(jnp.float32(FIRST_SCALE), jnp.int32(0))
+def initial_loss_scale() -> LossScale:
+    return LossScale(jnp.float32(INITIAL_LOSS_SCALE), jnp.int32(0))
 
 
 def next_loss_scale(loss_scale: LossScale, finite: Bool[Array, ""]) -> LossScale:
     """Half of it after gradients that were not finite, twice after `GOOD_STEPS` that were."""
     scale, n_good = loss_scale
-    grows = n_good + 1 == GOOD_STEPS
+    grows = n_good + 1 == LOSS_SCALE_GROWTH_STEPS
     return LossScale(
-        jnp.where(finite, jnp.where(grows, scale * 2, scale), jnp.maximum(scale / 2, LEAST_SCALE)),
+        jnp.where(finite, jnp.where(grows, scale * 2, scale), jnp.maximum(scale / 2, MIN_LOSS_SCALE)),
         jnp.where(finite & ~grows, n_good + 1, 0),
     )
 

@@ -1,37 +1,116 @@
-"""What a step costs and how well a device is used: FLOPs, bytes, memory, time, MFU, roofline.
+"""Costs of a run's compiled steps: FLOPs, bytes, memory, time, MFU, roofline.
 
-Takes steps and a `model.ModelConfig` as they are; builds, trains and prints nothing. A figure that
-the compiler or the table of peaks does not have is None, and n/a in the report.
+`python train.py --profile` measures the steps of training, evaluation and sampling on blank
+batches. Figures that the compiler or the table of peaks lacks are None, and n/a in the report.
+Nothing here trains or prints; the FLOP counts are those of `flops`.
 """
 
-# SECOND DOCSTRING: """What the steps of a run cost: `python train.py --profile`.
-#
-# Measures a `Trainer`'s own compiled steps on blank pictures and hands the figures to `profiling`.
-# """
-#
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from data.batch import Batch
 from inference import sampler
+from inference.sampler import SamplerConfig
+from model import ModelConfig
 from runtime import parallel
-from training import flops
-
-if TYPE_CHECKING:
-    from train import Trainer
 from training.flops import TRAIN_PER_FORWARD, Peak, flops_by_module, mfu
+from training.step import TrainState
+
+
+class ProfiledRun(Protocol):
+    """The part of `train.Trainer` that a profile uses."""
+
+    config: Any
+    model_config: ModelConfig
+    mesh: parallel.Mesh
+    run_dir: Path
+    train_key: Any
+    peak: Peak | None
+    state: TrainState
+
+    @property
+    def update(self) -> Any: ...
+    @property
+    def eval_loss(self) -> Any: ...
+    def blank_batch(self) -> Batch: ...
+    def sampler(self, n_steps: int | None = None) -> SamplerConfig: ...
+
+
+def profile(run: ProfiledRun) -> str:
+    """Compile and time one step of training, of evaluation and of sampling, and return a report.
+
+    Leaves the run's weights changed, and a trace of the training step in `profile/` of its folder.
+    """
+    model = run.model_config
+    batch = parallel.shard_batch(run.blank_batch(), run.mesh)
+    forward_flops = run.config.batch_size * sum(flops_by_module(model).values())
+
+    def train(compiled):
+        run.state, report = compiled(run.state, batch, run.train_key)
+        return report
+
+    profiles = [
+        profile_step(
+            "train",
+            run.update,
+            (run.state, batch, run.train_key),
+            flops=TRAIN_PER_FORWARD * forward_flops,
+            run=train,
+        ),
+        profile_step(
+            "eval",
+            run.eval_loss,
+            (run.state.ema, batch, run.train_key),
+            flops=forward_flops,
+            run=lambda compiled: compiled(run.state.ema, batch, run.train_key),
+        ),
+        _profile_sampling(run, batch, forward_flops),
+    ]
+    trace_file = trace(lambda: train(profiles[0].compiled), run.run_dir / "profile")
+    return report(
+        model,
+        sum(x.size for x in jax.tree.leaves(run.state.params)),
+        profiles,
+        device_kind=jax.devices()[0].device_kind,
+        n_devices=jax.device_count(),
+        dtype=model.dtype,
+        peak=run.peak,
+        trace_file=trace_file,
+    )
+
+
+def _profile_sampling(run: ProfiledRun, batch: Batch, forward_flops: float) -> "StepProfile":
+    """Profile one step of the solver, guided if the model is conditional."""
+    model = run.model_config
+    guide = bool(model.n_classes or model.text_width)
+    step = partial(
+        sampler.sample_batch,
+        config=model,
+        sampler=run.sampler(n_steps=1),
+        guide=guide,
+        trajectory=False,
+    )
+    seed, cfg_scale = 0, jnp.float32(2)
+    return profile_step(
+        "sample, guided" if guide else "sample",
+        jax.jit(step),
+        (run.state.ema, batch.label, batch.row, seed, cfg_scale),
+        flops=(1 + guide) * forward_flops,
+        run=lambda compiled: compiled(run.state.ema, batch.label, batch.row, seed, cfg_scale),
+    )
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """XLA's own figures for one compiled step on one device; None where XLA does not say.
+    """XLA's own figures for one compiled step on one device; None where XLA has none.
 
     XLA counts the body of a scan once, in FLOPs and in bytes.
     """
@@ -50,15 +129,17 @@ class StepCost:
 
     @property
     def memory_bytes(self) -> float | None:
-        """What the step needs in all. XLA's own peak leaves out the temporaries on CPU."""
+        """All memory that the step needs. XLA's own peak leaves out the temporaries on CPU."""
         parts = (self.argument_bytes, self.output_bytes, self.temporary_bytes)
         known = [part for part in parts if part is not None]
-        return sum(known) - (self.alias_bytes or 0) if len(known) == len(parts) else None
+        if len(known) < len(parts):
+            return None
+        return sum(known) - (self.alias_bytes or 0)
 
 
-def cost(compiled: Any) -> StepCost:
-    """The cost of what `jitted.lower(…).compile()` returned. Never fails for want of a figure."""
-    counts = compiled.cost_analysis()  # a dict, a list of one, or None: it depends on the backend
+def step_cost(compiled: Any) -> StepCost:
+    """Read XLA's figures of a compiled step, the result of `jitted.lower(…).compile()`."""
+    counts = compiled.cost_analysis()  # a dict, a list of one, or None, by backend
     counts = counts[0] if isinstance(counts, list | tuple) and counts else counts
     counts = counts if isinstance(counts, Mapping) else {}
     memory = compiled.memory_analysis()
@@ -76,13 +157,10 @@ def _positive(count: float | None) -> float | None:
     return count if count is not None and count > 0 else None  # backends say -1 for "unknown"
 
 
-def measure(
-    step: Callable[[], Any],
-    *,
-    min_seconds: float = 2.0,
-    min_steps: int = 2,
+def seconds_per_step(
+    step: Callable[[], Any], *, min_seconds: float = 2.0, min_steps: int = 2
 ) -> float:
-    """Seconds per step, over a window that ends when the device has finished, after one warm-up."""
+    """Time a step over a window that ends when the device has finished, after one warm-up step."""
     jax.block_until_ready(step())
     n_steps = min_steps
     while True:
@@ -93,13 +171,13 @@ def measure(
         seconds = time.perf_counter() - start
         if seconds >= min_seconds:
             return seconds / n_steps
-        # Only a wait tells the time, so a window that was too short is measured again, longer.
+        # Steps are asynchronous: only waiting gives a time. Measure a longer window anew.
         n_steps = math.ceil(n_steps * min(10.0, 1.2 * min_seconds / max(seconds, 1e-9)))
 
 
 @dataclass(frozen=True)
 class StepProfile:
-    """One kind of step. `flops` is the analytic count over all devices."""
+    """Measurements of one kind of step. `flops` is the analytic count over all devices."""
 
     name: str
     flops: float
@@ -119,30 +197,32 @@ def profile_step(
     """Compile `jitted` for `args` ahead of time, then time it.
 
     Args:
-        name: what the step is called in the report.
-        jitted: what `jax.jit` returned.
+        name: of the step in the report.
+        jitted: a function that `jax.jit` returned.
         args: arrays or shapes; a donated buffer among them is not consumed by compiling.
         flops: analytic FLOPs of one step over all devices.
-        run: executes one step of the compiled object it is given and returns its output.
+        run: executes one step of a compiled object and returns its output.
     """
     start = time.perf_counter()
     compiled = jitted.lower(*args).compile()
     compile_seconds = time.perf_counter() - start
-    seconds = measure(lambda: run(compiled))
-    return StepProfile(name, flops, cost(compiled), compile_seconds, seconds, compiled)
+    seconds = seconds_per_step(lambda: run(compiled))
+    return StepProfile(name, flops, step_cost(compiled), compile_seconds, seconds, compiled)
 
 
 def roofline(profile: StepProfile, peak: Peak | None, *, n_devices: int = 1) -> str:
-    """One sentence: which roof limits the step, and how near it is (Williams et al. 2009)."""
+    """Describe in one sentence the roof that limits the step, and the share of it that is reached
+    (Williams et al. 2009).
+    """
     speed = profile.flops_per_second / n_devices
     if peak is None:
-        return f"n/a: this device's peak is not known; it does {si(speed, 'FLOP/s')}."
+        return f"n/a: this device's peak is unknown; it reaches {si(speed, 'FLOP/s')}."
     reached = (
         f"reaches {speed / peak.flops_per_second:.1%} of {si(peak.flops_per_second, 'FLOP/s')}"
     )
     low = profile.cost.intensity
     if low is None or peak.bytes_per_second is None or profile.cost.accessed_bytes is None:
-        return f"n/a: bytes or bandwidth are not known; it {reached}."
+        return f"n/a: bytes or bandwidth are unknown; it {reached}."
     # A scan counted once hides FLOPs and bytes: the true intensity lies between XLA's, which the
     # optimizer outside the loop pulls down, and that of all FLOPs over the bytes that were counted.
     high = max(low, profile.flops / n_devices / profile.cost.accessed_bytes)
@@ -158,7 +238,7 @@ def roofline(profile: StepProfile, peak: Peak | None, *, n_devices: int = 1) -> 
 
 
 def trace(run: Callable[[], Any], folder: Path) -> Path:
-    """Record two steps with jax.profiler into `folder` and return the file to open.
+    """Record two steps with jax.profiler into `folder`. Returns the file to open.
 
     Raises:
         RuntimeError: the profiler wrote nothing.
@@ -183,15 +263,15 @@ def report(
     peak: Peak | None,
     trace_file: Path | None = None,
 ) -> str:
-    """Everything above as text for a person."""
+    """Format the model, the device, the table of steps and the rooflines as text."""
     roof = "n/a (give --peak_tflops)"
     if peak:
         roof = f"{si(peak.flops_per_second, 'FLOP/s')}, {si(peak.bytes_per_second, 'B/s')}"
         roof += f" ({peak.source})"
     lines = [
-        *_model(config, n_params),
+        *_model_lines(config, n_params),
         f"DEVICE\n  {n_devices} × {device_kind}, {dtype}; peak of one: {roof}",
-        *_steps(profiles, peak, n_devices),
+        *_step_lines(profiles, peak, n_devices),
         "ROOFLINE",
         *(f"  {p.name}: {roofline(p, peak, n_devices=n_devices)}" for p in profiles),
     ]
@@ -199,12 +279,12 @@ def report(
         lines += [
             f"TRACE\n  {trace_file}",
             "  open the .trace.json.gz at https://ui.perfetto.dev, or",
+            f"  pip install xprof && xprof --logdir {trace_file.parents[3]}",
         ]
-        lines += [f"  pip install xprof && xprof --logdir {trace_file.parents[3]}"]
     return "\n".join(lines)
 
 
-def _model(config: Any, n_params: int) -> list[str]:
+def _model_lines(config: Any, n_params: int) -> list[str]:
     """The model's size and its FLOPs by module."""
     modules = flops_by_module(config)
     forward, size, patch = sum(modules.values()), config.image_size, config.patch_size
@@ -220,8 +300,8 @@ def _model(config: Any, n_params: int) -> list[str]:
     ]
 
 
-def _steps(profiles: Sequence[StepProfile], peak: Peak | None, n_devices: int) -> list[str]:
-    """The table of steps: one column each."""
+def _step_lines(profiles: Sequence[StepProfile], peak: Peak | None, n_devices: int) -> list[str]:
+    """A table with one column per step."""
 
     def column(p: StepProfile) -> list[str]:
         c, speed = p.cost, p.flops_per_second / n_devices
@@ -253,70 +333,11 @@ def _steps(profiles: Sequence[StepProfile], peak: Peak | None, n_devices: int) -
 
 
 def si(value: float | None, unit: str) -> str:
-    """Three digits, a prefix and the unit: 12.1 GFLOP. None is n/a."""
+    """Format a value with three digits, an SI prefix and its unit: 12.1 GFLOP. None is n/a."""
     if value is None:
         return "n/a"
-    value = float(f"{value:.3g}")  # first, so that 999.9 becomes 1 k and not 1000
+    value = float(f"{value:.3g}")  # round first, so that 999.9 becomes 1 k and not 1000
     power = math.floor(math.log10(abs(value)) / 3) if value else 0
     power = max(-3, min(power, 5))
     prefix = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P"}[power]
     return f"{value / 1000**power:.3g} {prefix}{unit}".rstrip()
-
-
-def profile(trainer: "Trainer") -> str:
-    """Compile and time one step of training, of evaluation and of sampling, and report.
-
-    Leaves the trainer's weights changed, and a trace of the training step in `profile/` of the
-    run's folder.
-    """
-    m, batch, key = trainer.model_config, trainer.blank_batch(), trainer.train_key
-    batch = parallel.place(batch, trainer.mesh)
-    forward = trainer.config.batch_size * sum(flops.flops_by_module(m).values())
-    guide = bool(m.n_classes or m.text_width)
-    draw = partial(
-        sampler.sample_batch,
-        config=m,
-        sampler=trainer.sampler(n_steps=1),
-        guide=guide,
-        trajectory=False,
-    )
-    noise_and_labels = (batch.label, batch.row, 0, jnp.float32(2))
-
-    def train(compiled):
-        trainer.state, report = compiled(trainer.state, batch, key)
-        return report
-
-    profiles = [
-        profile_step(
-            "train",
-            trainer.update,
-            (trainer.state, batch, key),
-            flops=flops.TRAIN_PER_FORWARD * forward,
-            run=train,
-        ),
-        profile_step(
-            "eval",
-            trainer.eval_loss,
-            (trainer.state.ema, batch, key),
-            flops=forward,
-            run=lambda compiled: compiled(trainer.state.ema, batch, key),
-        ),
-        profile_step(
-            "sample, guided" if guide else "sample",
-            jax.jit(draw),
-            (trainer.state.ema, *noise_and_labels),
-            flops=(1 + guide) * forward,
-            run=lambda compiled: compiled(trainer.state.ema, *noise_and_labels),
-        ),
-    ]
-    trace_file = trace(lambda: train(profiles[0].compiled), trainer.run_dir / "profile")
-    return report(
-        m,
-        sum(x.size for x in jax.tree.leaves(trainer.state.params)),
-        profiles,
-        device_kind=jax.devices()[0].device_kind,
-        n_devices=jax.device_count(),
-        dtype=m.dtype,
-        peak=trainer.peak,
-        trace_file=trace_file,
-    )

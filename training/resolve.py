@@ -1,7 +1,8 @@
-"""The settings of a training run: every flag of `train.py`, and how what was not said is filled in.
+"""Filling in and checking the flags of `train.py`.
 
-`resolve` is the one place where holes are filled and values are checked. Only `train.py` reads the
-result; every other module takes plain arguments.
+`resolve_train_config` is the one place where flags left out get their values and all values are
+checked. `training.config` declares the flags; here nothing is loaded and no device is used. Only
+the trainer reads the result: every other module takes plain arguments.
 """
 
 import math
@@ -16,91 +17,117 @@ from datasets_config import DATASET_CONFIGS, DatasetConfig, LatentEncoding
 from methods import ddpm, rectified_flow
 from model import BLOCKS, JOINT, MODELS, ModelConfig, model_config
 from networks import autoencoder
-from runtime.errors import UserError, unknown
+from runtime.errors import UserError, unknown_name
 from training import optim, wandb_sink
 from training.config import (
-    BETWEEN,
-    BY_OBJECTIVE,
+    DEFAULT_FROM_PRESET,
     DEFAULTS,
-    DENSITIES,
-    FREE_ON_RESUME,
-    NOT_NEGATIVE,
-    ONLY_WITH,
-    PER_START,
+    FLAGS_OF_OBJECTIVE,
+    FLAGS_OF_ONE_START,
+    MAY_CHANGE_ON_RESUME,
+    NON_NEGATIVE,
     POSITIVE,
     PRECISIONS,
-    PRESET,
-    RECOMMENDED,
+    RANGES,
+    RECOMMENDED_BY_DATASET,
+    REQUIRED_FLAG,
     SOLVERS,
-    Config,
+    TIME_DENSITIES,
+    AnyConfig,
     TrainConfig,
 )
 
+# --- the flags that were given, now and in the run to resume --------------------------------------
+
 
 def given_flags(config: Any) -> dict[str, Any]:
-    """What was said, with paths of text towers and weights as they are called from anywhere."""
-    said = {name: value for name, value in vars(config).items() if value is not None}
-    if (start := said.get("init_from")) and Path(start).expanduser().exists():
-        said["init_from"] = str(Path(start).expanduser().resolve())
-    if towers := said.get("text_towers"):
-        folders = [Path(tower).expanduser() for tower in towers]
-        said["text_towers"] = tuple(
-            str(folder.resolve()) if folder.is_dir() else tower
-            for folder, tower in zip(folders, towers)
+    """Return the flags that are set. Local text encoders and initial weights become absolute paths,
+    so that a resumed run finds them from any directory.
+    """
+    given = {name: value for name, value in vars(config).items() if value is not None}
+    if (start := given.get("init_from")) and Path(start).expanduser().exists():
+        given["init_from"] = str(Path(start).expanduser().resolve())
+    if encoders := given.get("text_towers"):
+        folders = [Path(encoder).expanduser() for encoder in encoders]
+        given["text_towers"] = tuple(
+            str(folder.resolve()) if folder.is_dir() else encoder
+            for folder, encoder in zip(folders, encoders)
         )
-    return said
+    return given
 
 
-def merge_saved(config: Config, saved: dict[str, Any]) -> Config:
-    """Fill holes from the `config.json` of the run to go on with.
+def recorded_flags(config: Any, saved: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the flags given at all starts of a run, as JSON takes them, for its `config.json`.
+
+    Args:
+        config: the flags of this start, before `merge_saved` and `resolve_train_config`.
+        saved: `config.json` of the run to resume; empty or None for a new run.
+
+    Returns None if the run was started by a version that did not record them.
+    """
+    earlier = saved.get("given_flags") if saved else {}
+    if earlier is None:
+        return None
+    given = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in given_flags(config).items()
+        if name not in FLAGS_OF_ONE_START
+    }
+    given = {
+        name: str(value) if isinstance(value, Path) else value for name, value in given.items()
+    }
+    if "n_epochs" in given:  # else the earlier n_steps would take precedence
+        earlier = {name: value for name, value in earlier.items() if name != "n_steps"}
+    return earlier | given
+
+
+def merge_saved(config: AnyConfig, saved: dict[str, Any]) -> AnyConfig:
+    """Fill in the flags left out from `config.json` of the run to resume.
 
     Raises:
-        UserError: `config` says something else about what cannot change, with the fields' names.
+        UserError: flags that may not change have another value than in the run; names all of them.
     """
-    said = given_flags(config)
-    # JSON has no tuples; the first runs had no choice of an objective.
+    given = given_flags(config)
+    # JSON has no tuples.
     saved = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
-    saved.setdefault("objective", "rectified_flow")
     changed = [
         f"{name} was {saved.get(name)}, not {value}"
-        for name, value in said.items()
-        if name not in FREE_ON_RESUME and _meant(name, saved.get(name)) != _meant(name, value)
+        for name, value in given.items()
+        if name not in MAY_CHANGE_ON_RESUME
+        and _canonical(name, saved.get(name)) != _canonical(name, value)
     ]
     if changed:
         raise UserError(f"cannot resume: {'; '.join(changed)}")
-    fields = vars(config).keys()
-    kept: dict[str, Any] = {name: saved[name] for name in fields & set(saved) - PER_START}
-    if "n_epochs" in said:
-        kept["n_steps"] = None
+    # A flag that is newer than the run is not in its config.json.
+    inherited = vars(config).keys() & saved.keys() - FLAGS_OF_ONE_START
+    values: dict[str, Any] = {name: saved[name] for name in inherited}
+    if "n_epochs" in given:
+        values["n_steps"] = None
     for name in ("data_dir", "latents", "caption_cache", "fid_reference"):
-        if kept.get(name):
-            kept[name] = Path(kept[name])
-    return type(config)(**kept | said)
+        if values.get(name):
+            values[name] = Path(values[name])
+    return type(config)(**values | given)
 
 
-def _meant(name: str, value: Any) -> Any:
+def _canonical(name: str, value: Any) -> Any:
+    """Return one value for the synonyms of a precision."""
     return PRECISIONS.get(value, value) if name == "half_precision" else value
 
 
-def with_subject(config: TrainConfig) -> TrainConfig:
-    """The data set and its latents, where one follows from the other."""
-    name = config.dataset_name
-    if config.latents and not name:
-        name = latents.read(config.latents).encoding.dataset_name
-    name = name or DEFAULTS["dataset_name"]
-    entry = DATASET_CONFIGS.get(name)
-    folder = config.latents
-    if not folder and entry and entry.latents_dir:
-        folder = Path(entry.latents_dir)
-    return replace(config, dataset_name=name, latents=folder)
-
-
 def require_same_latents(encoding: LatentEncoding | None, saved: dict[str, Any]) -> None:
-    """Raises UserError if a run would go on with latents that were made otherwise. The VAE and the
-    pictures may have moved since.
+    """Reject resuming on latents of another encoding. The locations of the VAE and of the images
+    may differ.
+
+    Args:
+        encoding: of the dataset that is open; None for images.
+        saved: `config.json` of the run to resume.
+
+    Raises:
+        UserError: a fact of the encoding differs.
     """
-    record = saved["dataset"].get("encoding")
-    before, now = (vars(e) if e else {} for e in (record and LatentEncoding.of(record), encoding))
+    record = saved["dataset"]["encoding"]
+    before = vars(LatentEncoding.of(record)) if record else {}
+    now = vars(encoding) if encoding else {}
     for name in (now or before).keys() - {"vae", "source"}:
         if before.get(name) != now.get(name):
             raise UserError(
@@ -108,176 +135,242 @@ def require_same_latents(encoding: LatentEncoding | None, saved: dict[str, Any])
             )
 
 
-def resolve(
+# --- filling in the flags left out ----------------------------------------------------------------
+
+
+def with_dataset_and_latents(config: TrainConfig) -> TrainConfig:
+    """Fill in the dataset's name from its latents, or the folder of latents from the dataset."""
+    name = config.dataset_name
+    if config.latents and not name:
+        name = latents.read_latent_dataset(config.latents).encoding.dataset_name
+    name = name or DEFAULTS["dataset_name"]
+    dataset = DATASET_CONFIGS.get(name)
+    folder = config.latents
+    if not folder and dataset and dataset.latents_dir:
+        folder = Path(dataset.latents_dir)
+    return replace(config, dataset_name=name, latents=folder)
+
+
+def resolve_train_config(
     config: TrainConfig, dataset: DatasetConfig, *, n_rows: int, n_devices: int, platform: str
 ) -> TrainConfig:
-    """Fill every hole of `config`: by what the data set recommends, else by DEFAULTS.
+    """Fill in every flag left out, from the dataset's recommendation or the defaults, and check all
+    values.
 
     Args:
-        n_rows: of the training split, for `n_epochs`.
-        n_devices: that a batch is split over.
-        platform: cpu, gpu or tpu; bfloat16 is the default except on a CPU.
+        n_rows: rows of the training split, for `n_epochs`.
+        n_devices: devices that a batch is split over.
+        platform: cpu, gpu or tpu; the default is bfloat16 except on a CPU.
 
     Raises:
-        UserError: a value that cannot be.
+        UserError: a value is impossible, or contradicts another.
     """
-    said = given_flags(config)
-    filled = DEFAULTS | {name: getattr(dataset, name) for name in RECOMMENDED} | said
-    if filled["conditioning"] == "none":
-        filled["cfg_scale"] = said.get("cfg_scale", 1.0)
-    if filled["conditioning"] != "text":
+    given = given_flags(config)
+    recommended = {name: getattr(dataset, name) for name in RECOMMENDED_BY_DATASET}
+    values = DEFAULTS | recommended | given
+    if values["conditioning"] == "none":
+        values["cfg_scale"] = given.get("cfg_scale", 1.0)
+    if values["conditioning"] != "text":
         for name in ("text_towers", "text_length", "caption_cache"):
-            if said.get(name):
+            if given.get(name):
                 raise UserError(f"--{name} is for captions; pass --caption_column or --caption too")
-        filled["text_towers"] = ()
-    filled = drop_other_objectives(filled, said)
-    check_numbers(filled)
-    if not config.resume:  # what a run was begun with may be of no use as it goes on
-        reject_unused_flags(filled, said)
+        values["text_towers"] = ()
+    values = drop_flags_of_other_objectives(values, given)
+    check_ranges(values)
+    if not config.resume:  # a resumed run may have inherited flags that are no longer read
+        reject_unused_flags(values, given)
     if config.n_epochs is not None and config.n_steps is None:
-        filled["n_steps"] = math.ceil(config.n_epochs * n_rows / filled["batch_size"])
-    resolved = TrainConfig(**derived(filled, platform) | filled)
-    validate(resolved, n_devices)
-    validate_fid(resolved)
+        values["n_steps"] = math.ceil(config.n_epochs * n_rows / values["batch_size"])
+    resolved = TrainConfig(**derived_defaults(values, platform) | values)
+    validate_train_config(resolved, n_devices)
     return resolved
 
 
-def drop_other_objectives(filled: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
-    """`filled` without what only the other objective reads.
+def drop_flags_of_other_objectives(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return `values` without the flags that only the other objective reads.
 
     Raises:
-        UserError: that was said, or there is no such objective.
+        UserError: such a flag is given, or the objective is unknown.
     """
-    chosen = filled["objective"]
-    if chosen not in BY_OBJECTIVE:
-        raise unknown("objective", chosen, BY_OBJECTIVE)
-    left_out = {name: other for other, names in BY_OBJECTIVE.items() for name in names}
-    left_out = {name: other for name, other in left_out.items() if other != chosen}
-    for name, other in left_out.items():
-        if name in said:
-            raise UserError(f"--{name} is for --objective {other}; this is {chosen}")
-    return {name: value for name, value in filled.items() if name not in left_out}
+    objective = values["objective"]
+    if objective not in FLAGS_OF_OBJECTIVE:
+        raise unknown_name("objective", objective, FLAGS_OF_OBJECTIVE)
+    unread = {
+        name: other
+        for other, names in FLAGS_OF_OBJECTIVE.items()
+        for name in names
+        if other != objective
+    }
+    for name, other in unread.items():
+        if name in given:
+            raise UserError(f"--{name} is for --objective {other}; this is {objective}")
+    return {name: value for name, value in values.items() if name not in unread}
 
 
-def reject_unused_flags(filled: dict[str, Any], said: dict[str, Any]) -> None:
-    """Raises UserError if what was said is read only beside another flag, which is not there."""
-    for name, (other, value) in ONLY_WITH.items():
-        there = filled.get(other)
-        if name in said and not (there == value if value else there):
-            raise UserError(f"--{name} is for --{other}{f' {value}' if value else ''}")
-
-
-def derived(filled: dict[str, Any], platform: str) -> dict[str, Any]:
-    """Defaults that follow from other values."""
-    quarter = max(1, min(1000, filled["n_steps"] // 4))
-    preset = MODELS.get(filled["model"], {})
+def derived_defaults(values: dict[str, Any], platform: str) -> dict[str, Any]:
+    """Return the defaults that follow from the model, the objective, the length and the device."""
+    quarter = max(1, min(1000, values["n_steps"] // 4))
+    preset = MODELS.get(values["model"], {})
     return {
-        **{name: preset.get(name, getattr(ModelConfig, name, None)) for name in PRESET},
-        "remat": "DiT-L/" in filled["model"] or "DiT-XL/" in filled["model"],
+        **{
+            name: preset.get(name, getattr(ModelConfig, name, None)) for name in DEFAULT_FROM_PRESET
+        },
+        "remat": "DiT-L/" in values["model"] or "DiT-XL/" in values["model"],
         "half_precision": platform != "cpu",
-        "solver": next(iter(SOLVERS[filled["objective"]])),
-        "warmup_steps": min(1000, filled["n_steps"] // 20),
+        "solver": next(iter(SOLVERS[values["objective"]])),
+        "warmup_steps": min(1000, values["n_steps"] // 20),
         "eval_save_steps": quarter,
         "sample_every_n": quarter,
     }
 
 
-def check_numbers(settings: dict[str, Any]) -> None:
-    """Refuse numbers that cannot be, before anything is computed from them."""
-    for name, value in settings.items():
-        low, high = BETWEEN.get(name, (-math.inf, math.inf))
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def reject_unused_flags(values: dict[str, Any], given: dict[str, Any]) -> None:
+    """Reject a given flag that is read only with another flag, if that one is off.
+
+    Raises:
+        UserError: there is such a flag.
+    """
+    for name, (other, required) in REQUIRED_FLAG.items():
+        found = values.get(other)
+        is_read = found == required if required else found
+        if name in given and not is_read:
+            raise UserError(f"--{name} is for --{other}{f' {required}' if required else ''}")
+
+
+def check_ranges(values: dict[str, Any]) -> None:
+    """Reject impossible numbers, before anything is computed from them.
+
+    Raises:
+        UserError: a number is not finite or outside its range.
+    """
+    for name, value in values.items():
+        low, high = RANGES.get(name, (-math.inf, math.inf))
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name} {value}: must be finite")
         if name in POSITIVE and value <= 0:
             raise UserError(f"--{name} {value}: must be above 0")
-        if name in NOT_NEGATIVE and value < 0:
+        if name in NON_NEGATIVE and value < 0:
             raise UserError(f"--{name} {value}: must not be below 0")
-        if name in BETWEEN and not low <= value <= high:
+        if name in RANGES and not low <= value <= high:
             raise UserError(f"--{name} {value}: must be between {low} and {high}")
 
 
-def validate(config: TrainConfig, n_devices: int) -> None:
-    """Refuse values that cannot be, before anything is loaded or written."""
-    tables = {
+def validate_train_config(config: TrainConfig, n_devices: int) -> None:
+    """Reject impossible values and combinations, before anything is loaded or written.
+
+    Raises:
+        UserError: the first one found.
+    """
+    _validate_choices(config)
+    _validate_model_and_sampling(config)
+    if n_devices % config.fsdp:
+        raise UserError(f"--fsdp {config.fsdp} does not divide the {n_devices} devices")
+    _reject_conflicting_modes(config)
+    _reject_conflicting_storage(config)
+    _validate_fid_flags(config)
+
+
+def _validate_choices(config: TrainConfig) -> None:
+    choices = {
         "model": MODELS,
         "prediction": ddpm.PREDICTIONS,
-        "time_density": DENSITIES,
+        "time_density": TIME_DENSITIES,
         "schedule": optim.SCHEDULES,
-        "solver": sampling.SOLVERS | ddpm.DESCENTS,
+        "solver": sampling.SOLVERS | ddpm.DDPM_SOLVERS,
     }
-    for name, table in tables.items():
+    for name, table in choices.items():
         if getattr(config, name) not in (None, *table):
-            raise unknown(name, getattr(config, name), table)
-    if config.solver not in (fitting := SOLVERS[config.objective]):
+            raise unknown_name(name, getattr(config, name), table)
+
+
+def _validate_model_and_sampling(config: TrainConfig) -> None:
+    solvers = SOLVERS[config.objective]
+    if config.solver not in solvers:
         raise UserError(
             f"--solver {config.solver} does not fit --objective {config.objective}, which takes "
-            f"one of: {', '.join(fitting)}"
+            f"one of: {', '.join(solvers)}"
         )
     if config.objective == "ddpm" and config.n_sample_steps > ddpm.N_STEPS:
         raise UserError(f"--n_sample_steps {config.n_sample_steps}: ddpm has {ddpm.N_STEPS} steps")
-    joint = MODELS[config.model].get("block") == JOINT
-    if joint != (config.block == JOINT):
-        allowed = "joint blocks only" if joint else f"one of: {', '.join(BLOCKS)}"
+    is_joint = MODELS[config.model].get("block") == JOINT
+    if is_joint != (config.block == JOINT):
+        allowed = "joint blocks only" if is_joint else f"one of: {', '.join(BLOCKS)}"
         raise UserError(f"--block {config.block}: {config.model} takes {allowed}")
     if config.conditioning == "none" and config.cfg_scale != 1:
         raise UserError(
-            f"--cfg_scale {config.cfg_scale}: an unconditional model has no label to be guided by; "
-            "leave it at 1"
-        )
-    if n_devices % config.fsdp:
-        raise UserError(f"--fsdp {config.fsdp} does not divide the {n_devices} devices")
-    _validate_kind_of_run(config)
-    if config.streaming and config.in_memory:
-        raise UserError("a set that is held --in_memory is not --streaming; pass one of them")
-    if config.cache_on_device and (config.streaming or config.in_memory is False):
-        raise UserError("--cache_on_device holds the whole set; drop --streaming or --noin_memory")
-    if config.cache_on_device and config.conditioning == "text":
-        raise UserError("--cache_on_device is for classes; captions are read from their own cache")
-
-
-def validate_fid(config: TrainConfig) -> None:
-    """Refuse distances that lack what they are measured with."""
-    if not config.fid_every:
-        return
-    if config.fid_n < 2:
-        raise UserError(f"--fid_n {config.fid_n}: statistics need at least 2 pictures")
-    if not config.fid_reference:
-        raise UserError(
-            "--fid_every needs --fid_reference FILE.npz, which `python evaluate.py "
-            "--make_reference FILE.npz --dataset_name NAME` makes"
-        )
-    if config.fid_features == "inception" and not config.inception:
-        raise UserError(
-            "--fid_every needs Inception's weights: pass --inception FILE (README.md says where "
-            "they are); --fid_features pixels does without, but is no FID"
+            f"--cfg_scale {config.cfg_scale}: an unconditional model cannot be guided; leave it at "
+            "1"
         )
 
 
-def _validate_kind_of_run(config: TrainConfig) -> None:
-    """Refuse what a run cannot be at the same time."""
+def _reject_conflicting_modes(config: TrainConfig) -> None:
     if config.lr_range_test and (config.resume or config.profile):
         other = "--resume" if config.resume else "--profile"
-        raise UserError(f"--lr_range_test is of fresh weights, and then stops: drop {other}")
+        raise UserError(
+            f"--lr_range_test starts from fresh weights and trains no run: drop {other}"
+        )
     if config.profile and config.cache_on_device:
-        raise UserError("--profile is of blank batches, and caches none: add --nocache_on_device")
+        raise UserError("--profile measures blank batches and caches none: add --nocache_on_device")
     if config.overfit_batch and config.cache_on_device:
-        raise UserError("--overfit_batch has one batch and needs no --cache_on_device; drop one")
+        raise UserError("--overfit_batch and --cache_on_device are mutually exclusive")
     if config.wandb_project is not None:
         wandb_sink.require_installed()
 
 
-def require_even_batches(config: Any, n_devices: int) -> None:
-    """Raises UserError if a batch cannot be split over the devices, and then into its parts."""
-    parts = n_devices * config.accumulate_steps
-    if config.batch_size % parts:
-        times = f" × {config.accumulate_steps} parts" if config.accumulate_steps > 1 else ""
+def _reject_conflicting_storage(config: TrainConfig) -> None:
+    if config.streaming and config.in_memory:
+        raise UserError("--in_memory and --streaming are mutually exclusive")
+    if config.cache_on_device and (config.streaming or config.in_memory is False):
         raise UserError(
-            f"--batch_size {config.batch_size} is not divisible by the {n_devices} devices{times}"
+            "--cache_on_device holds the whole dataset; drop --streaming or --noin_memory"
+        )
+    if config.cache_on_device and config.conditioning == "text":
+        raise UserError(
+            "--cache_on_device is for class labels; captions are read from their own cache"
         )
 
 
-def network(config: TrainConfig, dataset: DatasetConfig) -> ModelConfig:
-    """The model that a resolved `config` describes, but for the shape of captions."""
+def _validate_fid_flags(config: TrainConfig) -> None:
+    if not config.fid_every:
+        return
+    if config.fid_n < 2:
+        raise UserError(f"--fid_n {config.fid_n}: statistics need at least 2 samples")
+    if not config.fid_reference:
+        raise UserError(
+            "--fid_every needs --fid_reference FILE.npz; write it with `python evaluate.py "
+            "--make_reference FILE.npz --dataset_name NAME`"
+        )
+    if config.fid_features == "inception" and not config.inception:
+        raise UserError(
+            "--fid_every needs Inception's weights: pass --inception FILE (README.md links them); "
+            "--fid_features pixels needs none, but is not FID"
+        )
+
+
+def require_even_batches(config: Any, n_devices: int) -> None:
+    """Require a batch size that divides into the devices, and then into the microbatches.
+
+    Raises:
+        UserError: it does not.
+    """
+    if config.batch_size % (n_devices * config.accumulate_steps):
+        microbatches = (
+            f" × {config.accumulate_steps} microbatches" if config.accumulate_steps > 1 else ""
+        )
+        raise UserError(
+            f"--batch_size {config.batch_size} is not divisible by the {n_devices} "
+            f"devices{microbatches}"
+        )
+
+
+# --- objects of a resolved config -----------------------------------------------------------------
+
+
+def network_config(config: TrainConfig, dataset: DatasetConfig) -> ModelConfig:
+    """Return the model of a resolved `config`, without the widths of its text encoders."""
     return model_config(
         config.model,
         patch_size=config.patch_size,
@@ -296,10 +389,12 @@ def network(config: TrainConfig, dataset: DatasetConfig) -> ModelConfig:
     )
 
 
-def reader(encoding: LatentEncoding | None) -> rectified_flow.Read:
-    """What makes data of a batch's pictures, or of its latents' means and log-variances."""
+def model_input_reader(encoding: LatentEncoding | None) -> rectified_flow.ToModelInput:
+    """Return the function from a batch's rows to model inputs: images are scaled to −1 … 1, latents
+    are sampled from their means and log-variances.
+    """
     if not encoding:
-        return rectified_flow.pixels
+        return rectified_flow.pixels_to_input
     return partial(
         autoencoder.draw,
         scaling_factor=encoding.scaling_factor,
@@ -307,10 +402,15 @@ def reader(encoding: LatentEncoding | None) -> rectified_flow.Read:
     )
 
 
-def objective(
-    config: TrainConfig, *, label_dropout: float, read: rectified_flow.Read = rectified_flow.pixels
+def loss_function(
+    config: TrainConfig, *, label_dropout: float, read: rectified_flow.ToModelInput = rectified_flow.pixels_to_input
 ) -> rectified_flow.Objective:
-    """The loss that a resolved `config` describes."""
+    """Return the loss of a resolved `config`: `loss(model, batch, key) -> (loss, metrics)`.
+
+    Args:
+        label_dropout: 0 in an evaluation.
+        read: from `model_input_reader`.
+    """
     if config.objective == "ddpm":
         return ddpm.ddpm_loss(
             prediction=config.prediction,
@@ -319,7 +419,9 @@ def objective(
             label_dropout=label_dropout,
             read=read,
         )
-    density = DENSITIES[config.time_density](config)
     return rectified_flow.rectified_flow_loss(
-        density=density, shift=config.time_shift, label_dropout=label_dropout, read=read
+        density=TIME_DENSITIES[config.time_density](config),
+        shift=config.time_shift,
+        label_dropout=label_dropout,
+        read=read,
     )

@@ -1,273 +1,347 @@
-"""A run while a trainer's `fit` is in it: its record, its checkpoints, its clock, the step that is
-not read yet, and what happens when a step goes wrong.
+"""A run while `Loop.fit` is in it: its log, checkpoints, clock, pending step, and recovery.
 
-It trains nothing; of several processes the first one alone writes records and pictures.
+A session trains nothing. Of several processes only process 0 writes metrics and images.
 """
 
 import errno
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import numpy as np
+import optax
+from jaxtyping import Array, Bool
+from PIL import Image
 
-from data.batch import Batch
+from data.pipeline import Pipeline
 from inference import curves, grids, progress
 from runtime import files, parallel, processes, run_folder
 from runtime.checkpoint import Checkpoints, DiskFullError
 from runtime.errors import RunError, UserError
-from runtime.signals import Stop
-from training import display, tracking, wandb_sink
+from runtime.signals import StopRequest
+from training import tracking, wandb_sink
+from training.step import StepReport
 from training.tracking import NullTracker, Sink, Throughput, Tracker
 
-if TYPE_CHECKING:
-    from train import Trainer
+MAX_ROLLBACKS = 3
+FIGURES = "figures"  # a subfolder of the run's folder
 
-MOST_ROLLBACKS = 3
-FIGURES = "figures"  # of a run, a folder
+
+class Record(Protocol):
+    """The contents of `config.json`."""
+
+    def as_json(self) -> dict[str, Any]: ...
+
+
+class Run(Protocol):
+    """The part of `training.loop.Loop` that a session uses."""
+
+    GRID_FOLDER: ClassVar[str]
+    config: Any
+    run_dir: Path
+    mesh: parallel.Mesh
+    schedule: optax.Schedule
+    step: int
+    position: int
+    damaged: list[int]
+
+    @property
+    def data(self) -> Pipeline: ...
+    def batches(self, start: int, stop: int) -> Generator[Any]: ...
+    def describe(self) -> Record: ...
+    def first_grids(self) -> dict[str, Image.Image]: ...
+    def image_grids(self, *, trajectory: bool = False) -> list[Image.Image]: ...
+    def measure(
+        self, until_stopped: Callable[[Iterable[Any]], Iterator[Any]]
+    ) -> dict[str, float] | None: ...
+    def utilization(self, images_per_second: float) -> float | None: ...
+    def checkpoint_items(self) -> tuple[dict[str, Any], dict[str, Any]]: ...
+    def export(self) -> None: ...
+    def roll_back(self, checkpoints: Checkpoints, step: int, *, position: int) -> None: ...
 
 
 @contextmanager
-def open_session(trainer: "Trainer", last: int) -> Iterator["RunSession"]:
-    """The run's folder, locked, with its configuration written."""
+def open_session(run: Run, last: int) -> Iterator["RunSession"]:
+    """Lock the run's folder, write its config.json, and open its log and its checkpoints.
+
+    Args:
+        last: the step that the run ends at.
+    """
     with ExitStack() as stack:
-        processes.broadcast_from_first(lambda: _take(trainer, stack))
-        keep = trainer.config.keep_checkpoints
-        checkpoints = stack.enter_context(Checkpoints(trainer.run_dir, keep=keep))
-        checkpoints.set_aside(trainer.damaged)
-        trainer.damaged = []
-        tracker = NullTracker()
-        if processes.is_first():
-            how = {"start_step": trainer.step, "n_steps": last, "sinks": _sinks(trainer)}
-            tracker = Tracker(trainer.run_dir, **how)
-        run = RunSession(trainer, last, stack.enter_context(tracker), checkpoints, Throughput())
-        yield run
+        processes.broadcast_from_first(lambda: _claim_folder(run, stack))
+        checkpoints = stack.enter_context(
+            Checkpoints(run.run_dir, keep=run.config.keep_checkpoints)
+        )
+        checkpoints.set_aside(run.damaged)
+        run.damaged = []
+        tracker = stack.enter_context(_open_tracker(run, last))
+        yield RunSession(run, last, tracker, checkpoints, Throughput())
 
 
-def _sinks(trainer: "Trainer") -> list[Sink]:
-    """Where it is recorded besides."""
-    if not (project := trainer.config.wandb_project):
-        return []
-    about = {"settings": trainer.describe(), "fresh": not trainer.step}
-    return [wandb_sink.Sink(trainer.run_dir, project=project, **about)]
-
-
-def _take(trainer: "Trainer", stack: ExitStack) -> str:
-    run_folder.make(trainer.run_dir)
-    stack.enter_context(run_folder.locked(trainer.run_dir))
-    files.tidy(trainer.run_dir)
-    run_folder.write_config(trainer.run_dir, trainer.describe())
+def _claim_folder(run: Run, stack: ExitStack) -> str:
+    run_folder.create_run_folder(run.run_dir)
+    stack.enter_context(run_folder.exclusive_writer(run.run_dir))
+    files.remove_leftovers(run.run_dir)
+    run_folder.write_config(run.run_dir, run.describe().as_json())
     return ""
+
+
+def _open_tracker(run: Run, last: int) -> Tracker | NullTracker:
+    if not processes.is_first():
+        return NullTracker()
+    return Tracker(run.run_dir, start_step=run.step, n_steps=last, sinks=_sinks(run))
+
+
+def _sinks(run: Run) -> list[Sink]:
+    """The places besides its folder that the run is logged to."""
+    if not (project := run.config.wandb_project):
+        return []
+    settings = run.describe().as_json()
+    return [
+        wandb_sink.WandbSink(run.run_dir, project=project, settings=settings, is_new=not run.step)
+    ]
+
+
+class PendingStep(NamedTuple):
+    """A step that was dispatched, and whose metrics were not fetched yet.
+
+    Args:
+        position: the place of its batch in the order of all batches.
+        stop: whether any process had been signalled to stop when it was dispatched.
+    """
+
+    step: int
+    position: int
+    report: StepReport
+    stop: Bool[Array, ""]
 
 
 @dataclass
 class RunSession:
-    """What `fit` holds open, and what it knows of the steps so far."""
+    """Everything that `Loop.fit` holds open, and what is known of the steps so far.
 
-    trainer: "Trainer"
+    Args:
+        last: the step that the run ends at.
+        pending: the step that was dispatched last, until its metrics are fetched.
+        finite: whether the loss and gradient of the step fetched last were finite.
+        stop_signalled: whether any process had been signalled to stop by then.
+        saving: the step of the last checkpoint, which may still be being written.
+        rollbacks: one entry for each, for the error message.
+    """
+
+    run: Run
     last: int
     tracker: Tracker | NullTracker
     checkpoints: Checkpoints
     throughput: Throughput
-    unread: tuple[int, int, dict[str, Any]] | None = None  # a step, its batch, its report
-    finite: bool = True  # the step that was read last
-    stop_was_asked: bool = False  # of any process, when that step was dispatched
-    saving: int = 0  # the step of the last checkpoint, which may still be being written
+    pending: PendingStep | None = None
+    finite: bool = True
+    stop_signalled: bool = False
+    saving: int = 0
     rollbacks: list[str] = field(default_factory=list)
 
-    def begin(self) -> None:
-        """What comes before the first step."""
-        t = self.trainer
-        self.tracker.begin()
-        if t.config.overfit_batch:
-            sheet, path = display.batch_sheet(t), t.run_dir / t.SHOWS / "batch.png"
-            if processes.is_first():
-                with self._full_disk_is_said(path):
-                    grids.save_png(sheet, path)
+    # --- steps ------------------------------------------------------------------------------------
 
-    def batches(self) -> Iterator[Batch]:
-        """Those up to the last step, from the trainer's position on, wherever that is moved to. Bad
-        data ends the run, but what it has is saved first.
+    def begin(self) -> None:
+        """Open the sinks, and save the grids that come before the first step."""
+        self.tracker.begin()
+        folder = self.run.run_dir / self.run.GRID_FOLDER
+        for name, grid in self.run.first_grids().items():
+            if processes.is_first():
+                with self._reporting_full_disk(folder / name):
+                    grids.save_png(grid, folder / name)
+
+    def batches(self) -> Iterator[Any]:
+        """Placed batches up to the last step, from the run's position on; after a rollback, from
+        its new position. Bad data ends the run, but first its state is saved.
         """
-        t = self.trainer
-        while t.step < self.last:
-            n_rollbacks, stop = len(self.rollbacks), t.position + self.last - t.step
-            with closing(t.batches(t.position, stop)) as batches:
+        run = self.run
+        while run.step < self.last:
+            n_rollbacks = len(self.rollbacks)
+            stop = run.position + self.last - run.step
+            with closing(run.batches(run.position, stop)) as batches:
                 try:
-                    for batch in parallel.prefetch(batches, t.mesh):
+                    for batch in parallel.prefetch_to_device(batches, run.mesh):
                         yield batch
                         if len(self.rollbacks) > n_rollbacks:
                             break
                 except UserError:
-                    self.read()  # or a step that went wrong would be saved
+                    self.fetch_pending()  # so that a non-finite step is not saved
                     self.save(required=True)
                     raise
 
-    def dispatched(self, report: dict[str, Any], stop: Stop) -> None:
-        """Keep a step's report to be read later."""
-        report["stop"] = parallel.any_process(bool(stop), self.trainer.mesh)
-        self.unread = self.trainer.step, self.trainer.position - 1, report
+    def add_pending(self, report: StepReport, stop: StopRequest) -> None:
+        """Keep the report of the step that was just dispatched, to be fetched later."""
+        any_stop = parallel.any_across_processes(bool(stop), self.run.mesh)
+        self.pending = PendingStep(self.run.step, self.run.position - 1, report, any_stop)
 
-    def read(self) -> bool:
-        """Wait for the unread step and log it if it is its turn. False if it was one bad step too
-        many, and the trainer is back at its last checkpoint.
+    def fetch_pending(self) -> bool:
+        """Fetch the pending step's metrics and log them if due. Returns False after a rollback.
 
         Raises:
-            RunError: that has happened too often.
+            RunError: there were too many rollbacks.
         """
-        if self.unread is None:
+        if self.pending is None:
             return True
-        (step, position, report), self.unread = self.unread, None
-        n_bad, stop = jax.device_get((report["bad_steps"], report["stop"]))
-        self.finite, self.stop_was_asked = not n_bad, bool(stop)
-        if n_bad >= self.trainer.config.nan_patience:
+        step, position, report, any_stop = self.pending
+        self.pending = None
+        n_bad, any_stop = jax.device_get((report.bad_steps, any_stop))
+        self.finite = not n_bad
+        self.stop_signalled = bool(any_stop)
+        config = self.run.config
+        if n_bad >= config.nan_patience:
             self._roll_back(step, position)
             return False
-        self.throughput.step(self.trainer.config.batch_size)
+        self.throughput.step(config.batch_size)
         self.tracker.advance(step)
-        if step % self.trainer.config.log_every == 0:
+        if step % config.log_every == 0:
             report = jax.device_get(report)
-            rate = np.asarray(self.trainer.schedule(step - 1 - report["skipped"])).item()
-            line = tracking.summary(report) | {"learning_rate": rate}
-            self.tracker.log(step, line | self._rates())
+            rate = np.asarray(self.run.schedule(step - 1 - report.skipped)).item()
+            line = tracking.metrics_line(report) | {"learning_rate": rate}
+            self.tracker.log(step, line | self._speed())
         return True
 
-    def asked_to_stop(self, stop: Stop) -> bool:
-        """Several processes go by the step that was read last, so that all leave at the same, and
-        as the one that was asked does.
+    def is_leaving(self, stop: StopRequest) -> bool:
+        """Whether the run ends here because of a signal. Several processes go by the step that was
+        fetched last, so that all of them leave at the same step.
         """
         if not processes.is_distributed():
             return bool(stop)
-        if self.stop_was_asked and not stop:
+        if self.stop_signalled and not stop:
             stop.signal = signal.SIGTERM
-        return self.stop_was_asked
+        return self.stop_signalled
+
+    def _roll_back(self, step: int, position: int) -> None:
+        """Restore the last checkpoint, or the initial state, and skip the batches since then (as
+        Chowdhery et al. 2022, §5.1, do after a spike of the loss).
+        """
+        run = self.run
+        self._finish_saving()
+        back = self.checkpoints.latest_step() or 0
+        self.rollbacks.append(f"step {step} (back to step {back})")
+        problem = f"the loss or its gradient is not finite at step {step}"
+        if len(self.rollbacks) > MAX_ROLLBACKS:
+            raise RunError(
+                f"{problem}, after {MAX_ROLLBACKS} rollbacks: {'; '.join(self.rollbacks[:-1])}; "
+                f"the last good checkpoint is step {back}; the batch is rows "
+                f"{run.data.rows(position).tolist()} of the training split"
+            )
+        self.tracker.message(
+            f"{problem} ({run.config.nan_patience} in a row): rolling back to step {back}; the "
+            "batches since then are skipped"
+        )
+        run.roll_back(self.checkpoints, back, position=position + 1)
+        self.tracker.rewind(back)
+        self.finite = True
+
+    def _speed(self) -> dict[str, float]:
+        """Images per second, seconds per step and, where the device's peak is known, MFU."""
+        speed = self.throughput.take()
+        if speed:
+            mfu = self.run.utilization(speed["images_per_second"])
+            if mfu is not None:
+                speed["mfu"] = mfu
+        return speed
+
+    # --- between steps ----------------------------------------------------------------------------
 
     def save(self, *, required: bool = False) -> None:
-        """A checkpoint of this step, if it was a good one. Unless it is `required`, a full disk is
-        only said: there may be room for the next.
+        """Write a checkpoint of this step, unless it is non-finite. A full disk is only reported
+        unless the checkpoint is `required`: there may be room for the next.
         """
-        t = self.trainer
+        run = self.run
         self._finish_saving()
         if not self.finite:
-            self.tracker.message(f"step {t.step} is not saved: it went wrong")
+            self.tracker.message(
+                f"step {run.step} is not saved: its loss or gradient is not finite"
+            )
             return
-        self.saving = t.step
-        with nullcontext() if required else self._unsaved_is_said():
-            self.checkpoints.save(t.step, *t.items())
+        self.saving = run.step
+        with nullcontext() if required else self._reporting_failed_save():
+            self.checkpoints.save(run.step, *run.checkpoint_items())
             self._export(required)
 
     def _export(self, required: bool) -> None:
         try:
-            self.trainer.export()
+            self.run.export()
         except UserError as error:
             if required:
                 raise
-            self.tracker.message(f"{error}; training goes on")
+            self.tracker.message(f"{error}; training continues")
 
-    def show(self, name: str, *, gif: bool = False) -> None:
-        """A sheet of the trainer's pictures in their folder and TensorBoard and, with `gif`, the
-        way there.
+    def save_image_grid(self, name: str, *, trajectory: bool = False) -> None:
+        """Save a grid of the run's images into their folder and TensorBoard and, with
+        `trajectory`, a GIF of the states that lead there.
         """
-        t = self.trainer
-        sheets, folder = t.sheets(trajectory=gif), t.run_dir / t.SHOWS
+        run = self.run
+        images = run.image_grids(trajectory=trajectory)
+        folder = run.run_dir / run.GRID_FOLDER
         if not processes.is_first():
             return
-        with self._full_disk_is_said(folder / name):
-            grids.save_png(sheets[-1], folder / name)
-            if len(sheets) > 1:
-                grids.save_gif(sheets, folder / "trajectory.gif")
-            self.tracker.image(t.step, t.SHOWS, sheets[-1])
+        with self._reporting_full_disk(folder / name):
+            grids.save_png(images[-1], folder / name)
+            if len(images) > 1:
+                grids.save_gif(images, folder / "trajectory.gif")
+            self.tracker.image(run.step, run.GRID_FOLDER, images[-1])
 
-    def measure(self, stop: Stop) -> None:
-        """The distance of the trainer's pictures to real ones. It takes long: if the run is asked
-        to stop meanwhile, it is left out.
-        """
-        t = self.trainer
-        yardstick = t.yardstick
-        if yardstick is None:
+    def measure(self, stop: StopRequest) -> None:
+        """Log the run's slow metrics. If it is signalled to stop meanwhile, they are left out."""
+        metrics = self.run.measure(partial(self._until_stopped, stop=stop))
+        if metrics is None:
+            self.tracker.message(f"step {self.run.step} is not measured: the run is stopping")
             return
-        batches = t.pictures(yardstick.n, yardstick.batch_size)
-        found = yardstick.distance(self._until_asked_to_stop(batches, stop))
-        if found is None:
-            self.tracker.message(f"step {t.step} is not measured: the run was asked to stop")
-            return
-        self.tracker.log(t.step, {yardstick.name: found})
+        self.tracker.log(self.run.step, metrics)
 
-    def _until_asked_to_stop(self, batches: Iterable[Any], stop: Stop) -> Iterator[Any]:
+    def _until_stopped(self, batches: Iterable[Any], *, stop: StopRequest) -> Iterator[Any]:
         for batch in batches:
-            if bool(parallel.any_process(bool(stop), self.trainer.mesh)):
+            if bool(parallel.any_across_processes(bool(stop), self.run.mesh)):
                 return
             yield batch
 
-    def draw_records(self) -> None:
-        """The figures that need nothing but what is recorded. They never fail a run."""
-        t, folder = self.trainer, self.trainer.run_dir / FIGURES
+    def save_figures(self) -> None:
+        """Save the figures that need nothing but the log and the grids. They never fail a run."""
         if not processes.is_first():
             return
-        figures: dict[str, Callable[[Path], None]] = {
-            curves.NAME: lambda path: curves.save(t.run_dir, path),
-            progress.NAME: lambda path: progress.save(t.run_dir / t.SHOWS, path, last=t.step),
-        }
-        for name, draw in figures.items():
-            try:
-                draw(folder / name)
-            except Exception as error:
-                reason = str(error).partition("\n")[0] or type(error).__name__
-                self.tracker.message(f"{FIGURES}/{name} is not drawn: {reason}")
+        run, folder = self.run, self.run.run_dir / FIGURES
+        self._save_figure(
+            folder / curves.CURVES_FILE, lambda path: curves.save_curves(run.run_dir, path)
+        )
+        self._save_figure(
+            folder / progress.PROGRESS_FILE,
+            lambda path: progress.save_progress_gif(
+                run.run_dir / run.GRID_FOLDER, path, last=run.step
+            ),
+        )
+
+    def _save_figure(self, path: Path, save: Callable[[Path], None]) -> None:
+        try:
+            save(path)
+        except Exception as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            self.tracker.message(f"{FIGURES}/{path.name} is not saved: {reason}")
 
     def _finish_saving(self) -> None:
-        """Wait for the last checkpoint: if it fails, that is said under its own step."""
-        with self._unsaved_is_said():
+        """Wait for the last checkpoint. If it fails, the message names its own step."""
+        with self._reporting_failed_save():
             self.checkpoints.wait()
 
     @contextmanager
-    def _unsaved_is_said(self) -> Iterator[None]:
+    def _reporting_failed_save(self) -> Iterator[None]:
         try:
             yield
         except DiskFullError as error:
-            self.tracker.message(f"step {self.saving} is not saved, training goes on: {error}")
+            self.tracker.message(f"step {self.saving} is not saved, training continues: {error}")
 
     @contextmanager
-    def _full_disk_is_said(self, path: Path) -> Iterator[None]:
+    def _reporting_full_disk(self, path: Path) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            self.tracker.message(f"no space left for {path}; training goes on")
-
-    def _roll_back(self, step: int, position: int) -> None:
-        """To the last checkpoint, or to the start; the batches since then are left out (as
-        Chowdhery et al. 2022, §5.1, do after a spike of the loss).
-        """
-        t = self.trainer
-        self._finish_saving()
-        back = self.checkpoints.latest() or 0
-        self.rollbacks.append(f"step {step} (back to step {back})")
-        rows = t.data.rows(position).tolist()
-        problem = f"the loss or its gradient is not finite at step {step}"
-        if len(self.rollbacks) > MOST_ROLLBACKS:
-            raise RunError(
-                f"{problem}, after {MOST_ROLLBACKS} returns to a checkpoint: "
-                f"{'; '.join(self.rollbacks[:-1])}; the last good checkpoint is step {back}; the "
-                f"batch's rows of the training split are {rows}"
-            )
-        self.tracker.message(
-            f"{problem}, nor at the {t.config.nan_patience - 1} before it: going back to step "
-            f"{back}, leaving out the batches since then"
-        )
-        t.go_back(self.checkpoints, back, position=position + 1)
-        self.tracker.rewind(back)
-        self.finite = True
-
-    def _rates(self) -> dict[str, float]:
-        """Images per second, seconds per step and, where the device's peak is known, MFU."""
-        t, rates = self.trainer, self.throughput.take()
-        if rates and t.peak and t.flops_per_image:
-            per_device = rates["images_per_second"] / jax.device_count()
-            rates["mfu"] = t.flops_per_image * per_device / t.peak.flops_per_second
-        return rates
+            self.tracker.message(f"no space left for {path}; training continues")

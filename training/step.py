@@ -1,18 +1,18 @@
-"""All that a step of training changes, and the step: `update`.
+"""The training state, and one step that updates it.
 
-A state and a batch go in, a state and a report come out; the loss, its gradient and the optimizer
-are the caller's.
+`update` maps a state and a batch to a state and a report. The loss, its gradient and the optimizer
+are arguments; nothing here knows a network.
 """
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from training import optim
 
@@ -20,17 +20,47 @@ from training import optim
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a step changes, and all that a checkpoint needs to go on bit for bit."""
+    """Everything that a step changes; restored from a checkpoint, a run resumes bit for bit.
+
+    Args:
+        step: updates so far.
+        position: batches so far; more than steps after a rollback.
+        skipped: non-finite steps, which left the weights unchanged.
+        bad_steps: non-finite steps in a row, up to now.
+        params: the weights.
+        ema: their exponential moving average.
+        opt_state: the optimizer's state.
+        loss_scale: with float16.
+        window: sums of the metrics over the steps since the last logged line.
+    """
 
     step: Array
-    position: Array  # batches so far; more than steps, where some were left out
-    skipped: Array  # steps that left the weights alone, for they were not finite
-    bad_steps: Array  # how many of them in a row, up to now
+    position: Array
+    skipped: Array
+    bad_steps: Array
     params: Any
     ema: Any
     opt_state: Any
-    loss_scale: optim.LossScale | tuple[()]  # with float16
-    window: dict[str, Array]  # sums of the metrics over the steps since the last log line
+    loss_scale: optim.LossScale | tuple[()]
+    window: dict[str, Array]
+
+
+class StepReport(NamedTuple):
+    """Numbers of one step for the log. Until they are fetched, arrays on the device.
+
+    Args:
+        bad_steps, skipped, window: those of the new `TrainState`.
+        param_norm: L2 norm of the new weights.
+        update_norm: L2 norm of the update.
+        loss_scale: the scale that this step used, with float16.
+    """
+
+    bad_steps: Int[Array, ""]
+    skipped: Int[Array, ""]
+    window: dict[str, Array]
+    param_norm: Float[Array, ""]
+    update_norm: Float[Array, ""]
+    loss_scale: Float[Array, ""] | None
 
 
 def update(
@@ -38,55 +68,65 @@ def update(
     batch: Any,
     key: Key[Array, ""],
     *,
-    draw: Callable[[Any, Array], Any],
+    read_batch: Callable[[Any, Array], Any],
     value_and_grad: Callable,
     optimizer: optax.GradientTransformationExtraArgs,
     ema_decay: float,
     log_every: int,
-) -> tuple[TrainState, dict[str, Any]]:
-    """One step: gradients, clipped AdamW, EMA. Returns the new state and the step's report.
+) -> tuple[TrainState, StepReport]:
+    """One step: gradients, clipped AdamW, EMA.
 
-    A loss or gradient that is not finite changes nothing but the counts.
+    A non-finite loss or gradient changes nothing but the counts.
+
+    Args:
+        key: the run's; a step's own is folded from it and the position.
+        read_batch: maps `batch` and the position to the rows that the loss takes.
+        value_and_grad: `(params, batch, key, loss_scale) -> ((loss, metrics), gradients)`.
+        log_every: steps after which the window of metrics starts anew.
     """
-    s, step_key = state, jax.random.fold_in(key, state.position)
-    batch, scale = draw(batch, s.position), s.loss_scale[0] if s.loss_scale else None
+    s = state
+    step_key = jax.random.fold_in(key, s.position)
+    batch = read_batch(batch, s.position)
+    scale = s.loss_scale[0] if s.loss_scale else None
     (loss, metrics), grads = value_and_grad(s.params, batch, step_key, scale)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, s.opt_state, s.params, finite=finite)
     params = optax.apply_updates(s.params, updates)
     ema = optim.update_ema(s.ema, params, optim.ema_decay_at(s.step, ema_decay))
-
-    def if_finite(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
     metrics |= {"loss": loss, "grad_norm": grad_norm, "steps": jnp.ones(())}
     window = jax.tree.map(lambda w: jnp.where(s.step % log_every == 0, 0, w), s.window)
-    window = if_finite(jax.tree.map(jnp.add, window, metrics), window)
-    # Too large a scale is no bad step: it is halved until gradients are finite, or it is 1.
-    bad = ~finite & (scale is None or ~jnp.isfinite(loss) | (scale <= optim.LEAST_SCALE))
+    window = _where(finite, jax.tree.map(jnp.add, window, metrics), window)
+    # A loss scale that is too large is no bad step: it is halved until gradients are finite.
+    bad = ~finite & (scale is None or ~jnp.isfinite(loss) | (scale <= optim.MIN_LOSS_SCALE))
     new = TrainState(
         step=s.step + 1,
         position=s.position + 1,
         skipped=s.skipped + ~finite,
         bad_steps=jnp.where(bad, s.bad_steps + 1, 0),
         params=params,
-        ema=if_finite(ema, s.ema),
+        ema=_where(finite, ema, s.ema),
         opt_state=opt_state,
         loss_scale=optim.next_loss_scale(s.loss_scale, finite) if s.loss_scale else (),
         window=window,
     )
-    report = {
-        "bad_steps": new.bad_steps,
-        "skipped": new.skipped,
-        "window": window,
-        "param_norm": optax.tree.norm(new.params),
-        "update_norm": optax.tree.norm(updates),
-    }
-    return new, report | ({"loss_scale": scale} if s.loss_scale else {})
+    report = StepReport(
+        bad_steps=new.bad_steps,
+        skipped=new.skipped,
+        window=window,
+        param_norm=optax.tree.norm(new.params),
+        update_norm=optax.tree.norm(updates),
+        loss_scale=scale,
+    )
+    return new, report
 
 
-def first_state(
+def _where(condition: Bool[Array, ""], new: Any, old: Any) -> Any:
+    """`jnp.where` over two trees."""
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+
+
+def initial_state(
     params: Any,
     optimizer: optax.GradientTransformationExtraArgs,
     metrics: dict[str, jax.ShapeDtypeStruct],
@@ -96,8 +136,8 @@ def first_state(
     """The state before the first step.
 
     Args:
-        metrics: what the loss will report.
-        scaled: whether there is a loss scale.
+        metrics: shapes of the metrics that the loss returns.
+        scaled: whether the loss is scaled, for float16.
     """
     window = {name: jnp.zeros(metric.shape) for name, metric in metrics.items()}
     window |= {name: jnp.zeros(()) for name in ("loss", "grad_norm", "steps")}
@@ -110,17 +150,17 @@ def first_state(
         # The average starts as a copy: one buffer in two places of the state cannot be donated.
         ema=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
-        loss_scale=optim.first_loss_scale() if scaled else (),
+        loss_scale=optim.initial_loss_scale() if scaled else (),
         window=window,
     )
 
 
 def as_items(state: TrainState) -> dict[str, Any]:
-    """A state as the items of a checkpoint."""
+    """Split a state into the items of a checkpoint."""
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return {"params": rest.pop("params"), "ema": rest.pop("ema"), "optimizer": rest}
 
 
 def from_items(items: dict[str, Any]) -> TrainState:
-    """The inverse of `as_items`."""
+    """Join the items of a checkpoint into a state: the inverse of `as_items`."""
     return TrainState(params=items["params"], ema=items["ema"], **items["optimizer"])

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
 import numpy as np
 from tqdm import tqdm
 
-from runtime.files import atomic
+from runtime.files import atomic_file
+from training.step import StepReport
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -37,7 +38,6 @@ SHOWN: dict[str, Callable[[float], str]] = {
     "mfu": lambda x: f"{x:.1%} MFU",
 }
 DISTANCES = ("fid_", "pixel_frechet_")  # how names begin that end in a number of pictures
-OF_ONE_STEP = ("loss_scale", "param_norm", "update_norm")
 
 
 class Sink(Protocol):
@@ -221,7 +221,7 @@ def rewind(path: Path, step: int) -> None:
     new = "".join(f"{line}\n" for line in lines if belongs(line)).encode()
     if new == old:
         return
-    with atomic(path) as file:
+    with atomic_file(path) as file:
         file.write(new)
 
 
@@ -253,18 +253,22 @@ def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
         yield name, value
 
 
-def summary(report: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of metrics from a step's report: means over the steps since the last line, and norms
-    at this one. A loss in bins of t becomes the mean loss of each.
+def metrics_line(report: StepReport) -> dict[str, Any]:
+    """A line of metrics from a step's fetched report: means over the steps since the last line, and
+    the norms of this step. A loss in bins of t becomes the mean loss of each bin.
     """
-    window = dict(report["window"])
-    n = window.pop("steps") or math.nan  # none of them was finite
-    mean = {name: total / n for name, total in window.items()}
-    line: dict[str, Any] = {name: float(report[name]) for name in OF_ONE_STEP if name in report}
-    if "binned_loss" in mean:
-        bins = zip(mean.pop("binned_loss"), mean.pop("bin_share"), strict=True)
+    window = dict(report.window)
+    n_steps = window.pop("steps") or math.nan  # none of them was finite
+    means = {name: total / n_steps for name, total in window.items()}
+    line: dict[str, Any] = {}
+    if report.loss_scale is not None:
+        line["loss_scale"] = float(report.loss_scale)
+    line["param_norm"] = float(report.param_norm)
+    line["update_norm"] = float(report.update_norm)
+    if "binned_loss" in means:
+        bins = zip(means.pop("binned_loss"), means.pop("bin_share"), strict=True)
         line["loss_by_t"] = [float(loss / share) if share else None for loss, share in bins]
-    return {name: float(value) for name, value in mean.items()} | line
+    return {name: float(value) for name, value in means.items()} | line
 
 
 class Throughput:

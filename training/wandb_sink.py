@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import UserError
-from runtime.files import atomic
+from runtime.files import atomic_file
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -28,7 +28,7 @@ def require_installed() -> None:
     found = importlib.util.find_spec("wandb")
     if found is None or found.origin is None:
         raise UserError(
-            "--wandb_project needs the package wandb: pip install -r requirements-wandb.txt"
+            "--wandb_project needs the package wandb: pip install --group wandb"
         )
 
 
@@ -104,7 +104,7 @@ class Sink:
     def _id(self) -> str:
         path = self.folder / ID
         if self.fresh or not path.exists():
-            with atomic(path) as file:
+            with atomic_file(path) as file:
                 file.write(secrets.token_hex(4).encode())
         return path.read_text().strip()
 

@@ -1,8 +1,8 @@
-"""Training that starts from weights that are there: a run's, or a published model's.
+"""Starting a run from existing weights: those of another run, or of a published model.
 
-`read` finds them, `filled` takes the model's flags from them, and `fitted` makes them those of the
-model to be trained. Classes, the size of pictures and their patches may be others, and what that
-changes is said; all else must be the same.
+`load_starting_weights` loads them, `with_source_flags` takes the model's flags from them, and
+`fit_weights` fits them to the model to train. The classes, the image size and the patches may
+differ, which is reported; everything else must match. Resuming a run is not done here.
 """
 
 from collections import Counter
@@ -21,23 +21,31 @@ from inference.trained_model import TrainedModel
 from model import ModelConfig
 from pretrained import transformer
 from runtime import parallel, processes
-from runtime.checkpoint import FOLDER as CHECKPOINTS
+from runtime.checkpoint import CHECKPOINTS_FOLDER
 from runtime.errors import UserError
 from training.config import TrainConfig
 
-# Flags of the model that are its source's, if not said.
-FLAGS = ("block", "position", "rope", "qk_norm", "mlp", "norm")
-# What no flag says of a model.
-BEYOND_FLAGS = ("n_class_tokens", "mlp_ratio", "time_scale")
-BEYOND_FLAGS += ("caption_norm", "n_dual", "position_side", "position_base")
-# What must be the same; of captions, their channels.
-SAME = ("width", "depth", "n_heads", *FLAGS, "text_width", "pooled_width")
-Fresh = Callable[[str], dict[str, Any]]  # a part of a new model's weights, by its name
+# Flags of the model that default to the source's value.
+MODEL_FLAGS = ("block", "position", "rope", "qk_norm", "mlp", "norm")
+# Fields of a ModelConfig that no flag sets; always the source's.
+FIELDS_WITHOUT_FLAG = (
+    *("n_class_tokens", "mlp_ratio", "time_scale"),
+    *("caption_norm", "n_dual", "position_side", "position_base"),
+)
+# Fields of a ModelConfig that must match the source's; of the text encoders, their widths.
+MUST_MATCH = ("width", "depth", "n_heads", *MODEL_FLAGS, "text_width", "pooled_width")
+FreshPart = Callable[[str], dict[str, Any]]  # name of a part of the model → its fresh weights
+PartsAndNotices = tuple[dict[str, Any], list[str]]  # changed parts of the weights, lines to print
 
 
 @dataclass(frozen=True)
-class Source:
-    """What training starts from. `name` is for messages."""
+class StartingWeights:
+    """Weights that a run starts from, and the settings of the model they come from.
+
+    Args:
+        params: whole, in host memory.
+        name: for messages.
+    """
 
     config: ModelConfig
     params: dict[str, Any] = field(repr=False)
@@ -49,84 +57,91 @@ class Source:
         return self.settings["dataset"].get("label_names") or ()
 
 
-def read(path_or_id: str) -> Source:
-    """The averaged weights of a run's newest checkpoint, or a model that `transformer.load` finds.
+def load_starting_weights(path_or_id: str) -> StartingWeights:
+    """Load the averaged weights of a run's newest checkpoint, or a published model.
 
     Raises:
-        UserError: neither is there.
+        UserError: neither is found.
     """
     folder = Path(path_or_id).expanduser()
-    if not (folder / CHECKPOINTS).is_dir():
+    if not (folder / CHECKPOINTS_FOLDER).is_dir():
         with processes.first_then_others():
-            found = transformer.load(path_or_id)
-        return Source(found.config, found.params, found.settings, found.id)
-    # Each device has a part of them, and the host the whole.
-    of = TrainedModel.of_run(folder, fsdp=jax.device_count())
-    return Source(of.model, parallel.fetch(of.params), of.settings, f"step {of.step} of {folder}")
+            found = transformer.load_transformer(path_or_id)
+        return StartingWeights(found.config, found.params, found.settings, found.id)
+    # Sharded over all devices while loading: the whole is in host memory only.
+    run = TrainedModel.from_run(folder, fsdp=jax.device_count())
+    return StartingWeights(
+        run.model, parallel.fetch_to_host(run.params), run.settings, f"step {run.step} of {folder}"
+    )
 
 
-def filled(config: TrainConfig, source: Source) -> TrainConfig:
-    """`config` with the model and the objective of the source, where nothing else is said.
+def with_source_flags(config: TrainConfig, source: StartingWeights) -> TrainConfig:
+    """Fill in the flags of the model and of the objective from the source; given flags win.
 
     Raises:
-        UserError: the source's shape has no name here.
+        UserError: no preset has the source's shape.
     """
-    s, said = source.config, {k: v for k, v in vars(config).items() if v is not None}
-    name = transformer.preset_of(s)
-    if name is None:
+    s = source.config
+    given = {name: value for name, value in vars(config).items() if value is not None}
+    preset = transformer.find_preset(s)
+    if preset is None:
         raise UserError(
             f"--init_from {source.name}: no preset has width {s.width}, depth {s.depth} and "
             f"{s.n_heads} heads; add one to MODELS in model.py"
         )
-    kept: dict[str, Any] = {"model": name}
-    if "model" not in said:
-        kept["patch_size"] = s.patch_size
-    if _size(said.get("model", name)) == _size(name):
-        kept |= {flag: getattr(s, flag) for flag in FLAGS}
+    inherited: dict[str, Any] = {"model": preset}
+    if "model" not in given:
+        inherited["patch_size"] = s.patch_size
+    if _size_of_preset(given.get("model", preset)) == _size_of_preset(preset):
+        inherited |= {flag: getattr(s, flag) for flag in MODEL_FLAGS}
     prediction = source.settings.get("prediction")
     objective = "ddpm" if prediction else "rectified_flow"
-    if said.get("objective", objective) == objective:
-        kept["objective"] = objective
+    if given.get("objective", objective) == objective:
+        inherited["objective"] = objective
         if prediction:
-            kept |= {"prediction": prediction, "learned_sigma": s.out_channels > s.channels}
+            inherited["prediction"] = prediction
+            inherited["learned_sigma"] = s.out_channels > s.channels
     if s.text_width and _has_captions(config):
-        kept["text_towers"] = tuple(source.settings["text_towers"])
-    return replace(config, **kept | said)
+        inherited["text_towers"] = tuple(source.settings["text_towers"])
+    return replace(config, **inherited | given)
 
 
-def _size(model: str) -> str:
-    """Of a preset's name, all but the patches."""
+def _size_of_preset(model: str) -> str:
+    """Return a preset's name without the patch size: DiT-S/2 → DiT-S."""
     return model.rpartition("/")[0]
 
 
 def _has_captions(config: TrainConfig) -> bool:
-    entry = DATASET_CONFIGS.get(config.dataset_name)
-    named = config.caption_column or config.caption or (entry and entry.conditioning == "text")
-    return config.conditioning == "text" or (config.conditioning is None and bool(named))
+    dataset = DATASET_CONFIGS.get(config.dataset_name)
+    has_text = dataset is not None and dataset.conditioning == "text"
+    configured = config.caption_column or config.caption or has_text
+    return config.conditioning == "text" or (config.conditioning is None and bool(configured))
 
 
-def beyond_flags(config: ModelConfig, record: Mapping[str, Any]) -> ModelConfig:
-    """`config` with what no flag says from another's record."""
-    return replace(config, **{name: record[name] for name in BEYOND_FLAGS if name in record})
+def keep_fields_without_flag(config: ModelConfig, record: Mapping[str, Any]) -> ModelConfig:
+    """Take the fields that no flag sets from the record of another ModelConfig."""
+    return replace(config, **{name: record[name] for name in FIELDS_WITHOUT_FLAG if name in record})
 
 
-# --- one model's weights as another's -------------------------------------------------------------
+# --- fitting one model's weights to another -------------------------------------------------------
 
 
-def fitted(
-    source: Source, config: ModelConfig, dataset: DatasetConfig, fresh: Fresh
+def fit_weights(
+    source: StartingWeights, config: ModelConfig, dataset: DatasetConfig, fresh: FreshPart
 ) -> tuple[dict[str, Any], list[str]]:
-    """The source's weights as those of a model with `config`, and what a person should know of it:
-    what had to be done, and if it was trained on other latents.
+    """Fit the source's weights to a model with `config`.
+
+    Returns the weights, and lines that tell a person what was changed, and whether the source was
+    trained on other latents.
 
     Raises:
-        UserError: something that must be the same is not, by its name.
+        UserError: a field that must match does not.
     """
-    for name in SAME:
-        there, here = getattr(source.config, name), getattr(config, name)
-        if there != here:
-            raise UserError(f"--init_from {source.name}: {name} is {there} there, and {here} here")
-    params, notices = dict(source.params), [f"the weights are those of {source.name}"]
+    for name in MUST_MATCH:
+        theirs, ours = getattr(source.config, name), getattr(config, name)
+        if theirs != ours:
+            raise UserError(f"--init_from {source.name}: its {name} is {theirs}, not {ours}")
+    params, notices = dict(source.params), [f"starting from the weights of {source.name}"]
     for fit in (_fit_patches, _fit_outputs, _fit_positions):
         changed, notice = fit(source, config, fresh)
         params |= changed
@@ -135,133 +150,147 @@ def fitted(
         changed, notice = _fit_classes(source, config, dataset.label_names, fresh)
         params |= changed
         notices += notice
-    return params, notices + _other_latents(source, dataset.encoding)
+    return params, notices + _compare_latents(source, dataset.encoding)
 
 
-def _other_latents(source: Source, encoding: LatentEncoding | None) -> list[str]:
+def _compare_latents(source: StartingWeights, encoding: LatentEncoding | None) -> list[str]:
     record = source.settings["dataset"].get("encoding")
-    there = LatentEncoding.of(record) if record else None
-    if there is None or encoding is None:
-        kinds = ["latents" if e else "pictures" for e in (encoding, there)]
-        return [] if there is encoding else [f"it learns {kinds[0]}, and {kinds[1]} there"]
-    scales = [(e.scaling_factor, e.shift_factor) for e in (there, encoding)]
-    hashes = {e.vae_hash for e in (there, encoding)} - {""}
+    theirs = LatentEncoding.of(record) if record else None
+    if theirs is None and encoding is None:
+        return []
+    if theirs is None:
+        return ["this run trains on latents, the source on images"]
+    if encoding is None:
+        return ["this run trains on images, the source on latents"]
+    scales = [(e.scaling_factor, e.shift_factor) for e in (theirs, encoding)]
+    hashes = {e.vae_hash for e in (theirs, encoding)} - {""}
     if scales[0] == scales[1] and len(hashes) < 2:
         return []
-    here, there = (f"of {e.vae}, times {e.scaling_factor:g}" for e in (encoding, there))
-    return [f"the latents are those {here}, and those {there} there"]
+    return [
+        f"this run trains on latents of {encoding.vae}, scaled by {encoding.scaling_factor:g}; the "
+        f"source on latents of {theirs.vae}, scaled by {theirs.scaling_factor:g}"
+    ]
 
 
-Fitted = tuple[dict[str, Any], list[str]]
-
-
-def _patches_are_others(source: ModelConfig, config: ModelConfig) -> bool:
+def _patches_differ(source: ModelConfig, config: ModelConfig) -> bool:
     return (source.patch_size, source.channels) != (config.patch_size, config.channels)
 
 
-def _fit_patches(source: Source, config: ModelConfig, fresh: Fresh) -> Fitted:
-    s, c = source.config, config
-    if not _patches_are_others(s, c):
+def _fit_patches(source: StartingWeights, config: ModelConfig, fresh: FreshPart) -> PartsAndNotices:
+    """Replace the patch embedding if the patches differ."""
+    if not _patches_differ(source.config, config):
         return {}, []
-    there, here = (f"{m.patch_size}×{m.patch_size}×{m.channels}" for m in (s, c))
-    said = f"patches are {here}, and {there} there: the maps from and to patches start fresh"
-    return {"patch": fresh("patch")}, [said]
+    theirs, ours = (f"{m.patch_size}×{m.patch_size}×{m.channels}" for m in (source.config, config))
+    return {"patch": fresh("patch")}, [
+        f"patches are {ours}, not {theirs}: the patch embedding and the output layer start fresh"
+    ]
 
 
-def _fit_outputs(source: Source, config: ModelConfig, fresh: Fresh) -> Fitted:
-    """The last map, which tells more or less of each pixel with a learned variance or without."""
+def _fit_outputs(source: StartingWeights, config: ModelConfig, fresh: FreshPart) -> PartsAndNotices:
+    """Resize the output layer, which has more channels with a learned variance than without."""
     s, c, final = source.config, config, source.params["final"]
-    if _patches_are_others(s, c):
+    if _patches_differ(s, c):
         return {"final": final | {"out": fresh("final")["out"]}}, []
     if s.out_channels == c.out_channels:
         return {}, []
 
-    def resized(x: np.ndarray) -> np.ndarray:
+    def resize(x: np.ndarray) -> np.ndarray:
         pixels = np.asarray(x).reshape(*x.shape[:-1], c.patch_size**2, s.out_channels)
-        more = max(0, c.out_channels - s.out_channels)
-        pixels = np.pad(pixels, [(0, 0)] * (pixels.ndim - 1) + [(0, more)])
+        n_new = max(0, c.out_channels - s.out_channels)
+        pixels = np.pad(pixels, [(0, 0)] * (pixels.ndim - 1) + [(0, n_new)])
         return pixels[..., : c.out_channels].reshape(*x.shape[:-1], -1)
 
-    out = {name: resized(x) for name, x in final["out"].items()}
-    said = f"it says {c.out_channels} channels, and {s.out_channels} there: " + (
-        "the new ones start at zero" if c.out_channels > s.out_channels else "the last are left out"
-    )
-    return {"final": final | {"out": out}}, [said]
+    out = {name: resize(x) for name, x in final["out"].items()}
+    change = "new ones start at zero" if c.out_channels > s.out_channels else "last are dropped"
+    return {"final": final | {"out": out}}, [
+        f"output channels are {c.out_channels}, not {s.out_channels}: the {change}"
+    ]
 
 
-def _fit_positions(source: Source, config: ModelConfig, fresh: Fresh) -> Fitted:
-    """Tables that are learned are resized; all others are computed."""
+def _fit_positions(
+    source: StartingWeights, config: ModelConfig, fresh: FreshPart
+) -> PartsAndNotices:
+    """Resize a learned table of positions; other positions are computed and have no weights."""
     s, c = source.config, config
     if s.grid == c.grid:
         return {}, []
-    said = f"there are {c.grid[0]}×{c.grid[1]} patches, and {s.grid[0]}×{s.grid[1]} there: "
+    grids = f"patches are {c.grid[0]}×{c.grid[1]}, not {s.grid[0]}×{s.grid[1]}"
     if c.position != "learned":
-        return {}, [f"{said}positions are computed anew"]
-    table = resized_table(np.asarray(source.params["position"]["table"]), s.grid, c.grid)
-    return {"position": {"table": table}}, [f"{said}the learned positions are resized"]
+        return {}, [f"{grids}: positions are recomputed"]
+    table = resize_position_table(np.asarray(source.params["position"]["table"]), s.grid, c.grid)
+    return {"position": {"table": table}}, [f"{grids}: the learned positions are resized"]
 
 
-def resized_table(
-    table: Float[np.ndarray, "n d"], grid: tuple[int, int], new: tuple[int, int]
+def resize_position_table(
+    table: Float[np.ndarray, "n d"], grid: tuple[int, int], new_grid: tuple[int, int]
 ) -> Float[np.ndarray, "m d"]:
-    """A table over a grid, on another, by cubic interpolation (Dosovitskiy et al. 2021, §3.2)."""
+    """Resize a table over a grid by cubic interpolation (Dosovitskiy et al. 2021, §3.2)."""
     image = jnp.asarray(table).reshape(*grid, -1)
-    resized = jax.image.resize(image, (*new, image.shape[-1]), "cubic")
+    resized = jax.image.resize(image, (*new_grid, image.shape[-1]), "cubic")
     return np.asarray(resized.reshape(-1, image.shape[-1]))
 
 
 def _fit_classes(
-    source: Source, config: ModelConfig, label_names: Sequence[str], fresh: Fresh
-) -> Fitted:
-    """Rows of classes that both have; the null stays last."""
+    source: StartingWeights, config: ModelConfig, label_names: Sequence[str], fresh: FreshPart
+) -> PartsAndNotices:
+    """Keep the embeddings of classes that both models have; the null label stays last."""
     n, m = source.config.n_classes, config.n_classes
-    rows = kept_rows(source.label_names, n, label_names, m)
+    rows = match_classes(source.label_names, n, label_names, m)
     if rows == list(range(n)):
         return {}, []
-    rows, new = np.array([*rows, n]), fresh("label")
+    rows_and_null = np.array([*rows, n])
+    fresh_label = fresh("label")
     label = {
-        name: np.where(_column(rows >= 0, x), np.asarray(x)[rows], new[name])
+        name: np.where(
+            _as_column(rows_and_null >= 0, x), np.asarray(x)[rows_and_null], fresh_label[name]
+        )
         for name, x in source.params["label"].items()
     }
-    n_kept = int((rows[:-1] >= 0).sum())
+    n_kept = sum(row >= 0 for row in rows)
     return {"label": label}, [
-        f"of {m} classes {n_kept} are among the {n} there: others start fresh"
+        f"{n_kept} of {m} classes are among the source's {n}; the others start fresh"
     ]
 
 
-def _column(x: np.ndarray, like: Any) -> np.ndarray:
+def _as_column(x: np.ndarray, like: Any) -> np.ndarray:
     return x.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def kept_rows(there: Sequence[str], n: int, here: Sequence[str], m: int) -> list[int]:
-    """For each of m classes its number among n others, or −1: by name where both have names, by the
-    first of its synonyms where the whole name is not found; else, if they are as many, they are
-    taken for the same.
+def match_classes(source_names: Sequence[str], n: int, names: Sequence[str], m: int) -> list[int]:
+    """Return the source's class of each of this run's m classes, −1 if it has none.
+
+    Classes match by their whole name, else by the first of its synonyms. If a side has no names,
+    the classes match in order, provided that there are equally many.
+
+    Args:
+        source_names: names of the source's n classes, or empty.
+        names: names of this run's m classes, or empty.
     """
-    if len(there) != n or len(here) != m or not (n and m):
+    if len(source_names) != n or len(names) != m or not (n and m):
         return list(range(n)) if n == m else [-1] * m
-    if _keys(there) == _keys(here):
+    if _comparison_keys(source_names) == _comparison_keys(names):
         return list(range(n))
-    by_whole = _places(_lowered(there), _lowered(here))
-    by_first = _places(_firsts(there), _firsts(here))
-    return [first if whole < 0 else whole for whole, first in zip(by_whole, by_first)]
+    by_name = _match_unique_names(_lower_case(source_names), _lower_case(names))
+    by_synonym = _match_unique_names(_first_synonyms(source_names), _first_synonyms(names))
+    return [synonym if name < 0 else name for name, synonym in zip(by_name, by_synonym)]
 
 
-def _places(there: Sequence[str], here: Sequence[str]) -> list[int]:
-    """Where each name is there, or −1 where it does not stand for one class on both sides."""
-    theirs, ours, place = Counter(there), Counter(here), {name: i for i, name in enumerate(there)}
-    return [place[name] if theirs[name] == ours[name] == 1 else -1 for name in here]
+def _match_unique_names(source_names: Sequence[str], names: Sequence[str]) -> list[int]:
+    """Return the index of each name in the source, −1 unless it is unique on both sides."""
+    n_source, n_here = Counter(source_names), Counter(names)
+    index = {name: i for i, name in enumerate(source_names)}
+    return [index[name] if n_source[name] == n_here[name] == 1 else -1 for name in names]
 
 
-def _keys(names: Sequence[str]) -> list[str]:
-    """Names less their case and, where no other has the same first, less their synonyms."""
-    whole, first = _lowered(names), _firsts(names)
+def _comparison_keys(names: Sequence[str]) -> list[str]:
+    """Return names in lower case and, if no other name has the same first synonym, only that."""
+    whole, first = _lower_case(names), _first_synonyms(names)
     return [short if first.count(short) == 1 else long for short, long in zip(first, whole)]
 
 
-def _lowered(names: Sequence[str]) -> list[str]:
+def _lower_case(names: Sequence[str]) -> list[str]:
     return [str(name).lower() for name in names]
 
 
-def _firsts(names: Sequence[str]) -> list[str]:
-    return [name.split(",")[0].strip() for name in _lowered(names)]
+def _first_synonyms(names: Sequence[str]) -> list[str]:
+    return [name.split(",")[0].strip() for name in _lower_case(names)]

@@ -22,10 +22,10 @@ from PIL import Image
 
 from inference import curves, grids, progress
 from inference.app import service
-from inference.app.service import MOST_PICTURES, Models, SampleJob
+from inference.app.service import MAX_IMAGES, ModelLibrary, SampleJob
 from inference.sampler import MAX_SEED
 from inference.trained_model import TrainedModel
-from methods.ddpm import DESCENTS
+from methods.ddpm import DDPM_SOLVERS
 from runtime.errors import UserError
 from runtime.run_folder import read_config
 from sampling import SOLVERS
@@ -33,8 +33,8 @@ from sampling import SOLVERS
 # One drawing at a time, whoever asked for it; the others wait in a queue that has an end.
 DEVICE = {"concurrency_id": "device", "concurrency_limit": 1, "api_visibility": "private"}
 BESIDE = {"concurrency_limit": 4, "api_visibility": "private", "show_progress": "hidden"}
-MOST_WAITING = 20
-MOST_SHEETS = 24  # of samples over time
+MAX_QUEUED = 20
+MAX_GRIDS = 24  # of samples over time
 FILE_SECONDS = 3600  # how long a picture can be fetched again
 # Sheets are wide, and thumbnails would be squares.
 STYLE = "footer {display: none !important} #sheets button {aspect-ratio: auto !important}"
@@ -48,14 +48,14 @@ GALLERY |= {"format": "png", "buttons": SAFE, "interactive": False}
 SHOWN = ("dataset_name", "model", "objective", "n_steps", "batch_size", "learning_rate", "seed")
 
 
-def launch(page: gr.Blocks, *, port: int | None, host: str, share: bool) -> str:
+def launch_page(page: gr.Blocks, *, port: int | None, host: str, share: bool) -> str:
     """Open it, and return its address.
 
     Raises:
         UserError: the port is taken, or the host is not this machine's, or it cannot be reached.
     """
-    past_proxies(host)
-    page.queue(max_size=MOST_WAITING)
+    bypass_proxies(host)
+    page.queue(max_size=MAX_QUEUED)
     how = {"footer_links": [], "ssr_mode": False, "css": STYLE, "enable_monitoring": False}
     how |= {"prevent_thread_lock": True, "quiet": True, "max_file_size": 0}
     try:
@@ -66,7 +66,7 @@ def launch(page: gr.Blocks, *, port: int | None, host: str, share: bool) -> str:
     return public or local
 
 
-def past_proxies(host: str) -> None:
+def bypass_proxies(host: str) -> None:
     """Gradio looks whether its page is there: a proxy would look on another machine."""
     known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
     past = ",".join(filter(None, (known, "localhost,127.0.0.1", host.strip("[]"))))
@@ -74,7 +74,7 @@ def past_proxies(host: str) -> None:
 
 
 @contextmanager
-def messages() -> Iterator[None]:
+def show_errors() -> Iterator[None]:
     """Turns what goes wrong into a message in the page; a bug keeps its traceback, which the
     terminal shows.
     """
@@ -91,7 +91,7 @@ def messages() -> Iterator[None]:
         raise gr.Error(said, print_exception=False) from None
 
 
-def build(models: Models) -> gr.Blocks:
+def build_page(models: ModelLibrary) -> gr.Blocks:
     """The page."""
     names = models.names()
     with gr.Blocks(
@@ -103,23 +103,23 @@ def build(models: Models) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 model = gr.Dropdown(names, value=names[0], label="Model", elem_id="model")
-                fields = subject_fields()
+                fields = add_request_fields()
             with gr.Column(scale=3):
                 with gr.Tab("Draw"):
-                    own = draw_tab(models, model, fields)
+                    own = add_generate_tab(models, model, fields)
                 with gr.Tab("Guidance × steps"):
-                    table_tab(models, model, fields)
+                    add_comparison_tab(models, model, fields)
                 with gr.Tab("The run"):
-                    shown = run_tab()
+                    shown = add_run_tab()
         outputs = [*fields, *own]
 
         def choose(name: str) -> list[Any]:
-            with messages():
-                return form(models.open(name))
+            with show_errors():
+                return fields_for_model(models.open(name))
 
         def look(name: str) -> list[Any]:
-            with messages():
-                return history(models.folder(name))
+            with show_errors():
+                return load_run_history(models.folder(name))
 
         def arrive() -> Any:
             return gr.update(choices=models.names())
@@ -134,7 +134,7 @@ def build(models: Models) -> gr.Blocks:
 # --- fields ---------------------------------------------------------------------------------------
 
 
-def subject_fields() -> list[Any]:
+def add_request_fields() -> list[Any]:
     """What all pictures depend on: `order` reads them in this order."""
     labels = gr.Dropdown([], label="Classes", multiselect=True, elem_id="labels", visible=False)
     prompt = gr.Textbox(label="Prompt", lines=3, elem_id="prompt", visible=False)
@@ -149,12 +149,12 @@ def subject_fields() -> list[Any]:
     return [labels, prompt, negative, solver, low, high, seed]
 
 
-def form(drawable: TrainedModel) -> list[Any]:
+def fields_for_model(drawable: TrainedModel) -> list[Any]:
     """The fields as they fit a model: of `subject_fields`, then guidance and steps."""
     model, settings = drawable.model, drawable.settings
     told = bool(model.text_width)
     names = [] if told else drawable.label_names or [str(i) for i in range(model.n_classes)]
-    fitting = list(DESCENTS if settings.get("prediction") else SOLVERS)
+    fitting = list(DDPM_SOLVERS if settings.get("prediction") else SOLVERS)
     words = gr.update(visible=True) if told else gr.update(visible=False, value="")
     return [
         gr.update(choices=names, value=[], visible=bool(names), info="all, if none is chosen"),
@@ -167,7 +167,7 @@ def form(drawable: TrainedModel) -> list[Any]:
     ]
 
 
-def order(values: tuple[Any, ...], **more: Any) -> SampleJob:
+def read_job(values: tuple[Any, ...], **more: Any) -> SampleJob:
     """What the fields of `subject_fields` say, and more.
 
     Raises:
@@ -192,10 +192,10 @@ def order(values: tuple[Any, ...], **more: Any) -> SampleJob:
 # --- tabs -----------------------------------------------------------------------------------------
 
 
-def draw_tab(models: Models, model: gr.Dropdown, fields: list[Any]) -> list[Any]:
+def add_generate_tab(models: ModelLibrary, model: gr.Dropdown, fields: list[Any]) -> list[Any]:
     """Pictures, and their way from noise. Returns the fields for guidance and steps."""
     with gr.Row():
-        n = gr.Number(16, label="Pictures", precision=0, elem_id="n", info=f"1 … {MOST_PICTURES}")
+        n = gr.Number(16, label="Pictures", precision=0, elem_id="n", info=f"1 … {MAX_IMAGES}")
         steps = gr.Number(label="Steps", precision=0, elem_id="steps", info="of the sampler")
         scale = gr.Number(label="Guidance", elem_id="scale", step=0.5, info="1 is none")
     with gr.Row():
@@ -207,16 +207,16 @@ def draw_tab(models: Models, model: gr.Dropdown, fields: list[Any]) -> list[Any]
     )
 
     def on_draw(name: str, n: int | None, steps: int | None, scale: float | None, *values: Any):
-        with messages():
-            asked, shown = order(values, n=n, n_steps=steps, cfg_scale=scale), []
+        with show_errors():
+            asked, shown = read_job(values, n=n, n_steps=steps, cfg_scale=scale), []
             for pictures in service.run_job(models.keep(name), asked):
                 shown += pictures
                 yield shown
 
     def on_animate(name: str, n: int | None, steps: int | None, scale: float | None, *values: Any):
-        with messages():
-            asked = order(values, n=n, n_steps=steps, cfg_scale=scale)
-            frames = service.trajectory_frames(models.keep(name), asked)
+        with show_errors():
+            asked = read_job(values, n=n, n_steps=steps, cfg_scale=scale)
+            frames = service.sample_trajectory_frames(models.keep(name), asked)
             # Gradio takes a copy before this goes on.
             with tempfile.TemporaryDirectory() as folder:
                 grids.save_gif(frames, Path(folder) / "way.gif")
@@ -228,7 +228,7 @@ def draw_tab(models: Models, model: gr.Dropdown, fields: list[Any]) -> list[Any]
     return [scale, steps]
 
 
-def table_tab(models: Models, model: gr.Dropdown, fields: list[Any]) -> None:
+def add_comparison_tab(models: ModelLibrary, model: gr.Dropdown, fields: list[Any]) -> None:
     """A picture for each scale of guidance and number of steps."""
     with gr.Row():
         scales = gr.Textbox("1 2 4 8", label="Guidance (rows)", elem_id="scales")
@@ -239,14 +239,14 @@ def table_tab(models: Models, model: gr.Dropdown, fields: list[Any]) -> None:
     )
 
     def on_fill(name: str, scales: str, steps: str, *values: Any):
-        with messages():
-            wanted = numbers(scales, float), numbers(steps, int)
-            yield from service.table(models.keep(name), order(values), *wanted)
+        with show_errors():
+            wanted = parse_numbers(scales, float), parse_numbers(steps, int)
+            yield from service.sample_comparison_grid(models.keep(name), read_job(values), *wanted)
 
     fill.click(on_fill, [model, scales, steps, *fields], sheet, **DEVICE)
 
 
-def numbers(words: str, kind: type) -> list[Any]:
+def parse_numbers(words: str, kind: type) -> list[Any]:
     """The numbers in a line, between spaces or commas.
 
     Raises:
@@ -262,7 +262,7 @@ def numbers(words: str, kind: type) -> list[Any]:
 # --- the run itself -------------------------------------------------------------------------------
 
 
-def run_tab() -> list[Any]:
+def add_run_tab() -> list[Any]:
     """Where `history` goes."""
     with gr.Row():
         loss = gr.LinePlot(
@@ -275,7 +275,7 @@ def run_tab() -> list[Any]:
     return [loss, settings, sheets]
 
 
-def history(run: Path | None) -> list[Any]:
+def load_run_history(run: Path | None) -> list[Any]:
     """A run's curves, settings and samples; nothing for a model without one.
 
     Raises:
@@ -284,27 +284,27 @@ def history(run: Path | None) -> list[Any]:
     if run is None:
         return [None, None, None]
     settings, file = read_config(run), run / "metrics.jsonl"
-    record = curves.read(file) if file.exists() else []
+    record = curves.read_metrics(file) if file.exists() else []
     said = [name for name in settings if settings[name] not in (None, "", [], ())]
-    rows = [[name, flat(settings[name])] for name in sorted(said, key=rank)]
+    rows = [[name, format_setting(settings[name])] for name in sorted(said, key=setting_rank)]
     last = max((line["step"] for line in record), default=None)
-    sheets = progress.evenly(progress.steps(run / "samples", last), MOST_SHEETS)
+    sheets = progress.thin_out(progress.find_grids(run / "samples", last), MAX_GRIDS)
     # As pictures, not as paths: the run's folder stays closed to visitors.
-    return [losses(record), rows, [(Image.open(file), f"step {step}") for step, file in sheets]]
+    return [loss_table(record), rows, [(Image.open(file), f"step {step}") for step, file in sheets]]
 
 
-def rank(setting: str) -> int:
+def setting_rank(setting: str) -> int:
     """Of a setting: those that tell most come first."""
     return SHOWN.index(setting) if setting in SHOWN else len(SHOWN)
 
 
-def flat(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """A setting in one short line."""
     words = value if isinstance(value, str) else json.dumps(value)
     return words if len(words) <= 80 else f"{words[:80]}…"
 
 
-def losses(record: curves.Record) -> pd.DataFrame:
+def loss_table(record: curves.Record) -> pd.DataFrame:
     """Those of a metrics.jsonl."""
     names = {"loss": "training", "eval_loss": "evaluation"}
     points = [

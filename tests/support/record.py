@@ -44,7 +44,7 @@ def make_inputs(folder: Path) -> None:
     """Write the text encoder and the autoencoder that the runs read, once."""
     if (folder / "vae").exists():
         return
-    for place in ("tests/support", "tests", "."):
+    for place in ("tests/support", "."):
         sys.path.insert(0, str(ROOT / place))
     import averaging
     import towers

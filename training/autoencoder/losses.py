@@ -1,4 +1,8 @@
-"""Losses of an autoencoder: reconstruction and KL, alone or against a critic of patches."""
+"""Losses of an autoencoder: reconstruction and KL, with or without a patch discriminator.
+
+A loss is `loss(model, batch, inputs) -> (loss, metrics)`. The distances themselves are in
+`networks.perceptual`; when the discriminator starts is decided by the trainer.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,118 +20,135 @@ from networks import perceptual
 from networks.autoencoder import AutoencoderConfig, AutoencoderKL, sample
 from training.autoencoder.config import VaeConfig
 
-CRITIC = "discriminator"  # its weights' name beside the autoencoder's
-OF_CRITIC = ("gan_loss", "critic_loss", "gan_weight")  # metrics
-
-
-# --- the loss -------------------------------------------------------------------------------------
+CRITIC = "discriminator"  # the critic's name among the model's weights
+CRITIC_METRICS = ("gan_loss", "critic_loss", "gan_weight")
 
 
 class AutoencoderWithCritic(AutoencoderKL):
-    """An autoencoder and the critic that it is trained against, side by side."""
+    """An autoencoder and the patch discriminator (critic) that it is trained against."""
 
     def __init__(self, config: AutoencoderConfig, *, dtype: str, rngs: nnx.Rngs):
         super().__init__(config, dtype=dtype, rngs=rngs)
-        # As many halvings as leave it some patches to judge: three from 32 pixels to a side on.
+        # Fewer layers for images below 32×32, so that some patches are left to judge.
         n_layers = min(3, max(1, int(np.log2(config.sample_size)) - 2))
         self.discriminator = perceptual.PatchDiscriminator(
             config.in_channels, n_layers=n_layers, dtype=dtype, rngs=rngs
         )
 
 
-class LossInputs(NamedTuple):
-    """What a step's loss is given besides weights and pictures."""
+class AutoencoderLossInputs(NamedTuple):
+    """Inputs of the loss besides weights and images."""
 
     key: Key[Array, ""]
-    lpips: Any  # weights, or ()
+    lpips: Any  # weights of LPIPS, or () without
 
 
-def row_keys(key: Key[Array, ""], row: Int[Array, "b"]) -> Key[Array, "b"]:
-    """A key for each row, from its index in the global batch."""
+def keys_by_row(key: Key[Array, ""], row: Int[Array, "b"]) -> Key[Array, "b"]:
+    """Derive a key for each row from its index in the global batch."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(row)
 
 
-def reconstruction_loss(c: VaeConfig) -> Callable[..., tuple[Array, dict[str, Array]]]:
-    """`loss(picture, image, lpips) -> (loss, metrics)`: how far pictures are from others."""
+# --- the losses -----------------------------------------------------------------------------------
 
-    def loss(picture, image, lpips):
-        metrics = {"pixel_loss": perceptual.PIXEL_LOSSES[c.pixel_loss](picture, image).mean()}
+
+def reconstruction_loss(c: VaeConfig) -> Callable[..., tuple[Array, dict[str, Array]]]:
+    """Return the distance `loss(reconstruction, image, lpips) -> (loss, metrics)`: pixels, their
+    gradients and LPIPS, weighted by the config.
+    """
+
+    def loss(reconstruction, image, lpips):
+        pixel_loss = perceptual.PIXEL_LOSSES[c.pixel_loss]
+        metrics = {"pixel_loss": pixel_loss(reconstruction, image).mean()}
         total = metrics["pixel_loss"]
         if c.gradient_weight:
-            metrics["gradient_loss"] = perceptual.gradient_l2(picture, image).mean()
+            metrics["gradient_loss"] = perceptual.gradient_l2(reconstruction, image).mean()
             total += c.gradient_weight * metrics["gradient_loss"]
         if lpips:
-            metrics["lpips_loss"] = perceptual.lpips(lpips, picture, image).mean()
+            metrics["lpips_loss"] = perceptual.lpips(lpips, reconstruction, image).mean()
             total += c.lpips_weight * metrics["lpips_loss"]
         return total, metrics
 
     return loss
 
 
-def objective(c: VaeConfig) -> Callable[..., tuple[Array, dict[str, Array]]]:
-    """`loss(model, batch, given) -> (loss, metrics)` without a critic. The KL is divided by the
-    number of pixel values, as the reconstruction is, so that `kl_weight` is that of two sums over
-    a picture (Rombach et al. 2022, eq. 25) and not a matter of its size.
+def autoencoder_loss(c: VaeConfig) -> Callable[..., tuple[Array, dict[str, Array]]]:
+    """Return the loss without the critic: reconstruction + kl_weight · KL.
+
+    The KL is divided by the number of pixel values, as the reconstruction loss is. `kl_weight` thus
+    weighs two sums over an image (Rombach et al. 2022, eq. 25), whatever its size.
     """
     distance = reconstruction_loss(c)
 
-    def loss(model, batch, given):
+    def loss(model, batch, inputs):
         image = to_float(batch.image)
         moments = model.encode(image)
-        picture = model.decode(sample(moments, row_keys(given.key, batch.row)))
-        total, metrics = distance(picture, image, given.lpips)
+        reconstruction = model.decode(sample(moments, keys_by_row(inputs.key, batch.row)))
+        total, metrics = distance(reconstruction, image, inputs.lpips)
         metrics["kl"] = perceptual.kl(*moments).mean()
-        if c.gan_weight:  # it has not started yet
-            metrics |= dict.fromkeys(OF_CRITIC, 0 * total)
+        if c.gan_weight:  # before gan_start
+            metrics |= dict.fromkeys(CRITIC_METRICS, 0 * total)
         return total + c.kl_weight * metrics["kl"] / image[0].size, metrics
 
     return loss
 
 
-def adversarial(
+def adversarial_loss(
     c: VaeConfig, device_mean: Callable[[Any], Any] = lambda tree: tree
 ) -> Callable[..., tuple[Array, dict[str, Array]]]:
-    """`objective` with a critic (Esser et al. 2021, eq. 5–7): the autoencoder's weights are led to
-    a smaller distance and to pictures that the critic takes for real, the critic's to tell them
-    from real ones, both at once.
+    """Return `autoencoder_loss` plus the losses of the critic (Esser et al. 2021, eq. 5–7).
+
+    One backward pass trains both: the autoencoder to reconstruct and to be judged real, the critic
+    to tell reconstructions from images.
 
     Args:
-        device_mean: of the gradients that weigh the critic: over all rows of the batch.
+        device_mean: averages the last layer's gradients over all rows of the batch; their ratio is
+            the critic's weight.
     """
     distance = reconstruction_loss(c)
 
-    def loss(model, batch, given):
+    def loss(model, batch, inputs):
         image = to_float(batch.image)
         moments = model.encode(image)
-        z = sample(moments, row_keys(given.key, batch.row))
-        picture, pull = decoded(model, z)
-        fixed = jax.lax.stop_gradient(picture)
+        z = sample(moments, keys_by_row(inputs.key, batch.row))
+        reconstruction, last_layer_vjp = decode_with_last_layer_vjp(model, z)
+        detached = jax.lax.stop_gradient(reconstruction)
 
-        # Both are differentiated here, by the picture, and the chain rule goes on from there: once
-        # to the last layer for their weight, once through all of the autoencoder.
-        near = jax.value_and_grad(partial(distance, image=image, lpips=given.lpips), has_aux=True)
-        (reconstruction, metrics), to_near = near(fixed)
-        fools = jax.value_and_grad(lambda x: perceptual.hinge_generator(model.discriminator(x)))
-        gan, to_fool = fools(fixed)
-        weight = c.gan_weight * perceptual.adaptive_weight(
-            device_mean(pull(to_near)), device_mean(pull(to_fool))
+        # Both losses are differentiated with respect to the reconstruction here. The chain rule
+        # then goes to the last layer for their weight, and once through the whole autoencoder.
+        distance_and_gradient = jax.value_and_grad(
+            partial(distance, image=image, lpips=inputs.lpips), has_aux=True
         )
-        direction = jax.lax.stop_gradient(to_near + weight * to_fool)
-        critic = perceptual.hinge_critic(model.discriminator(image), model.discriminator(fixed))
+        (distance_loss, metrics), distance_gradient = distance_and_gradient(detached)
+        generator_and_gradient = jax.value_and_grad(
+            lambda x: perceptual.hinge_generator(model.discriminator(x))
+        )
+        generator_loss, generator_gradient = generator_and_gradient(detached)
+        weight = c.gan_weight * perceptual.adaptive_weight(
+            device_mean(last_layer_vjp(distance_gradient)),
+            device_mean(last_layer_vjp(generator_gradient)),
+        )
+        gradient = jax.lax.stop_gradient(distance_gradient + weight * generator_gradient)
+        critic_loss = perceptual.hinge_critic(
+            model.discriminator(image), model.discriminator(detached)
+        )
 
         metrics["kl"] = perceptual.kl(*moments).mean()
-        metrics |= dict(zip(OF_CRITIC, (gan, critic, weight)))
-        led = jnp.vdot(direction, picture - fixed)  # 0, with the gradient that was asked for
-        total = jax.lax.stop_gradient(reconstruction + weight * gan)
-        return total + led + critic + c.kl_weight * metrics["kl"] / image[0].size, metrics
+        metrics |= dict(zip(CRITIC_METRICS, (generator_loss, critic_loss, weight)))
+        # Its value is 0; its gradient with respect to the reconstruction is `gradient`.
+        surrogate = jnp.vdot(gradient, reconstruction - detached)
+        value = jax.lax.stop_gradient(distance_loss + weight * generator_loss)
+        kl_loss = c.kl_weight * metrics["kl"] / image[0].size
+        return value + surrogate + critic_loss + kl_loss, metrics
 
     return loss
 
 
-def decoded(
+def decode_with_last_layer_vjp(
     model: AutoencoderKL, z: Float[Array, "b h w c"]
 ) -> tuple[Float[Array, "b H W c"], Callable]:
-    """The pictures, and what a gradient in them is in the weights of the decoder's last layer."""
+    """Decode latents. Also returns the function from a gradient with respect to the images to the
+    gradient with respect to the weights of the decoder's last layer.
+    """
 
     def is_last(path, _):
         return "decoder" in path and path[-2:] == ("conv_out", "kernel")
@@ -136,28 +157,42 @@ def decoded(
     return jax.vjp(lambda last: nnx.merge(definition, last, rest).decode(z), last)
 
 
+# --- the optimizer of both ------------------------------------------------------------------------
+
+
 def separate_optimizers(
     autoencoder: optax.GradientTransformationExtraArgs,
     critic: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-    """One optimizer for each of two opponents: the gradient of one must not clip the other's."""
+    """Optimize the autoencoder and the critic each on its own, so that the gradient norm of one
+    does not clip the other's gradient.
+    """
 
     def split(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         return without_critic(tree), {CRITIC: tree[CRITIC]}
 
     def init(params):
-        a, b = split(params)
-        return {"autoencoder": autoencoder.init(a), CRITIC: critic.init(b)}
+        autoencoder_params, critic_params = split(params)
+        return {
+            "autoencoder": autoencoder.init(autoencoder_params),
+            CRITIC: critic.init(critic_params),
+        }
 
     def update(updates, state, params=None, **extra):
-        (a, b), (params_a, params_b) = split(updates), split(params)
-        a, state_a = autoencoder.update(a, state["autoencoder"], params_a, **extra)
-        b, state_b = critic.update(b, state[CRITIC], params_b, **extra)
-        return dict(a) | dict(b), {"autoencoder": state_a, CRITIC: state_b}  # type: ignore
+        autoencoder_updates, critic_updates = split(updates)
+        autoencoder_params, critic_params = split(params)
+        autoencoder_updates, autoencoder_state = autoencoder.update(
+            autoencoder_updates, state["autoencoder"], autoencoder_params, **extra
+        )
+        critic_updates, critic_state = critic.update(
+            critic_updates, state[CRITIC], critic_params, **extra
+        )
+        merged = dict(autoencoder_updates) | dict(critic_updates)  # type: ignore
+        return merged, {"autoencoder": autoencoder_state, CRITIC: critic_state}
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def without_critic(params: dict[str, Any]) -> dict[str, Any]:
-    """The autoencoder's weights among those of a state."""
+    """Return the autoencoder's weights among those of both."""
     return {name: x for name, x in params.items() if name != CRITIC}

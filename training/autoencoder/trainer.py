@@ -2,20 +2,20 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key, UInt8
 from PIL import Image
 
 from data.batch import Batch
-from data.load import open_source
-from evaluation.during_training import TrainingFID
+from data.load import open_dataset
 from inference import grids
 from methods.rectified_flow import to_float
 from networks import perceptual
@@ -23,21 +23,26 @@ from networks.autoencoder import AutoencoderKL, Moments, graphdef, mode
 from pretrained import autoencoder as pretrained_autoencoder
 from pretrained import lpips as pretrained_lpips
 from runtime import files, parallel, processes, run_folder
-from runtime.checkpoint import Checkpoints
-from train import Trainer
-from training import device_dataset, loop, optim
+from training import optim
 from training import step as training_step
-from training.autoencoder.config import DEFAULTS, VaeConfig, network, resolve, size_to_open
+from training.autoencoder.config import (
+    DEFAULTS,
+    VaeConfig,
+    autoencoder_config,
+    requested_image_size,
+    resolve_vae_config,
+)
 from training.autoencoder.losses import (
+    AutoencoderLossInputs,
     AutoencoderWithCritic,
-    LossInputs,
-    adversarial,
-    objective,
+    adversarial_loss,
+    autoencoder_loss,
     separate_optimizers,
     without_critic,
 )
+from training.loop import Loop, RunRecord, flags_as_json
 from training.resolve import merge_saved
-from training.step import TrainState
+from training.step import StepReport, TrainState
 
 COMMAND, NAME, FOLDER = "train_vae.py", "vae", "vae"
 SHOWN, COLUMNS = 16, 8  # reconstructions of a sheet
@@ -47,101 +52,109 @@ DIGITS = VaeConfig()
 # --- the run --------------------------------------------------------------------------------------
 
 
-class VaeTrainer(Trainer):
-    """`Trainer` with another network, another loss and another way to look at it: pictures instead
-    of labels come in, reconstructions instead of samples are shown.
+class VaeTrainer(Loop):
+    """A run that trains an autoencoder: dataset, networks, optimizers, and their state on all
+    devices.
     """
 
-    CONFIG, COMMAND, SHOWS = VaeConfig, COMMAND, "reconstructions"
+    CONFIG = VaeConfig
+    COMMAND = COMMAND
+    GRID_FOLDER = "reconstructions"
 
     def __init__(self, config: VaeConfig = DIGITS):
-        """Open the data, fill in the settings, create the state or restore it. Writes nothing.
+        """Open the dataset, fill in the config, and create or restore the state. Writes nothing.
 
         Raises:
-            UserError: settings or data that cannot work.
+            UserError: flags or a dataset that cannot work.
         """
+        super().__init__(config)
         if config.lpips and Path(config.lpips).expanduser().exists():
             config = dataclasses.replace(
                 config, lpips=str(Path(config.lpips).expanduser().resolve())
             )
-        name = config.dataset_name or DEFAULTS["dataset_name"]
-        run_dir, saved = self._folder(config, name, NAME), None
+        dataset_name = config.dataset_name or DEFAULTS["dataset_name"]
+        run_dir, saved = self._find_run_dir(dataset_name, NAME), None
         if run_dir and config.resume:
             saved = run_folder.read_config(run_dir, command=COMMAND)
             config = merge_saved(config, saved)
-        self.source = open_source(
+        self.source = open_dataset(
             config.dataset_name or DEFAULTS["dataset_name"],
             data_dir=config.data_dir,
             image_column=config.image_column,
             conditioning="none",
-            image_size=size_to_open(config),
+            image_size=requested_image_size(config),
             channels=config.channels,
             streaming=config.streaming or DEFAULTS["streaming"],
         )
-        self.dataset, self.encoded, self.peak = self.source.config, None, None
-        c = self.config = resolve(
+        self.dataset = self.source.config
+        c = self.config = resolve_vae_config(
             config,
             self.dataset,
             n_rows=len(self.source.train),
             n_devices=jax.device_count(),
             platform=jax.default_backend(),
         )
-        self.run_dir = run_dir or Path(
-            processes.broadcast_from_first(lambda: str(run_folder.new(c.dataset_name, NAME)))
-        )
-        self.model_config, self.dtype = network(c), "bfloat16" if c.half_precision else "float32"
+        self.run_dir = run_dir or self._new_run_dir(c.dataset_name, NAME)
+        self.model_config = autoencoder_config(c)
+        self.dtype = "bfloat16" if c.half_precision else "float32"
         self.mesh = parallel.make_mesh()
-        weights = pretrained_lpips.load(c.lpips) if c.lpips else ()
+        weights = pretrained_lpips.load_lpips(c.lpips) if c.lpips else ()
         self.lpips = parallel.replicate(weights, self.mesh)
         self.init_key, self.train_key = jax.random.split(jax.random.key(c.seed))
-        self._restore_or_create(saved)
-
-    def _restore_or_create(self, saved: dict[str, Any] | None) -> None:
-        c = self.config
-        self.schedule = optim.learning_rate_schedule(
-            c.schedule, c.learning_rate, warmup_steps=c.warmup_steps, n_steps=c.n_steps
-        )
-        of = partial(optim.optimizer, self.schedule, clip_norm=c.clip_norm)
-        self.optimizer = of(beta1=c.beta1, beta2=c.beta2, weight_decay=c.weight_decay)
-        if c.gan_weight:  # the critic's as in Esser et al. 2021
-            self.optimizer = separate_optimizers(
-                self.optimizer, of(beta1=0.5, beta2=0.9, weight_decay=0.0)
+        self.set_schedule(
+            optim.learning_rate_schedule(
+                c.schedule, c.learning_rate, warmup_steps=c.warmup_steps, n_steps=c.n_steps
             )
-        self.step, self.position, self.damaged = 0, 0, []
-        if saved and Checkpoints.exist(self.run_dir):
-            self.restore()
-        else:
-            self.state = parallel.create(self._initial_state, self.mesh)
+        )
+        self._restore_or_create(self.create_state, resume=bool(saved))
+
+    def make_optimizer(self, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+        c = self.config
+        autoencoder = optim.clipped_adamw(
+            schedule,
+            beta1=c.beta1,
+            beta2=c.beta2,
+            weight_decay=c.weight_decay,
+            clip_norm=c.clip_norm,
+        )
+        if not c.gan_weight:
+            return autoencoder
+        critic = optim.clipped_adamw(  # as in Esser et al. 2021
+            schedule, beta1=0.5, beta2=0.9, weight_decay=0.0, clip_norm=c.clip_norm
+        )
+        return separate_optimizers(autoencoder, critic)
 
     # --- one step ---------------------------------------------------------------------------------
 
-    def update(self, state: TrainState, batch: Any, key: Key[Array, ""]) -> Any:
+    def update(
+        self, state: TrainState, batch: Any, key: Key[Array, ""]
+    ) -> tuple[TrainState, StepReport]:
         """One step, with the critic or without, as is due."""
         c = self.config
         step = self._adversarial if c.gan_weight and self.step >= c.gan_start else self._alone
-        return step(state, batch, LossInputs(key, self.lpips))
+        return step(state, batch, AutoencoderLossInputs(key, self.lpips))
 
     @cached_property
     def _alone(self) -> Callable:
-        return self._compiled(objective(self.config))
+        return self._compiled(autoencoder_loss(self.config))
 
     @cached_property
     def _adversarial(self) -> Callable:
-        return self._compiled(adversarial(self.config, parallel.device_mean))
+        return self._compiled(adversarial_loss(self.config, parallel.mean_over_devices))
 
     def _compiled(self, loss: Callable) -> Callable:
         c, optimizer = self.config, self.optimizer
         value_and_grad = parallel.value_and_grad(
             loss, self.graphdef, self.mesh, accumulate_steps=c.accumulate_steps
         )
-        draw = partial(device_dataset.draw_batch, batch_size=c.batch_size, mesh=self.mesh)
+        read_batch = self.read_batch()
 
         def step(state, batch, given):
             return training_step.update(
                 state,
                 batch,
                 given.key,
-                draw=draw if c.cache_on_device else lambda batch, position: batch,
+                read_batch=read_batch,
                 # An argument: as a constant, a hundred MB of weights would be compiled too.
                 value_and_grad=lambda params, batch, key, scale: value_and_grad(
                     params, batch, given._replace(key=key), scale
@@ -161,12 +174,12 @@ class VaeTrainer(Trainer):
         kind = AutoencoderWithCritic if self.config.gan_weight else AutoencoderKL
         return kind(self.model_config, dtype=self.dtype, rngs=rngs)
 
-    def _initial_state(self) -> TrainState:
+    def initial_state(self) -> TrainState:
         model = self._build(nnx.Rngs(params=self.init_key))
-        loss = (adversarial if self.config.gan_weight else objective)(self.config)
-        given = LossInputs(self.train_key, self.lpips)
+        loss = (adversarial_loss if self.config.gan_weight else autoencoder_loss)(self.config)
+        given = AutoencoderLossInputs(self.train_key, self.lpips)
         metrics = jax.eval_shape(lambda batch: loss(model, batch, given)[1], self.blank_batch())
-        return training_step.first_state(
+        return training_step.initial_state(
             nnx.to_pure_dict(nnx.state(model)), self.optimizer, metrics
         )
 
@@ -203,7 +216,7 @@ class VaeTrainer(Trainer):
     def reconstruct(self, image: UInt8[np.ndarray, "b h w c"]) -> UInt8[np.ndarray, "b h w c"]:
         """Pictures through their likeliest latents and back, by the averaged weights."""
         params, image = without_critic(self.state.ema), parallel.replicate(image, self.mesh)
-        return grids.to_uint8(parallel.fetch(self._reconstruct(params, image)[0]))
+        return grids.to_uint8(parallel.fetch_to_host(self._reconstruct(params, image)[0]))
 
     def evaluate(self) -> dict[str, float]:
         """How well the averaged weights reconstruct the evaluation split: the mean PSNR of its
@@ -211,10 +224,10 @@ class VaeTrainer(Trainer):
         """
         params = without_critic(self.state.ema)
         found = [
-            self._reconstruct(params, parallel.place(batch.image, self.mesh))[1]
+            self._reconstruct(params, parallel.shard_batch(batch.image, self.mesh))[1]
             for batch in self.data.eval_batches(self.config.n_eval_batches)
         ]
-        return {"psnr": float(np.mean(parallel.fetch(found)))}
+        return {"psnr": float(np.mean(parallel.fetch_to_host(found)))}
 
     def latent_statistics(self) -> tuple[float, float]:
         """Mean and standard deviation of all numbers of the latents of some training pictures, as
@@ -222,9 +235,9 @@ class VaeTrainer(Trainer):
         """
         params, sums = without_critic(self.state.ema), []
         for step in range(self.config.n_eval_batches):
-            image = parallel.place(self.data.train_batch(step).image, self.mesh)
+            image = parallel.shard_batch(self.data.train_batch(step).image, self.mesh)
             sums.append(moments_of(self._encode(params, image)))
-        mean, square = np.mean(parallel.fetch(sums), axis=0)
+        mean, square = np.mean(parallel.fetch_to_host(sums), axis=0)
         return float(mean), float(np.sqrt(square - mean**2))
 
     def export(self) -> None:
@@ -238,14 +251,9 @@ class VaeTrainer(Trainer):
         config = dataclasses.replace(self.model_config, scaling_factor=1 / std, shift_factor=mean)
         params = without_critic(jax.device_get(self.state.ema))
         with files.atomic_folder(self.run_dir / FOLDER) as folder:
-            pretrained_autoencoder.save(folder, config, params)
+            pretrained_autoencoder.save_autoencoder(folder, config, params)
 
-    @cached_property
-    def yardstick(self) -> TrainingFID | None:
-        """None: it draws nothing that could be measured."""
-        return None
-
-    def sheets(self, *, trajectory: bool = False) -> list[Image.Image]:
+    def image_grids(self, *, trajectory: bool = False) -> list[Image.Image]:
         """Held-out pictures, each with its reconstruction below."""
         held_out = self.source.eval
         rows = np.unique(np.linspace(0, len(held_out) - 1, SHOWN).astype(int))
@@ -253,13 +261,13 @@ class VaeTrainer(Trainer):
         both = np.stack([originals, self.reconstruct(originals)], axis=1)
         parts = np.array_split(both, range(COLUMNS, len(both), COLUMNS))
         shown = np.concatenate([part.swapaxes(0, 1).reshape(-1, *both.shape[2:]) for part in parts])
-        return [grids.grid(shown, columns=min(COLUMNS, len(both)))]
+        return [grids.image_grid(shown, columns=min(COLUMNS, len(both)))]
 
-    def greeting(self, last: int) -> str:
+    def start_message(self, last: int) -> str:
         c, m = self.config, self.model_config
         n_params = sum(x.size for x in jax.tree.leaves(without_critic(self.state.params)))
         side = c.image_size // m.downsampling
-        begin = f"going on at step {self.step}" if self.step else "starting"
+        begin = f"resuming at step {self.step}" if self.step else "starting"
         without_lpips = (
             ""
             if c.lpips
@@ -277,7 +285,7 @@ class VaeTrainer(Trainer):
             f"{begin}: {last} steps of {c.batch_size} pictures, into {self.run_dir}"
         )
 
-    def farewell(self) -> str:
+    def end_message(self) -> str:
         run_dir, step = self.run_dir, self.step
         return f"""
 Done: step {step}. Everything is in {run_dir}/
@@ -290,15 +298,9 @@ Next:
       --image_size {self.config.image_size} --vae {run_dir / FOLDER}
   python train_vae.py --resume --run_dir {run_dir} --n_steps {2 * step}"""
 
-    def describe(self) -> dict[str, Any]:
-        """What `config.json` holds: every setting, the network's shape, the facts of the data."""
-        return loop.settings(self.config) | {
-            "command": COMMAND,
-            "model": NAME,
-            "run_dir": str(self.run_dir),
-            "model_config": dataclasses.asdict(self.model_config),
-            "dataset": dataclasses.asdict(self.dataset),
-        }
+    def describe(self) -> RunRecord:
+        flags = {**flags_as_json(self.config), "command": COMMAND, "model": NAME}
+        return RunRecord(flags, self.run_dir, self.model_config, self.dataset)
 
 
 @jax.jit

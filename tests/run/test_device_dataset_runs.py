@@ -1,0 +1,36 @@
+"""What is drawn on the devices is what the host would have sent."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from train_cases import TINY, metrics
+
+from runtime.errors import UserError
+from train import Trainer
+
+
+def test_a_run_with_its_data_on_the_device_is_the_same_run(tmp_path, capsys):
+    runs = []
+    for cached in (False, True):
+        config = replace(TINY, cache_on_device=cached, run_dir=tmp_path / str(cached))
+        runs.append(Trainer(config))
+        runs[-1].fit()
+    leaves = zip(*(jax.tree.leaves(run.state) for run in runs), strict=True)
+    assert all(np.array_equal(a, b) for a, b in leaves)
+    assert metrics(tmp_path / "False") == metrics(tmp_path / "True")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"streaming": True}, "--cache_on_device holds the whole dataset"),
+        ({"in_memory": False}, "--cache_on_device holds the whole dataset"),
+        ({"caption": ("a {label}",)}, "--cache_on_device is for classes"),
+        ({"profile": True}, "--profile is of blank batches, .*: add --nocache_on_device"),
+    ],
+)
+def test_what_cannot_lie_on_devices_is_said(how, message):
+    with pytest.raises(UserError, match=message):
+        Trainer(replace(TINY, cache_on_device=True, **how))

@@ -1,0 +1,38 @@
+"""The figures of a run are drawn, or it is said why not."""
+
+from pathlib import Path
+
+import pytest
+from drawables import NOTHING, drawable
+from figures_cases import (
+    OF_RECORDS,
+    command,  # noqa: F401
+)
+from PIL import Image, ImageSequence
+
+OF_WEIGHTS = ["trajectory.gif", "x0.png", "cfg_sweep.png", "denoising.png"]
+
+
+def size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+
+@pytest.mark.slow
+def test_all_of_a_run_with_classes(command, tmp_path):
+    out = tmp_path / "there"
+    drawn, left_out = command(drawable(), out=out)
+    assert (drawn, left_out) == ({*OF_RECORDS, *OF_WEIGHTS}, [])
+    with Image.open(out / "trajectory.gif") as gif:
+        assert len(list(ImageSequence.Iterator(gif))) == 4  # the states of three steps
+    # As wide as a page shows them: ten classes of 64 pixels.
+    assert all(640 < size(out / name)[0] < 860 for name in OF_WEIGHTS)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_had_is_left_out_with_a_line(command):
+    drawn, left_out = command(drawable(NOTHING, conditioning="none", cfg_scale=1.0))
+    assert drawn == {*OF_RECORDS, *OF_WEIGHTS} - {"cfg_sweep.png"}
+    assert left_out == [
+        "cfg_sweep.png is left out: an unconditional model has no label to be guided by"
+    ]

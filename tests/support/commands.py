@@ -1,0 +1,90 @@
+"""Runs the project's commands as a person would: in a process of their own."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from conftest import FAST
+
+ROOT = Path(__file__).parents[2]
+NANO = "tests/support/nano.py"
+SMALL = ["--model", "DiT-Nano/8", "--batch_size", "8", "--n_eval_batches", "1"]
+SMALL += ["--n_sample_steps", "2", "--warmup_steps", "2"]
+CONVERT = "convert_imagenet.py"
+DIGITS_AT_16 = ["--dataset_name", "digits", "--image_size", "16", "--rows_per_file", "500"]
+DIGITS_AT_16 += ["--n_workers", "0"]
+
+
+def settings(cache: Path, n_devices: int = 1, fast_compile: bool = True) -> dict[str, str]:
+    """Environment of a command on so many virtual devices. `cache` holds the session's compiled
+    programs.
+    """
+    flags = f"--xla_force_host_platform_device_count={n_devices}"
+    return {
+        "XLA_FLAGS": f"{flags} {FAST}" if fast_compile else flags,
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def start(
+    *words: object, cache: Path, n_devices: int = 1, fast_compile: bool = True
+) -> subprocess.Popen:
+    """A command in an environment of `settings`."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env=os.environ | settings(cache, n_devices, fast_compile),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*words: object, **how) -> subprocess.CompletedProcess:
+    """`start`, to its end."""
+    process = start(*words, **how)
+    out, err = process.communicate(timeout=900)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def convert(*flags: object, **how) -> subprocess.CompletedProcess:
+    """Makes latents of the digits, which are 8 × 8 of two channels with the VAE of averaging.py."""
+    return run(CONVERT, *DIGITS_AT_16, *flags, **how)
+
+
+@contextmanager
+def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
+    """A new folder that is a disk of its own. Skips the test where that cannot be."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(disk: Path, free_bytes: int = 0) -> Path:
+    """Up to so many bytes, with the file that is returned."""
+    filler = disk / "filler"
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:  # others write too: how much is free is not known beforehand
+            file.write(bytes(4096))
+    os.truncate(filler, filler.stat().st_size - free_bytes)
+    return filler
+
+
+def free_port() -> int:
+    """For processes that are to meet."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,36 @@
+"""Small models with random weights to draw from, made without training."""
+
+from functools import lru_cache
+from typing import Any
+
+import jax
+import nano  # noqa: F401  (its sizes)
+
+from inference.trained_model import TrainedModel
+from model import ModelConfig, init_model_params, model_config
+from runtime import parallel
+
+DIGITS = [str(i) for i in range(10)]
+SHAPE = {"image_size": 8, "channels": 1}
+CLASSES = model_config("DiT-Nano/4", **SHAPE, out_channels=1, n_classes=10)
+SIGMA = model_config("DiT-Nano/4", **SHAPE, out_channels=2, n_classes=10)  # it learns its variance
+NOTHING = model_config("DiT-Nano/4", **SHAPE, out_channels=1, n_classes=0)  # it is told nothing
+FLOW = {"solver": "euler", "n_sample_steps": 3, "sample_shift": 1.0, "cfg_scale": 2.0}
+DDPM = FLOW | {"solver": "ddpm", "sample_shift": None, "prediction": "epsilon"}
+
+
+@lru_cache
+def weights(config: ModelConfig) -> Any:
+    """Away from their zero start, where a model would say nothing."""
+    fresh = init_model_params(config, jax.random.key(0))
+    return jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), fresh)
+
+
+def drawable(config: ModelConfig = CLASSES, **settings: Any) -> TrainedModel:
+    """As of a run on the digits."""
+    dataset = {"encoding": None, "label_names": DIGITS if config.n_classes else []}
+    told = {"dataset_name": "digits", "conditioning": "class", "dataset": dataset}
+    settings = FLOW | told | settings
+    return TrainedModel(
+        "digits", settings, config, parallel.make_mesh(), lambda: (7, weights(config))
+    )

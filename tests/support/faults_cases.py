@@ -1,0 +1,100 @@
+"""Inputs and helpers shared by the tests of runtime.faults."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import ROOT, SMALL, settings
+from train_cases import metrics
+
+SAVE_EVERY, SAMPLE_EVERY = 20, 15
+EVERY = ["--eval_save_steps", SAVE_EVERY, "--sample_every_n", SAMPLE_EVERY, "--log_every", 5]
+FLAGS = [*SMALL, *EVERY, "--n_steps", 200]
+
+
+class Forks:
+    """Runs by tests/forks.py, one at a time."""
+
+    def __init__(self, cache: Path, folder: Path):
+        self.out, self.err = folder / "out", folder / "err"
+        self.server = subprocess.Popen(
+            [sys.executable, "tests/support/forks.py", self.out, self.err],
+            cwd=ROOT,
+            env=os.environ | settings(cache),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.ended = True
+
+    def _ask(self, **asked: object) -> int:
+        assert self.server.stdin and self.server.stdout
+        self.out.write_text("")
+        print(json.dumps(asked), file=self.server.stdin, flush=True)
+        self.ended = False
+        return int(self.server.stdout.readline())
+
+    def start(self, *flags: object, n_devices: int = 1, command: str = "train") -> int:
+        """Returns the run's process id."""
+        return self._ask(command=command, flags=[*map(str, flags)], n_devices=n_devices)
+
+    def end(self) -> tuple[int, str, str]:
+        """The exit status and what was printed."""
+        assert self.server.stdout
+        status, self.ended = int(self.server.stdout.readline()), True
+        return status, self.out.read_text(), self.err.read_text()
+
+    def run(self, *flags: object, **how: Any) -> tuple[int, str, str]:
+        """`start` and `end`."""
+        self.start(*flags, **how)
+        return self.end()
+
+    def digest(self, folder: Path, n_devices: int = 1) -> str:
+        """Of the state that a run would go on with on so many devices."""
+        self._ask(digest=str(folder), n_devices=n_devices)
+        status, out, err = self.end()
+        assert status == 0, err
+        return out
+
+
+def children(process: int) -> list[int]:
+    """The processes that its threads have started."""
+    lists = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(child) for path in lists for child in path.read_text().split()]
+
+
+@pytest.fixture(scope="module")
+def whole(server, tmp_path_factory) -> Path:
+    """A run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    status, _, err = server.run(*FLAGS, "--run_dir", folder)
+    assert status == 0, err
+    return folder
+
+
+def assert_same_end(forks: Forks, folder: Path, whole: Path) -> None:
+    """Both have recorded the same and ended with the same bits, and nothing lies about."""
+    assert metrics(folder) == metrics(whole)
+    assert forks.digest(folder) == forks.digest(whole)
+    assert not [*folder.rglob("*tmp*")]
+
+
+def newest(folder: Path) -> int:
+    """The last step with a complete checkpoint, or 0."""
+    return max(
+        (int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdecimal()),
+        default=0,
+    )
+
+
+def wait_until(happened: Callable[[], object], seconds: float = 60) -> None:
+    last = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < last, "it has not happened"
+        time.sleep(0.002)

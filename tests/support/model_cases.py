@@ -1,0 +1,65 @@
+"""Inputs and helpers shared by the tests of model."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from data.batch import EncodedCaption
+from model import (
+    BLOCKS,
+    JOINT,
+    ModelConfig,
+    model_graphdef,
+    init_model_params,
+)
+
+key = jax.random.key(0)
+TINY = ModelConfig(
+    width=32,
+    depth=2,
+    n_heads=2,
+    patch_size=2,
+    image_size=8,
+    channels=3,
+    out_channels=3,
+    n_classes=5,
+)
+BLOCK_VARIANTS = {block: replace(TINY, block=block) for block in (*BLOCKS, JOINT)}
+TEXT = {"n_classes": 0, "text_length": 6, "text_width": 10, "pooled_width": 7}
+TEXT_VARIANTS = {
+    f"{block}, captions": replace(TINY, block=block, **TEXT) for block in BLOCK_VARIANTS
+}
+x = jax.random.normal(key, (4, 8, 8, 3))
+t = jnp.asarray([0.1, 0.4, 0.6, 0.9])
+label = jnp.asarray([0, 2, 4, 5])
+lengths = np.array([6, 3, 1, 0])  # the last is the null caption
+rng = np.random.default_rng(0)
+mask = np.arange(6) < lengths[:, None]
+caption = EncodedCaption(
+    jnp.asarray(rng.normal(size=(4, 6, 10)) * mask[..., None], jnp.float16),
+    jnp.asarray(mask),
+    jnp.asarray(rng.normal(size=(4, 7)) * (lengths[:, None] > 0), jnp.float16),
+)
+
+
+def told(config):
+    """Four labels: of what kind depends on the model."""
+    return caption if config.text_width else label
+
+
+def live(config, params=None):
+    return nnx.merge(model_graphdef(config), init_model_params(config, key) if params is None else params)
+
+
+def shaken(config):
+    """Weights away from their zero start, so that everything has an effect."""
+    rng = np.random.default_rng(1)
+
+    def weight(path, p):
+        return jnp.asarray(rng.normal(path[-1].key == "scale", 0.2, p.shape), p.dtype)
+
+    shapes = jax.eval_shape(lambda: init_model_params(config, key))
+    return live(config, jax.tree_util.tree_map_with_path(weight, shapes))

@@ -1,0 +1,119 @@
+"""The benchmarks of speed run, and their peer is the model that it is compared with."""
+
+import json
+import os
+import subprocess
+
+import pytest
+from benchmarks_cases import needs_torch
+from commands import ROOT, run, settings
+
+TINY = ["--model", "DiT-Ti/8", "--image_size", 16, "--rounds", 1]
+
+
+# --- the scripts ----------------------------------------------------------------------------------
+
+
+def benchmark(script, *flags, cache):
+    """What a script found; the table must be there, too."""
+    done = run(f"benchmarks/{script}", *flags, cache=cache)
+    assert done.returncode == 0, done.stderr
+    *text, line = done.stdout.splitlines()
+    table = [row for row in text if row.startswith("|")]
+    assert len(table) > 2 and len({row.count("|") for row in table}) == 1
+    found = json.loads(line)
+    assert {"benchmark", "date", "device", "command", "versions", "rows"} <= set(found)
+    return found["rows"], done.stdout
+
+
+def test_step_without_a_peer(cache):
+    how = ["--batch_size", 2, "--remat", "false,true", "--unroll", 1, "--precision", "bf16"]
+    rows, _ = benchmark("step.py", *TINY, *how, "--peer", "none", cache=cache)
+    assert [(row["remat"], row["unroll"]) for row in rows] == [(False, 1), (True, 1)]
+    for row in rows:
+        assert row["planned_bytes"] > 0 and row["compile_s"] > 0 and 0 < row["of_matmul"] < 1
+        assert row["flops_per_second"] == pytest.approx(
+            row["train_flops_per_image"] * row["images_per_second"]
+        )
+
+
+def test_a_plan_of_a_step_takes_none(cache):
+    """The same memory as of a step that is taken."""
+    how = [*TINY, "--batch_size", 2, "--unroll", 1, "--precision", "bf16", "--peer", "none"]
+    (planned,), _ = benchmark("step.py", *how, "--plan_only", cache=cache)
+    (taken,), _ = benchmark("step.py", *how, cache=cache)
+    assert planned["planned_bytes"] == taken["planned_bytes"] > 0
+    assert planned["median_s"] is None and planned["n_params"] == taken["n_params"]
+
+
+@pytest.mark.slow
+@needs_torch
+def test_step_beside_torch(cache):
+    how = ["--batch_size", 2, "--unroll", 1]
+    rows, _ = benchmark("step.py", *TINY, *how, cache=cache)
+    ours, *_, theirs = rows
+    assert ours["n_params"] == theirs["n_params"]
+    assert set(ours["times_as_fast_as"]) == {"fp32", "autocast"}
+    assert theirs["times_as_fast_as"]["autocast"] == 1
+
+
+def test_an_mmdit_has_no_peer(cache):
+    flags = ["--model", "MMDiT-Ti/8", "--image_size", 16, "--rounds", 1, "--batch_size", 2]
+    rows, text = benchmark("step.py", *flags, "--unroll", 1, "--precision", "fp32", cache=cache)
+    assert len(rows) == 1
+    assert "left out" in text
+
+
+@pytest.mark.slow
+@needs_torch
+def test_sample(cache):
+    rows, _ = benchmark("sample.py", *TINY, "--n", 2, "--n_steps", 2, cache=cache)
+    assert [set(row["times_as_fast_as"]) for row in rows] == [{"fp32"}, {"autocast"}] * 2
+
+
+def test_attention(cache):
+    flags = ["--rounds", 1, "--batch_size", 1, "--tokens", 16, "--heads", 2, "--width", 24]
+    rows, text = benchmark("attention.py", *flags, cache=cache)
+    assert [row["way"] for row in rows] == ["own", "XLA"] * 2 and "left out: cuDNN" in text
+    done = run("benchmarks/attention.py", "--heads", 2, cache=cache)
+    assert done.returncode == 2 and "each number of heads needs its width" in done.stderr
+
+
+def test_autoencoder(cache):
+    flags = ["--rounds", 1, "--batch_size", 1, "--image_size", 16, "--block_out_channels", "32,32"]
+    rows, _ = benchmark("autoencoder.py", *flags, "--precision", "bf16", "--nopeer", cache=cache)
+    assert [row["what"] for row in rows] == ["encode, ours bf16", "decode, ours bf16"]
+
+
+@pytest.mark.slow
+@needs_torch
+def test_autoencoder_beside_torch(cache):
+    flags = ["--rounds", 1, "--batch_size", 1, "--image_size", 16, "--block_out_channels", "32,32"]
+    rows, _ = benchmark("autoencoder.py", *flags, "--precision", "fp32", cache=cache)
+    assert all(row["times_as_fast_as_torch"] > 0 for row in rows if "ours" in row["what"])
+
+
+@pytest.mark.slow
+def test_startup(cache):
+    flags = ["--model", "DiT-Ti/8", "--rounds", 1, "--peer", "false"]
+    rows, _ = benchmark("startup.py", *flags, cache=cache)
+    assert rows["warm"]["median_s"] < rows["cold"]["median_s"]
+
+
+@pytest.mark.slow
+def test_the_gpu_script_without_a_gpu(cache):
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", "--dry"],
+        cwd=ROOT,
+        env=os.environ | settings(cache),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "status" not in done.stdout and "no time" not in done.stdout
+    assert done.stdout.count("| model × batch") >= 8 and "| batch × tokens" in done.stdout
+    assert "| what" in done.stdout
+
+
+def test_the_gpu_script_is_well_formed():
+    subprocess.run(["bash", "-n", "benchmarks/gpu.sh"], cwd=ROOT, check=True)

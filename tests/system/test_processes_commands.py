@@ -1,0 +1,170 @@
+"""Two processes are one run: the same numbers, one record, one end."""
+
+import json
+import re
+import signal
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from commands import NANO, SMALL, free_port, run, start
+
+import evaluate
+from evaluate import EvaluateConfig
+
+FLAGS = [*SMALL, "--n_steps", 20, "--log_every", 1, "--eval_save_steps", 10]
+FLAGS += ["--sample_every_n", 10]
+NAME = "pixel_frechet_21"
+
+
+def start_pair(*flags, cache, n_devices=4, command=NANO):
+    port = free_port()
+    common = ["--coordinator", f"127.0.0.1:{port}", "--n_processes", 2]
+    words = (command, *flags, *common, "--process_index")
+    return [start(*words, index, cache=cache, n_devices=n_devices) for index in (0, 1)]
+
+
+def wait_for_a_step(process):
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+
+
+GLOO = re.compile(r"\[Gloo\]|is connected to|peer ranks")
+
+
+def ends(pair, timeout=300) -> list[tuple[int, str, str]]:
+    """Exit status, output and errors of each, without what Gloo prints, also when two of its
+    threads print into one line.
+    """
+
+    def without_gloo(text: str) -> str:
+        lines = (line for line in text.splitlines() if not GLOO.search(line))
+        return "\n".join(line for line in lines if not line.strip().isdigit())
+
+    outputs = [process.communicate(timeout=timeout) for process in pair]
+    return [
+        (process.returncode, without_gloo(out), without_gloo(err))
+        for process, (out, err) in zip(pair, outputs, strict=True)
+    ]
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        (line["step"], name): line[name]
+        for line in lines
+        for name in ("loss", "grad_norm", "eval_loss")
+        if name in line
+    }
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    np.testing.assert_allclose([a[k] for k in a], [b[k] for k in a], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Statistics of the real digits' pixels."""
+    path = tmp_path_factory.mktemp("references") / "digits.npz"
+    evaluate.main(EvaluateConfig(dataset_name="digits", make_reference=path, features="pixels"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    done = run(NANO, *FLAGS, "--run_dir", folder, cache=cache, n_devices=1)
+    assert done.returncode == 0, done.stderr
+    return losses(folder)
+
+
+@pytest.mark.slow
+def test_two_processes_train_evaluate_draw_measure_and_save_as_one_does(
+    tmp_path, cache, alone, real
+):
+    folder = tmp_path / "run"
+    flags = ["--fid_every", 10, "--fid_reference", real, "--fid_features", "pixels", "--fid_n", 21]
+    pair = start_pair(*FLAGS, *flags, "--fsdp", 4, "--run_dir", folder, cache=cache)
+    first, second = ends(pair)
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert "Done: step 20" in first[1] and second[1] == ""
+    same(losses(folder), alone)
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"10", "20"}
+    assert (folder / "samples/final.png").exists() and (folder / "samples/0000010.png").exists()
+    out = tmp_path / "drawn.npz"  # by one process with one device
+    done = run("generate.py", "--run", folder, "--n", 4, "--out", out, cache=cache)
+    assert done.returncode == 0, done.stderr
+
+    judge = EvaluateConfig(run=folder, reference=real, features="pixels", n=21)
+    evaluate.main(replace(judge, out=tmp_path / "record"))
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    distances = [line[NAME] for line in map(json.loads, lines) if NAME in line]
+    found = json.loads((tmp_path / "record").read_text())
+    assert len(distances) == 2 and distances[1] == pytest.approx(found["pixel_frechet"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_judge_as_one_does(tmp_path, cache, real):
+    pictures, out = tmp_path / "some.npz", tmp_path / "record"
+    some = np.random.default_rng(0).integers(0, 256, (45, 8, 8, 1)).astype(np.uint8)
+    np.savez(pictures, arr_0=some)
+    judge = EvaluateConfig(npz=pictures, reference=real, features="pixels", out=out)
+    evaluate.main(judge)
+    flags = ["--npz", pictures, "--reference", real, "--features", "pixels", "--out", out]
+    pair = start_pair(*flags, cache=cache, n_devices=2, command="evaluate.py")
+    (code, said, err), second = ends(pair)
+    assert (code, *second[:2]) == (0, 0, ""), err + second[2]
+    assert "pixel_frechet" in said
+    expected, found = map(json.loads, out.read_text().splitlines())
+    for line in (expected, found):
+        del line["card"]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(tmp_path, cache, alone):
+    """And one process with one device goes on from there."""
+    folder = tmp_path / "run"
+    pair = start_pair(*FLAGS, "--run_dir", folder, cache=cache)
+    wait_for_a_step(pair[0])
+    pair[1].send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    first, second = ends(pair, timeout=60)
+    assert time.monotonic() - sent < 30
+    assert (first[0], second[0]) == (143, 143), first[2] + second[2]
+    (step,) = (int(path.name) for path in (folder / "checkpoints").glob("[0-9]*"))
+    assert 0 < step < 20
+    done = run(NANO, "--resume", "--run_dir", folder, cache=cache)
+    assert done.returncode == 0 and f"going on at step {step}" in done.stdout, done.stderr
+    same(losses(folder), alone)
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_all_processes_with_one_line_each(tmp_path, cache):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").touch()
+    for code, out, err in ends(
+        start_pair(*FLAGS, "--run_dir", tmp_path / "run", cache=cache), timeout=60
+    ):
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ") and "already exists" in err and err.count("\n") == 0
+
+
+@pytest.mark.slow
+def test_the_death_of_one_process_ends_the_other(tmp_path, cache):
+    flags = [*SMALL, "--n_steps", 100_000, "--log_every", 1, "--run_dir", tmp_path / "run"]
+    pair = start_pair(*flags, cache=cache)
+    wait_for_a_step(pair[0])
+    pair[1].kill()
+    pair[1].communicate()
+    pair[0].communicate(timeout=180)
+    assert pair[0].returncode != 0
+
+
+def test_no_cluster_is_one_line(cache):
+    done = run(NANO, "--distributed", cache=cache)
+    assert done.returncode == 2 and "no cluster is detected" in done.stderr
+    assert done.stderr.count("\n") == 1

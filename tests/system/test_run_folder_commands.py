@@ -1,0 +1,78 @@
+"""A run's folder has one name and one writer, and its files are whole or not there."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from commands import ROOT
+
+from runtime import files, run_folder
+from runtime.errors import UserError
+
+
+@pytest.fixture
+def ended():
+    """The number of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(tmp_path, ended):
+    (tmp_path / "samples").mkdir()
+    living = os.getppid()
+    ours = [f".config.json.{ended}.tmp", f"samples/.1.png.{ended}.tmp", f".a.{os.getpid()}.tmp"]
+    others = [f".out.png.{living}.tmp", "samples/1.png", "notes.tmp", ".hidden.tmp", ".x.1"]
+    for name in (*ours, *others):
+        (tmp_path / name).touch()
+    files.remove_leftovers(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == set(others)
+
+
+def test_a_run_may_begin_where_one_was_killed_before_it_had_begun(tmp_path, ended):
+    (tmp_path / f".config.json.{ended}.tmp").touch()
+    run_folder.require_unused(tmp_path)
+    (tmp_path / "notes.tmp").touch()
+    with pytest.raises(UserError, match="already exists"):
+        run_folder.require_unused(tmp_path)
+
+
+# --- one writer -----------------------------------------------------------------------------------
+
+HOLDER = """
+import sys
+from pathlib import Path
+from run_folder import locked
+with locked(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process, which is writing to the run."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with process:
+        assert process.stdout and process.stdout.readline() == b"locked\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_writer_is_refused(tmp_path, holder):
+    with pytest.raises(UserError, match="another process"), run_folder.exclusive_writer(tmp_path):
+        pass
+
+
+def test_kill_9_releases_the_lock(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+    with run_folder.exclusive_writer(tmp_path):
+        pass

@@ -1,0 +1,251 @@
+"""A picture comes out as a person sees it, whatever its mode, or is refused with its reason."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import images
+from inference import grids
+from runtime.errors import UserError
+
+RNG = np.random.default_rng(0)
+GREY = RNG.integers(0, 256, (6, 6), dtype=np.uint8)
+COLOUR = RNG.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+
+
+def file(image: Image.Image, form: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=form, **options)
+    return buffer.getvalue()
+
+
+def rgb(raw: bytes, size: int = 6) -> np.ndarray:
+    return images.decode_image(raw, channels=3, size=size)
+
+
+def grey(raw: bytes, size: int = 6) -> np.ndarray:
+    return images.decode_image(raw, channels=1, size=size)[..., 0]
+
+
+def test_a_grey_picture_is_unchanged_or_three_equal_channels():
+    raw = file(Image.fromarray(GREY))
+    assert (grey(raw) == GREY).all()
+    assert (rgb(raw) == GREY[..., None]).all()
+
+
+def test_a_coloured_picture_is_unchanged_or_its_luma():
+    raw = file(Image.fromarray(COLOUR))
+    assert (rgb(raw) == COLOUR).all()
+    luma = COLOUR @ [0.299, 0.587, 0.114]
+    assert np.abs(grey(raw) - luma).max() <= 1
+
+
+def test_a_picture_of_pillows_counts_as_a_file():
+    assert (images.decode_image(Image.fromarray(COLOUR), channels=3, size=6) == COLOUR).all()
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_transparent_pixels_lie_over_white(mode):
+    alpha = np.where(np.arange(36).reshape(6, 6) % 2, 255, 0).astype(np.uint8)
+    opaque = np.repeat(GREY[..., None], 3, -1) if mode == "LA" else COLOUR
+    layers = [GREY, alpha] if mode == "LA" else [*np.moveaxis(COLOUR, -1, 0), alpha]
+    raw = file(Image.merge(mode, [Image.fromarray(layer) for layer in layers]))
+    assert (rgb(raw) == np.where(alpha[..., None], opaque, 255)).all()
+
+
+def test_half_transparency_mixes_with_white():
+    raw = file(Image.new("RGBA", (6, 6), (0, 100, 200, 128)))
+    assert np.abs(rgb(raw)[0, 0].astype(int) - [127, 177, 227]).max() <= 1
+
+
+def palette_picture() -> Image.Image:
+    picture = Image.fromarray((GREY % 4).astype(np.uint8)).convert("P")
+    picture.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120])
+    return picture
+
+
+def test_palettes_are_looked_up():
+    raw = file(palette_picture())
+    table = np.arange(10, 130, 10, dtype=np.uint8).reshape(4, 3)
+    assert Image.open(io.BytesIO(raw)).mode == "P"
+    assert (rgb(raw) == table[GREY % 4]).all()
+
+
+def test_a_palettes_transparent_entry_is_white():
+    raw = file(palette_picture(), transparency=2)
+    assert (rgb(raw)[GREY % 4 == 2] == 255).all()
+    assert (rgb(raw)[GREY % 4 == 1] == [40, 50, 60]).all()
+
+
+def test_cmyk_becomes_rgb():
+    raw = file(Image.new("CMYK", (6, 6), (0, 255, 255, 0)), "TIFF")
+    assert Image.open(io.BytesIO(raw)).mode == "CMYK"
+    assert (rgb(raw) == [255, 0, 0]).all()
+    assert np.abs(grey(raw).astype(int) - 76).max() <= 1  # the luma of red
+
+
+def test_one_bit_is_black_and_white():
+    raw = file(Image.fromarray(GREY > 127))
+    assert Image.open(io.BytesIO(raw)).mode == "1"
+    assert (grey(raw) == np.where(GREY > 127, 255, 0)).all()
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_sixteen_bits_are_scaled_and_rounded(mode):
+    values = np.linspace(0, 65535, 36).round().astype(np.uint16).reshape(6, 6)
+    picture = Image.fromarray(values if mode == "I;16" else values.astype(np.int32))
+    raw = file(picture, "TIFF")
+    assert Image.open(io.BytesIO(raw)).mode == mode
+    assert (grey(raw) == np.rint(values / 65535 * 255)).all()
+    assert (rgb(raw)[..., 1] == grey(raw)).all()
+
+
+def test_every_8_bit_value_survives_16_bits():
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    assert (grey(file(Image.fromarray(values)), 16).ravel() == np.arange(256)).all()
+
+
+def test_a_portrait_photograph_stands_upright():
+    lying = Image.new("RGB", (64, 32), "red")
+    lying.paste("blue", (0, 0, 32, 32))  # the left half, which orientation 6 turns to the top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = images.open_upright(file(lying, "JPEG", exif=exif, quality=95))
+    assert upright.size == (32, 64)
+    top, bottom = upright.getpixel((16, 8)), upright.getpixel((16, 56))
+    assert top[2] > 200 > 50 > top[0] and bottom[0] > 200 > 50 > bottom[2]  # type: ignore
+
+
+@pytest.mark.parametrize(("width", "height"), [(6, 10), (10, 6), (7, 6)])
+def test_the_central_square_is_cut_exactly(width, height):
+    whole = RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    top, left = (height - 6) // 2, (width - 6) // 2
+    assert (rgb(file(Image.fromarray(whole))) == whole[top : top + 6, left : left + 6]).all()
+
+
+def test_shrinking_averages_and_does_not_skip():
+    stripes = np.tile(np.array([0, 255], np.uint8), (32, 16))  # every other column white
+    small = grey(file(Image.fromarray(stripes)), 4)
+    assert np.abs(small.astype(int) - 127).max() < 16
+
+
+def test_growing_keeps_the_mean():
+    large = grey(file(Image.new("L", (3, 3), 77)), 12)
+    assert (large == 77).all()
+
+
+def damaged() -> dict[str, bytes]:
+    png, jpeg = file(Image.fromarray(COLOUR)), file(Image.new("RGB", (64, 64)), "JPEG")
+    return {
+        "empty": b"",
+        "text": b"this is no picture",
+        "half a PNG": png[: len(png) // 2],
+        "half a JPEG": jpeg[: len(jpeg) // 2],
+        "flipped bits": png[:40] + bytes(b ^ 255 for b in png[40:]),
+        "floats": file(Image.fromarray(GREY.astype(np.float32)), "TIFF"),
+        "beyond 16 bits": file(Image.fromarray(np.full((6, 6), 70_000, np.int32)), "TIFF"),
+        "one pixel": file(Image.new("L", (1, 1))),
+        "one column": file(Image.new("L", (1, 40))),
+    }
+
+
+@pytest.mark.parametrize("damage", damaged())
+def test_what_is_no_whole_picture_is_refused(damage):
+    with pytest.raises(UserError, match="picture"):
+        rgb(damaged()[damage])
+
+
+@pytest.mark.parametrize("limit", [20, 30])  # 36 pixels: more than Pillow's limit, less than twice
+def test_a_decompression_bomb_is_refused(monkeypatch, limit):
+    raw = file(Image.fromarray(COLOUR))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit if limit == 30 else 10)
+    with pytest.raises(UserError, match="pixels"):
+        rgb(raw)
+
+
+def test_to_uint8_inverts_the_models_range_and_clips():
+    every = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    assert (grids.to_uint8(every / 127.5 - 1) == every).all()
+    assert grids.to_uint8(np.array([[[-9.0, 9.0]]])).tolist() == [[[0, 255]]]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_grid_holds_every_picture_enlarged_in_its_place(channels):
+    pictures = RNG.integers(0, 256, (5, 8, 8, channels), dtype=np.uint8)
+    sheet = np.asarray(grids.image_grid(pictures, columns=3, min_side=64))
+    assert sheet.shape == (2 * 64 + 3 * grids.GAP, 3 * 64 + 4 * grids.GAP, 3)
+    for i, picture in enumerate(pictures):
+        top, left = (grids.GAP + k * (64 + grids.GAP) for k in divmod(i, 3))
+        cell = sheet[top : top + 64, left : left + 64]
+        assert (cell[4::8, 4::8] == picture).all()
+        assert (cell == np.repeat(np.repeat(cell[::8, ::8], 8, 0), 8, 1)).all()
+
+
+def test_captions_are_black_on_white_below_their_picture():
+    white = np.full((2, 8, 8, 1), 255, np.uint8)
+    sheet = grids.image_grid(white, columns=2, captions=["cat", "x" * 100], min_side=64)
+    sheet = np.asarray(sheet)
+    ink = np.argwhere(sheet[..., 0] < 128)
+    assert ink[:, 0].min() >= 64 + grids.GAP
+    gap = slice(64 + grids.GAP, 64 + 2 * grids.GAP)  # a long name must not run into its neighbour
+    assert (sheet[:, gap] == 255).all() and (sheet[:, -grids.GAP :] == 255).all()
+    assert (ink[:, 1] < 64).any() and (ink[:, 1] > 72).any()
+
+
+def test_a_sentence_is_broken_between_words_and_its_pictures_are_larger():
+    white = np.full((2, 8, 8, 1), 255, np.uint8)
+    sentence = "the number seven, written by hand on a sheet of paper"
+    sheet = np.asarray(grids.image_grid(white, columns=2, captions=["7", sentence]))
+    assert sheet.shape[1] == 2 * 128 + 3 * grids.GAP
+    rows_with_ink = np.any(sheet[128 + grids.GAP :, 128 + 2 * grids.GAP :, 0] < 128, axis=1)
+    n_lines = (np.diff(rows_with_ink.astype(int), prepend=0) == 1).sum()
+    assert n_lines == grids.MAX_CAPTION_LINES
+
+
+@pytest.mark.parametrize("columns", [("cat", "ship", "bird"), ()])
+def test_a_table_holds_every_picture_beside_its_names(columns):
+    pictures = RNG.integers(0, 256, (2, 3, 8, 8, 1), dtype=np.uint8)
+    sheet = np.asarray(
+        grids.comparison_grid(pictures, rows=["cfg 1", "a longer name"], columns=columns)
+    )
+    grid = np.asarray(grids.image_grid(pictures.reshape(6, 8, 8, 1), columns=3))
+    left, top = sheet.shape[1] - grid.shape[1], sheet.shape[0] - grid.shape[0]
+    assert (sheet[top:, left:] == grid).all()
+    names = sheet[top:, :left, 0] < 128
+    first, second = names[: 64 + grids.GAP], names[64 + grids.GAP :]
+    assert 0 < first.sum() < second.sum()
+    middle = np.argwhere(first)[:, 0].mean()
+    assert abs(middle - grids.GAP - 32) < 4
+    assert (top > 0) == bool(columns) == (sheet[:top, left:] < 128).any()
+
+
+def test_latents_are_not_shown_as_pictures():
+    with pytest.raises(ValueError, match="decode latents first"):
+        grids.image_grid(np.zeros((1, 8, 8, 4), np.uint8))
+
+
+def test_a_saved_png_is_the_picture(tmp_path):
+    grids.save_png(Image.fromarray(COLOUR), tmp_path / "new" / "a.png")
+    assert (np.asarray(Image.open(tmp_path / "new" / "a.png")) == COLOUR).all()
+
+
+def test_a_gif_has_all_frames_and_rests_on_the_last(tmp_path):
+    frames = [Image.new("RGB", (8, 8), (60 * i, 0, 0)) for i in range(4)]
+    grids.save_gif(frames, tmp_path / "a.gif", seconds_per_frame=0.1, hold_last=2.0)
+    with Image.open(tmp_path / "a.gif") as gif:
+        durations = []
+        for i in range(gif.n_frames):  # type: ignore
+            gif.seek(i)
+            durations.append(gif.info["duration"])
+    assert durations == [100, 100, 100, 2000]
+
+
+def test_a_failed_save_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "a.png"
+    grids.save_png(Image.fromarray(GREY), path)
+    with pytest.raises(OSError, match="cannot write mode F"):
+        grids.save_png(Image.fromarray(GREY.astype(np.float32)), path)
+    assert (np.asarray(Image.open(path)) == GREY).all()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]

@@ -1,0 +1,389 @@
+"""Path, times and loss are the formulas, and every row draws independent numbers of its own."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.batch import Batch, EncodedCaption
+from methods import ddpm, rectified_flow
+from methods.ddpm import ddpm_loss
+from methods.rectified_flow import (
+    interpolate,
+    logit_normal,
+    heavy_tailed_mode,
+    rectified_flow_loss,
+    shift_time,
+    uniform,
+)
+
+key = jax.random.key(0)
+# Between the quantiles that float32 can hold, denser than any feature of a density.
+u = jnp.linspace(0, 1, 20_001)[1:-1]
+
+
+def test_dropping_makes_the_null_class_or_the_empty_caption():
+    drop = jnp.asarray([True, False, True])
+    label = rectified_flow.drop_labels(jnp.asarray([3, 4, 5]), drop, 10)
+    assert label.tolist() == [10, 4, 10]
+    caption = EncodedCaption(
+        jnp.ones((3, 2, 4), jnp.float16), jnp.ones((3, 2), bool), jnp.ones((3, 5))
+    )
+    dropped = rectified_flow.drop_labels(caption, drop, 0)
+    for part, whole in zip(dropped, caption, strict=True):
+        assert (part[0] == 0).all() and (part[2] == 0).all() and (part[1] == whole[1]).all()
+        assert part.dtype == whole.dtype
+
+
+class Spy:
+    """Predicts nothing and remembers what it was shown."""
+
+    def __init__(self, n_classes, predict=lambda x, t: 0 * x):
+        self.config, self.predict = SimpleNamespace(n_classes=n_classes), predict
+
+    def __call__(self, x, t, label):
+        self.x, self.t, self.label = x, t, label
+        return self.predict(x, t)
+
+
+def batch_of(n, *, image=None, label=None):
+    """n rows of one value, −1, or the pictures given."""
+    image = np.zeros((n, 2, 2, 1), np.uint8) if image is None else image
+    label = np.full(n, 3, np.int32) if label is None else label
+    row = np.arange(n, dtype=np.int32)
+    return jax.tree.map(jnp.asarray, Batch(row=row, image=image, label=label))
+
+
+@partial(jax.jit, static_argnames="label_dropout")
+def shown(batch, key, n_classes, label_dropout):
+    """What the objective shows a model."""
+    spy = Spy(n_classes)
+    rectified_flow_loss(density=uniform(), label_dropout=label_dropout)(spy, batch, key)
+    return spy.x, spy.t, spy.label
+
+
+def draws(batch, *, n_classes=10, label_dropout=0.1, key=key):
+    """The times, the noise and the labels of a batch."""
+    x, t, label = jax.device_get(shown(batch, key, n_classes, label_dropout))
+    s = np.float64(t).reshape(-1, 1, 1, 1)
+    return (
+        np.asarray(t, np.float64),
+        (x - (1 - s) * (np.asarray(batch.image) / 127.5 - 1)) / s,
+        label,
+    )
+
+
+def correlation(a, b):
+    return np.corrcoef(a, b)[0, 1]
+
+
+# --- the path -------------------------------------------------------------------------------------
+
+
+def test_bytes_become_minus_one_to_one():
+    ends = rectified_flow.to_float(jnp.asarray([0, 255], jnp.uint8).reshape(2, 1, 1, 1))
+    assert ends.ravel().tolist() == [-1, 1]
+
+
+def test_the_path_starts_at_the_data_and_ends_at_the_noise():
+    data, noise = jax.random.normal(key, (2, 3, 4, 4, 2))
+    assert (interpolate(data, noise, jnp.zeros(3))[0] == data).all()
+    assert (interpolate(data, noise, jnp.ones(3))[0] == noise).all()
+
+
+def test_the_velocity_is_the_derivative_of_the_path():
+    data, noise = jax.random.normal(key, (2, 3, 4, 4, 2))
+    t = jnp.asarray([0.1, 0.5, 0.8])
+    _, slope = jax.jvp(lambda t: interpolate(data, noise, t)[0], (t,), (jnp.ones(3),))
+    np.testing.assert_allclose(interpolate(data, noise, t)[1], slope, atol=1e-6)
+
+
+# --- densities ------------------------------------------------------------------------------------
+
+DENSITIES = {
+    "uniform": uniform(),
+    "logit_normal": logit_normal(),
+    "logit_normal(-1, 0.5)": logit_normal(-1.0, 0.5),
+    "mode": heavy_tailed_mode(),
+    "mode(-1)": heavy_tailed_mode(-1.0),
+    "mode(1.7)": heavy_tailed_mode(1.7),
+}
+
+
+@pytest.mark.parametrize("density", DENSITIES.values(), ids=DENSITIES)
+def test_quantile_functions_rise_from_0_to_1(density):
+    t = density(jnp.linspace(0, 1, 20_001))
+    assert (jnp.diff(t) > -1e-7).all()
+    np.testing.assert_allclose([t[0], t[-1]], [0, 1], atol=1e-6)
+
+
+def test_uniform_times_have_the_moments_of_a_uniform():
+    t = np.float64(uniform()(u))
+    np.testing.assert_allclose([t.mean(), t.var()], [1 / 2, 1 / 12], rtol=1e-3)
+
+
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-0.5, 0.7), (1.0, 2.0)])
+def test_logits_of_logit_normal_times_have_the_moments_asked(mean, std):
+    t = np.float64(logit_normal(mean, std)(u))
+    logits = np.log(t) - np.log1p(-t)
+    np.testing.assert_allclose([logits.mean(), logits.std()], [mean, std], atol=2e-3)
+
+
+def test_mode_with_scale_0_is_uniform():
+    np.testing.assert_allclose(heavy_tailed_mode(0.0)(u), u, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [-0.8, 0.81, 1.29])
+def test_mode_is_the_papers(scale):
+    """Esser et al. 2024, eq. 20: the moments by quadrature, and the density at the middle, which is
+    1 / |f'(1/2)|.
+    """
+    w = (np.arange(10_000) + 0.5) / 10_000
+    f = 1 - w - scale * (np.cos(np.pi / 2 * w) ** 2 - 1 + w)
+    t = np.float64(heavy_tailed_mode(scale)(u))
+    for power in (1, 2, 4):
+        np.testing.assert_allclose((t**power).mean(), (f**power).mean(), rtol=1e-3)
+    near = 0.002
+    density = (np.abs(t - 0.5) < near).mean() / (2 * near)
+    np.testing.assert_allclose(density, 1 / (1 + scale * (1 - np.pi / 2)), rtol=0.06)
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_shifting_keeps_the_ends_and_is_undone_by_its_inverse(shift):
+    assert shift_time(jnp.asarray([0.0, 1.0]), shift).tolist() == [0, 1]
+    t = shift_time(u, shift)
+    assert (jnp.diff(t) > 0).all()
+    np.testing.assert_allclose(shift_time(t, 1 / shift), u, atol=1e-6)
+
+
+def test_a_larger_shift_means_more_noise():
+    """Esser et al. 2024, eq. 23: the ratio of noise to data grows by the shift."""
+    t = shift_time(u, 3.0)
+    np.testing.assert_allclose(t / (1 - t), 3 * u / (1 - u), rtol=1e-2)
+
+
+# --- random numbers -------------------------------------------------------------------------------
+
+
+def test_time_noise_and_drop_are_independent():
+    """Drawn from one key, the drop was `t < 0.1` exactly, and the null class unknown elsewhere."""
+    n = 20_000  # correlations of independent draws are then 0 ± 0.007
+    t, noise, label = draws(batch_of(n))
+    drop = label == 10
+    assert set(label.tolist()) == {3, 10}
+    np.testing.assert_allclose(drop.mean(), 0.1, atol=0.01)
+    for low in (0.0, 0.1, 0.5, 0.9):
+        inside = (low <= t) & (t < low + 0.1)
+        np.testing.assert_allclose(drop[inside].mean(), 0.1, atol=0.03)
+    pixels = noise.reshape(n, -1).T
+    for draw in (t, drop):
+        for pixel in pixels:
+            assert abs(correlation(draw, pixel)) < 0.03
+            assert abs(correlation(draw, np.abs(pixel))) < 0.03
+    assert abs(correlation(t, drop)) < 0.03
+    assert abs(np.corrcoef(pixels) - np.eye(4)).max() < 0.03
+    np.testing.assert_allclose([t.mean(), t.std()], [1 / 2, 12**-0.5], atol=0.01)
+    np.testing.assert_allclose([noise.mean(), noise.std()], [0, 1], atol=0.02)
+
+
+def test_neighbouring_rows_and_steps_share_nothing():
+    t, noise, _ = draws(batch_of(20_000))
+    later, other, _ = draws(batch_of(20_000), key=jax.random.fold_in(key, 1))
+    assert len(np.unique(t)) > 19_900
+    assert abs(correlation(t[1:], t[:-1])) < 0.03 and abs(correlation(t, later)) < 0.03
+    assert abs(correlation(noise.ravel(), other.ravel())) < 0.03
+
+
+def test_a_rows_draw_depends_on_its_index_alone():
+    batch = batch_of(64, label=np.arange(64, dtype=np.int32))
+    whole = draws(batch, label_dropout=0.5, n_classes=1000)
+    second_half = np.arange(32, 64)
+    for rows in (np.random.default_rng(0).permutation(64), np.tile(second_half, 2)):
+        part = draws(jax.tree.map(lambda x, r=rows: x[r], batch), label_dropout=0.5, n_classes=1000)
+        for a, b in zip(part, whole, strict=True):
+            np.testing.assert_array_equal(a, b[rows])
+
+
+@pytest.mark.parametrize("n_classes", [0, 1, 10, 1000])
+def test_the_null_label_is_the_number_of_classes(n_classes):
+    batch = batch_of(64, label=np.zeros(64, np.int32))
+    assert (draws(batch, n_classes=n_classes, label_dropout=1.0)[2] == n_classes).all()
+    assert (draws(batch, n_classes=n_classes, label_dropout=0.0)[2] == 0).all()
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+N, SIDE = 4000, 12
+
+
+def gaussian_pictures(std):
+    """Pictures of white noise, as bytes, and the root mean square they really have."""
+    noise = np.random.default_rng(0).normal(scale=std, size=(N, SIDE, SIDE, 1))
+    image = np.clip(np.round((noise + 1) * 127.5), 0, 255).astype(np.uint8)
+    return batch_of(N, image=image), float(np.sqrt(np.mean(np.square(image / 127.5 - 1))))
+
+
+TIMES = (np.arange(N) + 0.5) / N
+
+
+@jax.jit
+def linear_loss(batch, slope):
+    """The loss of the predictor slope(t)·x, with times spread evenly instead of drawn."""
+    model = Spy(10, lambda x, t: slope.reshape(-1, 1, 1, 1) * x)
+    return rectified_flow_loss(density=lambda u: jnp.asarray(TIMES))(model, batch, key)
+
+
+def best_slope(s):
+    """E[noise − data | x_t] = slope(t)·x_t for data ~ N(0, s²): covariance over variance."""
+    t = TIMES
+    return (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2)
+
+
+@pytest.mark.parametrize("std", [0.15, 0.3])
+def test_the_best_loss_on_gaussian_data_is_the_closed_form(std):
+    """At t it is s² / ((1 − t)²s² + t²), whose integral over t is πs/2."""
+    batch, s = gaussian_pictures(std)
+    loss, metrics = linear_loss(batch, best_slope(s))
+    np.testing.assert_allclose(loss, np.pi * s / 2, rtol=0.01)
+    at_t = s**2 / ((1 - TIMES) ** 2 * s**2 + TIMES**2)
+    by_bin = metrics["binned_loss"] / metrics["bin_share"]
+    np.testing.assert_allclose(by_bin, at_t.reshape(10, -1).mean(1), rtol=0.02)
+
+
+@pytest.mark.parametrize("error", [-0.2, 0.1])
+def test_another_predictor_is_worse_by_its_distance_from_the_best(error):
+    """E |error·x_t|² = error²·(s² + 1) / 3."""
+    batch, s = gaussian_pictures(0.3)
+    best, _ = linear_loss(batch, best_slope(s))
+    worse, _ = linear_loss(batch, best_slope(s) + error)
+    np.testing.assert_allclose(worse - best, error**2 * (s**2 + 1) / 3, rtol=0.06)
+
+
+def test_the_times_bins_give_the_loss_back():
+    t, error = jax.random.uniform(key, (1000,)), jax.random.exponential(key, (1000,))
+    t = t.at[:2].set(jnp.asarray([0.0, 1.0]))
+    metrics = rectified_flow.loss_by_time(t, error)
+    np.testing.assert_allclose(metrics["binned_loss"].sum(), error.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["bin_share"].sum(), 1, rtol=1e-5)
+    third = (t >= 0.3) & (t < 0.4)
+    mean = metrics["binned_loss"][3] / metrics["bin_share"][3]
+    np.testing.assert_allclose(mean, error[third].mean(), rtol=1e-4)
+
+
+# --- DDPM -----------------------------------------------------------------------------------------
+
+BETA = np.linspace(1e-4, 2e-2, 1000)
+ALPHA_BAR = np.cumprod(1 - BETA)
+
+
+def seen(batch, *, predict=lambda x, t: 0 * x, key=key, **how):
+    """What DDPM shows a model, and what it makes of the answer."""
+    spy = Spy(10, predict)
+    loss, metrics = ddpm_loss(**how)(spy, batch, key)
+    return jax.device_get((spy.x, spy.t, spy.label, loss, metrics))
+
+
+def read_back(batch, x, t):
+    """The step and the noise of each row, in float64."""
+    step = np.round(np.float64(t) * 1000).astype(int)
+    a = ALPHA_BAR[step].reshape(-1, 1, 1, 1)
+    data = np.asarray(batch.image) / 127.5 - 1
+    return step, data, (x - np.sqrt(a) * data) / np.sqrt(1 - a)
+
+
+def test_ddpms_steps_are_whole_and_all_alike_and_independent_of_noise_and_drop():
+    n = 20_000
+    batch = batch_of(n)
+    x, t, label, _, _ = seen(batch, label_dropout=0.1)
+    step, _, noise = read_back(batch, x, t)
+    np.testing.assert_allclose(np.float64(t) * 1000, step, atol=1e-3)
+    assert step.min() == 0 and step.max() == 999 and len(np.unique(step)) == 1000
+    np.testing.assert_allclose([step.mean(), step.std()], [499.5, 1000 / 12**0.5], rtol=0.01)
+    drop = label == 10
+    np.testing.assert_allclose(drop.mean(), 0.1, atol=0.01)
+    assert abs(correlation(step, drop)) < 0.03
+    for pixel in noise.reshape(n, -1).T:
+        assert abs(correlation(step, pixel)) < 0.03 and abs(correlation(drop, pixel)) < 0.03
+    np.testing.assert_allclose([noise.mean(), noise.std()], [0, 1], atol=0.02)
+
+
+def test_ddpms_draw_of_a_row_depends_on_its_index_alone():
+    batch = batch_of(64, label=np.arange(64, dtype=np.int32))
+    whole = seen(batch, label_dropout=0.5)[:3]
+    rows = np.random.default_rng(0).permutation(64)
+    part = seen(jax.tree.map(lambda x: x[rows], batch), label_dropout=0.5)[:3]
+    for a, b in zip(part, whole, strict=True):
+        np.testing.assert_array_equal(a, b[rows])
+
+
+def wave(x, t):
+    return jnp.sin(3 * x) + 0 * t.reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("prediction", ddpm.PREDICTIONS)
+@pytest.mark.parametrize("gamma", [0.0, 5.0])
+def test_ddpms_loss_is_the_mean_square_that_is_asked_for(prediction, gamma):
+    batch, _ = gaussian_pictures(0.3)
+    x, t, _, loss, metrics = seen(batch, predict=wave, prediction=prediction, min_snr_gamma=gamma)
+    step, data, noise = read_back(batch, np.float64(x), t)
+    a = ALPHA_BAR[step].reshape(-1, 1, 1, 1)
+    target = {"epsilon": noise, "x0": data, "v": np.sqrt(a) * noise - np.sqrt(1 - a) * data}
+    error = np.square(np.sin(3 * np.float64(x)) - target[prediction]).mean((1, 2, 3))
+    if gamma:
+        snr = ALPHA_BAR[step] / (1 - ALPHA_BAR[step])
+        over = {"epsilon": snr, "x0": 1, "v": snr + 1}
+        error *= np.minimum(snr, gamma) / over[prediction]
+    np.testing.assert_allclose(loss, error.mean(), rtol=1e-3)
+    by_bin = [error[step // 100 == i].mean() for i in range(10)]
+    np.testing.assert_allclose(metrics["binned_loss"] / metrics["bin_share"], by_bin, rtol=1e-3)
+
+
+def test_the_best_noise_prediction_on_gaussian_data_has_the_closed_forms_loss():
+    """Of data ~ N(0, s²), Var[noise | x] = ᾱs² / (ᾱs² + 1 − ᾱ)."""
+    batch, s = gaussian_pictures(0.3)
+
+    def best(x, t):
+        a = jnp.asarray(ALPHA_BAR, jnp.float32)[jnp.round(t * 1000).astype(int)]
+        return (jnp.sqrt(1 - a) / (a * s**2 + 1 - a)).reshape(-1, 1, 1, 1) * x
+
+    x, t, _, loss, _ = seen(batch, predict=best)
+    a = ALPHA_BAR[read_back(batch, x, t)[0]]
+    np.testing.assert_allclose(loss, (a * s**2 / (a * s**2 + 1 - a)).mean(), rtol=0.01)
+
+
+def with_places(weights, x, t):
+    mean, place = weights
+    return jnp.concatenate([mean * x, jnp.full_like(x, 1.0) * place], axis=-1)
+
+
+def sigma_loss(weights, learned):
+    batch, _ = gaussian_pictures(0.3)
+    spy = Spy(10, partial(with_places, weights))
+    return ddpm_loss(learned_sigma=learned)(spy, batch, key)[0]
+
+
+def test_the_bound_teaches_the_variance_and_leaves_the_mean_alone():
+    """The gradient of the mean is that of the squares; the second half has one of its own."""
+    weights = (jnp.float32(0.4), jnp.float32(0.2))
+    gradient = jax.grad(sigma_loss)(weights, True)
+    plain = jax.grad(sigma_loss)(weights, False)
+    assert gradient[0] == plain[0] and plain[1] == 0
+    h = 0.05
+    slope = [sigma_loss((weights[0], weights[1] + d), True) for d in (h, -h)]
+    np.testing.assert_allclose(gradient[1], (slope[0] - slope[1]) / (2 * h), rtol=0.02)
+    assert abs(gradient[1]) > 1e-4
+
+
+def test_the_bound_counts_as_a_thousandth_of_its_sum_over_the_steps():
+    weights = (jnp.float32(0.4), jnp.float32(0.2))
+    batch, _ = gaussian_pictures(0.3)
+    x, t, _, loss, _ = seen(batch, predict=partial(with_places, weights), learned_sigma=True)
+    step, data, noise = read_back(batch, x, t)
+    at = ddpm.gather_steps(ddpm.noise_schedule(), jnp.asarray(step), 4)
+    data, x = jnp.asarray(data, jnp.float32), jnp.asarray(x)
+    guess = ddpm.interpret_output(with_places(weights, x, t), x, at, prediction="epsilon")
+    expected = np.square(0.4 * x - noise).mean() + ddpm.bound_in_bits(guess, data, x, at).mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-3)

@@ -1,0 +1,436 @@
+"""Others' diffusion transformers compute here what they compute there; ours go out and come back to
+the bit; what does not fit is named.
+"""
+
+import json
+import math
+from argparse import Namespace
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch_transformers
+from flax import nnx
+from torch_autoencoders import SD, nchw, nhwc, quiet, tensors_of
+from torch_transformers import CONFIGS, SMALL, inputs, original_names, torch_dit
+
+from datasets_config import LatentEncoding
+from inference.sampler import SamplerConfig
+from inference.trained_model import SamplingOverrides, TrainedModel
+from model import model_graphdef, init_model_params, model_config
+from pretrained import dit, transformer, weight_files
+from pretrained.autoencoder import config_to_diffusers as write_vae_config
+from runtime.errors import UserError
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads of models this small wait for one another, for long where tests run side by side."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@cache
+def predictor(config):
+    return jax.jit(lambda params, *inputs: nnx.merge(model_graphdef(config), params)(*inputs))
+
+
+def predicted(config, params, x, t, label):
+    return predictor(config)(params, x, np.float32(t), label)
+
+
+def of_torch(model, x, k, label):
+    with torch.no_grad():
+        y = model(nchw(x), torch.from_numpy(k), torch.from_numpy(label).long()).sample
+    return nhwc(y)
+
+
+@cache
+def example(name):
+    return torch_dit(CONFIGS[name])
+
+
+def published(folder, model):
+    with quiet():
+        model.save_pretrained(folder)
+    return folder
+
+
+def saved(path, model, within=None):
+    """As the original's files are: bare, or as a training script leaves them."""
+    state = original_names(model)
+    worse = {name: x + 1 for name, x in state.items()}
+    whole = {"model": worse, "ema": state, "opt": {"state": {}}, "args": Namespace(lr=1e-4)}
+    torch.save({None: state, "ema": whole, "model": {"model": state}}[within], path)
+    return path
+
+
+def facts_of(model):
+    return {name: value for name, value in model.config.items() if not name.startswith("_")}
+
+
+def assert_same(found, expected):
+    """The same tree of the same bits."""
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+# --- they compute the same ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_dit_of_diffusers_computes_the_same(name, tmp_path):
+    config, theirs = CONFIGS[name], example(name)
+    found = transformer.load_transformer(str(published(tmp_path / "dit", theirs)))
+    assert found.config == config
+    x, k, label = inputs(config)
+    ours = predicted(config, found.params, x, k / 1000, label)
+    np.testing.assert_allclose(ours, of_torch(theirs, x, k, label), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("within", [None, "ema", "model"])
+def test_an_original_dit_computes_the_same(name, within, tmp_path):
+    config, theirs = CONFIGS[name], example(name)
+    path = saved(tmp_path / "DiT-test.pt", theirs, within)
+    found = transformer.load_transformer(f"dit:heads={config.n_heads}:{path}")
+    assert found.config == config
+    x, k, label = inputs(config)
+    ours = predicted(config, found.params, x, k / 1000, label)
+    np.testing.assert_allclose(ours, of_torch(theirs, x, k, label), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_sit_computes_the_same_with_its_time_turned_around(name, tmp_path):
+    config, theirs = CONFIGS[name], example(name)
+    path = saved(tmp_path / "SiT-test.pt", theirs)
+    found = transformer.load_transformer(f"sit:heads={config.n_heads}:{path}")
+    assert found.config == replace(config, out_channels=config.channels, time_scale=1.0)
+    x, _, label = inputs(config)
+    t = np.array([0, 0.3, 1], np.float32)
+    with torch.no_grad():
+        velocity = torch_transformers.sit(
+            original_names(theirs),
+            nchw(x),
+            1 - torch.from_numpy(t),
+            torch.from_numpy(label).long(),
+            n_heads=config.n_heads,
+        )
+    ours = predicted(found.config, found.params, x, t, label)
+    np.testing.assert_allclose(ours, -nhwc(velocity), rtol=0, atol=2e-5)
+    assert np.std(ours) > 0.1
+
+
+# --- there and back -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_dit_goes_to_diffusers_and_back_to_the_bit(name, tmp_path):
+    theirs = example(name)
+    ours = transformer.load_transformer(str(published(tmp_path / "theirs", theirs)))
+    transformer.save_transformer(tmp_path / "ours", ours.config, ours.params, ours.settings)
+    with quiet():
+        again, report = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.values()), report
+    assert_same(tensors_of(again), tensors_of(theirs))
+    assert facts_of(again) == facts_of(theirs)
+    back = transformer.load_transformer(str(tmp_path / "ours"))
+    assert_same(back.params, ours.params)
+    assert back.config == ours.config
+    for name, value in json.loads(json.dumps(ours.settings)).items():
+        assert back.settings[name] == value
+
+
+OTHERS = {
+    "learned": {"position": "learned"},
+    "rotary": {"rope": True, "qk_norm": True, "position": "none"},
+    "swiglu": {"mlp": "swiglu", "norm": "rms"},
+    "plain": {"block": "cross_attention"},
+    "captions": {"n_classes": 0, "text_width": 6, "pooled_width": 5, "text_length": 4},
+    "joint": {"block": "joint", "position": "cropped", "qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("fields", OTHERS.values(), ids=OTHERS)
+def test_what_diffusers_cannot_hold_is_written_as_ours_and_comes_back_to_the_bit(fields, tmp_path):
+    config = replace(SMALL, time_scale=12.0, **fields)
+    name, reason = transformer.choose_layout(config)
+    assert name == ("MMDiT" if config.block == "joint" else "DiT")
+    assert "cannot hold a model with" in reason
+    params = init_model_params(config, jax.random.key(0))
+    transformer.save_transformer(tmp_path / "ours", config, params, {"dataset": {}})
+    found = transformer.load_transformer(str(tmp_path / "ours"), dtype="bfloat16")
+    assert found.config == replace(config, dtype="bfloat16")
+    assert_same(found.params, jax.device_get(params))
+
+
+def test_a_clock_of_ones_own_is_kept_beside_what_diffusers_reads(tmp_path):
+    config = replace(SMALL, time_scale=1.0)
+    transformer.save_transformer(
+        tmp_path / "dit", config, init_model_params(config, jax.random.key(0)), {}
+    )
+    assert transformer.load_transformer(str(tmp_path / "dit")).config == config
+
+
+def test_every_weight_of_a_published_size_has_one_name():
+    """XL/2 at 256 and 512 pixels, as the original's files have it."""
+    for image_size in (32, 64):
+        config = model_config(
+            "DiT-XL/2", image_size=image_size, channels=4, out_channels=8, n_classes=1000
+        )
+        shapes = dit.original_shapes(config)
+        assert len(shapes) == 11 + 28 * 10
+        assert sum(map(math.prod, shapes.values())) == 675_129_632 - 256 * 1152  # its positions
+        zeros = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+        zeros["pos_embed"] = np.broadcast_to(np.float32(0), (1, (image_size // 2) ** 2, 1152))
+        assert dit.infer_config(zeros, "nowhere", None) == config
+
+
+# --- how it is drawn from -------------------------------------------------------------------------
+
+
+def test_a_pipeline_says_what_its_classes_are_and_how_it_is_drawn_from(tmp_path):
+    names = {str(i): f"name {i}, synonym" for i in range(9)} | {"9": "name 0"}
+    folder = pipeline_of(tmp_path / "pipeline", example("small"), names)
+    said = transformer.load_transformer(str(folder)).settings
+    found = said["dataset"]["label_names"]
+    assert found[1:3] == ["name 1", "name 2"] and found[9] == "name 0"
+    assert found[0] == "name 0, synonym"  # the first of these is another's
+    encoding = LatentEncoding.of(said["dataset"]["encoding"])
+    assert (encoding.scaling_factor, encoding.vae) == (0.25, str(folder))
+    assert (encoding.image_size, encoding.shape) == (16, (8, 8, 4))
+    codec = TrainedModel.from_pretrained(str(folder)).codec
+    assert codec is not None and codec.decode(inputs(SMALL)[0]).shape == (3, 16, 16, 3)
+
+
+def pipeline_of(folder, model, id2label):
+    with quiet():
+        import diffusers
+
+        pipeline: Any = diffusers
+        facts = write_vae_config(replace(SD, scaling_factor=0.25))
+        facts = {name: value for name, value in facts.items() if not name.startswith("_")}
+        parts = (pipeline.AutoencoderKL(**facts), ddim())
+        pipeline.DiTPipeline(model, *parts).save_pretrained(folder)
+    index = folder / "model_index.json"  # where the published ones have their classes
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": id2label}))
+    return folder
+
+
+def ddim():
+    """The scheduler of the published pipelines."""
+    import diffusers
+
+    scheduler: Any = diffusers
+    return scheduler.DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False)
+
+
+def test_samples_are_those_of_diffusers(tmp_path):
+    """From the same noise, guided, by DDIM, which adds none of its own."""
+    theirs = example("small")
+    found, labels = TrainedModel.from_pretrained(str(published(tmp_path / "dit", theirs))), [1, 7]
+    how = found.plan(SamplingOverrides(solver="ddim", n_steps=4, cfg_scale=4.0, guided_channels=4))
+    drawn = found.sample(labels, how, codec=None, trajectory=True)
+    assert drawn.trajectory is not None
+    with quiet():
+        scheduler = ddim()
+    scheduler.num_inference_steps = 3  # a stride of 333
+    x, label = nchw(drawn.trajectory[0]), torch.tensor([*labels, 10, 10])
+    for i, k in enumerate((999, 666, 333, 0)):
+        with torch.no_grad():
+            said = theirs(torch.cat([x, x]), torch.full((4,), k), label).sample
+        cond, null = said[:, :4].chunk(2)
+        x = scheduler.step(null + 4.0 * (cond - null), k, x).prev_sample
+        expected = nhwc(x)
+        error = np.abs(drawn.trajectory[i + 1] - expected).max() / np.abs(expected).max()
+        assert error < 1e-5
+
+
+def test_files_of_the_original_are_drawn_from_as_published(tmp_path):
+    theirs = example("small")
+    found = TrainedModel.from_pretrained(f"dit:heads=4:{saved(tmp_path / 'a.pt', theirs)}")
+    sampler = SamplerConfig("ddpm", 250, prediction="epsilon", guided_channels=3)
+    assert found.plan(SamplingOverrides()) == (sampler, 4.0)
+    assert found.encoding is not None
+    assert (found.encoding.vae, found.encoding.image_size) == ("stabilityai/sd-vae-ft-ema", 64)
+    grey = transformer.load_transformer(
+        f"dit:heads=1:{saved(tmp_path / 'grey.pt', example('grey'))}"
+    ).settings
+    assert grey["dataset"]["encoding"] is None and grey["cfg_scale"] == 1.0
+    assert "guided_channels" not in grey
+    found = TrainedModel.from_pretrained(f"SiT:heads=4:{tmp_path / 'a.pt'}")
+    assert found.plan(SamplingOverrides()) == (SamplerConfig("euler", 50, guided_channels=3), 4.0)
+
+
+def test_sd3_is_drawn_from_as_published(tmp_path):
+    captions = {"n_classes": 0, "text_length": 333, "text_width": 24, "pooled_width": 8}
+    table = {"position": "cropped", "position_side": 8, "position_base": 4}
+    config = replace(SMALL, block="joint", out_channels=4, caption_norm=False, **captions, **table)
+    assert transformer.choose_layout(config) == ("SD3Transformer2DModel", "")
+    params = init_model_params(config, jax.random.key(0))
+    transformer.save_transformer(tmp_path / "all" / "transformer", config, params, {})
+    (tmp_path / "all" / "scheduler").mkdir()
+    facts = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.5}
+    (tmp_path / "all" / "scheduler" / "scheduler_config.json").write_text(json.dumps(facts))
+    found = transformer.load_transformer(str(tmp_path / "all"))
+    assert_same(found.params, jax.device_get(params))
+    how = TrainedModel.from_pretrained(str(tmp_path / "all")).plan(SamplingOverrides())
+    assert how == (SamplerConfig("euler", 28, shift=2.5), 7.0)
+    assert transformer.SAMPLING_DEFAULTS["sd3"]["sample_shift"] == 3.0
+    assert found.settings["full_width"] == 24 and len(found.settings["text_towers"]) == 3
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """The hub's cache of the repository us/dit, with nothing in it yet."""
+    from huggingface_hub import constants
+
+    cached = tmp_path / "models--us--dit"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return cached
+
+
+def test_a_pipeline_of_the_hub_is_read_from_its_cache(cached):
+    names = {str(i): f"name {i}" for i in range(10)}
+    pipeline = pipeline_of(cached / "snapshots" / COMMIT, example("small"), names)
+    found = transformer.load_transformer("us/dit")
+    assert (found.id, found.revision, found.config) == ("us/dit", COMMIT, SMALL)
+    assert found.settings["dataset"]["label_names"][3] == "name 3"
+    assert found.settings["dataset"]["encoding"]["vae"] == "us/dit"
+    (pipeline / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(UserError, match=r"cannot load 'us/dit': .* the hub is out of reach"):
+        transformer.load_transformer("us/dit")
+
+
+@pytest.mark.parametrize("kept", ["nothing", "what the hub said", "all files"])
+def test_what_is_not_in_the_cache_is_not_taken_for_what_the_hub_lacks(cached, kept):
+    """It may be an export, whose settings say how it is drawn."""
+    folder, missing = cached / "snapshots" / COMMIT, cached / ".no_exist" / COMMIT
+    published(folder, example("small"))
+    if kept == "nothing":
+        with pytest.raises(UserError, match=r"cannot load 'us/dit': .* the hub is out of reach"):
+            transformer.load_transformer("us/dit")
+        return
+    if kept == "what the hub said":
+        names = (transformer.SETTINGS, "model_index.json", "vae/config.json")
+        for name in (*names, "scheduler/scheduler_config.json"):
+            (missing / name).parent.mkdir(parents=True, exist_ok=True)
+            (missing / name).touch()
+    else:
+        (folder / ".gitattributes").touch()
+    assert transformer.load_transformer("us/dit").settings["prediction"] == "epsilon"
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("x_embedder.proj.weight"), "holds no DiT or SiT: it lacks x_embedder"),
+        (lambda t: t.pop("pos_embed"), "holds no DiT or SiT: it lacks pos_embed"),
+        (lambda t: t.pop("blocks.0.mlp.fc1.bias"), "it lacks blocks.0.mlp.fc1.bias"),
+        (lambda t: t.update(more=t["pos_embed"]), "it has no place for more"),
+        (lambda t: t.update(pos_embed=t["pos_embed"][:, :15]), "its 15 positions are no square"),
+        (lambda t: t.update(pos_embed=t["pos_embed"] + 1), "is not the sine-cosine table of DiT"),
+        (
+            lambda t: t.update({"blocks.1.mlp.fc2.bias": t["blocks.1.mlp.fc1.bias"]}),
+            r"of another shape is blocks.1.mlp.fc2.bias \(128,\), not \(32,\)",
+        ),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_by_name(change, message, tmp_path):
+    state = original_names(example("small"))
+    change(state)
+    torch.save(state, tmp_path / "dit.pt")
+    with pytest.raises(UserError, match=message):
+        transformer.load_transformer(f"dit:heads=4:{tmp_path / 'dit.pt'}")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("{}/unsaid.pt", "may be of DiT or of SiT, .* say dit:.*unsaid.pt or sit:"),
+        ("{}/dit-or-sit.pt", "may be of DiT or of SiT"),
+        ("{}/my_SiT.pt", "2 blocks of width 32, which is no published size: say how many heads"),
+        ("dit:heads=5:{}/unsaid.pt", "width 32 is not divisible by 5"),
+        ("dit:heads=0:{}/unsaid.pt", "say how many heads"),
+        ("dit:{}/nowhere.pt", "nowhere.pt: No such file or directory"),
+        ("sit:{}", "sit: is for a file of weights"),
+        ("{}/visit.pt", "may be of DiT or of SiT"),
+    ],
+)
+def test_doubt_is_refused(words, message, tmp_path):
+    for name in ("unsaid", "dit-or-sit", "my_SiT", "visit"):
+        saved(tmp_path / f"{name}.pt", example("small"))
+    with pytest.raises(UserError, match=message):
+        transformer.load_transformer(words.format(tmp_path))
+
+
+def edit_config(folder, **facts):
+    path = folder / weight_files.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+
+@pytest.mark.parametrize(
+    "facts, message",
+    [
+        ({"_class_name": "UNet2DModel"}, "is UNet2DModel, and none of: DiTTransformer2DModel"),
+        ({"activation_fn": "geglu"}, "says activation_fn geglu: not supported"),
+        ({"num_layers": "two"}, "says num_layers two: must be a whole number of at least 1"),
+        ({"patch_size": 0}, "says patch_size 0: must be a whole number of at least 1"),
+        ({"register_tokens": 4}, "says register_tokens 4: not supported"),
+        ({"num_layers": 3}, "it lacks transformer_blocks.2"),
+        ({"_class_name": "Transformer2DModel", "norm_type": "layer_norm"}, "is not a DiT"),
+        ({"_class_name": "DiT"}, "the config.json of .* is damaged"),
+    ],
+)
+def test_a_config_of_something_else_is_refused(facts, message, tmp_path):
+    folder = published(tmp_path / "dit", example("small"))
+    edit_config(folder, **facts)
+    with pytest.raises(UserError, match=message):
+        transformer.load_transformer(str(folder))
+
+
+def test_the_class_of_the_first_files_is_known(tmp_path):
+    folder = published(tmp_path / "dit", example("small"))
+    edit_config(folder, _class_name="Transformer2DModel", cross_attention_dim=None)
+    assert transformer.load_transformer(str(folder)).config == SMALL
+
+
+def test_embedders_that_are_not_copies_are_refused(tmp_path):
+    model = torch_dit(SMALL)
+    with torch.no_grad():
+        model.transformer_blocks[1].norm1.emb.timestep_embedder.linear_2.bias += 1
+    folder = published(tmp_path / "dit", model)
+    with pytest.raises(UserError, match=r"blocks.1.*linear_2.bias differs from .*blocks.0"):
+        transformer.load_transformer(str(folder))
+
+
+@pytest.mark.parametrize(
+    "facts, message",
+    [
+        ({"beta_end": 0.012}, "says beta_end 0.012, and only 0.02 is supported"),
+        ({"prediction_type": "sampel"}, "unknown prediction_type .*did you mean 'sample'"),
+        ({"trained_betas": [0.1]}, "has trained_betas"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "a flow has no variance"),
+    ],
+)
+def test_a_schedule_that_is_not_ours_is_refused(facts, message, tmp_path):
+    published(tmp_path / "all" / "transformer", example("small"))
+    path = tmp_path / "all" / "scheduler" / "scheduler_config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=message):
+        transformer.load_transformer(str(tmp_path / "all"))

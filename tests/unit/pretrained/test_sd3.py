@@ -1,0 +1,509 @@
+"""Stable Diffusion 3 is diffusers': its transformer, its weights, its prompts, a whole sample."""
+
+import functools
+import shutil
+import warnings
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from torch_autoencoders import nchw, nhwc, quiet, tensors_of
+from towers import save_clip, save_t5
+
+import sampling
+from data import text_encoders
+from data.batch import EncodedCaption
+from inference import labels as inference_labels
+from inference import sampler
+from inference.sampler import SamplerConfig
+from inference.trained_model import TrainedModel
+from model import JOINT, ModelConfig, model_graphdef, init_model_params, model_config
+from pretrained import sd3, transformer
+from runtime import parallel
+from runtime.errors import UserError
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+with quiet():
+    diffusers = pytest.importorskip("diffusers")
+
+PLAIN = ModelConfig(
+    width=16,
+    depth=3,
+    n_heads=2,
+    patch_size=2,
+    image_size=8,
+    channels=4,
+    out_channels=4,
+    n_classes=0,
+    text_length=sd3.TEXT_LENGTH,
+    text_width=24,
+    pooled_width=16,
+    caption_norm=False,
+    block=JOINT,
+    position="cropped",
+    position_side=7,
+    position_base=4,
+)
+CONFIGS = {
+    "sd3": PLAIN,
+    "sd3.5 large": replace(PLAIN, qk_norm=True, position_side=9, out_channels=3),
+    "sd3.5 medium": replace(PLAIN, depth=4, n_dual=2, qk_norm=True),
+    "all dual": replace(PLAIN, depth=2, n_dual=1),
+    "published": replace(
+        PLAIN, image_size=12, position="centred", position_side=16, position_base=6
+    ),
+}
+EACH = pytest.mark.parametrize("name", CONFIGS)
+rng = np.random.default_rng(0)
+caption = EncodedCaption(
+    rng.normal(size=(3, 7, 24)).astype(np.float16),
+    np.ones((3, 7), bool),
+    rng.normal(size=(3, 16)).astype(np.float16),
+)
+t = np.array([0.03, 0.4, 1], np.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads of models this small wait for one another, for long where tests run side by side."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@functools.cache
+def torch_transformer(config, *, seed=0):
+    """As diffusers builds it. Norms and biases start as 1 and 0 and would hide a mistaken name."""
+    with quiet():
+        facts = {k: v for k, v in sd3.config_to_diffusers(config).items() if not k.startswith("_")}
+        torch.manual_seed(seed)
+        model = diffusers.SD3Transformer2DModel(**facts).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        if config.position == "centred":
+            model.pos_embed.pos_embed.copy_(torch.tensor(published_positions(config)))
+    return model
+
+
+def published_positions(config) -> np.ndarray:
+    """Esser et al. 2024, §5.3.2, for a target of 16 · `position_base` pixels to a side."""
+    h_max, s, d = config.position_side, config.position_base, config.width
+    p = (np.arange(h_max) - (h_max - s) / 2) * 256 / (16 * s)
+    angle = p[:, None] / 10_000 ** (np.arange(d // 4) / (d // 4))
+    axis = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+    table = [np.concatenate([axis[x], axis[y]]) for y in range(h_max) for x in range(h_max)]
+    return np.stack(table)[None].astype(np.float32)
+
+
+@functools.cache
+def tensors_and_params(name):
+    tensors = tensors_of(torch_transformer(CONFIGS[name]))
+    return tensors, sd3.params_from_diffusers(tensors, CONFIGS[name], "torch")
+
+
+def of_torch(model, x, t, caption):
+    tokens, pooled = (torch.tensor(np.float32(v)) for v in (caption.tokens, caption.pooled))
+    with torch.inference_mode():
+        args = {"encoder_hidden_states": tokens, "pooled_projections": pooled}
+        return nhwc(model(nchw(x), timestep=torch.tensor(1000 * t), **args).sample)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def of_ours(config, params, x, t, caption):
+    return nnx.merge(model_graphdef(config), params)(x, t, caption)
+
+
+def noise(config, side):
+    return rng.normal(size=(3, side, side, config.channels)).astype(np.float32)
+
+
+# --- the transformer ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", [2, 8, 14])
+@EACH
+def test_the_velocity_is_that_of_diffusers_at_every_size(name, side):
+    config, params = replace(CONFIGS[name], image_size=side), tensors_and_params(name)[1]
+    x = noise(config, side)
+    expected = of_torch(torch_transformer(CONFIGS[name]), x, t, caption)
+    assert expected.shape == (3, side, side, config.out_channels) and expected.std() > 0.1
+    found = of_ours(config, params, x, t, caption)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+
+
+@EACH
+def test_weights_go_to_diffusers_and_back_to_the_bit(name):
+    """But for the last context's queries, which change nothing."""
+    config, (tensors, params) = CONFIGS[name], tensors_and_params(name)
+    back = sd3.params_to_diffusers(params, config)
+    assert back.keys() == tensors.keys() == sd3.diffusers_shapes(config).keys()
+    unread = sd3.dropped_tensors(config)
+    for key, x in tensors.items():
+        assert (
+            back[key].dtype == np.float32
+            and back[key].shape == x.shape == sd3.diffusers_shapes(config)[key]
+        )
+        if key == sd3.TABLE:  # computed here in float64
+            np.testing.assert_allclose(back[key], x, atol=1e-6)
+        elif key not in unread:
+            np.testing.assert_array_equal(back[key], x, key)
+    again = torch_transformer(config, seed=1)
+    again.load_state_dict({key: torch.tensor(x) for key, x in back.items()}, strict=True)
+    x = noise(config, 8)
+    expected = of_torch(torch_transformer(config), x, t, caption)
+    np.testing.assert_allclose(of_torch(again, x, t, caption), expected, rtol=0, atol=2e-5)
+    jax.tree.map(
+        np.testing.assert_array_equal, sd3.params_from_diffusers(back, config, "ours"), params
+    )
+
+
+@EACH
+def test_each_of_our_weights_is_found_once(name):
+    config = CONFIGS[name]
+    parts = [
+        p for path in sd3.our_shapes(config) for one in sd3.locate_parts(path, config) for p in one
+    ]
+    assert len(parts) == len(set(parts))
+    of = {part.name: part.of for part in parts}
+    assert len(parts) == sum(of.values())  # no part of a tensor is left
+
+
+@EACH
+def test_configs_go_to_diffusers_and_back(name):
+    config, theirs = CONFIGS[name], torch_transformer(CONFIGS[name])
+    ours = sd3.config_to_diffusers(config)
+    assert (
+        sd3.config_from_diffusers(ours, "ours", {sd3.TABLE: sd3.position_table(config)}) == config
+    )
+    said = theirs.config | {"_class_name": sd3.CLASS}
+    assert sd3.config_from_diffusers(said, "theirs", tensors_of(theirs)) == config
+    assert sd3.config_from_diffusers(ours, "short") == replace(config, position="centred")
+
+
+def test_what_a_config_leaves_out_is_as_in_diffusers():
+    facts = {"_class_name": sd3.CLASS, "attention_head_dim": 64}
+    config = sd3.config_from_diffusers(facts, "short")
+    with quiet(), torch.device("meta"):
+        expected = diffusers.SD3Transformer2DModel().state_dict()
+    assert {key: tuple(x.shape) for key, x in expected.items()} == sd3.diffusers_shapes(config)
+
+
+@pytest.mark.parametrize(
+    "facts, millions",
+    [
+        ({"num_layers": 24, "num_attention_heads": 24, "pos_embed_max_size": 192}, 2028),
+        ({"num_layers": 38, "num_attention_heads": 38, "pos_embed_max_size": 192}, 8057),
+        (
+            {
+                "num_layers": 24,
+                "num_attention_heads": 24,
+                "pos_embed_max_size": 384,
+                "dual_attention_layers": list(range(13)),
+            },
+            2243,
+        ),
+    ],
+    ids=["sd3 medium", "sd3.5 large", "sd3.5 medium"],
+)
+def test_the_published_ones_have_as_many_parameters_here(facts, millions):
+    """As in diffusers with these settings, but for the last context's queries."""
+    facts |= {"_class_name": sd3.CLASS, "qk_norm": "rms_norm"}
+    facts["caption_projection_dim"] = 64 * facts["num_attention_heads"]
+    config = sd3.config_from_diffusers(facts, "published")
+    shapes = jax.eval_shape(lambda: init_model_params(config, jax.random.key(0)))
+    ours = sum(x.size for x in jax.tree.leaves(shapes))
+    unread = sum(x.size for x in sd3.dropped_tensors(config).values())
+    theirs = sum(
+        np.prod(shape) for key, shape in sd3.diffusers_shapes(config).items() if key != sd3.TABLE
+    )
+    assert ours + unread == theirs
+    assert round(theirs / 1e6) == millions
+    assert config.image_size == 128 and config.grid == (64, 64)
+
+
+# --- what does not fit ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"_class_name": "DiTTransformer2DModel"}, "is not an SD3Transformer2DModel but DiTTrans"),
+        ({"_class_name": None}, "is not an SD3Transformer2DModel but of no known class"),
+        ({"num_layers": "18"}, "its config.json says num_layers 18: must be a whole number"),
+        ({"in_channels": 0}, "says in_channels 0: must be a whole number above 0"),
+        ({"patch_size": None}, "says patch_size None: must be a whole number above 0"),
+        ({"qk_norm": "layer_norm"}, "says qk_norm layer_norm: not supported"),
+        ({"dual_attention_layers": [1]}, r"dual_attention_layers \[1\]: must be the first ones"),
+        ({"dual_attention_layers": [0, 1, 2]}, "n_dual 3: .* never the last of the 3"),
+        ({"caption_projection_dim": 24}, "caption_projection_dim 24: must be the width, 16"),
+        ({"guidance_embeds": True}, "says guidance_embeds True: not supported"),
+        ({"sample_size": 9}, "image_size 9 is not divisible by patch_size 2"),
+    ],
+)
+def test_a_config_of_something_else_is_refused_by_its_name(changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        sd3.config_from_diffusers(sd3.config_to_diffusers(PLAIN) | changes, "a/model")
+    assert "a/model" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"rope": True}, "rope True"),
+        ({"norm": "rms", "mlp": "swiglu"}, "mlp swiglu, norm rms"),
+        ({"mlp_ratio": 3.0}, "mlp_ratio 3.0"),
+        ({"position": "sincos"}, "position sincos"),
+        ({"time_scale": 1.0}, "time_scale 1.0"),
+        ({"caption_norm": True}, "caption_norm True"),
+        ({"block": "adaln_zero"}, "block adaln_zero"),
+        ({"n_classes": 10, "text_width": 0}, "n_classes 10, text_width 0"),
+        ({"text_width": 0}, "text_width 0"),
+        ({"image_size": 16}, "image_size 16"),
+    ],
+)
+def test_a_model_that_sd3_cannot_hold_is_refused_by_its_field(changes, told):
+    with pytest.raises(UserError, match=f"SD3Transformer2DModel cannot hold a model with {told}$"):
+        sd3.config_to_diffusers(replace(PLAIN, **changes))
+
+
+def test_our_presets_are_refused_for_their_captions_norm_alone():
+    """Trained without it, they are SD3s."""
+    fields = {"image_size": 32, "channels": 4, "out_channels": 4, "n_classes": 0}
+    fields |= {"text_length": 8, "text_width": 24, "pooled_width": 16}
+    with pytest.raises(UserError, match=r"with caption_norm True$"):
+        sd3.config_to_diffusers(model_config("MMDiT-S/2", **fields))
+    assert sd3.config_to_diffusers(model_config("MMDiT-S/2", caption_norm=False, **fields))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x: x.pop("proj_out.bias"), "it lacks proj_out.bias"),
+        (lambda x: x.update(extra=np.zeros(1)), "it has no place for extra"),
+        (lambda x: x.update({"proj_out.bias": np.zeros(3)}), r"proj_out.bias \(3,\), not \(16,\)"),
+        (lambda x: x.update({sd3.TABLE: x[sd3.TABLE] + 0.1}), "pos_embed is an unknown table of"),
+        (
+            lambda x: x.update({sd3.TABLE: x[sd3.TABLE] * np.nan}),
+            "is an unknown table of positions",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(change, message):
+    tensors = dict(tensors_and_params("sd3")[0])
+    change(tensors)
+    with pytest.raises(UserError, match=f"the weights of 'a/model'.*{message}"):
+        sd3.params_from_diffusers(tensors, PLAIN, "a/model")
+
+
+def test_positions_that_are_spaced_otherwise_are_refused():
+    tensors = tensors_and_params("sd3")[0]
+    for other in ({"position_base": 8}, {"position": "centred"}):
+        with pytest.raises(UserError, match="is an unknown table of positions"):
+            sd3.params_from_diffusers(tensors, replace(PLAIN, **other), "a/model")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_weights_in_half_precision_are_read(dtype):
+    tensors = {
+        k: x.astype(dtype).astype(np.float32) for k, x in tensors_and_params("sd3")[0].items()
+    }
+    assert sd3.params_from_diffusers(tensors, PLAIN, "half")
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+    """CLIP-L, CLIP-G and T5; the second CLIP pads with another token than the first."""
+    folder = tmp_path_factory.mktemp("towers")
+    large = save_clip(folder / "large", width=10, projected=10)
+    giant = save_clip(folder / "giant", width=6, projected=6, seed=1)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(giant)
+    tokenizer.pad_token = "a"
+    tokenizer.save_pretrained(giant)
+    return large, giant, save_t5(folder / "t5")
+
+
+@pytest.fixture(scope="module")
+def pipeline(towers):
+    """diffusers' own, with a scheduler as published and without an autoencoder."""
+    clip, t5 = transformers.CLIPTextModelWithProjection, transformers.T5EncoderModel
+    kinds = {"": clip, "_2": clip, "_3": t5}
+    parts = {}
+    for (suffix, kind), name in zip(kinds.items(), towers, strict=True):
+        parts[f"text_encoder{suffix}"] = kind.from_pretrained(name).eval()
+        parts[f"tokenizer{suffix}"] = transformers.AutoTokenizer.from_pretrained(name)
+    with quiet():
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        parts |= {"transformer": torch_transformer(CONFIGS["sd3.5 medium"])}
+        parts |= {"scheduler": scheduler, "vae": None}
+        made = diffusers.StableDiffusion3Pipeline(**parts)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+PROMPTS = ["a red seven", "", "blue", "a circle and a square and a triangle, all red"]  # too long
+
+
+def theirs(pipeline, prompts):
+    """Tokens and pooled vectors of prompts, by diffusers."""
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        how = {"device": "cpu", "do_classifier_free_guidance": False}
+        tokens, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, **how)
+    return tokens.numpy(), pooled.numpy()
+
+
+def test_prompts_are_those_of_diffusers_with_all_their_padding(towers, pipeline):
+    tokens, pooled = theirs(pipeline, PROMPTS)
+    encoded = text_encoders.TextEncoders(towers, full_width=24).encode(PROMPTS)
+    found = text_encoders.pad_embeddings(encoded, 24 + 256)
+    assert found.mask.all() and not any(e.cut for e in encoded)  # T5 reads what CLIP cannot
+    for ours, expected in ((found.tokens, tokens), (found.pooled, pooled)):
+        assert ours.dtype == np.float16
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-3 * np.abs(expected).max())
+    assert found.pooled[1].any()  # of no prompt
+
+
+def test_towers_of_a_pipelines_folder_have_their_tokenizers_beside_them(towers, tmp_path):
+    names = [tmp_path / f"text_encoder{suffix}" for suffix in ("", "_2", "_3")]
+    for name, tower in zip(names, towers, strict=True):
+        shutil.copytree(tower, name)
+        words = tmp_path / name.name.replace("text_encoder", "tokenizer")
+        words.mkdir()
+        for file in name.glob("*token*"):
+            file.rename(words / file.name)
+    (ours,), (expected,) = (
+        text_encoders.TextEncoders([*map(str, some)], full_width=24).encode(["a red"])
+        for some in (names, towers)
+    )
+    np.testing.assert_array_equal(ours.tokens, expected.tokens)
+
+
+def test_a_saved_pipeline_is_read_whole(pipeline, tmp_path):
+    with quiet():
+        pipeline.save_pretrained(tmp_path)
+    found = transformer.load_transformer(str(tmp_path))
+    assert found.config == CONFIGS["sd3.5 medium"] and found.settings["sample_shift"] == 3
+    expected = tensors_and_params("sd3.5 medium")[1]
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected)
+    tokens, pooled = theirs(pipeline, ["blue"])
+    caption = TrainedModel.from_pretrained(str(tmp_path)).encode_captions(["blue"])
+    for ours, theirs_ in ((caption.tokens[:, : 24 + 256], tokens), (caption.pooled, pooled)):
+        np.testing.assert_allclose(ours, theirs_, rtol=0, atol=2e-3 * np.abs(theirs_).max())
+
+
+def drawable(towers, *, full_width: int | None = 24, text_towers=()) -> TrainedModel:
+    """A model without weights that is told what these towers say."""
+    settings = {"text_towers": towers, "text_revisions": [None] * 3, "full_width": full_width}
+    settings["dataset"] = {}
+    mesh = parallel.make_mesh(1)
+    return TrainedModel("sd3", settings, PLAIN, mesh, lambda: (None, None), text_encoders=text_towers)
+
+
+def test_sd3_is_told_that_there_is_no_prompt_by_an_empty_one(towers):
+    asked = inference_labels.request_prompts(drawable(towers), ("blue", "a red"), 4)
+    assert (list(asked.which), asked.names) == ([0, 0, 1, 1], ("blue", "a red"))
+    labels, told = asked.rows(0, 4)
+    blue, red, nothing = text_encoders.TextEncoders(towers, full_width=24).encode(
+        [*asked.names, ""]
+    )
+    assert isinstance(labels, EncodedCaption) and told["negative"] is not None
+    for x, caption in zip(labels.tokens, (blue, blue, red, red), strict=True):
+        np.testing.assert_array_equal(x[: len(caption.tokens)], caption.tokens)
+    null = told["negative"]
+    np.testing.assert_array_equal(null.tokens[0, : len(nothing.tokens)], nothing.tokens)
+    np.testing.assert_array_equal(null.pooled, nothing.pooled[None])
+    ours = inference_labels.request_prompts(drawable(towers, full_width=None), ("blue",), 1)
+    assert ours.negative is None
+
+
+def test_sd3_does_without_t5_but_not_with_other_towers(towers):
+    large, giant, t5 = towers
+    caption = drawable(towers, text_towers=[large, giant]).encode_captions(["blue"])
+    assert caption.tokens[:, :24].any() and not caption.tokens[:, 24:].any()
+    with pytest.raises(UserError, match="the model has 3, not 1"):
+        drawable(towers, text_towers=[large])
+    with pytest.raises(UserError, match=r"give 24 channels .* and 10 of .* takes 24 and 16"):
+        drawable(towers, text_towers=[large, t5]).encode_captions(["blue"])
+    with pytest.raises(UserError, match="the model has 3, not 2"):
+        drawable(towers, full_width=None, text_towers=[large, giant])
+
+
+def test_a_missing_t5_is_zeros(towers, pipeline):
+    encoder, pipeline.text_encoder_3 = pipeline.text_encoder_3, None
+    tokens, _ = theirs(pipeline, PROMPTS)
+    pipeline.text_encoder_3 = encoder
+    encoded = text_encoders.TextEncoders(towers[:2], full_width=24).encode(PROMPTS)
+    found = text_encoders.pad_embeddings(encoded, 24 + 256)
+    np.testing.assert_allclose(found.tokens, tokens, rtol=0, atol=2e-3 * np.abs(tokens).max())
+    assert not found.tokens[:, 24:].any() and found.mask.all()
+    assert [e.cut for e in encoded] == [False, False, False, True]
+
+
+def test_towers_that_are_wider_than_the_model_are_refused(towers):
+    with pytest.raises(UserError, match="have 24 channels: the model takes 20"):
+        text_encoders.TextEncoders(towers, full_width=20)
+
+
+# --- a whole sample -------------------------------------------------------------------------------
+
+
+def test_our_times_are_diffusers_sigmas_but_for_the_last_step(pipeline):
+    """Asked for n steps, it ends them at sigma 0.0089 and adds one to 0; told where n even steps
+    start, its grid is ours.
+    """
+    scheduler = pipeline.scheduler
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 28, 28))
+    np.testing.assert_allclose(scheduler.sigmas, sampling.time_grid(28, shift=3.0), atol=1e-6)
+    scheduler.set_timesteps(28)
+    least = 3 * scheduler.sigma_min / (1 + 2 * scheduler.sigma_min)
+    assert least == pytest.approx(0.0089, abs=1e-4)
+    np.testing.assert_allclose(scheduler.sigmas[-2:], [least, 0], atol=1e-6)
+    np.testing.assert_allclose(scheduler.sigmas[:-1], sampling.time_grid(27, shift=3.0), atol=0.009)
+
+
+def test_a_guided_sample_is_that_of_diffusers(towers, pipeline):
+    config = replace(CONFIGS["sd3.5 medium"], image_size=12)
+    revisions, prompts = (
+        [str(text_encoders.find_revision(tower)) for tower in towers],
+        ["a red", "blue", "", ""],
+    )
+    caption = text_encoders.encode_captions(prompts, towers, revisions, length=0, full_width=24)
+    assert caption.mask.all()
+    tokens, pooled = (torch.tensor(np.float32(v)) for v in (caption.tokens, caption.pooled))
+    x = np.asarray(sampling.initial_noise(3, jnp.arange(3), (12, 12, 4)))
+    with quiet(), torch.inference_mode():
+        expected = pipeline(
+            prompt_embeds=tokens[:3],
+            pooled_prompt_embeds=pooled[:3],
+            negative_prompt_embeds=tokens[3:].expand(3, -1, -1),
+            negative_pooled_prompt_embeds=pooled[3:].expand(3, -1),
+            height=12 * pipeline.vae_scale_factor,
+            width=12 * pipeline.vae_scale_factor,
+            sigmas=np.linspace(1, 1 / 5, 5),
+            num_inference_steps=5,
+            guidance_scale=4.5,
+            latents=nchw(x),
+            output_type="latent",
+        ).images
+    found = sampler.sample_images(
+        tensors_and_params("sd3.5 medium")[1],
+        config,
+        jax.tree.map(lambda x: x[:3], caption),
+        negative=jax.tree.map(lambda x: x[3:], caption),
+        sampler=SamplerConfig(n_steps=5, shift=3.0),
+        mesh=parallel.make_mesh(1),
+        cfg_scale=4.5,
+        seed=3,
+    )
+    assert np.abs(nhwc(expected) - x).max() > 1
+    np.testing.assert_allclose(found.x, nhwc(expected), rtol=0, atol=1e-4)

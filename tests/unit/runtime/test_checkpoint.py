@@ -1,0 +1,370 @@
+"""What was saved comes back bit for bit, and no death costs more than the save it interrupts."""
+
+import errno
+import gc
+import logging
+import os
+import re
+import shutil
+import sys
+import threading
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoint_cases import (
+    DDP,
+    FSDP,
+    NOTES,
+    OPTIMIZER,
+    first,  # noqa: F401
+    make,
+    on,
+    save,
+    truncate,
+)
+from commands import fill, small_disk
+
+from runtime import parallel
+from runtime.checkpoint import Checkpoints, DiskFullError
+from runtime.errors import UserError
+
+ONE = parallel.make_mesh(devices=jax.devices()[:1])
+
+
+def like(mesh):
+    return parallel.abstract_state(make, mesh)
+
+
+@pytest.fixture(scope="module")
+def second():
+    return on(DDP, 1)
+
+
+def restore(run_dir, step=None, mesh=DDP):
+    with Checkpoints(run_dir, read_only=True) as checkpoints:
+        return checkpoints.restore(checkpoints.resolve_step(step), like(mesh))
+
+
+def assert_same(a, b):
+    """The same tree, types included, and the same bits."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+# --- what comes back ------------------------------------------------------------------------------
+
+
+def test_everything_comes_back_bit_for_bit(tmp_path, first):
+    """Optax's namedtuples too: a list in their place would not go on training."""
+    save(tmp_path, (5, first))
+    restored = restore(tmp_path)
+    assert_same(restored, first)
+    OPTIMIZER.update(restored["ema"], restored["optimizer"]["state"], restored["params"])
+
+
+@pytest.mark.parametrize("there", [ONE, DDP], ids=["1 device", "DDP"])
+def test_what_fsdp_saved_opens_anywhere(tmp_path, there):
+    arrays = on(FSDP)
+    assert not arrays["params"]["blocks"]["kernel"].sharding.is_fully_replicated
+    save(tmp_path, (1, arrays))
+    restored = restore(tmp_path, mesh=there)
+    assert_same(restored, arrays)
+    for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(like(there)), strict=True):
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+def test_what_ddp_saved_opens_under_fsdp(tmp_path, first):
+    save(tmp_path, (1, first))
+    restored = restore(tmp_path, mesh=FSDP)
+    assert_same(restored, first)
+    assert not restored["params"]["blocks"]["kernel"].sharding.is_fully_replicated
+
+
+def test_one_item_can_be_read_alone(tmp_path, first):
+    save(tmp_path, (1, first))
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert_same(checkpoints.restore(1, {"ema": like(DDP)["ema"]})["ema"], first["ema"])
+        assert {name: checkpoints.read_metadata(1, name) for name in NOTES} == NOTES
+
+
+def test_a_later_change_of_the_arrays_is_not_saved(tmp_path):
+    """The training step gives its buffers away while the file is still being written."""
+    arrays = on(DDP)
+    expected = jax.device_get(arrays)
+    scale = jax.jit(lambda a: jax.tree.map(lambda x: x * 0, a), donate_argnums=0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, arrays, NOTES)
+        jax.block_until_ready(scale(arrays))
+    assert_same(restore(tmp_path), expected)
+
+
+# --- which steps there are ------------------------------------------------------------------------
+
+
+def test_the_newest_are_kept(tmp_path, first, second):
+    save(tmp_path, (1, first), (2, first), (3, second), keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+    assert_same(restore(tmp_path), second)
+    assert_same(restore(tmp_path, 2), first)
+
+
+def test_picking_names_what_there_is(tmp_path, first):
+    save(tmp_path, (1, first), (20, first))
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert (checkpoints.resolve_step(), checkpoints.resolve_step(1), checkpoints.latest_step()) == (20, 1, 20)
+        with pytest.raises(UserError, match=r"no checkpoint of step 7 .*\[1, 20\]"):
+            checkpoints.resolve_step(7)
+
+
+def test_a_run_without_checkpoints_says_so(tmp_path):
+    assert not Checkpoints.exist(tmp_path)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="no complete"):
+        checkpoints.resolve_step()
+
+
+def test_saving_the_newest_step_again_does_nothing(tmp_path, first, second):
+    save(tmp_path, (3, first))
+    save(tmp_path, (3, second))
+    assert_same(restore(tmp_path), first)
+
+
+def test_an_older_step_is_refused_aloud(tmp_path, first):
+    """Orbax returns False, and a second run in the folder would save nothing."""
+    save(tmp_path, (3, first))
+    with pytest.raises(RuntimeError, match="step 2 not saved"):
+        save(tmp_path, (2, first))
+
+
+def contents(folder):
+    return {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
+
+
+def test_reading_writes_nothing(tmp_path, first):
+    save(tmp_path, (1, first))
+    (
+        tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    ).mkdir()  # another process's, in the making
+    before = contents(tmp_path)
+    assert_same(restore(tmp_path), first)
+    assert contents(tmp_path) == before
+
+
+def test_reading_a_run_without_checkpoints_creates_nothing(tmp_path):
+    with (
+        pytest.raises(UserError, match="no complete checkpoint"),
+        Checkpoints(tmp_path, read_only=True) as checkpoints,
+    ):
+        checkpoints.resolve_step()
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+def test_another_models_weights_are_refused(tmp_path, first):
+    save(tmp_path, (4, first))
+    other = like(DDP)
+    other["params"]["label"]["table"] = jax.ShapeDtypeStruct((34, 65), jnp.float32)
+    refused = pytest.raises(UserError, match=re.escape(str(tmp_path / "checkpoints" / "4")))
+    with Checkpoints(tmp_path, read_only=True) as checkpoints, refused:
+        checkpoints.restore(4, other)
+    gc.collect()  # they complain now, not in a later test
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+@pytest.mark.parametrize("name", ["largest", "manifest.ocdbt", "_METADATA"])
+def test_a_truncated_checkpoint_is_refused_by_name(tmp_path, first, name, share):
+    save(tmp_path, (4, first))
+    folder = tmp_path / "checkpoints" / "4"
+    files = (path for path in (folder / "params").rglob("*") if path.is_file())
+    largest = max(files, key=lambda path: path.stat().st_size)
+    truncate(largest if name == "largest" else folder / "params" / name, share)
+    with pytest.raises(UserError, match=rf"^cannot read checkpoint {re.escape(str(folder))}: .+"):
+        restore(tmp_path)
+    gc.collect()
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_truncated_note_is_refused_by_name(tmp_path, first, share):
+    save(tmp_path, (4, first))
+    folder = tmp_path / "checkpoints" / "4"
+    truncate(folder / "data" / "metadata", share)
+    refused = pytest.raises(UserError, match=re.escape(str(folder)))
+    with Checkpoints(tmp_path, read_only=True) as checkpoints, refused:
+        checkpoints.read_metadata(4, "data")
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"a": 1'])
+@pytest.mark.parametrize("name", ["params/_METADATA", "params/array_metadatas/process_0", "sums"])
+def test_metadata_that_say_something_else_are_damage(tmp_path, first, name, text):
+    """Orbax trips over them in many ways."""
+    save(tmp_path, (4, first))
+    folder = tmp_path / "checkpoints" / "4"
+    (folder / name.replace("sums", "sums/metadata")).write_text(text)
+    with pytest.raises(UserError, match=rf"^cannot read checkpoint {re.escape(str(folder))}: .+"):
+        restore(tmp_path)
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_a_note_of_which_a_bit_has_changed_is_refused_and_the_one_before_it_taken(
+    tmp_path, first, second, name, capsys
+):
+    save(tmp_path, (4, first), (8, second))
+    metadata_file = tmp_path / "checkpoints/8" / name / "metadata"
+    changed = metadata_file.read_bytes().replace(b"3", b"7").replace(b"17", b"16")
+    assert changed != metadata_file.read_bytes()
+    metadata_file.write_bytes(changed)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        with pytest.raises(UserError, match=rf"checkpoints/8: '{name}' is not what was saved$"):
+            checkpoints.read_metadata(8, name)
+        step, arrays, damaged = checkpoints.restore_newest(like(DDP))
+    assert (step, damaged) == (4, [8])
+    assert_same(arrays, first)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_checkpoints_that_come_and_go_while_they_are_looked_for_are_not_damaged(
+    tmp_path, first, second, capsys
+):
+    """A run that goes on removes old ones, perhaps the one that is being read."""
+    save(tmp_path, (4, first))
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        shutil.move(tmp_path / "checkpoints/4", tmp_path / "gone")
+        save(tmp_path, (8, second))
+        step, arrays, damaged = checkpoints.restore_newest(like(DDP))
+    assert (step, damaged) == (8, [])
+    assert_same(arrays, second)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_reason_is_one_short_line(tmp_path, first):
+    """TensorStore's are two thousand letters."""
+    save(tmp_path, (4, first))
+    (tmp_path / "checkpoints/4/params/manifest.ocdbt").write_bytes(b"")
+    with pytest.raises(UserError) as refused:
+        restore(tmp_path)
+    reason = str(refused.value).partition("checkpoints/4: ")[2]
+    assert 20 < len(reason) <= 200 and "\n" not in reason
+
+
+def test_what_others_give_up_is_still_told(tmp_path, monkeypatch):
+    """By a thread, or by a coroutine that is forgotten; what Orbax gives up is not."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    for _ in range(2):
+        Checkpoints(tmp_path).manager.close()
+    code = "async def forgotten(): pass\ncoroutine = forgotten()"
+    for file in ("/site-packages/orbax/checkpoint/serialization.py", "/home/me/notebook.py"):
+        names = {}
+        exec(compile(code, file, "exec"), names)
+        unraisable = {"exc_value": RuntimeWarning("never awaited"), "exc_traceback": None}
+        sys.unraisablehook(SimpleNamespace(**unraisable, object=names["coroutine"]))  # pyright: ignore
+        names["coroutine"].close()
+    assert [unraisable.object.cr_code.co_filename for unraisable in told] == [file]
+    closed = SimpleNamespace(exc_value=RuntimeError("Event loop is closed"), exc_traceback=None)
+    other = SimpleNamespace(exc_value=RuntimeError("something else"), exc_traceback=None)
+    for error in (closed, other):
+        threading.excepthook(error)  # pyright: ignore
+    assert told[1:] == [other]
+
+
+@pytest.mark.parametrize("lost", ["a tensor of OCDBT", "a tensor of mine"])
+def test_asyncio_tells_of_all_exceptions_but_orbaxs(tmp_path, lost, caplog):
+    Checkpoints(tmp_path).manager.close()
+    logging.getLogger("asyncio").error("Future exception was never retrieved: %s", lost)
+    assert len(caplog.records) == (lost == "a tensor of mine")
+
+
+# --- a full disk ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path):
+    with small_disk(tmp_path / "disk", 4) as disk:
+        yield disk
+
+
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_a_full_disk_is_said_and_the_last_good_checkpoint_survives(
+    disk, first, foreseen, monkeypatch
+):
+    save(disk, (1, first))
+    if not foreseen:  # somebody else fills it while the save goes on
+        monkeypatch.setattr(Checkpoints, "_check_space", lambda *_: None)
+    huge = {"params": {"w": jnp.asarray(np.random.default_rng(0).normal(size=2**21))}}
+    with pytest.raises(UserError, match=r"no space left .*the last complete one is step 1"):
+        save(disk, (2, huge))
+    assert_same(restore(disk), first)
+
+
+@pytest.mark.parametrize("free_kib", [0, 4, 16, 32, 64])
+def test_once_there_is_room_the_next_checkpoint_is_saved(
+    disk, first, second, free_kib, monkeypatch
+):
+    """Wherever the disk was full in the one before."""
+    monkeypatch.setattr(Checkpoints, "_check_space", lambda *_: None)
+    with Checkpoints(disk) as checkpoints:
+        checkpoints.save(1, first, NOTES)
+        checkpoints.wait()
+        filler = fill(disk, 1024 * free_kib)
+        checkpoints.save(2, first, NOTES)
+        with pytest.raises(
+            DiskFullError, match="could not be written whole; the last complete one is step 1"
+        ):
+            checkpoints.wait()
+        checkpoints.wait()
+        filler.unlink()
+        checkpoints.save(3, second, NOTES)
+    assert_same(restore(disk), second)
+
+
+def test_what_a_failed_save_leaves_and_says_too_late_does_not_harm_the_next(
+    disk, first, second, monkeypatch
+):
+    """Its threads may still write, and find that they cannot, when the failure is known."""
+    monkeypatch.setattr(Checkpoints, "_check_space", lambda *_: None)
+    with Checkpoints(disk) as checkpoints:
+        checkpoints.save(1, first, NOTES)
+        checkpoints.wait()
+        filler = fill(disk)
+        with pytest.raises(DiskFullError):
+            checkpoints.save(2, first, NOTES)
+            checkpoints.wait()
+        filler.unlink()
+        honest_check, late = checkpoints.manager.check_for_errors, iter([OSError("no folder")] * 3)
+
+        def check():
+            for error in late:
+                raise error
+            honest_check()
+
+        monkeypatch.setattr(checkpoints.manager, "check_for_errors", check)
+        (disk / "checkpoints/2.orbax-checkpoint-tmp/late").mkdir(parents=True, exist_ok=True)
+        checkpoints.wait()
+        checkpoints.save(3, second, NOTES)
+    assert not (disk / "checkpoints/2.orbax-checkpoint-tmp/late").exists()
+    assert_same(restore(disk), second)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_used_up_quota_is_a_full_disk(tmp_path, first, code, monkeypatch):
+    def save(*_, **__):
+        raise ValueError(f"RESOURCE_EXHAUSTED: Failed writing: {os.strerror(code)}")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints.manager, "save", save)
+        with pytest.raises(DiskFullError, match="no space left for"):
+            checkpoints.save(1, first, NOTES)
+
+
+def test_what_is_lacking_is_said_in_numbers_that_differ(disk):
+    huge = {"params": {"w": jnp.zeros(2**20)}}
+    fill(disk, 2**19)
+    said = r"checkpoints: a checkpoint needs 4\.0 MiB, 0\.5 MiB are free; there is none yet"
+    with Checkpoints(disk) as checkpoints, pytest.raises(DiskFullError, match=said):
+        checkpoints.save(2, huge, NOTES)

@@ -1,0 +1,234 @@
+"""However many devices there are and however the weights lie on them, the numbers are the same."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from parallel_cases import (
+    CONFIGS,
+    LOSS,
+    MESHES,
+    OPTIMIZER,
+    TINY,
+    assert_same_reports,
+    batch_of,
+    distance,
+    key,
+    quickly_compiled,
+    steps,
+    weights,
+)
+
+from inference import sampler as inference_sampler
+from model import ModelConfig, model_graphdef, init_model_params
+from runtime import parallel
+
+WIDE = ModelConfig(
+    width=256,
+    depth=6,
+    n_heads=4,
+    patch_size=2,
+    image_size=8,
+    channels=1,
+    out_channels=1,
+    n_classes=10,
+    remat=True,
+)
+
+
+def per_device(tree):
+    """Bytes of a tree on its first device."""
+    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+
+def nbytes(tree):
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+@pytest.fixture(scope="module")
+def results():
+    return {name: steps(CONFIGS["DiT"], mesh) for name, mesh in MESHES.items()}
+
+
+@pytest.mark.parametrize("name", list(MESHES)[1:])
+def test_twenty_clipped_steps_of_a_dit_report_what_one_device_reports(results, name):
+    assert_same_reports(results[name]["reports"], results["1 device"]["reports"])
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_parts_of_a_batch_add_up_to_the_gradient_of_all(name):
+    batch = batch_of(32, TINY)
+    whole, parts = (
+        quickly_compiled(
+            parallel.value_and_grad(LOSS, model_graphdef(TINY), MESHES[name], accumulate_steps=n)
+        )
+        for n in (1, 4)
+    )
+    params = parallel.create_sharded(lambda: jax.tree.map(jnp.asarray, weights(TINY)), MESHES[name])
+    expected = whole(params, parallel.shard_batch(batch, MESHES[name]), key)
+    got = parts(params, parallel.shard_batch(batch, MESHES[name]), key)
+    assert distance(got, expected) < 1e-5
+    for p, g in zip(jax.tree.leaves(params), jax.tree.leaves(got[1]), strict=True):
+        assert g.sharding.is_equivalent_to(p.sharding, g.ndim)
+
+
+def test_a_scale_leaves_the_gradient_as_it_is():
+    mesh, batch = MESHES["hybrid 2x4"], batch_of(16, TINY)
+    step = quickly_compiled(parallel.value_and_grad(LOSS, model_graphdef(TINY), mesh))
+    params = parallel.create_sharded(lambda: jax.tree.map(jnp.asarray, weights(TINY)), mesh)
+    plain = step(params, parallel.shard_batch(batch, mesh), key)
+    scaled = step(params, parallel.shard_batch(batch, mesh), key, jnp.float32(1024))
+    assert distance(scaled, plain) < 1e-6
+
+
+@pytest.mark.parametrize("name", list(MESHES)[1:])
+def test_gradients_are_those_of_one_device(results, name):
+    assert distance(results[name]["grads"], results["1 device"]["grads"]) < 1e-5
+    assert distance(results[name]["params"], results["1 device"]["params"]) < 1e-4
+
+
+def test_one_devices_gradient_is_jax_grad(results):
+    """No mesh, no shard_map, no `Gathered`: the plain gradient of the whole batch's loss."""
+    batch = jax.tree.map(jnp.asarray, batch_of(16, TINY))
+
+    def plain(params):
+        return LOSS(nnx.merge(model_graphdef(TINY), params), batch, jax.random.fold_in(key, 0))[0]
+
+    loss, grads = quickly_compiled(jax.value_and_grad(plain))(weights(TINY))
+    np.testing.assert_allclose(results["1 device"]["reports"]["loss"][0], loss, rtol=1e-5)
+    assert distance(results["1 device"]["grads"], grads) < 1e-5
+
+
+def test_gradients_lie_as_the_weights_do(results):
+    for name in ("FSDP 8", "hybrid 2x4"):
+        params, grads = results[name]["params"], results[name]["grads"]
+        for p, g in zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True):
+            assert g.sharding.is_equivalent_to(p.sharding, g.ndim)
+        assert any(not p.sharding.is_fully_replicated for p in jax.tree.leaves(params))
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def test_fsdp_holds_an_eighth_of_weights_average_and_moments():
+    def make():
+        shapes = jax.eval_shape(lambda: init_model_params(WIDE, key))
+        params = jax.tree.map(lambda p: jnp.ones(p.shape), shapes)
+        return {"params": params, "ema": params, "optimizer": OPTIMIZER.init(params)}
+
+    state = parallel.create_sharded(make, MESHES["FSDP 8"])
+    for name, tree in state.items():
+        assert per_device(tree) <= 1.3 / 8 * nbytes(tree), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("remat", [True, False])
+def test_fsdp_never_holds_the_whole_model(remat, dtype):
+    """Blocks are gathered one by one, and again in the backward pass, where activations are kept
+    too: temporaries stay below what gathering all would take.
+    """
+    config = replace(WIDE, remat=remat, dtype=dtype)
+    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch_of(8, config)))
+    mesh = MESHES["FSDP 8"]
+    params = parallel.abstract_state(lambda: init_model_params(config, key), mesh)
+    value_and_grad = jax.jit(parallel.value_and_grad(LOSS, model_graphdef(config), mesh))
+    memory = value_and_grad.lower(params, batch, key).compile().memory_analysis()
+    assert memory
+    whole = sum(4 * x.size for x in jax.tree.leaves(params))
+    assert memory.argument_size_in_bytes < 1.3 / 8 * whole
+    assert memory.output_size_in_bytes < 1.3 / 8 * whole
+    assert memory.temp_size_in_bytes < whole / 2
+
+
+def test_sampling_and_evaluation_never_hold_the_whole_model():
+    """They are plain `jit` over sharded weights, which XLA gathers one block at a time."""
+    mesh, config = MESHES["FSDP 8"], replace(WIDE, depth=12, remat=False)
+    params = parallel.abstract_state(lambda: init_model_params(config, key), mesh)
+    whole = sum(4 * x.size for x in jax.tree.leaves(params))
+    batch = parallel.shard_batch(batch_of(8, config), mesh)
+    sampler, how = inference_sampler.SamplerConfig(n_steps=3), {"guide": True, "trajectory": False}
+    draw = inference_sampler.sample_batch.lower(
+        params, batch.label, batch.row, 0, 2.0, config=config, sampler=sampler, **how
+    )
+    loss = jax.jit(lambda p, b: LOSS(nnx.merge(model_graphdef(config), p), b, key)[0])
+    for lowered in (draw, loss.lower(params, batch)):
+        memory = lowered.compile().memory_analysis()
+        assert memory and memory.argument_size_in_bytes < 1.3 / 8 * whole
+        assert memory.temp_size_in_bytes < whole / 4
+
+
+# --- where arrays live ----------------------------------------------------------------------------
+
+
+def specs(shapes, mesh="FSDP 8"):
+    tree = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    return parallel.partition_specs(tree, MESHES[mesh])
+
+
+def test_the_largest_axis_that_divides_is_split():
+    assert specs({"a": (64, 128), "b": (256, 64), "c": (3, 3, 16, 512)}) == {
+        "a": P(None, "fsdp"),
+        "b": P("fsdp", None),
+        "c": P(None, None, None, "fsdp"),
+    }
+    assert specs({"a": (64, 1001)}) == {"a": P("fsdp", None)}  # the largest does not
+
+
+def test_the_depth_of_stacked_blocks_is_never_split():
+    """Each block must be whole in the scan, on every device."""
+    shapes = {"mlp": {"kernel": (1024, 64, 32), "bias": (64, 17)}}
+    split = {"kernel": P(None, "fsdp", None), "bias": P()}
+    for stack in ("blocks", "dual_blocks"):
+        assert specs({stack: shapes})[stack]["mlp"] == split
+    moments = optax.adam(1e-3).init({"blocks": {"kernel": jnp.zeros((8, 64, 17))}})
+    mu = parallel.partition_specs(moments, MESHES["FSDP 8"])[0].mu
+    assert mu == {"blocks": {"kernel": P(None, "fsdp", None)}}
+
+
+def test_small_odd_and_scalar_arrays_are_replicated():
+    shapes = {"odd": (333, 777), "small": (8, 8), "scalar": (), "one": (1,)}
+    assert set(specs(shapes).values()) == {P()}
+    # Smallness is a block's, not that of the whole stack.
+    assert specs({"blocks": {"bias": (100, 512)}}) == {"blocks": {"bias": P()}}
+
+
+def test_ddp_replicates_everything():
+    assert specs({"a": (64, 128)}, "DDP 8") == {"a": P()}
+
+
+def test_created_weights_do_not_depend_on_the_mesh():
+    def make():
+        normal = jax.random.normal
+        return {"kernel": normal(key, (64, 128)), "blocks": {"bias": normal(key, (2, 1024))}}
+
+    expected = parallel.create_sharded(make, MESHES["1 device"])
+    for name in ("FSDP 8", "hybrid 2x4"):
+        params = parallel.create_sharded(make, MESHES[name])
+        assert not any(p.sharding.is_fully_replicated for p in jax.tree.leaves(params))
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_placing_splits_rows_in_order(name):
+    mesh = MESHES[name]
+    n = 16 // mesh.size
+    placed = parallel.shard_batch(batch_of(16, TINY), mesh)
+    for x, field in zip(placed, batch_of(16, TINY), strict=True):
+        for device, shard in zip(mesh.devices.ravel(), shards(x, mesh), strict=True):
+            assert shard.device == device
+        np.testing.assert_array_equal(np.concatenate([s.data for s in shards(x, mesh)]), field)
+        assert all(len(s.data) == n for s in shards(x, mesh))
+
+
+def shards(x, mesh):
+    order = mesh.devices.ravel().tolist()
+    return sorted(x.addressable_shards, key=lambda shard: order.index(shard.device))

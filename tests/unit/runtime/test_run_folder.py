@@ -1,0 +1,183 @@
+"""A run's folder has one name and one writer, and its files are whole or not there."""
+
+import errno
+import json
+import os
+import signal
+import threading
+
+import pytest
+
+from runtime import files, run_folder
+from runtime.errors import UserError
+from runtime.signals import catch_stop_signals
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def test_a_name_says_what_was_trained_on_what(tmp_path):
+    path = run_folder.new_run_path("cifar10", "DiT-S/2", root=tmp_path)
+    assert path.parent == tmp_path and path.name.startswith("cifar10-DiT-S-2-20")
+    assert run_folder.new_run_path("folder:/data/my cats/", "DiT-S/2", root=tmp_path).name.startswith(
+        "my cats-"
+    )
+    assert run_folder.new_run_path("hf:owner/dogs", "DiT-S/2", root=tmp_path).name.startswith("dogs-DiT-")
+    assert not any(tmp_path.iterdir())
+
+
+def test_runs_started_in_the_same_second_have_names_of_their_own(tmp_path):
+    names = set()
+    for _ in range(5):
+        path = run_folder.new_run_path("digits", "DiT-Ti/2", root=tmp_path)
+        path.mkdir()
+        names.add(path)
+    assert len(names) == 5
+
+
+def start(root, name, dataset_name, model, *, age=0):
+    (root / name).mkdir()
+    config = {"dataset_name": dataset_name, "model": model, "model_config": {}, "dataset": {}}
+    run_folder.write_config(root / name, config)
+    at = 1_700_000_000 - age
+    os.utime(root / name / "config.json", (at, at))
+    return root / name
+
+
+def test_the_newest_run_is_the_newest_of_that_data_and_model(tmp_path):
+    start(tmp_path, "a", "digits", "DiT-S/2", age=40)
+    b = start(tmp_path, "b", "digits", "DiT-S/2", age=30)
+    c = start(tmp_path, "c", "digits", "DiT-B/2", age=20)
+    start(tmp_path, "d", "mnist", "DiT-S/2", age=10)
+    (tmp_path / "not a run").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/config.json").write_text("{}")
+    assert run_folder.newest_run("digits", "DiT-S/2", root=tmp_path) == b
+    assert run_folder.newest_run("digits", None, root=tmp_path) == c
+    with pytest.raises(UserError, match="no run of mnist with DiT-B/2"):
+        run_folder.newest_run("mnist", "DiT-B/2", root=tmp_path)
+    with pytest.raises(UserError, match="nothing to resume"):
+        run_folder.newest_run("digits", None, root=tmp_path / "nowhere")
+
+
+def test_a_run_is_new_or_resumed_and_never_mixed(tmp_path):
+    run_folder.require_unused(tmp_path / "not there")
+    run_folder.require_unused(tmp_path)
+    (tmp_path / "file").touch()
+    for taken in (tmp_path, tmp_path / "file"):
+        with pytest.raises(UserError, match="already exists"):
+            run_folder.require_unused(taken)
+
+
+# --- the configuration ----------------------------------------------------------------------------
+
+
+def test_a_configuration_comes_back(tmp_path):
+    config = {"dataset_name": "digits", "model": "DiT-S/2", "data_dir": None, "rope": False}
+    config |= {"model_config": {"mlp_ratio": 4.0}, "dataset": {"label_names": ["0", "1"]}}
+    run_folder.write_config(tmp_path, config)
+    assert run_folder.read_config(tmp_path) == config
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_what_is_not_a_run_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "nowhere", tmp_path / "file"):
+        with pytest.raises(UserError, match="is not a run: it has no config"):
+            run_folder.read_config(path)
+
+
+def test_a_damaged_configuration_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"a": 1})[:-1])
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        run_folder.read_config(tmp_path)
+
+
+def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "out"
+    with files.atomic_file(path) as file:
+        file.write(b"old")
+        assert not path.exists()
+    with pytest.raises(OSError, match="full"), files.atomic_file(path) as file:
+        file.write(b"ne")
+        raise OSError("full")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_said_of_the_file_that_was_to_be_written(tmp_path):
+    with pytest.raises(OSError) as full, files.atomic_file(tmp_path / "config.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert full.value.filename == str(tmp_path / "config.json")
+
+
+def test_the_lock_ends_with_its_block_and_leaves_no_file(tmp_path):
+    for _ in range(2):
+        with run_folder.exclusive_writer(tmp_path):
+            pass
+    assert not any(tmp_path.iterdir())
+
+
+def test_another_error_inside_is_not_taken_for_a_lock(tmp_path):
+    """Printing into a full pipe that does not block raises the very error a held lock does."""
+    with pytest.raises(BlockingIOError), run_folder.exclusive_writer(tmp_path):
+        raise BlockingIOError
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def second_acts():
+    """Records what reaches the handlers that were there before."""
+    seen = []
+    old = {
+        n: signal.signal(n, lambda n, _: seen.append(n)) for n in (signal.SIGINT, signal.SIGTERM)
+    }
+    yield seen
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_acts(second_acts, number, capfd):
+    with catch_stop_signals() as stop:
+        assert not stop
+        os.kill(os.getpid(), number)
+        assert stop and stop.signal == number and second_acts == []
+        os.kill(os.getpid(), number)
+        assert second_acts == [number]
+    assert "stopping after this step" in capfd.readouterr().err
+
+
+def test_afterwards_the_handlers_are_as_before(second_acts):
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(ZeroDivisionError), catch_stop_signals():
+        assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] != before
+        raise ZeroDivisionError
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_leaving_ends_as_the_signal_would_have(second_acts, capsys):
+    with catch_stop_signals() as stop:
+        stop.raise_exit()
+        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        stop.raise_exit()
+    assert end.value.code == 143
+    with catch_stop_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        stop.raise_exit()
+
+
+def test_a_thread_can_train_too():
+    """Only the main thread may set handlers; elsewhere signals are not asked for."""
+    results = []
+
+    def body():
+        with catch_stop_signals() as stop:
+            results.append(bool(stop))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert results == [False]

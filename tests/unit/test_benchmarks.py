@@ -1,0 +1,149 @@
+"""The benchmarks of speed run, and their peer is the model that it is compared with."""
+
+import importlib.util
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from benchmarks_cases import needs_torch
+
+from benchmarks import peer, timing
+from model import model_graphdef, init_model_params, model_config
+from runtime.errors import UserError
+
+NANO = model_config(
+    "DiT-Ti/4", image_size=16, channels=4, out_channels=4, n_classes=10, width=32, depth=2
+)
+
+
+# --- the peer -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_thread():
+    """torch's threads spin while they wait for one another: beside other tests, for minutes."""
+    import torch
+
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+def as_torch(params) -> dict[str, np.ndarray]:
+    """Our weights under diffusers' names."""
+
+    def linear(name, x):
+        return {f"{name}.weight": x["kernel"].T, f"{name}.bias": x["bias"]}
+
+    p = jax.tree.map(np.asarray, params)
+    found = linear("pos_embed.proj", p["patch"])
+    n_out, side = len(p["patch"]["bias"]), NANO.patch_size
+    kernel = found["pos_embed.proj.weight"].reshape(n_out, side, side, NANO.channels)
+    found["pos_embed.proj.weight"] = kernel.transpose(0, 3, 1, 2)
+    found |= linear("proj_out_1", p["final"]["modulation"])
+    found |= linear("proj_out_2", p["final"]["out"])
+    for i in range(NANO.depth):
+        block, at = jax.tree.map(lambda x, i=i: x[i], p["blocks"]), f"transformer_blocks.{i}"
+        found |= linear(f"{at}.norm1.emb.timestep_embedder.linear_1", p["time"]["mlp"]["hidden"])
+        found |= linear(f"{at}.norm1.emb.timestep_embedder.linear_2", p["time"]["mlp"]["out"])
+        found[f"{at}.norm1.emb.class_embedder.embedding_table.weight"] = p["label"]["table"]
+        found |= linear(f"{at}.norm1.linear", block["modulation"])
+        for part, name in enumerate("qkv"):
+            qkv = block["attention"]["qkv"]["linear"]
+            third = {key: np.split(x, 3, axis=-1)[part] for key, x in qkv.items()}
+            found |= linear(f"{at}.attn1.to_{name}", third)
+        found |= linear(f"{at}.attn1.to_out.0", block["attention"]["out"])
+        found |= linear(f"{at}.ff.net.0.proj", block["mlp"]["up"])
+        found |= linear(f"{at}.ff.net.2", block["mlp"]["down"])
+    return found
+
+
+@needs_torch
+@pytest.mark.filterwarnings("ignore")
+def test_the_peer_is_the_same_function_with_as_many_parameters(one_thread):
+    """Without the embedders that diffusers repeats in every block, which `peer.build` shares."""
+    import torch
+    from flax import nnx
+
+    params = init_model_params(NANO, jax.random.key(0))
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    # What starts at zero would hide what it multiplies.
+    noisy = [x + 0.1 * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
+    params = jax.tree.unflatten(treedef, noisy)
+    theirs = peer.build(NANO).eval()
+    assert sum(p.numel() for p in theirs.parameters()) == sum(x.size for x in leaves)
+    weights = {name: torch.tensor(np.array(x)) for name, x in as_torch(params).items()}
+    theirs.load_state_dict(weights)
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 16, 16, 4)).astype(np.float32)
+    t, label = np.array([0.1, 0.5, 0.9], np.float32), np.array([0, 7, 10])
+    ours = nnx.merge(model_graphdef(NANO), params)(*map(jnp.asarray, (x, t, label)))
+    with torch.no_grad():
+        y = theirs(
+            torch.tensor(x.transpose(0, 3, 1, 2)),
+            torch.tensor(peer.TIME_SCALE * t),
+            torch.tensor(label),
+            return_dict=False,
+        )[0]
+    assert np.abs(ours).mean() > 0.1
+    np.testing.assert_allclose(y.numpy().transpose(0, 2, 3, 1), ours, rtol=1e-3, atol=1e-4)
+
+
+@needs_torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["fp32", "autocast"])
+def test_the_peer_learns(one_thread, kind):
+    """Its loss on one batch falls, so what is timed is training."""
+    import torch
+
+    torch.manual_seed(0)
+    model = peer.build(NANO).train()
+    how = {"device": "cpu", "batch_size": 8, "learning_rate": 3e-3}
+    step = peer.train_step(model, NANO, peer.PEERS[kind], remat=False, **how)
+    losses = [float(step()) for _ in range(60)]
+    assert np.mean(losses[-10:]) < 0.95 * np.mean(losses[:5])
+
+
+def test_a_peer_that_cannot_be_says_why(monkeypatch):
+    how = {"platform": "cpu", "batch_size": 1, "remat": False}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(peer.PeerMissing, match="'adaln'"):
+        peer.Peer("fp32", "step", replace(NANO, block="adaln"), **how)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(peer.PeerMissing, match=r"torch and diffusers .*--group bench"):
+        peer.Peer("fp32", "step", NANO, **how)
+
+
+# --- times ----------------------------------------------------------------------------------------
+
+
+def test_turns_are_taken_in_rounds_of_which_the_first_does_not_count():
+    order = []
+
+    def turn(name, seconds):
+        return lambda: order.append(name) or seconds.pop(0)
+
+    times = timing.interleaved(
+        {"a": turn("a", [100.0, 1.0, 2.0, 6.0]), "b": turn("b", [100.0, 3.0, 4.0, 6.0])}, 3
+    )
+    assert "".join(order) == "abbaabba"
+    assert times["a"].seconds == (1.0, 2.0, 6.0)
+    assert (times["a"].median, times["a"].min) == (2.0, 1.0)
+    assert times["a"].times_as_fast_as(times["b"]) == 2.0  # of 3, 2 and 1
+    with pytest.raises(UserError, match="--rounds 0"):
+        timing.interleaved({}, 0)
+
+
+def test_a_table_leaves_out_what_is_not_known():
+    rows = [{"name": "a", "s": "1.5", "MFU": "n/a"}, {"name": "longer", "s": "n/a", "MFU": "n/a"}]
+    assert timing.table(rows).splitlines() == [
+        "| name   |   s |",
+        "| ------ | --: |",
+        "| a      | 1.5 |",
+        "| longer | n/a |",
+    ]

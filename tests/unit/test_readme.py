@@ -1,0 +1,203 @@
+"""What README.md says can be done can be done: its recipes, its commands, its map of files."""
+
+import ast
+import importlib
+import math
+import re
+import shlex
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from commands import ROOT
+from datasets import ClassLabel, Dataset, Features, Image
+from flax import nnx
+from readme_cases import TEXT, cook, recipe
+
+import datasets_config
+import model
+import sampling
+import train
+from data.load import open_dataset
+from methods import rectified_flow
+from runtime import cli
+
+RECIPES = ("A data set", "A block", "An objective", "A solver")
+MOST_LINES = 8
+
+
+def section(title):
+    return re.split(r"\n## ", TEXT.split(f"\n## {title}\n")[1])[0]
+
+
+# --- recipes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_short(name):
+    assert sum(bool(line.strip()) for line in recipe(name).splitlines()) <= MOST_LINES
+
+
+def test_a_data_set_is_opened_by_its_entry(tmp_path, monkeypatch):
+    entry = eval(recipe("A data set"), dict(vars(datasets_config)))
+    monkeypatch.setitem(datasets_config.DATASET_CONFIGS, entry.name, entry)
+    breeds = ClassLabel(names=[f"breed {i}" for i in range(entry.n_classes)])
+    pictures = [{"bytes": (ROOT / "docs/images/samples.png").read_bytes(), "path": None}] * 12
+    columns = {entry.image_column: pictures, entry.label_column: list(range(12))}
+    features = Features({entry.image_column: Image(), entry.label_column: breeds})
+    for split in ("train", "test"):
+        data = Dataset.from_dict(columns, features=features)
+        data.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+
+    source = open_dataset(entry.name, data_dir=tmp_path)
+    assert source.config.n_classes == entry.n_classes
+    assert source.train.images(np.arange(2)).shape == (2, entry.image_size, entry.image_size, 3)
+    assert entry.model in model.MODELS
+
+
+def test_a_block_is_chosen_by_its_name_and_sees_its_condition(monkeypatch):
+    monkeypatch.setattr(model, "BLOCKS", dict(model.BLOCKS))
+    before = set(model.BLOCKS)
+    cook("A block", model)
+    (added,) = set(model.BLOCKS) - before
+    shape: dict[str, Any] = {
+        "width": 16,
+        "depth": 2,
+        "n_heads": 2,
+        "patch_size": 4,
+        "image_size": 8,
+    }
+    config = model.ModelConfig(**shape, channels=1, out_channels=1, n_classes=3, block=added)
+    x, t = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), jnp.full(2, 0.5)
+    params = model.init_model_params(config, jax.random.key(1))
+
+    @jax.jit
+    def predict(params, label):
+        return nnx.merge(model.model_graphdef(config), params)(x, t, jnp.full(2, label))
+
+    assert not predict(params, 0).any()  # the identity, as the block it is made from
+    params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
+    assert jnp.abs(predict(params, 0) - predict(params, 1)).max() > 1e-3
+
+
+def test_an_objective_is_what_it_says():
+    """Of a model that says 0, Huber's loss of the velocity itself."""
+    made = cook("An objective", rectified_flow, Trainer=train.Trainer, optax=optax)
+    assert issubclass(made["Robust"], train.Trainer)
+    loss = made["Robust"].objective(None, label_dropout=0.1)
+    image = jax.random.randint(jax.random.key(0), (64, 8, 8, 1), 0, 256).astype(jnp.uint8)
+    batch = SimpleNamespace(row=jnp.arange(64), image=image, label=jnp.zeros(64, int))
+    seen = []
+
+    def says_nothing(x, t, label):
+        seen.append((t, label))
+        return jnp.zeros_like(x)
+
+    says_nothing.config = SimpleNamespace(n_classes=10)
+    key = jax.random.key(1)
+    found, _ = loss(says_nothing, batch, key)
+    rows = rectified_flow.sample_loss_inputs(batch, key, n_classes=10, label_dropout=0.1)
+    v = jnp.abs(rows.noise - rows.data)
+    np.testing.assert_allclose(found, jnp.where(v < 1, v**2 / 2, v - 0.5).mean(), rtol=1e-5)
+    ((t, label),) = seen
+    assert 0 < t.min() < 0.2 and 0.8 < t.max() < 1 and set(label.tolist()) == {0, 10}
+
+
+def test_a_solver_is_of_second_order(monkeypatch):
+    """dx/dt = t·x, from t = 1 to 0, divides x by √e."""
+    monkeypatch.setattr(sampling, "SOLVERS", dict(sampling.SOLVERS))
+    midpoint = cook("A solver", sampling)["midpoint"]
+    assert sampling.SOLVERS["midpoint"] is midpoint
+
+    def error(n_steps):
+        with jax.enable_x64(True):
+            times = jnp.linspace(1.0, 0.0, n_steps + 1)
+            x = midpoint(lambda x, t: t * x, jnp.ones((1, 1)), times).x
+            return abs(x.item() - math.exp(-0.5))
+
+    assert error(64) / error(128) == pytest.approx(4, rel=0.05)
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+def commands():
+    """The words of every command of the project on the page: script first, then its flags."""
+    blocks = "\n".join(re.findall(r"(?s)```sh\n(.*?)```", TEXT)).replace("\\\n", " ")
+    lines = blocks.splitlines() + re.findall(r"`([^`]+)`", re.sub(r"(?s)```.*?```", "", TEXT))
+    for line in lines:
+        for words in re.findall(
+            r"(?:^|[\s/])python ((?:\w+/)*\w+\.py\b.*)", line.replace("\n", " ")
+        ):
+            yield tuple(shlex.split(words, comments=True))
+
+
+def config_of(script):
+    """The dataclass that a script parses its command line into."""
+    for node in ast.walk(ast.parse((ROOT / script).read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "cli.parse_flags":
+            module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+            return getattr(module, ast.unparse(node.args[0]))
+    raise AssertionError(f"{script} parses no flags")
+
+
+def test_commands_are_found():
+    """Or the tests of each would pass for want of any."""
+    found = {words[0] for words in commands()}
+    assert {"train.py", "generate.py", "evaluate.py", "benchmarks/digits.py"} <= found
+
+
+@pytest.mark.parametrize("words", dict.fromkeys(commands()), ids=" ".join)
+def test_a_command_has_flags_that_there_are(words):
+    script, *flags = words
+    if "--help" in flags:
+        with pytest.raises(SystemExit):
+            cli.parse_flags(config_of(script), flags)
+    else:
+        cli.parse_flags(config_of(script), flags)
+
+
+def test_every_flag_on_the_page_is_a_command_s():
+    scripts = {words[0] for words in commands()}
+    known = {name for script in scripts for name in config_of(script).__dataclass_fields__}
+    ours = re.sub(r"(?m)^.*(pip|hf) .*$", "", TEXT)
+    named = set(re.findall(r"--([a-z]\w*)", ours)) - {"help"}
+    assert {name for name in named if name not in known} == set()
+
+
+def test_every_target_of_make_on_the_page_is_there():
+    targets = set(re.findall(r"(?m)^([\w-]+):", (ROOT / "Makefile").read_text()))
+    assert set(re.findall(r"(?m)(?:^|`)make ([\w-]+)", TEXT)) <= targets
+
+
+# --- the map of files -----------------------------------------------------------------------------
+
+
+def test_the_map_of_files_is_the_tree():
+    table = "\n".join(
+        line.split(" | ")[0] for line in section("The files, in reading order").splitlines()
+    )
+    named = re.findall(r"`([^`]+)`", table)
+    assert len(named) == len(set(named))
+    assert [path for path in named if not (ROOT / path).exists()] == []
+    found = [path.relative_to(ROOT) for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"))]
+    own_row = [path for path in found if f"{path.parent}/" not in named]  # not of a whole folder
+    files = {path.as_posix() for path in own_row if path.stem != "__init__"}
+    assert files - set(named) == set()
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)]+)\)", TEXT)
+    headings = {
+        re.sub(r"[^\w -]", "", h).lower().replace(" ", "-")
+        for h in re.findall(r"(?m)^#+ (.+)$", TEXT)
+    }
+    for link in links:
+        if link.startswith("#"):
+            assert link[1:] in headings, link
+        elif "://" not in link:
+            assert (ROOT / link).exists(), link

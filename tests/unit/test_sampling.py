@@ -1,0 +1,366 @@
+"""On Gaussian data the flow is known in closed form: the solvers must follow it, at their order. A
+chain is the papers' algorithm, written here anew.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from methods import ddpm
+from methods.ddpm import ancestral, ddim
+from sampling import SOLVERS, euler, guided, initial_noise, step_noise, time_grid
+
+MEAN, STD = 0.3, 0.5
+noise = jax.random.normal(jax.random.key(0), (8, 4))
+
+
+def velocity(x, t):
+    """E[noise − data | x_t = x] for data ~ N(MEAN, STD²). The flow of it carries noise z to
+    (1 − t)·MEAN + √((1 − t)²·STD² + t²)·z.
+    """
+    variance = (1 - t) ** 2 * STD**2 + t**2
+    return -MEAN + (t - (1 - t) * STD**2) / variance * (x - (1 - t) * MEAN)
+
+
+def error(solver, n_steps):
+    with jax.enable_x64(True):
+        z = jnp.asarray(np.float64(noise))
+        return float(jnp.abs(solver(velocity, z, time_grid(n_steps)).x - (MEAN + STD * z)).max())
+
+
+# --- solvers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
+def test_doubling_the_steps_divides_the_error_by_two_to_the_order(solver, order):
+    errors = [error(SOLVERS[solver], n) for n in (64, 128, 256)]
+    np.testing.assert_allclose(np.divide(errors[:-1], errors[1:]), 2**order, rtol=0.05)
+    assert errors[-1] < (1e-2, 1e-4)[order - 1]
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_a_constant_velocity_is_followed_exactly(solver):
+    solution = solver(lambda x, t: jnp.full_like(x, 2.0), noise, time_grid(3, shift=3.0))
+    np.testing.assert_allclose(solution.x, noise - 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_the_trajectory_is_every_state_from_the_noise_to_the_result(solver):
+    times = time_grid(6)
+    x, states, estimates = solver(velocity, noise, times, trajectory=True)
+    assert len(states) == 7 and len(estimates) == 6
+    assert (states[0] == noise).all() and (states[-1] == x).all()
+    assert (x == solver(velocity, noise, times).x).all()
+    # Each state is one step from the one before.
+    np.testing.assert_allclose(solver(velocity, states[2], times[2:]).x, x, rtol=1e-5)
+    plain = solver(velocity, noise, times)
+    assert plain.trajectory is None and plain.estimates is None
+    # The estimates are where the velocity leads: on Gaussian data, E[data | x_t].
+    for x, t, estimate in zip(states, times, estimates):
+        variance = (1 - t) ** 2 * STD**2 + t**2
+        expected = MEAN + (1 - t) * STD**2 / variance * (x - (1 - t) * MEAN)
+        np.testing.assert_allclose(estimate, expected, atol=1e-5)
+
+
+# --- times and noise ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 50, 1000])
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_times_fall_from_1_to_0(n_steps, shift):
+    times = time_grid(n_steps, shift=shift)
+    assert times.shape == (n_steps + 1,)
+    assert times[0] == 1 and times[-1] == 0 and (jnp.diff(times) < 0).all()
+
+
+def test_a_shift_above_1_spends_its_steps_near_the_noise():
+    """The ratio of noise to data grows by the shift."""
+    plain, shifted = time_grid(10)[1:-1], time_grid(10, shift=3.0)[1:-1]
+    np.testing.assert_allclose(shifted / (1 - shifted), 3 * plain / (1 - plain), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_times_may_start_later_and_are_then_shifted_as_if_they_did_not(shift):
+    """Half of a grid's steps, from its middle on, are the grid that starts there."""
+    whole = time_grid(10, shift=shift)
+    np.testing.assert_allclose(
+        time_grid(5, shift=shift, start=float(whole[5])), whole[5:], atol=1e-6
+    )
+
+
+def test_a_pictures_noise_is_the_same_in_any_batch():
+    whole = initial_noise(0, jnp.arange(6), (4, 4, 3))
+    seeds, places = jnp.array([1, 0, 0]), jnp.array([4, 4, 2])
+    each = initial_noise(seeds, places, (4, 4, 3))
+    assert (each[1:] == whole[places[1:]]).all() and (each[0] != whole[4]).any()
+    index = jnp.asarray([5, 0, 2])
+    assert (initial_noise(0, index, (4, 4, 3)) == whole[index]).all()
+
+
+def test_pictures_and_seeds_have_noise_of_their_own():
+    a, b = (np.asarray(initial_noise(seed, jnp.arange(64), (8, 8, 1))) for seed in (0, 1))
+    both = np.concatenate([a, b]).reshape(128, 64)
+    assert len(np.unique(both)) > 0.99 * both.size
+    assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.06
+    np.testing.assert_allclose([both.mean(), both.std()], [0, 1], atol=0.05)
+
+
+# --- down a chain ---------------------------------------------------------------------------------
+
+BETA = np.linspace(1e-4, 2e-2, 1000)
+ALPHA_BAR = np.cumprod(1 - BETA)
+fresh = np.random.default_rng(0).normal(size=(1000, 8, 4))  # the noise of every step
+
+
+def said(x, t, module):
+    """A noise prediction and a variance's place, as a network might have them."""
+    return module.tanh(x) * (0.5 + t) + 0.1, module.cos(5 * x)
+
+
+def read(x, at, *, learned):
+    noise, place = said(x, jnp.float64(at.step) / 1000, jnp)
+    both = jnp.concatenate([noise, place], axis=-1) if learned else noise
+    return ddpm.interpret_output(both, x, at, prediction="epsilon")
+
+
+def strides(n):
+    return [round(999 * i / (n - 1)) for i in range(n)]
+
+
+def reference_ancestral(x, steps, *, learned):
+    """Ho et al. 2020, algorithm 2, on the betas that are left (Nichol & Dhariwal 2021)."""
+    for i in reversed(range(len(steps))):
+        a = ALPHA_BAR[steps[i]]
+        before = ALPHA_BAR[steps[i - 1]] if i else 1.0
+        beta = 1 - a / before
+        noise, place = said(x, steps[i] / 1000, np)
+        x = (x - beta / math.sqrt(1 - a) * noise) / math.sqrt(1 - beta)
+        if i:
+            small = (1 - before) / (1 - a) * beta
+            v = (place + 1) / 2 if learned else 0
+            variance = np.exp(v * np.log(beta) + (1 - v) * np.log(small))
+            x = x + np.sqrt(variance) * fresh[steps[i]]
+    return x
+
+
+def reference_ddim(x, steps, *, eta):
+    """Song et al. 2021, eq. 12 and 16."""
+    for i in reversed(range(len(steps))):
+        a = ALPHA_BAR[steps[i]]
+        before = ALPHA_BAR[steps[i - 1]] if i else 1.0
+        sigma = eta * math.sqrt((1 - before) / (1 - a)) * math.sqrt(1 - a / before)
+        noise, _ = said(x, steps[i] / 1000, np)
+        data = (x - math.sqrt(1 - a) * noise) / math.sqrt(a)
+        x = math.sqrt(before) * data + math.sqrt(1 - before - sigma**2) * noise
+        x = x + sigma * fresh[steps[i]]
+    return x
+
+
+def descended(solver, n_steps, *, learned=False, **how):
+    """In float64, from the same noise."""
+    with jax.enable_x64(True):
+        start, table = jnp.asarray(np.float64(noise)), jnp.asarray(fresh)
+        chain = ddpm.noise_schedule(n_steps)
+        how = {"renew": lambda step: table[step], "trajectory": True} | how
+        solution = solver(partial(read, learned=learned), start, chain, **how)
+        return jax.device_get(solution)
+
+
+@pytest.mark.parametrize("n_steps", [2, 50, 1000])
+@pytest.mark.parametrize("learned", [False, True])
+def test_ancestral_sampling_is_the_papers_algorithm(n_steps, learned):
+    expected = reference_ancestral(np.float64(noise), strides(n_steps), learned=learned)
+    result = descended(ancestral, n_steps, learned=learned).x
+    np.testing.assert_allclose(result, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_steps", [2, 50, 1000])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_is_the_papers_equation(n_steps, eta):
+    expected = reference_ddim(np.float64(noise), strides(n_steps), eta=eta)
+    np.testing.assert_allclose(descended(ddim, n_steps, eta=eta).x, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_ddim_with_all_of_the_noise_is_ancestral_sampling():
+    a, b = descended(ddim, 20, eta=1.0).x, descended(ancestral, 20).x
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("solver", [ancestral, ddim])
+def test_a_chains_trajectory_goes_from_the_noise_to_the_last_estimate(solver):
+    x, states, estimates = descended(solver, 6)
+    assert len(states) == 7 and len(estimates) == 6
+    np.testing.assert_array_equal(states[0], np.float64(noise))
+    np.testing.assert_array_equal(states[-1], x)
+    np.testing.assert_allclose(estimates[-1], x, atol=1e-9)  # before the first step are the data
+    for state, estimate, step in zip(states, estimates, reversed(strides(6))):
+        a = ALPHA_BAR[step]
+        seen = (state - math.sqrt(1 - a) * said(state, step / 1000, np)[0]) / math.sqrt(a)
+        np.testing.assert_allclose(estimate, seen, rtol=1e-9)
+
+
+def best_read(x, at, *, learned=False):
+    """For data ~ N(MEAN, STD²): E[noise | x], and the variance of the step before, which is that of
+    the posterior and of what is not known of the data.
+    """
+    variance = (at.signal * STD) ** 2 + at.noise**2
+    epsilon = at.noise / variance * (x - at.signal * MEAN)
+    guess = ddpm.interpret_output(epsilon, x, at, prediction="epsilon")
+    unknown = at.of_data**2 * (STD * at.noise) ** 2 / variance
+    if not learned:
+        return guess
+    return guess._replace(log_variance=jnp.full_like(x, jnp.log(jnp.exp(at.least) + unknown)))
+
+
+def moments(solver, n_steps, **how):
+    index = jnp.arange(4000)
+    start, renew = initial_noise(0, index, (8,)), step_noise(0, index, (8,))
+    x = np.asarray(solver(n_steps=n_steps, noise=start, renew=renew, **how))
+    return x.mean(), x.std()
+
+
+@partial(jax.jit, static_argnames=("n_steps", "learned", "renew"))
+def draw_ancestral(noise, *, renew, n_steps, learned=False):
+    best = partial(best_read, learned=learned)
+    return ancestral(best, noise, ddpm.noise_schedule(n_steps), renew).x
+
+
+@partial(jax.jit, static_argnames=("n_steps", "renew"))
+def draw_ddim(noise, *, renew, n_steps):
+    return ddim(best_read, noise, ddpm.noise_schedule(n_steps), renew).x
+
+
+def test_the_best_prediction_draws_gaussian_data():
+    """With all the steps; DDIM, which adds no noise, also with few."""
+    np.testing.assert_allclose(moments(draw_ancestral, 1000), [MEAN, STD], atol=0.01)
+    np.testing.assert_allclose(moments(draw_ddim, 1000), [MEAN, STD], atol=0.01)
+    np.testing.assert_allclose(moments(draw_ddim, 100), [MEAN, STD], atol=0.02)
+
+
+def test_the_right_variance_draws_gaussian_data_in_few_steps():
+    """The fixed one, which takes the estimate for the truth, draws them too much alike."""
+    np.testing.assert_allclose(moments(draw_ancestral, 10, learned=True), [MEAN, STD], atol=0.01)
+    assert moments(draw_ancestral, 10)[1] < 0.9 * STD
+
+
+def test_ddim_carries_each_noise_to_its_own_data():
+    """Where the flow that keeps (x − √ᾱ·m) / √(ᾱs² + 1 − ᾱ) ends."""
+    a = ALPHA_BAR[-1]
+    kept = (noise - math.sqrt(a) * MEAN) / math.sqrt(a * STD**2 + 1 - a)
+    x = ddim(best_read, noise, ddpm.noise_schedule(), lambda step: noise).x
+    np.testing.assert_allclose(x, MEAN + STD * kept, atol=0.01)
+
+
+def test_the_noise_of_a_step_is_the_same_in_any_batch_and_no_other():
+    index = jnp.arange(6)
+    whole = step_noise(0, index, (4, 4, 3))
+    each = step_noise(jnp.zeros_like(index), index, (4, 4, 3))
+    assert (each(jnp.int32(7)) == whole(jnp.int32(7))).all()
+    some = jnp.asarray([5, 0, 2])
+    assert (step_noise(0, some, (4, 4, 3))(jnp.int32(7)) == whole(jnp.int32(7))[some]).all()
+    drawn = [whole(jnp.int32(step)) for step in range(8)]
+    drawn += [initial_noise(seed, index, (4, 4, 3)) for seed in range(8)]
+    drawn += [step_noise(1, index, (4, 4, 3))(jnp.int32(7))]
+    each = np.asarray(drawn).reshape(-1, 48)
+    assert len(np.unique(each)) > 0.999 * each.size
+    assert abs(np.corrcoef(each) - np.eye(len(each))).max() < 0.75
+    np.testing.assert_allclose([each.mean(), each.std()], [0, 1], atol=0.05)
+
+
+# --- guidance -------------------------------------------------------------------------------------
+
+cond, null = jnp.arange(8.0), jnp.full(8, -1.0)
+
+
+def conditional(x, t, c):
+    return x * t + c[:, None]
+
+
+def guided_at(scale, t=0.5, **kwargs):
+    return guided(conditional, cond, null, scale, **kwargs)(noise, jnp.asarray(t))
+
+
+def test_scale_1_is_the_condition_and_scale_0_its_absence():
+    t = jnp.asarray(0.5)
+    np.testing.assert_allclose(guided_at(1.0), conditional(noise, t, cond), rtol=1e-5)
+    np.testing.assert_allclose(guided_at(0.0), conditional(noise, t, null), rtol=1e-5)
+
+
+def test_guidance_is_linear_in_its_scale():
+    np.testing.assert_allclose(
+        guided_at(4.0) - guided_at(1.0), 3 * (guided_at(1.0) - guided_at(0.0)), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("t, inside", [(0.19, 0), (0.2, 1), (0.5, 1), (0.7, 1), (0.71, 0)])
+def test_outside_its_interval_guidance_is_the_condition(t, inside):
+    expected = guided_at(3.0, t) if inside else guided_at(1.0, t)
+    np.testing.assert_allclose(guided_at(3.0, t, interval=(0.2, 0.7)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n_steps", [10, 20, 50])
+def test_times_of_a_grid_at_the_ends_of_the_interval_are_guided(n_steps):
+    velocity, times = guided(conditional, cond, null, 3.0, interval=(0.2, 0.7)), time_grid(n_steps)
+    led = [abs(velocity(noise, t) - conditional(noise, t, cond)).max() > 1 for t in times]
+    assert led == [2 * n_steps <= 10 * i <= 7 * n_steps for i in range(n_steps, -1, -1)]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_only_the_first_channels_are_guided_if_asked(channels):
+    some, every = guided_at(3.0, channels=channels), guided_at(3.0)
+    np.testing.assert_array_equal(some[..., :channels], every[..., :channels])
+    plain = conditional(noise, 0.5, cond)
+    np.testing.assert_allclose(some[..., channels:], plain[..., channels:], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+def test_both_halves_in_one_call_are_as_good_as_two(scale):
+    one, two = (guided_at(scale, together=together) for together in (True, False))
+    np.testing.assert_allclose(one, two, rtol=1e-6)
+
+
+@pytest.mark.parametrize("solver, calls_per_step", [("euler", 1), ("heun", 2)])
+def test_a_guided_step_calls_the_model_once_with_both_halves(solver, calls_per_step):
+    calls = []
+
+    def counted(x, t, c):
+        jax.debug.callback(lambda x, t, c: calls.append((x.shape, t, c)), x, t, c)
+        return conditional(x, t, c)
+
+    @jax.jit
+    def solve(noise):
+        return SOLVERS[solver](guided(counted, cond, null, 2.0), noise, time_grid(5)).x
+
+    solve(noise).block_until_ready()
+    jax.effects_barrier()
+    assert len(calls) == 5 * calls_per_step
+    for shape, _, c in calls:
+        assert shape == (16, 4)
+        assert c.tolist() == [*cond.tolist(), *null.tolist()]
+
+
+def test_the_condition_may_be_a_tree():
+    def velocity(x, t, c):
+        return x * 0 + c["label"][:, None] + c["tokens"].sum(1, keepdims=True)
+
+    tree = {"label": cond, "tokens": jnp.ones((8, 3))}
+    nothing = {"label": null, "tokens": jnp.zeros((8, 3))}
+    result = guided(velocity, tree, nothing, 2.0)(noise, jnp.asarray(0.5))
+    np.testing.assert_allclose(result[:, 0], -1 + 2 * (cond + 3 + 1), rtol=1e-6)
+
+
+def test_solving_runs_the_times_it_is_given():
+    seen = []
+    jax.block_until_ready(
+        euler(
+            lambda x, t: (jax.debug.callback(lambda t: seen.append(float(t)), t), x)[1],
+            noise,
+            jnp.asarray([1.0, 0.7, 0.1, 0.0]),
+        )
+    )
+    jax.effects_barrier()
+    np.testing.assert_allclose(sorted(seen, reverse=True), [1.0, 0.7, 0.1], rtol=1e-6)

@@ -1,0 +1,483 @@
+"""A setting comes from the flag, the resumed run, the dataset or the default, in that order; one
+that cannot be is named; none is ignored.
+"""
+
+import ast
+import dataclasses
+import inspect
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+from commands import ROOT
+
+from datasets_config import DATASET_CONFIGS
+from methods.rectified_flow import logit_normal
+from model import MODELS
+from runtime.errors import UserError
+from training.config import DEFAULTS, TrainConfig
+from training.resolve import loss_function, merge_saved, network_config, resolve_train_config
+
+FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
+DIGITS = DATASET_CONFIGS["digits"]
+
+
+def resolved(dataset=DIGITS, *, n_rows=1000, platform="cpu", **flags: Any):
+    return resolve_train_config(
+        TrainConfig(**flags), dataset, n_rows=n_rows, n_devices=8, platform=platform
+    )
+
+
+def resumed(run, **flags: Any):
+    return merge_saved(TrainConfig(resume=True, **flags), run)
+
+
+def saved(**flags: Any):
+    """The `config.json` of a run, as it is read back."""
+    return json.loads(json.dumps(vars(resolved(**flags)), default=str))
+
+
+# --- where a value comes from ---------------------------------------------------------------------
+
+
+def test_the_flag_wins_over_the_data_set_and_that_over_the_default():
+    recommends = replace(DIGITS, batch_size=24, cfg_scale=3.0)
+    assert (
+        resolved(recommends).batch_size == 24 and resolved(recommends, batch_size=8).batch_size == 8
+    )
+    assert resolved(recommends).schedule == DEFAULTS["schedule"]
+    assert resolved(recommends, schedule="linear").schedule == "linear"
+    # 0 and False are said, not left out.
+    assert resolved(recommends, cfg_scale=0.0).cfg_scale == 0
+    assert resolved(platform="gpu", half_precision=False).half_precision is False
+
+
+def test_the_flag_wins_over_the_resumed_run_and_that_over_the_data_set():
+    run = saved(batch_size=16, solver="heun", learning_rate=1e-4)
+    config = resolve_train_config(
+        resumed(run, solver="euler"),
+        DIGITS,
+        n_rows=1000,
+        n_devices=8,
+        platform="cpu",
+    )
+    assert (config.batch_size, config.learning_rate, config.solver) == (16, 1e-4, "euler")
+
+
+def test_the_first_runs_which_had_no_choice_are_of_rectified_flow():
+    run = saved()
+    del run["objective"]
+    assert resumed(run, objective="rectified_flow").objective == "rectified_flow"
+    with pytest.raises(UserError, match="objective was rectified_flow, not ddpm"):
+        resumed(run, objective="ddpm")
+
+
+def test_a_run_taken_up_as_it_is_resolves_to_what_it_was():
+    run = saved(batch_size=16, n_epochs=3.0, rope=True, half_precision=True, model="DiT-S/2")
+    config = resumed(run)
+    again = resolve_train_config(config, DIGITS, n_rows=1000, n_devices=8, platform="gpu")
+    assert json.loads(json.dumps(vars(again), default=str)) == run | {"resume": True}
+
+
+def test_nothing_is_left_open():
+    may_be_none = {"data_dir", "image_column", "label_column", "in_memory", "n_workers", "n_epochs"}
+    may_be_none |= {"run_dir", "peak_tflops", "caption_column", "caption", "caption_cache"}
+    may_be_none |= {"latents", "vae", "prediction", "learned_sigma", "min_snr_gamma"}
+    may_be_none |= {"fid_reference", "inception", "init_from"}
+    may_be_none |= {"wandb_project"}
+    may_be_none |= {"text_length", "coordinator", "n_processes", "process_index"}
+    config = resolved()
+    assert {name for name in FIELDS if getattr(config, name) is None} == may_be_none
+
+
+@pytest.mark.parametrize("name", DATASET_CONFIGS)
+def test_every_data_sets_recommendation_can_be(name):
+    dataset = DATASET_CONFIGS[name]
+    config = resolved(dataset)
+    model = network_config(config, dataset)
+    assert (model.n_classes, model.image_size) == (dataset.n_classes, dataset.image_size)
+    assert model.channels == model.out_channels == dataset.channels
+
+
+# --- how long -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_rows, n_epochs, n_steps", [(1000, 2, 125), (1000, 0.5, 32), (17, 1, 2)])
+def test_epochs_become_steps(n_rows, n_epochs, n_steps):
+    assert resolved(n_rows=n_rows, n_epochs=n_epochs, batch_size=16).n_steps == n_steps
+
+
+def test_steps_win_over_epochs():
+    assert resolved(n_steps=7, n_epochs=100).n_steps == 7
+
+
+@pytest.mark.parametrize("first", [{"n_steps": 50}, {"n_epochs": 4.0}])
+def test_a_resumed_run_may_go_on_for_longer(first):
+    for more, n_steps in (({"n_steps": 90}, 90), ({"n_epochs": 8.0}, 500)):
+        config = resumed(saved(batch_size=16, **first), **more)
+        config = resolve_train_config(config, DIGITS, n_rows=1000, n_devices=8, platform="cpu")
+        assert config.n_steps == n_steps
+
+
+def test_what_follows_from_the_length_follows():
+    config = resolved(n_steps=400)
+    assert (config.warmup_steps, config.eval_save_steps, config.sample_every_n) == (20, 100, 100)
+    short = resolved(n_steps=1)
+    assert (short.warmup_steps, short.eval_save_steps, short.sample_every_n) == (0, 1, 1)
+
+
+# --- going on -------------------------------------------------------------------------------------
+
+
+def test_a_disagreement_names_every_field_and_both_values():
+    with pytest.raises(UserError) as error:
+        run = saved(learning_rate=1e-4, batch_size=16)
+        resumed(run, learning_rate=1e-5, batch_size=8, rope=True, log_every=3)
+    assert str(error.value) == (
+        "cannot resume: rope was False, not True; batch_size was 16, not 8; "
+        "learning_rate was 0.0001, not 1e-05"
+    )
+
+
+def test_saying_the_same_again_is_no_disagreement():
+    flags = {"learning_rate": 1e-4, "model": "DiT-S/4", "dataset_name": "digits", "seed": 3}
+    resumed(saved(**flags), **flags)
+
+
+FREE = {
+    "data_dir": Path("/elsewhere"),
+    "caption_cache": Path("/elsewhere"),
+    "in_memory": True,
+    "n_workers": 2,
+    "fsdp": 4,
+    "remat": True,
+    "log_every": 3,
+    "eval_save_steps": 11,
+    "n_eval_batches": 1,
+    "sample_every_n": 13,
+    "keep_checkpoints": 9,
+    "cfg_scale": 4.0,
+    "n_sample_steps": 7,
+    "solver": "heun",
+    "sample_shift": 2.0,
+    "fid_every": 100,
+    "fid_reference": Path("/elsewhere"),
+    "fid_n": 50,
+    "fid_features": "pixels",
+    "inception": "elsewhere",
+    "peak_tflops": 1.0,
+}
+
+
+@pytest.mark.parametrize("name, value", FREE.items(), ids=FREE)
+def test_what_leaves_the_numbers_alone_may_change(name, value):
+    config = resumed(saved(), **{name: value})
+    assert getattr(config, name) == value
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    {
+        "model": "DiT-S/2",
+        "patch_size": 4,
+        "seed": 1,
+        "schedule": "linear",
+        "ema_decay": 0.5,
+        "label_dropout": 0.2,
+        "half_precision": True,
+        "image_size": 16,
+        "conditioning": "none",
+        "text_towers": ("another/tower",),
+        "caption": ("a {label}",),
+        "objective": "ddpm",
+        "learned_sigma": True,
+    }.items(),
+)
+def test_what_changes_the_numbers_may_not(name, value):
+    with pytest.raises(UserError, match=f"cannot resume: {name} was"):
+        resumed(saved(), **{name: value})
+
+
+def test_two_names_of_a_precision_are_one():
+    run = saved(half_precision=True)
+    assert resumed(run, half_precision="bf16").half_precision == "bf16"
+    with pytest.raises(UserError, match="half_precision was True, not fp16"):
+        resumed(run, half_precision="fp16")
+
+
+# --- what cannot be -------------------------------------------------------------------------------
+
+BAD = [
+    *[(name, 0) for name in ("n_steps", "batch_size", "patch_size", "image_size", "fsdp")],
+    *[(name, 0) for name in ("log_every", "eval_save_steps", "sample_every_n", "n_eval_batches")],
+    *[(name, 0) for name in ("keep_checkpoints", "n_sample_steps")],
+    *[(name, 0.0) for name in ("learning_rate", "logit_std", "time_shift", "sample_shift")],
+    *[(name, -1.0) for name in ("learning_rate", "weight_decay", "clip_norm", "label_dropout")],
+    *[(name, -1.0) for name in ("ema_decay", "beta1", "beta2", "n_epochs", "peak_tflops")],
+    *[(name, 1.5) for name in ("label_dropout", "ema_decay", "beta1", "beta2")],
+    # Adam divides by 1 − βⁿ.
+    *[(name, 1.0) for name in ("beta1", "beta2")],
+    *[
+        (name, float("nan"))
+        for name in ("learning_rate", "cfg_scale", "logit_mean", "weight_decay")
+    ],
+    ("learning_rate", float("inf")),
+    ("warmup_steps", -1),
+    ("n_epochs", 0.0),
+    ("n_workers", -1),
+    # Esser et al. 2024, eq. 20: beyond −1 … 2 / (π − 2), times leave 0 … 1.
+    *[("mode_scale", scale) for scale in (-1.5, 2.0)],
+    ("model", "DiT-S/3"),
+    ("schedule", "cosin"),
+    ("solver", "rk4"),
+    ("time_density", "normal"),
+    ("objective", "ddim"),
+    ("fsdp", 3),
+]
+
+
+@pytest.mark.parametrize("name, value", BAD, ids=[f"{name} {value}" for name, value in BAD])
+def test_a_value_that_cannot_be_is_named_with_its_flag(name, value):
+    with pytest.raises(UserError) as error:
+        resolved(**{name: value})
+    assert name in str(error.value) and str(value) in str(error.value)
+
+
+def test_epochs_of_empty_batches_are_refused():
+    with pytest.raises(UserError, match="--batch_size 0: must be above 0"):
+        resolved(n_epochs=1.0, batch_size=0)
+
+
+@pytest.mark.parametrize("name", ["block", "position", "mlp", "norm"])
+def test_a_part_of_the_model_that_does_not_exist_is_named(name):
+    part: Any = {name: "nonesuch"}
+    with pytest.raises(UserError, match=f"unknown {name} 'nonesuch'"):
+        network_config(resolved(**part), DIGITS)
+
+
+def test_a_picture_that_no_patch_divides_is_named():
+    with pytest.raises(UserError, match="image_size 30 is not divisible by patch_size 4"):
+        network_config(resolved(image_size=30, patch_size=4), DIGITS)
+
+
+# --- the model and the loss that are meant --------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_presets_patch_is_used_unless_another_is_asked_for(name):
+    dataset = replace(DIGITS, image_size=32)
+    preset = network_config(resolved(dataset, model=name), dataset)
+    assert preset.patch_size == int(name.split("/")[1])
+    assert network_config(resolved(dataset, model=name, patch_size=16), dataset).grid == (2, 2)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_presets_blocks_are_its_own_unless_another_is_asked_for(name):
+    joint = name.startswith("MMDiT")
+    config = resolved(model=name)
+    expected = ("joint", True, "cropped") if joint else ("adaln_zero", False, "sincos")
+    assert (config.block, config.qk_norm, config.position) == expected
+    changed = resolved(model=name, qk_norm=not joint, position="learned")
+    assert (changed.qk_norm, changed.position) == (not joint, "learned")
+    with pytest.raises(UserError, match=f"--block .*: {name} takes"):
+        resolved(model=name, block="adaln" if joint else "joint")
+
+
+@pytest.mark.parametrize(
+    "flag", [{"text_towers": ("a/b",)}, {"text_length": 8}, {"caption_cache": Path("x")}]
+)
+def test_what_is_for_captions_is_refused_without_them(flag):
+    with pytest.raises(UserError, match="is for captions; pass --caption_column or --caption too"):
+        resolved(**flag)
+    captioned = replace(DIGITS, templates=("a {label}",))
+    assert resolved(captioned, **flag).conditioning == "text"
+
+
+def test_a_towers_folder_is_known_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "tower").mkdir()
+    monkeypatch.chdir(tmp_path)
+    captioned = replace(DIGITS, templates=("a {label}",))
+    config = resolved(captioned, text_towers=("tower", "a/b"))
+    assert config.text_towers == (str(tmp_path / "tower"), "a/b")
+    run = json.loads(json.dumps(vars(config), default=str))
+    assert resumed(run, text_towers=("tower", "a/b")).text_towers == config.text_towers
+
+
+def test_an_unconditional_model_is_not_guided():
+    unlabelled = replace(DIGITS, label_column=None, n_classes=0, cfg_scale=3.0)
+    assert resolved(unlabelled).cfg_scale == resolved(conditioning="none").cfg_scale == 1
+    assert network_config(resolved(conditioning="none"), DIGITS).n_classes == 0
+    with pytest.raises(UserError, match=r"--cfg_scale 2\.0: an unconditional model"):
+        resolved(conditioning="none", cfg_scale=2.0)
+
+
+@pytest.mark.parametrize(
+    "platform, said, dtype",
+    [
+        ("cpu", None, "float32"),
+        ("gpu", None, "bfloat16"),
+        ("tpu", None, "bfloat16"),
+        ("cpu", True, "bfloat16"),
+        ("gpu", False, "float32"),
+    ],
+)
+def test_half_precision_is_for_accelerators_unless_said_otherwise(platform, said, dtype):
+    config = resolved(platform=platform, half_precision=said)
+    assert network_config(config, DIGITS).dtype == dtype
+
+
+def test_every_choice_of_the_model_arrives_there():
+    chosen: dict[str, Any] = {
+        "block": "in_context",
+        "position": "learned",
+        "rope": True,
+        "qk_norm": True,
+        "mlp": "swiglu",
+        "norm": "rms",
+        "remat": True,
+        "patch_size": 4,
+        "image_size": 16,
+        "channels": 3,
+    }
+    model = network_config(resolved(**chosen), DIGITS)
+    assert {name: getattr(model, name) for name in chosen} == chosen
+
+
+def test_the_large_models_recompute_unless_told_not_to():
+    assert network_config(resolved(model="DiT-XL/2"), DIGITS).remat
+    assert not network_config(resolved(model="DiT-B/2"), DIGITS).remat
+    assert not network_config(resolved(model="DiT-XL/2", remat=False), DIGITS).remat
+
+
+def test_every_choice_of_the_loss_arrives_there(monkeypatch):
+    asked = {}
+    monkeypatch.setattr("objectives.rectified_flow", lambda **kwargs: asked.update(kwargs))
+    config = resolved(time_density="logit_normal", logit_mean=-0.5, logit_std=0.7, time_shift=3.0)
+    loss_function(config, label_dropout=0.25)
+    u = jnp.linspace(0.1, 0.9, 9)
+    assert (asked["density"](u) == logit_normal(-0.5, 0.7)(u)).all()
+    assert asked["shift"] == 3.0 and asked["label_dropout"] == 0.25
+
+
+def test_every_choice_of_ddpm_arrives_there(monkeypatch):
+    asked = {}
+    monkeypatch.setattr("objectives.ddpm", lambda **kwargs: asked.update(kwargs))
+    flags: dict[str, Any] = {"prediction": "v", "learned_sigma": True, "min_snr_gamma": 5.0}
+    config = resolved(objective="ddpm", **flags)
+    loss_function(config, label_dropout=0.25)
+    assert {name: asked[name] for name in flags} == flags and asked["label_dropout"] == 0.25
+    assert (
+        network_config(config, DIGITS).channels,
+        network_config(config, DIGITS).out_channels,
+    ) == (1, 2)
+    assert network_config(resolved(objective="ddpm"), DIGITS).out_channels == 1
+
+
+def test_each_objective_has_its_own_solvers():
+    assert resolved().solver == "euler"
+    assert resolved(objective="ddpm").solver == "ddpm"
+    assert resolved(objective="ddpm", solver="ddim").solver == "ddim"
+    wrong: dict[str, dict[str, Any]] = {
+        "euler, heun": {"solver": "ddim"},
+        "ddpm, ddim": {"solver": "heun", "objective": "ddpm"},
+    }
+    for takes, flags in wrong.items():
+        with pytest.raises(UserError, match=rf"--solver \w+ does not fit .*one of: {takes}$"):
+            resolved(**flags)
+    with pytest.raises(UserError, match="--n_sample_steps 1001: ddpm has 1000 steps"):
+        resolved(objective="ddpm", n_sample_steps=1001)
+    with pytest.raises(UserError, match="unknown prediction 'eps'"):
+        resolved(objective="ddpm", prediction="eps")
+    with pytest.raises(UserError, match=r"--min_snr_gamma -1\.0: must not be below 0"):
+        resolved(objective="ddpm", min_snr_gamma=-1.0)
+
+
+@pytest.mark.parametrize(
+    "objective, name, value",
+    [
+        *[("ddpm", name, 1.0) for name in ("logit_mean", "logit_std", "mode_scale")],
+        *[("ddpm", name, 1.0) for name in ("time_shift", "sample_shift")],
+        ("ddpm", "time_density", "uniform"),
+        ("rectified_flow", "prediction", "epsilon"),
+        ("rectified_flow", "learned_sigma", False),
+        ("rectified_flow", "min_snr_gamma", 5.0),
+    ],
+)
+def test_what_the_objective_does_not_read_is_refused(objective, name, value):
+    with pytest.raises(UserError, match=f"--{name} is for --objective .*; this is {objective}"):
+        flag: Any = {name: value}
+        resolved(objective=objective, **flag)
+    assert getattr(resolved(objective=objective), name) is None
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("logit_mean", 0.0, "--logit_mean is for --time_density logit_normal"),
+        ("logit_std", 0.5, "--logit_std is for --time_density logit_normal"),
+        ("mode_scale", 1.0, "--mode_scale is for --time_density mode"),
+        ("vae", "us/vae", "--vae is for --latents"),
+        ("shuffle_buffer", 9, "--shuffle_buffer is for --streaming"),
+        ("fid_reference", Path("a.npz"), "--fid_reference is for --fid_every"),
+        ("fid_n", 9, "--fid_n is for --fid_every"),
+        ("fid_features", "pixels", "--fid_features is for --fid_every"),
+        ("inception", "a.pth", "--inception is for --fid_every"),
+    ],
+)
+def test_what_another_flag_leaves_unread_is_refused(name, value, message):
+    flag: Any = {name: value}
+    with pytest.raises(UserError) as error:
+        resolved(time_density="uniform", **flag)
+    assert str(error.value) == message
+
+
+def test_a_run_that_goes_on_may_keep_what_is_unread():
+    config = resumed(saved(time_density="uniform") | {"logit_mean": 0.5}, fid_n=9)
+    config = resolve_train_config(config, DIGITS, n_rows=1000, n_devices=8, platform="cpu")
+    assert (config.logit_mean, config.fid_n) == (0.5, 9)
+
+
+def test_a_run_of_ddpm_taken_up_as_it_is_resolves_to_what_it_was():
+    run = saved(objective="ddpm", learned_sigma=True, solver="ddim")
+    again = resolve_train_config(resumed(run), DIGITS, n_rows=1000, n_devices=8, platform="cpu")
+    assert json.loads(json.dumps(vars(again), default=str)) == run | {"resume": True}
+    config = resumed(run, solver="ddpm")
+    assert (
+        resolve_train_config(config, DIGITS, n_rows=1000, n_devices=8, platform="cpu").solver
+        == "ddpm"
+    )
+
+
+# --- no field is ignored --------------------------------------------------------------------------
+
+
+def test_every_field_is_documented():
+    documented = re.findall(r"^ {4}(\w+):", inspect.getdoc(TrainConfig) or "", re.MULTILINE)
+    assert documented == FIELDS
+
+
+def read_fields(path):
+    """The attributes that a module reads of a thing called config or c, outside the functions that
+    treat all settings alike.
+    """
+    tree = ast.parse((ROOT / path).read_text())
+    tree.body = [
+        node for node in tree.body if getattr(node, "name", "") not in ("validate", "take_up")
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner = node.value
+            name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
+            if name in ("c", "config"):
+                yield node.attr
+
+
+def test_every_field_is_read():
+    """A setting that nothing reads is a promise that nobody keeps."""
+    modules = ("train.py", "train_config.py", "train_profile.py", "open_run.py")
+    read = {name for module in modules for name in read_fields(module)}
+    assert set(FIELDS) - read == set()

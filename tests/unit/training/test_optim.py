@@ -1,0 +1,214 @@
+"""Schedules at their corners, decay and clipping where they belong, an average that is one."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from model import ModelConfig, init_model_params
+from training import optim
+
+key = jax.random.key(0)
+PEAK = 3e-3
+
+
+def rate(name, step, *, warmup_steps=10, n_steps=110):
+    schedule = optim.learning_rate_schedule(name, PEAK, warmup_steps=warmup_steps, n_steps=n_steps)
+    return float(np.asarray(schedule(step)))
+
+
+# --- the learning rate ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", optim.SCHEDULES)
+def test_no_step_of_the_warm_up_is_wasted_and_it_ends_at_the_peak(name):
+    rates = [rate(name, step) for step in range(11)]
+    np.testing.assert_allclose(rates[0], PEAK / 11, rtol=1e-5)
+    np.testing.assert_allclose(rates[10], PEAK, rtol=1e-5)
+    np.testing.assert_allclose(np.diff(rates), PEAK / 11, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", optim.SCHEDULES)
+def test_without_warm_up_the_first_step_is_at_the_peak(name):
+    np.testing.assert_allclose(rate(name, 0, warmup_steps=0), PEAK, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, halfway, end", [("constant", 1, 1), ("cosine", 0.5, 0), ("linear", 0.5, 0)]
+)
+def test_schedules_pass_through_their_corners(name, halfway, end):
+    np.testing.assert_allclose(rate(name, 60), halfway * PEAK, rtol=1e-5)
+    np.testing.assert_allclose([rate(name, 110), rate(name, 500)], end * PEAK, atol=1e-9)
+
+
+def test_a_cosine_is_a_cosine():
+    np.testing.assert_allclose(rate("cosine", 35), PEAK * (1 + np.cos(np.pi / 4)) / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", optim.SCHEDULES)
+def test_a_run_shorter_than_its_warm_up_still_works(name):
+    rates = [rate(name, step, warmup_steps=5, n_steps=3) for step in range(4)]
+    assert (np.diff(rates) > 0).all() and rates[-1] < PEAK
+
+
+# --- updates --------------------------------------------------------------------------------------
+
+
+def optimizer(**kwargs):
+    settings = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "clip_norm": 0.0}
+    return optim.clipped_adamw(optax.constant_schedule(0.1), **settings | kwargs)
+
+
+def updates(grads, params, **kwargs) -> Any:
+    tx = optimizer(**kwargs)
+    return jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])(grads, params)
+
+
+def test_weight_decay_shrinks_the_kernels_of_a_model_and_nothing_else():
+    config = ModelConfig(
+        width=16,
+        depth=1,
+        n_heads=2,
+        patch_size=2,
+        image_size=4,
+        channels=1,
+        out_channels=1,
+        n_classes=3,
+        qk_norm=True,
+        position="learned",
+    )
+    shapes = jax.eval_shape(lambda: init_model_params(config, key))
+    params = jax.tree.map(lambda p: jnp.ones(p.shape), shapes)
+    moved = updates(jax.tree.map(jnp.zeros_like, params), params, weight_decay=0.5)
+    names = set()
+    for (path, update), p in zip(
+        jax.tree.leaves_with_path(moved), jax.tree.leaves(params), strict=True
+    ):
+        names.add(path[-1].key)
+        expected = -0.1 * 0.5 * p if path[-1].key == "kernel" else 0 * p
+        np.testing.assert_allclose(update, expected, rtol=1e-5)
+    assert names == {"kernel", "bias", "scale", "table"}
+
+
+def test_the_first_update_of_adam_is_the_sign_times_the_rate():
+    grads = {"kernel": jnp.asarray([3.0, -0.002, 100.0])}
+    update = updates(grads, jax.tree.map(jnp.ones_like, grads))["kernel"]
+    np.testing.assert_allclose(update, [-0.1, 0.1, -0.1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+def test_ten_updates_are_those_of_optax(clip_norm):
+    """With steps that are not finite in between, which change not a bit."""
+    params = {"kernel": jax.random.normal(key, (5, 3)), "bias": jnp.ones(3)}
+    schedule = optim.learning_rate_schedule("cosine", 0.1, warmup_steps=3, n_steps=10)
+    settings = {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "clip_norm": clip_norm}
+    ours = optim.clipped_adamw(schedule, **settings)
+    mask = {"kernel": True, "bias": False}
+    theirs = optax.adamw(schedule, b1=0.9, b2=0.99, weight_decay=0.1, mask=mask)
+    if clip_norm:
+        theirs = optax.chain(optax.clip_by_global_norm(clip_norm), theirs)
+    p, state, q, their_state = params, ours.init(params), params, theirs.init(params)
+    for i in range(10):
+        k = jax.random.fold_in(key, i)
+        grads = {name: jax.random.normal(k, x.shape) for name, x in params.items()}
+        updates, state = ours.update(grads, state, p, finite=jnp.asarray(True))
+        p = optax.apply_updates(p, updates)
+        updates, their_state = theirs.update(grads, their_state, q)
+        q = optax.apply_updates(q, updates)
+        bad = jax.tree.map(lambda g: g * jnp.nan, grads)
+        updates, after = ours.update(bad, state, p, finite=jnp.asarray(False))
+        for new, old in zip(
+            jax.tree.leaves((optax.apply_updates(p, updates), after)),
+            jax.tree.leaves((p, state)),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(new, old)
+    for a, b in zip(jax.tree.leaves(p), jax.tree.leaves(q), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def seen_by_adam(grads, **kwargs) -> Any:
+    """After one step, √(second moment / (1 − β₂)) is the gradient's size."""
+    tx = optimizer(**kwargs)
+    state = tx.update(grads, tx.init(grads), grads)[1]
+    return jax.tree.map(lambda nu: jnp.sqrt(nu / (1 - 0.999)), optax.tree.get(state, "nu"))
+
+
+def test_clipping_bounds_the_norm_of_all_gradients_together():
+    grads = {"a": {"kernel": jnp.asarray([3.0])}, "b": {"bias": jnp.asarray([4.0])}}
+    seen = seen_by_adam(grads, clip_norm=1.0)
+    np.testing.assert_allclose(
+        [seen["a"]["kernel"][0], seen["b"]["bias"][0]], [0.6, 0.8], rtol=1e-4
+    )
+    small = seen_by_adam(grads, clip_norm=6.0)
+    np.testing.assert_allclose([small["a"]["kernel"][0], small["b"]["bias"][0]], [3, 4], rtol=1e-4)
+
+
+def test_clip_norm_0_never_clips():
+    seen = seen_by_adam({"kernel": jnp.asarray([3e4, 4e4])}, clip_norm=0.0)
+    np.testing.assert_allclose(seen["kernel"], [3e4, 4e4], rtol=1e-4)
+
+
+# --- the average ----------------------------------------------------------------------------------
+
+
+def test_the_averages_decay_warms_up_to_its_cap():
+    decays = [
+        float(optim.ema_decay_at(jnp.asarray(step), 0.99)) for step in (0, 10, 889, 891, 10**6)
+    ]
+    np.testing.assert_allclose(decays, [1 / 10, 11 / 20, 890 / 899, 0.99, 0.99], rtol=1e-6)
+
+
+def test_the_average_of_what_stays_is_what_stays():
+    params = jax.random.normal(key, (1000,))
+    ema = params
+    for step in range(5):
+        ema = optim.update_ema(ema, params, optim.ema_decay_at(jnp.asarray(step), 0.9999))
+    assert (ema == params).all()
+
+
+def test_the_average_is_the_weighted_sum():
+    """With a fixed decay d: dⁿ·start + (1 − d)·Σ dⁿ⁻ⁱ·paramsᵢ."""
+    d, start, params = 0.8, np.asarray([2.0]), np.random.default_rng(0).normal(size=(6, 1))
+    ema = {"w": jnp.asarray(start)}
+    for p in params:
+        ema = optim.update_ema(ema, {"w": jnp.asarray(p)}, jnp.asarray(d))
+    weights = (1 - d) * d ** np.arange(5, -1, -1)
+    expected = d**6 * start + (weights[:, None] * params).sum(0)
+    np.testing.assert_allclose(ema["w"], expected, rtol=1e-5)
+
+
+def test_after_a_thousand_steps_the_warmed_average_has_forgotten_its_start():
+    """At 0.9999 alone the random start would still weigh 90 %."""
+    ema = {"w": jnp.ones(1)}
+    for step in range(1000):
+        ema = optim.update_ema(
+            ema, {"w": jnp.zeros(1)}, optim.ema_decay_at(jnp.asarray(step), 0.9999)
+        )
+    assert ema["w"][0] < 1e-6
+
+
+# --- loss scaling ---------------------------------------------------------------------------------
+
+
+def scales(*finite, start=None):
+    state = start or optim.initial_loss_scale()
+    for ok in finite:
+        state = optim.next_loss_scale(state, jnp.asarray(ok))
+    return state
+
+
+def test_the_loss_scale_is_halved_after_each_overflow_but_not_below_one():
+    assert scales(False, False, True).scale == optim.INITIAL_LOSS_SCALE / 4
+    assert scales(*[False] * 40).scale == 1
+
+
+def test_the_loss_scale_is_doubled_after_enough_good_steps_in_a_row(monkeypatch):
+    monkeypatch.setattr(optim, "LOSS_SCALE_GROWTH_STEPS", 3)
+    assert scales(True, True).scale == optim.INITIAL_LOSS_SCALE
+    assert scales(True, True, True).scale == 2 * optim.INITIAL_LOSS_SCALE
+    assert scales(*[True] * 6).scale == 4 * optim.INITIAL_LOSS_SCALE
+    assert scales(True, True, False, True, True).scale == optim.INITIAL_LOSS_SCALE / 2
