@@ -1,8 +1,8 @@
-"""What is known of each dataset: where it lies, its columns and classes, how to train on it.
+"""Facts about each dataset: its location, columns and classes, and the training recommended for it.
 
-Facts only. `pipeline.py` opens the sets and checks them against what is written here; names of
-classes in the data itself win over the ones below, which serve columns that carry none. The
-training of `digits` is measured; the others are sensible starts on a single GPU, not tuned.
+Facts only. `data.load` opens a dataset and checks it against them; class names in the data itself
+take precedence over the ones below, which serve columns that carry none. The training of `digits`
+is measured; the others are sensible starting points on a single GPU, not tuned.
 """
 
 from dataclasses import dataclass
@@ -13,17 +13,20 @@ from runtime import errors
 
 @dataclass(frozen=True)
 class LatentEncoding:
-    """How pictures became latents: the same for a whole folder, and written into each of its files.
+    """The conversion of images to latents, recorded for a folder and in each of its files.
 
     Args:
-        dataset_name, source: of the pictures; the source is an id with its revision, or a folder.
-        image_size: pixels to a side of the pictures.
+        dataset_name: of the images.
+        source: of the images: an id with its revision, or a folder.
+        image_size: pixels to a side of the images.
         shape: (height, width, channels) of a latent.
-        vae, vae_hash: where the VAE was, and the hash of its weights; "" where that is not known.
-        scaling_factor, shift_factor: a model sees (z − shift) · scale.
+        vae: the VAE's location.
+        vae_hash: hash of the VAE's weights; "" where it is not known.
+        scaling_factor: a model sees (z − shift) · scale.
+        shift_factor: see `scaling_factor`.
         precision: that the VAE was run in.
-        mirrored: whether a row also has the moments of the mirrored picture.
-        captions: whether there is a column of captions.
+        mirrored: a row also has the moments of the mirrored image.
+        captions: there is a column of captions.
     """
 
     dataset_name: str
@@ -40,15 +43,17 @@ class LatentEncoding:
 
     @property
     def moments_shape(self) -> tuple[int, int, int]:
-        """Of a row: mean and log-variance, and after them those of the mirrored picture."""
+        """Shape of a row: mean and log-variance, then those of the mirrored image if there are
+        any.
+        """
         height, width, channels = self.shape
         return height, width, 2 * channels * (2 if self.mirrored else 1)
 
     @classmethod
-    def of(cls, record: dict[str, Any]) -> "LatentEncoding":
-        """From what JSON has made of one, which has no tuples."""
-        facts: dict[str, Any] = record | {"shape": tuple(record["shape"])}
-        return cls(**facts)
+    def from_record(cls, record: dict[str, Any]) -> "LatentEncoding":
+        """Convert from JSON, which has no tuples."""
+        fields: dict[str, Any] = record | {"shape": tuple(record["shape"])}
+        return cls(**fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +61,31 @@ class DatasetConfig:
     """One dataset, and the training recommended for it.
 
     Args:
+        name: the key in `DATASET_CONFIGS`, or what the user gave.
         path: an id on the Hugging Face hub, or a folder of this repository.
-        config_name: which of the hub's configurations, where there are several.
-        label_column: None for a set that is learnt without classes (`n_classes` is then 0).
-        eval_split: None to hold back `eval_fraction` of the training rows.
-        label_names: () for the data's own.
-        caption_column: where each picture has a caption, or a list of them.
-        templates: of captions made from class names where there is no such column, as "a photo of
+        config_name: one of the hub's configurations, where there are several.
+        image_column: the column of images.
+        label_column: None for a dataset without classes (`n_classes` is then 0).
+        train_split: the split to train on.
+        caption_column: a column with a caption for each image, or a list of them.
+        templates: captions made from class names where there is no such column, as "a photo of
             a {label}".
-        flip: whether a mirrored picture is as good as the picture.
-        latents_dir: where the set's latents lie, if it is for them and not for its pictures that
-            the training is recommended.
-        encoding: of a set that is opened as latents; `image_size` and `channels` are then theirs.
+        eval_split: None to hold out `eval_fraction` of the training rows.
+        eval_fraction: see `eval_split`.
+        n_classes: 0 for none.
+        label_names: () for the data's own.
+        channels: 1 (grey) or 3 (RGB); of latents, theirs.
+        image_size: pixels to a side; of latents, theirs.
+        model: a preset of `model.py`.
+        batch_size: rows of a global batch.
+        learning_rate: peak of the schedule.
+        n_steps: of the training.
+        flip: a mirrored image is as good as the image.
+        ema_decay: of the averaged weights.
+        cfg_scale: guidance scale to sample with.
+        latents_dir: folder of the dataset's latents, if the training is recommended for them and
+            not for the images.
+        encoding: of a dataset that is opened as latents.
     """
 
     name: str
@@ -96,7 +114,7 @@ class DatasetConfig:
 
     @property
     def conditioning(self) -> str:
-        """What a model can be told of a picture: text, class or none."""
+        """Conditioning that the data allow: "text", "class" or "none"."""
         if self.caption_column or self.templates:
             return "text"
         return "class" if self.n_classes else "none"
@@ -244,7 +262,7 @@ DATASET_CONFIGS = {
             name="coco",
             path="Multimodal-Fatima/COCO_captions_train",
             label_column=None,
-            caption_column="sentences_raw",  # five a picture: each epoch draws one
+            caption_column="sentences_raw",  # five per image: each epoch samples one
             eval_split=None,
             eval_fraction=0.02,
             n_classes=0,
@@ -260,7 +278,11 @@ DATASET_CONFIGS = {
 
 
 def find_dataset(name: str) -> DatasetConfig:
-    """The entry called `name`; `UserError` with the nearest name when there is none."""
+    """Return the entry of this name.
+
+    Raises:
+        UserError: there is none. The message names the nearest one.
+    """
     if name not in DATASET_CONFIGS:
         raise errors.unknown_name("dataset", name, DATASET_CONFIGS)
     return DATASET_CONFIGS[name]

@@ -1,11 +1,11 @@
-"""A page in the browser to draw from trained models, and to look at their runs.
+"""A web page to sample from trained models and to look at their runs.
 
-    python demo.py                                     # all of runs/
+    python demo.py                                     # every run in runs/
     python demo.py --run runs/digits
     python demo.py --pretrained facebook/DiT-XL-2-256
 
-The page is for this machine alone unless --host or --share says otherwise. It asks the network for
-nothing. Ctrl-C ends it.
+Only this machine can open the page unless --host or --share says otherwise. The page makes no
+requests to other sites. Ctrl-C ends it.
 """
 
 import os
@@ -26,17 +26,17 @@ from runtime.run_folder import RUNS
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Open a page to draw from trained models.
+    """Open a web page to sample from trained models.
 
     Args:
-        run: one run's folder.
-        runs: a folder of runs, among which a visitor chooses.
-        pretrained: a published model in their place: an id of the hub, a folder or a file.
-        vae: where the VAE of a model of latents is now, if it has moved.
+        run: a run's folder.
+        runs: a folder of runs; the page offers them all.
+        pretrained: a published model instead: an id on the hub, a folder or a file.
+        vae: where the VAE of a latent model is now, if it has moved.
         text_towers: where its text encoders are now, if they have moved.
-        port: of the page; by default the first free one from 7860.
-        host: who can open it: 127.0.0.1 is this machine, 0.0.0.0 everyone in its network.
-        share: ask gradio.live for a public address too; needs the network.
+        port: port of the page; defaults to the first free one from 7860.
+        host: who can open the page: 127.0.0.1 this machine only, 0.0.0.0 its whole network.
+        share: also request a public address from gradio.live; needs the network.
     """
 
     run: Path | None = None
@@ -49,66 +49,74 @@ class DemoConfig:
     share: bool = False
 
 
-def check_flags(config: DemoConfig) -> None:
-    """Refuse what cannot work before anything is loaded."""
-    named = [n for n in ("run", "runs", "pretrained") if getattr(config, n) is not None]
-    if len(named) > 1:
-        raise UserError(f"--{named[0]} and --{named[1]} both say what to draw from; pass one")
-    if config.port is not None and not 1 <= config.port <= 65535:
-        raise UserError(f"--port {config.port}: must be in 1 … 65535")
-    if (config.vae or config.text_towers) and not (config.run or config.pretrained):
-        raise UserError("--vae and --text_towers are of one model: name it by --run")
-
-
 def main(config: DemoConfig) -> None:
-    """Open the page and wait for Ctrl-C, SIGTERM or the terminal's end."""
+    """Open the page and wait for Ctrl-C, SIGTERM or SIGHUP."""
     check_flags(config)
-    c = config
     files = Path(tempfile.mkdtemp(prefix="dit-demo-"))
-    tempfile.tempdir = str(files)  # all that is temporary goes with it
+    tempfile.tempdir = str(files)  # every temporary file of this process is removed with the folder
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, lambda number, _: exit_now(number, files))
     try:
         page = import_page(files)
         parallel.enable_compilation_cache()
-        models = ModelLibrary(c.run, c.runs or RUNS, c.pretrained, c.vae, c.text_towers)
-        url = page.launch(page.build(models), port=c.port, host=c.host, share=c.share)
-        print(f"the page: {url}   (Ctrl-C ends it)", flush=True)
+        models = ModelLibrary(
+            run=config.run,
+            runs=config.runs or RUNS,
+            pretrained=config.pretrained,
+            vae=config.vae,
+            text_encoders=config.text_towers,
+        )
+        url = page.launch_page(
+            page.build_page(models), port=config.port, host=config.host, share=config.share
+        )
+        print(f"page: {url}   (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
     finally:
         shutil.rmtree(files, ignore_errors=True)
 
 
+def check_flags(config: DemoConfig) -> None:
+    """Raise UserError for flags that cannot work, before anything is loaded."""
+    sources = [n for n in ("run", "runs", "pretrained") if getattr(config, n) is not None]
+    if len(sources) > 1:
+        raise UserError(f"--{sources[0]} and --{sources[1]} are mutually exclusive")
+    if config.port is not None and not 1 <= config.port <= 65535:
+        raise UserError(f"--port {config.port}: must be in 1 … 65535")
+    if (config.vae or config.text_towers) and not (config.run or config.pretrained):
+        raise UserError("--vae and --text_towers belong to one model: name it by --run")
+
+
 def exit_now(number: int, files: Path) -> NoReturn:
-    """As the signal would, without what visitors were sent. At once: an exit of the usual kind
-    would wait for a thread that draws just now.
+    """Remove the temporary files and exit with a signal's status.
+
+    Does not go through `sys.exit`, which would wait for the thread that is sampling.
     """
     shutil.rmtree(files, ignore_errors=True)
     os._exit(128 + number)
 
 
 def import_page(files: Path) -> ModuleType:
-    """The module `page`. Gradio reads its settings when it is imported.
+    """Import `inference.app.page`. Gradio reads its environment at import.
 
     Args:
-        files: for pictures on their way to a visitor.
+        files: folder for images on their way to a visitor.
 
     Raises:
         UserError: Gradio is not installed.
     """
-    os.environ |= {"GRADIO_TEMP_DIR": str(files / "sent"), "GRADIO_ANALYTICS_ENABLED": "False"}
-    os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1"}
+    os.environ["GRADIO_TEMP_DIR"] = str(files / "sent")
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     try:
-        from inference.app import page as app_page
+        from inference.app import page
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
-        raise UserError(
-            "the page is made by Gradio: .venv/bin/pip install --group demo"
-        ) from None
-    return app_page
+        raise UserError("the page needs Gradio: .venv/bin/pip install --group demo") from None
+    return page
 
 
 if __name__ == "__main__":
-    cli.run_command(lambda: main(cli.parse_flags(DemoConfig, shown_defaults={"runs": RUNS, "port": "the first free"})))
+    help_defaults = {"runs": RUNS, "port": "the first free"}
+    cli.run_command(lambda: main(cli.parse_flags(DemoConfig, shown_defaults=help_defaults)))

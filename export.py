@@ -123,7 +123,7 @@ tags:
 
 {run["model"]} trained on {run["dataset_name"]}: {params}, the {weights} weights of step \
 {run["step"]}.
-{describe_model(run, model, LatentEncoding.of(encoding) if encoding else None)}
+{describe_model(run, model, LatentEncoding.from_record(encoding) if encoding else None)}
 
 It was trained by
 

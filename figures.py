@@ -1,10 +1,10 @@
-"""A trained run → the figures that people look at: curves, films and sheets.
+"""Figures of a trained run: curves, GIFs and comparison grids.
 
     python figures.py --run runs/digits-…
     python figures.py --run runs/coco-… --prompts "a cat on a sofa" "two zebras" --out figures/
 
-Training draws at its end what needs its records alone (curves.png and progress.gif); here the
-weights are loaded too. What cannot be had of a run is left out, with a line that says why.
+Training makes those of its records (curves.png and progress.gif) at its end; here the weights are
+loaded too. A figure that cannot be made is left out, with a line that says why.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from inference import comparisons, curves, grids
-from inference import labels as inference_labels
-from inference import progress as inference_progress
+from inference import comparisons, curves, grids, progress
 from inference.grids import MAX_GRID_IMAGES
-from inference.labels import SampleRequest
+from inference.labels import SampleRequest, label_ids, request_labels, request_prompts
 from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
 from runtime import cli, parallel
 from runtime.cli import FreeText
@@ -26,28 +24,32 @@ from runtime.errors import UserError
 from runtime.files import report_unwritable
 from training.session import FIGURES
 
-# Of a row: as many pictures as a page shows at a size at which their names can be read.
-COLUMNS, COLUMNS_OF_LARGE, SMALL_SIDE, SIDE = 10, 6, 64, 128
-ROWS_OF_FILM = 2  # where there are classes to fill them
-ROWS_OF_STEPS = 6
-MOST_FRAMES = 51
+# Images of a row: as many as a page shows at a size at which their names can be read.
+COLUMNS, COLUMNS_OF_LARGE, MAX_SMALL_SIDE = 10, 6, 64
+MAX_SIDE = 128  # larger images are shrunk
+GIF_ROWS = 2  # of the trajectory, where there are classes to fill them
+X0_TIMES = 6
+MAX_FRAMES = 51
+
+
+# --- flags ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class FiguresConfig:
-    """Draw the figures of a trained run: curves.png, progress.gif, trajectory.gif, x0.png,
+    """Make the figures of a trained run: curves.png, progress.gif, trajectory.gif, x0.png,
     cfg_sweep.png and denoising.png.
 
     Args:
         run: the run's folder.
         out: a folder for them; by default figures/ in the run's.
-        records_only: only what needs no weights: curves.png and progress.gif.
-        labels: class names or numbers; by default up to ten, spread over all.
+        records_only: only those that need no weights: curves.png and progress.gif.
+        labels: class names or numbers; by default up to ten, evenly spaced among all.
         prompts: captions, for a run that was trained on them, each in quotes; by default the first
             ones of its evaluation split.
-        cfg_sweep: scales of guidance, the rows of cfg_sweep.png.
-        denoise: times in 0 … 1, up to which real pictures are noised for denoising.png.
-        cfg_scale: guidance of all others; 1 is none.
+        cfg_sweep: guidance scales, the rows of cfg_sweep.png.
+        denoise: times in 0 … 1, up to which real images are noised for denoising.png.
+        cfg_scale: guidance scale of the other figures; 1 is none.
         n_steps: solver steps.
         seed: of the noise.
         ema: use the averaged weights; False uses the raw ones.
@@ -74,178 +76,225 @@ class FiguresConfig:
     fsdp: int | None = None
 
 
-FILLED = {"out": "figures/ of the run", "cfg_scale": "the run's own", "n_steps": "the run's own"}
-FILLED |= {"fsdp": "the run's own, as far as there are so many"}
+HELP_DEFAULTS = {
+    "out": "figures/ of the run",
+    "cfg_scale": "the run's own",
+    "n_steps": "the run's own",
+    "fsdp": "the run's own, as far as there are so many",
+}
 
 
-class Scene(NamedTuple):
-    """What a run's pictures are drawn from, of what and how: as many subjects as stand in a row."""
-
-    drawable: TrainedModel
-    row: SampleRequest
-    how: SamplingPlan
-    config: FiguresConfig
-
-
-def main(config: FiguresConfig) -> None:
-    """Draw all that can be had."""
-    c = config
-    check(c)
-    parallel.enable_compilation_cache()
-    where = {"vae": c.vae, "text_towers": c.text_towers, "fsdp": c.fsdp}
-    drawable = TrainedModel.from_run(c.run, ema=c.ema, step=c.step, **where)
-    how = drawable.plan(SamplingOverrides(cfg_scale=c.cfg_scale, n_steps=c.n_steps))
-    words = subject_words(c, drawable)
-    if c.step is not None and not c.records_only:
-        _ = drawable.params  # or that checkpoint is not to be had
-    out = c.out or c.run / FIGURES
-    with report_unwritable(out):
-        out.mkdir(parents=True, exist_ok=True)
-    for name, draw in OF_RECORDS.items():
-        attempt(out / name, lambda path, draw=draw: draw(c.run, path))
-    if c.records_only:
-        return
-    try:
-        scene = Scene(drawable, row_of(c, drawable, words), how, c)
-        _ = drawable.params
-    except UserError as error:
-        print(f"{', '.join(OF_WEIGHTS)} are left out: {error}", flush=True)
-        return
-    for name, draw in OF_WEIGHTS.items():
-        attempt(out / name, lambda path, draw=draw: draw(scene, path))
-
-
-def attempt(path: Path, draw: Callable[[Path], None]) -> None:
-    """One figure, and a line that tells where it is, or why it is not."""
-    told: object = path
-    with report_unwritable(path):  # which ends the command: there will be no room for the others
-        try:
-            draw(path)
-        except UserError as error:
-            told = f"{path.name} is left out: {error}"
-    print(told, flush=True)
-
-
-def check(config: FiguresConfig) -> None:
-    """Refuse what cannot be before anything is loaded."""
+def check_flags(config: FiguresConfig) -> None:
+    """Raises UserError for flags that cannot work, before anything is loaded."""
     if config.labels and config.prompts:
         raise UserError("--labels are of classes, and prompts are captions; pass one of them")
     if not config.cfg_sweep or set(config.cfg_sweep) == {1}:
         raise UserError("--cfg_sweep: name a scale besides 1, which is no guidance")
-    if wrong := [t for t in config.denoise if not 0 < t <= 1]:
-        raise UserError(f"--denoise {wrong[0]:g}: a time must be above 0 and at most 1")
-    n = max(len(config.labels or config.prompts), COLUMNS)
-    n_rows = max(len(config.cfg_sweep), 1 + 2 * len(config.denoise), 2 * ROWS_OF_STEPS)
-    if n * n_rows > MAX_GRID_IMAGES:
-        raise UserError(f"a sheet of {n * n_rows} pictures is more than {MAX_GRID_IMAGES}")
+    if invalid := [t for t in config.denoise if not 0 < t <= 1]:
+        raise UserError(f"--denoise {invalid[0]:g}: a time must be above 0 and at most 1")
+    n_columns = max(len(config.labels or config.prompts), COLUMNS)
+    n_rows = max(len(config.cfg_sweep), 1 + 2 * len(config.denoise), 2 * X0_TIMES)
+    if n_columns * n_rows > MAX_GRID_IMAGES:
+        raise UserError(f"a grid of {n_columns * n_rows} images is more than {MAX_GRID_IMAGES}")
 
 
-# --- what the pictures are of ---------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
-def subject_words(config: FiguresConfig, drawable: TrainedModel) -> list[str]:
-    """Labels or prompts; none where the model is told nothing, or captions that are not named.
+class FigureInputs(NamedTuple):
+    """Inputs of the figures that need weights.
 
-    Raises:
-        UserError: the model is not told such, or there is no such class.
+    Args:
+        row: the samples of one row of a grid.
     """
-    c, names, n_classes = config, drawable.label_names, drawable.model.n_classes
-    if drawable.model.text_width:
-        if c.labels:
-            raise UserError('this run was trained on captions; say what to draw by --prompts "…"')
-        return list(c.prompts)
-    if c.prompts:
-        raise UserError("this run was trained without captions; choose classes by --labels")
-    inference_labels.label_ids(c.labels, names, n_classes)
-    spread = comparisons.evenly_spaced(n_classes, columns(drawable)).tolist() if n_classes else []
-    return list(c.labels) or [names[i] if names else str(i) for i in spread]
+
+    trained: TrainedModel
+    row: SampleRequest
+    plan: SamplingPlan
+    config: FiguresConfig
 
 
-def columns(drawable: TrainedModel) -> int:
-    """Pictures of a row, if no more are named."""
-    encoding = drawable.encoding
-    side = encoding.image_size if encoding else drawable.model.image_size
-    return COLUMNS if side <= SMALL_SIDE else COLUMNS_OF_LARGE
-
-
-def row_of(config: FiguresConfig, drawable: TrainedModel, words: list[str]) -> SampleRequest:
-    """A picture of each, or as many as fill a row.
-
-    Raises:
-        UserError: captions are not to be had, or not to be encoded.
-    """
-    n, seed, text = columns(drawable), config.seed, drawable.model.text_width
-    if text and not words:
-        captions = comparisons.open_eval_split(drawable).captions
-        words = list(dict.fromkeys(several[0] for several in captions))[:n]
-    if words:
-        n = max(1, n // len(words)) * len(words)
-    return (inference_labels.request_prompts if text else inference_labels.request_labels)(
-        drawable, words, n, seed=seed
+def main(config: FiguresConfig) -> None:
+    """Make all figures that can be made."""
+    check_flags(config)
+    parallel.enable_compilation_cache()
+    trained = TrainedModel.from_run(
+        config.run,
+        ema=config.ema,
+        step=config.step,
+        vae=config.vae,
+        text_encoders=config.text_towers,
+        fsdp=config.fsdp,
     )
+    plan = trained.plan(SamplingOverrides(cfg_scale=config.cfg_scale, n_steps=config.n_steps))
+    names = choose_labels(config, trained)
+    if config.step is not None and not config.records_only:
+        trained.load_weights()  # a checkpoint that is named must exist; without one, see below
+    out = config.out or config.run / FIGURES
+    with report_unwritable(out):
+        out.mkdir(parents=True, exist_ok=True)
+    for name, save in FIGURES_OF_RECORDS.items():
+        save_or_explain(out / name, lambda path, save=save: save(config.run, path))
+    if config.records_only:
+        return
+    try:
+        inputs = FigureInputs(trained, make_row(config, trained, names), plan, config)
+        trained.load_weights()
+    except UserError as error:
+        print(f"{', '.join(FIGURES_OF_WEIGHTS)} are left out: {error}", flush=True)
+        return
+    for name, save in FIGURES_OF_WEIGHTS.items():
+        save_or_explain(out / name, lambda path, save=save: save(inputs, path))
+
+
+def save_or_explain(path: Path, save: Callable[[Path], None]) -> None:
+    """Save one figure and print its path, or why it is left out.
+
+    Raises:
+        UserError: the file cannot be written, as then the others cannot be either.
+    """
+    message = str(path)
+    with report_unwritable(path):
+        try:
+            save(path)
+        except UserError as error:
+            message = f"{path.name} is left out: {error}"
+    print(message, flush=True)
+
+
+# --- labels ---------------------------------------------------------------------------------------
+
+
+def choose_labels(config: FiguresConfig, trained: TrainedModel) -> list[str]:
+    """Return the class names or prompts of a row; none for a model without classes, or for captions
+    if no prompts are given.
+
+    Raises:
+        UserError: labels or prompts do not fit the model.
+    """
+    names, n_classes = trained.label_names, trained.model.n_classes
+    if trained.model.text_width:
+        if config.labels:
+            raise UserError('this run was trained on captions; name them by --prompts "…"')
+        return list(config.prompts)
+    if config.prompts:
+        raise UserError("this run was trained without captions; choose classes by --labels")
+    label_ids(config.labels, names, n_classes)
+    if config.labels:
+        return list(config.labels)
+    if not n_classes:
+        return []
+    class_ids = comparisons.evenly_spaced(n_classes, count_columns(trained)).tolist()
+    return [names[i] if names else str(i) for i in class_ids]
+
+
+def count_columns(trained: TrainedModel) -> int:
+    """Return the number of images in a row if no more are named."""
+    encoding = trained.encoding
+    side = encoding.image_size if encoding else trained.model.image_size
+    return COLUMNS if side <= MAX_SMALL_SIDE else COLUMNS_OF_LARGE
+
+
+def make_row(config: FiguresConfig, trained: TrainedModel, names: list[str]) -> SampleRequest:
+    """Request one sample of each label, or as many as fill a row.
+
+    Raises:
+        UserError: captions cannot be read or encoded.
+    """
+    n = count_columns(trained)
+    has_captions = bool(trained.model.text_width)
+    if has_captions and not names:
+        captions = comparisons.open_eval_split(trained).captions
+        names = list(dict.fromkeys(of_image[0] for of_image in captions))[:n]
+    if names:
+        n = max(1, n // len(names)) * len(names)
+    if has_captions:
+        return request_prompts(trained, names, n, seed=config.seed)
+    return request_labels(trained, names, n, seed=config.seed)
 
 
 # --- figures of records ---------------------------------------------------------------------------
 
 
-def progress(run: Path, path: Path) -> None:
-    """The samples over time."""
+def save_progress(run: Path, path: Path) -> None:
+    """Make a GIF of the grids that training saved."""
     record = curves.read_metrics(run / "metrics.jsonl")
-    inference_progress.save_progress_gif(
-        run / "samples", path, last=max((line["step"] for line in record), default=None)
-    )
+    last_step = max((line["step"] for line in record), default=None)
+    progress.save_progress_gif(run / "samples", path, last_step=last_step)
 
 
 # --- figures of weights ---------------------------------------------------------------------------
 
 
-def trajectory(scene: Scene, path: Path) -> None:
-    """The way from noise, a frame for a step."""
-    drawable, row, how, _ = scene
-    of = row._replace(which=np.tile(row.which, ROWS_OF_FILM))
-    labels, told = of.rows(0, len(of.which))
-    told |= {"trajectory": True, "codec": None}  # only what is shown is decoded
-    states = drawable.sample(labels, how, **told).trajectory
+def save_trajectory(inputs: FigureInputs, path: Path) -> None:
+    """Make a GIF of the trajectory from noise, a frame per step."""
+    trained, row, plan, _ = inputs
+    request = row._replace(label_index=np.tile(row.label_index, GIF_ROWS))
+    rows = request.rows(0, len(request.label_index))
+    states = trained.sample(
+        rows.labels,
+        plan,
+        seed=rows.seed,
+        first_index=rows.first_index,
+        negative=rows.negative,
+        trajectory=True,
+        decode=False,  # only the frames are decoded, below
+    ).trajectory
     assert states is not None
-    times, frames = how.sampler.state_times(), []
-    for i in comparisons.evenly_spaced(len(states), MOST_FRAMES):
-        x = grids.shrink_images(grids.to_uint8(comparisons.decode_images(drawable, states[i])), SIDE)
-        sheet = grids.image_grid(x, columns=len(row.which), captions=of.captions)
+    times = plan.sampler.state_times()
+    frames = []
+    for i in comparisons.evenly_spaced(len(states), MAX_FRAMES):
+        images = grids.to_uint8(comparisons.decode_images(trained, states[i]))
+        grid = grids.image_grid(
+            grids.shrink_images(images, MAX_SIDE),
+            columns=len(row.label_index),
+            captions=request.captions,
+        )
         t = float(times[i])
-        frames.append(grids.add_header(sheet, f"t = {t:.2f}", share=1 - t))
+        frames.append(grids.add_header(grid, f"t = {t:.2f}", progress=1 - t))
     grids.save_gif(frames, path)
 
 
-def x0(scene: Scene, path: Path) -> None:
-    """What the model takes x for on that way."""
-    sheet = comparisons.compare_steps(scene.drawable, scene.row, scene.how, ROWS_OF_STEPS, side=SIDE)
-    grids.save_png(sheet, path)
+def save_x0(inputs: FigureInputs, path: Path) -> None:
+    """Make a grid of the model's x0 predictions along the trajectory."""
+    grid = comparisons.compare_steps(
+        inputs.trained, inputs.row, inputs.plan, X0_TIMES, side=MAX_SIDE
+    )
+    grids.save_png(grid, path)
 
 
-def cfg_sweep(scene: Scene, path: Path) -> None:
-    """The same noise at several scales of guidance."""
-    drawable, row, how, c = scene
-    if not (drawable.model.n_classes or drawable.model.text_width):
+def save_cfg_sweep(inputs: FigureInputs, path: Path) -> None:
+    """Make a grid of the same noise at several guidance scales."""
+    trained, row, plan, config = inputs
+    if not (trained.model.n_classes or trained.model.text_width):
         raise UserError("an unconditional model has no label to be guided by")
-    grids.save_png(comparisons.compare_scales(drawable, row, how, c.cfg_sweep, side=SIDE), path)
+    grid = comparisons.compare_scales(trained, row, plan, config.cfg_sweep, side=MAX_SIDE)
+    grids.save_png(grid, path)
 
 
-def denoising(scene: Scene, path: Path) -> None:
-    """Real pictures, noised more or less and drawn from there."""
-    drawable, row, how, c = scene
-    ids = np.asarray(row.told)[row.which].tolist() if drawable.model.n_classes else []
-    real = comparisons.load_real_images(drawable, ids, len(row.which))
-    told = {"seed": c.seed, "side": SIDE}
-    grids.save_png(comparisons.compare_denoising(drawable, real, how, c.denoise, **told), path)
+def save_denoising(inputs: FigureInputs, path: Path) -> None:
+    """Make a grid of real images, noised more or less and sampled from there."""
+    trained, row, plan, config = inputs
+    class_ids = []
+    if trained.model.n_classes:
+        class_ids = np.asarray(row.labels)[row.label_index].tolist()
+    real = comparisons.load_real_images(trained, class_ids, len(row.label_index))
+    grid = comparisons.compare_denoising(
+        trained, real, plan, config.denoise, seed=config.seed, side=MAX_SIDE
+    )
+    grids.save_png(grid, path)
 
 
-OF_RECORDS = {curves.CURVES_FILE: curves.save_curves, inference_progress.PROGRESS_FILE: progress}
-OF_WEIGHTS = {
-    "trajectory.gif": trajectory,
-    "x0.png": x0,
-    "cfg_sweep.png": cfg_sweep,
-    "denoising.png": denoising,
+FIGURES_OF_RECORDS = {
+    curves.CURVES_FILE: curves.save_curves,
+    progress.PROGRESS_FILE: save_progress,
+}
+FIGURES_OF_WEIGHTS = {
+    "trajectory.gif": save_trajectory,
+    "x0.png": save_x0,
+    "cfg_sweep.png": save_cfg_sweep,
+    "denoising.png": save_denoising,
 }
 
 if __name__ == "__main__":
-    cli.run_command(lambda: main(cli.parse_flags(FiguresConfig, shown_defaults=FILLED)))
+    cli.run_command(lambda: main(cli.parse_flags(FiguresConfig, shown_defaults=HELP_DEFAULTS)))

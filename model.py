@@ -1,9 +1,11 @@
-"""The networks: what a diffusion transformer is made of and how its blocks are conditioned.
+"""Diffusion transformers: DiT with its four kinds of block, and MMDiT.
 
-A model maps (x_t, t, label) to a velocity, or to what else it is trained for. A label says what the
-picture is of: the id of a class, or a caption as a text tower encoded it. The model knows nothing
-of noise, losses, guidance or devices, takes no random key and has no train flag; a label it should
-not see arrives as the null class or the empty caption.
+A model maps (x_t, t, label) to a velocity, or to the target of another objective. A label is a
+class id or an encoded caption. Read in this order: the config, the condition, the blocks, DiT,
+MMDiT, the presets.
+
+A model knows nothing of noise, losses, guidance or devices, takes no random key and has no train
+flag. A label that it should not see arrives as the null class or as the empty caption.
 """
 
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from networks.layers import (
     POSITIONS,
     AffineNorm,
     Attention,
+    CroppedPosition,
     CrossAttention,
     Heads,
     Linear,
@@ -33,9 +36,9 @@ from networks.layers import (
     modulate,
     patchify,
     rms_norm,
-    scan,
+    scan_blocks,
     small_normal,
-    stack,
+    stack_blocks,
     unpatchify,
     zeros,
 )
@@ -50,24 +53,33 @@ class ModelConfig:
 
     Args:
         width, depth, n_heads: of the transformer.
-        patch_size: pixels (or latents) to a side of a token.
-        image_size, channels: of the pictures, which are square.
-        out_channels: of the prediction; the paper's learned sigma has twice `channels`.
-        n_classes: label `n_classes` is the null class. 0 for unconditional and for captions, whose
-            null is the caption without tokens.
-        n_class_tokens: with joint blocks, the length of the sequence that stands for a class.
-        text_length, text_width, pooled_width: of captions: tokens as trained (any number works),
-            channels of a token and of the pooled vector; 0 for none. caption_norm: bring both to
-            unit mean square, whatever the towers' scale; SD3 takes them as they are.
-        block: of `BLOCKS`, or joint (MMDiT), where the picture's tokens also attend to themselves
-            alone in the first `n_dual` blocks (as in SD3.5 medium).
-        position: sincos, cropped, centred, learned or none; `rope` adds rotary positions in
-            attention. position_side, position_base: of the table that the second and third are cut
-            from, the places to a side, and the patches of a picture that they are counted by.
-        mlp: gelu or swiglu, `mlp_ratio` × width wide. norm: layer or rms.
-        time_scale: what t in [0, 1] is multiplied by before its sinusoids.
-        dtype: of matrix products and of the tokens between blocks; weights are always float32.
-        remat: recompute each block in the backward pass. unroll: blocks compiled side by side.
+        patch_size: side of a token in pixels (or latents).
+        image_size, channels: of the images, which are square.
+        out_channels: of the prediction; a learned sigma has twice `channels`.
+        n_classes: label `n_classes` is the null class. 0 for unconditional models and for captions,
+            whose null is the caption without tokens.
+        n_class_tokens: with joint blocks, length of the sequence learned for each class.
+        text_length, text_width, pooled_width: number of caption tokens in training (any number
+            works afterwards), channels of a token and of the pooled vector; 0 without captions.
+        caption_norm: scale both to unit mean square, whatever the text encoders' scale. SD3 takes
+            them as they are.
+        block: a key of `BLOCKS`, or `JOINT` for MMDiT.
+        n_dual: of an MMDiT, the number of first blocks with a second attention among the image's
+            tokens alone (as in SD3.5 medium).
+        position: sincos, cropped, centred, learned or none. `rope` adds rotary positions in
+            attention.
+        position_side, position_base: of the table that cropped and centred positions are cut from:
+            its side, and the patches to a side of the image that it is stretched over.
+        qk_norm: RMS norms of queries and keys.
+        mlp: gelu or swiglu, `mlp_ratio` × width wide.
+        norm: layer or rms.
+        time_scale: factor of t in [0, 1] before its sinusoids.
+        dtype: of matrix products and of the tokens between blocks. Weights are always float32.
+        remat: recompute each block in the backward pass.
+        unroll: number of blocks compiled side by side.
+
+    Raises:
+        UserError: a name that does not exist, or values that exclude each other.
     """
 
     width: int
@@ -110,7 +122,8 @@ class ModelConfig:
                 raise unknown_name(field, getattr(self, field), table)
         if self.n_classes and self.text_width:
             raise UserError(
-                "a model is told classes or captions: n_classes or text_width must be 0"
+                f"n_classes {self.n_classes} and text_width {self.text_width}: a model takes class "
+                "labels or captions; set one of the two to 0"
             )
         if self.n_dual and (self.block != JOINT or not 0 < self.n_dual < self.depth):
             raise UserError(
@@ -130,7 +143,18 @@ class ModelConfig:
 
     @property
     def rotary_grid(self) -> tuple[int, int] | None:
+        """The grid of rotary positions, or None without them."""
         return self.grid if self.rope else None
+
+    @property
+    def n_label_tokens(self) -> int:
+        """Number of tokens that a label becomes, for captions in training."""
+        return self.text_length or (self.n_class_tokens if self.block == JOINT else 1)
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden channels of an MLP; `SwiGLUMLP` takes two thirds."""
+        return round(self.mlp_ratio * self.width)
 
 
 # --- the condition --------------------------------------------------------------------------------
@@ -139,8 +163,8 @@ Label = Int[Array, "b"] | EncodedCaption
 
 
 class Condition(NamedTuple):
-    """What a block may read: one vector, and a sequence of tokens. Those where `mask` is False are
-    padding; without a mask all count.
+    """Conditioning of a block: a vector, and a sequence of tokens. Tokens where `mask` is False are
+    padding; without a mask all are real.
     """
 
     vector: Float[Array, "b d"]
@@ -149,7 +173,7 @@ class Condition(NamedTuple):
 
 
 class ClassVector(nnx.Module):
-    """A learned vector for each class; row `n_classes` is "no class" (Ho & Salimans 2022)."""
+    """A learned vector for each class; row `n_classes` is the null class (Ho & Salimans 2022)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.table = nnx.Param(small_normal(rngs.params(), (config.n_classes + 1, config.width)))
@@ -161,7 +185,7 @@ class ClassVector(nnx.Module):
 
 
 class ClassTokens(nnx.Module):
-    """What a caption would be, learned for each class: a vector and a short sequence."""
+    """A learned stand-in of a caption for each class: a vector and a short sequence."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         n, m, d = config.n_classes + 1, config.n_class_tokens, config.width
@@ -175,7 +199,7 @@ class ClassTokens(nnx.Module):
 
 
 class CaptionEmbedder(nnx.Module):
-    """A text tower's tokens and pooled vector, of whatever scale, brought to the model's width."""
+    """A text encoder's tokens and pooled vector, projected to the model's width."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         c, d = config, config.width
@@ -190,13 +214,21 @@ class CaptionEmbedder(nnx.Module):
         return Condition(self.pooled(pooled), self.tokens(tokens), caption.mask)
 
 
-def make_label_embedder(config: ModelConfig, of_class: Callable[..., Any], *, rngs: nnx.Rngs) -> Any:
-    """What turns a label into a `Condition`: captions are told alike to every model."""
-    return (CaptionEmbedder if config.text_width else of_class)(config, rngs=rngs)
+def make_label_embedder(
+    config: ModelConfig, class_embedder: Callable[..., Any], *, rngs: nnx.Rngs
+) -> Any:
+    """Make the module that maps a label to a `Condition`: the same for captions in every model."""
+    return (CaptionEmbedder if config.text_width else class_embedder)(config, rngs=rngs)
+
+
+def add_time(time: Float[Array, "b d"], label: Condition) -> Condition:
+    """Add t to the label's vector, and put it as a token before the label's."""
+    tokens = jnp.concatenate([time[:, None], label.tokens], axis=1)
+    return Condition(time + label.vector, tokens, pad_mask(label.mask, before=1))
 
 
 def pad_mask(mask: Bool[Array, "b m"] | None, *, before: int = 0, after: int = 0):
-    """The mask of a sequence with tokens that all count put before or after it."""
+    """Extend a mask by real tokens that stand before or after its sequence."""
     if mask is None:
         return None
     return jnp.pad(mask, ((0, 0), (before, after)), constant_values=True)
@@ -205,13 +237,47 @@ def pad_mask(mask: Bool[Array, "b m"] | None, *, before: int = 0, after: int = 0
 # --- blocks: four ways to condition a transformer (Peebles & Xie 2023, §3.2 and fig. 3) -----------
 
 
+@dataclass(frozen=True)
+class BlockProducts:
+    """Size of the matrix products in one forward pass of one image, from which FLOPs follow.
+
+    A block states its own in a static method `products(config, n_image, n_condition)`, where n are
+    numbers of tokens. A block without it works, but its FLOPs and MFU are n/a.
+
+    Args:
+        modulations: d × d maps of the condition's vector.
+        projections: d × d maps of a token.
+        scores: pairs of tokens of which one attends to the other.
+        mlp_tokens: tokens that pass an MLP.
+    """
+
+    modulations: int = 0
+    projections: int = 0
+    scores: int = 0
+    mlp_tokens: int = 0
+
+    def __add__(self, other: "BlockProducts") -> "BlockProducts":
+        return BlockProducts(
+            self.modulations + other.modulations,
+            self.projections + other.projections,
+            self.scores + other.scores,
+            self.mlp_tokens + other.mlp_tokens,
+        )
+
+    def __mul__(self, n: int) -> "BlockProducts":
+        return BlockProducts(
+            self.modulations * n, self.projections * n, self.scores * n, self.mlp_tokens * n
+        )
+
+
 def make_self_attention(c: ModelConfig, *, rngs: nnx.Rngs) -> Attention:
-    how = {"grid": c.rotary_grid, "qk_norm": c.qk_norm, "dtype": c.dtype}
-    return Attention(c.width, c.n_heads, rngs=rngs, **how)
+    return Attention(
+        c.width, c.n_heads, grid=c.rotary_grid, qk_norm=c.qk_norm, dtype=c.dtype, rngs=rngs
+    )
 
 
 def make_mlp(c: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
-    return MLPS[c.mlp](c.width, round(c.mlp_ratio * c.width), dtype=c.dtype, rngs=rngs)
+    return MLPS[c.mlp](c.width, c.mlp_width, dtype=c.dtype, rngs=rngs)
 
 
 class AdaLNZeroBlock(nnx.Module):
@@ -234,6 +300,11 @@ class AdaLNZeroBlock(nnx.Module):
         x = add_gated(x, gate1, self.attention(modulate(self.norm(x), shift1, scale1)))
         return add_gated(x, gate2, self.mlp(modulate(self.norm(x), shift2, scale2)))
 
+    @staticmethod
+    def products(config: ModelConfig, n_image: int, n_condition: int) -> BlockProducts:
+        n = n_image
+        return BlockProducts(modulations=6, projections=4 * n, scores=n * n, mlp_tokens=n)
+
 
 class AdaLNBlock(nnx.Module):
     """A transformer block whose norms are functions of the condition."""
@@ -252,9 +323,14 @@ class AdaLNBlock(nnx.Module):
         x = x + self.attention(modulate(self.norm(x), shift1, scale1))
         return x + self.mlp(modulate(self.norm(x), shift2, scale2))
 
+    @staticmethod
+    def products(config: ModelConfig, n_image: int, n_condition: int) -> BlockProducts:
+        n = n_image
+        return BlockProducts(modulations=4, projections=4 * n, scores=n * n, mlp_tokens=n)
+
 
 class CrossAttentionBlock(nnx.Module):
-    """A transformer block that looks at the tokens of the condition after those of the picture."""
+    """A transformer block that attends to the image's tokens, then to those of the condition."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         c, d = config, config.width
@@ -270,9 +346,14 @@ class CrossAttentionBlock(nnx.Module):
         x = x + self.cross_attention(self.norm2(x), cond.tokens, cond.mask)
         return x + self.mlp(self.norm3(x))
 
+    @staticmethod
+    def products(config: ModelConfig, n_image: int, n_condition: int) -> BlockProducts:
+        n, m = n_image, n_condition
+        return BlockProducts(projections=4 * n + 2 * n + 2 * m, scores=n * (n + m), mlp_tokens=n)
+
 
 class InContextBlock(nnx.Module):
-    """The plain transformer block: the condition's tokens stand before the picture's, in x."""
+    """The plain transformer block: in x the condition's tokens stand before the image's."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         c, d = config, config.width
@@ -284,6 +365,11 @@ class InContextBlock(nnx.Module):
         mask = pad_mask(cond.mask, after=x.shape[1] - cond.tokens.shape[1])
         x = x + self.attention(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
+
+    @staticmethod
+    def products(config: ModelConfig, n_image: int, n_condition: int) -> BlockProducts:
+        s = n_image + n_condition
+        return BlockProducts(projections=4 * s, scores=s * s, mlp_tokens=s)
 
 
 class AdaptiveFinalLayer(nnx.Module):
@@ -300,6 +386,10 @@ class AdaptiveFinalLayer(nnx.Module):
         shift, scale = jnp.split(self.modulation(jax.nn.silu(cond.vector)), 2, axis=-1)
         return self.out(modulate(self.norm(x), shift, scale))
 
+    @staticmethod
+    def products(config: ModelConfig, n_image: int, n_condition: int) -> BlockProducts:
+        return BlockProducts(modulations=2)
+
 
 class PlainFinalLayer(nnx.Module):
     """Tokens → patches, for blocks that do without modulation."""
@@ -313,17 +403,17 @@ class PlainFinalLayer(nnx.Module):
     def __call__(self, x: Float[Array, "b n d"], cond: Condition) -> Float[Array, "b n k"]:
         return self.out(self.norm(x))
 
+    @staticmethod
+    def products(config: ModelConfig, n_image: int, n_condition: int) -> BlockProducts:
+        return BlockProducts()
 
-def make_position_embedding(c: ModelConfig, *, rngs: nnx.Rngs) -> Any:
-    """What adds positions to the picture's tokens: a table that is cropped has its own size."""
-    table = {"side": c.position_side, "base": c.position_base}
-    how = table if c.position in ("cropped", "centred") else {}
-    return POSITIONS[c.position](c.width, c.grid, rngs=rngs, **how)
+
+# --- DiT ------------------------------------------------------------------------------------------
 
 
 class Design(NamedTuple):
-    """A block, the layer after the last one, and whether the condition's tokens stand before the
-    picture's.
+    """A block, the layer after the last block, and whether the condition's tokens stand before the
+    image's in the sequence.
     """
 
     block: Callable[..., nnx.Module]
@@ -340,6 +430,14 @@ BLOCKS = {
 }
 
 
+def make_position_embedding(c: ModelConfig, *, rngs: nnx.Rngs) -> Any:
+    """Make the module that adds absolute positions to the image's tokens."""
+    position = POSITIONS[c.position]
+    if issubclass(position, CroppedPosition):
+        return position(c.width, c.grid, side=c.position_side, base=c.position_base, rngs=rngs)
+    return position(c.width, c.grid, rngs=rngs)
+
+
 class DiT(nnx.Module):
     """Diffusion transformer (Peebles & Xie 2023): patches → blocks under a condition → patches."""
 
@@ -350,41 +448,35 @@ class DiT(nnx.Module):
         self.position = make_position_embedding(c, rngs=rngs)
         self.time = TimeEmbedder(d, time_scale=c.time_scale, dtype=c.dtype, rngs=rngs)
         self.label = make_label_embedder(c, ClassVector, rngs=rngs)
-        self.blocks = stack(lambda rngs: design.block(c, rngs=rngs), c.depth, rngs)
+        self.blocks = stack_blocks(lambda rngs: design.block(c, rngs=rngs), c.depth, rngs)
         self.final = design.final(c, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "b h w c"], t: Float[Array, "b"], label: Label
     ) -> Float[Array, "b h w o"]:
-        """The prediction at x_t, float32. A class is in 0 … n_classes; n_classes means none."""
+        """Predict at x_t, in float32. A class is in 0 … n_classes; n_classes is the null class."""
         c = self.config
         cond = add_time(self.time(t), self.label(label))
         x = self.position(self.patch(patchify(x, c.patch_size)))
         n = x.shape[1]
         x = jnp.concatenate([cond.tokens[:, : self.n_joining], x], axis=1)
-        x = scan(self.blocks, x, cond, remat=c.remat, unroll=c.unroll)
+        x = scan_blocks(self.blocks, x, cond, remat=c.remat, unroll=c.unroll)
         x = self.final(x[:, -n:], cond)
         return unpatchify(x, c.patch_size, c.grid[0]).astype(jnp.float32)
-
-
-def add_time(time: Float[Array, "b d"], label: Condition) -> Condition:
-    """t joins the label: added to its vector, and as a token of its own before its tokens."""
-    tokens = jnp.concatenate([time[:, None], label.tokens], axis=1)
-    return Condition(time + label.vector, tokens, pad_mask(label.mask, before=1))
 
 
 # --- MMDiT: two streams with one attention (Esser et al. 2024, §4 and fig. 2b) --------------------
 
 
 class Streams(NamedTuple):
-    """The tokens of a picture and of its condition."""
+    """The tokens of an image and of its condition."""
 
-    picture: Float[Array, "b n d"]
+    image: Float[Array, "b n d"]
     context: Float[Array, "b m d"]
 
 
 class Modulations(NamedTuple):
-    """Of one stream: 1 around the attention, 2 around the MLP."""
+    """Modulations of one stream: 1 around the attention, 2 around the MLP."""
 
     shift1: Float[Array, "b d"]
     scale1: Float[Array, "b d"]
@@ -395,8 +487,8 @@ class Modulations(NamedTuple):
 
 
 class Stream(nnx.Module):
-    """One stream's own weights in a joint block: those of an adaLN-Zero block, with the attention
-    left to the block.
+    """One stream's own weights in a joint block: those of an adaLN-Zero block. The attention itself
+    is the block's.
     """
 
     def __init__(self, config: ModelConfig, *, grid: tuple[int, int] | None, rngs: nnx.Rngs):
@@ -412,16 +504,16 @@ class Stream(nnx.Module):
     def modulations(self, vector: Float[Array, "b d"]) -> Modulations:
         return Modulations(*jnp.split(self.modulation(jax.nn.silu(vector)), 6, axis=-1))
 
-    def before(
+    def before_attention(
         self, x: Float[Array, "b n d"], m: Modulations
     ) -> tuple[Float[Array, "b n h k"], ...]:
-        """This stream's queries, keys and values."""
+        """Compute this stream's queries, keys and values."""
         return self.qkv(modulate(self.norm(x), m.shift1, m.scale1))
 
-    def after(
+    def after_attention(
         self, x: Float[Array, "b n d"], y: Float[Array, "b n d"], m: Modulations
     ) -> Float[Array, "b n d"]:
-        """Takes in what attention found, then applies the MLP."""
+        """Add the attention's result y to x, then apply the MLP."""
         x = add_gated(x, m.gate1, self.out(y))
         return add_gated(x, m.gate2, self.mlp(modulate(self.norm(x), m.shift2, m.scale2)))
 
@@ -430,23 +522,32 @@ class JointBlock(nnx.Module):
     """Two streams, each with its own weights, that attend to all tokens of both."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        # "picture" is the image's stream: a name in every checkpoint.
         self.picture = Stream(config, grid=config.rotary_grid, rngs=rngs)
         self.context = Stream(config, grid=None, rngs=rngs)
 
     def __call__(self, x: Streams, cond: Condition) -> Streams:
-        n = x.picture.shape[1]
-        mp = self.picture.modulations(cond.vector)
+        n = x.image.shape[1]
+        mi = self.picture.modulations(cond.vector)
         mc = self.context.modulations(cond.vector)
-        q, k, v = join(self.picture.before(x.picture, mp), self.context.before(x.context, mc))
+        q, k, v = join_streams(
+            self.picture.before_attention(x.image, mi), self.context.before_attention(x.context, mc)
+        )
         y = attention(q, k, v, pad_mask(cond.mask, before=n))
         return Streams(
-            self.picture.after(x.picture, y[:, :n], mp), self.context.after(x.context, y[:, n:], mc)
+            self.picture.after_attention(x.image, y[:, :n], mi),
+            self.context.after_attention(x.context, y[:, n:], mc),
         )
+
+    @staticmethod
+    def products(config: ModelConfig, n_image: int, n_condition: int) -> BlockProducts:
+        s = n_image + n_condition
+        return BlockProducts(modulations=12, projections=4 * s, scores=s * s, mlp_tokens=s)
 
 
 class DualJointBlock(JointBlock):
-    """A joint block with a second attention, of the picture's tokens to themselves alone: both
-    attentions read the tokens as they came (MMDiT-X, the blocks of SD3.5 medium).
+    """A joint block with a second attention, of the image's tokens to themselves alone. Both
+    attentions read the block's input (MMDiT-X, the blocks of SD3.5 medium).
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -457,27 +558,36 @@ class DualJointBlock(JointBlock):
         self.attention = make_self_attention(c, rngs=rngs)
 
     def __call__(self, x: Streams, cond: Condition) -> Streams:
-        n = x.picture.shape[1]
-        mp = self.picture.modulations(cond.vector)
+        n = x.image.shape[1]
+        mi = self.picture.modulations(cond.vector)
         mc = self.context.modulations(cond.vector)
         shift, scale, gate = jnp.split(self.modulation(jax.nn.silu(cond.vector)), 3, axis=-1)
-        alone = self.attention(modulate(self.norm(x.picture), shift, scale))
-        q, k, v = join(self.picture.before(x.picture, mp), self.context.before(x.context, mc))
+        image_only = self.attention(modulate(self.norm(x.image), shift, scale))
+        q, k, v = join_streams(
+            self.picture.before_attention(x.image, mi), self.context.before_attention(x.context, mc)
+        )
         y = attention(q, k, v, pad_mask(cond.mask, before=n))
-        picture = add_gated(x.picture, gate, alone)
+        image = add_gated(x.image, gate, image_only)
         return Streams(
-            self.picture.after(picture, y[:, :n], mp), self.context.after(x.context, y[:, n:], mc)
+            self.picture.after_attention(image, y[:, :n], mi),
+            self.context.after_attention(x.context, y[:, n:], mc),
         )
 
+    @staticmethod
+    def products(config: ModelConfig, n_image: int, n_condition: int) -> BlockProducts:
+        n = n_image
+        second_attention = BlockProducts(modulations=3, projections=4 * n, scores=n * n)
+        return JointBlock.products(config, n_image, n_condition) + second_attention
 
-def join(picture, context) -> list[Float[Array, "b s h k"]]:
-    """Queries, keys or values of both streams as one sequence."""
-    return [jnp.concatenate(pair, axis=1) for pair in zip(picture, context, strict=True)]
+
+def join_streams(image, context) -> list[Float[Array, "b s h k"]]:
+    """Concatenate queries, keys or values of both streams to one sequence."""
+    return [jnp.concatenate(pair, axis=1) for pair in zip(image, context, strict=True)]
 
 
 class LastJointBlock(nnx.Module):
-    """The last block, of which only the picture's tokens are wanted: the context is looked at and
-    not changed (as in SD3).
+    """The last block. Only the image's tokens go on from here, so the context gives keys and values
+    and is not updated (as in SD3).
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -488,17 +598,24 @@ class LastJointBlock(nnx.Module):
         self.kv = Heads("kv", d, c.n_heads, qk_norm=c.qk_norm, dtype=c.dtype, rngs=rngs)
 
     def __call__(self, x: Streams, cond: Condition) -> Float[Array, "b n d"]:
-        mp = self.picture.modulations(cond.vector)
+        mi = self.picture.modulations(cond.vector)
         shift, scale = jnp.split(self.modulation(jax.nn.silu(cond.vector)), 2, axis=-1)
-        q, *kv = self.picture.before(x.picture, mp)
-        k, v = join(kv, self.kv(modulate(self.norm(x.context), shift, scale)))
-        y = attention(q, k, v, pad_mask(cond.mask, before=x.picture.shape[1]))
-        return self.picture.after(x.picture, y, mp)
+        q, *kv = self.picture.before_attention(x.image, mi)
+        k, v = join_streams(kv, self.kv(modulate(self.norm(x.context), shift, scale)))
+        y = attention(q, k, v, pad_mask(cond.mask, before=x.image.shape[1]))
+        return self.picture.after_attention(x.image, y, mi)
+
+    @staticmethod
+    def products(config: ModelConfig, n_image: int, n_condition: int) -> BlockProducts:
+        n, m = n_image, n_condition
+        return BlockProducts(
+            modulations=6 + 2, projections=4 * n + 2 * m, scores=n * (n + m), mlp_tokens=n
+        )
 
 
 class MMDiT(nnx.Module):
     """Multimodal diffusion transformer (Esser et al. 2024): t and the label's vector modulate both
-    streams, and the label's tokens are the second.
+    streams, and the label's tokens are the second stream.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -509,24 +626,23 @@ class MMDiT(nnx.Module):
         self.time = TimeEmbedder(d, time_scale=c.time_scale, dtype=c.dtype, rngs=rngs)
         self.label = make_label_embedder(c, ClassTokens, rngs=rngs)
         n_plain = c.depth - 1 - c.n_dual
-        self.dual_blocks = stack(lambda rngs: DualJointBlock(c, rngs=rngs), c.n_dual, rngs)
-        self.blocks = stack(lambda rngs: JointBlock(c, rngs=rngs), n_plain, rngs)
+        self.dual_blocks = stack_blocks(lambda rngs: DualJointBlock(c, rngs=rngs), c.n_dual, rngs)
+        self.blocks = stack_blocks(lambda rngs: JointBlock(c, rngs=rngs), n_plain, rngs)
         self.last = LastJointBlock(c, rngs=rngs)
         self.final = AdaptiveFinalLayer(c, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "b h w c"], t: Float[Array, "b"], label: Label
     ) -> Float[Array, "b h w o"]:
-        """The prediction at x_t, float32. A class is in 0 … n_classes; n_classes means none."""
+        """Predict at x_t, in float32. A class is in 0 … n_classes; n_classes is the null class."""
         c = self.config
         cond = self.label(label)
         cond = cond._replace(vector=self.time(t) + cond.vector)
-        picture = self.position(self.patch(patchify(x, c.patch_size)))
-        streams = Streams(picture, cond.tokens)
+        streams = Streams(self.position(self.patch(patchify(x, c.patch_size))), cond.tokens)
         for blocks in (self.dual_blocks, self.blocks):
-            streams = scan(blocks, streams, cond, remat=c.remat, unroll=c.unroll)
-        picture = self.final(self.last(streams, cond), cond)
-        return unpatchify(picture, c.patch_size, c.grid[0]).astype(jnp.float32)
+            streams = scan_blocks(blocks, streams, cond, remat=c.remat, unroll=c.unroll)
+        image = self.final(self.last(streams, cond), cond)
+        return unpatchify(image, c.patch_size, c.grid[0]).astype(jnp.float32)
 
 
 # --- presets --------------------------------------------------------------------------------------
@@ -544,7 +660,7 @@ MODELS: dict[str, dict[str, Any]] = {
     for size, shape in SIZES.items()
     for p in (1, 2, 4, 8)
 }
-# The picture's stream is a DiT of the same name; positions and norms of q and k are as in SD3.
+# The image's stream is a DiT of the same name; positions and norms of q and k are as in SD3.
 MODELS |= {
     f"MM{name}": shape | {"block": JOINT, "qk_norm": True, "position": "cropped"}
     for name, shape in MODELS.items()
@@ -552,7 +668,7 @@ MODELS |= {
 
 
 def model_config(name: str, **fields) -> ModelConfig:
-    """The preset `name`, such as "DiT-S/2", completed and overridden by `fields`.
+    """Complete and override the preset `name`, such as "DiT-S/2", by `fields`.
 
     Raises:
         UserError: the name is not in `MODELS`, or a field has a value that does not exist.
@@ -563,16 +679,38 @@ def model_config(name: str, **fields) -> ModelConfig:
 
 
 def build_model(config: ModelConfig, rngs: nnx.Rngs) -> DiT | MMDiT:
-    """The network of a configuration."""
+    """Build the network of a config, with fresh weights."""
     return (MMDiT if config.block == JOINT else DiT)(config, rngs=rngs)
 
 
 @lru_cache
 def model_graphdef(config: ModelConfig) -> nnx.GraphDef:
-    """All of a model but its weights, static and hashable: `nnx.merge(graphdef, params)` lives."""
+    """A model without its weights, static and hashable: `nnx.merge(graphdef, params)` is the
+    network.
+    """
     return nnx.split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))))[0]
 
 
 def init_model_params(config: ModelConfig, key: Key[Array, ""]) -> dict[str, Any]:
-    """Fresh weights as a plain tree of float32 arrays (Peebles & Xie 2023, §4)."""
+    """Initialize weights as a plain tree of float32 arrays (Peebles & Xie 2023, §4)."""
     return nnx.to_pure_dict(nnx.split(build_model(config, nnx.Rngs(params=key)))[1])
+
+
+def count_products(config: ModelConfig) -> BlockProducts | None:
+    """Sum the matrix products of all blocks and of the final layer for one image, with captions of
+    the length in training. None if one of them does not state its `products`.
+    """
+    n, m = config.grid[0] * config.grid[1], config.n_label_tokens
+    if config.block == JOINT:
+        n_plain = config.depth - 1 - config.n_dual
+        layers: list[tuple[Any, int]] = [(DualJointBlock, config.n_dual), (JointBlock, n_plain)]
+        layers += [(LastJointBlock, 1), (AdaptiveFinalLayer, 1)]
+    else:
+        design, m = BLOCKS[config.block], m + 1  # t is a token of the condition too
+        layers = [(design.block, config.depth), (design.final, 1)]
+    total = BlockProducts()
+    for layer, repeats in layers:
+        if not hasattr(layer, "products"):
+            return None
+        total += layer.products(config, n, m) * repeats
+    return total

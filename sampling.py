@@ -1,9 +1,11 @@
-"""From noise to data: along the flow of a velocity, or down a chain of diffusion steps.
+"""Solvers from noise to data, and classifier-free guidance.
 
-A solver of the flow's differential equation sees only `velocity(x, t)`, from t = 1 to t = 0; one of
-a chain sees only what a model makes of x at a step. All of a batch is at one time. Models, guidance
-scales and labels are bound by the caller. Solvers are traced: call them inside `jax.jit`, and the
-whole loop is one compiled program.
+A solver of a flow's differential equation sees only `velocity(x, t)` and integrates it from t = 1
+(noise) to t = 0 (data). The whole batch shares one t. The solvers of DDPM, in `methods/ddpm.py`,
+share `scan_steps` and the random numbers of this file. Models, guidance scales and labels are bound
+by the caller.
+
+Solvers are traced: call them inside `jax.jit`, and the whole loop is one compiled program.
 """
 
 from collections.abc import Callable
@@ -14,13 +16,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 Velocity = Callable[[Float[Array, "b *s"], Float[Array, ""]], Float[Array, "b *s"]]
-FreshNoise = Callable[[Int[Array, ""]], Float[Array, "b *s"]]  # the noise of a step
-STEP_NOISE_TAG = 2**32 - 1  # where a picture's index would be: no picture has it
+FreshNoise = Callable[[Int[Array, ""]], Float[Array, "b *s"]]  # step index → its noise
+# Folded into a seed's key where initial noise folds the image's index: no image has this index.
+STEP_NOISE_TAG = 2**32 - 1
 
 
 class Solution(NamedTuple):
-    """Where a solver arrived. If asked for, all states, noise first and result last, and what each
-    but the last was taken for: the data that the model saw in it.
+    """The result of a solver. With `trajectory`, also every state, noise first and result last, and
+    the x0 prediction at every state but the last.
     """
 
     x: Float[Array, "b *s"]
@@ -28,77 +31,47 @@ class Solution(NamedTuple):
     estimates: Float[Array, "steps b *s"] | None
 
 
-def time_grid(
-    n_steps: int, *, shift: float = 1.0, start: float = 1.0
-) -> Float[Array, "{n_steps}+1"]:
-    """n + 1 times from `start` to 0; `shift` > 1 puts more near the noise, as in `shift_time`."""
-    before = start / (start + shift * (1 - start))  # what the shift moves to `start`
-    t = jnp.linspace(before, 0.0, n_steps + 1)
-    return shift * t / (1 + (shift - 1) * t)
+# --- solvers --------------------------------------------------------------------------------------
 
 
-def initial_noise(
-    seed: Int[Array, "..."] | int, index: Int[Array, "b"], shape: tuple[int, ...]
-) -> Float[Array, "b *s"]:
-    """Standard normal noise: a function of a picture's seed and index, not of its batch. One seed
-    may be that of all.
-    """
+def scan_steps(
+    step, noise: Float[Array, "b *s"], steps: PyTree[Array], trajectory: bool
+) -> Solution:
+    """Apply `step(x, s) -> (x, x0)` for each row s of `steps`, in order."""
 
-    def draw(seed, index):
-        return jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape)
+    def body(x, s):
+        x, x0 = step(x, s)
+        return x, (x, x0) if trajectory else None
 
-    return jax.vmap(draw)(jnp.broadcast_to(seed, index.shape), index)
-
-
-def step_noise(
-    seed: Int[Array, "..."] | int, index: Int[Array, "b"], shape: tuple[int, ...]
-) -> FreshNoise:
-    """Standard normal noise of every step: a function of a picture's seed and index, and the step.
-    One seed may be that of all.
-    """
-
-    def key(seed, index):
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STEP_NOISE_TAG), index)
-
-    keys = jax.vmap(key)(jnp.broadcast_to(seed, index.shape), index)
-
-    def renew(step):
-        return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, step), shape))(keys)
-
-    return renew
-
-
-def scan_steps(step, noise: Float[Array, "b *s"], places: PyTree[Array], trajectory: bool) -> Solution:
-    """Apply `step(x, place) -> (x, estimate of the data)` at one place after the other."""
-
-    def body(x, place):
-        x, data = step(x, place)
-        return x, (x, data) if trajectory else None
-
-    x, kept = jax.lax.scan(body, noise, places)
-    if kept is None:
+    x, history = jax.lax.scan(body, noise, steps)
+    if history is None:
         return Solution(x, None, None)
-    states, estimates = kept
+    states, estimates = history
     return Solution(x, jnp.concatenate([noise[None], states]), estimates)
 
 
-# --- the flow of a velocity -----------------------------------------------------------------------
-
-
-def integrate_velocity(step, noise: Float[Array, "b *s"], times: Float[Array, "times"], trajectory: bool):
-    """Apply `step(x, t, s) -> (x, v)`, which carries x from time t to time s and tells the velocity
-    at t, along the grid. The data are taken to be where that leads: x − t·v.
+def integrate_velocity(
+    step, noise: Float[Array, "b *s"], times: Float[Array, "times"], trajectory: bool
+) -> Solution:
+    """Apply `step(x, t, s) -> (x, v)` along the grid: it takes x from time t to time s and returns
+    the velocity at t. The x0 prediction is where that velocity leads: x − t·v.
     """
 
-    def carry(x, interval):
+    def interval_step(x, interval):
         t, s = interval
         y, v = step(x, t, s)
         return y, x - t * v
 
-    return scan_steps(carry, noise, (times[:-1], times[1:]), trajectory)
+    return scan_steps(interval_step, noise, (times[:-1], times[1:]), trajectory)
 
 
-def euler(velocity: Velocity, noise, times, *, trajectory: bool = False) -> Solution:
+def euler(
+    velocity: Velocity,
+    noise: Float[Array, "b *s"],
+    times: Float[Array, "times"],
+    *,
+    trajectory: bool = False,
+) -> Solution:
     """Euler's method: first order, one velocity a step."""
 
     def step(x, t, s):
@@ -108,7 +81,13 @@ def euler(velocity: Velocity, noise, times, *, trajectory: bool = False) -> Solu
     return integrate_velocity(step, noise, times, trajectory)
 
 
-def heun(velocity: Velocity, noise, times, *, trajectory: bool = False) -> Solution:
+def heun(
+    velocity: Velocity,
+    noise: Float[Array, "b *s"],
+    times: Float[Array, "times"],
+    *,
+    trajectory: bool = False,
+) -> Solution:
     """Heun's method (the trapezoidal rule): second order, two velocities a step."""
 
     def step(x, t, s):
@@ -119,6 +98,55 @@ def heun(velocity: Velocity, noise, times, *, trajectory: bool = False) -> Solut
 
 
 SOLVERS = {"euler": euler, "heun": heun}  # of a velocity
+
+
+# --- times and noise ------------------------------------------------------------------------------
+
+
+def time_grid(
+    n_steps: int, *, shift: float = 1.0, start: float = 1.0
+) -> Float[Array, "{n_steps}+1"]:
+    """n + 1 times from `start` to 0; `shift` > 1 puts more near the noise, as in
+    `methods.rectified_flow.shift_time`.
+    """
+    before_shift = start / (start + shift * (1 - start))  # the time that the shift moves to `start`
+    t = jnp.linspace(before_shift, 0.0, n_steps + 1)
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def initial_noise(
+    seed: Int[Array, "..."] | int, index: Int[Array, "b"], shape: tuple[int, ...]
+) -> Float[Array, "b *s"]:
+    """Standard normal noise for each image: a function of its seed and index, not of its batch.
+
+    Args:
+        seed: one of each image, or one for all.
+    """
+
+    def sample(seed, index):
+        return jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape)
+
+    return jax.vmap(sample)(jnp.broadcast_to(seed, index.shape), index)
+
+
+def step_noise(
+    seed: Int[Array, "..."] | int, index: Int[Array, "b"], shape: tuple[int, ...]
+) -> FreshNoise:
+    """Standard normal noise for every step: a function of the image's seed and index and the step.
+
+    Args:
+        seed: one of each image, or one for all.
+    """
+
+    def image_key(seed, index):
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STEP_NOISE_TAG), index)
+
+    keys = jax.vmap(image_key)(jnp.broadcast_to(seed, index.shape), index)
+
+    def fresh_noise(step):
+        return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, step), shape))(keys)
+
+    return fresh_noise
 
 
 # --- guidance -------------------------------------------------------------------------------------
@@ -132,7 +160,7 @@ def guided(
     *,
     interval: tuple[float, float] = (0.0, 1.0),
     channels: int | None = None,
-    together: bool = True,
+    one_call: bool = True,
 ) -> Velocity:
     """Classifier-free guidance as a velocity: v_null + scale·(v_cond − v_null).
 
@@ -140,18 +168,19 @@ def guided(
     `interval`, which is in t and closed, the scale is 1 (Kynkäänniemi et al. 2024).
 
     Args:
-        velocity: `velocity(x, t, cond)` of the model; or whatever else it predicts.
-        cond, null: trees of arrays with a leading batch axis.
-        channels: guide so many, and leave the rest to the condition; by default all.
-        together: one call of `velocity` with both, which fills a GPU better; a CPU's caches prefer
-            two calls.
+        velocity: `velocity(x, t, cond)` of the model, or the output of a DDPM.
+        cond, null: conditional and unconditional label: trees of arrays with a leading batch axis.
+        scale: the guidance scale.
+        channels: number of channels to guide; the rest stays conditional. By default all.
+        one_call: evaluate both halves in one call of `velocity`, which fills a GPU better. A CPU's
+            caches prefer two calls.
     """
     both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null)
-    # Times of a grid are float32: without a rounding's room they miss the ends they are meant for.
+    # The grid's times are float32: without room for rounding they miss the ends they are meant for.
     low, high = interval[0] - 1e-6, interval[1] + 1e-6
 
     def combined(x, t):
-        if together:
+        if one_call:
             v_cond, v_null = jnp.split(velocity(jnp.concatenate([x, x]), t, both), 2)
         else:
             v_cond, v_null = velocity(x, t, cond), velocity(x, t, null)

@@ -38,12 +38,12 @@ from inference.codec import Codec
 from inference.labels import label_ids
 from inference.sampler import Labels, SamplerConfig, sample_images
 from methods import rectified_flow
-from model import ModelConfig, model_graphdef, init_model_params
+from model import ModelConfig, init_model_params, model_graphdef
 from runtime import cli, parallel, processes, run_folder
 from training import display, flops, optim, warm_start
 from training import step as training_step
 from training.config import DEFAULTS, HELP_DEFAULTS, TrainConfig
-from training.loop import Loop, RunRecord, flags_as_json, initialize_jax
+from training.loop import Loop, flags_as_json, initialize_jax
 from training.lr_range_test import N_STEPS, range_test
 from training.profiling import profile
 from training.resolve import (
@@ -51,11 +51,13 @@ from training.resolve import (
     merge_saved,
     model_input_reader,
     network_config,
+    recorded_flags,
     require_even_batches,
     require_same_latents,
     resolve_train_config,
     with_dataset_and_latents,
 )
+from training.session import RunRecord
 from training.step import TrainState
 
 __all__ = ["TrainConfig", "TrainState", "Trainer"]
@@ -82,6 +84,7 @@ class Trainer(Loop):
         dataset_name = with_dataset_and_latents(config).dataset_name
         run_dir = self._find_run_dir(dataset_name, config.model)
         saved = run_folder.read_config(run_dir) if run_dir and config.resume else {}
+        self.given_flags = recorded_flags(config, saved)
         config = _merge(config, saved)
         weights = None
         if config.init_from and not saved:
@@ -137,7 +140,7 @@ class Trainer(Loop):
             captions = captions[: caption_cache.CAPTIONS_PER_SHARD]  # a profile reads none of them
         with processes.first_then_others():
             return CaptionStore.open(
-                folder, captions, c.text_towers, revisions=revisions, most=c.text_length
+                folder, captions, c.text_towers, revisions=revisions, max_length=c.text_length
             )
 
     def _network_config(self, record: Mapping[str, Any]) -> ModelConfig:
@@ -161,7 +164,7 @@ class Trainer(Loop):
     def _open_devices(self) -> None:
         """Make the mesh, and load the codec of latents onto it."""
         c = self.config
-        self.peak = flops.peak(
+        self.peak = flops.device_peak(
             jax.devices()[0].device_kind, self.model_config.dtype, peak_tflops=c.peak_tflops
         )
         self.mesh = parallel.make_mesh(c.fsdp)
@@ -220,13 +223,13 @@ class Trainer(Loop):
         image = np.zeros(shape, np.uint8)
         if self.dataset.encoding:  # means and log-variances
             image = np.zeros((*shape[:3], 2 * m.channels), np.float16)
-        label = self.encoded.blank(n) if self.encoded else np.zeros(n, np.int32)
+        label = self.encoded.null_captions(n) if self.encoded else np.zeros(n, np.int32)
         return Batch(row=np.arange(n, dtype=np.int32), image=image, label=label)
 
     # --- one step ---------------------------------------------------------------------------------
 
     def objective(
-        self, *, label_dropout: float, read: rectified_flow.ToModelInput
+        self, *, label_dropout: float, to_input: rectified_flow.ToModelInput
     ) -> rectified_flow.Objective:
         """The loss function of this config: `loss(model, batch, key) -> (loss, metrics)`. Override
         it to train with another objective.
@@ -234,13 +237,13 @@ class Trainer(Loop):
         Args:
             label_dropout: the probability of replacing a label by the null label; 0 in an
                 evaluation.
-            read: makes the model's input of a batch's images or latents.
+            to_input: makes the model's input of a batch's images or latents.
         """
-        return loss_function(self.config, label_dropout=label_dropout, read=read)
+        return loss_function(self.config, label_dropout=label_dropout, to_input=to_input)
 
     def _loss_function(self, *, label_dropout: float) -> rectified_flow.Objective:
-        read = model_input_reader(self.dataset.encoding)
-        return self.objective(label_dropout=label_dropout, read=read)
+        to_input = model_input_reader(self.dataset.encoding)
+        return self.objective(label_dropout=label_dropout, to_input=to_input)
 
     @cached_property
     def update(self):
@@ -393,7 +396,7 @@ class Trainer(Loop):
             return label_ids(labels, self.dataset.label_names, self.model_config.n_classes)
         captions = [str(label) for label in labels]
         if all(caption in self.encoded for caption in captions):
-            return self.encoded(self.encoded.ids(captions))
+            return self.encoded(self.encoded.caption_ids(captions))
         return text_encoders.encode_captions(
             captions, self.config.text_towers, self.encoded.revisions, length=self.encoded.length
         )
@@ -424,7 +427,7 @@ class Trainer(Loop):
 
     def _grid_labels(self) -> list[int] | list[str]:
         if self.config.overfit_batch:
-            return self.data.labels(0)[: display.ROWS * display.COLUMNS]
+            return self.data.batch_labels(0)[: display.ROWS * display.COLUMNS]
         captions = self.source.eval.captions if self.encoded else None
         return display.grid_labels(self.model_config.n_classes, captions)
 
@@ -446,10 +449,8 @@ class Trainer(Loop):
     @cached_property
     def flops_per_image(self) -> float | None:
         """Training FLOPs per image, or None if those of the block are not known."""
-        if self.model_config.block not in flops.COUNTED:
-            return None
-        forward = sum(flops.flops_by_module(self.model_config).values())
-        return flops.TRAIN_PER_FORWARD * forward
+        forward = flops.forward_flops(self.model_config)
+        return None if forward is None else flops.TRAIN_PER_FORWARD * forward
 
     def utilization(self, images_per_second: float) -> float | None:
         if not self.peak or not self.flops_per_image:
@@ -465,6 +466,7 @@ class Trainer(Loop):
             self.model_config,
             self.dataset,
             extra={
+                "given_flags": self.given_flags,
                 "text_revisions": self.encoded.revisions if self.encoded else (),
                 "yardstick": fid.card if fid else None,
             },
@@ -498,14 +500,20 @@ def _open_source(c: TrainConfig) -> Source:
 
 
 def main() -> None:
-    config = cli.parse_flags(TrainConfig, filled=HELP_DEFAULTS)
+    config = cli.parse_flags(TrainConfig, shown_defaults=HELP_DEFAULTS)
     initialize_jax(config)
     trainer = Trainer(config)
     if config.lr_range_test:
         n_steps = N_STEPS if config.lr_range_test is True else config.lr_range_test
         _print_once(range_test(trainer, n_steps))
     elif config.profile:
-        _print_once(profile(trainer))
+        report = profile(
+            trainer,
+            eval_loss=trainer.eval_loss,
+            sampler_config=trainer.sampler(n_steps=1),
+            peak=trainer.peak,
+        )
+        _print_once(report)
     else:
         trainer.fit()
     processes.wait_for_all("the end")

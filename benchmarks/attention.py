@@ -1,10 +1,11 @@
-"""How fast is attention, forward and backward? Each way to compute it, at the heads of the presets.
+"""Time attention, forward and backward: each implementation, at the heads of the presets.
 
     python benchmarks/attention.py
     python benchmarks/attention.py --batch_size 128 --tokens 256 --heads 12 16 --width 64 72
 
-`layers.attention` takes cuDNN's kernel where that is, else its own; padding tells whether a width
-that the kernel likes better is worth its zeros. What cannot run here is left out with the reason.
+`networks.ops.attention` takes cuDNN's kernel if the device has it, else its own. Padded variants
+show whether a width that the kernel prefers is worth its zeros. An implementation that cannot run
+here is left out, with the reason.
 """
 
 import sys
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.timing import interleaved, json_line, number, require, table, turn
+from benchmarks.timing import run_interleaved, make_json_line, format_number, require_known, format_table, make_turn
 from networks import ops
 from runtime import cli
 from runtime.errors import UserError
@@ -34,13 +35,13 @@ class AttentionConfig:
     """Time attention, forward and backward.
 
     Args:
-        batch_size: pictures.
-        tokens: of each.
+        batch_size: images.
+        tokens: per image.
         heads: numbers of heads, each with its width.
         width: of a head.
         precision: fp32, bf16.
-        rounds: that count, after one that does not.
-        calls_per_turn: sent off one after the other before waiting.
+        rounds: measured rounds, after one for warming up.
+        calls_per_turn: dispatched one after the other before waiting.
     """
 
     batch_size: int = 16
@@ -52,13 +53,17 @@ class AttentionConfig:
     calls_per_turn: int = 4
 
 
-def own(q, k, v):
+def attend_in_jax(q, k, v):
+    """Compute attention by the project's own implementation, without cuDNN."""
     with patch.object(ops, "has_cudnn_attention", lambda: False):
         return ops.attention(q, k, v)
 
 
-def fused(q, k, v, *, width: int):
-    """cuDNN's kernel on heads with zeros up to `width`, which change neither scores nor values."""
+def attend_with_cudnn(q, k, v, *, width: int):
+    """Compute attention by cuDNN's kernel, with heads padded by zeros to `width`.
+
+    The zeros change neither scores nor values.
+    """
     missing = width - q.shape[-1]
     scale = q.shape[-1] ** -0.5
     q, k, v = (jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, missing)]) for x in (q, k, v))
@@ -66,17 +71,22 @@ def fused(q, k, v, *, width: int):
     return y[..., : width - missing]
 
 
-def ways(width: int, precision: str) -> dict[str, Callable]:
-    """Each way to compute it that this device has."""
-    found: dict[str, Callable] = {"own": own, "XLA": jax.nn.dot_product_attention}
+def list_implementations(width: int, precision: str) -> dict[str, Callable]:
+    """List the implementations that this device has."""
+    implementations: dict[str, Callable] = {
+        "own": attend_in_jax,
+        "XLA": jax.nn.dot_product_attention,
+    }
     if ops.has_cudnn_attention() and precision == "bf16":
-        padded = sorted({width, -(-width // 16) * 16, 128})
-        found |= {f"cuDNN, {w} wide": partial(fused, width=w) for w in padded}
-    return found
+        for padded_width in sorted({width, -(-width // 16) * 16, 128}):
+            implementations[f"cuDNN, {padded_width} wide"] = partial(
+                attend_with_cudnn, width=padded_width
+            )
+    return implementations
 
 
-def gradient(function: Callable, *arrays: Any) -> Callable[[], Any]:
-    """Forward and backward, compiled and done once."""
+def compile_gradient(function: Callable, *arrays: Any) -> Callable[[], Any]:
+    """Compile the forward and backward pass and run it once."""
 
     def loss(*arrays):
         return function(*arrays).astype(jnp.float32).sum()
@@ -86,14 +96,17 @@ def gradient(function: Callable, *arrays: Any) -> Callable[[], Any]:
     return lambda: compiled(*arrays)
 
 
-def measure(c: AttentionConfig, heads: int, width: int, precision: str) -> list[dict[str, Any]]:
-    """All ways at one shape, taking turns."""
+def time_attention(
+    c: AttentionConfig, heads: int, width: int, precision: str
+) -> list[dict[str, Any]]:
+    """Time all implementations at one shape, in turns."""
     shape = (3, c.batch_size, c.tokens, heads, width)
     q, k, v = jax.random.normal(jax.random.key(0), shape, DTYPES[precision])
-    runs = {name: gradient(way, q, k, v) for name, way in ways(width, precision).items()}
-    times = interleaved(
-        {name: turn(run, n=c.calls_per_turn) for name, run in runs.items()}, c.rounds
-    )
+    turns = {
+        name: make_turn(compile_gradient(implementation, q, k, v), n=c.calls_per_turn)
+        for name, implementation in list_implementations(width, precision).items()
+    }
+    times = run_interleaved(turns, c.rounds)
     flops = 3 * 4 * c.batch_size * heads * c.tokens**2 * width  # backward is twice forward
     return [
         {
@@ -108,29 +121,33 @@ def measure(c: AttentionConfig, heads: int, width: int, precision: str) -> list[
     ]
 
 
-def cells(row: dict[str, Any]) -> dict[str, str]:
-    """A line of the table, by column."""
+def format_attention_row(row: dict[str, Any]) -> dict[str, str]:
+    """Format one row of the table, by column."""
     return {
         "batch × tokens, heads": row["shape"],
-        "way": row["way"],
-        "ms": number(1e3 * row["median_s"]),
-        "min": number(1e3 * row["min_s"]),
+        "implementation": row["way"],
+        "ms": format_number(1e3 * row["median_s"]),
+        "min": format_number(1e3 * row["min_s"]),
         "FLOP/s": profiling.si(row["flops_per_second"], ""),
-        "× own": number(row["times_as_fast_as_own"]),
+        "× own": format_number(row["times_as_fast_as_own"]),
     }
 
 
 def main() -> None:
     config = cli.parse_flags(AttentionConfig)
-    require("precision", config.precision, DTYPES)
+    require_known("precision", config.precision, DTYPES)
     if len(config.heads) != len(config.width):
         raise UserError("--heads and --width: each number of heads needs its width")
-    shapes = list(zip(config.heads, config.width, strict=True))
-    rows = [row for s in shapes for p in config.precision for row in measure(config, *s, p)]
-    print(table([cells(row) for row in rows]))
+    rows = [
+        row
+        for heads, width in zip(config.heads, config.width, strict=True)
+        for precision in config.precision
+        for row in time_attention(config, heads, width, precision)
+    ]
+    print(format_table([format_attention_row(row) for row in rows]))
     if not ops.has_cudnn_attention():
         print("left out: cuDNN: no NVIDIA GPU of Ampere or later here")
-    print(json_line("attention", rows=rows))
+    print(make_json_line("attention", rows=rows))
 
 
 if __name__ == "__main__":

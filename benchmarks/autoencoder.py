@@ -1,11 +1,12 @@
-"""How fast is the VAE? Pictures to latents and back, beside diffusers' in torch.
+"""Time the VAE, images to latents and back, beside diffusers' in torch.
 
     python benchmarks/autoencoder.py --image_size 128 --batch_size 2
     python benchmarks/autoencoder.py --batch_size 16 --precision bf16
 
-The network is Stable Diffusion's and SDXL's, with random weights: 84 million parameters. What is
-timed is `Codec.encode`, from bytes on the host to moments on the device, and decoding there. The
-peer has float32, or autocast beside bf16, the same thread count and the same device.
+The network is Stable Diffusion's and SDXL's, with random weights: 84 million parameters. Encoding
+is `Codec.encode`, from bytes on the host to moments on the device, and decoding its inverse. The
+peer computes in float32, or under autocast beside bf16, with the same number of threads and on the
+same device.
 """
 
 import importlib.util
@@ -21,9 +22,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.timing import interleaved, json_line, number, require, table, turn
+from benchmarks.timing import run_interleaved, make_json_line, format_number, require_known, format_table, make_turn
 from inference.codec import Codec
-from networks.autoencoder import AutoencoderConfig, init_params
+from networks.autoencoder import AutoencoderConfig, init_autoencoder_params
 from pretrained.autoencoder import PretrainedAutoencoder, config_to_diffusers
 from runtime import cli, parallel
 
@@ -36,11 +37,11 @@ class AutoencoderBenchConfig:
 
     Args:
         image_size: pixels to a side.
-        batch_size: pictures at a time.
+        batch_size: images at a time.
         block_out_channels: of the levels.
         precision: fp32, bf16.
-        rounds: that count, after one that does not.
-        peer: time torch too, where it is installed.
+        rounds: measured rounds, after one for warming up.
+        peer: time torch too, if it is installed.
     """
 
     image_size: int = 256
@@ -51,21 +52,21 @@ class AutoencoderBenchConfig:
     peer: bool = True
 
 
-def ours(config: AutoencoderConfig, precision: str, image: np.ndarray) -> dict[str, Callable]:
-    """Turns of encoding and decoding, compiled."""
-    params = jax.jit(lambda: init_params(config, jax.random.key(0)))()
+def compile_our_turns(config: AutoencoderConfig, precision: str, image: np.ndarray) -> dict[str, Callable]:
+    """Compile encoding and decoding, as turns."""
+    params = jax.jit(lambda: init_autoencoder_params(config, jax.random.key(0)))()
     vae = PretrainedAutoencoder(config, jax.device_get(params), hash="", id="random", revision=None)
     codec = Codec(vae, parallel.make_mesh(), dtype=DTYPES[precision])
     z = parallel.fetch_to_host(codec.encode(image))[..., : config.latent_channels].astype(np.float32)
     codec.decode(z)
     return {
-        f"encode, ours {precision}": turn(lambda: codec.encode(image)),
-        f"decode, ours {precision}": turn(lambda: codec.decode(z)),
+        f"encode, ours {precision}": make_turn(lambda: codec.encode(image)),
+        f"decode, ours {precision}": make_turn(lambda: codec.decode(z)),
     }
 
 
-def theirs(config: AutoencoderConfig, precision: str, image: np.ndarray) -> dict[str, Callable]:
-    """The same in torch."""
+def make_torch_turns(config: AutoencoderConfig, precision: str, image: np.ndarray) -> dict[str, Callable]:
+    """Make the same turns in torch."""
     import torch
 
     with warnings.catch_warnings():
@@ -76,10 +77,10 @@ def theirs(config: AutoencoderConfig, precision: str, image: np.ndarray) -> dict
     facts = {k: v for k, v in config_to_diffusers(config).items() if not k.startswith("_")}
     model: Any = AutoencoderKL(**facts)
     model.to(device).eval()
-    half = precision == "bf16"
+    is_half_precision = precision == "bf16"
 
     def run(function: Callable, *arrays: Any) -> Any:
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=half):
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=is_half_precision):
             return function(*arrays)
 
     def encode() -> Any:
@@ -91,24 +92,24 @@ def theirs(config: AutoencoderConfig, precision: str, image: np.ndarray) -> dict
 
     z = encode()[:, : config.latent_channels].float()
     return {
-        f"encode, torch {precision}": turn(encode),
-        f"decode, torch {precision}": turn(lambda: run(model.decode, z).sample.float().cpu()),
+        f"encode, torch {precision}": make_turn(encode),
+        f"decode, torch {precision}": make_turn(lambda: run(model.decode, z).sample.float().cpu()),
     }
 
 
-def measure(c: AutoencoderBenchConfig) -> list[dict[str, Any]]:
-    """Everything, taking turns."""
+def time_autoencoder(c: AutoencoderBenchConfig) -> list[dict[str, Any]]:
+    """Time encoding and decoding, of ours and of torch, in turns."""
     config = AutoencoderConfig(block_out_channels=c.block_out_channels, layers_per_block=2)
     shape = (c.batch_size, c.image_size, c.image_size, config.in_channels)
     image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     turns: dict[str, Callable] = {}
     for precision in c.precision:
-        turns |= ours(config, precision, image)
+        turns |= compile_our_turns(config, precision, image)
         if missing := [p for p in ("torch", "diffusers") if not importlib.util.find_spec(p)]:
             print(f"left out: torch {precision}: {' and '.join(missing)} not installed")
         elif c.peer:
-            turns |= theirs(config, precision, image)
-    times = interleaved(turns, c.rounds)
+            turns |= make_torch_turns(config, precision, image)
+    times = run_interleaved(turns, c.rounds)
     rows = []
     for name, t in times.items():
         peer = times.get(name.replace("ours", "torch"))
@@ -124,23 +125,23 @@ def measure(c: AutoencoderBenchConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def cells(row: dict[str, Any]) -> dict[str, str]:
-    """A line of the table, by column."""
+def format_autoencoder_row(row: dict[str, Any]) -> dict[str, str]:
+    """Format one row of the table, by column."""
     return {
-        "what": row["what"],
-        "s": number(row["median_s"]),
-        "min": number(row["min_s"]),
-        "images/s": number(row["images_per_second"]),
-        "× torch": number(row["times_as_fast_as_torch"]),
+        "task": row["what"],
+        "s": format_number(row["median_s"]),
+        "min": format_number(row["min_s"]),
+        "images/s": format_number(row["images_per_second"]),
+        "× torch": format_number(row["times_as_fast_as_torch"]),
     }
 
 
 def main() -> None:
     config = cli.parse_flags(AutoencoderBenchConfig)
-    require("precision", config.precision, DTYPES)
-    rows = measure(config)
-    print(table([cells(row) for row in rows]))
-    print(json_line("autoencoder", rows=rows))
+    require_known("precision", config.precision, DTYPES)
+    rows = time_autoencoder(config)
+    print(format_table([format_autoencoder_row(row) for row in rows]))
+    print(make_json_line("autoencoder", rows=rows))
 
 
 if __name__ == "__main__":

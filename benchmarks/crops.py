@@ -1,9 +1,9 @@
-"""Real photographs without a download: crops of the two that scikit-learn carries, as a folder of
-pictures with two classes.
+"""Write a folder of real photographs without a download, in two classes.
 
     python benchmarks/crops.py --out runs/photos
 
-Test crops come from the right quarter of each photograph, which no training crop has anything of.
+They are crops of the two photographs that scikit-learn carries. Test crops come from the right
+quarter of each photograph, which no training crop overlaps.
 """
 
 import sys
@@ -20,7 +20,7 @@ from inference import grids
 from runtime import cli
 from runtime.errors import UserError
 
-EDGE = 0.75  # of the width
+TRAIN_FRACTION = 0.75  # of a photograph's width
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class CropsConfig:
         size: pixels to a side.
         n_train: training crops of each photograph.
         n_test: test crops of each.
-        seed: of where they are.
+        seed: of the crops' positions.
     """
 
     out: Path
@@ -42,8 +42,8 @@ class CropsConfig:
     seed: int = 0
 
 
-def crop(photo: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, size: int) -> Image.Image:
-    """A square of a random place."""
+def crop_randomly(photo: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, size: int) -> Image.Image:
+    """Crop a square at a random place."""
     height, width, _ = photo.shape
     top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)
     return Image.fromarray(photo[top : top + size, left : left + size])
@@ -57,7 +57,7 @@ def main(config: CropsConfig) -> None:
     rng = np.random.default_rng(config.seed)
     for name in ("china", "flower"):
         photo = load_sample_image(f"{name}.jpg")
-        edge = round(EDGE * photo.shape[1])
+        edge = round(TRAIN_FRACTION * photo.shape[1])
         parts = {
             "train": (photo[:, :edge], config.n_train),
             "test": (photo[:, edge:], config.n_test),
@@ -66,7 +66,7 @@ def main(config: CropsConfig) -> None:
             folder = config.out / split / name
             folder.mkdir(parents=True)
             for i in range(n):
-                grids.save_png(crop(part, rng, config.size), folder / f"{i:04d}.png")
+                grids.save_png(crop_randomly(part, rng, config.size), folder / f"{i:04d}.png")
     print(f"{2 * config.n_train} training and {2 * config.n_test} test crops: {config.out}")
 
 

@@ -1,4 +1,4 @@
-"""Every way to condition a transformer on the digits: what it costs and how well it draws.
+"""Train every way to condition a transformer on the digits; compare cost and quality.
 
     python benchmarks/designs.py --out runs/designs
 
@@ -37,9 +37,9 @@ class DesignsConfig:
 
     Args:
         out: a folder of runs, one for each design; those that are finished are only judged.
-        n: how many samples are judged.
-        n_steps: of training; the digits' own by default.
-        n_rounds: of timing, after one that is not counted.
+        n: the number of samples to judge.
+        n_steps: of training; by default as for the digits.
+        n_rounds: measured rounds, after one for warming up.
     """
 
     out: Path
@@ -48,8 +48,8 @@ class DesignsConfig:
     n_rounds: int = 30
 
 
-def trained(run_dir: Path, settings: dict, n_steps: int | None) -> Trainer:
-    """The trainer of a finished run, which is begun or finished first if it is not."""
+def open_or_train(run_dir: Path, settings: dict, n_steps: int | None) -> Trainer:
+    """Return the trainer of a finished run, training or resuming it first if it is not."""
     if run_dir.exists():
         trainer = Trainer.from_run(run_dir)
     else:
@@ -61,9 +61,10 @@ def trained(run_dir: Path, settings: dict, n_steps: int | None) -> Trainer:
     return trainer
 
 
-def relative_step_times(trainers: dict[str, Trainer], n_rounds: int) -> dict[str, float]:
-    """Median time of a step over the baseline's; one step of each in turn, so that what else the
-    machine does meets all alike.
+def measure_relative_step_times(trainers: dict[str, Trainer], n_rounds: int) -> dict[str, float]:
+    """Measure the median time of a step, over the baseline's.
+
+    The designs take turns, one step each, so that other load on the machine affects all alike.
     """
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     batch = trainers[BASELINE].data.train_batch(0)
@@ -79,12 +80,12 @@ def relative_step_times(trainers: dict[str, Trainer], n_rounds: int) -> dict[str
 def main() -> None:
     config = cli.parse_flags(DesignsConfig)
     trainers = {
-        name: trained(config.out / name, settings, config.n_steps)
+        name: open_or_train(config.out / name, settings, config.n_steps)
         for name, settings in DESIGNS.items()
     }
     judged = {name: judge_run(trainer, n=config.n) for name, trainer in trainers.items()}
-    times = relative_step_times(trainers, config.n_rounds)  # last, because it goes on training
-    print("\n| block | parameters | step time | asked-for digit | Fréchet |\n|---|---|---|---|---|")
+    times = measure_relative_step_times(trainers, config.n_rounds)  # last, because it trains further
+    print("\n| block | parameters | step time | requested digit | Fréchet |\n|---|---|---|---|---|")
     results = {}
     for name, trainer in trainers.items():
         n_params = sum(x.size for x in jax.tree.leaves(trainer.state.params))

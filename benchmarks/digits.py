@@ -1,13 +1,13 @@
-"""How good are the digits that a run draws? 1,000 guided samples against the real ones.
+"""Judge the digits that a run samples: 1,000 guided samples against the real ones.
 
     python benchmarks/digits.py --run runs/digits-…
 
-A support-vector classifier trained on the real training split judges whether a sample is the digit
-that was asked for. Two Fréchet distances compare statistics with the real test split: of pixels,
-and of what a small network sees that was trained to read digits (the digit Fréchet distance).
-Neither is FID: no Inception network is involved. The distance to the nearest training picture shows
-whether samples are copies. What the real training split has of all this is printed too: it is the
-floor. Needs scikit-learn (pip install --group dev).
+A support-vector classifier trained on the real training split judges whether a sample is the
+requested digit. Two Fréchet distances compare statistics with the real test split: of pixels, and
+of the features of a small network trained to read digits (the digit Fréchet distance). Neither is
+FID: no Inception network is involved. The distance to the nearest training image shows whether
+samples are copies. The real training split's own distances are printed too: they are the floor.
+Needs scikit-learn (`pip install --group dev`).
 """
 
 import json
@@ -31,12 +31,12 @@ from training.config import TrainConfig
 
 @dataclass(frozen=True)
 class DigitsConfig:
-    """Judge the digits that a run draws.
+    """Judge the digits that a run samples.
 
     Args:
         run: the run's folder.
-        n: how many samples, 100 of each digit by default.
-        cfg_scale: guidance; the run's own by default.
+        n: the number of samples, 100 of each digit by default.
+        cfg_scale: guidance scale; the run's own by default.
         n_steps: solver steps; the run's own by default.
         solver: the run's own by default.
     """
@@ -50,10 +50,15 @@ class DigitsConfig:
 
 @dataclass(frozen=True)
 class Judgement:
-    """`accuracy`: share of samples that are the digit asked for. `frechet`: distance of pixel
-    statistics to the test split's. `digit_frechet`: the same of a digit reader's features.
-    `novelty`: median distance to the nearest training picture, over that of the real test split;
-    0 for copies, 1 for new digits."""
+    """Quality of sampled digits.
+
+    Args:
+        accuracy: share of samples that are the requested digit.
+        frechet: distance of pixel statistics to the test split's.
+        digit_frechet: the same of a digit reader's features.
+        novelty: median distance to the nearest training image, over that of the real test split; 0
+            for copies, 1 for new digits.
+    """
 
     accuracy: float
     frechet: float
@@ -61,17 +66,19 @@ class Judgement:
     novelty: float
 
 
-def distance(a, b) -> float:
-    """The Fréchet distance between two sets of rows."""
-    both = [RunningStatistics(rows.shape[1]) for rows in (a, b)]
-    for moments, rows in zip(both, (a, b)):
-        moments.update(rows)
-    return frechet_distance(*(moments.statistics() for moments in both))
+def frechet_between(a, b) -> float:
+    """Compute the Fréchet distance between the Gaussians fitted to the rows of `a` and of `b`."""
+    moments_a, moments_b = Moments(a.shape[1]), Moments(b.shape[1])
+    moments_a.add(a)
+    moments_b.add(b)
+    return frechet_distance(moments_a.gaussian(), moments_b.gaussian())
 
 
-def reader(x, labels) -> Callable:
-    """Rows of pixels → features: the 64 values before the last layer of a network that was trained
-    to read these digits. Always the same one.
+def train_digit_reader(x, labels) -> Callable:
+    """Train a network to read these digits; returns its features of rows of pixels.
+
+    The features are the 64 values before its last layer. The seed is fixed: the same digits give
+    the same network.
     """
     from sklearn.neural_network import MLPClassifier
     from threadpoolctl import threadpool_limits  # which scikit-learn brings
@@ -79,7 +86,7 @@ def reader(x, labels) -> Callable:
     network = MLPClassifier((128, 64), alpha=1e-2, max_iter=60, tol=0, random_state=0)
     # Its products are so small that several threads would mostly wait for each other.
     with warnings.catch_warnings(), threadpool_limits(1):
-        warnings.simplefilter("ignore")  # that 60 epochs are not the optimum: they are enough
+        warnings.simplefilter("ignore")  # it warns that 60 epochs do not converge: they suffice
         network.fit(x / 16, labels)
 
     def features(x):
@@ -91,35 +98,45 @@ def reader(x, labels) -> Callable:
     return features
 
 
-def nearest(a, b):
-    """The distance of each row of `a` to its nearest row of `b`."""
+def nearest_distances(a, b):
+    """Compute the distance of each row of `a` to its nearest row of `b`."""
     squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1)[None] - 2 * a @ b.T
     return np.sqrt(np.clip(squares.min(1), 0, None))
 
 
-def judge(pictures, labels, *, train, test) -> Judgement:
-    """`pictures` (n 8 8 1) uint8 of `labels`; `train` and `test` are (pictures, labels) too."""
+def judge_digits(samples, labels, *, train, test) -> Judgement:
+    """Judge samples of `labels`.
+
+    Args:
+        samples: (n 8 8 1) uint8.
+        train: real images and their labels.
+        test: other real images and their labels.
+    """
     from sklearn.svm import SVC
 
-    pictures, train_x, test_x = (
-        x.reshape(len(x), -1) / 255 * 16 for x in (pictures, train[0], test[0])
+    x, train_x, test_x = (
+        images.reshape(len(images), -1) / 255 * 16 for images in (samples, train[0], test[0])
     )
     classifier = SVC(gamma=0.001, C=10).fit(train_x, train[1])  # pyright: ignore[reportArgumentType]
-    features = reader(train_x, train[1])
+    features = train_digit_reader(train_x, train[1])
     return Judgement(
-        accuracy=float((classifier.predict(pictures) == labels).mean()),
-        frechet=distance(pictures, test_x),
-        digit_frechet=distance(features(pictures), features(test_x)),
-        novelty=float(np.median(nearest(pictures, train_x)) / np.median(nearest(test_x, train_x))),
+        accuracy=float((classifier.predict(x) == labels).mean()),
+        frechet=frechet_between(x, test_x),
+        digit_frechet=frechet_between(features(x), features(test_x)),
+        novelty=float(
+            np.median(nearest_distances(x, train_x)) / np.median(nearest_distances(test_x, train_x))
+        ),
     )
 
 
-def judge_run(trainer: Trainer, *, n: int = 1000, **how) -> Judgement:
-    """Draw n samples, as many of each digit, and judge them."""
+def judge_run(
+    trainer: Trainer, *, n: int = 1000, cfg_scale: float | None = None, n_steps: int | None = None
+) -> Judgement:
+    """Sample n digits, as many of each, and judge them."""
     labels = spread_evenly(range(10), n).tolist()
-    pictures = grids.to_uint8(trainer.sample(labels, **how))
+    samples = grids.to_uint8(trainer.sample(labels, cfg_scale=cfg_scale, n_steps=n_steps))
     data = trainer.data
-    return judge(pictures, labels, train=data.images("train"), test=data.images("eval"))
+    return judge_digits(samples, labels, train=data.images("train"), test=data.images("eval"))
 
 
 def main() -> None:
@@ -128,8 +145,8 @@ def main() -> None:
     said: dict = {"solver": config.solver} if config.solver else {}
     trainer = Trainer(TrainConfig(run_dir=config.run, resume=True, **said))
     result = judge_run(trainer, n=config.n, **how)
-    train, test = (trainer.data.images(split) for split in ("train", "eval"))
-    floor = judge(*train, train=train, test=test)
+    train, test = (trainer.data.decode_split(split) for split in ("train", "eval"))
+    floor = judge_digits(*train, train=train, test=test)
     print(f"right digit {result.accuracy:.1%}, novelty {result.novelty:.2f}, Fréchet ", end="")
     print(f"{result.frechet:.1f} in pixels, {result.digit_frechet:.2f} in digit features ", end="")
     print(f"(the training split's own: {floor.frechet:.1f}, {floor.digit_frechet:.2f})")

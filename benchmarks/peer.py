@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 TIME_SCALE = 1000  # the sinusoids of t were made for 0 … 1000
 
 
-class How(NamedTuple):
+class PeerPrecision(NamedTuple):
     """In what precision a peer computes, and whether it is compiled."""
 
     autocast: bool
@@ -32,10 +32,10 @@ class How(NamedTuple):
 
 
 PEERS = {
-    "fp32": How(autocast=False, compile=False),
-    "autocast": How(autocast=True, compile=False),
-    "fp32+compile": How(autocast=False, compile=True),
-    "autocast+compile": How(autocast=True, compile=True),
+    "fp32": PeerPrecision(autocast=False, compile=False),
+    "autocast": PeerPrecision(autocast=True, compile=False),
+    "fp32+compile": PeerPrecision(autocast=False, compile=True),
+    "autocast+compile": PeerPrecision(autocast=True, compile=True),
 }
 
 
@@ -127,7 +127,7 @@ class Peer:
 # --- the torch process ----------------------------------------------------------------------------
 
 
-def build(config: Any) -> Any:
+def build_torch_model(config: Any) -> Any:
     """The diffusers model with a `ModelConfig`'s shapes, and as many parameters.
 
     diffusers gives every block an embedder of t and the label of its own; the paper and `model.py`
@@ -156,17 +156,17 @@ def build(config: Any) -> Any:
     return model
 
 
-def precision(device: str, how: How) -> Any:
+def autocast_context(device: str, how: PeerPrecision) -> Any:
     """What a forward pass runs under."""
     import torch
 
     return torch.autocast(device, dtype=torch.bfloat16, enabled=how.autocast)
 
 
-def train_step(
+def make_train_step(
     model: Any,
     config: Any,
-    how: How,
+    how: PeerPrecision,
     *,
     device: str,
     batch_size: int,
@@ -196,7 +196,7 @@ def train_step(
         at = t[:, None, None, None]
         drop = torch.rand(batch_size, device=device) < label_dropout
         told = torch.where(drop, config.n_classes, label)
-        with precision(device, how):
+        with autocast_context(device, how):
             velocity = network(
                 (1 - at) * data + at * noise, TIME_SCALE * t, told, return_dict=False
             )[0]
@@ -212,10 +212,10 @@ def train_step(
     return step
 
 
-def guided_sampling(
+def make_guided_sampling(
     model: Any,
     config: Any,
-    how: How,
+    how: PeerPrecision,
     *,
     device: str,
     batch_size: int,
@@ -234,7 +234,7 @@ def guided_sampling(
     def sample() -> Any:
         x = torch.randn(shape, device=device)
         # One context around the loop: autocast then casts each weight once, not once a step.
-        with torch.no_grad(), precision(device, how):
+        with torch.no_grad(), autocast_context(device, how):
             for t, s in pairwise(times):
                 time = torch.full((2 * batch_size,), TIME_SCALE * t, device=device)
                 velocity = network(torch.cat([x, x]), time, both, return_dict=False)[0].float()
@@ -245,10 +245,10 @@ def guided_sampling(
     return sample
 
 
-TASKS = {"step": train_step, "sample": guided_sampling}
+TASKS = {"step": make_train_step, "sample": make_guided_sampling}
 
 
-def device_of(platform: str) -> str:
+def torch_device(platform: str) -> str:
     """torch's name of JAX's platform."""
     import torch
 
@@ -261,7 +261,7 @@ def device_of(platform: str) -> str:
     raise SystemExit(f"this torch has no device for JAX's platform '{platform}'")
 
 
-def memory_bytes(device: str) -> float | None:
+def read_peak_memory(device: str) -> float | None:
     """The most that was in use: of device memory, on a CPU by the whole process."""
     import torch
 
@@ -273,14 +273,14 @@ def memory_bytes(device: str) -> float | None:
     return next((1024.0 * int(s.split()[1]) for s in lines if s.startswith("VmHWM:")), None)
 
 
-def serve() -> None:
+def serve_turns() -> None:
     """Build what the first line of the input orders; then a turn, and its time, for each line."""
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print
     order = json.loads(input())
-    device, config = device_of(order["platform"]), SimpleNamespace(**order["config"])
+    device, config = torch_device(order["platform"]), SimpleNamespace(**order["config"])
     import torch
 
-    model = build(config).to(device).train(order["task"] == "step")
+    model = build_torch_model(config).to(device).train(order["task"] == "step")
     run = TASKS[order["task"]](
         model,
         config,
@@ -298,9 +298,9 @@ def serve() -> None:
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = (time.perf_counter() - start) / order["n"]
-        answer = {"seconds": seconds, "memory_bytes": memory_bytes(device)}
+        answer = {"seconds": seconds, "memory_bytes": read_peak_memory(device)}
         print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    serve()
+    serve_turns()

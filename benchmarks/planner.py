@@ -25,7 +25,7 @@ from model import JOINT, ModelConfig, model_graphdef, init_model_params, model_c
 from runtime import parallel
 from training import flops as training_flops
 
-HOST = 8  # devices
+DEVICES_PER_HOST = 8  # devices
 FP32 = 4  # bytes of a weight, a gradient, a moment, an average
 MOMENTS = 2
 # Trees of the gradient's size while weights are updated: itself, and the steps that are taken.
@@ -73,14 +73,14 @@ class Device:
 ATTAINED = 790 / 989
 
 
-def hopper(name: str, kind: str, memory_bytes: float) -> Device:
+def make_hopper(name: str, kind: str, memory_bytes: float) -> Device:
     """A Hopper SXM card, eight to a host.
 
     NVLink 4 is 900 GB/s in both directions together (NVIDIA's data sheets of H100 and H200); a DGX
     has one ConnectX-7 of 400 Gbit/s for each card (DGX H100/H200 user guide). Latencies are those
     by which NCCL picks algorithms: ring, protocol Simple (its src/graph/tuning.cc).
     """
-    peak = training_flops.peak(kind, "bfloat16")
+    peak = training_flops.device_peak(kind, "bfloat16")
     assert peak and peak.bytes_per_second
     return Device(
         name=name,
@@ -97,15 +97,15 @@ def hopper(name: str, kind: str, memory_bytes: float) -> Device:
 
 
 DEVICES = {
-    "H100": hopper("H100", "NVIDIA H100 80GB HBM3", 80e9),
-    "H200": hopper("H200", "NVIDIA H200", 141e9),
+    "H100": make_hopper("H100", "NVIDIA H100 80GB HBM3", 80e9),
+    "H200": make_hopper("H200", "NVIDIA H200", 141e9),
 }
 
 
 # --- weights and what a pass keeps ----------------------------------------------------------------
 
 
-class Weights(NamedTuple):
+class WeightBytes(NamedTuple):
     """Bytes of a model's fp32 weights on a mesh."""
 
     split: int  # whole size of those that are sharded
@@ -116,17 +116,17 @@ class Weights(NamedTuple):
 
 
 @lru_cache
-def shapes(config: ModelConfig) -> Any:
+def param_shapes(config: ModelConfig) -> Any:
     return jax.eval_shape(lambda: init_model_params(config, jax.random.key(0)))
 
 
-def n_params(config: ModelConfig) -> int:
-    return sum(x.size for x in jax.tree.leaves(shapes(config)))
+def count_params(config: ModelConfig) -> int:
+    return sum(x.size for x in jax.tree.leaves(param_shapes(config)))
 
 
-def weights(config: ModelConfig, fsdp: int) -> Weights:
+def count_weight_bytes(config: ModelConfig, fsdp: int) -> WeightBytes:
     """By the shape rule of `parallel.partition_specs`."""
-    params, n = shapes(config), n_stacked(config)
+    params, n = param_shapes(config), count_stacked_blocks(config)
     specs = parallel.partition_specs(params, parallel.abstract_mesh(1, fsdp))
     split, alike, largest = 0, 0, 0.0
     for name, part in params.items():
@@ -136,10 +136,10 @@ def weights(config: ModelConfig, fsdp: int) -> Weights:
         split, alike = split + of_part, alike + sum(sizes) - of_part
         largest = max(largest, sum(sizes) / n.get(name, 1))
     calls = sum(n.get(name, 1) for name in params)
-    return Weights(split, alike, largest, split / fsdp + alike, calls)
+    return WeightBytes(split, alike, largest, split / fsdp + alike, calls)
 
 
-def n_stacked(config: ModelConfig) -> dict[str, int]:
+def count_stacked_blocks(config: ModelConfig) -> dict[str, int]:
     """Blocks of each stack: an MMDiT's last stands apart."""
     c = config
     if c.block != JOINT:
@@ -147,7 +147,7 @@ def n_stacked(config: ModelConfig) -> dict[str, int]:
     return {"dual_blocks": c.n_dual, "blocks": c.depth - 1 - c.n_dual}
 
 
-class Pass(NamedTuple):
+class ForwardBytes(NamedTuple):
     """Bytes of one picture's forward pass."""
 
     made: int  # what the backward pass reads, but for scores
@@ -156,11 +156,11 @@ class Pass(NamedTuple):
 
 
 @lru_cache
-def forward(config: ModelConfig) -> Pass:
+def count_forward_bytes(config: ModelConfig) -> ForwardBytes:
     """As JAX splits the model that devices run into two passes: the difference that a row makes,
     by which weights drop out.
     """
-    params, few, many = shapes(config), 97, 101
+    params, few, many = param_shapes(config), 97, 101
     specs = parallel.partition_specs(params, parallel.abstract_mesh(1, 1))
 
     def plain(params):
@@ -173,7 +173,7 @@ def forward(config: ModelConfig) -> Pass:
         def split(params, inputs):
             return jax.vjp(lambda params: make(params)(*inputs), params)[1]
 
-        found = jax.tree.leaves(jax.eval_shape(split, params, inputs_of(config, rows)))
+        found = jax.tree.leaves(jax.eval_shape(split, params, model_inputs(config, rows)))
         return sum(x.size * x.dtype.itemsize for x in found)
 
     made, kept = (
@@ -182,10 +182,10 @@ def forward(config: ModelConfig) -> Pass:
     # Two tensors of as many numbers as there are products of a query and a key.
     products = training_flops.flops_by_module(config)["attention scores, values"]
     scores = 2 * FP32 * products * config.n_heads // (4 * config.width)
-    return Pass(made, kept, round(scores))
+    return ForwardBytes(made, kept, round(scores))
 
 
-def inputs_of(config: ModelConfig, rows: int) -> tuple[Any, ...]:
+def model_inputs(config: ModelConfig, rows: int) -> tuple[Any, ...]:
     """Shapes of x_t, t and the label."""
 
     def array(*shape, dtype: Any = jnp.float32):
@@ -200,9 +200,9 @@ def inputs_of(config: ModelConfig, rows: int) -> tuple[Any, ...]:
     return array(side, side, config.channels), array(), label
 
 
-def forward_of_a_block(config: ModelConfig) -> Pass:
-    two, three = (forward(replace(config, depth=depth, remat=False)) for depth in (2, 3))
-    return Pass(*(b - a for a, b in zip(two, three, strict=True)))
+def count_block_bytes(config: ModelConfig) -> ForwardBytes:
+    two, three = (count_forward_bytes(replace(config, depth=depth, remat=False)) for depth in (2, 3))
+    return ForwardBytes(*(b - a for a, b in zip(two, three, strict=True)))
 
 
 # --- collectives ----------------------------------------------------------------------------------
@@ -258,17 +258,17 @@ class Collective:
         return self.n * self.latency(device) + self.sent_bytes / bandwidth
 
 
-def collectives(w: Weights, data: int, fsdp: int, accumulate_steps: int = 1) -> list[Collective]:
+def list_collectives(w: WeightBytes, data: int, fsdp: int, accumulate_steps: int = 1) -> list[Collective]:
     """Of `parallel.value_and_grad`, all in fp32. A block is gathered for each pass and its gradient
     reduce-scattered, in every part of a batch; shards are summed over `data`, and what is not split
     over all devices, once, at the end.
     """
-    n, parts, in_host = w.calls, accumulate_steps, min(fsdp, HOST)
+    n, parts, in_host = w.calls, accumulate_steps, min(fsdp, DEVICES_PER_HOST)
     found = [
         Collective("all-gather", 2 * parts * n, 2 * parts * w.split, fsdp, in_host),
         Collective("reduce-scatter", parts * n, parts * w.split, fsdp, in_host),
-        Collective("all-reduce", 1, w.split / fsdp, data, max(1, min(data, HOST // fsdp))),
-        Collective("all-reduce", 1, w.alike, data * fsdp, min(data * fsdp, HOST)),
+        Collective("all-reduce", 1, w.split / fsdp, data, max(1, min(data, DEVICES_PER_HOST // fsdp))),
+        Collective("all-reduce", 1, w.alike, data * fsdp, min(data * fsdp, DEVICES_PER_HOST)),
     ]
     return [c for c in found if c.size > 1 and c.array_bytes]
 
@@ -282,7 +282,7 @@ class Memory:
     beside it in turn.
     """
 
-    weights: float
+    count_weight_bytes: float
     average: float
     moments: float
     gradients: float
@@ -328,21 +328,21 @@ class Plan:
         return self.data * self.fsdp
 
     @cached_property
-    def weights(self) -> Weights:
-        return weights(self.config, self.fsdp)
+    def weights(self) -> WeightBytes:
+        return count_weight_bytes(self.config, self.fsdp)
 
     @cached_property
     def collectives(self) -> list[Collective]:
-        return collectives(self.weights, self.data, self.fsdp, self.accumulate_steps)
+        return list_collectives(self.weights, self.data, self.fsdp, self.accumulate_steps)
 
-    def _made(self, tensors: Pass) -> int:
+    def _made(self, tensors: ForwardBytes) -> int:
         return tensors.made + (0 if self.scores_stay else tensors.scores)
 
     @cached_property
     def memory(self) -> Memory:
         here, c = self.weights.on_device, self.config
-        block = forward_of_a_block(c)  # computed again, beside what is kept of it already
-        per_row = forward(c).kept + self._made(block) - (0 if c.remat else block.kept)
+        block = count_block_bytes(c)  # computed again, beside what is kept of it already
+        per_row = count_forward_bytes(c).kept + self._made(block) - (0 if c.remat else block.kept)
         cast = 0 if c.dtype == "float32" else jnp.dtype(c.dtype).itemsize
         # A block as gathered, as cast, and its gradient before it is scattered.
         copies = (FP32 if self.fsdp > 1 else 0) + cast + FP32
@@ -371,7 +371,7 @@ class Plan:
     @property
     def memory_seconds(self) -> float:
         """Of moving the tensors between two operations and the trees of the update."""
-        tensors = forward(self.config)
+        tensors = count_forward_bytes(self.config)
         made = self._made(tensors)
         moved = self.rows * (PASSES * made + PASSES_OF_REMAT * (made - tensors.kept))
         moved += UPDATE_PASSES * self.weights.on_device
@@ -407,34 +407,34 @@ class Plan:
         return self.rows * self.n_devices / self.seconds
 
 
-FILLED = 0.9  # of a device's memory: the rest is for CUDA, NCCL and fragments
+USABLE_MEMORY = 0.9  # of a device's memory: the rest is for CUDA, NCCL and fragments
 LARGEST_BATCH = 4096  # over all devices: a choice, 16 times that of Peebles & Xie (2023, §4)
 
 
-def fitting(
+def list_fitting_plans(
     config: ModelConfig, device: Device, n_devices: int, scores_stay: bool = False
 ) -> Iterator[Plan]:
     """DDP, FSDP in each host and FSDP over all, with and without remat, each with the largest power
     of two of rows that fits.
     """
     most = max(1, LARGEST_BATCH // n_devices)
-    for fsdp in sorted({1, min(HOST, n_devices), n_devices}):
+    for fsdp in sorted({1, min(DEVICES_PER_HOST, n_devices), n_devices}):
         for remat in (False, True):
             c, fits = replace(config, remat=remat), None
             for rows in (2**i for i in range(int(math.log2(most)) + 1)):
                 plan = Plan(c, device, n_devices // fsdp, fsdp, rows, scores_stay=scores_stay)
-                if plan.memory.total > FILLED * device.memory_bytes:
+                if plan.memory.total > USABLE_MEMORY * device.memory_bytes:
                     break
                 fits = plan
             if fits:
                 yield fits
 
 
-def choose(
+def choose_plan(
     config: ModelConfig, device: Device, n_devices: int, scores_stay: bool = False
 ) -> Plan | None:
     """The fastest that fits; None if nothing does."""
-    plans = fitting(config, device, n_devices, scores_stay)
+    plans = list_fitting_plans(config, device, n_devices, scores_stay)
     return max(plans, key=lambda plan: plan.images_per_second, default=None)
 
 
@@ -464,7 +464,7 @@ FIVE_BILLION = ModelConfig(
 )
 
 
-def models() -> dict[tuple[str, int], ModelConfig]:
+def list_models() -> dict[tuple[str, int], ModelConfig]:
     """By name and pixels to a side; latents are an eighth of these."""
     found = {}
     for side in (256, 1024):
@@ -474,12 +474,12 @@ def models() -> dict[tuple[str, int], ModelConfig]:
     return found
 
 
-def name_of(plan: Plan) -> str:
+def describe_mesh(plan: Plan) -> str:
     kinds = {1: "DDP", plan.n_devices: "FSDP"}
     return f"{kinds.get(plan.fsdp, 'hybrid')} {plan.data}×{plan.fsdp}"
 
 
-def row(*cells: Any) -> str:
+def format_row(*cells: Any) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -489,7 +489,7 @@ COLUMNS = [
 ]
 
 
-def cells(plan: Plan) -> list[str]:
+def format_plan(plan: Plan) -> list[str]:
     m = plan.memory
 
     def moved(kind: str) -> str:
@@ -497,7 +497,7 @@ def cells(plan: Plan) -> list[str]:
 
     return [
         f"{plan.n_devices} {plan.device.name}",
-        name_of(plan),
+        describe_mesh(plan),
         f"{plan.rows}",
         "yes" if plan.config.remat else "no",
         f"{m.state / 1e9:.1f}",
@@ -509,32 +509,32 @@ def cells(plan: Plan) -> list[str]:
     ]
 
 
-def table(plans: list[tuple[str, Plan | None]]) -> list[str]:
+def format_plans(plans: list[tuple[str, Plan | None]]) -> list[str]:
     """Each with what its devices are called, where nothing fits."""
-    lines = [row(*COLUMNS), row(*["---"] * len(COLUMNS))]
+    lines = [format_row(*COLUMNS), format_row(*["---"] * len(COLUMNS))]
     for words, plan in plans:
         blank = [words, "does not fit", *["—"] * (len(COLUMNS) - 2)]
-        lines.append(row(*(cells(plan) if plan else blank)))
+        lines.append(format_row(*(format_plan(plan) if plan else blank)))
     return lines
 
 
-def tables() -> str:
+def make_tables() -> str:
     lines = ["### The models", ""]
     columns = ("model", "width", "depth", "parameters", "tokens", "forward GFLOP/image")
-    lines += [row(*columns, "kept MB/image", "scores MB/image"), row(*["---"] * 8)]
-    for (name, side), c in models().items():
-        flops, tensors = sum(training_flops.flops_by_module(c).values()), forward(c)
-        count = f"{n_params(c):,}"
+    lines += [format_row(*columns, "kept MB/image", "scores MB/image"), format_row(*["---"] * 8)]
+    for (name, side), c in list_models().items():
+        flops, tensors = sum(training_flops.flops_by_module(c).values()), count_forward_bytes(c)
+        count = f"{count_params(c):,}"
         facts = (f"{name}, {side}²", c.width, c.depth, count, math.prod(c.grid))
         amounts = (f"{x:,.0f}" for x in (flops / 1e9, tensors.kept / 1e6, tensors.scores / 1e6))
-        lines.append(row(*facts, *amounts))
+        lines.append(format_row(*facts, *amounts))
     for side, scores_stay in ((256, False), (1024, False), (1024, True)):
         for name in ("DiT-XL/2", "MMDiT-5B/2"):
             title = "if scores stayed on the chip" if scores_stay else "the code as it is"
             lines += ["", f"### {name} at {side}², {title}", ""]
-            lines += table(
+            lines += format_plans(
                 [
-                    (f"{n} {device.name}", choose(models()[name, side], device, n, scores_stay))
+                    (f"{n} {device.name}", choose_plan(list_models()[name, side], device, n, scores_stay))
                     for device in DEVICES.values()
                     for n in (8, 64, 1024)
                 ]
@@ -542,20 +542,20 @@ def tables() -> str:
     for name in ("DiT-XL/2", "MMDiT-5B/2"):
         lines += ["", f"### {name} at 256² on 64 H100: the fastest of each kind that fits", ""]
         compared = []
-        plans = list(fitting(models()[name, 256], DEVICES["H100"], 64))
+        plans = list(list_fitting_plans(list_models()[name, 256], DEVICES["H100"], 64))
         for fsdp in (1, 8, 64):
             of_it = [plan for plan in plans if plan.fsdp == fsdp]
             best = max(of_it, key=lambda plan: plan.images_per_second, default=None)
             compared.append((f"64 H100, {64 // fsdp}×{fsdp}", best))
-        lines += table(compared)
+        lines += format_plans(compared)
     return "\n".join(lines)
 
 
-def refreshed(document: str) -> str:
+def refresh_tables(document: str) -> str:
     """The document with its tables computed anew."""
     before, _, rest = document.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n\n{make_tables()}\n\n{END}{rest.partition(END)[2]}"
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(refreshed(DOCUMENT.read_text()))
+    DOCUMENT.write_text(refresh_tables(DOCUMENT.read_text()))

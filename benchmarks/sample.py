@@ -20,16 +20,16 @@ import jax
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.peer import PEERS, Peer
-from benchmarks.step import PRECISIONS, Entry, build
+from benchmarks.step import PRECISIONS, Contestant, build_trainer
 from benchmarks.timing import (
     Times,
-    interleaved,
-    json_line,
-    number,
-    or_left_out,
-    require,
-    table,
-    turn,
+    run_interleaved,
+    make_json_line,
+    format_number,
+    skip_if_impossible,
+    require_known,
+    format_table,
+    make_turn,
 )
 from runtime import cli
 from train import Trainer
@@ -65,7 +65,7 @@ class SampleConfig:
     peer: tuple[str, ...] | None = ("fp32", "autocast")
 
 
-def ours(trainer: Trainer, config: SampleConfig, precision: str) -> Entry:
+def compile_our_sampling(trainer: Trainer, config: SampleConfig, precision: str) -> Contestant:
     """Sampling of a trainer, compiled and done once."""
     labels = [i % trainer.model_config.n_classes for i in range(config.n)]
 
@@ -75,45 +75,45 @@ def ours(trainer: Trainer, config: SampleConfig, precision: str) -> Entry:
     start = time.perf_counter()
     sample()
     facts = {"by": f"ours {precision}", "precision": precision}
-    return Entry(
-        turn(sample), trainer.model_config, facts | {"first_s": time.perf_counter() - start}
+    return Contestant(
+        make_turn(sample), trainer.model_config, facts | {"first_s": time.perf_counter() - start}
     )
 
 
-def theirs(kind: str, m: Any, config: SampleConfig, stack: contextlib.ExitStack) -> Entry:
+def start_torch_sampling(kind: str, m: Any, config: SampleConfig, stack: contextlib.ExitStack) -> Contestant:
     """A peer of the model, which ends with `stack`."""
     how = {"platform": jax.default_backend(), "batch_size": config.n}
     peer = Peer(kind, "sample", m, n_steps=config.n_steps, cfg_scale=CFG_SCALE, **how)
     stack.enter_context(contextlib.closing(peer))
     precision = "bf16" if PEERS[kind].autocast else "fp32"
     facts = {"by": f"torch {kind}", "kind": kind, "precision": precision}
-    return Entry(peer.turn, m, facts | {"first_s": peer.first_seconds})
+    return Contestant(peer.turn, m, facts | {"first_s": peer.first_seconds})
 
 
-def measure(config: SampleConfig, model: str) -> list[dict[str, Any]]:
+def time_sampling(config: SampleConfig, model: str) -> list[dict[str, Any]]:
     """What is found of one model, in every precision."""
-    found: list[Entry] = []
+    found: list[Contestant] = []
     with contextlib.ExitStack() as stack:
         for precision in config.precision:
-            with or_left_out(f"{model}, {precision}"):
+            with skip_if_impossible(f"{model}, {precision}"):
                 shape: dict[str, Any] = {"image_size": config.image_size}
                 shape |= {"channels": config.channels, "batch_size": config.n}
-                trainer = build(TrainConfig(model=model, **shape), precision)
-                found.append(ours(trainer, config, precision))
+                trainer = build_trainer(TrainConfig(model=model, **shape), precision)
+                found.append(compile_our_sampling(trainer, config, precision))
         for kind in (config.peer or ()) if found else ():
-            with or_left_out(f"{model}, torch {kind}"):
-                found.append(theirs(kind, found[0].model, config, stack))
-        times = interleaved({entry.facts["by"]: entry.turn for entry in found}, config.rounds)
+            with skip_if_impossible(f"{model}, torch {kind}"):
+                found.append(start_torch_sampling(kind, found[0].model, config, stack))
+        times = run_interleaved({entry.facts["by"]: entry.turn for entry in found}, config.rounds)
     return [
         {"model": model, "n": config.n, "n_steps": config.n_steps}
         | entry.facts
-        | results(entry, found, times, config)
+        | summarize_sampling(entry, found, times, config)
         for entry in found
     ]
 
 
-def results(
-    entry: Entry, found: list[Entry], times: dict[str, Times], config: SampleConfig
+def summarize_sampling(
+    entry: Contestant, found: list[Contestant], times: dict[str, Times], config: SampleConfig
 ) -> dict[str, Any]:
     """What follows from the times; peers count in the same precision only."""
     own, forward = (
@@ -134,27 +134,27 @@ def results(
     }
 
 
-def cells(row: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, str]:
+def format_sampling_row(row: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, str]:
     """A line of the table, by column."""
     return {
         "pictures × steps": f"{row['model']}, {row['n']} × {row['n_steps']}",
         "by": row["by"],
-        "s": number(row["median_s"]),
-        "min": number(row["min_s"]),
-        "s / solver step": number(row["median_s"] / row["n_steps"]),
+        "s": format_number(row["median_s"]),
+        "min": format_number(row["min_s"]),
+        "s / solver step": format_number(row["median_s"] / row["n_steps"]),
         "FLOP/s": profiling.si(row["flops_per_second"], ""),
         "first": profiling.si(row["first_s"], "s"),
-    } | {f"× {kind}": number(row["times_as_fast_as"].get(kind)) for kind in kinds}
+    } | {f"× {kind}": format_number(row["times_as_fast_as"].get(kind)) for kind in kinds}
 
 
 def main() -> None:
     config = cli.parse_flags(SampleConfig)
-    require("precision", config.precision, PRECISIONS)
-    require("peer", config.peer, PEERS)
-    rows = [row for model in config.model for row in measure(config, model)]
-    print(table([cells(row, config.peer or ()) for row in rows]))
+    require_known("precision", config.precision, PRECISIONS)
+    require_known("peer", config.peer, PEERS)
+    rows = [row for model in config.model for row in time_sampling(config, model)]
+    print(format_table([format_sampling_row(row, config.peer or ()) for row in rows]))
     print("first: with compilation. × torch: times as fast, in the same precision.")
-    print(json_line("sample", rows=rows))
+    print(make_json_line("sample", rows=rows))
 
 
 if __name__ == "__main__":

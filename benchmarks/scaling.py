@@ -40,8 +40,8 @@ MESHES = {"DDP": (8, 1), "hybrid": (2, 4), "FSDP": (1, 8)}
 LOSS = rectified_flow_loss(density=logit_normal(), label_dropout=0.1)
 LATENTS: dict[str, Any] = {"image_size": 32, "channels": 3, "profile": True}  # no pictures are read
 # The width of DiT-S in two depths, for compile times.
-DEEP = {f"DiT-{n}/2": {"width": 384, "depth": n, "n_heads": 6, "patch_size": 2} for n in (6, 28)}
-model.MODELS |= DEEP
+DEPTH_PRESETS = {f"DiT-{n}/2": {"width": 384, "depth": n, "n_heads": 6, "patch_size": 2} for n in (6, 28)}
+model.MODELS |= DEPTH_PRESETS
 
 
 @dataclass(frozen=True)
@@ -57,25 +57,25 @@ class ScalingConfig:
     n_compiles: int = 2
 
 
-def lowered_step(trainer: Trainer) -> Any:
+def lower_step(trainer: Trainer) -> Any:
     jax.block_until_ready(trainer.state)  # what makes it must not be timed with what comes next
     batch = parallel.shard_batch(trainer.blank_batch(), trainer.mesh)
     return trainer.update.lower(trainer.state, batch, trainer.train_key)
 
 
-def compile_times(n: int) -> dict[str, float]:
+def measure_compile_times(n: int) -> dict[str, float]:
     """Seconds to compile the train step of 28 and of 6 blocks: of processors and by the clock, the
     best of n in turn.
     """
-    busy, waited = {name: [] for name in DEEP}, {name: [] for name in DEEP}
+    busy, waited = {name: [] for name in DEPTH_PRESETS}, {name: [] for name in DEPTH_PRESETS}
     for _ in range(n):
-        for name in DEEP:
-            lowered = lowered_step(Trainer(TrainConfig(model=name, batch_size=8, remat=True)))
+        for name in DEPTH_PRESETS:
+            lowered = lower_step(Trainer(TrainConfig(model=name, batch_size=8, remat=True)))
             clock, processors = time.perf_counter(), time.process_time()
             lowered.compile()
             busy[name].append(time.process_time() - processors)
             waited[name].append(time.perf_counter() - clock)
-    few, many = DEEP
+    few, many = DEPTH_PRESETS
     return {
         "depth_6_s": min(waited[few]),
         "depth_28_s": min(waited[many]),
@@ -84,7 +84,7 @@ def compile_times(n: int) -> dict[str, float]:
     }
 
 
-def interleaved(steps: dict[str, Callable[[], Any]], n_rounds: int) -> dict[str, float]:
+def time_interleaved(steps: dict[str, Callable[[], Any]], n_rounds: int) -> dict[str, float]:
     """Median seconds of each; one step of each in turn, so that what else the machine does meets
     all alike.
     """
@@ -97,7 +97,7 @@ def interleaved(steps: dict[str, Callable[[], Any]], n_rounds: int) -> dict[str,
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
-def gradient_times(n_rounds: int) -> dict[str, float]:
+def measure_gradient_times(n_rounds: int) -> dict[str, float]:
     """A gradient of DiT-Ti/2 on 32×32×4, 16 rows: plain jax, ours on one device, and on eight that
     share the same cores.
     """
@@ -124,7 +124,7 @@ def gradient_times(n_rounds: int) -> dict[str, float]:
             key,
         )
         steps[name] = lambda run=run, args=args: run(*args)
-    return interleaved(steps, n_rounds)
+    return time_interleaved(steps, n_rounds)
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class MemoryRow:
         return planned / (self.arguments + self.temporaries)
 
 
-def memory(rows: int = 4) -> list[MemoryRow]:
+def measure_memory(rows: int = 4) -> list[MemoryRow]:
     """Of the real step of DiT-S/2 on 32×32×3."""
     found = []
     for name, (data, fsdp) in (("DDP", (8, 1)), ("FSDP", (1, 8))):
@@ -154,18 +154,18 @@ def memory(rows: int = 4) -> list[MemoryRow]:
                 model="DiT-S/2", batch_size=rows * data * fsdp, fsdp=fsdp, remat=remat, **LATENTS
             )
             trainer = Trainer(settings)
-            cost = profiling.cost(lowered_step(trainer).compile())
+            cost = profiling.step_cost(lower_step(trainer).compile())
             assert cost.argument_bytes and cost.temporary_bytes
-            planned = planner.Plan(trainer.model_config, UNKNOWN, data, fsdp, rows).memory
+            planned = planner.Plan(trainer.model_config, UNKNOWN_DEVICE, data, fsdp, rows).memory
             xla = (cost.argument_bytes, cost.temporary_bytes)
             found.append(MemoryRow(name, remat, *xla, planned.state, planned.temporaries))
     return found
 
 
-UNKNOWN = planner.Device("unknown", *[1.0] * 9)
+UNKNOWN_DEVICE = planner.Device("unknown", *[1.0] * 9)
 
 
-def step_time(n_rounds: int, rows: int = 8) -> tuple[planner.Plan, float]:
+def measure_step_time(n_rounds: int, rows: int = 8) -> tuple[planner.Plan, float]:
     """The plan of a step of DiT-S/2 on 32×32×3 on all cores as one device, whose speed is what a
     large float32 product and a large copy attain between the steps; and the step's seconds.
     """
@@ -183,7 +183,7 @@ def step_time(n_rounds: int, rows: int = 8) -> tuple[planner.Plan, float]:
             arrays[0] = rewrite(arrays[0])
         return arrays[0]
 
-    seconds = interleaved(
+    seconds = time_interleaved(
         {
             "step": lambda: trainer.train_step(batch),
             "multiply": lambda: [multiply(matrix, matrix) for _ in range(10)],
@@ -193,7 +193,7 @@ def step_time(n_rounds: int, rows: int = 8) -> tuple[planner.Plan, float]:
     )
     speed = 10 * 2 * n**3 / seconds["multiply"]
     processor = replace(
-        UNKNOWN,
+        UNKNOWN_DEVICE,
         name="this processor",
         flops_per_second=speed,
         peak_flops_per_second=speed,
@@ -204,7 +204,7 @@ def step_time(n_rounds: int, rows: int = 8) -> tuple[planner.Plan, float]:
 
 def main() -> None:
     config = cli.parse_flags(ScalingConfig)
-    plan, measured = step_time(config.n_rounds)
+    plan, measured = measure_step_time(config.n_rounds)
     device = plan.device
     print(
         f"this processor: {device.flops_per_second / 1e9:.0f} GFLOP/s in a float32 product, "
@@ -213,13 +213,13 @@ def main() -> None:
         f"(products {plan.arithmetic_seconds:.2f}, memory {plan.memory_seconds:.2f}), "
         f"measured {measured:.2f} s, planned / measured {plan.seconds / measured:.2f}"
     )
-    gradients = gradient_times(config.n_rounds)
+    gradients = measure_gradient_times(config.n_rounds)
     print("\n| gradient, 16 rows | s | ratio |\n|---|---|---|")
     for name, seconds in gradients.items():
         print(f"| {name} | {seconds:.3f} | {seconds / gradients['plain']:.2f} |")
-    compiled = compile_times(config.n_compiles)
+    compiled = measure_compile_times(config.n_compiles)
     print("\n" + "\n".join(f"compile {name}: {value:.2f}" for name, value in compiled.items()))
-    held = memory()
+    held = measure_memory()
     print("\n| DiT-S/2, 4 rows a device | remat | arguments MB | planned | temporaries MB ", end="")
     print("| planned | planned / XLA, together |\n|---|---|---|---|---|---|---|")
     for row in held:

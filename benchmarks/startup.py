@@ -26,13 +26,13 @@ sys.path.insert(0, str(ROOT := Path(__file__).parents[1]))
 import jax
 
 from benchmarks.peer import Peer
-from benchmarks.timing import interleaved, json_line, number, or_left_out, table
+from benchmarks.timing import run_interleaved, make_json_line, format_number, skip_if_impossible, format_table
 from runtime import cli
 from train import Trainer
 from training.config import TrainConfig
 
 STAGES = ("import", "build", "open", "compile", "step")
-AT_MOST = {"cold": 25.0, "warm": 12.0}  # seconds, on two cores
+MAX_SECONDS = {"cold": 25.0, "warm": 12.0}  # seconds, on two cores
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class StartupConfig:
     peer: bool = True
 
 
-def start(cache: Path, model: str | None) -> dict[str, float]:
+def start_process(cache: Path, model: str | None) -> dict[str, float]:
     """Seconds of each stage of one fresh process that keeps everything in `cache`."""
     flags = ["--run_dir", str(Path(tempfile.mkdtemp(dir=cache)) / "run")]
     flags += ["--model", model] if model else []
@@ -77,23 +77,23 @@ def start(cache: Path, model: str | None) -> dict[str, float]:
     }
 
 
-def starts(
+def make_start_turns(
     model: str | None, folder: Path, found: dict[str, list[dict[str, float]]]
 ) -> dict[str, Callable[[], float]]:
     """Turns with a cold and with a warm cache, which write their stages into `found`."""
 
     def cold() -> float:
-        found["cold"].append(start(Path(tempfile.mkdtemp(dir=folder)), model))
+        found["cold"].append(start_process(Path(tempfile.mkdtemp(dir=folder)), model))
         return sum(found["cold"][-1].values())
 
     def warm() -> float:
-        found["warm"].append(start(folder, model))
+        found["warm"].append(start_process(folder, model))
         return sum(found["warm"][-1].values())
 
     return {"cold": cold, "warm": warm}
 
 
-def torch_start(model: str | None) -> Callable[[], float]:
+def make_torch_turn(model: str | None) -> Callable[[], float]:
     """A turn of the peer, which builds the default run's model and takes a step.
 
     Raises:
@@ -118,28 +118,28 @@ def main() -> None:
     config = cli.parse_flags(StartupConfig)
     stages: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory() as folder:
-        turns = starts(config.model, Path(folder), stages)
+        turns = make_start_turns(config.model, Path(folder), stages)
         if config.peer:
-            with or_left_out("torch"):
-                turns["torch fp32"] = torch_start(config.model)
-        times = interleaved(turns, config.rounds)
+            with skip_if_impossible("torch"):
+                turns["torch fp32"] = make_torch_turn(config.model)
+        times = run_interleaved(turns, config.rounds)
     rows = {
         name: {"median_s": t.median, "min_s": t.min, "seconds": t.seconds}
         | {stage: median(s[stage] for s in stages[name][1:]) for stage in STAGES if name in stages}
         for name, t in times.items()
     }
     print(
-        table(
+        format_table(
             [
                 {"first finished step": name}
-                | {stage: number(row.get(stage)) for stage in STAGES}
-                | {"s": number(row["median_s"]), "min": number(row["min_s"])}
-                | {"at most": number(AT_MOST.get(name))}
+                | {stage: format_number(row.get(stage)) for stage in STAGES}
+                | {"s": format_number(row["median_s"]), "min": format_number(row["min_s"])}
+                | {"at most": format_number(MAX_SECONDS.get(name))}
                 for name, row in rows.items()
             ]
         )
     )
-    print(json_line("startup", model=config.model, rows=rows))
+    print(make_json_line("startup", model=config.model, rows=rows))
 
 
 if __name__ == "__main__":

@@ -30,14 +30,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.peer import PEERS, Peer
 from benchmarks.timing import (
     Times,
-    interleaved,
-    json_line,
-    number,
-    or_left_out,
-    percent,
-    require,
-    table,
-    turn,
+    run_interleaved,
+    make_json_line,
+    format_number,
+    skip_if_impossible,
+    format_percent,
+    require_known,
+    format_table,
+    make_turn,
 )
 from model import ModelConfig
 from runtime import cli, parallel
@@ -90,25 +90,25 @@ class StepConfig:
     plan_only: bool = False
 
 
-class Entry(NamedTuple):
+class Contestant(NamedTuple):
     """One that takes turns, its model, and what is known of it besides its times."""
 
-    turn: Callable[[], float]
+    make_turn: Callable[[], float]
     model: ModelConfig
     facts: dict[str, Any]
 
 
-def matmul(precision: str) -> tuple[Callable[[], float], float]:
+def make_matmul_turn(precision: str) -> tuple[Callable[[], float], float]:
     """A turn of products of large random matrices with float32 results, and the FLOPs of one."""
     side = 2048 if jax.default_backend() == "cpu" else 8192
     keys = jax.random.split(jax.random.key(0))
     dtype = PRECISIONS[precision].dtype
     a, b = (jax.random.normal(key, (side, side), dtype) for key in keys)
     dot = jax.jit(partial(jnp.dot, preferred_element_type=jnp.float32))
-    return turn(lambda: dot(a, b), n=8), 2.0 * side**3
+    return make_turn(lambda: dot(a, b), n=8), 2.0 * side**3
 
 
-def build(config: TrainConfig, precision: str, *, unroll: int | None = None) -> Trainer:
+def build_trainer(config: TrainConfig, precision: str, *, unroll: int | None = None) -> Trainer:
     """A trainer of made-up pictures. What is None is what training does by default."""
     half_precision = PRECISIONS[precision].half_precision
     # A profile reads no pictures, so they may have any shape.
@@ -128,7 +128,7 @@ def random_batch(trainer: Trainer) -> Any:
     return parallel.shard_batch(blank._replace(image=image, label=label), trainer.mesh)
 
 
-def ours(trainer: Trainer, precision: str, *, n: int, plan_only: bool) -> Entry:
+def compile_our_step(trainer: Trainer, precision: str, *, n: int, plan_only: bool) -> Contestant:
     """The update of a trainer, compiled and, but for a plan, taken once."""
     batch = random_batch(trainer)
     start = time.perf_counter()
@@ -142,34 +142,34 @@ def ours(trainer: Trainer, precision: str, *, n: int, plan_only: bool) -> Entry:
     if not plan_only:
         jax.block_until_ready(step())
     m = trainer.model_config
-    facts = known(m) | {
+    facts = describe_model(m) | {
         "by": f"ours {precision}{', remat' * m.remat}, unroll {m.unroll}",
         "precision": precision,
         "n_params": sum(x.size for x in jax.tree.leaves(trainer.state.params)),
         "compile_s": compile_seconds,
-        "planned_bytes": profiling.cost(compiled).memory_bytes,
-        "device_bytes": memory_stats().get("peak_bytes_in_use"),
+        "planned_bytes": profiling.step_cost(compiled).memory_bytes,
+        "device_bytes": read_memory_stats().get("peak_bytes_in_use"),
     }
-    return Entry(turn(step, n=n), m, facts)
+    return Contestant(make_turn(step, n=n), m, facts)
 
 
-def known(m: ModelConfig) -> dict[str, Any]:
+def describe_model(m: ModelConfig) -> dict[str, Any]:
     """What is known of a model before it is built."""
     forward = sum(training_flops.flops_by_module(m).values())
     flops = training_flops.TRAIN_PER_FORWARD * forward
     return {"remat": m.remat, "unroll": m.unroll, "train_flops_per_image": flops}
 
 
-def memory_stats() -> dict[str, int]:
+def read_memory_stats() -> dict[str, int]:
     """The allocator's own figures; none on a CPU."""
     return jax.devices()[0].memory_stats() or {}
 
 
-def theirs(kind: str, m: ModelConfig, stack: contextlib.ExitStack, **how: Any) -> Entry:
+def start_torch_step(kind: str, m: ModelConfig, stack: contextlib.ExitStack, **how: Any) -> Contestant:
     """A peer of the model, which ends with `stack`."""
     peer = Peer(kind, "step", m, platform=jax.default_backend(), remat=m.remat, **how)
     stack.enter_context(contextlib.closing(peer))
-    facts = known(m) | {
+    facts = describe_model(m) | {
         "by": f"torch {kind}{', remat' * m.remat}",
         "kind": kind,
         "precision": "bf16" if PEERS[kind].autocast else "fp32",
@@ -178,23 +178,23 @@ def theirs(kind: str, m: ModelConfig, stack: contextlib.ExitStack, **how: Any) -
         "planned_bytes": None,
         "device_bytes": peer.memory_bytes,
     }
-    return Entry(peer.turn, m, facts)
+    return Contestant(peer.turn, m, facts)
 
 
-def entries(
+def list_contestants(
     config: StepConfig, model: str, batch_size: int, stack: contextlib.ExitStack
-) -> list[Entry]:
+) -> list[Contestant]:
     """Ours in every variant, and a peer of each kind for each remat; less what cannot be."""
-    found: list[Entry] = []
+    found: list[Contestant] = []
     variants = product(config.precision, config.remat or [None], config.unroll or [None])
     for precision, remat, unroll in variants:
-        with or_left_out(f"{model} × {batch_size}, {precision}, remat {remat}, unroll {unroll}"):
+        with skip_if_impossible(f"{model} × {batch_size}, {precision}, remat {remat}, unroll {unroll}"):
             settings: dict[str, Any] = {"model": model, "batch_size": batch_size, "remat": remat}
             settings |= {"image_size": config.image_size, "channels": config.channels}
             # Not kept by a name: one that has no room must not take it from the next.
             found.append(
-                ours(
-                    build(TrainConfig(**settings), precision, unroll=unroll),
+                compile_our_step(
+                    build_trainer(TrainConfig(**settings), precision, unroll=unroll),
                     precision,
                     n=config.steps_per_turn,
                     plan_only=config.plan_only,
@@ -202,34 +202,34 @@ def entries(
             )
     models = {} if config.plan_only else {entry.model.remat: entry.model for entry in found}
     for m, kind in product(models.values(), config.peer or ()):
-        with or_left_out(f"{model} × {batch_size}, torch, {kind}"):
+        with skip_if_impossible(f"{model} × {batch_size}, torch, {kind}"):
             how = {"batch_size": batch_size, "n": config.steps_per_turn}
-            found.append(theirs(kind, m, stack, **how))
+            found.append(start_torch_step(kind, m, stack, **how))
     return found
 
 
-def measure(config: StepConfig, model: str, batch_size: int) -> list[dict[str, Any]]:
+def time_training_step(config: StepConfig, model: str, batch_size: int) -> list[dict[str, Any]]:
     """What is found of all variants of one model and batch."""
     with contextlib.ExitStack() as stack:
-        found = entries(config, model, batch_size, stack)
-        products = {precision: matmul(precision) for precision in PRECISIONS}
+        found = list_contestants(config, model, batch_size, stack)
+        products = {precision: make_matmul_turn(precision) for precision in PRECISIONS}
         turns = {precision: run for precision, (run, _) in products.items()}
-        times = interleaved(turns | {e.facts["by"]: e.turn for e in found}, config.rounds)
+        times = run_interleaved(turns | {e.facts["by"]: e.turn for e in found}, config.rounds)
     # The best of a product beside the median of a step: a peak is what can be reached.
     peaks = {name: flops / times[name].min for name, (_, flops) in products.items()}
     return [
         {"model": model, "batch_size": batch_size}
         | e.facts
-        | speeds(e.facts, times[e.facts["by"]], batch_size, peaks)
-        | {"times_as_fast_as": ratios(e, found, times)}
+        | summarize_step(e.facts, times[e.facts["by"]], batch_size, peaks)
+        | {"times_as_fast_as": compare_with_peers(e, found, times)}
         for e in found
     ]
 
 
-def plan(config: StepConfig, model: str, batch_size: int) -> list[dict[str, Any]]:
+def plan_training_step(config: StepConfig, model: str, batch_size: int) -> list[dict[str, Any]]:
     """What the compiler knows of all variants of one model and batch."""
     with mock.patch.object(parallel, "create_sharded", parallel.abstract_state), contextlib.ExitStack() as stack:
-        found = entries(config, model, batch_size, stack)
+        found = list_contestants(config, model, batch_size, stack)
     untimed = dict.fromkeys(
         ["median_s", "min_s", "images_per_second", "flops_per_second", "of_matmul", "of_data_sheet"]
     )
@@ -239,7 +239,7 @@ def plan(config: StepConfig, model: str, batch_size: int) -> list[dict[str, Any]
     ]
 
 
-def ratios(entry: Entry, found: list[Entry], times: dict[str, Times]) -> dict[str, float]:
+def compare_with_peers(entry: Contestant, found: list[Contestant], times: dict[str, Times]) -> dict[str, float]:
     """How many times as fast this one is as each peer with the same remat."""
     own = times[entry.facts["by"]]
     return {
@@ -249,13 +249,13 @@ def ratios(entry: Entry, found: list[Entry], times: dict[str, Times]) -> dict[st
     }
 
 
-def speeds(
+def summarize_step(
     facts: dict[str, Any], times: Times, batch_size: int, peaks: dict[str, float]
 ) -> dict[str, Any]:
     """What follows from times and the FLOPs of a picture, in which recomputation is not counted."""
     rate = facts["train_flops_per_image"] * batch_size / jax.device_count() / times.median
     dtype = PRECISIONS[facts["precision"]].dtype.__name__
-    sheet = training_flops.peak(jax.devices()[0].device_kind, dtype)
+    sheet = training_flops.device_peak(jax.devices()[0].device_kind, dtype)
     return {
         "median_s": times.median,
         "min_s": times.min,
@@ -268,40 +268,40 @@ def speeds(
     }
 
 
-def cells(row: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, str]:
+def format_step_row(row: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, str]:
     """A line of the table, by column."""
     si = profiling.si
     return {
         "model × batch": f"{row['model']} × {row['batch_size']}",
         "by": row["by"],
-        "s / step": number(row["median_s"]),
-        "min": number(row["min_s"]),
-        "images/s": number(row["images_per_second"]),
+        "s / step": format_number(row["median_s"]),
+        "min": format_number(row["min_s"]),
+        "images/s": format_number(row["images_per_second"]),
         "FLOP/s": si(row["flops_per_second"], ""),
-        "of matmul": percent(row["of_matmul"]),
-        "of data sheet": percent(row["of_data_sheet"]),
+        "of matmul": format_percent(row["of_matmul"]),
+        "of data sheet": format_percent(row["of_data_sheet"]),
         "plan": si(row["planned_bytes"], "B"),
         "peak": si(row["device_bytes"], "B"),
         "compile": si(row["compile_s"], "s"),
-    } | {f"× {kind}": number(row["times_as_fast_as"].get(kind)) for kind in kinds}
+    } | {f"× {kind}": format_number(row["times_as_fast_as"].get(kind)) for kind in kinds}
 
 
 def main() -> None:
     config = cli.parse_flags(StepConfig)
-    require("precision", config.precision, PRECISIONS)
-    require("peer", config.peer, PEERS)
+    require_known("precision", config.precision, PRECISIONS)
+    require_known("peer", config.peer, PEERS)
     # Else a compile time might be the time to read a file.
     jax.config.update("jax_enable_compilation_cache", False)
     rows = []
     for model, batch_size in product(config.model, config.batch_size):
-        rows += (plan if config.plan_only else measure)(config, model, batch_size)
+        rows += (plan_training_step if config.plan_only else time_training_step)(config, model, batch_size)
         print(f"{model} × {batch_size}: done", file=sys.stderr)
-    print(table([cells(row, config.peer or ()) for row in rows]))
+    print(format_table([format_step_row(row, config.peer or ()) for row in rows]))
     print("of matmul: of a large matrix product in the same rounds. plan: memory as XLA plans it.")
     print(
         "peak: memory held at most so far, of torch on a CPU the whole process. × torch: as fast."
     )
-    print(json_line("step", rows=rows))
+    print(make_json_line("step", rows=rows))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Times:
         return median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
-def turn(run: Callable[[], Any], *, n: int = 1) -> Callable[[], float]:
+def make_turn(run: Callable[[], Any], *, n: int = 1) -> Callable[[], float]:
     """What runs n steps one after the other, waits for the last, and returns the seconds of one."""
 
     def seconds() -> float:
@@ -60,7 +60,7 @@ def turn(run: Callable[[], Any], *, n: int = 1) -> Callable[[], float]:
     return seconds
 
 
-def interleaved(turns: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Times]:
+def run_interleaved(turns: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Times]:
     """One turn of each in every round, after a round that is dropped.
 
     Each round begins with another one, so that none always follows the same.
@@ -76,7 +76,7 @@ def interleaved(turns: Mapping[str, Callable[[], float]], rounds: int) -> dict[s
 
 
 @contextlib.contextmanager
-def or_left_out(what: str) -> Iterator[None]:
+def skip_if_impossible(what: str) -> Iterator[None]:
     """Says in one line why something cannot be measured, and goes on."""
     try:
         yield
@@ -88,14 +88,14 @@ def or_left_out(what: str) -> Iterator[None]:
         print(f"left out: {what}: out of memory", flush=True)
 
 
-def require(flag: str, given: Iterable[str] | None, known: Iterable[str]) -> None:
+def require_known(flag: str, given: Iterable[str] | None, known: Iterable[str]) -> None:
     """Raises UserError where a flag has a value that does not exist."""
     for value in given or ():
         if value not in known:
             raise unknown_name(flag, value, known)
 
 
-def device() -> str:
+def describe_device() -> str:
     """What everything ran on: the accelerators, or the processor."""
     if jax.default_backend() != "cpu":
         return f"{jax.device_count()} × {jax.devices()[0].device_kind}"
@@ -107,7 +107,7 @@ def device() -> str:
     return f"{os.cpu_count()} cores of {name}"
 
 
-def versions() -> dict[str, str]:
+def list_versions() -> dict[str, str]:
     """Of Python and of the packages that are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -118,7 +118,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def table(rows: Sequence[Mapping[str, str]]) -> str:
+def format_table(rows: Sequence[Mapping[str, str]]) -> str:
     """Rows by column, as lines that a person and Markdown can read; all but the first column stand
     to the right, and columns of which nothing is known are left out.
     """
@@ -135,24 +135,24 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def json_line(benchmark: str, **results: Any) -> str:
+def make_json_line(benchmark: str, **results: Any) -> str:
     """The last line of a benchmark: its results, and where they come from."""
     facts = {
         "benchmark": benchmark,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "device": device(),
+        "device": describe_device(),
         "command": shlex.join(["python", *sys.argv]),
-        "versions": versions(),
+        "versions": list_versions(),
     }
     return json.dumps(facts | results)
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def format_number(value: float | None, digits: int = 3) -> str:
     """Three digits, or n/a."""
     if value is None:
         return "n/a"
     return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
 
 
-def percent(value: float | None) -> str:
+def format_percent(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.0%}"

@@ -1,4 +1,8 @@
-"""data.arrow."""
+"""A split that the `datasets` library keeps on this machine as Arrow tables.
+
+It reads columns and undecoded cells. Parquet files that are read where they lie are
+`data.parquet`'s; decoding images is `data.rows`'.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,32 +13,33 @@ if TYPE_CHECKING:  # at run time they are imported where they are used: together
 
 
 class ArrowSplit:
-    """All rows of a split as `datasets` keeps them on this machine. `Streamed` is the other way."""
+    """All rows of a split. `ParquetSplit` offers the same methods for files read as needed."""
 
     def __init__(self, data: "Dataset"):
-        self.data, self.features = data, data.features
+        self.data = data
+        self.features = data.features
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def column(self, name: str) -> "pyarrow.ChunkedArray":
-        """A whole column: of labels or captions."""
+    def read_column(self, name: str) -> "pyarrow.ChunkedArray":
+        """Read a whole column of labels or captions."""
         return self.data.select_columns([name]).with_format("arrow")[:][name]
 
-    def pictures(self, name: str) -> "ArrowSplit":
-        """The same rows, of which `cells` are those of this column, of pictures or plain bytes.
+    def select_images(self, column: str) -> "ArrowSplit":
+        """Return the same rows with only this column, of images or plain bytes, for `read_cells`.
 
         Raises:
             TypeError, ValueError, NotImplementedError: the column holds neither.
         """
         from datasets import Image, Value
 
-        only = self.data.select_columns([name])
-        if self.features[name] == Value("binary"):
-            return ArrowSplit(only)
-        return ArrowSplit(only.cast_column(name, Image(decode=False)))
+        selected = self.data.select_columns([column])
+        if self.features[column] == Value("binary"):
+            return ArrowSplit(selected)
+        return ArrowSplit(selected.cast_column(column, Image(decode=False)))
 
-    def cells(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """The undecoded pictures of these rows."""
-        (column,) = self.data[rows].values()
-        return [{"bytes": c, "path": None} if isinstance(c, bytes) else c for c in column]
+    def read_cells(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """Read the undecoded images of these rows, each as {"bytes": …, "path": …}."""
+        (cells,) = self.data[rows].values()
+        return [{"bytes": c, "path": None} if isinstance(c, bytes) else c for c in cells]

@@ -1,4 +1,8 @@
-"""data.batch."""
+"""A batch of training rows, its plan before anything is decoded, and encoded captions.
+
+NumPy arrays on the host; JAX arrays once a batch has been placed on devices. Nothing here reads or
+decodes.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,36 +12,38 @@ from jaxtyping import Bool, Float16, Int32, Int64, Shaped, UInt8
 
 
 class EncodedCaption(NamedTuple):
-    """Embeddings of a batch, padded to one length: NumPy's here, JAX's inside a model."""
+    """Text embeddings of a batch of captions, padded to one length."""
 
-    tokens: Shaped[Any, "b m e"]  # zeros beyond a caption's end
+    tokens: Shaped[Any, "b m e"]  # zeros after the end of a caption
     mask: Bool[Any, "b m"]  # True where there is a token
     pooled: Shaped[Any, "b p"]
 
 
 class Batch(NamedTuple):
-    """One process's rows of a global batch; `row` is the index there, not in the dataset.
+    """One process's rows of a global batch.
 
-    An image is bytes, or the moments of a latent: mean and log-variance. A label is the id of a
-    class or, where the model is told in words, an encoded caption.
+    An image is uint8 pixels, or the float16 moments of a latent: mean and log-variance. A label is
+    a class id or, for a model conditioned on text, an encoded caption.
     """
 
-    row: Int32[Any, "b"]
+    row: Int32[Any, "b"]  # index in the global batch, not in the dataset
     image: UInt8[Any, "b h w c"] | Float16[Any, "b h w k"]
     label: Int32[Any, "b"] | EncodedCaption
 
 
 class BatchPlan(NamedTuple):
-    """What a batch will be, before anything is decoded."""
+    """The rows, flips and labels of a batch, before anything is decoded."""
 
-    row: Int32[np.ndarray, "b"]  # the index in the global batch
-    source: Int64[np.ndarray, "b"]  # the row of the split
+    row: Int32[np.ndarray, "b"]  # index in the global batch
+    split_row: Int64[np.ndarray, "b"]  # row of the split
     mirrored: Bool[np.ndarray, "b"]
-    label: Int32[np.ndarray, "b"] | Int64[np.ndarray, "b"]  # the id of a class or of a caption
+    label: Int32[np.ndarray, "b"] | Int64[np.ndarray, "b"]  # id of a class or of a caption
 
 
-def concatenate_batches(parts: Sequence[Any]) -> Any:
-    """Batches one after another as one, leaf by leaf."""
-    if isinstance(parts[0], tuple):
-        return type(parts[0])(*map(concatenate_batches, zip(*parts)))  # pyright: ignore[reportCallIssue]
-    return np.concatenate(parts)
+def concatenate_batches(batches: Sequence[Any]) -> Any:
+    """Concatenate batches along the rows, leaf by leaf."""
+    first = batches[0]
+    if isinstance(first, tuple):
+        leaves = map(concatenate_batches, zip(*batches))
+        return type(first)(*leaves)  # pyright: ignore[reportCallIssue]
+    return np.concatenate(batches)

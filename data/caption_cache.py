@@ -1,12 +1,12 @@
 """The embeddings of a dataset's captions, computed once and kept in a folder.
 
-    FOLDER/openai--clip-vit-large-patch14@0123456789ab/     and more towers after a +
+    FOLDER/openai--clip-vit-large-patch14@0123456789ab/     and more text encoders after a +
         towers.json          their names, revisions and channels
         89ab….parquet        a shard: captions, float16 tokens and pooled, whether it was cut
         arrow/89ab….arrow    its copy that is mapped into memory; made again if it is deleted
 
-Only `text` knows of towers, and they are loaded only if a caption is missing. What a caption
-belongs to is the caller's.
+Encoding is `data.text_encoders`', whose models are loaded only if a caption is missing. Which row a
+caption belongs to is the caller's.
 """
 
 import copy
@@ -19,28 +19,32 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Int64
 from tqdm import tqdm
 
-from data import batch, text_encoders
+from data import text_encoders
+from data.batch import EncodedCaption
+from data.text_encoders import CaptionEmbedding, TextEncoders
 from runtime.errors import UserError
 from runtime.files import atomic_file
 
 if TYPE_CHECKING:  # at run time it is imported where it is used
     import pyarrow
 
-CAPTIONS_PER_SHARD = 1024  # captions of a file: the most that a killed process loses
+CAPTIONS_PER_SHARD = 1024  # of a file: the most that a killed process loses
 INFO_FILE = "towers.json"
-HALF = np.dtype("<f2")
-LENGTH_STEP = 8
+FLOAT16 = np.dtype("<f2")
+LENGTH_STEP = 8  # tokens: a padded length is a multiple of it
 
 
 def default_cache_folder(dataset_name: str, data_dir: Path | None) -> Path:
-    """Beside data on this machine, never inside, where it would be taken for data; for a set of the
-    hub, or one in this repository, in the person's cache.
+    """Choose a folder for a dataset's embeddings.
+
+    It lies beside data on this machine, never inside, where it would be taken for data. For a
+    dataset of the hub, or one in this repository, it is in the user's cache.
     """
     kind, _, path = dataset_name.partition(":")
     if data_dir or kind == "folder":
@@ -50,90 +54,111 @@ def default_cache_folder(dataset_name: str, data_dir: Path | None) -> Path:
     return cache / "dit-jax" / "captions" / dataset_name.replace("/", "--").replace(":", "--")
 
 
-class CaptionStore:
-    """Embeddings of captions in a folder of Parquet files, one per shard of `SHARD` captions.
+@runtime_checkable
+class CaptionEncoder(Protocol):
+    """A function from captions to embeddings, such as `TextEncoders`."""
 
-    What is missing is encoded, the rest never again. A store holds the captions that it was opened
-    with, whatever else lies in its folder. A pickled one holds no embeddings: it opens the files.
+    width: int  # channels of a token
+    pooled: int  # channels of the pooled vector
+
+    def encode(self, captions: Sequence[str]) -> Sequence[CaptionEmbedding]:
+        """Encode captions in their order."""
+        ...
+
+
+class CaptionStore:
+    """Embeddings of captions in a folder of Parquet files, a shard of captions each.
+
+    Captions that are missing from the folder are encoded once. A store offers the captions that it
+    was opened with, whatever else lies in its folder. A pickled store holds no embeddings: it maps
+    the files again.
     """
 
     revisions: tuple[str, ...]
     width: int  # channels of a token
     pooled: int  # channels of the pooled vector
-    length: int  # tokens of the longest caption, rounded up to a multiple of 8, but at most `most`
-    n_cut: int  # captions, not counting repetitions, that were longer than that or a tower takes
+    length: int  # tokens that every caption is padded or cut to
+    n_truncated: int  # distinct captions that are longer than that, or than an encoder takes
 
     @classmethod
     def open(
         cls,
         folder: Path,
         captions: Sequence[str],
-        towers: Sequence[str],
+        encoders: Sequence[str],
         *,
         revisions: Sequence[str | None] | None = None,
-        most: int | None = None,
-        encoder: Callable[[], text_encoders.TextEncoders] | None = None,
+        max_length: int | None = None,
+        load_encoders: Callable[[], CaptionEncoder] | None = None,
     ) -> "CaptionStore":
-        """Encodes what the folder lacks, shard by shard.
+        """Open a store and encode the captions that its folder lacks, shard by shard.
 
         Args:
-            towers: names as `text.Towers` takes them.
-            revisions: of the towers, None for the newest; see `text.revision`.
-            most: tokens that are shown of a caption; None for all that the towers take.
-            encoder: makes the towers where they are needed.
+            folder: of the embeddings of all encoders; need not exist.
+            captions: to be offered; repetitions are allowed.
+            encoders: names as `TextEncoders` takes them.
+            revisions: of the encoders, None for the newest; see `text_encoders.find_revision`.
+            max_length: tokens to cut captions to; None for all that the encoders take.
+            load_encoders: called if a caption is missing; by default loads `TextEncoders`.
 
         Raises:
-            UserError: a tower cannot be loaded or its revision be told, a file is damaged, or the
-                folder cannot be written to.
+            UserError: an encoder cannot be loaded or its revision be found, a file is damaged, or
+                the folder cannot be written to.
         """
         folder = Path(folder).expanduser().absolute()
-        names, known = _names_and_revisions(folder, towers, revisions)
-        subfolder = folder / "+".join(f"{name}@{digits}" for name, digits in zip(names, known))
-        held = _rows([_mapped(path) for path in subfolder.glob("*.parquet")])
-        wanted = sorted(set(captions))
-        missing = [caption for caption in wanted if caption not in held]
+        names, known_revisions = _find_names_and_revisions(folder, encoders, revisions)
+        subfolder = folder / "+".join(
+            f"{name}@{revision}" for name, revision in zip(names, known_revisions)
+        )
+        cached = _index_captions([_map_shard(path) for path in subfolder.glob("*.parquet")])
+        distinct = sorted(set(captions))
+        missing = [caption for caption in distinct if caption not in cached]
         if missing or not (subfolder / INFO_FILE).exists():
-            text_encoders.check_revisions(towers, known)
+            text_encoders.check_revisions(encoders, known_revisions)
             _check_writable(subfolder)
-            made = encoder() if encoder else text_encoders.TextEncoders(towers, known)
-            _write_info(subfolder, names, known, made)
-            _encode(subfolder, missing, made)
-            del made
+            loaded = load_encoders() if load_encoders else TextEncoders(encoders, known_revisions)
+            _write_info(subfolder, names, known_revisions, loaded)
+            _encode_shards(subfolder, missing, loaded)
+            del loaded
             text_encoders.release_gpu_memory()
-        return cls(subfolder, wanted, most)
+        return cls(subfolder, distinct, max_length)
 
-    def __init__(self, subfolder: Path, captions: Sequence[str], most: int | None):
-        """Of distinct captions that all have their embeddings."""
+    def __init__(self, subfolder: Path, captions: Sequence[str], max_length: int | None):
+        """Map the shards of distinct captions, all of which have their embeddings."""
         import pyarrow.compute
 
         info = _read_info(subfolder)
-        self.width, self.pooled = info["width"], info["pooled"]
+        self.width = info["width"]
+        self.pooled = info["pooled"]
         self.revisions = tuple(info["revisions"])
         self._paths = sorted(subfolder.glob("*.parquet"))
-        rows = _rows([_mapped(path) for path in self._paths])
+        row_of_caption = _index_captions([_map_shard(path) for path in self._paths])
         self._ids = {caption: i for i, caption in enumerate(captions)}
-        self._row = np.array([rows[caption] for caption in captions], np.int64)
-        self._end = np.cumsum([len(cut) for *_, cut in self._shards])
-        sizes, cut = [np.zeros(0, int)], [np.zeros(0, bool)]
-        for tokens, _, was_cut in self._shards:
-            sizes.append(pyarrow.compute.call_function("binary_length", [tokens]).to_numpy())
-            cut.append(was_cut.to_numpy(zero_copy_only=False))
-        n_tokens = np.concatenate(sizes)[self._row] // (HALF.itemsize * self.width)
+        self._rows = np.array([row_of_caption[caption] for caption in captions], np.int64)
+        self._shard_ends = np.cumsum([len(truncated) for *_, truncated in self._shards])
+        sizes = [np.zeros(0, int)]
+        truncated = [np.zeros(0, bool)]
+        for shard_tokens, _, shard_truncated in self._shards:
+            size = pyarrow.compute.call_function("binary_length", [shard_tokens])
+            sizes.append(size.to_numpy())
+            truncated.append(shard_truncated.to_numpy(zero_copy_only=False))
+        n_tokens = np.concatenate(sizes)[self._rows] // (FLOAT16.itemsize * self.width)
         longest = -(-int(n_tokens.max(initial=1)) // LENGTH_STEP) * LENGTH_STEP
-        self.length = min(longest, most or longest)
-        self.n_cut = int((np.concatenate(cut)[self._row] | (n_tokens > self.length)).sum())
+        self.length = min(longest, max_length or longest)
+        is_truncated = np.concatenate(truncated)[self._rows] | (n_tokens > self.length)
+        self.n_truncated = int(is_truncated.sum())
 
     @cached_property
     def _shards(self) -> "list[list[pyarrow.Array]]":
-        """Tokens, pooled vectors and cuts of each file."""
-        tables = [_mapped(path) for path in self._paths]
+        """Columns of tokens, pooled vectors and truncation of each file."""
+        tables = [_map_shard(path) for path in self._paths]
         return [[t[name].chunk(0) for name in ("tokens", "pooled", "cut")] for t in tables]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_shards"}
 
-    def nameless(self) -> "CaptionStore":
-        """A copy that can only be called, for processes that are told ids: it pickles no texts."""
+    def without_texts(self) -> "CaptionStore":
+        """Return a copy that knows captions by their ids only, to be pickled for workers."""
         copied = copy.copy(self)
         copied._ids = {}
         return copied
@@ -141,146 +166,178 @@ class CaptionStore:
     def __contains__(self, caption: str) -> bool:
         return caption in self._ids
 
-    def ids(self, captions: Sequence[str]) -> Int64[np.ndarray, "n"]:
-        """What to call it with. Raises UserError for a caption that is not held."""
+    def caption_ids(self, captions: Sequence[str]) -> Int64[np.ndarray, "n"]:
+        """Return the ids of captions, to call the store with.
+
+        Raises:
+            UserError: the store was not opened with one of them.
+        """
         for caption in captions:
             if caption not in self._ids:
                 raise UserError(f"there is no embedding of the caption {caption!r}")
         return np.array([self._ids[caption] for caption in captions], np.int64)
 
-    def blank(self, n: int) -> batch.EncodedCaption:
-        """n null captions."""
-        nothing = text_encoders.CaptionEmbedding(
-            np.zeros((0, self.width), HALF), np.zeros(self.pooled, HALF), False
+    def __call__(self, ids: Int[np.ndarray, "b"]) -> EncodedCaption:
+        """Return the embeddings of these ids, each padded to `length`."""
+        rows = self._rows[ids]
+        shards = np.searchsorted(self._shard_ends, rows, side="right")
+        from_end = rows - self._shard_ends[shards]  # negative: rows counted from a shard's end
+        embeddings = [
+            self._read_embedding(shard, row)
+            for shard, row in zip(shards.tolist(), from_end.tolist())
+        ]
+        return text_encoders.pad_embeddings(embeddings, self.length)
+
+    def null_captions(self, n: int) -> EncodedCaption:
+        """Return n null captions."""
+        null = CaptionEmbedding(
+            np.zeros((0, self.width), FLOAT16), np.zeros(self.pooled, FLOAT16), False
         )
-        return text_encoders.pad_embeddings([nothing] * n, self.length)
+        return text_encoders.pad_embeddings([null] * n, self.length)
 
-    def __call__(self, ids: Int[np.ndarray, "b"]) -> batch.EncodedCaption:
-        """The embeddings, each padded to `length`."""
-        rows = self._row[ids]
-        shards = np.searchsorted(self._end, rows, side="right")
-        pairs = zip(shards.tolist(), (rows - self._end[shards]).tolist())  # rows from the end
-        return text_encoders.pad_embeddings([self._embedding(*pair) for pair in pairs], self.length)
-
-    def _embedding(self, shard: int, row: int) -> text_encoders.CaptionEmbedding:
-        tokens, pooled, cut = (column[row] for column in self._shards[shard])
-        tokens, pooled = (np.frombuffer(x.as_buffer(), HALF) for x in (tokens, pooled))
-        return text_encoders.CaptionEmbedding(tokens.reshape(-1, self.width), pooled, cut.as_py())
+    def _read_embedding(self, shard: int, row: int) -> CaptionEmbedding:
+        tokens, pooled, truncated = (column[row] for column in self._shards[shard])
+        return CaptionEmbedding(
+            np.frombuffer(tokens.as_buffer(), FLOAT16).reshape(-1, self.width),
+            np.frombuffer(pooled.as_buffer(), FLOAT16),
+            truncated.as_py(),
+        )
 
 
-def _names_and_revisions(
-    folder: Path, towers: Sequence[str], revisions: Sequence[str | None] | None
+# --- names and revisions --------------------------------------------------------------------------
+
+
+def _find_names_and_revisions(
+    folder: Path, encoders: Sequence[str], revisions: Sequence[str | None] | None
 ) -> tuple[list[str], list[str]]:
-    """Of the towers: what tells them from others here. Names are fit for a file."""
-    names = [_plain(tower) for tower in towers]
-    asked = zip(towers, revisions or [None] * len(towers), strict=True)
-    known = [revision or text_encoders.find_revision(tower) for tower, revision in asked]
-    told = [revision for revision in known if revision]
-    if len(told) == len(known):
-        return names, told
+    """Return a file name and the revision of each encoder, which together name a subfolder.
+
+    A revision that cannot be found out is taken from the one subfolder that fits, if it is one.
+    """
+    names = [_file_name(encoder) for encoder in encoders]
+    given = revisions or [None] * len(encoders)
+    found = [
+        revision or text_encoders.find_revision(encoder)
+        for encoder, revision in zip(encoders, given, strict=True)
+    ]
+    known = [revision for revision in found if revision]
+    if len(known) == len(found):
+        return names, known
     pattern = "+".join(
-        f"{glob.escape(n)}@{glob.escape(r) if r else '*'}" for n, r in zip(names, known)
+        f"{glob.escape(name)}@{glob.escape(revision) if revision else '*'}"
+        for name, revision in zip(names, found)
     )
     infos = [_read_info(path.parent) for path in sorted(folder.glob(f"{pattern}/{INFO_FILE}"))]
     fitting = [info for info in infos if info["names"] == names]
     if len(fitting) == 1:
         return names, fitting[0]["revisions"]
     raise UserError(
-        f"cannot tell the version of the text encoder '{towers[known.index(None)]}': it is no folder,"
-        f" the Hugging Face hub does not answer or know it, and '{folder}' holds embeddings of"
-        f" {len(fitting)} versions; go online, or name a tower's folder"
+        f"cannot find the version of the text encoder '{encoders[found.index(None)]}': it is no"
+        f" folder, the Hugging Face hub does not answer or know it, and '{folder}' holds embeddings"
+        f" of {len(fitting)} versions; go online, or name an encoder's folder"
     )
 
 
-def _plain(tower: str) -> str:
-    path = Path(tower).expanduser()
+def _file_name(encoder: str) -> str:
+    path = Path(encoder).expanduser()
     is_folder = path.is_dir() or path.is_absolute()  # also one that is gone
-    return path.resolve().name if is_folder else tower.replace("/", "--")
+    return path.resolve().name if is_folder else encoder.replace("/", "--")
 
 
 def _read_info(subfolder: Path) -> dict[str, Any]:
-    with _readable(subfolder / INFO_FILE):
+    with _read_errors(subfolder / INFO_FILE):
         info = json.loads((subfolder / INFO_FILE).read_text())
         return {name: info[name] for name in ("names", "revisions", "width", "pooled")}
 
 
-def _check_writable(subfolder: Path) -> None:
-    """Before towers of gigabytes are loaded in vain."""
-    with _writing(subfolder):
-        subfolder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=subfolder):
-            pass
-
-
 def _write_info(
-    subfolder: Path,
-    names: Sequence[str],
-    revisions: Sequence[str],
-    towers: text_encoders.TextEncoders,
+    subfolder: Path, names: Sequence[str], revisions: Sequence[str], encoders: CaptionEncoder
 ) -> None:
-    channels = {"width": towers.width, "pooled": towers.pooled}
-    info = {"names": names, "revisions": revisions, **channels}
-    with _writing(subfolder), atomic_file(subfolder / INFO_FILE) as file:
+    info = {
+        "names": names,
+        "revisions": revisions,
+        "width": encoders.width,
+        "pooled": encoders.pooled,
+    }
+    with _write_errors(subfolder), atomic_file(subfolder / INFO_FILE) as file:
         file.write(json.dumps(info, indent=2).encode() + b"\n")
 
 
-def _encode(subfolder: Path, captions: Sequence[str], towers: text_encoders.TextEncoders) -> None:
+# --- shards ---------------------------------------------------------------------------------------
+
+
+def _encode_shards(subfolder: Path, captions: Sequence[str], encoders: CaptionEncoder) -> None:
     with tqdm(total=len(captions), desc="captions", unit=" captions", disable=None) as bar:
         for start in range(0, len(captions), CAPTIONS_PER_SHARD):
             shard = captions[start : start + CAPTIONS_PER_SHARD]
             digest = hashlib.sha256(json.dumps(shard).encode()).hexdigest()
             path = subfolder / f"{digest[:16]}.parquet"
-            if not path.exists():  # as it does where another process is at the same work
-                _write(path, shard, towers.encode(shard))
+            if not path.exists():  # another process may be at the same work
+                _write_shard(path, shard, encoders.encode(shard))
             bar.update(len(shard))
 
 
-def _write(
-    path: Path, captions: Sequence[str], embeddings: Sequence[text_encoders.CaptionEmbedding]
+def _write_shard(
+    path: Path, captions: Sequence[str], embeddings: Sequence[CaptionEmbedding]
 ) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def raw(x: np.ndarray) -> bytes:
-        return x.astype(HALF).tobytes()
+    def to_bytes(x: np.ndarray) -> bytes:
+        return x.astype(FLOAT16).tobytes()
 
     columns = {
         "caption": pa.array(captions, pa.string()),
-        # Long captions of wide towers: 2 GiB would be too little for a column, or a page of a file.
-        "tokens": pa.array([raw(e.tokens) for e in embeddings], pa.large_binary()),
-        "pooled": pa.array([raw(e.pooled) for e in embeddings], pa.large_binary()),
-        "cut": pa.array([e.cut for e in embeddings], pa.bool_()),
+        # Large, because 2 GiB are too few for long captions of wide encoders.
+        "tokens": pa.array([to_bytes(e.tokens) for e in embeddings], pa.large_binary()),
+        "pooled": pa.array([to_bytes(e.pooled) for e in embeddings], pa.large_binary()),
+        "cut": pa.array([e.truncated for e in embeddings], pa.bool_()),
     }
-    with _writing(path.parent), atomic_file(path) as file:
-        table = pa.table(columns)
+    table = pa.table(columns)
+    with _write_errors(path.parent), atomic_file(path) as file:
+        # Small row groups, for the same reason: a page of a file holds at most 2 GiB.
         pq.write_table(table, file, row_group_size=64, compression="none", use_dictionary=False)
 
 
-def _mapped(path: Path) -> "pyarrow.Table":
-    """A shard, each column in one piece, of which only what is looked at is in memory."""
+def _map_shard(path: Path) -> "pyarrow.Table":
+    """Map a shard, each column in one piece: only what is read of it takes memory."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    copy = path.parent / "arrow" / f"{path.stem}.arrow"
-    if not copy.exists() or copy.stat().st_mtime_ns < path.stat().st_mtime_ns:
-        with _readable(path):
+    arrow_copy = path.parent / "arrow" / f"{path.stem}.arrow"
+    if not arrow_copy.exists() or arrow_copy.stat().st_mtime_ns < path.stat().st_mtime_ns:
+        with _read_errors(path):
             table = pq.ParquetFile(path).read().combine_chunks()
-        with _writing(path.parent):
-            copy.parent.mkdir(exist_ok=True)
-            with atomic_file(copy) as file, pa.ipc.new_file(file, table.schema) as writer:
+        with _write_errors(path.parent):
+            arrow_copy.parent.mkdir(exist_ok=True)
+            with (
+                atomic_file(arrow_copy) as file,
+                pa.ipc.new_file(file, table.schema) as writer,
+            ):
                 writer.write_table(table)
-    with _readable(copy), pa.memory_map(str(copy)) as file:  # closed, the map lives on
-        return pa.ipc.open_file(file).read_all()
+    with _read_errors(arrow_copy), pa.memory_map(str(arrow_copy)) as file:
+        return pa.ipc.open_file(file).read_all()  # the map outlives the file's closing
 
 
-def _rows(tables: "Sequence[pyarrow.Table]") -> dict[str, int]:
-    """Each caption's row, counted through all tables."""
+def _index_captions(tables: "Sequence[pyarrow.Table]") -> dict[str, int]:
+    """Return each caption's row, counted through all tables."""
     captions = [caption for table in tables for caption in table["caption"].to_pylist()]
     return {caption: row for row, caption in enumerate(captions)}
 
 
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def _check_writable(subfolder: Path) -> None:
+    """Create the folder and a file in it, before encoders of gigabytes are loaded in vain."""
+    with _write_errors(subfolder):
+        subfolder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=subfolder):
+            pass
+
+
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _read_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:  # Arrow's are OSErrors and ValueErrors
@@ -291,7 +348,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

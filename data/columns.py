@@ -1,4 +1,7 @@
-"""data.columns."""
+"""Columns of a dataset: which ones hold images, labels and captions, and their values, checked.
+
+Reading files is `data.arrow`'s and `data.parquet`'s; `data.load` decides which splits to open.
+"""
 
 import re
 from typing import TYPE_CHECKING, Any
@@ -6,146 +9,161 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from data.arrow import ArrowSplit
 from data.parquet import ParquetSplit
+from data.rows import cell_error
 from datasets_config import DatasetConfig
 from runtime.errors import UserError, unknown_name
 
 if TYPE_CHECKING:  # at run time they are imported where they are used: together they take a second
     import pyarrow
     from datasets import Features
-from data.arrow import ArrowSplit
-from data.rows import cell_error
+
+CONDITIONINGS = ("class", "text", "none")
 
 
-def find_image_column(entry: DatasetConfig, features: "Features", wanted: str | None) -> str:
+# --- which columns --------------------------------------------------------------------------------
+
+
+def choose_conditioning(
+    config: DatasetConfig,
+    conditioning: str | None,
+    label_column: str | None,
+    caption_column: str | None,
+    templates: tuple[str, ...],
+) -> str | None:
+    """Choose what a model is conditioned on: "class", "text" or "none".
+
+    None means classes if the data turn out to have any.
+
+    Raises:
+        UserError: the flags contradict each other.
+    """
+    if conditioning is not None and conditioning not in CONDITIONINGS:
+        raise unknown_name("conditioning", conditioning, CONDITIONINGS)
+    if (caption_column or templates) and conditioning not in (None, "text"):
+        raise UserError(f"captions are for --conditioning text, not {conditioning}")
+    if caption_column and (templates or label_column):
+        other_flag = "--caption" if templates else "--label_column"
+        raise UserError(f"pass --caption_column or {other_flag}, not both")
+    if label_column and conditioning == "none":
+        raise UserError(f"--label_column {label_column} is of no use to --conditioning none")
+    if conditioning:
+        return conditioning
+    recommends_text = config.conditioning == "text" and not label_column
+    return "text" if caption_column or templates or recommends_text else None
+
+
+def find_image_column(config: DatasetConfig, features: "Features", flag: str | None) -> str:
+    """Find the column of images. `flag` is the value of --image_column."""
     from datasets import Image
 
     fitting = [name for name, feature in features.items() if isinstance(feature, Image)]
-    return _choose_column(entry, features, fitting, wanted=wanted, flag="image_column")
+    return _choose_column(
+        features,
+        fitting,
+        name="image_column",
+        flag=flag,
+        recommended=config.image_column,
+        dataset=config.name,
+    )
 
 
-def find_label_column(entry: DatasetConfig, features: "Features", wanted: str | None) -> str | None:
+def find_label_column(config: DatasetConfig, features: "Features", flag: str | None) -> str | None:
+    """Find the column of labels, None for no labels. `flag` is the value of --label_column."""
     from datasets import ClassLabel
 
     fitting = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     if not fitting and _label_type(features.get("label")):
         fitting = ["label"]
-    unlabelled = entry.label_column is None or (entry.label_column == "" and not fitting)
-    if wanted == "" or (wanted is None and unlabelled):
+    unlabelled = config.label_column is None or (config.label_column == "" and not fitting)
+    if flag == "" or (flag is None and unlabelled):
         return None
-    return _choose_column(entry, features, fitting, wanted=wanted, flag="label_column")
+    return _choose_column(
+        features,
+        fitting,
+        name="label_column",
+        flag=flag,
+        recommended=config.label_column,
+        dataset=config.name,
+    )
 
 
-def choose_conditioning(
-    entry: DatasetConfig,
-    wanted: str | None,
-    label_column: str | None,
-    caption_column: str | None,
-    templates: tuple[str, ...],
-) -> str | None:
-    """What a model shall be told; None for classes where there are any."""
-    if wanted not in (None, "class", "text", "none"):
-        raise unknown_name("conditioning", wanted, ("class", "text", "none"))
-    if (caption_column or templates) and wanted not in (None, "text"):
-        raise UserError(f"captions are for --conditioning text, not {wanted}")
-    if caption_column and (templates or label_column):
-        other = "--caption" if templates else "--label_column"
-        raise UserError(f"pass --caption_column or {other}, not both")
-    if label_column and wanted == "none":
-        raise UserError(f"--label_column {label_column} is of no use to --conditioning none")
-    if wanted:
-        return wanted
-    listed = entry.conditioning == "text" and not label_column
-    return "text" if caption_column or templates or listed else None
-
-
-def find_caption_column(entry: DatasetConfig, features: "Features", wanted: str | None) -> str:
-    texts = re.compile(r"((large_)?list<\w+: )?(large_)?string>?")
-    fitting = [field.name for field in features.arrow_schema if texts.fullmatch(str(field.type))]
-    # Where several hold texts, such as file names, none is taken for want of the one that is meant.
-    only = fitting if len(fitting) == 1 else []
-    column = _choose_column(entry, features, only, wanted=wanted, flag="caption_column")
-    if column not in fitting:
+def find_caption_column(config: DatasetConfig, features: "Features", flag: str | None) -> str:
+    """Find the column of captions. `flag` is the value of --caption_column."""
+    pattern = re.compile(r"((large_)?list<\w+: )?(large_)?string>?")
+    texts = [field.name for field in features.arrow_schema if pattern.fullmatch(str(field.type))]
+    # Several columns of texts, such as file names: guessing would take the wrong one.
+    fitting = texts if len(texts) == 1 else []
+    column = _choose_column(
+        features,
+        fitting,
+        name="caption_column",
+        flag=flag,
+        recommended=config.caption_column,
+        dataset=config.name,
+    )
+    if column not in texts:
         raise UserError(
-            f"dataset '{entry.name}', column '{column}': holds no texts; pass --caption_column"
+            f"dataset '{config.name}', column '{column}': holds no texts; pass --caption_column"
         )
     return column
 
 
-def read_captions(
-    config: DatasetConfig,
-    data: ArrowSplit | ParquetSplit,
-    rows: Int64[np.ndarray, "n"],
-    labels: Int32[np.ndarray, "n"],
-) -> list[tuple[str, ...]]:
-    """The captions of every row; an empty one where there is none, which is the null caption."""
-    if config.caption_column:
-        cells = data.column(config.caption_column).take(rows).to_pylist()
-        texts = ((cell,) if isinstance(cell, str) else cell for cell in cells)
-        return [tuple(text or "" for text in several or ("",)) for several in texts]
-    if not config.templates:
-        return []
-    if not any("{label}" in template for template in config.templates):
-        raise UserError(f"--caption {config.templates[0]!r}: {{label}} must stand in one of them")
-    try:
-        of_class = [
-            tuple(template.format(label=name) for template in config.templates)
-            for name in config.label_names
-        ]
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"--caption {' '.join(map(repr, config.templates))}: only {{label}} may stand in braces"
-        ) from error
-    return [of_class[label] for label in labels]
-
-
 def _choose_column(
-    entry: DatasetConfig, features: "Features", fitting: list[str], *, wanted: str | None, flag: str
+    features: "Features",
+    fitting: list[str],
+    *,
+    name: str,
+    flag: str | None,
+    recommended: str | None,
+    dataset: str,
 ) -> str:
-    """The column asked for, else the entry's, else the one that fits (for an entry, the first)."""
-    listed = getattr(entry, flag)
-    choice = wanted if wanted is not None else listed
-    if choice in features:
-        return choice
-    if wanted is None and fitting and (listed or len(fitting) == 1):
+    """Choose the flag's column, else the recommended one, else the one of a fitting type.
+
+    Where a column is recommended and the data lack it, the first fitting one is taken; where none
+    is, the fitting one must be the only one.
+    """
+    column = flag if flag is not None else recommended
+    if column is not None and column in features:
+        return column
+    if flag is None and fitting and (recommended or len(fitting) == 1):
         return fitting[0]
-    problem = f"has no column '{choice}'" if choice else "leaves open which column to take"
+    problem = f"has no column '{column}'" if column else "leaves open which column to take"
     raise UserError(
-        f"dataset '{entry.name}' {problem} (columns: {', '.join(features)}); pass --{flag}"
+        f"dataset '{dataset}' {problem} (columns: {', '.join(features)}); pass --{name}"
     )
 
 
-def _label_type(feature: Any) -> str | None:
-    """How the column names its classes: "class", "bool", "int", "string", or None."""
-    from datasets import ClassLabel, Value
-
-    if isinstance(feature, ClassLabel):
-        return "class"
-    dtype = feature.dtype if isinstance(feature, Value) else ""
-    return next((kind for kind in ("bool", "int", "string") if kind in dtype), None)
+# --- labels ---------------------------------------------------------------------------------------
 
 
 def read_class_names(
-    entry: DatasetConfig, data: ArrowSplit | ParquetSplit, column: str | None
+    config: DatasetConfig, data: ArrowSplit | ParquetSplit, column: str | None
 ) -> tuple[str, ...]:
-    """One name per class, in the order of the ids; () when there are no classes."""
+    """Return one name per class, in the order of the ids; () when there are no classes.
+
+    Raises:
+        UserError: the column's type is no type of labels.
+    """
     if column is None:
         return ()
-    feature, is_listed = data.features[column], column == entry.label_column
-    listed = entry.label_names if is_listed else ()
-    kind = _label_type(feature)
-    if kind == "class":
+    feature = data.features[column]
+    is_recommended = column == config.label_column
+    known_names = config.label_names if is_recommended else ()
+    label_type = _label_type(feature)
+    if label_type == "class":
         return tuple(feature.names)
-    if kind == "bool":
-        return listed or (f"not {column}", column)
-    values = [v for v in data.column(column).unique().to_pylist() if v is not None]
-    if kind == "string":
+    if label_type == "bool":
+        return known_names or (f"not {column}", column)
+    values = [v for v in data.read_column(column).unique().to_pylist() if v is not None]
+    if label_type == "string":
         return tuple(sorted(values))
-    if kind == "int":
-        n_classes = entry.n_classes if is_listed else max(values, default=0) + 1
-        return listed or tuple(str(i) for i in range(n_classes))
+    if label_type == "int":
+        n_classes = config.n_classes if is_recommended else max(values, default=0) + 1
+        return known_names or tuple(str(i) for i in range(n_classes))
     raise UserError(
-        f"dataset '{entry.name}', column '{column}': labels must be classes, whole numbers,"
+        f"dataset '{config.name}', column '{column}': labels must be classes, whole numbers,"
         f" bools or strings, not {feature}; pass --label_column"
     )
 
@@ -153,11 +171,16 @@ def read_class_names(
 def read_label_ids(
     config: DatasetConfig, split: str, column: "pyarrow.ChunkedArray"
 ) -> Int32[np.ndarray, "n"]:
-    """Class ids of a whole split; names become their place in `config.label_names`."""
+    """Convert the labels of a whole split to class ids: a name to its index in
+    `config.label_names`.
+
+    Raises:
+        UserError: a label is none of the classes. The message names the first such row.
+    """
     names = config.label_names
     if "string" in str(column.type):
-        place = {name: i for i, name in enumerate(names)}
-        ids = np.array([place.get(name, -1) for name in column.to_pylist()])
+        id_of_name = {name: i for i, name in enumerate(names)}
+        ids = np.array([id_of_name.get(name, -1) for name in column.to_pylist()])
     else:
         ids = column.cast("int64").fill_null(-1).to_numpy()
     outside = (ids < 0) | (ids >= len(names))
@@ -168,3 +191,50 @@ def read_label_ids(
         problem = f"label {label!r} is none of the {len(names)} classes {allowed}"
         raise cell_error(config, split, row, str(config.label_column), problem)
     return ids.astype(np.int32)
+
+
+def _label_type(feature: Any) -> str | None:
+    """Return how a column names its classes: "class", "bool", "int", "string", or None."""
+    from datasets import ClassLabel, Value
+
+    if isinstance(feature, ClassLabel):
+        return "class"
+    dtype = feature.dtype if isinstance(feature, Value) else ""
+    return next((name for name in ("bool", "int", "string") if name in dtype), None)
+
+
+# --- captions -------------------------------------------------------------------------------------
+
+
+def read_captions(
+    config: DatasetConfig,
+    data: ArrowSplit | ParquetSplit,
+    rows: Int64[np.ndarray, "n"],
+    labels: Int32[np.ndarray, "n"],
+) -> list[tuple[str, ...]]:
+    """Return the captions of each row, from a column or from templates and class names.
+
+    A row without a caption gets the empty one, which is the null caption. The list is empty for a
+    dataset without captions.
+
+    Raises:
+        UserError: a template cannot be filled in.
+    """
+    if config.caption_column:
+        cells = data.read_column(config.caption_column).take(rows).to_pylist()
+        lists = ((cell,) if isinstance(cell, str) else cell for cell in cells)
+        return [tuple(text or "" for text in texts or ("",)) for texts in lists]
+    if not config.templates:
+        return []
+    if not any("{label}" in template for template in config.templates):
+        raise UserError(f"--caption {config.templates[0]!r}: {{label}} must stand in one of them")
+    try:
+        captions_of_class = [
+            tuple(template.format(label=name) for template in config.templates)
+            for name in config.label_names
+        ]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"--caption {' '.join(map(repr, config.templates))}: only {{label}} may stand in braces"
+        ) from error
+    return [captions_of_class[label] for label in labels]

@@ -1,5 +1,7 @@
-"""Sets of pictures that are to be judged: in folders, .npz files and datasets; and the .npz that
-drawn ones are written to. All are uint8, in batches, and never all in memory.
+"""Images to evaluate: of a folder, an .npz file or a dataset; and the .npz that samples go to.
+
+All images are uint8 and come in batches; a set is never in memory as a whole. Features and metrics
+are `evaluation`'s.
 """
 
 import zipfile
@@ -20,12 +22,19 @@ from runtime.files import atomic_file
 
 ImageBatch = UInt8[np.ndarray, "b h w c"]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-IMAGES_ENTRY, LABELS_ENTRY = "arr_0.npy", "arr_1.npy"
+IMAGES_ENTRY = "arr_0.npy"
+LABELS_ENTRY = "arr_1.npy"
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """So many pictures, and what they are; `batches(n)` reads them, n at a time."""
+    """A number of images to evaluate.
+
+    Args:
+        count: of images.
+        batches: reads all images, so many at a time; may be called repeatedly.
+        card: where they are from, for the record of an evaluation.
+    """
 
     count: int
     batches: Callable[[int], Iterator[ImageBatch]] = field(repr=False)
@@ -40,30 +49,39 @@ def image_set_from_split(
     image_column: str | None = None,
     image_size: int | None = None,
 ) -> ImageSet:
-    """All pictures of a split, cropped and resized as for training.
+    """Open all images of a dataset's split, cropped and resized as for training.
 
     Raises:
         UserError: there is no such dataset or split.
     """
-    how = {"data_dir": data_dir, "image_column": image_column, "image_size": image_size}
-    source = open_dataset(name, conditioning="none", **how)
-    splits = source.whole()
+    source = open_dataset(
+        name,
+        conditioning="none",
+        data_dir=data_dir,
+        image_column=image_column,
+        image_size=image_size,
+    )
+    splits = source.full_splits()
     if split not in splits:
         raise unknown_name("split", split, splits)
-    rows, c = splits[split], source.config
+    rows = splits[split]
 
     def batches(n: int) -> Iterator[ImageBatch]:
         for start in range(0, len(rows), n):
-            yield rows.images(np.arange(start, min(start + n, len(rows))))
+            yield rows.decode(np.arange(start, min(start + n, len(rows))))
 
-    card = {"dataset_name": name, "split": split, "image_size": c.image_size}
+    card = {"dataset_name": name, "split": split, "image_size": source.config.image_size}
     return ImageSet(len(rows), batches, card)
 
 
+# --- folders --------------------------------------------------------------------------------------
+
+
 def image_set_from_folder(folder: Path, *, image_size: int | None = None) -> ImageSet:
-    """All pictures in a folder and its subfolders, in the order of their names.
+    """Open all images in a folder and its subfolders, in the order of their names.
 
     Args:
+        folder: of image files.
         image_size: crop and resize them; otherwise all must have one size.
 
     Raises:
@@ -71,29 +89,34 @@ def image_set_from_folder(folder: Path, *, image_size: int | None = None) -> Ima
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder '{folder}'")
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+    files = sorted(
+        f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()
+    )
     if not files:
-        raise UserError(f"'{folder}' holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
-    first = _picture(files[0], image_size)
+        raise UserError(f"'{folder}' holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    first = _read_image(files[0], image_size)
     channels = first.shape[-1]
 
     def batches(n: int) -> Iterator[ImageBatch]:
         for start in range(0, len(files), n):
             batch = []
             for file in files[start : start + n]:
-                batch.append(_picture(file, image_size, channels))
-                if batch[-1].shape != first.shape:
-                    sizes = f"{_size(batch[-1])} pixels, and {files[0]} {_size(first)}"
-                    raise UserError(f"{file} has {sizes}; --image_size makes them equal")
+                image = _read_image(file, image_size, channels)
+                if image.shape != first.shape:
+                    raise UserError(
+                        f"{file} has {_format_size(image)} pixels, and {files[0]} "
+                        f"{_format_size(first)}; --image_size makes them equal"
+                    )
+                batch.append(image)
             yield np.stack(batch)
 
     return ImageSet(len(files), batches, {"images": str(folder), "image_size": image_size})
 
 
-def _picture(
+def _read_image(
     file: Path, image_size: int | None, channels: int | None = None
 ) -> UInt8[np.ndarray, "h w c"]:
-    """A file's picture; where channels are not said, grey ones have one."""
+    """Read an image file. Unless `channels` is given, a grey image has one."""
     try:
         image = images.open_upright(file.read_bytes())
         channels = channels or (1 if image.mode in ("1", "L") else 3)
@@ -107,8 +130,8 @@ def _picture(
         raise UserError(f"{file}: {error}") from None
 
 
-def _size(picture: UInt8[np.ndarray, "h w c"]) -> str:
-    height, width, _ = picture.shape
+def _format_size(image: UInt8[np.ndarray, "h w c"]) -> str:
+    height, width, _ = image.shape
     return f"{width} × {height}"
 
 
@@ -116,43 +139,47 @@ def _size(picture: UInt8[np.ndarray, "h w c"]) -> str:
 
 
 def image_set_from_npz(path: Path) -> ImageSet:
-    """The pictures in `arr_0` of a file in the layout of Dhariwal & Nichol's suite.
+    """Open the images in `arr_0` of a file in the layout of Dhariwal & Nichol's suite.
 
     Raises:
-        UserError: the file is not there, is damaged or holds something else.
+        UserError: the file is missing, damaged or holds something else.
     """
-    with _opened(path) as (_, shape):
-        pass
+    with _open_npz_images(path) as (_, shape):
+        pass  # checked now, read later
 
     def batches(n: int) -> Iterator[ImageBatch]:
-        n_bytes = int(np.prod(shape[1:]))
-        with _opened(path) as (file, _):
+        image_bytes = int(np.prod(shape[1:]))
+        with _open_npz_images(path) as (file, _):
             for start in range(0, shape[0], n):
                 size = min(n, shape[0] - start)
-                content = file.read(size * n_bytes)
-                if len(content) < size * n_bytes:
-                    raise UserError("its pictures are not whole")
+                content = file.read(size * image_bytes)
+                if len(content) < size * image_bytes:
+                    raise UserError("its images are not whole")
                 yield np.frombuffer(content, np.uint8).reshape(size, *shape[1:])
 
     return ImageSet(shape[0], batches, {"npz": str(path)})
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
-    """The file of the pictures at their first byte, and their shape."""
+def _open_npz_images(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
+    """Open an .npz at the first byte of its images. Yields the file and the shape of the images.
+
+    Errors of the block are those of the file as well.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             if IMAGES_ENTRY not in archive.namelist():
                 raise UserError(f"it holds {', '.join(archive.namelist())}, but no {IMAGES_ENTRY}")
             with archive.open(IMAGES_ENTRY) as file:
                 major, _ = np.lib.format.read_magic(file)
-                read = (
+                read_header = (
                     np.lib.format.read_array_header_1_0
                     if major == 1
                     else np.lib.format.read_array_header_2_0
                 )
-                shape, by_columns, dtype = read(file)
-                if dtype != np.uint8 or len(shape) != 4 or by_columns or shape[-1] not in (1, 3):
+                shape, fortran_order, dtype = read_header(file)
+                is_images = len(shape) == 4 and shape[-1] in (1, 3) and not fortran_order
+                if dtype != np.uint8 or not is_images:
                     raise UserError(f"arr_0 is {dtype} {shape}, not uint8 (n, h, w, 3 or 1)")
                 yield file, shape
     except UserError as error:
@@ -163,9 +190,13 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
         raise UserError(f"{path} is damaged or no .npz file: {error}") from None
 
 
-def copy_to_npz(batches: Iterable[ImageBatch], path: Path, labels: Int[np.ndarray, "n"]) -> Generator[ImageBatch]:
-    """The same batches, which are also written to `path` in the layout of Dhariwal & Nichol's
-    suite: pictures in `arr_0`, labels in `arr_1`. The file takes its name when it is whole.
+def copy_to_npz(
+    batches: Iterable[ImageBatch], path: Path, labels: Int[np.ndarray, "n"]
+) -> Generator[ImageBatch]:
+    """Yield the batches, and write them to `path` on the way.
+
+    The file has the layout of Dhariwal & Nichol's suite: images in `arr_0`, labels in `arr_1`. It
+    takes its name when it is complete.
     """
     with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open(IMAGES_ENTRY, "w", force_zip64=True) as entry:

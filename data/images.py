@@ -1,7 +1,7 @@
-"""Pictures on the host: files to uint8 arrays, arrays to grids, PNG and GIF files.
+"""Decoding of image files to uint8 arrays, with NumPy and Pillow.
 
-NumPy and Pillow only. It knows neither of datasets (the pipeline adds the row and column to an
-error) nor of latents, which are decoded before they come here.
+Nothing here knows of datasets: the caller adds the row and column to an error. Latents are decoded
+by a VAE, elsewhere; grids and image files that people look at are `inference.grids`'.
 """
 
 import io
@@ -13,63 +13,79 @@ from PIL import Image, ImageOps
 
 from runtime.errors import UserError
 
+# Pillow's modes.
 SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 OPAQUE_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
 
 
-def decode_image(raw: bytes | Image.Image, *, channels: int, size: int) -> UInt8[np.ndarray, "s s c"]:
-    """The central square of a picture in `channels` 1 (grey) or 3 (RGB), resized; see `upright`."""
-    image, mode = open_upright(raw), "L" if channels == 1 else "RGB"
+def decode_image(
+    raw: bytes | Image.Image, *, channels: int, size: int
+) -> UInt8[np.ndarray, "s s c"]:
+    """Decode the central square of an image and resize it.
+
+    Args:
+        raw: the content of a file, or an image of Pillow's.
+        channels: 1 (grey) or 3 (RGB).
+        size: pixels to a side.
+
+    Raises:
+        UserError: see `open_upright`.
+    """
+    image = open_upright(raw)
+    mode = "L" if channels == 1 else "RGB"
     if image.mode != mode:
         image = image.convert(mode)
     if image.size != (size, size):
         side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
+        left = (image.width - side) // 2
+        top = (image.height - side) // 2
         square = image.crop((left, top, left + side, top + side))
         image = square.resize((size, size), Image.Resampling.BICUBIC)  # antialiased as it shrinks
     return np.asarray(image).reshape(size, size, channels)
 
 
 def open_upright(raw: bytes | Image.Image) -> Image.Image:
-    """A picture as it is meant to be seen, opaque and of 8 bits, in some mode of Pillow's.
+    """Open an image as it is meant to be seen, opaque and with 8 bits, in some mode of Pillow's.
 
-    EXIF orientation is applied, transparent pixels lie over white, 16-bit greys are scaled. Raises
-    `UserError` for what is not a whole picture of at least 2 × 2 pixels.
+    EXIF orientation is applied, transparent pixels lie over white, 16-bit greys are scaled.
+
+    Raises:
+        UserError: this is not a complete image of at least 2 × 2 pixels.
     """
     try:
         image = raw if isinstance(raw, Image.Image) else Image.open(io.BytesIO(raw))
         _check_size(image)
         image.load()  # a truncated file fails here and not in a later conversion
-        return _opaque(ImageOps.exif_transpose(image))
+        return _to_opaque(ImageOps.exif_transpose(image))
     except UserError:
         raise
     except (Exception, Image.DecompressionBombWarning) as error:
         # Pillow's parsers raise anything from SyntaxError to struct.error on a damaged file.
         reason = str(error).partition("<")[0].strip()  # Pillow names the buffer it read from
-        raise UserError(f"the picture cannot be read ({reason or type(error).__name__})") from error
+        raise UserError(f"the image cannot be read ({reason or type(error).__name__})") from error
 
 
 def _check_size(image: Image.Image) -> None:
     if min(image.size) < 2:
-        raise UserError(f"the picture is {image.width} × {image.height} pixels, too small to use")
+        raise UserError(f"the image is {image.width} × {image.height} pixels, too small to use")
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise UserError(f"a picture of {image.width} × {image.height} pixels is too large to open")
+        raise UserError(f"an image of {image.width} × {image.height} pixels is too large to open")
 
 
-def _opaque(image: Image.Image) -> Image.Image:
+def _to_opaque(image: Image.Image) -> Image.Image:
     if image.mode in SIXTEEN_BIT_MODES:
-        return _grey_from_16_bits(image)
+        return _to_8_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode not in OPAQUE_MODES:
-        raise UserError(f"pictures of Pillow's mode {image.mode} have no defined range of values")
+        raise UserError(f"images of Pillow's mode {image.mode} have no defined range of values")
     return image
 
 
-def _grey_from_16_bits(image: Image.Image) -> Image.Image:
-    """0 … 65535 to 0 … 255, rounded; Pillow's own conversion would clip at 255."""
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale greys from 0 … 65535 to 0 … 255, rounded; Pillow's own conversion clips at 255."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise UserError("the grey values of a 16-bit picture must lie in 0 … 65535")
+        raise UserError("the grey values of a 16-bit image must lie in 0 … 65535")
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))

@@ -1,7 +1,7 @@
 """Opening a dataset: its columns, classes and splits, found and checked before anything trains.
 
-A `Source` holds pictures as files and knows how to decode some rows of them; the order of the rows
-and the making of batches are the pipeline's.
+The result is a `Source`, whose splits decode their rows on demand. The order of rows is
+`data.shuffle`'s, the making of batches `data.pipeline`'s.
 """
 
 import contextlib
@@ -9,33 +9,21 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
 
-import datasets_config
-from data import images, latents
+from data import columns, images, latents
+from data.arrow import ArrowSplit
 from data.parquet import ParquetSplit
-from datasets_config import DATASET_CONFIGS, DatasetConfig
+from data.rows import Source, Split, cell_error, image_bytes
+from datasets_config import DATASET_CONFIGS, DatasetConfig, find_dataset
 from runtime.errors import UserError
 
-if TYPE_CHECKING:  # at run time they are imported where they are used: together they take a second
-    pass
-from data.arrow import ArrowSplit
-from data.columns import (
-    find_caption_column,
-    read_captions,
-    read_class_names,
-    choose_conditioning,
-    find_image_column,
-    find_label_column,
-    read_label_ids,
-)
-from data.rows import Source, Split, cell_error, image_bytes
-
-EVAL_SPLITS = ("validation", "valid", "val", "test")
+EVAL_SPLITS = ("validation", "valid", "val", "test")  # names of evaluation splits, best first
 MODEL_BY_MAX_SIDE = {16: "DiT-Ti/2", 32: "DiT-S/2", 64: "DiT-S/4", math.inf: "DiT-B/8"}
+N_MEASURED_IMAGES = 16  # images that are decoded to see whether a dataset has colours
 
 
 def open_dataset(
@@ -52,65 +40,81 @@ def open_dataset(
     streaming: bool = False,
     latents_dir: Path | None = None,
 ) -> Source:
-    """Opens a dataset and checks every label; a `UserError` says what is wrong and what to pass.
+    """Open a dataset and check every label.
 
     Args:
         name: a key of `DATASET_CONFIGS`, `folder:PATH` or `hf:owner/name[:configuration]`.
-        data_dir: a local copy: a folder of Parquet files or pictures, or of `save_to_disk`.
-        label_column: "" to train without classes.
+        data_dir: a local copy: a folder of Parquet files or images, or of `save_to_disk`.
+        image_column: by default the dataset's.
+        label_column: by default the dataset's; "" to train without classes.
         conditioning: class, text or none; by default what the arguments and the data suggest.
-        templates: of captions made from class names, as "a photo of a {label}".
+        caption_column: by default the dataset's.
+        templates: captions made from class names, as "a photo of a {label}".
+        image_size: pixels to a side; by default the dataset's.
+        channels: 1 (grey) or 3 (RGB); by default the dataset's.
         streaming: read Parquet files where they lie, a row group at a time, whatever their size.
-        latents_dir: what `convert_imagenet.py` made of the set, to be read in place of pictures.
+        latents_dir: what `convert_imagenet.py` made of the dataset, to be read instead of images.
+
+    Raises:
+        UserError: the dataset cannot be opened, or its columns or labels do not fit. The message
+            says what to pass.
     """
-    entry = _entry(name)
+    entry = _find_entry(name)
     if latents_dir:
-        entry = _of_latents(entry, latents_dir, data_dir, image_column, image_size, channels)
+        entry = _latents_entry(entry, latents_dir, data_dir, image_column, image_size, channels)
         data_dir = latents_dir
     elif channels not in (None, 1, 3) or (image_size is not None and image_size < 2):
         raise UserError("channels must be 1 or 3, and image_size at least 2")
-    conditioning = choose_conditioning(entry, conditioning, label_column, caption_column, templates)
-    splits = _load(entry, _folder(entry, data_dir), streaming)
-    (train, train_rows), (held_out, held_out_rows) = _choose_splits(entry, splits)
-    features = splits[train].features
-    image_column = find_image_column(entry, features, image_column)
+    conditioning = columns.choose_conditioning(
+        entry, conditioning, label_column, caption_column, templates
+    )
+    splits = _open_splits(entry, _local_folder(entry, data_dir), streaming)
+    (train_name, train_rows), (eval_name, eval_rows) = _choose_splits(entry, splits)
+    train_data = splits[train_name]
+    features = train_data.features
+    image_column = columns.find_image_column(entry, features, image_column)
     templates = templates or (() if caption_column else entry.templates)
     if conditioning == "text" and not templates:
-        caption_column = find_caption_column(entry, features, caption_column)
+        caption_column = columns.find_caption_column(entry, features, caption_column)
     if conditioning == "none" or caption_column:
         label_column = ""
-    label_column = find_label_column(entry, features, label_column)
+    label_column = columns.find_label_column(entry, features, label_column)
     if conditioning in ("class", "text") and not (label_column or caption_column):
         raise UserError(
-            f"dataset '{entry.name}' has no classes to tell a model; pass --label_column"
+            f"dataset '{entry.name}' has no classes to condition a model on; pass --label_column"
         )
-    names = read_class_names(entry, splits[train], label_column)
+    class_names = columns.read_class_names(entry, train_data, label_column)
     config = dataclasses.replace(
         entry,
         image_column=image_column,
         label_column=label_column,
         caption_column=caption_column,
         templates=templates if conditioning == "text" else (),
-        n_classes=len(names),
-        label_names=names,
+        n_classes=len(class_names),
+        label_names=class_names,
         image_size=image_size or entry.image_size,
         channels=channels or entry.channels,
     )
-    split = _split(config, train, splits[train], train_rows)
+    train = _make_split(config, train_name, train_data, train_rows)
     if not entry.model:
-        config = _with_measured_pictures(split)
-        split = dataclasses.replace(split, config=config)
-    return Source(config, split, _split(config, held_out, splits[held_out], held_out_rows))
+        config = _measure_images(train)
+        train = dataclasses.replace(train, config=config)
+    return Source(config, train, _make_split(config, eval_name, splits[eval_name], eval_rows))
 
 
-def _entry(name: str) -> DatasetConfig:
-    """The table's entry, or one with zeros and empty names where the data will have to tell."""
+# --- facts about the dataset ----------------------------------------------------------------------
+
+
+def _find_entry(name: str) -> DatasetConfig:
+    """Return the table's entry, or one with zeros and empty names for the data to fill in."""
     kind, _, path = name.partition(":")
     if kind not in ("folder", "hf"):
-        return datasets_config.find_dataset(name)
+        return find_dataset(name)
     if not path:
         raise UserError(f"'{name}' names nothing; write folder:PATH or hf:owner/name")
-    path, _, config_name = path.partition(":") if kind == "hf" else (path, "", "")
+    config_name = ""
+    if kind == "hf":
+        path, _, config_name = path.partition(":")
     return DatasetConfig(
         name=name,
         path=path,
@@ -123,11 +127,11 @@ def _entry(name: str) -> DatasetConfig:
         image_size=0,
         model="",
         n_steps=20_000,
-        flip=False,  # there may be letters in the pictures
+        flip=False,  # there may be letters in the images
     )
 
 
-def _of_latents(
+def _latents_entry(
     entry: DatasetConfig,
     folder: Path,
     data_dir: str | Path | None,
@@ -135,7 +139,7 @@ def _of_latents(
     image_size: int | None,
     channels: int | None,
 ) -> DatasetConfig:
-    """The entry with what its latents are, and a model for their size."""
+    """Replace what the entry says of images by what its latents are, and a model for their size."""
     encoding = latents.check_latents(folder).encoding
     if encoding.dataset_name != entry.name:
         raise UserError(
@@ -143,17 +147,14 @@ def _of_latents(
         )
     if data_dir or image_column:
         raise UserError("latents are read from their own folder: no --data_dir or --image_column")
-    side, n_channels = encoding.shape[0], encoding.shape[-1]
+    side = encoding.shape[0]
+    n_channels = encoding.shape[-1]
     for flag, value, fixed in (
         ("image_size", image_size, side),
         ("channels", channels, n_channels),
     ):
         if value not in (None, fixed):
             raise UserError(f"--{flag} {value}: the latents in '{folder}' have {fixed}")
-    if entry.latents_dir:
-        model = entry.model
-    else:
-        model = next(model for most, model in MODEL_BY_MAX_SIDE.items() if side <= most)
     return dataclasses.replace(
         entry,
         image_column=latents.MOMENTS_COLUMN,
@@ -164,39 +165,68 @@ def _of_latents(
         label_names=(),
         image_size=side,
         channels=n_channels,
-        model=model,
+        model=entry.model if entry.latents_dir else _model_for(side),
         flip=encoding.mirrored,
         encoding=encoding,
     )
 
 
-def _folder(entry: DatasetConfig, data_dir: str | Path | None) -> Path | None:
-    """Where the set lies on this machine; None for the hub."""
+def _model_for(side: int) -> str:
+    """Choose a preset for images or latents of this many pixels to a side."""
+    return next(model for max_side, model in MODEL_BY_MAX_SIDE.items() if side <= max_side)
+
+
+def _measure_images(split: Split) -> DatasetConfig:
+    """Fill in size, channels and model of a dataset that is in no table, from a few images."""
+    config = split.config
+    if not config.image_size:
+        row = int(split.rows[0])
+        try:
+            cell = split.data.read_cells([row])[0]
+            side = min(images.open_upright(image_bytes(cell)).size)
+        except UserError as error:
+            raise cell_error(config, split.name, row, config.image_column, str(error)) from error
+        config = dataclasses.replace(config, image_size=min(64, max(8, side // 8 * 8)))
+    if not config.channels:
+        as_rgb = dataclasses.replace(split, config=dataclasses.replace(config, channels=3))
+        rows = np.linspace(0, len(split) - 1, N_MEASURED_IMAGES).astype(int)
+        measured = as_rgb.decode(rows)
+        is_grey = (measured == measured[..., :1]).all()
+        config = dataclasses.replace(config, channels=1 if is_grey else 3)
+    return dataclasses.replace(config, model=_model_for(config.image_size))
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _local_folder(entry: DatasetConfig, data_dir: str | Path | None) -> Path | None:
+    """Return the dataset's folder on this machine; None for the hub."""
     if data_dir is not None or entry.name.startswith("folder:"):
         return Path(data_dir or entry.path).expanduser()
     embedded = Path(__file__).parents[1] / entry.path
     return embedded if entry.name in DATASET_CONFIGS and embedded.is_dir() else None
 
 
-def _load(
+def _open_splits(
     entry: DatasetConfig, folder: Path | None, streaming: bool
 ) -> dict[str, ArrowSplit | ParquetSplit]:
-    """All splits of the set."""
+    """Open all splits of the dataset."""
     if folder and not folder.is_dir():
         raise UserError(f"dataset '{entry.name}': there is no folder '{folder}'")
     try:
-        splits = _parquet(entry, folder) if streaming else _stored(entry, folder)
+        splits = _open_parquet(entry, folder) if streaming else _open_arrow(entry, folder)
     except UserError:
         raise
     except Exception as error:  # datasets, pyarrow and the hub each raise their own kinds
         reason = str(error).partition("\n")[0] or type(error).__name__
-        where = f"folder '{folder}'" if folder else f"'{entry.path}' of the Hugging Face hub"
+        place = f"folder '{folder}'" if folder else f"'{entry.path}' of the Hugging Face hub"
         hint = "" if folder else "; --data_dir FOLDER opens a local copy"
-        raise UserError(f"dataset '{entry.name}': cannot open {where} ({reason}){hint}") from error
+        raise UserError(f"dataset '{entry.name}': cannot open {place} ({reason}){hint}") from error
     return {str(name): data for name, data in splits.items()}
 
 
-def _stored(entry: DatasetConfig, folder: Path | None) -> dict[Any, ArrowSplit]:
+def _open_arrow(entry: DatasetConfig, folder: Path | None) -> dict[Any, ArrowSplit]:
+    """Open the dataset with `datasets`, which downloads and converts it where necessary."""
     import datasets
 
     if folder is None:
@@ -211,13 +241,18 @@ def _stored(entry: DatasetConfig, folder: Path | None) -> dict[Any, ArrowSplit]:
     return {name: ArrowSplit(data) for name, data in splits.items()}
 
 
-def _parquet(entry: DatasetConfig, folder: Path | None) -> dict[Any, ParquetSplit]:
+def _open_parquet(entry: DatasetConfig, folder: Path | None) -> dict[Any, ParquetSplit]:
+    """Open the dataset's Parquet files where they lie."""
     import datasets
     from datasets.packaged_modules.parquet.parquet import Parquet
 
     saved = folder and any((folder / f).exists() for f in ("dataset_dict.json", "state.json"))
-    path, name = (str(folder), None) if folder else (entry.path, entry.config_name)
-    builder = None if saved else datasets.load_dataset_builder(path, name)
+    if saved:
+        builder = None
+    elif folder:
+        builder = datasets.load_dataset_builder(str(folder), None)
+    else:
+        builder = datasets.load_dataset_builder(entry.path, entry.config_name)
     if not isinstance(builder, Parquet):
         kind = "a folder of save_to_disk" if builder is None else f"of the kind '{builder.name}'"
         raise UserError(
@@ -241,78 +276,72 @@ def _without_progress_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+# --- splits ---------------------------------------------------------------------------------------
+
+
 def _choose_splits(
     entry: DatasetConfig, splits: Mapping[str, ArrowSplit | ParquetSplit]
 ) -> list[tuple[str, Int64[np.ndarray, "n"]]]:
-    """Name and rows of the training and the evaluation split; the latter is carved if need be."""
+    """Choose name and rows of the training and the evaluation split.
+
+    Without a split to evaluate on, some rows of the training split are held out.
+    """
     train = entry.train_split if len(splits) > 1 else next(iter(splits))
     if train not in splits:
         raise UserError(
             f"dataset '{entry.name}' has no split '{train}' (splits: {', '.join(splits)})"
         )
     candidates = EVAL_SPLITS if entry.eval_split == "" else (entry.eval_split,)
-    chosen = [train, *(s for s in candidates if s in splits and s != train)][:2]
-    rows = [np.arange(len(splits[s])) for s in chosen]
-    if len(chosen) == 1:
-        # Which rows are held back depends on nothing but their number: two runs can be compared.
-        chosen, rows = [train, train], _carved(splits[train], entry.eval_fraction)
+    names = [train, *(s for s in candidates if s in splits and s != train)][:2]
+    if len(names) == 2:
+        rows = [np.arange(len(splits[name])) for name in names]
+    else:
+        names = [train, train]
+        rows = _hold_out_rows(splits[train], entry.eval_fraction)
     if not all(len(r) for r in rows):
-        raise UserError(
-            f"dataset '{entry.name}' has too few rows to train on and to evaluate with"
-        )
-    return list(zip(chosen, rows))
+        raise UserError(f"dataset '{entry.name}' has too few rows to train on and to evaluate with")
+    return list(zip(names, rows))
 
 
-def _carved(data: ArrowSplit | ParquetSplit, fraction: float) -> list[Int64[np.ndarray, "n"]]:
-    """Rows to train on and rows held back, of what is streamed whole row groups if it has many."""
-    unit = rows = np.arange(len(data))
-    if isinstance(data, ParquetSplit) and len(data.sizes) * fraction > 2:
-        unit = data.group(rows)
-    order = np.random.default_rng(0).permutation(unit[-1] + 1)
-    counts = np.cumsum(np.bincount(unit)[order])
-    n_units = np.searchsorted(counts, max(1, round(fraction * len(rows)))) + 1
-    held_back = np.isin(unit, order[:n_units])
-    return [rows[~held_back], rows[held_back]]
+def _hold_out_rows(
+    data: ArrowSplit | ParquetSplit, fraction: float
+) -> list[Int64[np.ndarray, "n"]]:
+    """Divide the rows into those to train on and those held out.
+
+    The division depends on nothing but the number of rows (and of row groups), so that two runs
+    can be compared. Of a streamed split with many row groups, whole ones are held out.
+    """
+    rows = np.arange(len(data))
+    unit_of_row = rows
+    if isinstance(data, ParquetSplit) and len(data.group_rows) * fraction > 2:
+        unit_of_row = data.find_groups(rows)
+    order = np.random.default_rng(0).permutation(unit_of_row[-1] + 1)
+    rows_so_far = np.cumsum(np.bincount(unit_of_row)[order])
+    n_units = np.searchsorted(rows_so_far, max(1, round(fraction * len(rows)))) + 1
+    is_held_out = np.isin(unit_of_row, order[:n_units])
+    return [rows[~is_held_out], rows[is_held_out]]
 
 
-def _split(
+def _make_split(
     config: DatasetConfig, name: str, data: ArrowSplit | ParquetSplit, rows: Int64[np.ndarray, "n"]
 ) -> Split:
-    """The rows with labels 0 … n_classes − 1; all 0, the null id, when there are no classes."""
-    wanted = (config.image_column, config.label_column, config.caption_column)
-    columns = [column for column in wanted if column]
-    if not set(columns) <= set(data.features):
+    """Make a split with labels 0 … n_classes − 1; all 0, the null label, without classes."""
+    used = (config.image_column, config.label_column, config.caption_column)
+    needed = [column for column in used if column]
+    if not set(needed) <= set(data.features):
         raise UserError(
-            f"dataset '{config.name}', split '{name}' needs the columns {' and '.join(columns)}"
+            f"dataset '{config.name}', split '{name}' needs the columns {' and '.join(needed)}"
             f" but has {', '.join(data.features)}"
         )
     try:
-        pictures = data.pictures(columns[0])
+        image_data = data.select_images(config.image_column)
     except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's
         raise UserError(
-            f"dataset '{config.name}', split '{name}': column '{columns[0]}' holds no pictures"
-            f" (columns: {', '.join(data.features)}); pass --image_column"
+            f"dataset '{config.name}', split '{name}': column '{config.image_column}' holds no"
+            f" images (columns: {', '.join(data.features)}); pass --image_column"
         ) from error
     labels = np.zeros(len(data), np.int32)
     if config.label_column is not None:
-        labels = read_label_ids(config, name, data.column(config.label_column))
-    captions = read_captions(config, data, rows, labels[rows])
-    return Split(config, name, pictures, rows, labels[rows], captions)
-
-
-def _with_measured_pictures(split: Split) -> DatasetConfig:
-    """Fills size, channels and model of a set that is in no table, from sixteen of its pictures."""
-    config = split.config
-    if not config.image_size:
-        row = int(split.rows[0])
-        try:
-            side = min(images.open_upright(image_bytes(split.data.cells([row])[0])).size)
-        except UserError as error:
-            raise cell_error(config, split.name, row, config.image_column, str(error)) from error
-        config = dataclasses.replace(config, image_size=min(64, max(8, side // 8 * 8)))
-    if not config.channels:
-        coloured = dataclasses.replace(split, config=dataclasses.replace(config, channels=3))
-        some = coloured.images(np.linspace(0, len(split) - 1, 16).astype(int))
-        config = dataclasses.replace(config, channels=1 if (some == some[..., :1]).all() else 3)
-    fitting = next(model for side, model in MODEL_BY_MAX_SIDE.items() if config.image_size <= side)
-    return dataclasses.replace(config, model=fitting)
+        labels = columns.read_label_ids(config, name, data.read_column(config.label_column))
+    captions = columns.read_captions(config, data, rows, labels[rows])
+    return Split(config, name, image_data, rows, labels[rows], captions)

@@ -1,7 +1,7 @@
-"""Datasets in Parquet files that are read where they lie, a row group at a time.
+"""A split in Parquet files that are read where they lie, one row group at a time.
 
-Nothing is downloaded or converted first. Any row can be had, in any order; rows of one group after
-another come cheaply.
+Nothing is downloaded or converted first. Rows can be read in any order; consecutive reads from one
+row group are cheap. The order of rows is `data.shuffle`'s, decoding images is `data.rows`'.
 """
 
 import sys
@@ -22,126 +22,136 @@ if TYPE_CHECKING:  # at run time they are imported where they are used: together
     import pyarrow.parquet
     from datasets import Features
 
-FILES_AT_ONCE = 32  # files that are looked into at the start
-RETRY_SECONDS = (1, 4, 16, 60)  # seconds before a file elsewhere is tried again
+FILES_AT_ONCE = 32  # files whose metadata or columns are read in parallel
+RETRY_SECONDS = (1, 4, 16, 60)  # pauses before a remote file is tried again
+DEFAULT_OPEN_GROUPS = 16
 
 
 class ParquetSplit:
-    """A split in Parquet files, by path or by address (`hf://…`)."""
+    """All rows of a split in Parquet files, given by path or by address (`hf://…`).
+
+    `max_open_groups` row groups of images are cached. A pickled split holds no cached data.
+    """
 
     def __init__(self, files: Sequence[str], features: "Features | None" = None):
-        """Reads the files' ends, which tell their row groups.
+        """Read the metadata of all files, which lists their row groups.
 
         Args:
-            features: by default what the first file tells.
+            features: by default those of the first file.
 
         Raises:
             UserError: a file cannot be read or is not Parquet.
         """
         from datasets import Features
 
-        self.files, self.capacity = list(files), 16
-        ends = self._at_once(lambda file: file.metadata, "looking into files")
+        self.files = list(files)
+        self.max_open_groups = DEFAULT_OPEN_GROUPS
+        metadata = self._read_all_files(lambda file: file.metadata, "looking into files")
         groups = [
-            (i, k, end.row_group(k))
-            for i, end in enumerate(ends)
-            for k in range(end.num_row_groups)
+            (file_index, group_index, file_metadata.row_group(group_index))
+            for file_index, file_metadata in enumerate(metadata)
+            for group_index in range(file_metadata.num_row_groups)
         ]
-        self.places = [(i, k) for i, k, group in groups if group.num_rows]
-        self.sizes = np.array([g.num_rows for _, _, g in groups if g.num_rows], np.int64)
-        self.bytes = np.array([g.total_byte_size for _, _, g in groups if g.num_rows], np.int64)
-        self.ends = np.cumsum(self.sizes)
-        self.features = features or Features.from_arrow_schema(ends[0].schema.to_arrow_schema())
-        self._pictures = ""
-        self._forget()
+        groups = [group for group in groups if group[2].num_rows]
+        self.group_locations = [(file_index, index) for file_index, index, _ in groups]
+        self.group_rows = np.array([group.num_rows for _, _, group in groups], np.int64)
+        self.group_bytes = np.array([group.total_byte_size for _, _, group in groups], np.int64)
+        self.group_ends = np.cumsum(self.group_rows)
+        self.features = features or Features.from_arrow_schema(metadata[0].schema.to_arrow_schema())
+        self.image_column = ""
+        self._reset_caches()
 
-    def _forget(self) -> None:
+    def _reset_caches(self) -> None:
         self._lock = threading.Lock()
-        self._groups: OrderedDict[int, pyarrow.ChunkedArray] = OrderedDict()
+        self._open_groups: OrderedDict[int, pyarrow.ChunkedArray] = OrderedDict()
         self._columns: dict[str, pyarrow.ChunkedArray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if not k.startswith("_")} | {
-            "_pictures": self._pictures
-        }
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._forget()
+        self._reset_caches()
 
     def __len__(self) -> int:
-        return int(self.sizes.sum())
+        return int(self.group_rows.sum())
 
-    def group(self, rows: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
-        """Which row group each row is in."""
-        return np.searchsorted(self.ends, rows, side="right")
+    def find_groups(self, rows: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
+        """Find the row group of each row."""
+        return np.searchsorted(self.group_ends, rows, side="right")
 
-    def column(self, name: str) -> "pyarrow.ChunkedArray":
-        """A whole column, which is kept: for labels and captions, not for pictures."""
+    def read_column(self, name: str) -> "pyarrow.ChunkedArray":
+        """Read a whole column and cache it: for labels and captions, not for images."""
         import pyarrow
 
         if name not in self._columns:
-            read = self._at_once(lambda file: file.read(columns=[name])[name], f"reading {name}")
-            chunks = [chunk for column in read for chunk in column.chunks]
-            self._columns[name] = pyarrow.chunked_array(chunks, read[0].type)
+            columns = self._read_all_files(
+                lambda file: file.read(columns=[name])[name], f"reading {name}"
+            )
+            chunks = [chunk for column in columns for chunk in column.chunks]
+            self._columns[name] = pyarrow.chunked_array(chunks, columns[0].type)
         return self._columns[name]
 
-    def pictures(self, name: str) -> "ParquetSplit":
-        """The same rows, of which `cells` are those of this column.
+    def select_images(self, column: str) -> "ParquetSplit":
+        """Return the same rows, with this column of images for `read_cells`.
 
         Raises:
-            TypeError: the column holds no pictures.
+            TypeError: the column holds no images.
         """
         import pyarrow.types as types
 
-        of = self.features.arrow_schema.field(name).type
-        stored = [of.field(i).name for i in range(of.num_fields)] if types.is_struct(of) else []
-        if not (types.is_binary(of) or types.is_large_binary(of) or "bytes" in stored):
-            raise TypeError(f"{of} is no picture")
-        copy = ParquetSplit.__new__(ParquetSplit)
-        copy.__setstate__(self.__getstate__() | {"_pictures": name})
-        return copy
+        kind = self.features.arrow_schema.field(column).type
+        is_struct = types.is_struct(kind)
+        fields = [kind.field(i).name for i in range(kind.num_fields)] if is_struct else []
+        if not (types.is_binary(kind) or types.is_large_binary(kind) or "bytes" in fields):
+            raise TypeError(f"{kind} is no image")
+        selected = ParquetSplit.__new__(ParquetSplit)
+        selected.__setstate__(self.__getstate__() | {"image_column": column})
+        return selected
 
-    def cells(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """The undecoded pictures of these rows."""
-        found: list[Any] = [None] * len(rows)
+    def read_cells(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """Read the undecoded images of these rows, each as {"bytes": …, "path": …}."""
+        cells: list[Any] = [None] * len(rows)
         indices = np.asarray(rows, np.int64)
-        groups = self.group(indices)
-        for g in np.unique(groups):
-            column, first = self._group(int(g)), self.ends[g] - self.sizes[g]
-            for place in np.flatnonzero(groups == g):
-                found[place] = column[int(indices[place] - first)].as_py()
-        return [{"bytes": c, "path": None} if isinstance(c, bytes) else c for c in found]
+        groups = self.find_groups(indices)
+        for group in np.unique(groups):
+            column = self._read_group(int(group))
+            first_row = self.group_ends[group] - self.group_rows[group]
+            for position in np.flatnonzero(groups == group):
+                cells[position] = column[int(indices[position] - first_row)].as_py()
+        return [{"bytes": c, "path": None} if isinstance(c, bytes) else c for c in cells]
 
-    def _group(self, g: int) -> "pyarrow.ChunkedArray":
-        """The pictures of a row group; those of the last `capacity` are kept."""
+    def _read_group(self, group: int) -> "pyarrow.ChunkedArray":
+        """Read the images of a row group, through a cache of the `max_open_groups` used last."""
         with self._lock:
-            if g not in self._groups:
-                i, k = self.places[g]
-                name = self._pictures
-                column = self._read(i, lambda file: file.read_row_group(k, columns=[name])[name])
-                while len(self._groups) >= self.capacity:
-                    self._groups.popitem(last=False)
-                self._groups[g] = column
-            self._groups.move_to_end(g)
-            return self._groups[g]
+            if group not in self._open_groups:
+                file_index, group_index = self.group_locations[group]
+                name = self.image_column
+                column = self._read_file(
+                    file_index, lambda file: file.read_row_group(group_index, columns=[name])[name]
+                )
+                while len(self._open_groups) >= self.max_open_groups:
+                    self._open_groups.popitem(last=False)
+                self._open_groups[group] = column
+            self._open_groups.move_to_end(group)
+            return self._open_groups[group]
 
-    def _read(self, i: int, read: Callable[["pyarrow.parquet.ParquetFile"], Any]) -> Any:
-        """What `read` has of the i-th file. A file that is elsewhere may be out of reach for a
-        while: that is tried again.
-        """
+    def _read_file(
+        self, file_index: int, read: Callable[["pyarrow.parquet.ParquetFile"], Any]
+    ) -> Any:
+        """Open a file and call `read` on it. A remote file that is out of reach is tried again."""
         import fsspec
         import pyarrow
         import pyarrow.parquet
 
-        path = self.files[i]
+        path = self.files[file_index]
         pauses = iter(RETRY_SECONDS if "://" in path else ())
         while True:
             try:
                 with fsspec.open(path) as file, pyarrow.parquet.ParquetFile(file) as parquet:
                     return read(parquet)
             except Exception as error:  # the network, the hub's server, the disk: many kinds
-                # Damaged, without the column, not there, not for us: it stays so.
+                # Damaged, without the column, missing or forbidden: trying again would not help.
                 lasting = (pyarrow.ArrowInvalid, LookupError, FileNotFoundError, PermissionError)
                 pause = None if isinstance(error, lasting) else next(pauses, None)
                 reason = str(error).partition("\n")[0] or type(error).__name__
@@ -151,10 +161,13 @@ class ParquetSplit:
             print(f"warning: {problem}; trying again in {pause} s", file=sys.stderr)
             time.sleep(pause)
 
-    def _at_once(self, read: Callable[["pyarrow.parquet.ParquetFile"], Any], what: str) -> list:
-        """What `read` has of every file, with a progress bar when it takes long."""
+    def _read_all_files(
+        self, read: Callable[["pyarrow.parquet.ParquetFile"], Any], description: str
+    ) -> list[Any]:
+        """Call `read` on every file, with a progress bar when that takes long."""
         from tqdm import tqdm
 
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-            answers = pool.map(lambda i: self._read(i, read), range(len(self.files)))
-            return list(tqdm(answers, what, len(self.files), leave=False, delay=2, unit="file"))
+            results = pool.map(lambda i: self._read_file(i, read), range(len(self.files)))
+            bar = tqdm(results, description, len(self.files), leave=False, delay=2, unit="file")
+            return list(bar)

@@ -1,29 +1,31 @@
-"""data.rows."""
+"""Rows of an opened dataset: images that can be decoded, with their labels or captions.
+
+Opening and checking a dataset is `data.load`'s; the order of rows and the making of batches are
+`data.shuffle`'s and `data.pipeline`'s.
+"""
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float16, Int32, Int64, UInt8
 
 from data import images, latents
+from data.arrow import ArrowSplit
 from data.parquet import ParquetSplit
 from datasets_config import DatasetConfig
 from runtime.errors import UserError
-
-if TYPE_CHECKING:  # at run time they are imported where they are used: together they take a second
-    pass
-from data.arrow import ArrowSplit
 
 Images = UInt8[np.ndarray, "b h w c"] | Float16[np.ndarray, "b h w k"]
 
 
 class DecodedRows(NamedTuple):
-    """Pictures of those rows of a split that have any, and of each other row of the data what is
-    wrong with it.
+    """The rows of a batch that could be decoded, and the problem of each one that could not.
+
+    `problems` is keyed by the row of the data, not of the split.
     """
 
     rows: Int64[np.ndarray, "b"]
@@ -33,37 +35,49 @@ class DecodedRows(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Some rows of one split, with undecoded pictures and checked labels or captions."""
+    """Some rows of one split, with undecoded images and checked labels or captions."""
 
     config: DatasetConfig
     name: str
-    data: ArrowSplit | ParquetSplit  # the pictures of all rows
-    rows: Int64[np.ndarray, "n"]  # those that belong here
-    labels: Int32[np.ndarray, "n"]
-    captions: list[tuple[str, ...]]  # those of each picture; empty where there are none
+    data: ArrowSplit | ParquetSplit  # the images of all rows of the data
+    rows: Int64[np.ndarray, "n"]  # rows of the data that belong to this split
+    labels: Int32[np.ndarray, "labels"]  # of each row
+    captions: list[tuple[str, ...]]  # of each row; empty for a dataset without captions
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
-    def picture(self) -> tuple[tuple[int, int, int], Any]:
-        """Shape and type of what `images` has for a row."""
+    def row_shape(self) -> tuple[int, int, int]:
+        """Shape of a decoded row: (height, width, channels) of an image or of moments."""
         c = self.config
         if c.encoding:
-            return c.encoding.moments_shape, np.float16
-        return (c.image_size, c.image_size, c.channels), np.uint8
+            return c.encoding.moments_shape
+        return (c.image_size, c.image_size, c.channels)
 
-    def images(self, indices: Int64[np.ndarray, "b"]) -> Images:
-        """Decodes these rows of the split; a `UserError` names the dataset, row and column. Of
-        latents, they are moments.
+    @property
+    def row_dtype(self) -> np.dtype[Any]:
+        """Type of a decoded row: uint8 for an image, float16 for moments."""
+        return np.dtype(np.float16 if self.config.encoding else np.uint8)
+
+    def images_only(self) -> "Split":
+        """Return the same rows without labels and captions, to be pickled for worker processes."""
+        return dataclasses.replace(self, labels=self.labels[:0], captions=[])
+
+    def decode(self, indices: Int64[np.ndarray, "b"]) -> Images:
+        """Decode these rows of the split; rows of latents are moments.
+
+        Raises:
+            UserError: an image cannot be decoded. The message names dataset, split, row and column.
         """
         rows = self.rows[indices].tolist()
         if self.config.encoding:
-            cells = [cell["bytes"] for cell in self.data.cells(rows)]
+            cells = [cell["bytes"] for cell in self.data.read_cells(rows)]
             return latents.unpack_moments(cells, self.config.encoding)
-        size, channels = self.config.image_size, self.config.channels
+        size = self.config.image_size
+        channels = self.config.channels
         decoded = np.empty((len(indices), size, size, channels), np.uint8)
-        for i, cell in enumerate(self.data.cells(rows)):
+        for i, cell in enumerate(self.data.read_cells(rows)):
             try:
                 decoded[i] = images.decode_image(image_bytes(cell), channels=channels, size=size)
             except UserError as error:
@@ -71,47 +85,54 @@ class Split:
                 raise cell_error(self.config, self.name, rows[i], column, str(error)) from error
         return decoded
 
-    def readable(self, indices: Int64[np.ndarray, "b"]) -> DecodedRows:
-        """Decodes those of these rows that can be."""
+    def decode_readable(self, indices: Int64[np.ndarray, "b"]) -> DecodedRows:
+        """Decode those of these rows that can be decoded."""
         try:
-            return DecodedRows(indices, self.images(indices), {})
-        except UserError:  # not said which others there are
-            good, problems = [], {}
-            for place, index in enumerate(indices):
+            return DecodedRows(indices, self.decode(indices), {})
+        except UserError:  # it names the first bad row only: find all of them, one at a time
+            good: list[int] = []
+            problems: dict[int, str] = {}
+            for position, index in enumerate(indices):
                 try:
-                    self.images(indices[place : place + 1])
-                    good.append(place)
+                    self.decode(indices[position : position + 1])
+                    good.append(position)
                 except UserError as error:
                     problems[int(self.rows[index])] = str(error)
-            return DecodedRows(indices[good], self.images(indices[good]), problems)
+            return DecodedRows(indices[good], self.decode(indices[good]), problems)
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """An opened dataset. `config` has no holes: its columns, classes and sizes are the data's."""
+    """An opened dataset. Every field of `config` is set: columns, classes and sizes are the
+    data's.
+    """
 
     config: DatasetConfig
     train: Split
     eval: Split
 
-    def whole(self) -> dict[str, Split]:
-        """The splits with all of their rows: what was held back of the training rows is put back
-        in its place.
+    def full_splits(self) -> dict[str, Split]:
+        """Return the splits of the data by name, each with all of its rows.
+
+        Rows that were held out of the training split are put back in their places.
         """
-        train, held_out = self.train, self.eval
-        if train.name != held_out.name:
-            return {"train": train, held_out.name: held_out}
-        rows = np.concatenate([train.rows, held_out.rows])
+        if self.train.name != self.eval.name:
+            return {"train": self.train, self.eval.name: self.eval}
+        rows = np.concatenate([self.train.rows, self.eval.rows])
         order = np.argsort(rows)
-        labels = np.concatenate([train.labels, held_out.labels])[order]
-        captions = train.captions + held_out.captions
+        labels = np.concatenate([self.train.labels, self.eval.labels])[order]
+        captions = self.train.captions + self.eval.captions
         captions = [captions[i] for i in order] if captions else []
-        both = dataclasses.replace(train, rows=rows[order], labels=labels, captions=captions)
-        return {"train": both}
+        joined = dataclasses.replace(self.train, rows=rows[order], labels=labels, captions=captions)
+        return {"train": joined}
 
 
 def image_bytes(cell: Mapping[str, Any] | None) -> bytes:
-    """The file of an undecoded picture, which an image folder keeps on disk."""
+    """Return the file of an undecoded image, reading it from disk for an image folder.
+
+    Raises:
+        UserError: the cell is empty or its file cannot be read.
+    """
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise UserError("the cell is empty")
     if cell["bytes"] is not None:
@@ -123,6 +144,7 @@ def image_bytes(cell: Mapping[str, Any] | None) -> bytes:
 
 
 def cell_error(config: DatasetConfig, split: str, row: int, column: str, problem: str) -> UserError:
+    """Make the error of one cell, which names dataset, split, row and column."""
     return UserError(
         f"dataset '{config.name}', split '{split}', row {row}, column '{column}': {problem}"
     )

@@ -21,97 +21,83 @@ from data.batch import EncodedCaption
 from runtime.errors import UserError
 
 CLIP_MODEL_TYPES = ("clip", "clip_text_model")
-T5_TOKENS = 256  # as diffusers' SD3; positions that are relative have no end of their own
+T5_TOKENS = 256  # as in diffusers' SD3; relative positions have no limit of their own
 REVISION_DIGITS = 12
 HUB_SECONDS = 10
 TOKENIZER_FILES = ("config.json", "*token*", "vocab*", "merges*", "*.model")
 WEIGHT_FILES = ("*.safetensors", "*.bin")
+MIB = 2**20
 
 
 class CaptionEmbedding(NamedTuple):
-    """What is kept of one caption, unpadded; the null caption has no tokens."""
+    """The embedding of one caption, unpadded. The null caption has no tokens."""
 
     tokens: Float16[np.ndarray, "n e"]
     pooled: Float16[np.ndarray, "p"]
-    cut: bool  # the caption was longer than a tower takes; of SD3's, than any does
+    truncated: bool  # longer than one of the encoders takes; for the published SD3, than all take
+
+
+def encode_captions(
+    captions: Sequence[str],
+    encoders: Sequence[str],
+    revisions: Sequence[str | None],
+    *,
+    length: int,
+    full_width: int | None = None,
+) -> EncodedCaption:
+    """Encode new captions for a trained model, padded to `length` or to the longest.
+
+    Args:
+        captions: at least one.
+        encoders: the model's text encoders, folders or ids of the hub.
+        revisions: the revisions that the model was trained with; None where unknown.
+        length: tokens to pad to.
+        full_width: for the published SD3, see `TextEncoders`.
+
+    Raises:
+        UserError: an encoder cannot be loaded or no longer has its revision, or a caption is too
+            long.
+    """
+    check_revisions(encoders, revisions)
+    embeddings = TextEncoders(encoders, revisions, full_width=full_width).encode(captions)
+    release_gpu_memory()
+    for caption, embedding in zip(captions, embeddings):
+        if embedding.truncated:
+            raise UserError(f"longer than the text encoder takes: '{caption}'")
+    return pad_embeddings(embeddings, max(length, *(len(e.tokens) for e in embeddings)))
 
 
 def pad_embeddings(embeddings: Sequence[CaptionEmbedding], length: int) -> EncodedCaption:
-    """At least one embedding, each with zeros up to `length` tokens or cut to it."""
-    n, (first, *_) = len(embeddings), embeddings
-    tokens = np.zeros((n, length, first.tokens.shape[1]), first.tokens.dtype)
+    """Stack at least one embedding, each padded with zeros or cut to `length` tokens."""
+    n = len(embeddings)
+    first = embeddings[0].tokens
+    tokens = np.zeros((n, length, first.shape[1]), first.dtype)
     mask = np.zeros((n, length), bool)
     for i, embedding in enumerate(embeddings):
-        kept = embedding.tokens[:length]
-        tokens[i, : len(kept)] = kept
-        mask[i, : len(kept)] = True
+        shown = embedding.tokens[:length]
+        tokens[i, : len(shown)] = shown
+        mask[i, : len(shown)] = True
     return EncodedCaption(tokens, mask, np.stack([embedding.pooled for embedding in embeddings]))
 
 
-def find_revision(tower: str) -> str | None:
-    """12 digits that change when the tower's weights or tokenizer do; None if they cannot be told.
-
-    For a folder they are a hash of its files, of large ones' ends; for an id of the hub they are
-    the newest commit's, offline the newest that is cached.
-    """
-    folder = Path(tower).expanduser()
-    commit = _folder_hash(folder) if folder.is_dir() else next(_commits(tower), None)
-    return commit and commit[:REVISION_DIGITS]
-
-
-def _folder_hash(folder: Path) -> str:
-    def files(patterns: Sequence[str]) -> list[Path]:
-        found = {path for pattern in patterns for path in folder.glob(pattern)}
-        return sorted(path for path in found if path.is_file())
-
-    digest, mib = hashlib.sha256(), 2**20
-    for path in files(TOKENIZER_FILES):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    for path in files(WEIGHT_FILES):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(mib))
-            file.seek(max(0, size - mib))
-            digest.update(file.read(mib))
-    return digest.hexdigest()
-
-
-def _commits(tower: str) -> Iterator[str]:
-    """Commits of an id of the hub, those that cost least to ask for first."""
-    import huggingface_hub
-    from huggingface_hub.file_download import repo_folder_name
-
-    hub = huggingface_hub.HfApi()
-    # Offline, refused, unknown: the hub's client raises its transport's kinds besides its own.
-    with suppress(Exception):
-        yield str(hub.model_info(tower, timeout=HUB_SECONDS).sha)
-    with suppress(ValueError):  # it cannot be an id
-        cached = repo_folder_name(repo_id=tower, repo_type="model")
-        found = Path(huggingface_hub.constants.HF_HUB_CACHE).glob(
-            f"{cached}/snapshots/*/config.json"
-        )
-        newest_first = sorted(found, key=lambda path: path.lstat().st_mtime, reverse=True)
-        yield from (path.parent.name for path in newest_first)
-    with suppress(Exception):
-        yield from (commit.commit_id for commit in hub.list_repo_commits(tower))
+# --- several encoders, joined ---------------------------------------------------------------------
 
 
 class TextEncoders:
     """Text encoders, joined as in Stable Diffusion 3 (Esser et al. 2024, §4 and appendix B).
 
     A CLIP gives its last but one hidden states as tokens, and the projected state of the end token
-    as the pooled vector; a T5, or any encoder as BERT, its last hidden states. CLIPs' tokens lie
-    side by side along the channels, those of the other towers after them along the sequence, and
-    all are filled with zeros up to the widest. The CLIPs' pooled vectors are concatenated.
+    as the pooled vector; a T5, or any encoder like BERT, its last hidden states. The tokens of
+    CLIPs are joined along the channels. Those of other encoders follow along the sequence. All are
+    padded with zeros to the widest. The pooled vectors of CLIPs are concatenated.
 
-    Other than there, no token is padding; if no tower is a CLIP, pooled are the means of each one's
-    tokens; and a blank caption, the null, has no tokens and zeros as its pooled vector.
+    Unlike in SD3, no token is padding. Without a CLIP, the pooled vector is the mean of each
+    encoder's tokens. A blank caption, the null caption, has no tokens and a pooled vector of zeros.
 
-    For the published SD3 that is not so, and its `full_width` asks for its ways: every caption is
-    filled up with its tower's padding, which counts like any token, also to the tower itself; a
-    blank caption is encoded like any other; and if there is no T5, its tokens are zeros, by which
-    SD3 is trained to do without (§5.3.3).
+    With `full_width`, captions are encoded as the published SD3 expects: each is padded to the
+    encoder's full length with tokens that count like any other, also to the encoder itself; a blank
+    caption is encoded like any other; and without a T5, its tokens are zeros, with which SD3 was
+    trained to do (§5.3.3).
     """
 
     def __init__(
@@ -121,23 +107,25 @@ class TextEncoders:
         *,
         full_width: int | None = None,
     ):
-        """Loads all of them, on a GPU of torch's if there is one.
+        """Load all encoders, on torch's GPU if there is one.
 
         Args:
             names: folders, or ids of the hub.
-            revisions: each one's `revision`, of no account for folders.
-            full_width: channels of a token as the published SD3 takes it; None for our own models.
+            revisions: the revision of each, which is ignored for folders.
+            full_width: channels of a token in the published SD3; None for our own models.
 
         Raises:
-            UserError: a tower cannot be loaded or is no text encoder; a library is missing; the
-                towers are wider than `full_width`.
+            UserError: an encoder cannot be loaded or is no text encoder; a library is missing; the
+                encoders are wider than `full_width`.
         """
         revisions = revisions or [None] * len(names)
-        self._towers = [_TextEncoder(*pair) for pair in zip(names, revisions, strict=True)]
-        clips = [tower for tower in self._towers if tower.is_clip]
-        others = [tower.width for tower in self._towers if not tower.is_clip]
-        self.width = max(sum(tower.width for tower in clips), *others, 0)
-        self.pooled = sum(tower.pooled for tower in clips or self._towers)
+        self._encoders = [
+            _TextEncoder(name, revision) for name, revision in zip(names, revisions, strict=True)
+        ]
+        clips = [encoder for encoder in self._encoders if encoder.is_clip]
+        other_widths = [encoder.width for encoder in self._encoders if not encoder.is_clip]
+        self.width = max(sum(encoder.width for encoder in clips), *other_widths, 0)
+        self.pooled = sum(encoder.pooled for encoder in clips or self._encoders)
         self._full = full_width is not None
         if full_width is not None and self.width > full_width:
             raise UserError(
@@ -147,115 +135,90 @@ class TextEncoders:
         self.width = full_width or self.width
 
     def encode(self, captions: Sequence[str], batch_size: int = 64) -> list[CaptionEmbedding]:
-        """In the captions' order; a caption's embedding does not depend on those beside it."""
+        """Encode captions in their order. The result does not depend on how they are batched."""
         null = CaptionEmbedding(np.zeros((0, self.width), "f2"), np.zeros(self.pooled, "f2"), False)
-        encoded = [null] * len(captions)
-        asked = [i for i, caption in enumerate(captions) if self._full or caption.strip()]
-        if asked:
-            spoken = [captions[i] for i in asked]
-            outputs = [tower.encode(spoken, batch_size, full=self._full) for tower in self._towers]
-            for i, *parts in zip(asked, *outputs):
-                encoded[i] = self._join(parts)
-        return encoded
+        embeddings = [null] * len(captions)
+        indices = [i for i, caption in enumerate(captions) if self._full or caption.strip()]
+        if indices:
+            texts = [captions[i] for i in indices]
+            outputs = [
+                encoder.encode(texts, batch_size, full=self._full) for encoder in self._encoders
+            ]
+            for i, *parts in zip(indices, *outputs):
+                embeddings[i] = self._join(parts)
+        return embeddings
 
     def _join(self, parts: Sequence[CaptionEmbedding]) -> CaptionEmbedding:
-        clips = [part for tower, part in zip(self._towers, parts) if tower.is_clip]
-        rest = [part.tokens for tower, part in zip(self._towers, parts) if not tower.is_clip]
+        """Join one caption's embeddings by all encoders."""
+        clips = [part for encoder, part in zip(self._encoders, parts) if encoder.is_clip]
+        sequences = [
+            part.tokens for encoder, part in zip(self._encoders, parts) if not encoder.is_clip
+        ]
         if clips:
             n = max(len(part.tokens) for part in clips)
-            grown = [_zero_padded(part.tokens, n, part.tokens.shape[1]) for part in clips]
-            rest.insert(0, np.concatenate(grown, axis=1))
+            padded = [_zero_pad(part.tokens, n, part.tokens.shape[1]) for part in clips]
+            sequences.insert(0, np.concatenate(padded, axis=1))
         if self._full and len(clips) == len(parts):
-            rest.append(np.zeros((T5_TOKENS, 0), "f2"))
-        tokens = np.concatenate([_zero_padded(x, len(x), self.width) for x in rest])
+            sequences.append(np.zeros((T5_TOKENS, 0), "f2"))
+        tokens = np.concatenate([_zero_pad(x, len(x), self.width) for x in sequences])
         pooled = np.concatenate([part.pooled for part in clips or parts])
-        cut = (all if self._full else any)(part.cut for part in parts)
-        return CaptionEmbedding(tokens, pooled, cut)
-
-
-def check_revisions(towers: Sequence[str], revisions: Sequence[str | None]) -> None:
-    """Raises UserError if a tower's folder no longer holds what it held, as far as that is known.
-    (Of the hub, the revision is what is loaded.)
-    """
-    for tower, known in zip(towers, revisions, strict=True):
-        folder = Path(tower).expanduser()
-        if known and folder.is_dir() and (now := find_revision(tower)) != known:
-            raise UserError(
-                f"the text encoder '{tower}' is not the one that was trained with: its revision is "
-                f"{now}, not {known}"
-            )
-
-
-def encode_captions(
-    captions: Sequence[str],
-    towers: Sequence[str],
-    revisions: Sequence[str | None],
-    *,
-    length: int,
-    full_width: int | None = None,
-) -> EncodedCaption:
-    """New captions as the towers of a trained run see them, padded to `length` or to the longest.
-
-    Args:
-        full_width: as `Towers` takes it, for the published SD3.
-
-    Raises:
-        UserError: a tower is not to be had, is no longer the one of these revisions, or takes less
-            than a whole caption.
-    """
-    check_revisions(towers, revisions)
-    embeddings = TextEncoders(towers, revisions, full_width=full_width).encode(captions)
-    release_gpu_memory()
-    for caption, embedding in zip(captions, embeddings):
-        if embedding.cut:
-            raise UserError(f"longer than the text encoder takes: '{caption}'")
-    return pad_embeddings(embeddings, max(length, *(len(e.tokens) for e in embeddings)))
+        combine = all if self._full else any
+        return CaptionEmbedding(tokens, pooled, combine(part.truncated for part in parts))
 
 
 class _TextEncoder:
-    """One of them, not yet joined."""
+    """One text encoder with its tokenizer."""
 
     def __init__(self, name: str, revision: str | None):
-        with _quiet():
+        with _silence_libraries():
             self._tokenizer, self._model, config = _load(name, revision)
         self.is_clip = config.model_type in CLIP_MODEL_TYPES
         self.width: int = self._model.config.hidden_size
         self.pooled: int = self._model.config.projection_dim if self.is_clip else self.width
         positions = getattr(self._model.config, "max_position_embeddings", T5_TOKENS)
-        self._most = min(positions, self._tokenizer.model_max_length)
+        self._max_tokens = min(positions, self._tokenizer.model_max_length)
 
     def encode(
         self, captions: Sequence[str], batch_size: int, *, full: bool = False
     ) -> list[CaptionEmbedding]:
-        """`full`: with padding up to the most tokens, and nothing hidden."""
-        with _quiet():
-            whole, ids = self._tokenize(captions, None), self._tokenize(captions, self._most)
+        """Encode captions in their order.
+
+        Args:
+            captions: at least one.
+            batch_size: captions that are encoded together.
+            full: pad each to the most tokens, and let the encoder attend to the padding.
+        """
+        with _silence_libraries():
+            all_ids = self._tokenize(captions, None)
+            ids = self._tokenize(captions, self._max_tokens)
             order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # so that padding is small
             encoded = {}
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                some = [ids[i] for i in rows]
-                for i, (tokens, pooled) in zip(rows, self._forward(some, full=full)):
-                    cut = len(whole[i]) > len(ids[i])
-                    encoded[i] = CaptionEmbedding(_to_half(tokens), _to_half(pooled), cut)
+                outputs = self._forward([ids[i] for i in rows], full=full)
+                for i, (tokens, pooled) in zip(rows, outputs):
+                    truncated = len(all_ids[i]) > len(ids[i])
+                    encoded[i] = CaptionEmbedding(_to_half(tokens), _to_half(pooled), truncated)
         return [encoded[i] for i in range(len(ids))]
 
-    def _tokenize(self, captions: Sequence[str], length: int | None) -> list[list[int]]:
+    def _tokenize(self, captions: Sequence[str], max_length: int | None) -> list[list[int]]:
         return self._tokenizer(
-            list(captions), truncation=length is not None, max_length=length, verbose=False
+            list(captions), truncation=max_length is not None, max_length=max_length, verbose=False
         )["input_ids"]
 
     def _forward(
         self, ids: Sequence[Sequence[int]], *, full: bool
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Return tokens and pooled vector of each caption, in float32."""
         import torch
 
         lengths = np.array([len(row) for row in ids])
-        mask = np.arange(self._most if full else lengths.max()) < lengths[:, None]
+        mask = np.arange(self._max_tokens if full else lengths.max()) < lengths[:, None]
         padded = np.full(mask.shape, self._tokenizer.pad_token_id or 0)
         padded[mask] = np.concatenate(ids)
         if full:
-            lengths, mask = np.full_like(lengths, self._most), np.ones_like(mask)
+            lengths = np.full_like(lengths, self._max_tokens)
+            mask = np.ones_like(mask)
         with torch.inference_mode():
             output = self._model(
                 input_ids=torch.from_numpy(padded).to(self._model.device),
@@ -270,56 +233,152 @@ class _TextEncoder:
 
 
 def release_gpu_memory() -> None:
-    """Gives the GPU's memory of towers that are held no more back: torch would keep it."""
+    """Give back the GPU memory of encoders that are no longer referenced: torch would keep it."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
+def _zero_pad(x: np.ndarray, n: int, width: int) -> np.ndarray:
+    return np.pad(x, ((0, n - len(x)), (0, width - x.shape[1])))
+
+
+def _to_half(x: np.ndarray) -> np.ndarray:
+    """Clip to the range of float16: an infinity would make every attention to it a NaN."""
+    return np.clip(x, -65504, 65504).astype(np.float16)
+
+
+# --- revisions ------------------------------------------------------------------------------------
+
+
+def find_revision(encoder: str) -> str | None:
+    """Return 12 digits that change with the weights or the tokenizer; None if they are not known.
+
+    For a folder they are a hash of its files, with only both ends of large ones. For an id of the
+    hub they are the newest commit's; offline, those of the newest commit that is cached.
+    """
+    folder = Path(encoder).expanduser()
+    revision = _hash_folder(folder) if folder.is_dir() else next(_find_commits(encoder), None)
+    return revision and revision[:REVISION_DIGITS]
+
+
+def check_revisions(encoders: Sequence[str], revisions: Sequence[str | None]) -> None:
+    """Check that folders still hold the encoders of these revisions, as far as they are known.
+
+    An id of the hub needs no check: its revision is what is loaded.
+
+    Raises:
+        UserError: a folder holds another encoder.
+    """
+    for encoder, expected in zip(encoders, revisions, strict=True):
+        if not expected or not Path(encoder).expanduser().is_dir():
+            continue
+        revision = find_revision(encoder)
+        if revision != expected:
+            raise UserError(
+                f"the text encoder '{encoder}' is not the one that was trained with: its revision "
+                f"is {revision}, not {expected}"
+            )
+
+
+def _hash_folder(folder: Path) -> str:
+    def find_files(patterns: Sequence[str]) -> list[Path]:
+        paths = {path for pattern in patterns for path in folder.glob(pattern)}
+        return sorted(path for path in paths if path.is_file())
+
+    digest = hashlib.sha256()
+    for path in find_files(TOKENIZER_FILES):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in find_files(WEIGHT_FILES):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(MIB))
+            file.seek(max(0, size - MIB))
+            digest.update(file.read(MIB))
+    return digest.hexdigest()
+
+
+def _find_commits(name: str) -> Iterator[str]:
+    """Yield commits of an id of the hub, the cheapest to find first."""
+    import huggingface_hub
+    from huggingface_hub.file_download import repo_folder_name
+
+    hub = huggingface_hub.HfApi()
+    # Offline, refused, unknown: the hub's client raises its transport's kinds besides its own.
+    with suppress(Exception):
+        yield str(hub.model_info(name, timeout=HUB_SECONDS).sha)
+    with suppress(ValueError):  # it cannot be an id
+        cached = repo_folder_name(repo_id=name, repo_type="model")
+        configs = Path(huggingface_hub.constants.HF_HUB_CACHE).glob(
+            f"{cached}/snapshots/*/config.json"
+        )
+        newest_first = sorted(configs, key=lambda path: path.lstat().st_mtime, reverse=True)
+        yield from (path.parent.name for path in newest_first)
+    with suppress(Exception):
+        yield from (commit.commit_id for commit in hub.list_repo_commits(name))
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
 def _load(name: str, revision: str | None) -> tuple[Any, Any, Any]:
-    """Tokenizer, model and the configuration of the whole, of which the model may be a part."""
+    """Load tokenizer, model, and the config of the whole that the model may be a part of."""
     import torch
     import transformers
 
-    if (folder := Path(name).expanduser()).is_dir():
-        name, revision = str(folder), None
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        name = str(folder)
+        revision = None
     elif revision:  # the hub takes whole commits only
-        revision = next((c for c in _commits(name) if c.startswith(revision)), revision)
-    source: dict[str, Any] = {"pretrained_model_name_or_path": name, "revision": revision}
-    with _one_line(name):
-        config = transformers.AutoConfig.from_pretrained(**source)
-    kind: Any
-    if config.model_type in CLIP_MODEL_TYPES:
-        kind = transformers.CLIPTextModelWithProjection
-    elif type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING:
-        kind = transformers.AutoModelForTextEncoding
-    elif type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING:
-        kind = transformers.AutoModel
-    else:
-        raise UserError(
-            f"'{name}' is no text encoder (as CLIP, T5 or BERT) but a {config.model_type}"
+        commits = (commit for commit in _find_commits(name) if commit.startswith(revision))
+        revision = next(commits, revision)
+    with _errors_in_one_line(name):
+        config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+    model_class = _find_model_class(name, config)
+    device = "cpu"
+    dtype = torch.float32
+    if torch.cuda.is_available():
+        device = "cuda"
+        # The states of T5 overflow float16.
+        dtype = torch.bfloat16 if "t5" in config.model_type else torch.float16
+    with _errors_in_one_line(name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(_find_tokenizer(name)), revision=revision
         )
-    device, dtype = "cpu", torch.float32
-    if torch.cuda.is_available():  # where T5's states overflow float16
-        device, dtype = "cuda", torch.bfloat16 if "t5" in config.model_type else torch.float16
-    with _one_line(name):
-        words = source | {"pretrained_model_name_or_path": str(_tokenizer_place(name))}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**words)
-        model, report = kind.from_pretrained(**source, dtype=dtype, output_loading_info=True)
+        model, report = model_class.from_pretrained(
+            name, revision=revision, dtype=dtype, output_loading_info=True
+        )
         model.to(device)
-    # transformers makes up what is missing, be it weights or a vocabulary, and goes on.
-    if lacking := sorted(key for key in report["missing_keys"] if "pooler" not in key):
-        raise UserError(f"the text encoder '{name}' is not whole: its weights lack {lacking[0]}")
+    # transformers makes up weights or a vocabulary that are missing, and continues.
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise UserError(f"the text encoder '{name}' is not whole: its weights lack {missing[0]}")
     if len(tokenizer) < model.config.vocab_size / 2:
         raise UserError(f"the text encoder '{name}' is not whole: it lacks its tokenizer's files")
-    model = model.get_encoder() if config.is_encoder_decoder else model
+    if config.is_encoder_decoder:
+        model = model.get_encoder()
     return tokenizer, model.eval(), config
 
 
-def _tokenizer_place(name: str) -> str | Path:
-    """Where a tower's tokenizer is: in its folder, or in a pipeline of diffusers beside it, where
-    text_encoder_2 has tokenizer_2.
+def _find_model_class(name: str, config: Any) -> Any:
+    """Find the class of transformers' that loads an encoder of this config."""
+    import transformers
+
+    if config.model_type in CLIP_MODEL_TYPES:
+        return transformers.CLIPTextModelWithProjection
+    if type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING:
+        return transformers.AutoModelForTextEncoding
+    if type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING:
+        return transformers.AutoModel
+    raise UserError(f"'{name}' is no text encoder (as CLIP, T5 or BERT) but a {config.model_type}")
+
+
+def _find_tokenizer(name: str) -> str | Path:
+    """Find the tokenizer of an encoder: in its folder, or beside it in a pipeline of diffusers,
+    where text_encoder_2 has tokenizer_2.
     """
     folder = Path(name)
     beside = folder.parent / folder.name.replace("text_encoder", "tokenizer")
@@ -327,20 +386,20 @@ def _tokenizer_place(name: str) -> str | Path:
 
 
 @contextmanager
-def _one_line(name: str) -> Iterator[None]:
+def _errors_in_one_line(name: str) -> Iterator[None]:
     from safetensors import SafetensorError
 
     try:
         yield
     except (ImportError, OSError, RuntimeError, ValueError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        where = "" if Path(name).is_dir() else ", which is no folder"
-        raise UserError(f"cannot load the text encoder '{name}'{where}: {reason}") from error
+        hint = "" if Path(name).is_dir() else ", which is no folder"
+        raise UserError(f"cannot load the text encoder '{name}'{hint}: {reason}") from error
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Imports the libraries, with no warnings, no reports and no bars but those of downloads."""
+def _silence_libraries() -> Iterator[None]:
+    """Import the libraries, without warnings, reports or bars other than those of downloads."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns at every later fork
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -349,8 +408,7 @@ def _quiet() -> Iterator[None]:
             from transformers import logging
         except ImportError:
             raise UserError(
-                "encoding captions needs transformers and torch:"
-                " .venv/bin/pip install --group text"
+                "encoding captions needs transformers and torch: .venv/bin/pip install --group text"
             ) from None
         level = logging.get_verbosity()
         bars = logging.set_tqdm_hook(lambda _, args, kwargs: logging.EmptyTqdm(*args, **kwargs))
@@ -360,12 +418,3 @@ def _quiet() -> Iterator[None]:
         finally:
             logging.set_verbosity(level)
             logging.set_tqdm_hook(bars)
-
-
-def _zero_padded(x: np.ndarray, n: int, width: int) -> np.ndarray:
-    return np.pad(x, ((0, n - len(x)), (0, width - x.shape[1])))
-
-
-def _to_half(x: np.ndarray) -> np.ndarray:
-    """Clipped to what float16 holds: an infinity would make every attention to it a NaN."""
-    return np.clip(x, -65504, 65504).astype(np.float16)

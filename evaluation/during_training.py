@@ -8,7 +8,7 @@ training state.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from data.image_sets import ImageBatch
 from evaluation.features import (
@@ -49,7 +49,7 @@ class TrainingFID:
         weights: str | None,
         n_samples: int,
         image_shape: tuple[int, int, int],
-    ) -> Self:
+    ) -> "TrainingFID":
         """Load a reference and the extractor that matches it.
 
         Args:

@@ -4,7 +4,6 @@ Batches of any size come in; the network sees one fixed size, so that it is comp
 no distances: see `evaluation/metrics.py`.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -62,16 +61,17 @@ class FeatureExtractor:
         of the device count at a time.
         """
         size = -(-batch_size // self.mesh.size) * self.mesh.size
-        in_flight: deque[tuple[int, FeatureBatch]] = deque()
-        for images in rebatch(batches, size):
+
+        def dispatch(images: UInt8[np.ndarray, "b h w c"]) -> tuple[int, FeatureBatch]:
             # The last batch is padded by repeating its last image: one shape, one program.
             rows = np.minimum(np.arange(size), len(images) - 1)
-            features = self._function(self._params, parallel.shard_rows(images[rows], self.mesh))
-            in_flight.append((len(images), features))
-            if len(in_flight) > MAX_BATCHES_IN_FLIGHT:
-                yield _fetch_rows(*in_flight.popleft())
-        while in_flight:
-            yield _fetch_rows(*in_flight.popleft())
+            images_on_mesh = parallel.shard_rows(images[rows], self.mesh)
+            return len(images), self._function(self._params, images_on_mesh)
+
+        dispatched = map(dispatch, rebatch(batches, size))
+        yield from parallel.keep_in_flight(
+            dispatched, n=MAX_BATCHES_IN_FLIGHT, read=lambda batch: _fetch_rows(*batch)
+        )
 
     def feature_width(self, image_shape: tuple[int, int, int]) -> int:
         """Return the number of features of an image (h, w, c), without computing any."""
@@ -124,7 +124,7 @@ def build_inception_extractor(
     card = {"space": "inception", "preparation": preparation, "weights": weights.hash}
 
     def function(params: Any, image: Array) -> FeatureBatch:
-        return FeatureBatch(*inception.network(params, prepare(image)))
+        return FeatureBatch(*inception.inception_features(params, prepare(image)))
 
     return FeatureExtractor(function, weights.params, mesh, card)
 

@@ -1,8 +1,10 @@
-"""Pictures ↔ latents on all devices: the weights of a VAE, where they are needed.
+"""Images ↔ latents on all devices: a VAE's weights on a mesh, and its compiled functions.
 
-codec = Codec.open("stabilityai/sdxl-vae", mesh)
-moments = codec.encode(pictures)     # bytes → means and log-variances, float16
-pictures = codec.decode(x)           # what a diffusion model draws → −1 … 1
+    codec = Codec.open("stabilityai/sdxl-vae", mesh)
+    moments = codec.encode(images)      # uint8 → means and log-variances, float16
+    images = codec.decode(x)            # a diffusion model's output → float32 in about −1 … 1
+
+Knows nothing of files: latents are written by `latent_writer.py`.
 """
 
 from functools import cached_property
@@ -22,13 +24,13 @@ from pretrained import autoencoder as pretrained
 from runtime import parallel
 from runtime.errors import UserError
 
-DECODED_PER_DEVICE = 16  # pictures on a device
-TILE, OVERLAP = 128, 16  # latents to a side: of larger ones, tiles are decoded and blended
-MAX_FLOAT16 = 65_504.0  # of a float16
+DECODED_PER_DEVICE = 16  # images at a time
+TILE, OVERLAP = 128, 16  # latents a side; larger ones are decoded in tiles, which are blended
+MAX_FLOAT16 = 65_504.0
 
 
 class Codec:
-    """A VAE on a mesh, with the scale and the shift between its latents and a model's."""
+    """A VAE on a mesh, with the scale and shift from its latents to a diffusion model's."""
 
     def __init__(
         self,
@@ -40,23 +42,23 @@ class Codec:
         shift_factor: float | None = None,
     ):
         """Args:
-        scaling_factor, shift_factor: by default those of the VAE's own configuration.
+        scaling_factor, shift_factor: by default those of the VAE's own config.
         """
-        c = vae.config
-        self.config: AutoencoderConfig = c
+        config: AutoencoderConfig = vae.config
+        self.config = config
         self.id, self.hash = vae.id, vae.hash
-        self.scaling_factor = c.scaling_factor if scaling_factor is None else scaling_factor
-        self.shift_factor = c.shift_factor if shift_factor is None else shift_factor
+        self.scaling_factor = config.scaling_factor if scaling_factor is None else scaling_factor
+        self.shift_factor = config.shift_factor if shift_factor is None else shift_factor
         self.mesh, self.dtype = mesh, dtype
-        self._graphdef = autoencoder.graphdef(c, dtype)
+        self._graphdef = autoencoder.autoencoder_graphdef(config, dtype)
         self._params = parallel.replicate(vae.params, mesh)
 
     @classmethod
     def open(cls, path_or_id: str, mesh: parallel.Mesh, *, dtype: str = "float32") -> "Codec":
-        """The VAE of a folder or of the hub.
+        """Load a VAE from a folder or the hub.
 
         Raises:
-            UserError: it cannot be read, or is no AutoencoderKL.
+            UserError: it cannot be read, or is not an AutoencoderKL.
         """
         return cls(pretrained.load_autoencoder(path_or_id), mesh, dtype=dtype)
 
@@ -64,43 +66,56 @@ class Codec:
     def from_encoding(
         cls, encoding: LatentEncoding, mesh: parallel.Mesh, *, vae: str | None = None
     ) -> "Codec":
-        """The VAE that latents were made with, wherever it is now.
+        """Load the VAE that latents were made with.
+
+        Args:
+            vae: where it is now, if it has moved.
 
         Raises:
             UserError: it cannot be read, or has other weights.
         """
-        e = encoding
-        if not (vae or e.vae):
-            raise UserError("these latents do not say what VAE made them: name it by --vae")
+        path_or_id = vae or encoding.vae
+        if not path_or_id:
+            raise UserError("it is not recorded which VAE made these latents: name it by --vae")
         try:
-            found = pretrained.load_autoencoder(vae or e.vae)
+            loaded = pretrained.load_autoencoder(path_or_id)
         except UserError as error:
-            hint = "" if vae else "; if the VAE has moved, say where to by --vae"
+            hint = "" if vae else "; if the VAE has moved, name its new place by --vae"
             raise UserError(f"{error}{hint}") from None
-        if e.vae_hash and found.hash != e.vae_hash:
+        if encoding.vae_hash and loaded.hash != encoding.vae_hash:
             raise UserError(
-                f"the VAE '{vae or e.vae}' is not the one that the latents of {e.dataset_name} "
-                f"were made with: its weights' hash is {found.hash[:12]}…, not {e.vae_hash[:12]}…; "
-                "name the right one by --vae"
+                f"the VAE '{path_or_id}' is not the one that the latents of "
+                f"{encoding.dataset_name} were made with: its weights' hash is "
+                f"{loaded.hash[:12]}…, not {encoding.vae_hash[:12]}…; name the right one by --vae"
             )
-        return cls(found, mesh, scaling_factor=e.scaling_factor, shift_factor=e.shift_factor)
+        return cls(
+            loaded,
+            mesh,
+            scaling_factor=encoding.scaling_factor,
+            shift_factor=encoding.shift_factor,
+        )
 
     def encode(self, image: UInt8[np.ndarray, "b H W c"]) -> Float16[Array, "b h w k"]:
-        """Means and log-variances, side by side; not waited for. The devices must divide b."""
+        """Encode uint8 images to means and log-variances, side by side in the channels.
+
+        The number of devices must divide b. The result is not waited for.
+        """
         return self._encode(self._params, parallel.shard_rows(image, self.mesh))
 
     def decode(self, x: Float[np.ndarray, "*b h w z"]) -> Float[np.ndarray, "*b H W c"]:
-        """Pictures in about −1 … 1 of latents as a model draws them."""
+        """Decode a diffusion model's latents to images in about −1 … 1."""
         *leading, _, _, _ = x.shape
         x = np.asarray(x, np.float32).reshape(-1, *x.shape[-3:])
         large = max(x.shape[1:3]) > TILE
-        size = min(1 if large else DECODED_PER_DEVICE, -(-len(x) // self.mesh.size)) * self.mesh.size
-        parts = []
+        n_devices = self.mesh.size
+        size = n_devices * min(1 if large else DECODED_PER_DEVICE, -(-len(x) // n_devices))
+        batches = []
         for start in range(0, len(x), size):
+            # The last batch is filled up with the last row.
             rows = np.minimum(np.arange(start, start + size), len(x) - 1)
-            parts.append(self._decode_tiles(x[rows]) if large else self._decode_whole(x[rows]))
-        pictures = np.concatenate([parallel.fetch_to_host(part) for part in parts])[: len(x)]
-        return pictures.reshape(*leading, *pictures.shape[1:])
+            batches.append(self._decode_tiles(x[rows]) if large else self._decode_whole(x[rows]))
+        images = np.concatenate([parallel.fetch_to_host(batch) for batch in batches])[: len(x)]
+        return images.reshape(*leading, *images.shape[1:])
 
     def _decode_whole(self, x: Float[np.ndarray, "b h w z"]) -> Float[Array, "b H W c"]:
         return self._decode(self._params, parallel.shard_rows(x, self.mesh))
@@ -109,8 +124,9 @@ class Codec:
         def decode(tiles):
             return parallel.fetch_to_host(self._decode_whole(tiles))
 
-        how = {"tile": TILE, "overlap": OVERLAP, "downsampling": self.config.downsampling}
-        return autoencoder.decode_tiled(decode, x, **how)
+        return autoencoder.decode_tiled(
+            decode, x, tile=TILE, overlap=OVERLAP, downsampling=self.config.downsampling
+        )
 
     @cached_property
     def _encode(self):
@@ -123,10 +139,11 @@ class Codec:
 
     @cached_property
     def _decode(self):
-        factors = {"scaling_factor": self.scaling_factor, "shift_factor": self.shift_factor}
-
         def decode(params: Any, x: Array) -> Array:
             vae = nnx.merge(self._graphdef, params)
-            return vae.decode(autoencoder.unscale(x, **factors))
+            z = autoencoder.unscale_latents(
+                x, scaling_factor=self.scaling_factor, shift_factor=self.shift_factor
+            )
+            return vae.decode(z)
 
         return jax.jit(decode)

@@ -1,10 +1,11 @@
-"""Sheets that compare what a model draws: by the scale of guidance, step by step, and from real
-pictures that were noised more or less.
+"""Comparison grids: by guidance scale, by solver step, and from real images noised more or less.
+
+Chooses what to compare and samples it; the layout of a grid is in `grids.py`.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -14,172 +15,219 @@ from data.batch import EncodedCaption
 from data.load import open_dataset
 from data.rows import Split
 from inference import grids
-from inference import labels as inference_labels
-from inference.labels import SampleRequest, spread_evenly
+from inference.labels import SampleRequest, label_texts, spread_evenly
 from inference.sampler import StartFrom
 from inference.trained_model import SamplingPlan, TrainedModel
-from networks import autoencoder
+from networks.autoencoder import scale_latents
 from runtime.errors import UserError
-
-# Of a run's settings, what `open_source` takes by the same name.
-DATASET_FLAGS = (
-    *("data_dir", "image_column", "label_column", "conditioning", "caption_column"),
-    *("image_size", "channels"),
-)
 
 
 def compare_scales(
-    drawable: TrainedModel,
-    subjects: SampleRequest,
-    how: SamplingPlan,
+    trained: TrainedModel,
+    request: SampleRequest,
+    plan: SamplingPlan,
     scales: Sequence[float],
     *,
     side: int | None = None,
-    **more: Any,
+    batch_size: int = 256,
 ) -> Image.Image:
-    """A row of pictures for every scale of guidance, the noise of each column being the same.
+    """A row of samples for each guidance scale. The noise of a column is the same.
 
     Args:
-        side: pixels to a side that pictures are reduced to, if they have more.
-        more: of `drawing.sample`.
+        side: shrink larger images to this many pixels a side.
     """
-    labels, told = subjects.rows(0, len(subjects.which))
-    rows = [drawable.sample(labels, how.at(scale), **told | more).x for scale in scales]
+    samples = request.rows(0, len(request.label_index))
+    rows = [
+        trained.sample(
+            samples.labels,
+            plan.with_cfg_scale(scale),
+            seed=samples.seed,
+            first_index=samples.first_index,
+            negative=samples.negative,
+            batch_size=batch_size,
+        ).x
+        for scale in scales
+    ]
     return grids.comparison_grid(
         grids.shrink_images(grids.to_uint8(np.stack(rows)), side),
         rows=[f"cfg {scale:g}" for scale in scales],
-        columns=subjects.captions or (),
+        columns=request.captions or (),
     )
 
 
 def compare_steps(
-    drawable: TrainedModel,
-    subjects: SampleRequest,
-    how: SamplingPlan,
-    n_rows: int,
+    trained: TrainedModel,
+    request: SampleRequest,
+    plan: SamplingPlan,
+    n_times: int,
     *,
     side: int | None = None,
-    **more: Any,
 ) -> Image.Image:
-    """The way from noise at up to `n_rows` times, evenly among the solver's steps: a row of what x
-    is there, and below it a row of what the model takes the picture for. See `of_scales`.
+    """Two rows for each of up to `n_times` times of the trajectory, evenly spaced among the
+    solver's steps: x at that time, and the model's x0 prediction from it.
+
+    Args:
+        side: shrink larger images to this many pixels a side.
     """
-    labels, told = subjects.rows(0, len(subjects.which))
-    more |= {"trajectory": True, "estimates": True, "codec": None}  # few of them will be decoded
-    found = drawable.sample(labels, how, **told | more)
-    assert found.trajectory is not None and found.estimates is not None
-    steps = evenly_spaced(len(found.estimates), n_rows)
-    both = np.stack([found.trajectory[steps], found.estimates[steps]], axis=1)
-    times = how.sampler.state_times()[steps]
-    x = decode_images(drawable, both.reshape(-1, *both.shape[2:]))
+    rows = request.rows(0, len(request.label_index))
+    samples = trained.sample(
+        rows.labels,
+        plan,
+        seed=rows.seed,
+        first_index=rows.first_index,
+        negative=rows.negative,
+        trajectory=True,
+        estimates=True,
+        decode=False,  # only the states that are shown are decoded, below
+    )
+    assert samples.trajectory is not None and samples.estimates is not None
+    steps = evenly_spaced(len(samples.estimates), n_times)
+    # Rows alternate: the state, its x0 prediction, the next state, …
+    states = np.stack([samples.trajectory[steps], samples.estimates[steps]], axis=1)
+    times = plan.sampler.state_times()[steps]
+    x = decode_images(trained, states.reshape(-1, *states.shape[2:]))
     return grids.comparison_grid(
         grids.shrink_images(grids.to_uint8(x), side),
         rows=[name for t in times for name in (f"x at t = {t:.2f}", "x0 prediction")],
-        columns=subjects.captions or (),
+        columns=request.captions or (),
     )
 
 
 def decode_images(
-    drawable: TrainedModel, x: Float[np.ndarray, "*n h w c"]
+    trained: TrainedModel, x: Float[np.ndarray, "*n h w c"]
 ) -> Float[np.ndarray, "*n H W C"]:
-    """What a model draws as pictures in −1 … 1."""
-    return drawable.codec.decode(x) if drawable.codec else x
+    """Decode a model's output to images in −1 … 1; the identity for a model of pixels."""
+    return trained.codec.decode(x) if trained.codec else x
 
 
-def evenly_spaced(n: int, most: int) -> Int[np.ndarray, "m"]:
-    """Up to `most` of the places 0 … n − 1, evenly, the first and the last among them."""
-    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
+def evenly_spaced(n: int, max_n: int) -> Int[np.ndarray, "m"]:
+    """Choose up to `max_n` of the indices 0 … n − 1, the first and the last among them."""
+    return np.unique(np.linspace(0, n - 1, min(n, max_n)).round().astype(int))
 
 
-# --- from real pictures ---------------------------------------------------------------------------
+# --- from real images -----------------------------------------------------------------------------
 
 
 class RealImages(NamedTuple):
-    """Pictures of a dataset as a model sees them, and what it is told of each."""
+    """Images of a dataset as a model sees them, with their labels.
+
+    Args:
+        data: pixels in −1 … 1, or scaled latents.
+        names: of their classes, or their captions; empty if there are none.
+    """
 
     data: Float[np.ndarray, "b h w c"]
     labels: Int[np.ndarray, "b"] | EncodedCaption
     names: Sequence[str]
 
 
-def load_real_images(drawable: TrainedModel, ids: Sequence[int], n: int) -> RealImages:
-    """Pictures of the evaluation split: of these classes, or from all over it. Latents are the
-    means of what the VAE makes of a picture.
-
-    Raises:
-        UserError: the dataset is not at hand, or does not have so many.
-    """
-    split, model = open_eval_split(drawable), drawable.model
-    rows = choose_rows(split, ids, n)
-    x = np.asarray(split.images(rows), np.float32)
-    if encoding := drawable.encoding:
-        factors = (encoding.scaling_factor, encoding.shift_factor)
-        x = autoencoder.scale(
-            x[..., : encoding.shape[-1]], scaling_factor=factors[0], shift_factor=factors[1]
-        )
-    else:
-        x = x / 127.5 - 1
-    if model.text_width:
-        captions = [split.captions[row][0] for row in rows]
-        return RealImages(x, drawable.encode(captions), captions)
-    if not model.n_classes:
-        return RealImages(x, np.zeros(n, np.int32), ())
-    labels = split.labels[rows]
-    return RealImages(x, labels, inference_labels.label_texts(labels, drawable.label_names) or ())
-
-
-def open_eval_split(drawable: TrainedModel) -> Split:
-    """The run's own."""
-    s = drawable.settings
-    if not s.get("dataset_name"):
-        raise UserError(
-            f"--denoise needs real pictures, and no dataset of {drawable.name} is known"
-        )
-    latents = s.get("latents")
-    try:
-        return open_dataset(
-            s["dataset_name"],
-            templates=tuple(s.get("caption") or ()),
-            streaming=bool(s.get("streaming")),
-            latents_dir=Path(latents) if latents else None,
-            **{name: s.get(name) for name in DATASET_FLAGS},
-        ).eval
-    except UserError as error:
-        raise UserError(f"--denoise needs the run's real pictures: {error}") from None
-
-
-def choose_rows(split: Split, ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:
-    """Rows of a split: the first of each class, as many of each, or evenly from all over it."""
-    rows = np.linspace(0, len(split) - 1, min(n, len(split))).astype(int)
-    if ids := list(dict.fromkeys(ids)):
-        share = spread_evenly(ids, n)
-        found = [np.flatnonzero(split.labels == i)[: (share == i).sum()] for i in ids]
-        rows = np.concatenate(found)
-    if len(rows) < n:
-        raise UserError(f"{n} pictures are wanted, and split '{split.name}' has {len(rows)} such")
-    return rows
-
-
 def compare_denoising(
-    drawable: TrainedModel,
+    trained: TrainedModel,
     real: RealImages,
-    how: SamplingPlan,
+    plan: SamplingPlan,
     times: Sequence[float],
     *,
+    seed: int | Sequence[int] = 0,
     side: int | None = None,
-    **more: Any,
+    batch_size: int = 256,
 ) -> Image.Image:
-    """Real pictures in the first row; for each time two more: noised up to there, and what the
-    model draws from that. DDPM begins at the step nearest to the time, which is the one that is
-    named. See `of_scales`.
+    """Real images in the first row, and two rows for each time: noised up to that time, and sampled
+    from there. DDPM starts at the step nearest to the time; the row names that step's time.
+
+    Args:
+        side: shrink larger images to this many pixels a side.
     """
     rows, names = [real.data], ["real"]
     for t in times:
-        start_from = StartFrom(real.data, how.sampler.time_steps(t))
-        more |= {"begin": start_from, "trajectory": True, "codec": None}
-        found = drawable.sample(real.labels, how, **more)
-        assert found.trajectory is not None
-        rows += [found.trajectory[0], found.x]
-        names += [f"noised, t = {how.sampler.nearest_start(t):.3g}", "drawn from it"]
-    x = grids.shrink_images(grids.to_uint8(decode_images(drawable, np.stack(rows))), side)
-    return grids.comparison_grid(x, rows=names, columns=real.names)
+        samples = trained.sample(
+            real.labels,
+            plan,
+            seed=seed,
+            start_from=StartFrom(real.data, plan.sampler.time_steps(t)),
+            batch_size=batch_size,
+            trajectory=True,
+            decode=False,
+        )
+        assert samples.trajectory is not None
+        rows += [samples.trajectory[0], samples.x]
+        names += [f"noised, t = {plan.sampler.nearest_start(t):.3g}", "sampled from it"]
+    images = grids.to_uint8(decode_images(trained, np.stack(rows)))
+    return grids.comparison_grid(grids.shrink_images(images, side), rows=names, columns=real.names)
+
+
+def load_real_images(trained: TrainedModel, class_ids: Sequence[int], n: int) -> RealImages:
+    """Load n images of the run's evaluation split. Latents are the means of the VAE's posterior.
+
+    Args:
+        class_ids: equal shares of these classes; if empty, images from all over the split.
+
+    Raises:
+        UserError: the dataset cannot be opened, or does not have so many.
+    """
+    split = open_eval_split(trained)
+    rows = choose_rows(split, class_ids, n)
+    x = np.asarray(split.decode(rows), np.float32)
+    if encoding := trained.encoding:
+        data = scale_latents(
+            x[..., : encoding.shape[-1]],
+            scaling_factor=encoding.scaling_factor,
+            shift_factor=encoding.shift_factor,
+        )
+    else:
+        data = x / 127.5 - 1
+    if trained.model.text_width:
+        captions = [split.captions[row][0] for row in rows]
+        return RealImages(data, trained.encode_captions(captions), captions)
+    if not trained.model.n_classes:
+        return RealImages(data, np.zeros(n, np.int32), ())
+    labels = split.labels[rows]
+    return RealImages(data, labels, label_texts(labels, trained.label_names) or ())
+
+
+def open_eval_split(trained: TrainedModel) -> Split:
+    """Open the evaluation split of the dataset that a model was trained on.
+
+    Raises:
+        UserError: the dataset is not known, or cannot be opened.
+    """
+    settings = trained.settings
+    if not settings.get("dataset_name"):
+        raise UserError(
+            f"--denoise needs real images, and the dataset of {trained.name} is not known"
+        )
+    latents = settings.get("latents")
+    try:
+        source = open_dataset(
+            settings["dataset_name"],
+            data_dir=settings.get("data_dir"),
+            image_column=settings.get("image_column"),
+            label_column=settings.get("label_column"),
+            conditioning=settings.get("conditioning"),
+            caption_column=settings.get("caption_column"),
+            templates=tuple(settings.get("caption") or ()),
+            image_size=settings.get("image_size"),
+            channels=settings.get("channels"),
+            streaming=bool(settings.get("streaming")),
+            latents_dir=Path(latents) if latents else None,
+        )
+    except UserError as error:
+        raise UserError(f"--denoise needs the run's real images: {error}") from None
+    return source.eval
+
+
+def choose_rows(split: Split, class_ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:
+    """Choose n rows of a split: the first of each class in equal shares, or evenly from all over it
+    if no class is given.
+
+    Raises:
+        UserError: the split does not have so many.
+    """
+    rows = np.linspace(0, len(split) - 1, min(n, len(split))).astype(int)
+    if distinct_ids := list(dict.fromkeys(class_ids)):
+        shares = spread_evenly(distinct_ids, n)
+        rows = np.concatenate(
+            [np.flatnonzero(split.labels == i)[: (shares == i).sum()] for i in distinct_ids]
+        )
+    if len(rows) < n:
+        raise UserError(f"{n} images are needed, and split '{split.name}' has {len(rows)} such")
+    return rows

@@ -1,4 +1,8 @@
-"""inference.latent_writer."""
+"""Write a dataset's images as latents: Parquet files, `latents.json` and a dataset card.
+
+Files that are complete are kept when a conversion is resumed, and the result is the same, byte for
+byte. The format and its reader are in `data/latents.py`; the VAE is in `codec.py`.
+"""
 
 import dataclasses
 import hashlib
@@ -6,7 +10,6 @@ import json
 import os
 import re
 import sys
-from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -22,32 +25,32 @@ from data.latents import LatentDataset, MomentSums
 from data.rows import DecodedRows, Source, Split
 from datasets_config import LatentEncoding
 from inference.codec import Codec
-from runtime import files as runtime_files
 from runtime import parallel, workers
 from runtime.errors import RunError, UserError
+from runtime.files import atomic_file
 
-ROWS_PER_GROUP = 512  # rows of a row group, which a streamed training reads at a time
+ROWS_PER_GROUP = 512  # of a Parquet row group, which streaming reads at a time
 IN_FLIGHT = 2  # batches on the devices whose results are not read yet
 
 
-# --- a file ---------------------------------------------------------------------------------------
+# --- one file -------------------------------------------------------------------------------------
 
 
 class LatentFile(NamedTuple):
-    """A file, and the rows of the split that it is made from: first … last − 1."""
+    """A file to write, and the rows `start` … `stop` − 1 of the split that go into it."""
 
-    file: Path
-    first: int
-    last: int
+    path: Path
+    start: int
+    stop: int
 
-    def chunks(self, batch_size: int) -> list[Int64[np.ndarray, "b"]]:
-        """The rows in batches. No batch lies in two files, so that each file can be made alone."""
-        starts = range(self.first, self.last, batch_size)
-        return [np.arange(start, min(start + batch_size, self.last)) for start in starts]
+    def batches(self, batch_size: int) -> list[Int64[np.ndarray, "b"]]:
+        """The rows in batches. No batch spans two files, so that each file can be made alone."""
+        starts = range(self.start, self.stop, batch_size)
+        return [np.arange(start, min(start + batch_size, self.stop)) for start in starts]
 
 
 class EncodedBatch(NamedTuple):
-    """What became of a batch."""
+    """Moments of the rows of a batch that could be decoded, and the problems of the others."""
 
     rows: Int64[np.ndarray, "b"]
     moments: Float16[np.ndarray, "b h w k"]
@@ -55,102 +58,118 @@ class EncodedBatch(NamedTuple):
 
 
 def plan_files(folder: Path, split: str, n_rows: int, rows_per_file: int) -> list[LatentFile]:
-    """The files of a split, each from as many rows, in their order."""
+    """Divide a split into files of equally many rows, but for the last."""
     starts = range(0, n_rows, rows_per_file)
-    files = latents.latent_files(folder, split, len(starts))
-    return [LatentFile(file, i, min(i + rows_per_file, n_rows)) for file, i in zip(files, starts)]
+    paths = latents.latent_files(folder, split, len(starts))
+    return [
+        LatentFile(path, start, min(start + rows_per_file, n_rows))
+        for path, start in zip(paths, starts)
+    ]
 
 
-def is_written(part: LatentFile, encoding: LatentEncoding) -> bool:
-    """Whether the file is there, whole and of this encoding.
+def is_written(file: LatentFile, encoding: LatentEncoding) -> bool:
+    """Return whether the file exists.
 
     Raises:
-        UserError: it is something else.
+        UserError: it holds other rows or another encoding.
     """
-    if not part.file.exists():
+    if not file.path.exists():
         return False
-    record = latents.read_file_record(part.file)
-    wanted = dataclasses.asdict(encoding) | {"rows": [part.first, part.last]}
+    record = latents.read_file_record(file.path)
+    wanted = dataclasses.asdict(encoding) | {"rows": [file.start, file.stop]}
     found = dataclasses.asdict(record["encoding"]) | {"rows": record["rows"]}
     for name, value in wanted.items():
         if found[name] != value:
             raise UserError(
-                f"'{part.file.parents[1]}' was begun with {name} {found[name]}, not {value}; go on "
-                "as it was begun, or name another --out"
+                f"'{file.path.parents[1]}' was begun with {name} {found[name]}, not {value}; "
+                "resume with the same flags, or name another --out"
             )
     return True
 
 
-def write_latent_file(part: LatentFile, pieces: Sequence[EncodedBatch], split: Split, encoding: LatentEncoding) -> None:
-    """The file, which takes its name when it is whole. Nothing in it depends on when it is made."""
+def write_latent_file(
+    file: LatentFile, batches: Sequence[EncodedBatch], split: Split, encoding: LatentEncoding
+) -> None:
+    """Write a file of latents. Its bytes do not depend on when it is made."""
     import pyarrow
     import pyarrow.parquet
     from datasets import ClassLabel, Features, List, Value
 
-    rows = np.concatenate([piece.rows for piece in pieces])
-    moments = np.concatenate([piece.moments for piece in pieces])
+    rows = np.concatenate([batch.rows for batch in batches])
+    moments = np.concatenate([batch.moments for batch in batches])
     channels = encoding.shape[-1]
-    kinds: dict[str, Any] = {latents.MOMENTS_COLUMN: Value("binary")}
+    features: dict[str, Any] = {latents.MOMENTS_COLUMN: Value("binary")}
     columns: dict[str, Any] = {latents.MOMENTS_COLUMN: latents.pack_moments(moments)}
     if split.config.n_classes:
-        kinds[latents.LABEL_COLUMN] = ClassLabel(names=list(split.config.label_names))
+        features[latents.LABEL_COLUMN] = ClassLabel(names=list(split.config.label_names))
         columns[latents.LABEL_COLUMN] = split.labels[rows].astype(np.int64)
     if encoding.captions:
-        kinds[latents.CAPTION_COLUMN] = List(Value("string"))
+        features[latents.CAPTION_COLUMN] = List(Value("string"))
         columns[latents.CAPTION_COLUMN] = [list(split.captions[row]) for row in rows]
     record = {
         "encoding": dataclasses.asdict(encoding),
-        "rows": [part.first, part.last],
-        "skipped": sorted(row for piece in pieces for row in piece.problems),
-        "sums": latents.add_moment_sums(MomentSums.over(piece.moments, channels) for piece in pieces).record(),
+        "rows": [file.start, file.stop],
+        "skipped": sorted(row for batch in batches for row in batch.problems),
+        "sums": latents.add_moment_sums(
+            MomentSums.of_moments(batch.moments, channels) for batch in batches
+        ).to_record(),
     }
-    schema = Features(kinds).arrow_schema
-    schema = schema.with_metadata((schema.metadata or {}) | {latents.METADATA_KEY: json.dumps(record)})
-    with runtime_files.atomic_file(part.file) as file:
-        content = pyarrow.table(columns, schema=schema)
-        pyarrow.parquet.write_table(content, file, row_group_size=ROWS_PER_GROUP)
+    schema = Features(features).arrow_schema
+    schema = schema.with_metadata(
+        (schema.metadata or {}) | {latents.METADATA_KEY: json.dumps(record)}
+    )
+    with atomic_file(file.path) as output:
+        table = pyarrow.table(columns, schema=schema)
+        pyarrow.parquet.write_table(table, output, row_group_size=ROWS_PER_GROUP)
 
 
-# --- all of them ----------------------------------------------------------------------------------
+# --- all files ------------------------------------------------------------------------------------
 
 
 def encode_split(
     split: Split,
-    chunks: Sequence[Int64[np.ndarray, "b"]],
+    batches: Sequence[Int64[np.ndarray, "b"]],
     codec: Codec,
     *,
     mirrored: bool,
     batch_size: int,
     n_workers: int,
 ) -> Generator[EncodedBatch]:
-    """The chunks in their order. Pictures are decoded ahead of the devices, and what these make is
-    waited for as late as can be.
-    """
-    decode = dataclasses.replace(split, labels=split.labels[:0], captions=[]).readable
-    callers = [workers.Worker(decode) for _ in range(n_workers)] or [decode] * (os.cpu_count() or 1)
-    steps = (np.array_split(rows, len(callers)) for rows in chunks)
-    flying: deque[tuple[DecodedRows, list[jax.Array]]] = deque()
+    """Encode batches of rows, in their order.
 
-    def land() -> EncodedBatch:
-        (rows, _, problems), views = flying.popleft()
+    Images are decoded ahead of the devices, whose results are read while they work on later ones.
+
+    Args:
+        batches: rows of the split, at most `batch_size` of them each.
+        mirrored: encode the mirrored images too, in further channels.
+        n_workers: processes that decode; 0 for threads.
+
+    Raises:
+        RunError: a worker process dies over the same images again and again.
+    """
+    decode = split.images_only().decode_readable
+    callers = [workers.Worker(decode) for _ in range(n_workers)] or [decode] * (os.cpu_count() or 1)
+    steps = (np.array_split(rows, len(callers)) for rows in batches)
+
+    def dispatch(parts: list[DecodedRows]) -> tuple[DecodedRows, list[jax.Array]]:
+        batch = join_parts(parts)
+        padded = np.zeros((batch_size, *batch.images.shape[1:]), np.uint8)
+        padded[: len(batch.images)] = batch.images
+        views = [padded, padded[:, :, ::-1]] if mirrored else [padded]
+        return batch, [codec.encode(view) for view in views]
+
+    def read(dispatched: tuple[DecodedRows, list[jax.Array]]) -> EncodedBatch:
+        (rows, _, problems), views = dispatched
         moments = [parallel.fetch_to_host(view)[: len(rows)] for view in views]
         return EncodedBatch(rows, np.concatenate(moments, axis=-1), problems)
 
     with closing(workers.run_ahead(callers, steps)) as answers:
-        for answer in name_undecodable_rows(answers):
-            batch = join_parts(answer)
-            padded = np.zeros((batch_size, *batch.images.shape[1:]), np.uint8)
-            padded[: len(batch.images)] = batch.images
-            views = [padded, padded[:, :, ::-1]] if mirrored else [padded]
-            flying.append((batch, [codec.encode(view) for view in views]))
-            if len(flying) > IN_FLIGHT:
-                yield land()
-    while flying:
-        yield land()
+        dispatched = map(dispatch, name_undecodable_rows(answers))
+        yield from parallel.keep_in_flight(dispatched, n=IN_FLIGHT, read=read)
 
 
 def name_undecodable_rows(answers: Generator[list[DecodedRows]]) -> Generator[list[DecodedRows]]:
-    """The same, where pictures that kill their readers end it in one line."""
+    """Pass results on. Images that kill the workers end the run with a message that names them."""
     try:
         yield from answers
     except workers.WorkerDied as died:
@@ -158,10 +177,10 @@ def name_undecodable_rows(answers: Generator[list[DecodedRows]]) -> Generator[li
 
 
 def join_parts(parts: Sequence[DecodedRows]) -> DecodedRows:
-    """What several readers made of a batch."""
-    rows, pictures, problems = zip(*parts)
-    every = {row: why for several in problems for row, why in several.items()}
-    return DecodedRows(np.concatenate(rows), np.concatenate(pictures), every)
+    """Join the parts of a batch that several workers decoded."""
+    rows, images, problems = zip(*parts)
+    all_problems = {row: problem for part in problems for row, problem in part.items()}
+    return DecodedRows(np.concatenate(rows), np.concatenate(images), all_problems)
 
 
 def convert_dataset(
@@ -174,39 +193,53 @@ def convert_dataset(
     batch_size: int | None = None,
     n_workers: int | None = None,
 ) -> LatentDataset:
-    """Make what is missing of the folder, and then say that it is whole.
+    """Write the files that a folder lacks, and when all are there, its `latents.json` and card.
+
+    Args:
+        batch_size: images at a time, on all devices together; by default 64 a device, 16 on a CPU.
+        n_workers: processes that decode; 0 for threads; by default half of the CPUs.
 
     Raises:
-        UserError: the folder was begun otherwise, or no picture can be read.
-        RunError: a worker process dies over the same pictures again and again.
+        UserError: the folder was begun with other settings, or no image can be read.
+        RunError: a worker process dies over the same images again and again.
     """
-    splits = source.whole()
+    splits = source.full_splits()
     if n_workers is None:
         n_workers = max(1, (os.cpu_count() or 1) // 2)
     size = batch_size or (16 if jax.default_backend() == "cpu" else 64) * jax.device_count()
-    how = {"mirrored": encoding.mirrored, "batch_size": size, "n_workers": n_workers}
-    parts = {name: plan_files(folder, name, len(s), rows_per_file) for name, s in splits.items()}
-    check_same_files(folder, parts)
-    missing = {name: [p for p in parts[name] if not is_written(p, encoding)] for name in parts}
-    n_left = sum(p.last - p.first for several in missing.values() for p in several)
+    files = {
+        name: plan_files(folder, name, len(split), rows_per_file) for name, split in splits.items()
+    }
+    check_same_files(folder, files)
+    missing = {
+        name: [file for file in files[name] if not is_written(file, encoding)] for name in files
+    }
+    n_missing = sum(file.stop - file.start for name in missing for file in missing[name])
     n_rows = sum(map(len, splits.values()))
-    with tqdm(total=n_rows, initial=n_rows - n_left, unit=" images", smoothing=0.05) as bar:
+    with tqdm(total=n_rows, initial=n_rows - n_missing, unit=" images", smoothing=0.05) as bar:
         for name, split in splits.items():
-            chunks = [rows for part in missing[name] for rows in part.chunks(size)]
-            with closing(encode_split(split, chunks, codec, **how)) as stream:
-                for part in missing[name]:
-                    pieces = []
-                    for rows in part.chunks(size):
-                        pieces.append(next(stream))
+            encoded_batches = encode_split(
+                split,
+                [rows for file in missing[name] for rows in file.batches(size)],
+                codec,
+                mirrored=encoding.mirrored,
+                batch_size=size,
+                n_workers=n_workers,
+            )
+            with closing(encoded_batches):
+                for file in missing[name]:
+                    batches = []
+                    for rows in file.batches(size):
+                        batches.append(next(encoded_batches))
                         bar.update(len(rows))
-                        for problem in pieces[-1].problems.values():
+                        for problem in batches[-1].problems.values():
                             bar.write(f"warning: {problem}; it is left out", file=sys.stderr)
-                    write_latent_file(part, pieces, split, encoding)
-    return write_manifest(folder, encoding, parts)
+                    write_latent_file(file, batches, split, encoding)
+    return write_manifest(folder, encoding, files)
 
 
 def source_revision(source: Source, data_dir: Path | None) -> str:
-    """Where the pictures are from: of the hub, with the commit."""
+    """Where the images are from: a path, or a hub id with its commit."""
     if data_dir or source.config.name.startswith("folder:"):
         return str(data_dir or source.config.path)
     data: Any = source.train.data
@@ -218,19 +251,27 @@ def source_revision(source: Source, data_dir: Path | None) -> str:
 def make_encoding(
     source: Source, codec: Codec, *, data_dir: Path | None = None, mirror: bool | None = None
 ) -> LatentEncoding:
-    """How the folder is made."""
-    c, side = source.config, source.config.image_size
+    """Describe how a folder of latents is made.
+
+    Args:
+        mirror: encode the mirrored images too; by default where the dataset allows flips.
+
+    Raises:
+        UserError: the VAE cannot encode images of this size.
+    """
+    c = source.config
+    side = c.image_size
     if side % codec.config.downsampling:
         raise UserError(
             f"--image_size {side}: must be a multiple of {codec.config.downsampling}, which the "
             "VAE divides it by"
         )
-    small = side // codec.config.downsampling
+    latent_side = side // codec.config.downsampling
     return LatentEncoding(
         dataset_name=c.name,
         source=source_revision(source, data_dir),
         image_size=side,
-        shape=(small, small, codec.config.latent_channels),
+        shape=(latent_side, latent_side, codec.config.latent_channels),
         vae=codec.id,
         vae_hash=codec.hash,
         scaling_factor=codec.scaling_factor,
@@ -241,52 +282,57 @@ def make_encoding(
     )
 
 
-def check_same_files(folder: Path, parts: dict[str, list[LatentFile]]) -> None:
-    """Raises UserError if the folder has files that are not of this plan."""
-    planned = {part.file for several in parts.values() for part in several}
+def check_same_files(folder: Path, files: dict[str, list[LatentFile]]) -> None:
+    """Raises UserError if the folder has Parquet files that are not of this plan."""
+    planned = {file.path for name in files for file in files[name]}
     others = sorted(set((folder / "data").glob("*.parquet")) - planned)
     if others:
         raise UserError(
-            f"'{folder}' has {others[0].name}, which is not of this conversion; go on as it was "
-            "begun (with the same --rows_per_file), or name another --out"
+            f"'{folder}' has {others[0].name}, which is not of this conversion; resume it as it "
+            "was begun (with the same --rows_per_file), or name another --out"
         )
 
 
-def write_manifest(folder: Path, encoding: LatentEncoding, parts: dict[str, list[LatentFile]]) -> LatentDataset:
-    """Write what is true of all files together: `latents.json` and the card."""
+def write_manifest(
+    folder: Path, encoding: LatentEncoding, files: dict[str, list[LatentFile]]
+) -> LatentDataset:
+    """Write what holds for all files together: `latents.json` and the dataset card.
+
+    Raises:
+        UserError: no training image could be read.
+    """
     records = {
-        name: [latents.read_file_record(p.file) for p in several] for name, several in parts.items()
+        name: [latents.read_file_record(file.path) for file in files[name]] for name in files
     }
     sums = latents.add_moment_sums(record["sums"] for record in records["train"])
     if not sums.n:
-        raise UserError(f"no picture of {encoding.dataset_name} can be read")
-    done = LatentDataset(
+        raise UserError(f"no image of {encoding.dataset_name} can be read")
+    dataset = LatentDataset(
         encoding=encoding,
         channel_mean=tuple(sums.mean.tolist()),
         channel_std=tuple(sums.std.tolist()),
-        n_rows={name: sum(r["n_rows"] for r in several) for name, several in records.items()},
-        n_files={name: len(several) for name, several in records.items()},
-        skipped={
-            name: [row for r in several for row in r["skipped"]]
-            for name, several in records.items()
-        },
+        n_rows={name: sum(r["n_rows"] for r in records[name]) for name in records},
+        n_files={name: len(records[name]) for name in records},
+        skipped={name: [row for r in records[name] for row in r["skipped"]] for name in records},
     )
-    with runtime_files.atomic_file(folder / "README.md") as file:
-        file.write(dataset_card(done).encode())
-    with runtime_files.atomic_file(folder / latents.INFO_FILE) as file:
-        file.write(latents.to_json(done))
-    return done
+    with atomic_file(folder / "README.md") as output:
+        output.write(dataset_card(dataset).encode())
+    with atomic_file(folder / latents.INFO_FILE) as output:
+        output.write(latents.to_json(dataset))
+    return dataset
 
 
-def dataset_card(done: LatentDataset) -> str:
-    """What the folder's page on the hub says."""
-    e = done.encoding
-    files = "\n".join(f"  - split: {name}\n    path: data/{name}-*.parquet" for name in done.n_rows)
-    height, width, n = e.moments_shape
-    views = ", then both of the mirrored picture" if e.mirrored else ""
-    # `load_dataset` takes two folders of one name for the same, unless their cards differ; and as
-    # many rows at a time as are in a file's first group, which may be none.
-    digest = hashlib.sha256(latents.to_json(done)).hexdigest()
+def dataset_card(dataset: LatentDataset) -> str:
+    """Write the text of the folder's page on the hub."""
+    encoding = dataset.encoding
+    files = "\n".join(
+        f"  - split: {name}\n    path: data/{name}-*.parquet" for name in dataset.n_rows
+    )
+    height, width, n = encoding.moments_shape
+    views = ", then both of the mirrored image" if encoding.mirrored else ""
+    # `load_dataset` takes two folders of one name for the same unless their cards differ, hence the
+    # digest. By default it reads as many rows at a time as a file's first group has: maybe none.
+    digest = hashlib.sha256(latents.to_json(dataset)).hexdigest()
     return f"""---
 configs:
 - config_name: default
@@ -296,15 +342,15 @@ configs:
 {files}
 ---
 
-# Latents of {e.dataset_name} at {e.image_size}×{e.image_size}
+# Latents of {encoding.dataset_name} at {encoding.image_size}×{encoding.image_size}
 
-{done.counts}, made by `convert_imagenet.py` from `{e.source}` with the VAE `{e.vae}`
-(SHA-256 of its weights: {e.vae_hash}).
+{dataset.row_summary}, made by `convert_imagenet.py` from `{encoding.source}`
+with the VAE `{encoding.vae}` (SHA-256 of its weights: {encoding.vae_hash}).
 
     np.frombuffer(row["{latents.MOMENTS_COLUMN}"], "<f2").reshape({height}, {width}, {n})
 
-are the means and log-variances of {e.shape[-1]} channels each{views}. A diffusion model is
-given (z − {e.shift_factor}) · {e.scaling_factor}, where z is drawn from them.
+are the means and log-variances of {encoding.shape[-1]} channels each{views}. A diffusion model is
+given (z − {encoding.shift_factor}) · {encoding.scaling_factor}, where z is sampled from them.
 
-The licence is that of the pictures.
+The licence is that of the images.
 """

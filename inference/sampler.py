@@ -171,7 +171,7 @@ def sample_batch(
             cfg_scale,
             interval=sampler.interval,
             channels=sampler.guided_channels or (config.channels if has_variance else None),
-            together=jax.default_backend() != "cpu",
+            one_call=jax.default_backend() != "cpu",
         )
     else:
         predict_guided = partial(predict, label=label)

@@ -208,7 +208,7 @@ class TrainedModel:
     def encoding(self) -> LatentEncoding | None:
         """How images became latents, for a latent diffusion model."""
         record = self.settings["dataset"].get("encoding")
-        return LatentEncoding.of(record) if record else None
+        return LatentEncoding.from_record(record) if record else None
 
     @cached_property
     def codec(self) -> Codec | None:

@@ -1,8 +1,12 @@
-"""Diffusion in discrete steps (Ho et al. 2020): the schedule of noise, and a step in closed form.
+"""Denoising diffusion in discrete steps (Ho et al. 2020).
 
-A picture at a step is √ᾱ·data + √(1 − ᾱ)·noise; step 0 is almost the data, the last almost noise. A
-`Chain` holds what is to be known of its steps. The formulas here take it at one step, or at a step
-for each picture. They know nothing of models, losses or random numbers.
+Read in this order: the noise schedule, one step in closed form, what a model predicts, the
+variational bound, the solvers, the loss. At a step x = √ᾱ·data + √(1 − ᾱ)·noise: step 0 is almost
+data, the last step almost noise. Steps map to the model's t by `model_time`, so here too t = 1 is
+noise.
+
+The inputs of the loss are those of `methods/rectified_flow.py`. Nothing here knows of networks or
+of guidance: a solver sees only `denoise(x, schedule)`.
 """
 
 import math
@@ -14,33 +18,41 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from methods.rectified_flow import Objective, ToModelInput, loss_by_time, sample_loss_inputs, pixels_to_input
+from methods.rectified_flow import (
+    Objective,
+    ToModelInput,
+    loss_by_time,
+    pixels_to_input,
+    sample_loss_inputs,
+)
 from sampling import FreshNoise, Solution, scan_steps
 
 N_STEPS = 1000
-BETAS = 1e-4, 2e-2  # of the first step and the last, between them linear (Ho et al. 2020, §4)
-BYTE_STEP = 2 / 255  # between two of a byte's values in −1 … 1
-Table = Any  # NumPy's array over steps, or JAX's of some of them
+BETAS = 1e-4, 2e-2  # of the first step and the last, linear in between (Ho et al. 2020, §4)
+BYTE_STEP = 2 / 255  # distance of neighbouring byte values in −1 … 1
+BOUND_WEIGHT = 1e-3  # λ, of the sum of the variational bound over all steps
+Table = Any  # an array over steps (NumPy), or one value for each image of a batch (JAX)
 
 
 # --- the schedule ---------------------------------------------------------------------------------
 
 
 class NoiseSchedule(NamedTuple):
-    """Steps in order from data to noise, each field an array over them; or what that is at some.
+    """The constants of diffusion steps in order from data to noise, each an array over the steps;
+    after `gather_steps`, those of one step for each image of a batch.
 
-    "Before" is the step before in the chain, nearer to the data; before the first are the data.
+    `_prev` is the step before, nearer to the data; before step 0 is the data itself.
     """
 
-    step: Table  # 0 … N_STEPS − 1: what a model is told
+    step: Table  # 0 … N_STEPS − 1; see `model_time`
     signal: Table  # √ᾱ
     noise: Table  # √(1 − ᾱ)
-    signal_before: Table
-    noise_before: Table  # 0 before the first
-    of_data: Table  # the data's weight in the posterior's mean
-    of_x: Table  # x's
-    most: Table  # log β: the variance of a step if data are pure noise
-    least: Table  # log β̃: if all data are one picture
+    signal_prev: Table
+    noise_prev: Table  # 0 at the first step
+    coef_x0: Table  # weight of the data in the posterior's mean
+    coef_xt: Table  # weight of x in the posterior's mean
+    log_var_max: Table  # log β: variance of a step if the data are pure noise
+    log_var_min: Table  # log β̃: variance of a step if all data are one image
 
 
 def noise_schedule(n_steps: int = N_STEPS) -> NoiseSchedule:
@@ -52,144 +64,160 @@ def noise_schedule(n_steps: int = N_STEPS) -> NoiseSchedule:
     first = 0 if n_steps > 1 else N_STEPS - 1
     step = np.round(np.linspace(first, N_STEPS - 1, n_steps)).astype(np.int32)
     alpha_bar = np.cumprod(1 - np.linspace(*BETAS, N_STEPS))[step]
-    before = np.concatenate([[1.0], alpha_bar[:-1]])
-    beta = 1 - alpha_bar / before
-    variance = beta * (1 - before) / (1 - alpha_bar)
-    # 0 at the first step, and of 0 there is no logarithm: the second's in its place, as in N & D.
+    alpha_bar_prev = np.concatenate([[1.0], alpha_bar[:-1]])
+    beta = 1 - alpha_bar / alpha_bar_prev
+    variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
+    # It is 0 at the first step and has no logarithm there: take the second's, as Nichol & Dhariwal.
     variance[0] = variance[1] if n_steps > 1 else beta[0]
     return NoiseSchedule(
         step=step,
         signal=np.sqrt(alpha_bar),
         noise=np.sqrt(1 - alpha_bar),
-        signal_before=np.sqrt(before),
-        noise_before=np.sqrt(1 - before),
-        of_data=np.sqrt(before) * beta / (1 - alpha_bar),
-        of_x=np.sqrt(alpha_bar / before) * (1 - before) / (1 - alpha_bar),
-        most=np.log(beta),
-        least=np.log(variance),
+        signal_prev=np.sqrt(alpha_bar_prev),
+        noise_prev=np.sqrt(1 - alpha_bar_prev),
+        coef_x0=np.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar),
+        coef_xt=np.sqrt(alpha_bar / alpha_bar_prev) * (1 - alpha_bar_prev) / (1 - alpha_bar),
+        log_var_max=np.log(beta),
+        log_var_min=np.log(variance),
     )
 
 
-def truncate_schedule(chain: NoiseSchedule, t: float) -> NoiseSchedule:
-    """The chain from the data to that of its steps which is nearest to a model's t."""
-    n = np.abs(chain.step / N_STEPS - t).argmin() + 1
-    return NoiseSchedule(*(table[:n] for table in chain))
+def truncate_schedule(schedule: NoiseSchedule, t: float) -> NoiseSchedule:
+    """The steps from the data up to the one that is nearest to a model's time t."""
+    n = np.abs(schedule.step / N_STEPS - t).argmin() + 1
+    return NoiseSchedule(*(table[:n] for table in schedule))
 
 
-def gather_steps(chain: NoiseSchedule, k: Int[Array, "b"], n_axes: int) -> NoiseSchedule:
-    """The chain at a k-th step for each picture, for arrays with so many axes."""
+def gather_steps(schedule: NoiseSchedule, k: Int[Array, "b"], n_axes: int) -> NoiseSchedule:
+    """The constants of a k-th step for each image, shaped to broadcast against arrays of `n_axes`
+    axes.
+    """
     shape = (-1, *[1] * (n_axes - 1))
-    return jax.tree.map(lambda table: jnp.asarray(table)[k].reshape(shape), chain)
+    return jax.tree.map(lambda table: jnp.asarray(table)[k].reshape(shape), schedule)
 
 
 def model_time(step: Int[Array, "*b"]) -> Float[Array, "*b"]:
-    """A step as a model's t, in 0 … 1: times a `time_scale` of 1000 it is the step again."""
+    """Step index → model time in [0, 1]: times a `time_scale` of 1000 it is the step again."""
     return step / N_STEPS
 
 
 # --- one step -------------------------------------------------------------------------------------
 
 
-def diffuse(data: Float[Array, "*s"], noise: Float[Array, "*s"], at: NoiseSchedule) -> Float[Array, "*s"]:
+def diffuse(
+    data: Float[Array, "*s"], noise: Float[Array, "*s"], schedule: NoiseSchedule
+) -> Float[Array, "*s"]:
     """x = √ᾱ·data + √(1 − ᾱ)·noise (Ho et al. 2020, eq. 4)."""
-    return at.signal * data + at.noise * noise
+    return schedule.signal * data + schedule.noise * noise
 
 
 def posterior_mean(
-    data: Float[Array, "*s"], x: Float[Array, "*s"], at: NoiseSchedule
+    data: Float[Array, "*s"], x: Float[Array, "*s"], schedule: NoiseSchedule
 ) -> Float[Array, "*s"]:
-    """The mean of the step before, where data and x are known (Ho et al. 2020, eq. 7)."""
-    return at.of_data * data + at.of_x * x
+    """The mean of x at the step before, given the data and x (Ho et al. 2020, eq. 7)."""
+    return schedule.coef_x0 * data + schedule.coef_xt * x
 
 
-def step_noise_std(log_variance: Float[Array, "*s"], at: NoiseSchedule) -> Float[Array, "*s"]:
-    """The standard deviation of the noise that a step adds, which at the first step is none."""
-    return jnp.where(at.noise_before > 0, jnp.exp(log_variance / 2), 0.0)
+def step_noise_std(log_variance: Float[Array, "*s"], schedule: NoiseSchedule) -> Float[Array, "*s"]:
+    """The standard deviation of the noise that a reverse step adds; 0 at the first step."""
+    return jnp.where(schedule.noise_prev > 0, jnp.exp(log_variance / 2), 0.0)
+
+
+# --- what a model predicts ------------------------------------------------------------------------
 
 
 class Prediction(NamedTuple):
-    """What a model is trained to say, what that makes the data, and a squared error's weight that
-    makes it one of the data (Hang et al. 2023, §3.3), as a function of SNR = ᾱ / (1 − ᾱ).
+    """A target to train a model on, and how to turn its output into the clean image.
+
+    `x0_weight` is a function of SNR = ᾱ / (1 − ᾱ): the weight of the output's squared error that
+    makes it the squared error of x0 (Hang et al. 2023, §3.3).
     """
 
-    target: Callable[[Array, Array, NoiseSchedule], Array]  # of (data, noise)
-    data: Callable[[Array, Array, NoiseSchedule], Array]  # of (what the model says, x)
-    weight: Callable[[Array], Array]
+    target: Callable[[Array, Array, NoiseSchedule], Array]  # (data, noise, schedule) →
+    to_x0: Callable[[Array, Array, NoiseSchedule], Array]  # (output, x, schedule) →
+    x0_weight: Callable[[Array], Array]
 
 
 PREDICTIONS = {
     "epsilon": Prediction(  # Ho et al. 2020, §3.2
-        target=lambda data, noise, at: noise,
-        data=lambda said, x, at: (x - at.noise * said) / at.signal,
-        weight=lambda snr: 1 / snr,
+        target=lambda data, noise, schedule: noise,
+        to_x0=lambda output, x, schedule: (x - schedule.noise * output) / schedule.signal,
+        x0_weight=lambda snr: 1 / snr,
     ),
     "x0": Prediction(
-        target=lambda data, noise, at: data,
-        data=lambda said, x, at: said,
-        weight=lambda snr: jnp.ones_like(snr),
+        target=lambda data, noise, schedule: data,
+        to_x0=lambda output, x, schedule: output,
+        x0_weight=lambda snr: jnp.ones_like(snr),
     ),
     "v": Prediction(  # Salimans & Ho 2022, appendix D
-        target=lambda data, noise, at: at.signal * noise - at.noise * data,
-        data=lambda said, x, at: at.signal * x - at.noise * said,
-        weight=lambda snr: 1 / (snr + 1),
+        target=lambda data, noise, schedule: schedule.signal * noise - schedule.noise * data,
+        to_x0=lambda output, x, schedule: schedule.signal * x - schedule.noise * output,
+        x0_weight=lambda snr: 1 / (snr + 1),
     ),
 }
 
 
-def min_snr_weight(prediction: str, gamma: float, at: NoiseSchedule) -> Float[Array, "*s"]:
-    """The weight of a squared error that counts as one of the data with weight min(SNR, γ) (Hang et
-    al. 2023, eq. 10).
+def min_snr_weight(prediction: str, gamma: float, schedule: NoiseSchedule) -> Float[Array, "*s"]:
+    """The weight of the output's squared error for which x0's has weight min(SNR, γ) (Hang et al.
+    2023, eq. 10).
     """
-    snr = jnp.square(at.signal / at.noise)
-    return jnp.minimum(snr, gamma) * PREDICTIONS[prediction].weight(snr)
+    snr = jnp.square(schedule.signal / schedule.noise)
+    return jnp.minimum(snr, gamma) * PREDICTIONS[prediction].x0_weight(snr)
 
 
 class Estimate(NamedTuple):
-    """Of the data, and of the log-variance of the step before."""
+    """Estimates of the clean image and of the log-variance of the step before."""
 
-    data: Float[Array, "*s c"]
+    x0: Float[Array, "*s c"]
     log_variance: Float[Array, "*s c"]
 
 
 def interpret_output(
-    said: Float[Array, "*s o"],
+    output: Float[Array, "*s o"],
     x: Float[Array, "*s c"],
-    at: NoiseSchedule,
+    schedule: NoiseSchedule,
     *,
     prediction: str,
     clip: bool = False,
 ) -> Estimate:
-    """What a model says at x, read.
+    """Turn a model's output at x into x0 and a variance.
 
     Args:
-        said: as many channels as x has, and the variance is β̃; or twice as many, and the second
-            half tells where it lies: −1 is β̃, 1 is β, straight in the logarithm between (Nichol &
-            Dhariwal 2021, eq. 15).
-        clip: the data to −1 … 1, where pictures are.
+        output: with as many channels as x, the variance is β̃. With twice as many, the second half
+            is where it lies: −1 is β̃, 1 is β, linear in the logarithm between (Nichol & Dhariwal
+            2021, eq. 15).
+        prediction: a key of `PREDICTIONS`.
+        clip: clip x0 to −1 … 1, the range of pixels.
     """
     n_channels = x.shape[-1]
-    data = PREDICTIONS[prediction].data(said[..., :n_channels], x, at)
-    data = jnp.clip(data, -1, 1) if clip else data
-    if said.shape[-1] == n_channels:
-        return Estimate(data, jnp.broadcast_to(at.least, x.shape).astype(x.dtype))
-    share = (said[..., n_channels:] + 1) / 2
-    return Estimate(data, share * at.most + (1 - share) * at.least)
+    x0 = PREDICTIONS[prediction].to_x0(output[..., :n_channels], x, schedule)
+    x0 = jnp.clip(x0, -1, 1) if clip else x0
+    if output.shape[-1] == n_channels:
+        return Estimate(x0, jnp.broadcast_to(schedule.log_var_min, x.shape).astype(x.dtype))
+    var_fraction = (output[..., n_channels:] + 1) / 2
+    log_variance = var_fraction * schedule.log_var_max + (1 - var_fraction) * schedule.log_var_min
+    return Estimate(x0, log_variance)
 
 
 # --- the variational bound ------------------------------------------------------------------------
 
 
 def bound_in_bits(
-    guess: Estimate, data: Float[Array, "b h w c"], x: Float[Array, "b h w c"], at: NoiseSchedule
+    estimate: Estimate,
+    data: Float[Array, "b h w c"],
+    x: Float[Array, "b h w c"],
+    schedule: NoiseSchedule,
 ) -> Float[Array, "b"]:
-    """A step's term of the variational bound in bits per dimension: the divergence of the step that
-    a guess makes from the posterior, at the first step the cost of the bytes (Ho et al. 2020, eq. 5
-    and 13).
+    """A step's term of the variational bound in bits per dimension: the divergence of the estimated
+    reverse step from the posterior; at the first step the code length of the bytes (Ho et al. 2020,
+    eq. 5 and 13).
     """
-    mean = posterior_mean(guess.data, x, at)
-    divergence = gaussian_kl(posterior_mean(data, x, at), at.least, mean, guess.log_variance)
-    cost = -log_likelihood(data, mean, guess.log_variance)
-    return jnp.where(at.noise_before > 0, divergence, cost).mean((1, 2, 3)) / math.log(2)
+    mean = posterior_mean(estimate.x0, x, schedule)
+    true_mean = posterior_mean(data, x, schedule)
+    divergence = gaussian_kl(true_mean, schedule.log_var_min, mean, estimate.log_variance)
+    code_length = -log_likelihood(data, mean, estimate.log_variance)
+    nats = jnp.where(schedule.noise_prev > 0, divergence, code_length)
+    return nats.mean((1, 2, 3)) / math.log(2)
 
 
 def gaussian_kl(
@@ -207,8 +235,8 @@ def gaussian_kl(
 def log_likelihood(
     data: Float[Array, "*s"], mean: Float[Array, "*s"], log_variance: Float[Array, "*s"]
 ) -> Float[Array, "*s"]:
-    """Of bytes in −1 … 1 under a Gaussian: the log of its mass within half a level of each. What is
-    beyond the ends belongs to them (Ho et al. 2020, eq. 13).
+    """Log-likelihood of bytes in −1 … 1 under a Gaussian: the log of its mass within half a byte
+    step of each. The tails count to the first and the last byte (Ho et al. 2020, eq. 13).
     """
     per_std = jnp.exp(-log_variance / 2)
 
@@ -224,49 +252,67 @@ def log_likelihood(
     return jnp.log(jnp.maximum(mass, 1e-12))
 
 
-Denoiser = Callable[[Float[Array, "b *s"], NoiseSchedule], Estimate]  # x at a step
+# --- solvers --------------------------------------------------------------------------------------
+
+Denoiser = Callable[[Float[Array, "b *s"], NoiseSchedule], Estimate]  # denoise(x, schedule)
 
 
-# --- down a chain ---------------------------------------------------------------------------------
+def run_reverse_process(
+    step, noise: Float[Array, "b *s"], schedule: NoiseSchedule, trajectory: bool
+) -> Solution:
+    """Apply `step(x, schedule) -> (x, x0)` from the schedule's last step to its first."""
+    steps = jax.tree.map(lambda table: jnp.asarray(table)[::-1], schedule)
+    return scan_steps(step, noise, steps, trajectory)
 
 
-def run_reverse_process(step, noise: Float[Array, "b *s"], chain: NoiseSchedule, trajectory: bool) -> Solution:
-    """Apply `step(x, at) -> (x, estimate of the data)` from the chain's last step to its first."""
-    places = jax.tree.map(lambda table: jnp.asarray(table)[::-1], chain)
-    return scan_steps(step, noise, places, trajectory)
+def ancestral(
+    denoise: Denoiser,
+    noise: Float[Array, "b *s"],
+    schedule: NoiseSchedule,
+    fresh_noise: FreshNoise,
+    *,
+    trajectory: bool = False,
+) -> Solution:
+    """Ancestral sampling: sample the step before from the posterior of the estimated x0 (Ho et al.
+    2020, alg. 2).
+    """
 
+    def step(x, schedule):
+        x0, log_variance = denoise(x, schedule)
+        mean = posterior_mean(x0, x, schedule)
+        return mean + step_noise_std(log_variance, schedule) * fresh_noise(schedule.step), x0
 
-def ancestral(read: Denoiser, noise, chain: NoiseSchedule, renew: FreshNoise, *, trajectory: bool = False):
-    """Draw each step from the posterior of the estimated data (Ho et al. 2020, alg. 2)."""
-
-    def step(x, at):
-        data, log_variance = read(x, at)
-        mean = posterior_mean(data, x, at)
-        return mean + step_noise_std(log_variance, at) * renew(at.step), data
-
-    return run_reverse_process(step, noise, chain, trajectory)
+    return run_reverse_process(step, noise, schedule, trajectory)
 
 
 def ddim(
-    read: Denoiser, noise, chain: NoiseSchedule, renew: FreshNoise, *, eta: float = 0.0, trajectory: bool = False
+    denoise: Denoiser,
+    noise: Float[Array, "b *s"],
+    schedule: NoiseSchedule,
+    fresh_noise: FreshNoise,
+    *,
+    eta: float = 0.0,
+    trajectory: bool = False,
 ) -> Solution:
-    """The same marginals with less fresh noise: η = 0 adds none, η = 1 as much as `ancestral` does
-    where no variance is learned (Song et al. 2021, eq. 12 and 16).
+    """DDIM: the same marginals with less fresh noise. η = 0 adds none, η = 1 as much as `ancestral`
+    does where no variance is learned (Song et al. 2021, eq. 12 and 16).
     """
 
-    def step(x, at):
-        data, _ = read(x, at)
-        epsilon = (x - at.signal * data) / at.noise
-        sigma = eta * step_noise_std(at.least, at)
-        kept = jnp.sqrt(jnp.maximum(at.noise_before**2 - sigma**2, 0))
-        x = at.signal_before * data + kept * epsilon
-        return x + sigma * renew(at.step) if eta else x, data
+    def step(x, schedule):
+        x0, _ = denoise(x, schedule)
+        epsilon = (x - schedule.signal * x0) / schedule.noise
+        sigma = eta * step_noise_std(schedule.log_var_min, schedule)
+        coef_epsilon = jnp.sqrt(jnp.maximum(schedule.noise_prev**2 - sigma**2, 0))
+        x = schedule.signal_prev * x0 + coef_epsilon * epsilon
+        return x + sigma * fresh_noise(schedule.step) if eta else x, x0
 
-    return run_reverse_process(step, noise, chain, trajectory)
+    return run_reverse_process(step, noise, schedule, trajectory)
 
 
-DDPM_SOLVERS = {"ddpm": ancestral, "ddim": ddim}  # of a chain
-BOUND_WEIGHT = 1e-3  # of the variational bound, the sum over all steps
+DDPM_SOLVERS = {"ddpm": ancestral, "ddim": ddim}
+
+
+# --- the loss -------------------------------------------------------------------------------------
 
 
 def ddpm_loss(
@@ -275,38 +321,45 @@ def ddpm_loss(
     learned_sigma: bool = False,
     min_snr_gamma: float = 0.0,
     label_dropout: float = 0.0,
-    read: ToModelInput = pixels_to_input,
+    to_input: ToModelInput = pixels_to_input,
 ) -> Objective:
-    """Match the noise of a step drawn from all alike: E |model(x, t, label) − noise|² (Ho et al.
-    2020, eq. 14).
+    """Match the noise at a uniformly random step: E |model(x, t, label) − noise|² (Ho et al. 2020,
+    eq. 14).
 
     Args:
-        prediction: what else to match, of `diffusion.PREDICTIONS`.
+        prediction: the target, a key of `PREDICTIONS`.
         learned_sigma: the model has twice the channels, and the second half learns each step's
-            variance from the variational bound, which leaves the first half alone (Nichol &
-            Dhariwal 2021, eq. 16 with λ = 0.001, in bits per dimension as in their code; of latents
-            the first step is taken for one of bytes, as in DiT's).
-        min_snr_gamma: above 0, `diffusion.min_snr` weighs the squared errors of the steps.
-        label_dropout, read: as in `rectified_flow_loss`.
+            variance from the variational bound, whose gradient does not reach the first half
+            (Nichol & Dhariwal 2021, eq. 16 with λ = 0.001, in bits per dimension as in their code;
+            with latents the first step counts as one of bytes, as in DiT's).
+        min_snr_gamma: γ of `min_snr_weight`; 0 weighs all steps alike.
+        label_dropout, to_input: as in `rectified_flow_loss`.
     """
-    steps, target = noise_schedule(), PREDICTIONS[prediction].target
+    schedule = noise_schedule()
+    target = PREDICTIONS[prediction].target
 
     def loss(model, batch, key):
-        how = {"label_dropout": label_dropout, "read": read}
-        keys, data, noise, label = sample_loss_inputs(batch, key, n_classes=model.config.n_classes, **how)
+        keys, data, noise, label = sample_loss_inputs(
+            batch,
+            key,
+            n_classes=model.config.n_classes,
+            label_dropout=label_dropout,
+            to_input=to_input,
+        )
         k = jax.vmap(lambda key: jax.random.randint(key, (), 0, N_STEPS))(keys.time)
-        t, at = model_time(k), gather_steps(steps, k, data.ndim)
+        t = model_time(k)
+        steps = gather_steps(schedule, k, data.ndim)
 
-        x = diffuse(data, noise, at)
-        said, place = jnp.split(model(x, t, label), [data.shape[-1]], axis=-1)
-        squares = jnp.square(said - target(data, noise, at))
+        x = diffuse(data, noise, steps)
+        output, var_output = jnp.split(model(x, t, label), [data.shape[-1]], axis=-1)
+        squares = jnp.square(output - target(data, noise, steps))
         if min_snr_gamma:
-            squares *= min_snr_weight(prediction, min_snr_gamma, at)
+            squares *= min_snr_weight(prediction, min_snr_gamma, steps)
         error = squares.mean((1, 2, 3))
         if learned_sigma:
-            said = jnp.concatenate([jax.lax.stop_gradient(said), place], axis=-1)
-            guess = interpret_output(said, x, at, prediction=prediction)
-            error += BOUND_WEIGHT * N_STEPS * bound_in_bits(guess, data, x, at)
+            output = jnp.concatenate([jax.lax.stop_gradient(output), var_output], axis=-1)
+            estimate = interpret_output(output, x, steps, prediction=prediction)
+            error += BOUND_WEIGHT * N_STEPS * bound_in_bits(estimate, data, x, steps)
         return error.mean(), loss_by_time(t, error)
 
     return loss

@@ -1,9 +1,14 @@
-"""What a model is trained to predict: a path from data to noise, the times on it, a loss.
+"""Rectified flow: a straight path from data to noise, and the loss that matches its velocity.
 
-An objective is `loss(model, batch, key) -> (loss, metrics)`: the mean over the rows it is given and
-means to report beside it. `batch` has `row`, `image` and `label`, and a label may be any tree of
-arrays. Each row draws from its own key, folded from its index in the global batch, so the numbers
-do not depend on how rows are spread over devices. Time runs from data (t = 0) to noise (t = 1).
+Read in this order: the path, the densities of training times, the inputs that every loss shares,
+the loss (Liu et al. 2022; Esser et al. 2024). Time runs from data (t = 0) to noise (t = 1).
+
+An objective is `loss(model, batch, key) -> (loss, metrics)`: the mean over the rows of `batch`, and
+means to report beside it. `batch` has `row`, `image` and `label`; a label is any tree of arrays.
+Each row has its own random keys, folded from its index in the global batch, so the numbers do not
+depend on how rows are spread over devices.
+
+Solvers are in `sampling.py`. Nothing here knows of networks, optimizers or devices.
 """
 
 from collections.abc import Callable
@@ -16,19 +21,10 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 N_TIME_BINS = 10
 Metrics = dict[str, Array]
 Objective = Callable[[Any, Any, Any], tuple[Array, Metrics]]
-# What a picture is to a model: `read(image, keys)`, with a key for each row.
+# The `image` of a batch → the data that a model sees, given one key for each row.
 ToModelInput = Callable[[Array, Key[Array, "b"]], Float[Array, "b h w c"]]
+# A density of t on (0, 1) as its quantile function: uniform u → t.
 Density = Callable[[Float[Array, "b"]], Float[Array, "b"]]
-
-
-def to_float(image: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Bytes 0 … 255 → −1 … 1, on the device: a quarter of the bytes cross the wire."""
-    return image.astype(jnp.float32) / 127.5 - 1
-
-
-def pixels_to_input(image: UInt8[Array, "b h w c"], keys: Key[Array, "b"]) -> Float[Array, "b h w c"]:
-    """A picture as itself; its keys are not used."""
-    return to_float(image)
 
 
 # --- the path -------------------------------------------------------------------------------------
@@ -44,7 +40,7 @@ def interpolate(data: Float[Array, "b *s"], noise: Float[Array, "b *s"], t: Floa
     return (1 - t) * data + t * noise, noise - data
 
 
-# --- densities of t, each as its quantile function: uniform u in (0, 1) → t -----------------------
+# --- densities of training times ------------------------------------------------------------------
 
 
 def uniform() -> Density:
@@ -65,11 +61,23 @@ def heavy_tailed_mode(scale: float = 1.29) -> Density:
 
 
 def shift_time(t: Float[Array, "*n"], shift: float) -> Float[Array, "*n"]:
-    """More noise for larger pictures: s·t / (1 + (s − 1)·t) (Esser et al. 2024, eq. 23)."""
+    """More noise for larger images: s·t / (1 + (s − 1)·t) (Esser et al. 2024, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
-# --- what a row draws -----------------------------------------------------------------------------
+# --- inputs of a loss -----------------------------------------------------------------------------
+
+
+def to_float(image: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Bytes 0 … 255 → −1 … 1, on the device: a quarter of the bytes cross the wire."""
+    return image.astype(jnp.float32) / 127.5 - 1
+
+
+def pixels_to_input(
+    image: UInt8[Array, "b h w c"], keys: Key[Array, "b"]
+) -> Float[Array, "b h w c"]:
+    """The `ToModelInput` of pixels, which needs no random numbers."""
+    return to_float(image)
 
 
 class RowKeys(NamedTuple):
@@ -90,18 +98,18 @@ def derive_row_keys(key: Key[Array, ""], row: Int[Array, "b"]) -> RowKeys:
 def drop_labels(
     label: PyTree[Array], drop: Bool[Array, "b"], n_classes: int | Int[Array, ""]
 ) -> PyTree[Array]:
-    """The null label in the rows to drop: class `n_classes`, or with no classes the empty caption,
-    which is all zeros.
+    """Replace the label by the null label in the rows to drop: class `n_classes` or, without
+    classes, the empty caption, which is all zeros.
     """
 
-    def leaf(x):
+    def drop_rows(x):
         return jnp.where(drop.reshape(-1, *[1] * (x.ndim - 1)), jnp.asarray(n_classes, x.dtype), x)
 
-    return jax.tree.map(leaf, label)
+    return jax.tree.map(drop_rows, label)
 
 
 class LossInputs(NamedTuple):
-    """What a loss is computed from, but for the times."""
+    """Inputs of a loss, except for the times. `keys.time` is left for these."""
 
     keys: RowKeys
     data: Float[Array, "b h w c"]
@@ -115,17 +123,14 @@ def sample_loss_inputs(
     *,
     n_classes: int | Int[Array, ""],
     label_dropout: float,
-    read: ToModelInput = pixels_to_input,
+    to_input: ToModelInput = pixels_to_input,
 ) -> LossInputs:
-    """The data and noise of a batch, and its labels less those that are dropped."""
+    """Convert a batch's images to data, sample noise of the same shape, and drop some labels."""
     keys = derive_row_keys(key, batch.row)
-    data = read(batch.image, keys.data)
+    data = to_input(batch.image, keys.data)
     noise = jax.vmap(lambda key: jax.random.normal(key, data.shape[1:]))(keys.noise)
     drop = jax.vmap(lambda key: jax.random.bernoulli(key, label_dropout))(keys.drop)
     return LossInputs(keys, data, noise, drop_labels(batch.label, drop, n_classes))
-
-
-# --- the losses -----------------------------------------------------------------------------------
 
 
 def loss_by_time(t: Float[Array, "b"], error: Float[Array, "b"]) -> Metrics:
@@ -135,27 +140,39 @@ def loss_by_time(t: Float[Array, "b"], error: Float[Array, "b"]) -> Metrics:
     `binned_loss / bin_share` is the mean loss of a bin.
     """
     bins = jnp.minimum((t * N_TIME_BINS).astype(jnp.int32), N_TIME_BINS - 1)
-    hot = jax.nn.one_hot(bins, N_TIME_BINS)
-    return {"binned_loss": (hot * error[:, None]).mean(0), "bin_share": hot.mean(0)}
+    one_hot = jax.nn.one_hot(bins, N_TIME_BINS)
+    return {"binned_loss": (one_hot * error[:, None]).mean(0), "bin_share": one_hot.mean(0)}
+
+
+# --- the loss -------------------------------------------------------------------------------------
 
 
 def rectified_flow_loss(
-    *, density: Density, shift: float = 1.0, label_dropout: float = 0.0, read: ToModelInput = pixels_to_input
+    *,
+    density: Density,
+    shift: float = 1.0,
+    label_dropout: float = 0.0,
+    to_input: ToModelInput = pixels_to_input,
 ) -> Objective:
     """Match the velocity of the straight path: E |model(x_t, t, label) − (noise − data)|² (Liu et
     al. 2022, eq. 1).
 
     Args:
         density: of the training times.
-        shift: `shift_time` of them; 1 leaves them alone.
-        label_dropout: share of rows that see the null label, which guidance needs (Ho & Salimans
-            2022, alg. 1).
-        read: what makes data of a batch's `image`.
+        shift: applied to these times by `shift_time`; 1 leaves them alone.
+        label_dropout: fraction of rows whose label is replaced by the null label, which
+            classifier-free guidance needs (Ho & Salimans 2022, alg. 1).
+        to_input: converts a batch's `image` to the data that the model sees.
     """
 
     def loss(model, batch, key):
-        how = {"label_dropout": label_dropout, "read": read}
-        keys, data, noise, label = sample_loss_inputs(batch, key, n_classes=model.config.n_classes, **how)
+        keys, data, noise, label = sample_loss_inputs(
+            batch,
+            key,
+            n_classes=model.config.n_classes,
+            label_dropout=label_dropout,
+            to_input=to_input,
+        )
         # The smallest normal number instead of 0, which is no quantile of an unbounded density.
         u = jax.vmap(lambda key: jax.random.uniform(key, minval=jnp.finfo(jnp.float32).tiny))
         t = shift_time(density(u(keys.time)), shift)

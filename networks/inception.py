@@ -1,10 +1,10 @@
-"""The Inception-v3 whose features FID, sFID, KID and the Inception Score are made of.
+"""The Inception-v3 network behind FID, sFID, KID and the Inception Score.
 
 It is the graph that Google published in December 2015 (Szegedy et al. 2016), not torchvision's:
 average pools leave the padding out, the last block pools by maximum, and there are 1,008 classes.
-`network` is a function of a tree of weights with batch norms folded into the convolutions; where
-the weights come from is `pretrained`'s. Picture sizes and scales are `PREPARATIONS`', and differ
-between the tools that are in use: numbers of one are not numbers of another.
+`inception_features` is a function of a tree of weights, with batch norms folded into the
+convolutions; `pretrained/inception.py` loads them. Published tools resize and scale images in
+different ways (`PREPARATIONS`), and their numbers cannot be compared with each other.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,18 +23,18 @@ SPATIAL, N_SPATIAL = "Mixed_6d", 7  # the block and how many of its channels
 # A GPU would otherwise round factors to ten bits (TF32), which FID can see.
 EXACT = jax.lax.Precision.HIGHEST
 
-Block = Mapping[str, Any]  # its convolutions by name
+Block = Mapping[str, Any]  # convolutions by name
 Kernel = tuple[int, int, int, int]  # height, width, in, out
 
 
 class Features(NamedTuple):
-    """What the network says of pictures.
+    """Features of a batch of images.
 
-    `pool`: means over the last block's 8 × 8 places (FID, KID, precision and recall). `spatial`:
+    `pool`: means over the last block's 8 × 8 positions (FID, KID, precision and recall). `spatial`:
     the first 7 of the 192 channels of the 1 × 1 branch of the third 17 × 17 block, which is
     `mixed_6/conv` in the graph of 2015 and `Mixed_6d.branch1x1` in torchvision's names, by rows,
     columns and channels (sFID, as Dhariwal & Nichol 2021). `logits`: of the classes, without their
-    bias, as the Inception Score is made of since Salimans et al. 2016.
+    bias, for the Inception Score since Salimans et al. 2016.
     """
 
     pool: Float[Array, "b 2048"]
@@ -45,8 +45,8 @@ class Features(NamedTuple):
 # --- the network ----------------------------------------------------------------------------------
 
 
-def network(params: PyTree[Array], image: Float[Array, "b 299 299 3"]) -> Features:
-    """Features of pictures in −1 … 1; `params` as in `shapes`."""
+def inception_features(params: PyTree[Array], image: Float[Array, "b 299 299 3"]) -> Features:
+    """Compute the features of images in −1 … 1, with `params` as in `inception_shapes`."""
     p = params
     x = convolve(p["Conv2d_1a_3x3"], image, stride=2, padding="VALID")
     x = convolve(p["Conv2d_2a_3x3"], x, padding="VALID")
@@ -65,7 +65,7 @@ def network(params: PyTree[Array], image: Float[Array, "b 299 299 3"]) -> Featur
 def convolve(
     p: Block, x: Float[Array, "b h w i"], *, stride: int = 1, padding: str = "SAME"
 ) -> Float[Array, "b p q o"]:
-    """A convolution with its batch norm, then ReLU."""
+    """Apply a convolution with its batch norm, then ReLU."""
     layout = ("NHWC", "HWIO", "NHWC")
     y = jax.lax.conv_general_dilated(
         x, p["kernel"], (stride, stride), padding, dimension_numbers=layout, precision=EXACT
@@ -73,10 +73,10 @@ def convolve(
     return jax.nn.relu(y + p["bias"].reshape(1, 1, 1, -1))
 
 
-def chain(
+def convolve_in_sequence(
     block: Block, x: Float[Array, "b h w i"], *names: str, halve: bool = False
 ) -> Float[Array, "b p q o"]:
-    """Convolutions one after the other; the last may halve the picture."""
+    """Apply convolutions one after the other; with `halve`, the last halves the size."""
     for name in names[:-1]:
         x = convolve(block[name], x)
     if halve:
@@ -89,67 +89,69 @@ def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b p q c"]:
 
 
 def average_around(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Means over 3 × 3 places, of those that are in the picture."""
+    """Average over 3 × 3 positions, leaving out the padding."""
     return nnx.avg_pool(x, (3, 3), strides=(1, 1), padding="SAME", count_include_pad=False)
 
 
-def most_around(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+def max_around(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     return nnx.max_pool(x, (3, 3), strides=(1, 1), padding="SAME")
 
 
-def side_by_side(*branches: Float[Array, "b h w _c"]) -> Float[Array, "b h w c"]:
+def concatenate_channels(*branches: Float[Array, "b h w _c"]) -> Float[Array, "b h w c"]:
     return jnp.concatenate(branches, axis=-1)
 
 
 def mixed_a(block: Block, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:
-    """Szegedy et al. 2016, figure 5, with a 5 × 5."""
-    return side_by_side(
-        chain(block, x, "branch1x1"),
-        chain(block, x, "branch5x5_1", "branch5x5_2"),
-        chain(block, x, "branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"),
-        chain(block, average_around(x), "branch_pool"),
+    """35 × 35 (Szegedy et al. 2016, figure 5, with a 5 × 5)."""
+    return concatenate_channels(
+        convolve_in_sequence(block, x, "branch1x1"),
+        convolve_in_sequence(block, x, "branch5x5_1", "branch5x5_2"),
+        convolve_in_sequence(block, x, "branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"),
+        convolve_in_sequence(block, average_around(x), "branch_pool"),
     )
 
 
 def mixed_b(block: Block, x: Float[Array, "b h w i"]) -> Float[Array, "b p q o"]:
     """35 × 35 → 17 × 17 (figure 10)."""
-    return side_by_side(
-        chain(block, x, "branch3x3", halve=True),
-        chain(block, x, "branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3", halve=True),
+    return concatenate_channels(
+        convolve_in_sequence(block, x, "branch3x3", halve=True),
+        convolve_in_sequence(
+            block, x, "branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3", halve=True
+        ),
         max_pool(x),
     )
 
 
 def mixed_c(block: Block, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:
     """7 × 7 as 1 × 7 and 7 × 1 (figure 6)."""
-    return side_by_side(
-        chain(block, x, "branch1x1"),
-        chain(block, x, "branch7x7_1", "branch7x7_2", "branch7x7_3"),
-        chain(block, x, *(f"branch7x7dbl_{i}" for i in range(1, 6))),
-        chain(block, average_around(x), "branch_pool"),
+    return concatenate_channels(
+        convolve_in_sequence(block, x, "branch1x1"),
+        convolve_in_sequence(block, x, "branch7x7_1", "branch7x7_2", "branch7x7_3"),
+        convolve_in_sequence(block, x, *(f"branch7x7dbl_{i}" for i in range(1, 6))),
+        convolve_in_sequence(block, average_around(x), "branch_pool"),
     )
 
 
 def mixed_d(block: Block, x: Float[Array, "b h w i"]) -> Float[Array, "b p q o"]:
     """17 × 17 → 8 × 8."""
-    return side_by_side(
-        chain(block, x, "branch3x3_1", "branch3x3_2", halve=True),
-        chain(block, x, *(f"branch7x7x3_{i}" for i in range(1, 5)), halve=True),
+    return concatenate_channels(
+        convolve_in_sequence(block, x, "branch3x3_1", "branch3x3_2", halve=True),
+        convolve_in_sequence(block, x, *(f"branch7x7x3_{i}" for i in range(1, 5)), halve=True),
         max_pool(x),
     )
 
 
 def mixed_e(block: Block, x: Float[Array, "b h w i"], around: Callable) -> Float[Array, "b h w o"]:
-    """Branches that end side by side as 1 × 3 and 3 × 1 (figure 7)."""
-    short = chain(block, x, "branch3x3_1")
-    long = chain(block, x, "branch3x3dbl_1", "branch3x3dbl_2")
-    return side_by_side(
-        chain(block, x, "branch1x1"),
-        chain(block, short, "branch3x3_2a"),
-        chain(block, short, "branch3x3_2b"),
-        chain(block, long, "branch3x3dbl_3a"),
-        chain(block, long, "branch3x3dbl_3b"),
-        chain(block, around(x), "branch_pool"),
+    """8 × 8: branches that end in 1 × 3 and 3 × 1, concatenated (figure 7)."""
+    short = convolve_in_sequence(block, x, "branch3x3_1")
+    long = convolve_in_sequence(block, x, "branch3x3dbl_1", "branch3x3dbl_2")
+    return concatenate_channels(
+        convolve_in_sequence(block, x, "branch1x1"),
+        convolve_in_sequence(block, short, "branch3x3_2a"),
+        convolve_in_sequence(block, short, "branch3x3_2b"),
+        convolve_in_sequence(block, long, "branch3x3dbl_3a"),
+        convolve_in_sequence(block, long, "branch3x3dbl_3b"),
+        convolve_in_sequence(block, around(x), "branch_pool"),
     )
 
 
@@ -157,11 +159,11 @@ def mixed_e_average(block: Block, x: Float[Array, "b h w i"]) -> Float[Array, "b
     return mixed_e(block, x, average_around)
 
 
-def mixed_e_most(block: Block, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:
-    return mixed_e(block, x, most_around)
+def mixed_e_max(block: Block, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:
+    return mixed_e(block, x, max_around)
 
 
-# --- its weights ----------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 STEM: dict[str, Kernel] = {
     "Conv2d_1a_3x3": (3, 3, 3, 32),
@@ -244,35 +246,35 @@ BLOCKS: dict[str, tuple[Callable, dict[str, Kernel]]] = {
     "Mixed_6e": (mixed_c, kernels_c(768, 192)),
     "Mixed_7a": (mixed_d, kernels_d(768)),
     "Mixed_7b": (mixed_e_average, kernels_e(1280)),
-    "Mixed_7c": (mixed_e_most, kernels_e(2048)),
+    "Mixed_7c": (mixed_e_max, kernels_e(2048)),
 }
 
 
-def shapes() -> PyTree[jax.ShapeDtypeStruct]:
-    """The tree of weights that `network` takes."""
+def inception_shapes() -> PyTree[jax.ShapeDtypeStruct]:
+    """The tree of weights that `inception_features` takes."""
+
+    def float32(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def convolution(kernel: Kernel) -> dict[str, jax.ShapeDtypeStruct]:
-        return {"kernel": of(kernel), "bias": of(kernel[-1:])}
-
-    def of(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
+        return {"kernel": float32(kernel), "bias": float32(kernel[-1:])}
 
     tree: dict[str, Any] = {name: convolution(kernel) for name, kernel in STEM.items()}
     for name, (_, kernels) in BLOCKS.items():
         tree[name] = {branch: convolution(kernel) for branch, kernel in kernels.items()}
-    return tree | {"fc": {"kernel": of((N_POOL, N_CLASSES))}}
+    return tree | {"fc": {"kernel": float32((N_POOL, N_CLASSES))}}
 
 
-# --- pictures as it sees them ---------------------------------------------------------------------
+# --- preparation of images ------------------------------------------------------------------------
 
 
 def triangle(distance: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    """Linear interpolation's weights at these distances."""
+    """Weights of linear interpolation at these distances."""
     return np.maximum(0, 1 - np.abs(distance))
 
 
 def cubic(distance: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    """Cubic convolution with a = −½ (Keys 1981, eq. 15)."""
+    """Weights of cubic convolution with a = −½ at these distances (Keys 1981, eq. 15)."""
     d = np.abs(distance)
     near, far = 1.5 * d**3 - 2.5 * d**2 + 1, -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2
     return np.where(d < 1, near, np.where(d < 2, far, 0))
@@ -287,56 +289,59 @@ def resize(
     antialias: bool = False,
     centred: bool = True,
 ) -> Float[Array, "b p q c"]:
-    """Pictures of another size.
+    """Resize images.
 
     Args:
-        antialias: when shrinking, widen the kernel so that no pixel is passed over.
+        antialias: when shrinking, widen the kernel so that it covers every pixel.
         centred: pixels are squares around their values; otherwise the first pixels' corners meet,
             as in TensorFlow 1.
     """
-    how = {"kernel": kernel, "antialias": antialias, "centred": centred}
     rows, columns = (
-        jnp.asarray(resizing(n, n_out, **how))
+        jnp.asarray(resize_matrix(n, n_out, kernel=kernel, antialias=antialias, centred=centred))
         for n, n_out in zip(x.shape[1:3], (height, width), strict=True)
     )
     return jnp.einsum("ph,bhwc,qw->bpqc", rows, x, columns, precision=EXACT)
 
 
-def resizing(
+def resize_matrix(
     n: int, n_out: int, *, kernel: Callable, antialias: bool, centred: bool
 ) -> Float[np.ndarray, "p n"]:
-    """The matrix that takes a line of n pixels to one of n_out."""
+    """The matrix that resizes a line of n pixels to n_out."""
     scale = n / n_out
     half = 0.5 if centred else 0.0
-    place = (np.arange(n_out) + half) * scale - half
-    reach = max(scale, 1.0) if antialias else 1.0
+    position = (np.arange(n_out) + half) * scale - half
+    stretch = max(scale, 1.0) if antialias else 1.0
     if not antialias:
-        place = np.clip(place, 0, n - 1)
-    weights = kernel((np.arange(n)[None] - place[:, None]) / reach)
+        position = np.clip(position, 0, n - 1)
+    weights = kernel((np.arange(n)[None] - position[:, None]) / stretch)
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
-def as_pytorch_fid(image: UInt8[Array, "b h w c"]) -> Float[Array, "b 299 299 3"]:
-    """pytorch-fid: linear, not antialiased."""
-    return resize(coloured(image) / 255, SIDE, SIDE) * 2 - 1
+def prepare_like_pytorch_fid(image: UInt8[Array, "b h w c"]) -> Float[Array, "b 299 299 3"]:
+    """Prepare images like pytorch-fid: linear, not antialiased."""
+    return resize(to_rgb(image) / 255, SIDE, SIDE) * 2 - 1
 
 
-def as_adm(image: UInt8[Array, "b h w c"]) -> Float[Array, "b 299 299 3"]:
-    """The evaluator of Dhariwal & Nichol 2021, as of all that feeds the TensorFlow graph: linear,
-    not antialiased, corners on corners.
+def prepare_like_adm(image: UInt8[Array, "b h w c"]) -> Float[Array, "b 299 299 3"]:
+    """Prepare images like the evaluator of Dhariwal & Nichol 2021 and everything that feeds the
+    TensorFlow graph: linear, not antialiased, corners on corners.
     """
-    return (resize(coloured(image), SIDE, SIDE, centred=False) - 128) / 128
+    return (resize(to_rgb(image), SIDE, SIDE, centred=False) - 128) / 128
 
 
-def as_clean_fid(image: UInt8[Array, "b h w c"]) -> Float[Array, "b 299 299 3"]:
-    """clean-fid: cubic, antialiased, not rounded (Parmar et al. 2022)."""
-    x = resize(coloured(image), SIDE, SIDE, kernel=cubic, antialias=True)
+def prepare_like_clean_fid(image: UInt8[Array, "b h w c"]) -> Float[Array, "b 299 299 3"]:
+    """Prepare images like clean-fid: cubic, antialiased, not rounded (Parmar et al. 2022)."""
+    x = resize(to_rgb(image), SIDE, SIDE, kernel=cubic, antialias=True)
     return (jnp.clip(x, 0, 255) - 128) / 128
 
 
-def coloured(image: UInt8[Array, "b h w c"]) -> Float[Array, "b h w 3"]:
-    """Greys in three channels."""
+def to_rgb(image: UInt8[Array, "b h w c"]) -> Float[Array, "b h w 3"]:
+    """Repeat a grey channel three times, and convert to float."""
     return jnp.broadcast_to(image, (*image.shape[:3], 3)).astype(jnp.float32)
 
 
-PREPARATIONS = {"pytorch_fid": as_pytorch_fid, "adm": as_adm, "clean_fid": as_clean_fid}
+PREPARATIONS = {
+    "pytorch_fid": prepare_like_pytorch_fid,
+    "adm": prepare_like_adm,
+    "clean_fid": prepare_like_clean_fid,
+}

@@ -1,10 +1,12 @@
-"""The parts of a diffusion transformer: linear maps, norms, attention, positions, embedders,
+"""Layers of a diffusion transformer: linear maps, norms, attention, positions, embedders, MLPs,
 stacked blocks.
 
-Every module holds only `nnx.Param`. Weights are float32; `dtype` is what the operands of matrix
-products are rounded to, while their sums and what stands between them, from norms to the softmax,
-are computed in float32. What is worth keeping for the backward pass says so (`keep`). Nothing here
-knows of a whole model, a loss or a mesh.
+Every module holds only `nnx.Param`. Weights are float32. `dtype` is the precision of the operands
+of matrix products; their sums, norms, activations and the softmax are computed in float32. Results
+that are worth their memory in the backward pass are marked by `save_for_backward`.
+
+Functions with hand-written derivatives are in `networks/ops.py`, whole models in `model.py`.
+Nothing here knows of a loss or a mesh.
 """
 
 import functools
@@ -20,14 +22,19 @@ from jaxtyping import Array, Bool, Float
 
 from networks.ops import affine, attention, in_float32, save_for_backward
 
-xavier = jax.nn.initializers.xavier_uniform()
+xavier_uniform = jax.nn.initializers.xavier_uniform()
 zeros = jax.nn.initializers.zeros
 small_normal = jax.nn.initializers.normal(0.02)
 
+N_TIME_FEATURES = 256  # sinusoids of t
+
 
 class Linear(nnx.Module):
-    """y = x W + b over the last axis, computed in `dtype` with float32 weights. The result is kept
-    for the backward pass, unless what follows keeps what it makes of it.
+    """y = x W + b over the last axis, computed in `dtype` with float32 weights.
+
+    Args:
+        save_output: save y for the backward pass. False if the next operation saves its own result
+            of y.
     """
 
     def __init__(
@@ -37,16 +44,16 @@ class Linear(nnx.Module):
         *,
         dtype: str,
         rngs: nnx.Rngs,
-        init=xavier,
-        kept: bool = True,
+        init=xavier_uniform,
+        save_output: bool = True,
     ):
         self.kernel = nnx.Param(init(rngs.params(), (n_in, n_out), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(n_out))
-        self.dtype, self.kept = dtype, kept
+        self.dtype, self.save_output = dtype, save_output
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         y = affine(x.astype(self.dtype), self.kernel[...], self.bias[...])
-        return save_for_backward(y) if self.kept else y
+        return save_for_backward(y) if self.save_output else y
 
 
 # --- norms ----------------------------------------------------------------------------------------
@@ -100,26 +107,26 @@ def identity(x: Array) -> Array:
 
 @in_float32
 def modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]):
-    """adaLN: a picture's condition scales and shifts its tokens (Peebles & Xie 2023, §3.2)."""
+    """adaLN: scale and shift an image's tokens by its condition (Peebles & Xie 2023, §3.2)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 @in_float32
 def add_gated(x: Float[Array, "b n d"], gate: Float[Array, "b d"], y: Float[Array, "b n d"]):
-    """The residual of adaLN-Zero: x + gate ∘ y, and a picture has one gate for all its tokens."""
+    """The residual of adaLN-Zero: x + gate ∘ y, with one gate for all tokens of an image."""
     return x + gate[:, None] * y
 
 
-# --- pictures and positions -----------------------------------------------------------------------
+# --- patches and positions ------------------------------------------------------------------------
 
 
 def patchify(image: Float[Array, "b h w c"], p: int) -> Float[Array, "b n k"]:
-    """Cut a picture into p × p patches, row by row."""
+    """Cut an image into p × p patches, row by row."""
     return rearrange(image, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
 
 
 def unpatchify(tokens: Float[Array, "b n k"], p: int, rows: int) -> Float[Array, "b h w c"]:
-    """The inverse of `patchify` for a grid of `rows` rows of patches."""
+    """Invert `patchify`, for a grid of `rows` rows of patches."""
     return rearrange(tokens, "b (h w) (p q c) -> b (h p) (w q) c", p=p, q=p, h=rows)
 
 
@@ -145,16 +152,17 @@ class SinCosPosition(nnx.Module):
         self.width, self.grid = width, grid
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        places = [np.arange(side, dtype=float) for side in self.grid]
-        return x + jnp.asarray(sincos_table(self.width, *places), x.dtype)[None]
+        positions = [np.arange(side, dtype=float) for side in self.grid]
+        return x + jnp.asarray(sincos_table(self.width, *positions), x.dtype)[None]
 
 
 class CroppedPosition(nnx.Module):
-    """The middle of a large sine-cosine table, so that pictures of every size and shape share
+    """Adds the middle of a large sine-cosine table, so that images of every size and shape share
     their centre (Esser et al. 2024, §5.3.2).
 
-    The table has `side` places to a side, on which a picture of `base` patches would be stretched:
-    that is how diffusers fills that of a new SD3. `CentredPosition` is the one that was trained.
+    The table has `side` positions to a side, over which an image of `base` patches to a side is
+    stretched. Diffusers fills the table of a new SD3 like this; SD3 was trained with
+    `CentredPosition`.
     """
 
     def __init__(
@@ -168,21 +176,21 @@ class CroppedPosition(nnx.Module):
     ):
         self.width, self.grid, self.side, self.base = width, grid, side, base
 
-    def places(self, n: int) -> Float[np.ndarray, "{n}"]:
-        """Along an axis of n patches."""
+    def positions(self, n: int) -> Float[np.ndarray, "{n}"]:
+        """Positions along an axis of n patches."""
         return ((self.side - n) // 2 + np.arange(n)) * (self.base / self.side)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        places = [self.places(n) for n in self.grid]
-        return x + jnp.asarray(sincos_table(self.width, *places), x.dtype)[None]
+        positions = [self.positions(n) for n in self.grid]
+        return x + jnp.asarray(sincos_table(self.width, *positions), x.dtype)[None]
 
 
 class CentredPosition(CroppedPosition):
-    """Positions in the middle of the table that SD3 was trained with: a picture of `base` patches,
-    its 1024 pixels, is at 0 … 16 as one of 256 pixels was before (Esser et al. 2024, §5.3.2).
+    """Adds the middle of the table that SD3 was trained with: an image of `base` patches, 1024
+    pixels, lies at 0 … 16, where one of 256 pixels was before (Esser et al. 2024, §5.3.2).
     """
 
-    def places(self, n: int) -> Float[np.ndarray, "{n}"]:
+    def positions(self, n: int) -> Float[np.ndarray, "{n}"]:
         first = (self.side - n) // 2 - (self.side - self.base) / 2
         return (first + np.arange(n)) * (16 / self.base)
 
@@ -198,7 +206,7 @@ class LearnedPosition(nnx.Module):
 
 
 class NoPosition(nnx.Module):
-    """Leaves the tokens as they are: with RoPE, attention alone knows where they lie."""
+    """Returns the tokens unchanged: with RoPE, only attention depends on their positions."""
 
     def __init__(self, width: int, grid: tuple[int, int], *, rngs: nnx.Rngs):
         pass
@@ -216,13 +224,15 @@ POSITIONS = {
 }
 
 
-def rotate(x: Float[Array, "b n h k"], grid: tuple[int, int]) -> Float[Array, "b n h k"]:
+def apply_rotary_positions(
+    x: Float[Array, "b n h k"], grid: tuple[int, int]
+) -> Float[Array, "b n h k"]:
     """2-D rotary positions: pairs of channels turn by the row (first half) or the column (second
     half).
 
     Scores of rotated queries and keys depend only on the two offsets (Su et al. 2021, eq. 16; one
-    axis of the grid for each half of the channels). Tokens that stand before the grid's are left
-    as they are.
+    axis of the grid for each half of the channels). Tokens before those of the grid are not
+    rotated.
     """
     n_frequencies = x.shape[-1] // 4
     frequency = 10_000.0 ** -(np.arange(n_frequencies) / n_frequencies)
@@ -237,7 +247,7 @@ def rotate(x: Float[Array, "b n h k"], grid: tuple[int, int]) -> Float[Array, "b
 # --- the condition --------------------------------------------------------------------------------
 
 
-def time_features(t: Float[Array, "b"], n: int = 256) -> Float[Array, "b n"]:
+def time_features(t: Float[Array, "b"], n: int = N_TIME_FEATURES) -> Float[Array, "b n"]:
     """Cosines and sines of t, frequencies from 1 down to 1/10 000 (Vaswani et al. 2017, §3.5)."""
     frequency = jnp.exp(-np.log(10_000.0) * jnp.arange(n // 2) / (n // 2))
     angle = t.astype(jnp.float32)[:, None] * frequency[None]
@@ -245,7 +255,7 @@ def time_features(t: Float[Array, "b"], n: int = 256) -> Float[Array, "b n"]:
 
 
 class VectorEmbedder(nnx.Module):
-    """Features → a vector of the condition, by two linear maps."""
+    """Features → a vector of the condition, by an MLP of two linear maps."""
 
     def __init__(self, n_in: int, width: int, *, dtype: str, rngs: nnx.Rngs):
         self.hidden = Linear(n_in, width, dtype=dtype, rngs=rngs, init=small_normal)
@@ -259,7 +269,7 @@ class TimeEmbedder(nnx.Module):
     """t in [0, 1] → a vector. The sinusoids were made for 0 … 1000, hence `time_scale`."""
 
     def __init__(self, width: int, *, time_scale: float, dtype: str, rngs: nnx.Rngs):
-        self.mlp = VectorEmbedder(256, width, dtype=dtype, rngs=rngs)
+        self.mlp = VectorEmbedder(N_TIME_FEATURES, width, dtype=dtype, rngs=rngs)
         self.time_scale = time_scale
 
     def __call__(self, t: Float[Array, "b"]) -> Float[Array, "b d"]:
@@ -267,10 +277,12 @@ class TimeEmbedder(nnx.Module):
 
 
 class Heads(nnx.Module):
-    """Tokens → the queries, keys and values of every head: those that `parts`, such as "qkv",
-    names.
+    """Tokens → queries, keys and values of every head.
 
-    Optional norms of q and k, and rotary positions of both on `grid`.
+    Args:
+        parts: which of the three, in this order, such as "qkv" or "kv".
+        grid: rows and columns for rotary positions of q and k; None for none.
+        qk_norm: normalize q and k by a learned `RMSNorm`.
     """
 
     def __init__(
@@ -284,8 +296,8 @@ class Heads(nnx.Module):
         dtype: str,
         rngs: nnx.Rngs,
     ):
-        # Attention keeps what is made of it.
-        self.linear = Linear(width, len(parts) * width, dtype=dtype, rngs=rngs, kept=False)
+        # `attention` saves its own rearranged q, k and v.
+        self.linear = Linear(width, len(parts) * width, dtype=dtype, rngs=rngs, save_output=False)
         self.norm_q = RMSNorm(width // n_heads) if qk_norm and "q" in parts else identity
         self.norm_k = RMSNorm(width // n_heads) if qk_norm and "k" in parts else identity
         self.parts, self.n_heads, self.grid = parts, n_heads, grid
@@ -295,20 +307,31 @@ class Heads(nnx.Module):
             rearrange(part, "b n (h k) -> b n h k", h=self.n_heads)
             for part in jnp.split(self.linear(x), len(self.parts), axis=-1)
         ]
-        place = functools.partial(rotate, grid=self.grid) if self.grid else identity
-        finish = {
-            "q": lambda q: place(self.norm_q(q)),
-            "k": lambda k: place(self.norm_k(k)),
+        rotate = (
+            functools.partial(apply_rotary_positions, grid=self.grid) if self.grid else identity
+        )
+        transforms = {
+            "q": lambda q: rotate(self.norm_q(q)),
+            "k": lambda k: rotate(self.norm_k(k)),
             "v": identity,
         }
-        return tuple(finish[part](head) for part, head in zip(self.parts, heads, strict=True))
+        return tuple(transforms[part](head) for part, head in zip(self.parts, heads, strict=True))
 
 
 class Attention(nnx.Module):
     """Multi-head self-attention."""
 
-    def __init__(self, width: int, n_heads: int, *, dtype: str, rngs: nnx.Rngs, **heads):
-        self.qkv = Heads("qkv", width, n_heads, dtype=dtype, rngs=rngs, **heads)
+    def __init__(
+        self,
+        width: int,
+        n_heads: int,
+        *,
+        grid: tuple[int, int] | None = None,
+        qk_norm: bool,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        self.qkv = Heads("qkv", width, n_heads, grid=grid, qk_norm=qk_norm, dtype=dtype, rngs=rngs)
         self.out = Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -318,11 +341,11 @@ class Attention(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """Multi-head attention from the tokens of a picture to those of its condition."""
+    """Multi-head attention from the tokens of an image to those of its condition."""
 
-    def __init__(self, width: int, n_heads: int, *, dtype: str, rngs: nnx.Rngs, **heads):
-        self.q = Heads("q", width, n_heads, dtype=dtype, rngs=rngs, **heads)
-        self.kv = Heads("kv", width, n_heads, dtype=dtype, rngs=rngs, **heads)
+    def __init__(self, width: int, n_heads: int, *, qk_norm: bool, dtype: str, rngs: nnx.Rngs):
+        self.q = Heads("q", width, n_heads, qk_norm=qk_norm, dtype=dtype, rngs=rngs)
+        self.kv = Heads("kv", width, n_heads, qk_norm=qk_norm, dtype=dtype, rngs=rngs)
         self.out = Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -354,18 +377,35 @@ class GeluMLP(nnx.Module):
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         return self.down(gelu(self.up(x)))
 
+    @staticmethod
+    def multiply_adds(width: int, hidden: int) -> int:
+        """Multiply-adds of one token."""
+        return 2 * width * hidden
+
 
 class SwiGLUMLP(nnx.Module):
-    """A gated linear unit (Shazeer 2020, eq. 5), narrower so that it costs what `GeluMLP` does."""
+    """A gated linear unit (Shazeer 2020, eq. 5). It has three products, so it takes two thirds of
+    `hidden` to cost as much as `GeluMLP`.
+    """
 
     def __init__(self, width: int, hidden: int, *, dtype: str, rngs: nnx.Rngs):
-        hidden = round(hidden * 2 / 3 / 8) * 8
+        hidden = self.narrow(hidden)
         self.gate = Linear(width, hidden, dtype=dtype, rngs=rngs)
         self.up = Linear(width, hidden, dtype=dtype, rngs=rngs)
         self.down = Linear(hidden, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         return self.down(swiglu(self.gate(x), self.up(x)))
+
+    @staticmethod
+    def narrow(hidden: int) -> int:
+        """Two thirds of the hidden channels, rounded to a multiple of 8."""
+        return round(hidden * 2 / 3 / 8) * 8
+
+    @staticmethod
+    def multiply_adds(width: int, hidden: int) -> int:
+        """Multiply-adds of one token."""
+        return 3 * width * SwiGLUMLP.narrow(hidden)
 
 
 MLPS = {"gelu": GeluMLP, "swiglu": SwiGLUMLP}
@@ -374,19 +414,24 @@ MLPS = {"gelu": GeluMLP, "swiglu": SwiGLUMLP}
 # --- depth ----------------------------------------------------------------------------------------
 
 
-def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> Any:
-    """`depth` blocks as one: every weight gets a leading axis of that length. None for no block."""
+def stack_blocks(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> Any:
+    """Make `depth` blocks as one module, whose weights have a leading axis of that length. None for
+    no block.
+    """
     if not depth:
         return None
     return nnx.split_rngs(splits=depth)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
 
 
-def scan(blocks: nnx.Module | None, x: Any, *args, remat: bool, unroll: int) -> Any:
-    """x → block(… block(x, *args) …, *args) over the leading axis of the stacked weights.
+def scan_blocks(blocks: nnx.Module | None, x: Any, *args, remat: bool, unroll: int) -> Any:
+    """Apply stacked blocks one after the other: x → block(… block(x, *args) …, *args).
 
-    Compile time does not grow with depth. `remat` keeps only each block's input for the backward
-    pass: about a third more work, and memory for one block instead of all. `unroll` blocks are
-    compiled side by side.
+    Compile time does not grow with depth.
+
+    Args:
+        remat: save only each block's input for the backward pass: about a third more work, and
+            memory for one block instead of all.
+        unroll: number of blocks compiled side by side.
     """
     if blocks is None:
         return x

@@ -1,4 +1,9 @@
-"""networks.ops."""
+"""Operations with hand-written derivatives: linear maps and attention, and the precision and memory
+of both.
+
+They are functions of arrays. Products take operands in the precision of x and sum in float32,
+forward and backward. Modules with weights are in `networks/layers.py`.
+"""
 
 import functools
 from collections.abc import Callable
@@ -11,33 +16,38 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-# --- precision and what is kept -------------------------------------------------------------------
+# --- memory and precision -------------------------------------------------------------------------
+
+SAVED = "saved"  # any name does: `runtime.parallel` saves all named values
 
 
 @jax.custom_jvp
 def save_for_backward(x: Array) -> Array:
-    """x, which the backward pass finds again under the name "kept" instead of computing it again.
+    """Save x for the backward pass instead of rematerialising it.
 
-    Half precision is kept as bits: of numbers XLA for CPUs would keep a copy in float32.
+    Half precision is saved as bits: of numbers XLA for CPUs would save a copy in float32.
     """
-    return _save_for_backward(x)
+    return name_for_saving(x)
 
 
-def _save_for_backward(x):
+def name_for_saving(x: Array) -> Array:
+    """Give x a name, which rematerialisation policies see: `save_for_backward` for functions with
+    a derivative of their own.
+    """
     if x.dtype.itemsize > 2:
-        return checkpoint_name(x, "kept")
-    bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), "kept")
+        return checkpoint_name(x, SAVED)
+    bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), SAVED)
     return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
-# Not `keep` itself: inside a function with its own derivative a name is not seen.
-save_for_backward.defjvp(lambda primals, tangents: (_save_for_backward(*primals), *tangents))
+# Not `save_for_backward` itself: inside a function with its own derivative a name is not seen.
+save_for_backward.defjvp(lambda primals, tangents: (name_for_saving(*primals), *tangents))
 
 
 def in_float32(function: Callable[..., Array]) -> Callable[..., Array]:
-    """A function of arrays that is computed in float32 and rounded to the first one's precision
-    once, at the end: exact, and on a CPU several times as fast as rounding every step. Of its own
-    numbers it keeps none for the backward pass.
+    """Compute a function of arrays in float32, and round its result to the precision of the first
+    array once, at the end. This is exact, and on a CPU several times as fast as rounding every
+    step. Nothing inside is saved for the backward pass.
     """
 
     @functools.wraps(function)
@@ -68,13 +78,13 @@ def _affine_forward(x, w, bias):
     return affine(x, w, bias), (x, w)
 
 
-def _affine_backward(kept, g):
-    x, w = kept
+def _affine_backward(saved, g):
+    x, w = saved
     dx = _product("...o,io->...i", g, w.astype(x.dtype)).astype(x.dtype)
     if x.shape[-1] > g.shape[-1]:
-        # On a CPU the first operand is transposed before it is multiplied, and what made it is
-        # computed column by column: better the narrow one. Without the barrier XLA would put the
-        # outer transpose into the product, which then cannot take bfloat16.
+        # On a CPU the first operand is transposed before it is multiplied, and the operation that
+        # made it runs column by column: better on the narrow one. Without the barrier XLA would
+        # put the outer transpose into the product, which then cannot take bfloat16.
         dw = jax.lax.optimization_barrier(_product("...o,...i->oi", g, x)).T
     else:
         dw = _product("...i,...o->io", x, g)
@@ -88,7 +98,7 @@ def _product(pattern: str, a: Array, b: Array) -> Array:
 affine.defvjp(_affine_forward, _affine_backward)
 
 
-# --- inside a block -------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 def attention(
@@ -100,8 +110,8 @@ def attention(
     """softmax(q kᵀ / √k) v per head, softmax in float32, heads side by side (Vaswani et al. 2017,
     eq. 1).
 
-    Keys where `mask` is False are not seen; each row needs one that is. Half precision on a new
-    enough NVIDIA GPU goes through cuDNN's kernel, all else through `attend`.
+    Keys where `mask` is False have weight 0; each row needs one that is True. Half precision on a
+    new enough NVIDIA GPU goes through cuDNN's kernel, all else through `recomputing_attention`.
     """
     h, width = q.shape[2:]
     if has_cudnn_attention() and q.dtype != jnp.float32 and width % 8 == 0 and width <= 128:
@@ -112,70 +122,71 @@ def attention(
             jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
         )
         return rearrange(y, "b n h k -> b n (h k)")
-    bias = None if mask is None else jnp.where(jnp.repeat(mask, h, axis=0), 0.0, HIDDEN)
+    bias = None if mask is None else jnp.where(jnp.repeat(mask, h, axis=0), 0.0, MASKED_SCORE)
     q, k, v = (save_for_backward(rearrange(x, "b n h k -> (b h) n k")) for x in (q, k, v))
     # The power of two next to 1/√k is exact in any precision; the rest, if any, is for the scores.
     power = 2.0 ** round(np.log2(width) / -2)
-    y: Any = attend(q * jnp.asarray(power, q.dtype), k, v, bias, float(width**-0.5 / power))
+    y: Any = recomputing_attention(
+        q * jnp.asarray(power, q.dtype), k, v, bias, float(width**-0.5 / power)
+    )
     return rearrange(y, "(b h) n k -> b n (h k)", h=h)
 
 
 @functools.cache
 def has_cudnn_attention() -> bool:
-    """Whether devices are NVIDIA's of Ampere or later, which cuDNN's flash attention needs."""
+    """Tell if the GPUs are NVIDIA's of Ampere or later, which cuDNN's flash attention needs."""
     device = jax.devices()[0]
     return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
 
 
-HIDDEN = float(jnp.finfo(jnp.float32).min) / 2  # what a score is when its key is not seen
+MASKED_SCORE = float(jnp.finfo(jnp.float32).min) / 2
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def attend(
+def recomputing_attention(
     q: Float[Array, "z n k"],
     k: Float[Array, "z m k"],
     v: Float[Array, "z m k"],
     bias: Float[Array, "z m"] | None,
     scale: float,
 ) -> Float[Array, "z n k"]:
-    """softmax(scale · q kᵀ + bias) v for each of z heads, where the bias is not learned.
+    """softmax(scale · q kᵀ + bias) v for each of z heads. The bias gets no gradient.
 
-    The backward pass computes the scores again instead of keeping them: they are n · m numbers a
+    The backward pass computes the scores again instead of saving them: they are n · m numbers a
     head, and the rest is n · k (Dao et al. 2022, §3.1 and B.4).
     """
     return _attend_forward(q, k, v, bias, scale)[0]
 
 
 def _attend_forward(q, k, v, bias, scale):
-    scores = _biased(scale * _product("znk,zmk->znm", q, k), bias, axis=1)
+    scores = _add_bias(scale * _product("znk,zmk->znm", q, k), bias, axis=1)
     peak = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - peak)
     total = weights.sum(-1, keepdims=True)
-    y = _save_for_backward(
+    y = name_for_saving(
         (_product("znm,zmk->znk", weights.astype(v.dtype), v) / total).astype(v.dtype)
     )
-    log_sum = _save_for_backward((peak + jnp.log(total))[..., 0])
+    log_sum = name_for_saving((peak + jnp.log(total))[..., 0])
     return y, (q, k, v, bias, y, log_sum)
 
 
-def _attend_backward(scale, kept, g):
+def _attend_backward(scale, saved, g):
     """With weights p = exp(s − log Σ exp s): dv = pᵀ g, ds = scale · p ∘ (g vᵀ − rowsum(g ∘ y)),
-    dq = ds k, dk = dsᵀ q. All of it transposed, keys before queries, which is how dv and dk need
-    it.
+    dq = ds k, dk = dsᵀ q. All of it is transposed, keys before queries, as dv and dk need it.
     """
-    q, k, v, bias, y, log_sum = kept
-    scores = _biased(scale * _product("zmk,znk->zmn", k, q), bias, axis=2)
+    q, k, v, bias, y, log_sum = saved
+    scores = _add_bias(scale * _product("zmk,znk->zmn", k, q), bias, axis=2)
     p = jnp.exp(scores - log_sum[:, None])
-    own = (g.astype(jnp.float32) * y).sum(-1)
-    ds = (scale * p * (_product("zmk,znk->zmn", v, g) - own[:, None])).astype(q.dtype)
+    row_sum = (g.astype(jnp.float32) * y).sum(-1)
+    ds = (scale * p * (_product("zmk,znk->zmn", v, g) - row_sum[:, None])).astype(q.dtype)
     dv = _product("zmn,znk->zmk", p.astype(g.dtype), g)
     dk, dq = _product("zmn,znk->zmk", ds, q), _product("zmn,zmk->znk", ds, k)
     dbias = None if bias is None else jnp.zeros_like(bias)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dbias
 
 
-def _biased(scores, bias, *, axis: int):
+def _add_bias(scores, bias, *, axis: int):
     return scores if bias is None else scores + jnp.expand_dims(bias, axis)
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+recomputing_attention.defvjp(_attend_forward, _attend_backward)

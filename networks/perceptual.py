@@ -1,8 +1,8 @@
-"""What an autoencoder of pictures is trained on: closeness of pixels, of their gradients and of
-deep features (LPIPS), a simple latent (KL), and a critic of patches (PatchGAN).
+"""Losses of an autoencoder of images: pixels, their gradients, KL of the latents, deep features
+(LPIPS), and a critic of patches (PatchGAN).
 
-Each loss is a number for each picture, or a mean of many, of pictures in −1 … 1. Which of them are
-added up and by which weights is the trainer's; where LPIPS' weights come from is `pretrained`'s.
+Each loss is one number for each image, or a mean over many. Images are in −1 … 1. The trainer
+chooses and weighs the losses; `pretrained/lpips.py` loads LPIPS' weights.
 """
 
 import jax
@@ -14,12 +14,12 @@ from jaxtyping import Array, Float, PyTree
 
 
 def l2(a: Float[Array, "b h w c"], b: Float[Array, "b h w c"]) -> Float[Array, "b"]:
-    """Mean squared difference of each picture."""
+    """Mean squared difference of each image."""
     return jnp.square(a - b).mean((1, 2, 3))
 
 
 def l1(a: Float[Array, "b h w c"], b: Float[Array, "b h w c"]) -> Float[Array, "b"]:
-    """Mean absolute difference of each picture."""
+    """Mean absolute difference of each image."""
     return jnp.abs(a - b).mean((1, 2, 3))
 
 
@@ -27,24 +27,26 @@ PIXEL_LOSSES = {"l1": l1, "l2": l2}
 
 
 def gradient_l2(a: Float[Array, "b h w c"], b: Float[Array, "b h w c"]) -> Float[Array, "b"]:
-    """Squared difference of the pictures' gradients, by finite differences down and across: what
-    blur does to edges counts more than in `l2` (after Mathieu et al. 2016, eq. 6, with signs).
+    """Mean squared difference of the image gradients, by finite differences down and across. Blurred
+    edges cost more than in `l2` (after Mathieu et al. 2016, eq. 6, with signs).
     """
     error = a - b
     down, across = jnp.diff(error, axis=1), jnp.diff(error, axis=2)
     return jnp.square(down).mean((1, 2, 3)) + jnp.square(across).mean((1, 2, 3))
 
 
-def kl(mean: Float[Array, "b h w c"], log_variance: Float[Array, "b h w c"]) -> Float[Array, "b"]:
+def kl_to_standard_normal(
+    mean: Float[Array, "b h w c"], log_variance: Float[Array, "b h w c"]
+) -> Float[Array, "b"]:
     """KL(N(mean, variance) ‖ N(0, 1)) = ½ Σ (mean² + variance − 1 − log variance) in nats, summed
-    over a picture's latents (Kingma & Welling 2014, appendix B).
+    over an image's latents (Kingma & Welling 2014, appendix B).
     """
     return 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).sum((1, 2, 3))
 
 
 def psnr(a: Float[Array, "b h w c"], b: Float[Array, "b h w c"]) -> Float[Array, "b"]:
-    """Peak signal-to-noise ratio of each picture in dB: −10 log₁₀ of the mean squared error on a
-    scale of 0 … 1; 100 dB at most, of pictures that are the same.
+    """Peak signal-to-noise ratio of each image in dB: −10 log₁₀ of the mean squared error on a
+    scale of 0 … 1; at most 100 dB, for equal images.
     """
     return -10 * jnp.log10(jnp.maximum(l2(a, b) / 4, 1e-10))  # −1 … 1 is twice as wide as 0 … 1
 
@@ -54,8 +56,8 @@ def psnr(a: Float[Array, "b h w c"], b: Float[Array, "b h w c"]) -> Float[Array,
 # Widths of VGG-16's 3 × 3 convolutions (Simonyan & Zisserman 2015, table 1, D). After each group
 # its features are compared, then halved in size.
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-LPIPS_LEAST_SIZE = 2 ** (len(VGG16) - 1)  # pixels to a side, or nothing is left to compare
-# Mean and deviation of the pictures that VGG-16 learned from, on our scale of −1 … 1.
+LPIPS_MIN_SIZE = 2 ** (len(VGG16) - 1)  # pixels to a side: the last features are 1 × 1
+# Mean and deviation of VGG-16's training images, on our scale of −1 … 1.
 VGG16_MEAN, VGG16_STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
@@ -63,10 +65,10 @@ def lpips(
     weights: PyTree[Array], a: Float[Array, "b h w c"], b: Float[Array, "b h w c"]
 ) -> Float[Array, "b"]:
     """Perceptual distance Σ_l mean_hw Σ_c w_lc (â_lc − b̂_lc)², where â_l are the features of layer
-    l with unit length at each place (Zhang et al. 2018, eq. 1).
+    l with unit length at each position (Zhang et al. 2018, eq. 1).
 
     Args:
-        weights: as `lpips_shapes`; w is not negative.
+        weights: a tree as `lpips_shapes`; w is not negative.
         a, b: grey or RGB, at least `LPIPS_LEAST_SIZE` pixels to a side.
     """
     layers = zip(vgg16(weights["vgg16"], a), vgg16(weights["vgg16"], b), weights["linear"])
@@ -80,7 +82,7 @@ def lpips(
 def vgg16(
     convolutions: list[list[dict[str, Array]]], image: Float[Array, "b h w c"]
 ) -> list[Float[Array, "b _h _w _c"]]:
-    """The features that LPIPS compares: those after the last convolution of each group."""
+    """Compute the features that LPIPS compares: those after the last convolution of each group."""
     x = jnp.broadcast_to(image, (*image.shape[:3], 3))
     x = (x - jnp.asarray(VGG16_MEAN).reshape(1, 1, 1, 3)) / jnp.asarray(VGG16_STD).reshape(
         1, 1, 1, 3
@@ -90,12 +92,13 @@ def vgg16(
         if features:
             x = nnx.max_pool(x, (2, 2), strides=(2, 2))
         for weight in group:
-            x = jax.nn.relu(convolve(x, weight["kernel"]) + weight["bias"].reshape(1, 1, 1, -1))
+            y = convolve_same(x, weight["kernel"]) + weight["bias"].reshape(1, 1, 1, -1)
+            x = jax.nn.relu(y)
         features.append(x)
     return features
 
 
-def convolve(
+def convolve_same(
     x: Float[Array, "b h w i"], kernel: Float[Array, "p q i o"]
 ) -> Float[Array, "b h w o"]:
     return jax.lax.conv_general_dilated(
@@ -104,36 +107,39 @@ def convolve(
 
 
 def unit_length(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Scaled over channels. Below 1e-5 the length counts as that: where all features are 0 they
-    stay 0, and so does their gradient.
+    """Scale to unit length over channels. Lengths below 1e-5 count as 1e-5: where all features are
+    0 they stay 0, and so does their gradient.
     """
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-10)
 
 
 def lpips_shapes() -> PyTree[jax.ShapeDtypeStruct]:
-    """The tree of LPIPS' weights: the convolutions of VGG-16 by groups, and a number for each
+    """The tree of LPIPS' weights: the convolutions of VGG-16 by groups, and one weight for each
     compared channel.
     """
-    of = jax.ShapeDtypeStruct
-    groups, n_in = [], 3
+
+    def float32(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    groups = []
+    n_in = 3
     for widths in VGG16:
         groups.append([])
         for n_out in widths:
-            kernel = of((3, 3, n_in, n_out), jnp.float32)
-            groups[-1].append({"kernel": kernel, "bias": of((n_out,), jnp.float32)})
+            groups[-1].append({"kernel": float32(3, 3, n_in, n_out), "bias": float32(n_out)})
             n_in = n_out
-    return {"vgg16": groups, "linear": [of((widths[-1],), jnp.float32) for widths in VGG16]}
+    return {"vgg16": groups, "linear": [float32(widths[-1]) for widths in VGG16]}
 
 
 # --- PatchGAN: a critic that judges patches (Isola et al. 2017, §3.2.2; Esser et al. 2021) --------
 
 
 class PatchDiscriminator(nnx.Module):
-    """A picture → one number for each of its overlapping patches: above 0 for what seems real.
+    """An image → one logit for each of its overlapping patches, above 0 for real.
 
-    4 × 4 convolutions, of which `n_layers` halve the picture, as in the paper but for the norm.
-    GroupNorm in place of BatchNorm: a picture's judgement then depends on that picture alone,
-    neither on those beside it nor on how rows are spread over devices.
+    4 × 4 convolutions, of which `n_layers` halve the image, as in the paper except for the norm:
+    GroupNorm in place of BatchNorm, so that the logits of an image do not depend on the rest of the
+    batch or on how rows are spread over devices.
     """
 
     def __init__(
@@ -167,34 +173,42 @@ class PatchLayer(nnx.Module):
 
 
 def patch_conv(n_in: int, n_out: int, *, stride: int, dtype: str, rngs: nnx.Rngs) -> nnx.Conv:
-    init = jax.nn.initializers.normal(0.02)
-    how = {"strides": stride, "padding": 1, "dtype": dtype, "kernel_init": init}
-    return nnx.Conv(n_in, n_out, (4, 4), rngs=rngs, **how)
+    return nnx.Conv(
+        n_in,
+        n_out,
+        (4, 4),
+        strides=stride,
+        padding=1,
+        dtype=dtype,
+        kernel_init=jax.nn.initializers.normal(0.02),
+        rngs=rngs,
+    )
 
 
 def hinge_critic(real: Float[Array, "*n"], fake: Float[Array, "*n"]) -> Float[Array, ""]:
-    """What the critic minimises: ½ (E max(0, 1 − D(real)) + E max(0, 1 + D(fake))) (Lim & Ye 2017,
-    eq. 2; half of it, as Esser et al. 2021).
+    """The critic's loss: ½ (E max(0, 1 − D(real)) + E max(0, 1 + D(fake))) (Lim & Ye 2017, eq. 2;
+    half of it, as Esser et al. 2021).
     """
     return 0.5 * (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean())
 
 
 def hinge_generator(fake: Float[Array, "*n"]) -> Float[Array, ""]:
-    """What the autoencoder minimises: −E D(fake) (Lim & Ye 2017, eq. 3)."""
+    """The autoencoder's adversarial loss: −E D(fake) (Lim & Ye 2017, eq. 3)."""
     return -fake.mean()
 
 
 def adaptive_weight(
-    of_reconstruction: PyTree[Array], of_gan: PyTree[Array], *, most: float = 1e4
+    reconstruction_grads: PyTree[Array], gan_grads: PyTree[Array], *, max_weight: float = 1e4
 ) -> Float[Array, ""]:
-    """λ = ‖∇ L_rec‖ / (‖∇ L_gan‖ + 10⁻⁴), at most `most`: the critic pulls on the decoder's last
-    layer as hard as the reconstruction does (Esser et al. 2021, eq. 7).
+    """λ = ‖∇ L_rec‖ / (‖∇ L_gan‖ + 10⁻⁴), at most `max_weight`: it makes the critic's gradient at
+    the decoder's last layer as large as the reconstruction's (Esser et al. 2021, eq. 7).
 
     Args:
-        of_reconstruction, of_gan: the two losses' gradients in the weights of that layer.
+        reconstruction_grads, gan_grads: gradients of the two losses in the weights of that layer.
     """
-    return jnp.minimum(norm(of_reconstruction) / (norm(of_gan) + 1e-4), most)
+    ratio = tree_norm(reconstruction_grads) / (tree_norm(gan_grads) + 1e-4)
+    return jnp.minimum(ratio, max_weight)
 
 
-def norm(tree: PyTree[Array]) -> Float[Array, ""]:
+def tree_norm(tree: PyTree[Array]) -> Float[Array, ""]:
     return jnp.sqrt(sum(jnp.square(x).sum() for x in jax.tree.leaves(tree)))

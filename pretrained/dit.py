@@ -1,11 +1,11 @@
-"""Diffusion transformers on classes as others publish them: the original DiT, SiT, and diffusers'.
+"""Class-conditional diffusion transformers as others publish them: DiT, SiT, and diffusers' DiT.
 
-All three have the same weights, under two sets of names. The original's are in the middle: those of
-diffusers are brought to them and back, and they to ours and back.
+All three have the same weights, under two sets of names. The original's are in the middle: the
+names of diffusers are mapped to them and back, and they to ours and back.
 
 SiT is DiT's network with another clock. Its time runs from noise (0) to data (1), is not scaled
-before its sinusoids, and its velocity is data − noise (Ma et al. 2024, §2): `from_sit` turns all
-that around within the weights.
+before its sinusoids, and its velocity is data − noise (Ma et al. 2024, §2): `convert_sit` turns
+all that around within the weights.
 """
 
 import math
@@ -25,8 +25,8 @@ from pretrained import weight_files
 from runtime.errors import UserError
 
 CLASS = "DiTTransformer2DModel"
-CLASSES = (CLASS, "Transformer2DModel")  # of which the second is what it was called at first
-POSITIONS = "pos_embed"  # the original keeps its table of them with the weights
+CLASSES = (CLASS, "Transformer2DModel")  # the second is its first name
+POSITIONS = "pos_embed"  # the original stores its table of positions with the weights
 Tensors = dict[str, np.ndarray]
 
 # Our linear maps to the original's; {i} is a block.
@@ -42,12 +42,12 @@ LINEAR = {
     "final.modulation": "final_layer.adaLN_modulation.1",
     "final.out": "final_layer.linear",
 }
-TABLE = "y_embedder.embedding_table.weight"  # of classes
+TABLE = "y_embedder.embedding_table.weight"  # the embedding of each class
 PATCH = "x_embedder.proj.weight"
 PARTS = {"kernel": "weight", "bias": "bias"}
 
-# The original's names to diffusers', the first that fits. What is not of a block, but is named as
-# of one, diffusers repeats in every block.
+# The original's names to diffusers', the first that fits. The embedders of t and of the class are
+# shared in the original; diffusers repeats them in every block {i}.
 RENAMES = (
     (r"^x_embedder\.", "pos_embed."),
     (r"^final_layer\.adaLN_modulation\.1\.", "proj_out_1."),
@@ -62,7 +62,8 @@ RENAMES = (
     (r"^blocks\.(\d+)\.mlp\.fc2\.", r"transformer_blocks.\1.ff.net.2."),
 )
 
-# What our model must be for the original's code, and for diffusers', to compute the same.
+# Fields of our model with the values for which the original's code, and diffusers', compute the
+# same.
 REQUIRED = {
     "block": "adaln_zero",
     "position": "sincos",
@@ -74,8 +75,7 @@ REQUIRED = {
     "text_width": 0,
 }
 
-# Of diffusers' configs: facts with their defaults, those with values that are right, and those that
-# change nothing here.
+# Facts of diffusers' configs that set the shape, with their defaults.
 DEFAULTS = {
     "num_attention_heads": 16,
     "attention_head_dim": 72,
@@ -85,6 +85,7 @@ DEFAULTS = {
     "patch_size": 2,
     "num_embeds_ada_norm": 1000,
 }
+# Facts with the values that are supported.
 SUPPORTED = {
     "activation_fn": ["gelu-approximate"],
     "norm_type": ["ada_norm_zero"],
@@ -96,6 +97,7 @@ SUPPORTED = {
     "only_cross_attention": [False],
     "use_linear_projection": [False],
 }
+# Facts that change nothing here, and those that are written.
 WITHOUT_EFFECT = ("dropout", "norm_num_groups", "upcast_attention")
 WRITTEN_FACTS = ("activation_fn", "norm_type", "norm_elementwise_affine", "attention_bias")
 
@@ -104,11 +106,17 @@ WRITTEN_FACTS = ("activation_fn", "norm_type", "norm_elementwise_affine", "atten
 
 
 def infer_config(tensors: Mapping[str, np.ndarray], where: str, n_heads: int | None) -> ModelConfig:
-    """The shape of an original DiT, which comes without a config. Heads leave no trace in the
-    weights: they follow from width and depth of the published sizes, or are told.
+    """Infer the shape of an original DiT, which comes without a config, from its tensors.
+
+    Heads leave no trace in the weights: they follow from the width and depth of the published
+    sizes.
+
+    Args:
+        where: the file, for the messages of errors.
+        n_heads: the number of heads of a size that was not published.
 
     Raises:
-        UserError: it is no such model, or its heads are not known.
+        UserError: it is no such model, or its number of heads is unknown.
     """
     try:
         width, channels, patch_size, _ = tensors[PATCH].shape
@@ -117,10 +125,11 @@ def infer_config(tensors: Mapping[str, np.ndarray], where: str, n_heads: int | N
         (n_out,) = tensors["final_layer.linear.bias"].shape
     except (KeyError, ValueError) as error:
         raise UserError(f"'{where}' holds no DiT or SiT: {_describe_key_error(error)}") from None
-    numbers = [int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))]
-    depth, side = 1 + max(numbers, default=-1), math.isqrt(n_tokens)
+    matches = [re.match(r"blocks\.(\d+)\.", name) for name in tensors]
+    depth = 1 + max((int(match[1]) for match in matches if match), default=-1)
+    side = math.isqrt(n_tokens)
     if side**2 != n_tokens:
-        raise UserError(f"'{where}': its {n_tokens} positions are no square")
+        raise UserError(f"'{where}': its {n_tokens} positions do not form a square")
     return ModelConfig(
         width=width,
         depth=depth,
@@ -142,32 +151,32 @@ def _find_published_heads(width: int, depth: int, where: str) -> int:
         if (size["width"], size["depth"]) == (width, depth):
             return size["n_heads"]
     raise UserError(
-        f"'{where}' has {depth} blocks of width {width}, which is no published size: say how many "
-        "heads they have, such as dit:heads=6:PATH"
+        f"'{where}' has {depth} blocks of width {width}, which is no published size: give their "
+        "number of heads, such as dit:heads=6:PATH"
     )
 
 
-def config_from_diffusers(said: Mapping[str, Any], where: str) -> ModelConfig:
-    """The facts of a `config.json` of diffusers.
+def config_from_diffusers(config: Mapping[str, Any], where: str) -> ModelConfig:
+    """Convert a `config.json` of diffusers to ours.
 
     Its `norm_eps` is 1e-5 by default, also where the weights are the original's, whose code has
-    1e-6: that is what they were trained with, and what is computed here.
+    1e-6. They were trained with 1e-6, which is computed here.
 
     Raises:
-        UserError: the config of something else, or of something that is not supported.
+        UserError: it is the config of something else, or of something that is not supported.
     """
-    name = said.get("_class_name")
-    if name not in CLASSES or (name != CLASS and said.get("norm_type") != "ada_norm_zero"):
+    name = config.get("_class_name")
+    if name not in CLASSES or (name != CLASS and config.get("norm_type") != "ada_norm_zero"):
         raise UserError(f"'{where}' is not a {CLASS} but {name or 'of no known class'}")
-    # null is as good as absent, and what starts with _ is about the file.
-    told = {k: v for k, v in said.items() if v is not None and not k.startswith("_")}
-    facts = DEFAULTS | {"out_channels": told.get("in_channels", DEFAULTS["in_channels"])} | told
+    # null is as good as absent, and names that start with _ describe the file.
+    given = {k: v for k, v in config.items() if v is not None and not k.startswith("_")}
+    facts = DEFAULTS | {"out_channels": given.get("in_channels", DEFAULTS["in_channels"])} | given
     for fact, value in facts.items():
         problem = ""
         if fact in DEFAULTS or fact == "out_channels":
-            least = 0 if fact == "num_embeds_ada_norm" else 1
-            if type(value) is not int or value < least:
-                problem = f"must be a whole number of at least {least}"
+            minimum = 0 if fact == "num_embeds_ada_norm" else 1
+            if type(value) is not int or value < minimum:
+                problem = f"must be a whole number of at least {minimum}"
         elif fact not in WITHOUT_EFFECT and value not in SUPPORTED.get(fact, []):
             problem = "not supported"
         if problem:
@@ -185,10 +194,10 @@ def config_from_diffusers(said: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def config_to_diffusers(config: ModelConfig) -> dict[str, Any]:
-    """All that diffusers needs to build it.
+    """Make the config from which diffusers builds the model.
 
     Raises:
-        UserError: its DiT has no place for what the model is made of.
+        UserError: diffusers' DiT cannot express the model.
     """
     values = {name: getattr(config, name) for name in REQUIRED}
     unfit = [f"{name} {value}" for name, value in values.items() if value != REQUIRED[name]]
@@ -205,7 +214,7 @@ def config_to_diffusers(config: ModelConfig) -> dict[str, Any]:
         "patch_size": config.patch_size,
         "num_embeds_ada_norm": config.n_classes,
         "norm_eps": 1e-6,
-        # diffusers has no word for it, and skips what begins with _.
+        # diffusers has no name for it, and skips names that begin with _.
         "_downscale_freq_shift": "0 in these weights, where diffusers has 1: see README.md",
     } | {name: values[0] for name, values in SUPPORTED.items() if name in WRITTEN_FACTS}
 
@@ -214,7 +223,7 @@ def config_to_diffusers(config: ModelConfig) -> dict[str, Any]:
 
 
 def params_to_original(params: Mapping[str, Any], config: ModelConfig) -> Tensors:
-    """Our weights under the original's names and in its axes: views of them, and no positions."""
+    """Return our weights, without positions, under the original's names and axes, as views."""
     return dict(_iterate_originals(params, config))
 
 
@@ -231,8 +240,10 @@ def _iterate_originals(
 
 
 def _to_axes(x: np.ndarray, name: str, config: ModelConfig) -> np.ndarray:
-    """One of ours in the original's axes. A token's numbers are in the order (p q c) in both, but
-    that the original's first map is a convolution.
+    """Bring one of our arrays to the original's axes.
+
+    A token's numbers are in the order (p q c) in both, but the original's first map is a
+    convolution.
     """
     if name == PATCH:
         p = config.patch_size
@@ -243,12 +254,14 @@ def _to_axes(x: np.ndarray, name: str, config: ModelConfig) -> np.ndarray:
 def params_from_original(
     tensors: MutableMapping[str, np.ndarray], config: ModelConfig, where: str
 ) -> dict[str, Any]:
-    """The original's weights as ours, float32. Each is used once and none is left; they leave
-    `tensors` as they are taken over, so that there is never a second copy of all.
+    """Convert the original's weights to ours, float32.
+
+    Each is used once and none is left. They are popped from `tensors` one by one, so that there is
+    never a second copy of all.
 
     Raises:
-        UserError: some are missing, left over or of another shape, with the names of a few; or the
-            positions are others than ours.
+        UserError: some are missing, left over or of another shape; the message names a few. Or the
+            positions differ from ours.
     """
     if POSITIONS in tensors:
         require_sincos_positions(tensors.pop(POSITIONS), config, where)
@@ -259,39 +272,39 @@ def params_from_original(
     for ours, theirs in LINEAR.items():
         for ours_part, part in PARTS.items():
             path, name = (*ours.split("."), ours_part), f"{theirs}.{part}"
-            whole = np.empty(_our_shapes(config)[path], np.float32)
+            array = np.empty(_our_shapes(config)[path], np.float32)
             if "{i}" in name:
                 for i in range(config.depth):
-                    whole[i] = tensors.pop(name.format(i=i)).T
+                    array[i] = tensors.pop(name.format(i=i)).T
             elif name == PATCH:
-                whole[:] = tensors.pop(name).transpose(2, 3, 1, 0).reshape(whole.shape)
+                array[:] = tensors.pop(name).transpose(2, 3, 1, 0).reshape(array.shape)
             else:
-                whole[:] = tensors.pop(name).T
-            tree[path] = whole
+                array[:] = tensors.pop(name).T
+            tree[path] = array
     return unflatten_dict(tree)
 
 
 @lru_cache
 def _our_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Of each of our weights, by its path."""
+    """Return the shape of each of our weights by its path."""
     tree: Any = jax.eval_shape(partial(init_model_params, config), jax.random.key(0))
     leaves: dict[tuple[str, ...], Any] = dict(flatten_dict(tree))
     return {path: x.shape for path, x in leaves.items()}
 
 
 def original_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Of each of the original's weights but its positions, by its name."""
+    """Return the shape of each of the original's weights, but its positions, by its name."""
     return {name: x.shape for name, x in params_to_original(_make_zeros(config), config).items()}
 
 
 def _make_zeros(config: ModelConfig) -> dict:
-    """Weights that are one zero, seen from many places."""
+    """Make weights that are all views of one zero, and so need no memory."""
     zeros = {path: np.broadcast_to(np.float32(0), s) for path, s in _our_shapes(config).items()}
     return unflatten_dict(zeros)
 
 
 def require_sincos_positions(table: np.ndarray, config: ModelConfig, where: str) -> None:
-    """Raises UserError if a stored table of positions is not the one that is computed here."""
+    """Raise UserError if a stored table of positions is not the one that is computed here."""
     places = [np.arange(side, dtype=float) for side in config.grid]
     ours = sincos_table(config.width, *places)[None]
     if table.shape != ours.shape or not np.allclose(table, ours, rtol=0, atol=1e-3):
@@ -302,14 +315,14 @@ def require_sincos_positions(table: np.ndarray, config: ModelConfig, where: str)
 
 
 def params_to_diffusers(params: Mapping[str, Any], config: ModelConfig) -> Tensors:
-    """Our weights under diffusers' names and in its axes, as views."""
+    """Return our weights under diffusers' names and in its axes, as views."""
     return rename_to_diffusers(params_to_original(params, config), config.depth)
 
 
 def params_from_diffusers(
     tensors: MutableMapping[str, np.ndarray], config: ModelConfig, where: str
 ) -> dict[str, Any]:
-    """diffusers' weights as ours, float32; they leave `tensors`.
+    """Convert diffusers' weights to ours, float32; they are popped from `tensors`.
 
     Raises:
         UserError: some are missing, left over or of another shape; or the blocks' embedders, which
@@ -319,24 +332,26 @@ def params_from_diffusers(
 
 
 def rename_to_diffusers(tensors: Mapping[str, np.ndarray], depth: int) -> Tensors:
-    """The original's weights under diffusers' names. Embedders are repeated for each block, and
-    queries, keys and values have maps of their own.
+    """Return the original's weights under diffusers' names.
+
+    Embedders are repeated for each block, and queries, keys and values have maps of their own.
     """
-    found: Tensors = {}
+    renamed: Tensors = {}
     for name, x in tensors.items():
         theirs = diffusers_name(name)
         if "{part}" in theirs:
             for part, third in zip("qkv", np.split(x, 3)):
-                found[theirs.format(part=part)] = third
+                renamed[theirs.format(part=part)] = third
         else:
             for i in range(depth) if "{i}" in theirs else (None,):
-                found[theirs.format(i=i)] = x
-    return found
+                renamed[theirs.format(i=i)] = x
+    return renamed
 
 
 def diffusers_name(name: str) -> str:
-    """Of one of the original's weights: with {i} where each block has it, with {part} where there
-    are three.
+    """Return diffusers' name of one of the original's weights.
+
+    It has {i} where each block has a copy, and {part} where there are three: q, k and v.
     """
     for pattern, replacement in RENAMES:
         renamed, n = re.subn(pattern, replacement, name)
@@ -348,30 +363,30 @@ def diffusers_name(name: str) -> str:
 def rename_from_diffusers(
     tensors: MutableMapping[str, np.ndarray], config: ModelConfig, where: str
 ) -> Tensors:
-    """diffusers' weights under the original's names: the inverse of `to_diffusers`."""
+    """Return diffusers' weights under the original's names, popped from `tensors`."""
     if (table := tensors.pop("pos_embed.pos_embed", None)) is not None:  # in old files
         require_sincos_positions(table, config, where)
     shapes = {name: x.shape for name, x in params_to_diffusers(_make_zeros(config), config).items()}
     weight_files.require_shapes(where, tensors, shapes)
-    found: Tensors = {}
+    renamed: Tensors = {}
     for name in original_shapes(config):
         theirs = diffusers_name(name)
         if "{part}" in theirs:
             parts = [tensors.pop(theirs.format(part=part)) for part in "qkv"]
-            found[name] = np.concatenate(parts)
+            renamed[name] = np.concatenate(parts)
         elif "{i}" in theirs:
-            found[name] = _pop_identical(
+            renamed[name] = _pop_identical(
                 [theirs.format(i=i) for i in range(config.depth)], tensors, where
             )
         else:
-            found[name] = tensors.pop(theirs)
-    return found
+            renamed[name] = tensors.pop(theirs)
+    return renamed
 
 
 def _pop_identical(
     names: list[str], tensors: MutableMapping[str, np.ndarray], where: str
 ) -> np.ndarray:
-    """The tensor that all of these are."""
+    """Pop the tensors of these names, which must be equal, and return one."""
     first = tensors.pop(names[0])
     for name in names[1:]:
         if not np.array_equal(first, tensors.pop(name)):
@@ -385,14 +400,17 @@ def _pop_identical(
 
 
 def convert_sit(params: dict, config: ModelConfig) -> tuple[dict, ModelConfig]:
-    """SiT's weights, read as a DiT's, as those of a model of ours: time runs the other way, v
-    changes its sign, and what it says beyond a velocity is left out.
+    """Convert SiT's weights, read as a DiT's, to a model of ours, in place.
+
+    Time runs the other way, the velocity changes its sign, and outputs beyond the velocity are
+    dropped.
 
     With frequencies f, cos((1 − t)f) = cos f · cos(tf) + sin f · sin(tf) and sin((1 − t)f) =
-    sin f · cos(tf) − cos f · sin(tf): features of 1 − t are features of t, reflected, and what
-    reflects them goes into the first linear map.
+    sin f · cos(tf) − cos f · sin(tf). Features of 1 − t are thus a reflection of the features of
+    t, which is folded into the first linear map.
     """
-    hidden, out = params["time"]["mlp"]["hidden"], params["final"]["out"]
+    hidden = params["time"]["mlp"]["hidden"]
+    out = params["final"]["out"]
     hidden["kernel"] = _reverse_time_kernel(hidden["kernel"])
     n, c = config.patch_size**2, config.channels
     for part, x in out.items():
@@ -402,10 +420,10 @@ def convert_sit(params: dict, config: ModelConfig) -> tuple[dict, ModelConfig]:
 
 
 def _reverse_time_kernel(kernel: np.ndarray) -> np.ndarray:
-    """W with which W'·features(t) = W·features(1 − t), for `layers.time_features`."""
-    of_cos, of_sin = np.split(kernel.astype(np.float64), 2)
-    n = len(of_cos)
+    """Return W' with which W'·features(t) = W·features(1 − t), for `layers.time_features`."""
+    w_cos, w_sin = np.split(kernel.astype(np.float64), 2)
+    n = len(w_cos)
     f = 10_000.0 ** -(np.arange(n) / n).reshape(-1, 1)
     cos, sin = np.cos(f), np.sin(f)
-    found = np.concatenate([cos * of_cos + sin * of_sin, sin * of_cos - cos * of_sin])
-    return found.astype(np.float32)
+    reversed_kernel = np.concatenate([cos * w_cos + sin * w_sin, sin * w_cos - cos * w_sin])
+    return reversed_kernel.astype(np.float32)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from networks.inception import shapes
+from networks.inception import inception_shapes
 from pretrained import weight_files
 
 EPSILON = 1e-3  # added to the variances of its batch norms
@@ -57,7 +57,7 @@ def load_inception(path_or_id: str) -> PretrainedInception:
 
 def kernel_shapes() -> dict[tuple[str, ...], tuple[int, ...]]:
     """Return each convolution's path in our tree, and the shape of its kernel (h, w, in, out)."""
-    tree: dict[tuple[str, ...], Any] = dict(flatten_dict(shapes()))
+    tree: dict[tuple[str, ...], Any] = dict(flatten_dict(inception_shapes()))
     return {
         path[:-1]: leaf.shape
         for path, leaf in tree.items()
@@ -67,7 +67,7 @@ def kernel_shapes() -> dict[tuple[str, ...], tuple[int, ...]]:
 
 def published_shapes() -> dict[str, tuple[int, ...]]:
     """Return every weight of a file by its name there, and its shape."""
-    n_in, n_out = shapes()["fc"]["kernel"].shape
+    n_in, n_out = inception_shapes()["fc"]["kernel"].shape
     shape_by_name: dict[str, tuple[int, ...]] = {FC: (n_out, n_in), FC_BIAS: (n_out,)}
     for path, (height, width, i, o) in kernel_shapes().items():
         name = ".".join(path)

@@ -46,7 +46,7 @@ def load_lpips(path_or_id: str) -> Any:
 
 
 def rename_to_ours(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the tensors that LPIPS needs by our names, with kernels as (height, width, in, out)."""
+    """Return the tensors that LPIPS needs by our names, with kernels as (h, w, in, out)."""
     ours: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         if match := CONVOLUTION.fullmatch(name):

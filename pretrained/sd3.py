@@ -1,13 +1,14 @@
-"""Stable Diffusion 3's transformers as diffusers publishes them (SD3 and SD3.5), and an MMDiT of
-captions of ours in the same form.
+"""Stable Diffusion 3's transformers as diffusers publishes them (SD3 and SD3.5).
 
-Two things of a file are not among our weights. Its table of positions is computed, so it must be
-one that is computed here: Stability AI's (`centred`), or that of a new model (`cropped`). And the
-context's queries in the last block are dropped, and written as zeros: what they find there is
+An MMDiT of ours on captions is written in the same form.
+
+Two things of a file are not among our weights. Its table of positions is computed here, so it must
+be one that we can compute: Stability AI's (`centred`), or that of a new model (`cropped`). The
+context's queries in the last block are dropped, and written as zeros: their attention's result is
 thrown away.
 
-What a model is told is not in its weights either. diffusers shows SD3 all padding of captions, and
-the encoded "" where there is none: see `full_width` of `text.Towers`.
+How captions are padded is not in the weights either. diffusers shows SD3 all padding of captions,
+and the encoded "" where there is none: see `full_width` of `text_encoders.TextEncoders`.
 """
 
 from collections import defaultdict
@@ -23,7 +24,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float
 
-from model import JOINT, ModelConfig, make_position_embedding, init_model_params
+from model import JOINT, ModelConfig, init_model_params, make_position_embedding
 from networks.layers import sincos_table
 from pretrained import weight_files
 from runtime.errors import UserError
@@ -32,7 +33,7 @@ CLASS = "SD3Transformer2DModel"
 TEXT_LENGTH = 77 + 256  # of CLIP and of T5, padding included
 QK_NORM = "rms_norm"
 
-# What diffusers takes where a config says nothing.
+# The values of facts that a config leaves out.
 DEFAULTS: dict[str, Any] = {
     "sample_size": 128,
     "patch_size": 2,
@@ -48,7 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "dual_attention_layers": [],
     "qk_norm": None,
 }
-# What SD3 leaves no choice in.
+# Fields of our model that are the same in every SD3.
 FIXED = {
     "block": JOINT,
     "rope": False,
@@ -65,27 +66,30 @@ FIXED = {
 
 
 def config_from_diffusers(
-    said: Mapping[str, Any], where: str, tensors: Mapping[str, np.ndarray] | None = None
+    config: Mapping[str, Any], where: str, tensors: Mapping[str, np.ndarray] | None = None
 ) -> ModelConfig:
-    """The facts of a `config.json`. The model is not tied to its `image_size`, which is diffusers'
-    default: `dataclasses.replace` it by any other that positions reach to.
+    """Convert a `config.json` of diffusers to ours.
+
+    The model is not tied to its `image_size`, which is diffusers' default: replace it by any other
+    that the table of positions covers, with `dataclasses.replace`.
 
     Args:
-        tensors: tell how positions are counted, which the config does not; without them, as in the
-            published weights.
+        where: the network, for the messages of errors.
+        tensors: the weights, whose table shows how positions are counted. The config does not;
+            without them, positions are those of the published weights.
 
     Raises:
-        UserError: the config of something else, or of something that is not supported.
+        UserError: it is the config of something else, or of something that is not supported.
     """
-    name = said.get("_class_name")
+    name = config.get("_class_name")
     if name != CLASS:
         raise UserError(f"'{where}' is not an {CLASS} but {name or 'of no known class'}")
-    facts = DEFAULTS | {k: v for k, v in said.items() if not k.startswith("_")}
+    facts = DEFAULTS | {k: v for k, v in config.items() if not k.startswith("_")}
     if facts["out_channels"] is None:
         facts["out_channels"] = facts["in_channels"]
     try:
         require_supported(facts)
-        config = ModelConfig(
+        ours = ModelConfig(
             width=facts["num_attention_heads"] * facts["attention_head_dim"],
             depth=facts["num_layers"],
             n_heads=facts["num_attention_heads"],
@@ -105,13 +109,13 @@ def config_from_diffusers(
         )
     except UserError as error:
         raise UserError(f"'{where}': its {weight_files.CONFIG} says {error}") from None
-    new = replace(config, position="cropped")
+    cropped = replace(ours, position="cropped")
     table = (tensors or {}).get(TABLE)
-    return new if table is not None and matches_positions(table, new) else config
+    return cropped if table is not None and matches_positions(table, cropped) else ours
 
 
 def require_supported(facts: Mapping[str, Any]) -> None:
-    """Raises UserError for the first fact that is of the wrong kind or not supported."""
+    """Raise UserError for the first fact that is of the wrong kind or not supported."""
     for name, value in facts.items():
         if type(DEFAULTS.get(name)) is int and (type(value) is not int or value < 1):
             raise UserError(f"{name} {value}: must be a whole number above 0")
@@ -130,11 +134,13 @@ def require_supported(facts: Mapping[str, Any]) -> None:
 
 
 def config_to_diffusers(config: ModelConfig) -> dict[str, Any]:
-    """All that diffusers needs to build it. Its default size of pictures is the one that positions
-    are counted by, whatever size the model was trained on.
+    """Make the config from which diffusers builds the model.
+
+    Its `sample_size` is the one that positions are counted by, whatever size the model was trained
+    on.
 
     Raises:
-        UserError: SD3 has no place for what the model is made of.
+        UserError: SD3 cannot express the model.
     """
     c = config
     unfit = {k: getattr(c, k) for k, fixed in FIXED.items() if getattr(c, k) != fixed}
@@ -145,8 +151,8 @@ def config_to_diffusers(config: ModelConfig) -> dict[str, Any]:
     if max(c.grid) > c.position_side:
         unfit["image_size"] = c.image_size
     if unfit:
-        told = ", ".join(f"{name} {value}" for name, value in unfit.items())
-        raise UserError(f"diffusers' {CLASS} cannot hold a model with {told}")
+        fields = ", ".join(f"{name} {value}" for name, value in unfit.items())
+        raise UserError(f"diffusers' {CLASS} cannot hold a model with {fields}")
     return {
         "_class_name": CLASS,
         "sample_size": c.position_base * c.patch_size,
@@ -169,28 +175,30 @@ def config_to_diffusers(config: ModelConfig) -> dict[str, Any]:
 
 
 class Part(NamedTuple):
-    """One of `of` equal parts of a weight or bias of diffusers', cut along its outputs."""
+    """One of `n_parts` equal parts of a weight or bias of diffusers', split along its outputs."""
 
     name: str
     index: int = 0
-    of: int = 1
+    n_parts: int = 1
 
 
 def join_tensors(*names: str) -> tuple[Part, ...]:
+    """Describe an array of ours that holds these tensors side by side."""
     return tuple(Part(name) for name in names)
 
 
-def take_chunks(name: str, of: int, *indices: int) -> tuple[Part, ...]:
-    return tuple(Part(name, index, of) for index in indices)
+def take_chunks(name: str, n_parts: int, *indices: int) -> tuple[Part, ...]:
+    """Describe an array of ours that holds some equal parts of a tensor side by side."""
+    return tuple(Part(name, index, n_parts) for index in indices)
 
 
 def add_prefix(prefix: str, table: Mapping[str, tuple[Part, ...]]) -> dict[str, tuple[Part, ...]]:
     return {f"{prefix}.{name}": parts for name, parts in table.items()}
 
 
-# Each map or norm of ours, and what it is in diffusers: parts side by side. A modulation is six
-# (shift, scale and gate of attention and of the MLP), nine where there is a second attention, or
-# two: scale before shift there, shift before scale here.
+# Each map or norm of ours, and its parts in diffusers, which lie side by side. A modulation has six
+# parts (shift, scale and gate of attention and of the MLP), nine if there is a second attention, or
+# two: there scale comes before shift, here shift before scale.
 OUTSIDE_BLOCKS = {
     "patch": join_tensors("pos_embed.proj"),
     "time.mlp.hidden": join_tensors("time_text_embed.timestep_embedder.linear_1"),
@@ -240,8 +248,10 @@ PATCH, TABLE = "pos_embed.proj.weight", "pos_embed.pos_embed"
 
 
 def locate_parts(path: tuple, config: ModelConfig) -> list[list[Part]]:
-    """Where an array of ours is in diffusers: the parts that lie side by side in it, for each block
-    of a stack.
+    """Locate an array of ours in diffusers.
+
+    Returns:
+        For each block of a stack, or once, the parts that lie side by side in the array.
     """
     stack, *rest, leaf = path
     last, n_dual = config.depth - 1, config.n_dual
@@ -250,52 +260,55 @@ def locate_parts(path: tuple, config: ModelConfig) -> list[list[Part]]:
         "blocks": (BLOCK, range(n_dual, last)),
         "last": (LAST_BLOCK, [last]),
     }
-    if stack not in blocks:
-        found = [("", OUTSIDE_BLOCKS[".".join(path[:-1])])]
-    else:
+    if stack in blocks:
         table, layers = blocks[stack]
-        found = [(f"transformer_blocks.{i}.", table[".".join(rest)]) for i in layers]
+        parts_by_prefix = {f"transformer_blocks.{i}.": table[".".join(rest)] for i in layers}
+    else:
+        parts_by_prefix = {"": OUTSIDE_BLOCKS[".".join(path[:-1])]}
     return [
         [part._replace(name=f"{prefix}{part.name}.{LEAVES[leaf]}") for part in parts]
-        for prefix, parts in found
+        for prefix, parts in parts_by_prefix.items()
     ]
 
 
 def flatten_leaves(tree: Mapping[str, Any]) -> dict[tuple, Any]:
-    """Each array of a tree by its path."""
+    """Return each array of a tree by its path."""
     return dict(flatten_dict(tree))
 
 
 @lru_cache
 def our_shapes(config: ModelConfig) -> dict[tuple, tuple[int, ...]]:
-    """The shape of each array of ours."""
+    """Return the shape of each array of ours by its path."""
     tree = jax.eval_shape(lambda: init_model_params(config, jax.random.key(0)))
     return {path: x.shape for path, x in flatten_leaves(tree).items()}
 
 
 def dropped_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
-    """The context's queries in the last block, as they are written."""
-    d, block = config.width, f"transformer_blocks.{config.depth - 1}.attn"
-    found = {f"{block}.add_q_proj.weight": np.zeros((d, d), np.float32)}
-    found |= {f"{block}.add_q_proj.bias": np.zeros(d, np.float32)}
+    """Make the context's queries in the last block, as they are written."""
+    d = config.width
+    attention = f"transformer_blocks.{config.depth - 1}.attn"
+    tensors = {
+        f"{attention}.add_q_proj.weight": np.zeros((d, d), np.float32),
+        f"{attention}.add_q_proj.bias": np.zeros(d, np.float32),
+    }
     if config.qk_norm:
-        found |= {f"{block}.norm_added_q.weight": np.ones(d // config.n_heads, np.float32)}
-    return found
+        tensors[f"{attention}.norm_added_q.weight"] = np.ones(d // config.n_heads, np.float32)
+    return tensors
 
 
 @lru_cache
 def diffusers_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Each of diffusers' tensors by its name, and its shape."""
+    """Return the shape of each of diffusers' tensors by its name."""
     c = config
-    found = {name: x.shape for name, x in dropped_tensors(c).items()}
-    found[TABLE] = (1, c.position_side**2, c.width)
+    shapes = {name: x.shape for name, x in dropped_tensors(c).items()}
+    shapes[TABLE] = (1, c.position_side**2, c.width)
     for path, shape in our_shapes(c).items():
         *inputs, outputs = shape[path[0] in STACKS :]
         for parts in locate_parts(path, c):
             for part in parts:
-                found[part.name] = (outputs // len(parts) * part.of, *inputs)
-    found[PATCH] = (c.width, c.channels, c.patch_size, c.patch_size)
-    return found
+                shapes[part.name] = (outputs // len(parts) * part.n_parts, *inputs)
+    shapes[PATCH] = (c.width, c.channels, c.patch_size, c.patch_size)
+    return shapes
 
 
 # --- the weights ----------------------------------------------------------------------------------
@@ -304,10 +317,12 @@ def diffusers_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def params_from_diffusers(
     tensors: Mapping[str, np.ndarray], config: ModelConfig, where: str
 ) -> dict[str, Any]:
-    """diffusers' weights as ours. Each is used once and none is left, but for what is said above.
+    """Convert diffusers' weights to ours, float32.
+
+    Each is used once and none is left, except the two that the module's docstring names.
 
     Raises:
-        UserError: some are missing, left over or of another shape, with the names of a few; or
+        UserError: some are missing, left over or of another shape; the message names a few. Or
             positions are not those of the config.
     """
     weight_files.require_shapes(where, tensors, diffusers_shapes(config))
@@ -316,29 +331,29 @@ def params_from_diffusers(
     flat = {**tensors, PATCH: rearrange(tensors[PATCH], "d c p q -> d (p q c)")}
 
     def piece(part: Part) -> np.ndarray:
-        return np.split(flat[part.name].T, part.of, axis=-1)[part.index]
+        return np.split(flat[part.name].T, part.n_parts, axis=-1)[part.index]
 
     def array(path: tuple) -> np.ndarray:
         rows = [
             np.concatenate([*map(piece, parts)], axis=-1) for parts in locate_parts(path, config)
         ]
-        whole = np.stack(rows) if path[0] in STACKS else rows[0]
-        return np.ascontiguousarray(whole, np.float32)
+        stacked = np.stack(rows) if path[0] in STACKS else rows[0]
+        return np.ascontiguousarray(stacked, np.float32)
 
     return unflatten_dict({path: array(path) for path in our_shapes(config)})
 
 
 def params_to_diffusers(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
-    """Our weights under diffusers' names and in its axes."""
-    found: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
+    """Return our weights under diffusers' names and in its axes."""
+    pieces_by_name: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
     for path, x in flatten_leaves(params).items():
         rows = np.asarray(x) if path[0] in STACKS else np.asarray(x)[None]
         for row, parts in zip(rows, locate_parts(path, config), strict=True):
             for part, piece in zip(parts, np.split(row, len(parts), axis=-1), strict=True):
-                found[part.name][part.index] = piece
+                pieces_by_name[part.name][part.index] = piece
     tensors = {
         name: np.concatenate([pieces[i] for i in sorted(pieces)], axis=-1).T
-        for name, pieces in found.items()
+        for name, pieces in pieces_by_name.items()
     }
     p = config.patch_size
     tensors[PATCH] = rearrange(tensors[PATCH], "d (p q c) -> d c p q", p=p, q=p)
@@ -349,13 +364,13 @@ def params_to_diffusers(params: Mapping[str, Any], config: ModelConfig) -> dict[
 
 
 def axis_positions(config: ModelConfig) -> Float[np.ndarray, "s half"]:
-    """The half of a token's table that encodes its column; that of its row is the same."""
-    places = make_position_embedding(config, rngs=nnx.Rngs(0)).places(config.position_side)
+    """Compute the half of a token's table that encodes its column; that of its row is the same."""
+    places = make_position_embedding(config, rngs=nnx.Rngs(0)).positions(config.position_side)
     return sincos_table(config.width, np.zeros(1), places)[:, : config.width // 2]
 
 
 def position_table(config: ModelConfig) -> Float[np.ndarray, "1 n d"]:
-    """The whole table that positions are cropped from."""
+    """Compute the whole table that positions are cropped from."""
     axis = axis_positions(config)
     shape = (len(axis), *axis.shape)
     columns, rows = np.broadcast_to(axis[None], shape), np.broadcast_to(axis[:, None], shape)
@@ -363,12 +378,12 @@ def position_table(config: ModelConfig) -> Float[np.ndarray, "1 n d"]:
 
 
 def matches_positions(table: Float[np.ndarray, "..."], config: ModelConfig) -> bool:
-    """Whether a file's table is the config's, but for half precision."""
+    """Return True if a file's table is the config's, up to half precision."""
     axis = axis_positions(config)
     if table.shape != (1, len(axis) ** 2, config.width):
         return False
     rows = rearrange(table, "1 (h w) (two d) -> h w two d", h=len(axis), two=2)
-    # One row after the other: the whole is a gigabyte in SD3.5 medium.
+    # One row after the other: the whole table is a gigabyte in SD3.5 medium.
     return all(
         np.allclose(row, np.stack([axis, np.broadcast_to(own, axis.shape)], axis=1), 0, 2**-8)
         for row, own in zip(rows, axis, strict=True)

@@ -1,8 +1,8 @@
 """Diffusion transformers that were not trained by this project: of the hub, a folder or a file.
 
     pretrained = load_transformer("facebook/DiT-XL-2-256")
-    pretrained.config, pretrained.params    # ours, as if trained here
-    pretrained.settings                     # how it is sampled, with the keys of a run's config.json
+    pretrained.config, pretrained.params  # ours, as if trained here
+    pretrained.settings                   # how it is sampled, by the keys of a run's config.json
 
 This module decides which family a model belongs to and how it is sampled. The names and axes of its
 weights are known by the family's own module, `dit.py` or `sd3.py`. `save_transformer` writes one
@@ -23,10 +23,10 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from datasets_config import LatentEncoding
-from model import JOINT, MODELS, ModelConfig, model_graphdef, init_model_params
+from model import JOINT, MODELS, ModelConfig, init_model_params, model_graphdef
 from pretrained import autoencoder, dit, sd3, weight_files
-from runtime.errors import UserError, unknown
-from runtime.files import atomic
+from runtime.errors import UserError, unknown_name
+from runtime.files import atomic_file
 
 SETTINGS = "settings.json"  # written by `save_transformer`: how the model is sampled
 # Fields of a ModelConfig that the configs of diffusers' classes cannot hold, and their keys in
@@ -76,7 +76,7 @@ class PretrainedTransformer:
     """A network, how it is sampled, and where it is from.
 
     Args:
-        params: NumPy's float32, for `model.graphdef`.
+        params: NumPy's float32, for `model.model_graphdef`.
         settings: the part of a run's `config.json` that sampling needs.
         id: of the hub, or an absolute path.
         revision: the hub's commit.
@@ -198,6 +198,12 @@ def _load_folder_or_hub(place: str, revision: str | None) -> PretrainedTransform
     if Path(place).expanduser().is_dir():
         _refuse_run(place)
     network = weight_files.read_network(place, subfolder="transformer", revision=revision)
+    class_name = network.config.get("_class_name")
+    if class_name not in (*DIFFUSERS_CLASSES, *OWN_CLASSES):
+        raise UserError(
+            f"'{network.id}' is {class_name or 'of no known class'}, and none of: "
+            f"{', '.join((*DIFFUSERS_CLASSES, *OWN_CLASSES))}"
+        )
     settings = weight_files.read_optional_json(
         place, SETTINGS, revision=network.revision or revision
     )
@@ -223,22 +229,17 @@ def _convert_network(
     network: weight_files.PublishedNetwork, settings: Mapping[str, Any]
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Convert a config and weights to ours, by the family that the config names."""
-    name = network.config.get("_class_name")
-    if name in OWN_CLASSES:
+    class_name = network.config["_class_name"]
+    if class_name in OWN_CLASSES:
         config = _read_own_config(network.config, network.id)
         return config, _read_own_params(network.tensors, config, network.id)
-    if name == sd3.CLASS:
+    if class_name == sd3.CLASS:
         # Only SD3's table of positions tells how they are counted.
         config = sd3.config_from_diffusers(network.config, network.id, network.tensors)
         params = sd3.params_from_diffusers(network.tensors, config, network.id)
-    elif name in dit.CLASSES:
+    else:
         config = dit.config_from_diffusers(network.config, network.id)
         params = dit.params_from_diffusers(network.tensors, config, network.id)
-    else:
-        raise UserError(
-            f"'{network.id}' is {name or 'of no known class'}, and none of: "
-            f"{', '.join((*DIFFUSERS_CLASSES, *OWN_CLASSES))}"
-        )
     fields = {name: settings[key] for name, key in SETTINGS_KEYS.items() if key in settings}
     return replace(config, **fields), params
 
@@ -304,7 +305,9 @@ def _read_scheduler(facts: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(f"'{where}': its scheduler has trained_betas, which are not supported")
     prediction = facts.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
-        raise unknown(f"prediction_type of the scheduler of '{where}':", prediction, PREDICTIONS)
+        raise unknown_name(
+            f"prediction_type of the scheduler of '{where}':", prediction, PREDICTIONS
+        )
     return {"prediction": PREDICTIONS[prediction]}
 
 
@@ -321,7 +324,7 @@ def _read_encoding(config: ModelConfig, facts: dict[str, Any], where: str) -> La
 
 
 def _default_encoding(config: ModelConfig, where: str) -> LatentEncoding | None:
-    """Return the encoding of a model without a VAE: four channels are Stable Diffusion's latents."""
+    """Return the encoding for a model without a VAE: four channels are Stable Diffusion's."""
     name, scale, downsampling = DEFAULT_VAE
     if config.channels != 4:
         return None
@@ -446,7 +449,7 @@ def save_transformer(
     text = json.dumps(dict(settings) | fields, indent=2, default=str)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic(folder / SETTINGS) as file:
+        with atomic_file(folder / SETTINGS) as file:
             file.write(text.encode() + b"\n")
     except OSError as error:
         raise UserError(f"cannot write to '{folder}': {error.strerror}") from None

@@ -239,8 +239,9 @@ def read_safetensors(path: Path, dtypes: Mapping[str, Any] = DTYPES) -> dict[str
             )
     buffer = np.memmap(path, np.uint8, "r")[start:] if header else np.zeros(0, np.uint8)
 
-    def view(dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> np.ndarray:
-        return np.asarray(buffer[slice(*data_offsets)]).view(dtypes[dtype]).reshape(shape)
+    def view(dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
+        start, end = data_offsets
+        return np.asarray(buffer[start:end]).view(dtypes[dtype]).reshape(shape)
 
     return {
         name: view(entry["dtype"], entry["shape"], entry["data_offsets"])

@@ -1,9 +1,8 @@
-"""Devices: the mesh, where each array lives, and gradients over all of them. Nothing else knows of
-devices.
+"""Devices: the mesh, where each array lives, and gradients over all devices.
 
-The mesh has two axes, ("data", "fsdp"). A batch is split over both, parameters over "fsdp" only:
-`fsdp=1` replicates them (DDP), `fsdp=8` on one host shards them (ZeRO-3), 4 hosts × 8 is the
-hybrid. All three are the same code.
+No other module knows meshes or shardings. The mesh has two axes, ("data", "fsdp"). A batch is split
+over both, parameters over "fsdp" only: `fsdp=1` replicates them (DDP), `fsdp=8` on one host shards
+them (ZeRO-3), 4 hosts × 8 is the hybrid. All three run the same code.
 """
 
 import math
@@ -12,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +20,18 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 AXES = ("data", "fsdp")
 STACKS = ("blocks", "dual_blocks")  # parts of a model whose weights have a leading axis of depth
-MIN_SHARDED_SIZE = 1024  # elements; smaller arrays cost more to gather than to keep
+MIN_SHARDED_SIZE = 1024  # elements; smaller arrays cost more to gather than to replicate
 
 
 def enable_compilation_cache() -> None:
-    """Keep compiled programs for the next start, if the environment does not say where. For
-    commands to call: importing must not change JAX.
+    """Keep compiled programs on disk for the next start, unless the environment names a cache.
+
+    Only commands call this: importing must not change JAX.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dit-jax"
@@ -37,7 +40,7 @@ def enable_compilation_cache() -> None:
 
 
 def make_mesh(fsdp: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
-    """All devices, or those given, as ("data", "fsdp"). `fsdp` must divide their number."""
+    """Arrange all devices, or those given, as ("data", "fsdp"). `fsdp` must divide their number."""
     devices = jax.devices() if devices is None else devices
     shape = (len(devices) // fsdp, fsdp)
     # Auto: model code stays free of shardings. (The default, Explicit, wants them on every reshape
@@ -46,7 +49,7 @@ def make_mesh(fsdp: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def abstract_mesh(data: int, fsdp: int) -> AbstractMesh:
-    """A mesh of devices that are not here: enough for `partition`."""
+    """Make a mesh without devices, for `partition_specs` of a machine that is not here."""
     return AbstractMesh((data, fsdp), AXES)
 
 
@@ -54,11 +57,11 @@ def abstract_mesh(data: int, fsdp: int) -> AbstractMesh:
 
 
 def partition_specs(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """The shape rule: the `PartitionSpec` of every array, for parameters, their moments and their
-    averages alike.
+    """Apply the shape rule: the `PartitionSpec` of every array.
 
-    The largest axis that the fsdp axis divides is split, never the leading (depth) axis of stacked
-    blocks; small arrays and arrays without such an axis are replicated.
+    The same rule holds for parameters, their moments and their averages. The largest axis that the
+    fsdp axis divides is split, never the leading (depth) axis of stacked blocks; small arrays and
+    arrays without such an axis are replicated.
     """
     n = mesh.shape["fsdp"]
 
@@ -74,15 +77,17 @@ def partition_specs(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def named_shardings(tree: Any, mesh: Mesh) -> Any:
-    """`partition` as shardings of this mesh, for `out_shardings` and for restoring a checkpoint."""
+    """`partition_specs` as shardings of this mesh, for `out_shardings` and for restoring."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(tree, mesh))
 
 
 def abstract_state(make: Callable[[], Any], mesh: Mesh) -> Any:
-    """Shapes, types and shardings of what `make` would create."""
+    """Shapes, types and shardings of the arrays that `make` would create."""
     tree = jax.eval_shape(make)
     return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, named_shardings(tree, mesh)
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        named_shardings(tree, mesh),
     )
 
 
@@ -92,61 +97,45 @@ def create_sharded(make: Callable[[], Any], mesh: Mesh) -> Any:
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """This process's rows of a batch → one global array per field, split over all devices. What is
-    on devices already stays as it is.
+    """This process's rows of a batch → one global array per field, split over all devices.
+
+    Fields that are on devices already are returned as they are.
     """
     sharding = NamedSharding(mesh, P(AXES))
 
-    def leaf(x):
+    def shard_field(x):
         if isinstance(x, jax.Array):
             return x
         return jax.make_array_from_process_local_data(sharding, np.asarray(x))
 
-    return jax.tree.map(leaf, batch)
-
-
-def prefetch_to_device(batches: Iterable[Any], mesh: Mesh, n: int = 2) -> Iterator[Any]:
-    """`place` of every batch, n of them ahead of the one in use: copies hide behind a step.
-
-    An error of `batches` comes out when those before it are used up.
-    """
-    ahead, iterator, error = deque(), iter(batches), None
-    while error is None:
-        try:
-            ahead.append(shard_batch(next(iterator), mesh))
-        except Exception as caught:
-            error = caught
-        while len(ahead) > (0 if error else n):
-            yield ahead.popleft()
-    if not isinstance(error, StopIteration):
-        raise error
+    return jax.tree.map(shard_field, batch)
 
 
 def shard_rows(tree: Any, mesh: Mesh) -> Any:
     """Arrays that every process has in full → global arrays, their rows split over all devices."""
-    return _from_everywhere(tree, NamedSharding(mesh, P(AXES)))
+    return _from_full_copies(tree, NamedSharding(mesh, P(AXES)))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Arrays that every process has in full → global arrays, whole on every device."""
-    return _from_everywhere(tree, NamedSharding(mesh, P()))
+    return _from_full_copies(tree, NamedSharding(mesh, P()))
 
 
 def shard_params(tree: Any, mesh: Mesh) -> Any:
-    """Arrays that every process has in full → global arrays that live as `partition` says."""
-    return jax.tree.map(_from_everywhere, tree, named_shardings(tree, mesh))
+    """Arrays that every process has in full → global arrays split as `partition_specs` says."""
+    return jax.tree.map(_from_full_copies, tree, named_shardings(tree, mesh))
 
 
-def _from_everywhere(tree: Any, sharding: NamedSharding) -> Any:
-    def leaf(x):
+def _from_full_copies(tree: Any, sharding: NamedSharding) -> Any:
+    def make_global(x):
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(leaf, tree)
+    return jax.tree.map(make_global, tree)
 
 
 def constrain_rows(tree: Any, mesh: Mesh) -> Any:
-    """Inside `jit`: let every device have its rows."""
+    """Inside `jit`: split the rows of every array over all devices."""
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P(AXES)))
 
 
@@ -160,8 +149,9 @@ def fetch_to_host(tree: Any) -> Any:
 
 
 def any_across_processes(flag: bool, mesh: Mesh) -> Any:
-    """Whether the flag is set in any process: a number that is there when the device has come to
-    it. Every process must ask.
+    """Combine a flag of every process with "or". Every process must call this.
+
+    With several processes the result is an array, ready when the devices have computed it.
     """
     if jax.process_count() == 1:
         return flag
@@ -171,6 +161,46 @@ def any_across_processes(flag: bool, mesh: Mesh) -> Any:
 @jax.jit
 def _any_flag(flags: Any) -> Any:
     return flags.any()
+
+
+# --- device work in flight ------------------------------------------------------------------------
+
+
+def keep_in_flight(dispatched: Iterable[T], *, n: int, read: Callable[[T], R]) -> Iterator[R]:
+    """Yield `read(item)` of every item, in order, each after the n items behind it were dispatched.
+
+    JAX dispatches asynchronously: reading a result waits for the devices, which idle meanwhile
+    unless more work is queued behind it.
+
+    Args:
+        dispatched: starts the work of an item when asked for it, such as `map(jitted, batches)`.
+        n: items in flight while one is read.
+
+    Raises:
+        Exception: what `dispatched` raised, after the items before it.
+    """
+    pending: deque[T] = deque()
+    iterator = iter(dispatched)
+    error: Exception | None = None
+    while error is None:
+        try:
+            pending.append(next(iterator))
+        except Exception as caught:
+            error = caught
+        while len(pending) > (0 if error else n):
+            yield read(pending.popleft())
+    if not isinstance(error, StopIteration):
+        raise error
+
+
+def prefetch_to_device(batches: Iterable[Any], mesh: Mesh, n: int = 2) -> Iterator[Any]:
+    """`shard_batch` of every batch, n batches before its use: copies overlap with training steps.
+
+    Raises:
+        Exception: what `batches` raised, after the batches before it.
+    """
+    copies = (shard_batch(batch, mesh) for batch in batches)
+    return keep_in_flight(copies, n=n, read=lambda copy: copy)
 
 
 # --- gradients ------------------------------------------------------------------------------------
@@ -187,7 +217,7 @@ def gather_params(shards: Any, axes: tuple[int | None, ...]) -> Any:
 
 
 def sharded_axes(specs: Any, ndims: Any) -> tuple[int | None, ...]:
-    """Every leaf's sharded axis, counted from the end so that it survives the scan over depth."""
+    """Sharded axis of every leaf, counted from the end so that it survives the scan over depth."""
     return tuple(
         tuple(spec).index("fsdp") - ndim if "fsdp" in spec else None
         for spec, ndim in zip(_spec_leaves(specs), jax.tree.leaves(ndims), strict=True)
@@ -198,18 +228,20 @@ def _spec_leaves(specs: Any) -> list[P]:
     return jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, P))
 
 
-# What the backward pass finds again: what layers `keep`. All else is cheaper to compute once more
-# than to keep: norms, activations, casts, and gathered weights, which would add up to the model.
+# The backward pass finds only what layers name with `keep`. All else is cheaper to recompute than
+# to store: norms, activations, casts, and gathered weights, which would add up to the whole model.
 SAVE_NAMED_VALUES = jax.checkpoint_policies.save_any_names_but_these()
 
 
 class GatheredOnCall(nnx.Module):
-    """A part of a model whose sharded weights are gathered for the length of one call, and once
-    more for its backward pass. With nothing to gather, it still keeps no copies of weights.
+    """A part of a model that gathers its sharded weights for each call and each backward pass.
+
+    With nothing to gather, it still stores no copies of weights for the backward pass.
     """
 
     def __init__(self, part: nnx.Module, axes: tuple[int | None, ...]):
-        self.part, self.axes = part, axes
+        self.part = part
+        self.axes = axes
 
     def __call__(self, *args):
         graphdef, shards = nnx.split(self.part)
@@ -222,7 +254,7 @@ class GatheredOnCall(nnx.Module):
 
 
 def merge_sharded_model(graphdef, params: Any, specs: Any) -> nnx.Module:
-    """The model on this device's shards, each part of which gathers itself when it is called."""
+    """`nnx.merge` of this device's shards, with every part of the model a `GatheredOnCall`."""
     model = nnx.merge(graphdef, params)
     for name, weights in params.items():
         axes = sharded_axes(specs[name], jax.tree.map(lambda x: x.ndim, weights))
@@ -231,8 +263,7 @@ def merge_sharded_model(graphdef, params: Any, specs: Any) -> nnx.Module:
 
 
 def value_and_grad(loss: Callable, graphdef, mesh: Mesh, *, accumulate_steps: int = 1) -> Callable:
-    """`jax.value_and_grad` of `loss(model, batch, key)`, averaged over every device's rows of the
-    batch.
+    """`jax.value_and_grad` of `loss(model, batch, key)`, averaged over the rows of all devices.
 
     Returns `run(params, batch, key, scale=None) -> ((loss, metrics), grads)`: the first two
     replicated, gradients sharded as `params`. The loss is multiplied by `scale` before it is
@@ -240,8 +271,8 @@ def value_and_grad(loss: Callable, graphdef, mesh: Mesh, *, accumulate_steps: in
     device must hold the same number of rows.
 
     Args:
-        accumulate_steps: parts that a device's rows are cut into. Their gradients are added up one
-            after the other, which takes the memory of one part and gives the gradient of all.
+        accumulate_steps: microbatches that a device's rows are cut into. Their gradients are summed
+            one after the other, which takes the memory of one and gives the gradient of all.
     """
 
     def run(params, batch, key, scale=None):
@@ -249,16 +280,21 @@ def value_and_grad(loss: Callable, graphdef, mesh: Mesh, *, accumulate_steps: in
         share = (1 if scale is None else scale) / (mesh.size * accumulate_steps)
 
         def local(params, batch, key, share):
-            def weighed(params, rows):
+            def scaled_loss(params, rows):
                 value, metrics = loss(merge_sharded_model(graphdef, params, specs), rows, key)
                 return value * share, (value, metrics)
 
             # Each device differentiates by weights of its own, and the sum over devices that hold
-            # the same comes last: what was scattered is summed as shards, and parts only once.
-            own = jax.tree.map(lambda x, spec: _mark_varying(x, _replicated_axes(spec)), params, specs)
-            gradient = _accumulate(jax.grad(weighed, has_aux=True), accumulate_steps)
+            # the same weights comes last: scattered gradients are summed as shards, and
+            # microbatches only once.
+            own = jax.tree.map(
+                lambda x, spec: _mark_varying(x, _replicated_axes(spec)), params, specs
+            )
+            gradient = _accumulate(jax.grad(scaled_loss, has_aux=True), accumulate_steps)
             grads, sums = gradient(own, batch)
-            grads = jax.tree.map(lambda g, spec: jax.lax.psum(g, _replicated_axes(spec)), grads, specs)
+            grads = jax.tree.map(
+                lambda g, spec: jax.lax.psum(g, _replicated_axes(spec)), grads, specs
+            )
             means = jax.tree.map(lambda x: x / accumulate_steps, sums)
             return jax.lax.pmean(means, AXES), grads
 
@@ -274,35 +310,36 @@ def value_and_grad(loss: Callable, graphdef, mesh: Mesh, *, accumulate_steps: in
 
 
 def mean_over_devices(tree: Any) -> Any:
-    """Inside a loss of `value_and_grad`: the mean over all devices' rows of what a loss is to know
-    of the whole batch, such as a gradient of its own.
+    """Inside a loss of `value_and_grad`: average over all devices.
+
+    For a value that the loss needs of the whole batch, such as a gradient of its own.
     """
     return jax.lax.pmean(tree, AXES)
 
 
 def _replicated_axes(spec: P) -> tuple[str, ...]:
-    """The axes along which devices hold the same."""
+    """Mesh axes along which devices hold the same values."""
     return tuple(axis for axis in AXES if axis not in spec)
 
 
 def _mark_varying(x: Any, axes: tuple[str, ...]) -> Any:
-    """The same, as something that differs along these axes."""
+    """Type x as different on the devices along these axes; its values stay."""
     return jax.lax.pcast(x, axes, to="varying")
 
 
 def _accumulate(function: Callable, n: int) -> Callable:
-    """The sum of `function(params, rows)` over n equal parts of the rows, one after the other."""
+    """Sum `function(params, rows)` over n equal parts of the rows, one after the other."""
     if n == 1:
         return function
 
     def run(params, batch):
         parts = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
         shapes = jax.eval_shape(function, params, jax.tree.map(lambda x: x[0], parts))
-        nothing = jax.tree.map(lambda s: _mark_varying(jnp.zeros(s.shape, s.dtype), AXES), shapes)
+        zeros = jax.tree.map(lambda s: _mark_varying(jnp.zeros(s.shape, s.dtype), AXES), shapes)
 
         def add(total, rows):
             return jax.tree.map(jnp.add, total, function(params, rows)), None
 
-        return jax.lax.scan(add, nothing, parts)[0]
+        return jax.lax.scan(add, zeros, parts)[0]
 
     return run

@@ -1,6 +1,6 @@
-"""Several processes as one run: how they meet, what only the first does, what all must agree on.
+"""Several processes as one run: how they connect, what only process 0 does, what all agree on.
 
-With one process nothing here costs anything. Devices are `parallel`'s.
+With one process every function here returns at once. Devices and arrays belong to `parallel`.
 """
 
 import os
@@ -14,9 +14,9 @@ import numpy as np
 
 from runtime.errors import UserError
 
-MESSAGE_BYTES = 4096
+MESSAGE_BYTES = 4096  # of a broadcast text
 SHUTDOWN_SECONDS = 20
-HEARTBEAT_TIMEOUT_SECONDS = 45  # until a process counts as dead and the others end
+HEARTBEAT_TIMEOUT_SECONDS = 45  # a process silent for so long counts as dead; the others exit
 
 
 def join_cluster(
@@ -26,27 +26,29 @@ def join_cluster(
     n_processes: int | None = None,
     process_index: int | None = None,
 ) -> None:
-    """Meet the other processes of the run. Call it before anything asks JAX for a device.
+    """Connect to the other processes of the run. Must precede the first use of a device.
+
+    Without any argument the run is one process.
 
     Args:
-        detect: learn from the cluster (SLURM, Open MPI, Kubernetes, Cloud TPU) what is not said.
+        detect: take what is not given from the cluster (SLURM, Open MPI, Kubernetes, Cloud TPU).
         coordinator: host:port of process 0.
 
     Raises:
-        UserError: no cluster is detected, or the others do not come.
+        UserError: some arguments are missing, no cluster is detected, or the others do not come.
     """
-    by_hand = {
+    flags = {
         "coordinator": coordinator,
         "n_processes": n_processes,
         "process_index": process_index,
     }
-    lacking = [f"--{name}" for name, value in by_hand.items() if value is None]
-    if not detect and len(lacking) == len(by_hand):
+    missing = [f"--{name}" for name, value in flags.items() if value is None]
+    if not detect and len(missing) == len(flags):
         return
-    if not detect and lacking:
-        raise UserError(f"{', '.join(lacking)} must be said too, or --distributed to detect it")
+    if not detect and missing:
+        raise UserError(f"{', '.join(missing)} must be given too, or --distributed to detect it")
     try:
-        # A process that fails does not wait long for the others, who are told that it has gone.
+        # A process that fails does not wait long for the others; the coordinator tells them.
         jax.distributed.initialize(
             coordinator,
             n_processes,
@@ -63,51 +65,55 @@ def join_cluster(
 
 
 def is_distributed() -> bool:
+    """Return True if the run has several processes."""
     return jax.process_count() > 1
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes pictures and metrics."""
+    """Return True in process 0, the one that writes samples and metrics."""
     return jax.process_index() == 0
 
 
 def broadcast_from_first(function: Callable[[], str]) -> str:
-    """What `function` returns in the first process, in all of them.
+    """Call `function` in process 0 and return its result in all processes.
+
+    The result is cut to `MESSAGE_BYTES`.
 
     Raises:
-        UserError: it raised one in the first process, in all of them.
+        UserError: in all processes, if `function` raised one in process 0.
     """
     if not is_distributed():
         return function()
     from jax.experimental import multihost_utils
 
-    said = np.zeros(MESSAGE_BYTES, np.uint8)
+    buffer = np.zeros(MESSAGE_BYTES, np.uint8)
     if is_first():
         try:
-            words = b"+" + function().encode()
+            text = b"+" + function().encode()
         except UserError as error:
-            words = b"-" + str(error).encode()
-        said[: len(words)] = np.frombuffer(words[:MESSAGE_BYTES], np.uint8)
-    said = bytes(multihost_utils.broadcast_one_to_all(said)).rstrip(b"\0").decode(errors="replace")
-    if said.startswith("-"):
-        raise UserError(said[1:])
-    return said[1:]
+            text = b"-" + str(error).encode()
+        buffer[: len(text)] = np.frombuffer(text[:MESSAGE_BYTES], np.uint8)
+    received = bytes(multihost_utils.broadcast_one_to_all(buffer)).rstrip(b"\0")
+    message = received.decode(errors="replace")
+    if message.startswith("-"):
+        raise UserError(message[1:])
+    return message[1:]
 
 
 @contextmanager
 def first_then_others() -> Iterator[None]:
-    """Inside, the first process is alone; the others follow when it is through."""
+    """Run the body in process 0 alone, then in all other processes."""
     if is_distributed() and not is_first():
-        wait_for_all("in turn")
+        wait_for_all("first_then_others")
     try:
         yield
     finally:
         if is_distributed() and is_first():
-            wait_for_all("in turn")
+            wait_for_all("first_then_others")
 
 
 def wait_for_all(name: str) -> None:
-    """Until every process has come here."""
+    """Wait until every process has called this with the same name."""
     if is_distributed():
         from jax.experimental import multihost_utils
 
@@ -115,7 +121,7 @@ def wait_for_all(name: str) -> None:
 
 
 def exit_process(status: int) -> NoReturn:
-    """Exit. After a failure the others are not waited for: they learn of it and end too."""
+    """Exit with `status`. After a failure, do not wait for the others: they detect it and exit."""
     if status and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -39,8 +39,8 @@ def newest_run(
     Raises:
         UserError: there is no such run.
     """
-    runs = sorted(root.glob(f"*/{CONFIG_FILE}"), key=lambda path: path.stat().st_mtime)
-    for path in reversed(runs):
+    paths = root.glob(f"*/{CONFIG_FILE}")
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
         with suppress(UserError):  # one damaged run must not hide the others
             config = read_config(path.parent, command=command)
             if config["dataset_name"] == dataset_name and model in (None, config["model"]):

@@ -16,14 +16,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-CHECKED = ("data", "evaluation", "generate", "inference", "methods", "model", "networks")
-CHECKED += ("pretrained", "sampling", "training", "evaluate", "convert_imagenet", "export")
-install_import_hook  # noqa: E402
-
-CHECKED = ("layers", "model", "objectives", "optim", "sampling", "images", "generate", "vae")
-CHECKED += ("latents", "codec", "convert_imagenet", "resident", "metrics", "drawn", "evaluate")
-CHECKED += ("diffusion", "drawing", "drawable", "subjects", "sheets", "generate_config")
-CHECKED += ("diffusion", "pretrained.sd3", "warm_start", "export", "studio")
+CHECKED = ("data", "evaluation", "inference", "methods", "model", "networks", "pretrained")
+CHECKED += ("sampling", "generate", "evaluate", "convert_imagenet", "export")
+CHECKED += ("training.optim", "training.device_dataset", "training.warm_start")
 install_import_hook(CHECKED, "beartype.beartype")
 
 import jax  # noqa: E402

@@ -16,14 +16,22 @@ from runtime import parallel
 
 
 class DeviceDataset(NamedTuple):
-    """The training set on every device, and where some epochs have their rows."""
+    """The training split on every device, and the order of its rows in some epochs.
+
+    Args:
+        image: all images, or the moments of latents.
+        mirrored: the moments of the mirrored images, which flipping latents does not give.
+        order: the rows of several whole epochs, one after the other.
+        flip: whether the row at each place of `order` is mirrored.
+        first_step: a step whose batch begins at `first_place` of `order`.
+    """
 
     image: UInt8[Array, "n h w c"] | Float16[Array, "n h w k"]
-    mirrored: Float16[Array, "n h w k"] | None  # the other view of latents, which no flip can make
+    mirrored: Float16[Array, "n h w k"] | None
     label: Int[Array, "n"]
-    order: Int[Array, "places"]  # rows, of whole epochs one after the other
+    order: Int[Array, "places"]
     flip: Bool[Array, "places"]
-    first_step: Int[Array, ""]  # whose batch begins at `first_place`
+    first_step: Int[Array, ""]
     first_place: Int[Array, ""]
 
 
@@ -31,36 +39,38 @@ def batches(data: Pipeline, mesh: parallel.Mesh, start: int, stop: int) -> Gener
     """What the batches of the steps start … stop − 1 are drawn from by `draw`: the same arrays for
     as long as the epochs last.
     """
-    image, label = data.images("train")
+    image, label = data.decode_split("train")
     n, size = len(label), data.batch_size
     n_epochs = 2 + size // n  # those that a batch can lie in, and one more
     encoding, mirrored = data.source.config.encoding, None
     if encoding and encoding.mirrored:
         image, mirrored = np.split(image, 2, axis=-1)
     image, mirrored, label = parallel.replicate((image, mirrored, label), mesh)
-    epochs, now = range(0), None
+    epochs, current = range(0), None
     for step in range(start, stop):
         first, last = step * size // n, (step * size + size - 1) // n
         if last not in epochs or first not in epochs:
             epochs = range(first, first + n_epochs)
-            order = np.concatenate([data.order(epoch) for epoch in epochs]).astype(np.int32)
-            flip = np.concatenate([data.flips(epoch) for epoch in epochs])
+            order = np.concatenate([data.epoch_order(epoch) for epoch in epochs]).astype(np.int32)
+            flip = np.concatenate([data.epoch_flips(epoch) for epoch in epochs])
             place = np.int32(step * size - first * n)
-            changing = parallel.replicate((order, flip, np.int32(step), place), mesh)
-            now = DeviceDataset(image, mirrored, label, *changing)
-        assert now is not None
-        yield now
+            order, flip, first_step, first_place = parallel.replicate(
+                (order, flip, np.int32(step), place), mesh
+            )
+            current = DeviceDataset(image, mirrored, label, order, flip, first_step, first_place)
+        assert current is not None
+        yield current
 
 
 def gather_batch(
-    resident: DeviceDataset, position: Int[Array, ""], *, batch_size: int, mesh: parallel.Mesh
+    dataset: DeviceDataset, position: Int[Array, ""], *, batch_size: int, mesh: parallel.Mesh
 ) -> Any:
-    """Inside `jit`: the batch of the step `position`, split over all devices."""
+    """Gather the batch at `position`, split over all devices. To be traced by `jit`."""
     row = jnp.arange(batch_size, dtype=jnp.int32)
-    place = resident.first_place + (position - resident.first_step) * batch_size + row
+    place = dataset.first_place + (position - dataset.first_step) * batch_size + row
     row, place = parallel.constrain_rows((row, place), mesh)
-    index, flip = resident.order[place], resident.flip[place]
-    image = resident.image[index]
-    other = image[:, :, ::-1] if resident.mirrored is None else resident.mirrored[index]
-    image = jnp.where(flip[:, None, None, None], other, image)
-    return parallel.constrain_rows(Batch(row, image, resident.label[index]), mesh)
+    index, flip = dataset.order[place], dataset.flip[place]
+    image = dataset.image[index]
+    flipped = image[:, :, ::-1] if dataset.mirrored is None else dataset.mirrored[index]
+    image = jnp.where(flip[:, None, None, None], flipped, image)
+    return parallel.constrain_rows(Batch(row, image, dataset.label[index]), mesh)

@@ -58,7 +58,7 @@ def decode_rows(
         return x / 127.5 - 1
     means = x[..., : encoding.shape[-1]]
     return codec.decode(
-        autoencoder.scale(
+        autoencoder.scale_latents(
             means, scaling_factor=encoding.scaling_factor, shift_factor=encoding.shift_factor
         )
     )
@@ -98,7 +98,7 @@ def _describe_rows(encoding: LatentEncoding | None) -> str:
 def _describe_conditioning(model: ModelConfig, captions: CaptionStore | None) -> str:
     if captions is None:
         return f"{model.n_classes or 'no'} classes"
-    cut = f"; {captions.n_cut} are longer and were cut" if captions.n_cut else ""
+    cut = f"; {captions.n_truncated} are longer and were cut" if captions.n_truncated else ""
     return f"captions, padded to {captions.length} tokens{cut}"
 
 

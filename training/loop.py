@@ -5,18 +5,16 @@ transformer) or `training.autoencoder.trainer.VaeTrainer`. Nothing here knows a 
 """
 
 import dataclasses
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from abc import abstractmethod
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import numpy as np
 import optax
 from jaxtyping import Array, Key
-from PIL import Image
 
 from data.batch import Batch
 from data.caption_cache import CaptionStore
@@ -30,8 +28,10 @@ from runtime.signals import catch_stop_signals
 from training import device_dataset
 from training import step as training_step
 from training.resolve import require_even_batches
-from training.session import open_session
+from training.session import Run, open_session
 from training.step import StepReport, TrainState
+
+LoopType = TypeVar("LoopType", bound="Loop")
 
 
 def initialize_jax(config: Any) -> None:
@@ -55,35 +55,7 @@ def flags_as_json(config: Any) -> dict[str, Any]:
     return {name: str(v) if isinstance(v, Path) else v for name, v in vars(config).items()}
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """The contents of a run's `config.json`.
-
-    Args:
-        flags: every flag of the command, as JSON.
-        run_dir: the run's folder.
-        model_config: a dataclass, the shape of the network.
-        dataset: facts about the dataset.
-        extra: further entries of the task.
-    """
-
-    flags: Mapping[str, Any]
-    run_dir: Path
-    model_config: Any
-    dataset: DatasetConfig
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            **self.flags,
-            "run_dir": str(self.run_dir),
-            "model_config": dataclasses.asdict(self.model_config),
-            "dataset": dataclasses.asdict(self.dataset),
-            **self.extra,
-        }
-
-
-class Loop(ABC):
+class Loop(Run):
     """A run of one task: `fit`, checkpoints, and everything that does not depend on the task.
 
     A subclass opens the dataset and the devices in its `__init__`, sets the attributes below, and
@@ -96,9 +68,6 @@ class Loop(ABC):
         model_config: a dataclass, the shape of the network.
         train_key: the random key that every step's is derived from.
         state: weights, averages and optimizer on all devices.
-        step: updates so far.
-        position: batches so far; more than steps after a rollback.
-        damaged: steps of checkpoints that could not be restored.
     """
 
     CONFIG: ClassVar[type[Any]]  # the dataclass of the command's flags
@@ -111,8 +80,6 @@ class Loop(ABC):
     dataset: DatasetConfig
     encoded: CaptionStore | None = None
     model_config: Any
-    run_dir: Path
-    mesh: parallel.Mesh
     train_key: Key[Array, ""]
     schedule: optax.Schedule
     optimizer: optax.GradientTransformationExtraArgs
@@ -126,7 +93,7 @@ class Loop(ABC):
         self._pipeline: Pipeline | None = None
 
     @classmethod
-    def from_run(cls, run_dir: str | Path) -> Self:
+    def from_run(cls: type[LoopType], run_dir: str | Path) -> LoopType:
         """Open a run's folder at its newest checkpoint, to sample from it or to resume it.
 
         Raises:
@@ -161,12 +128,6 @@ class Loop(ABC):
         """Evaluate the averaged weights on the evaluation split. Returns metrics by name."""
 
     @abstractmethod
-    def image_grids(self, *, trajectory: bool = False) -> list[Image.Image]:
-        """Grids of images made by the averaged weights. The last one is the result; with
-        `trajectory`, those before it lead there, for tasks that have such steps.
-        """
-
-    @abstractmethod
     def start_message(self, last: int) -> str:
         """Text printed before the first step of a run to step `last`."""
 
@@ -174,36 +135,9 @@ class Loop(ABC):
     def end_message(self) -> str:
         """Text printed after the last step."""
 
-    @abstractmethod
-    def describe(self) -> RunRecord:
-        """The record that is written to `config.json`."""
-
-    # Hooks that a task may leave as they are.
-
-    def first_grids(self) -> dict[str, Image.Image]:
-        """Grids to save before the first step, by file name."""
-        return {}
-
     def measurement_is_due(self, last: int) -> bool:
         """Whether `measure` follows this step of a run to step `last`."""
         return False
-
-    def measure(
-        self, until_stopped: Callable[[Iterable[Any]], Iterator[Any]]
-    ) -> dict[str, float] | None:
-        """Compute metrics that take too long for `evaluate`. Returns None if interrupted.
-
-        Args:
-            until_stopped: cuts off an iterable of batches when the run has to stop.
-        """
-        return {}
-
-    def utilization(self, images_per_second: float) -> float | None:
-        """Model FLOPs utilization (MFU) at this speed of all devices, or None if unknown."""
-        return None
-
-    def export(self) -> None:
-        """Write files to be kept beside every checkpoint."""
 
     # --- the run's folder, data and state ---------------------------------------------------------
 
@@ -254,7 +188,7 @@ class Loop(ABC):
                 n_workers=c.n_workers,
                 in_memory=True if c.cache_on_device else c.in_memory,
                 shuffle_buffer=c.shuffle_buffer,
-                encoded=self.encoded,
+                caption_store=self.encoded,
                 one_batch=c.overfit_batch,
             )
         return self._pipeline
@@ -284,6 +218,10 @@ class Loop(ABC):
         """Take the learning rate from `schedule`. Only before the first step, which compiles it."""
         self.schedule = schedule
         self.optimizer = self.make_optimizer(schedule)
+
+    def learning_rate(self, n_updates: int) -> float:
+        """The learning rate of the update after `n_updates` of them."""
+        return np.asarray(self.schedule(n_updates)).item()
 
     def create_state(self) -> TrainState:
         """Create the state before the first step on all devices."""
@@ -379,8 +317,8 @@ class Loop(ABC):
             if step is None:
                 step, items, self.damaged = checkpoints.restore_newest(self._abstract_items())
             else:
-                items = checkpoints.restore(checkpoints.pick(step), self._abstract_items())
-            saved_rows = checkpoints.note(step, "data")["n_rows"]
+                items = checkpoints.restore(checkpoints.resolve_step(step), self._abstract_items())
+            saved_rows = checkpoints.read_metadata(step, "data")["n_rows"]
         n_rows = len(self.source.train)
         if saved_rows != n_rows:
             raise UserError(

@@ -1,7 +1,7 @@
-"""How gradients become updates: learning-rate schedules, AdamW, clipping, loss scaling, and the
-average of the weights (EMA).
+"""From gradients to updates: learning-rate schedules, AdamW, clipping, loss scaling, and the
+exponential moving average (EMA) of the weights.
 
-Plain optax transformations and functions of trees; nothing here knows of a model or of devices.
+Plain optax transformations and functions of trees. Nothing here knows a model or devices.
 """
 
 from collections.abc import Callable
@@ -31,11 +31,11 @@ SCHEDULES = {"constant": constant_schedule, "cosine": cosine_schedule, "linear":
 def learning_rate_schedule(
     name: str, peak: float, *, warmup_steps: int, n_steps: int
 ) -> optax.Schedule:
-    """A linear rise to `peak` over `warmup_steps`, then the named fall until step `n_steps`."""
-    # The rise starts one notch above zero: an update of size zero is a wasted step.
-    rise = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
-    fall = SCHEDULES[name](peak, max(1, n_steps - warmup_steps))
-    return optax.join_schedules([rise, fall], [warmup_steps])
+    """A linear warm-up to `peak` over `warmup_steps`, then the named decay until step `n_steps`."""
+    # The warm-up starts one notch above zero: an update of size zero is a wasted step.
+    warmup = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
+    decay = SCHEDULES[name](peak, max(1, n_steps - warmup_steps))
+    return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
 def clipped_adamw(
@@ -46,7 +46,7 @@ def clipped_adamw(
     weight_decay: float,
     clip_norm: float,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clip the norm (0: never), then AdamW; only matrices decay."""
+    """Clip the gradient's norm (0 never clips), then AdamW; only matrices decay."""
 
     def matrices(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
@@ -66,8 +66,8 @@ def adamw(
     """AdamW (Kingma & Ba 2015, Algorithm 1; Loshchilov & Hutter 2019, Algorithm 2) whose
     `update(grads, state, params, finite=True)` changes nothing where `finite` is false.
 
-    `optax.adamw` and a choice between old and new afterwards come to the same, for one more copy of
-    the moments: here they are chosen before they are read.
+    The result is that of `optax.adamw` with a choice between old and new moments afterwards, but
+    choosing before they are read saves one copy of the moments.
     """
 
     def init(params):
@@ -81,11 +81,11 @@ def adamw(
         count, rate = state.count + jnp.int32(finite), jnp.asarray(schedule(state.count))
         mu = jax.tree.map(lambda m, g: moving(m, g, beta1), state.mu, updates)
         nu = jax.tree.map(lambda n, g: moving(n, g * g, beta2), state.nu, updates)
-        mu_share, nu_share = 1 - beta1**count, 1 - beta2**count  # of what has come in so far
+        mu_correction, nu_correction = 1 - beta1**count, 1 - beta2**count  # of the zero start
 
         def step(m, n, p, decays):
-            direction = m / mu_share / (jnp.sqrt(n / nu_share) + epsilon)
-            # The negative zero is the one that changes no number.
+            direction = m / mu_correction / (jnp.sqrt(n / nu_correction) + epsilon)
+            # Adding the negative zero changes no number, not even another negative zero.
             return jnp.where(finite, -rate * (direction + weight_decay * decays * p), -0.0)
 
         steps = jax.tree.map(step, mu, nu, params, mask(params))
@@ -95,16 +95,20 @@ def adamw(
 
 
 class LossScale(NamedTuple):
-    """What a loss is multiplied by, so that small gradients survive float16 (Micikevicius et al.
-    2018, §3.2), and for how many steps it has not been too large.
+    """Factor of the loss that lets small gradients survive float16 (Micikevicius et al. 2018, §3.2).
+
+    Args:
+        scale: the factor.
+        n_good: steps with finite gradients since it last changed.
     """
 
     scale: Float[Array, ""]
     n_good: Int[Array, ""]
 
 
-INITIAL_LOSS_SCALE, MIN_LOSS_SCALE = 2.0**15, 1.0
-LOSS_SCALE_GROWTH_STEPS = 1000  # until a larger scale is tried
+INITIAL_LOSS_SCALE = 2.0**15
+MIN_LOSS_SCALE = 1.0
+LOSS_SCALE_GROWTH_STEPS = 1000  # good steps before a larger scale is tried
 
 
 def initial_loss_scale() -> LossScale:
@@ -112,20 +116,24 @@ def initial_loss_scale() -> LossScale:
 
 
 def next_loss_scale(loss_scale: LossScale, finite: Bool[Array, ""]) -> LossScale:
-    """Half of it after gradients that were not finite, twice after `GOOD_STEPS` that were."""
+    """Halve the scale after non-finite gradients; double it after `LOSS_SCALE_GROWTH_STEPS` good
+    steps.
+    """
     scale, n_good = loss_scale
     grows = n_good + 1 == LOSS_SCALE_GROWTH_STEPS
     return LossScale(
-        jnp.where(finite, jnp.where(grows, scale * 2, scale), jnp.maximum(scale / 2, MIN_LOSS_SCALE)),
+        jnp.where(
+            finite, jnp.where(grows, scale * 2, scale), jnp.maximum(scale / 2, MIN_LOSS_SCALE)
+        ),
         jnp.where(finite & ~grows, n_good + 1, 0),
     )
 
 
 def ema_decay_at(step: Int[Array, ""], decay: float) -> Float[Array, ""]:
-    """The decay of the average after `step` updates: min(decay, (1 + step) / (10 + step)).
+    """The EMA's decay after `step` updates: min(decay, (1 + step) / (10 + step)).
 
-    The warm-up lets early averages forget the random start, which at 0.9999 would colour the first
-    10 000 steps.
+    The warm-up lets early averages forget the random initialisation, which at 0.9999 would
+    dominate the first 10 000 steps.
     """
     return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,82 +19,69 @@ import jax.numpy as jnp
 from data.batch import Batch
 from inference import sampler
 from inference.sampler import SamplerConfig
-from model import ModelConfig
 from runtime import parallel
 from training.flops import TRAIN_PER_FORWARD, Peak, flops_by_module, mfu
-from training.step import TrainState
+from training.loop import Loop
 
 
-class ProfiledRun(Protocol):
-    """The part of `train.Trainer` that a profile uses."""
-
-    config: Any
-    model_config: ModelConfig
-    mesh: parallel.Mesh
-    run_dir: Path
-    train_key: Any
-    peak: Peak | None
-    state: TrainState
-
-    @property
-    def update(self) -> Any: ...
-    @property
-    def eval_loss(self) -> Any: ...
-    def blank_batch(self) -> Batch: ...
-    def sampler(self, n_steps: int | None = None) -> SamplerConfig: ...
-
-
-def profile(run: ProfiledRun) -> str:
+def profile(loop: Loop, *, eval_loss: Any, sampler_config: SamplerConfig, peak: Peak | None) -> str:
     """Compile and time one step of training, of evaluation and of sampling, and return a report.
 
-    Leaves the run's weights changed, and a trace of the training step in `profile/` of its folder.
+    Leaves the loop's weights changed, and a trace of the training step in `profile/` of its folder.
+
+    Args:
+        eval_loss: a jitted `eval_loss(params, batch, key)`.
+        sampler_config: a solver of one step.
+        peak: of one device; None if unknown.
     """
-    model = run.model_config
-    batch = parallel.shard_batch(run.blank_batch(), run.mesh)
-    forward_flops = run.config.batch_size * sum(flops_by_module(model).values())
+    model, key = loop.model_config, loop.train_key
+    batch = parallel.shard_batch(loop.blank_batch(), loop.mesh)
+    forward_flops = loop.config.batch_size * sum(flops_by_module(model).values())
 
     def train(compiled):
-        run.state, report = compiled(run.state, batch, run.train_key)
+        loop.state, report = compiled(loop.state, batch, key)
         return report
 
     profiles = [
         profile_step(
             "train",
-            run.update,
-            (run.state, batch, run.train_key),
+            loop.update,
+            (loop.state, batch, key),
             flops=TRAIN_PER_FORWARD * forward_flops,
             run=train,
         ),
         profile_step(
             "eval",
-            run.eval_loss,
-            (run.state.ema, batch, run.train_key),
+            eval_loss,
+            (loop.state.ema, batch, key),
             flops=forward_flops,
-            run=lambda compiled: compiled(run.state.ema, batch, run.train_key),
+            run=lambda compiled: compiled(loop.state.ema, batch, key),
         ),
-        _profile_sampling(run, batch, forward_flops),
+        _profile_sampling(loop, batch, sampler_config, forward_flops),
     ]
-    trace_file = trace(lambda: train(profiles[0].compiled), run.run_dir / "profile")
+    trace_file = trace(lambda: train(profiles[0].compiled), loop.run_dir / "profile")
     return report(
         model,
-        sum(x.size for x in jax.tree.leaves(run.state.params)),
+        sum(x.size for x in jax.tree.leaves(loop.state.params)),
         profiles,
         device_kind=jax.devices()[0].device_kind,
         n_devices=jax.device_count(),
         dtype=model.dtype,
-        peak=run.peak,
+        peak=peak,
         trace_file=trace_file,
     )
 
 
-def _profile_sampling(run: ProfiledRun, batch: Batch, forward_flops: float) -> "StepProfile":
+def _profile_sampling(
+    loop: Loop, batch: Batch, sampler_config: SamplerConfig, forward_flops: float
+) -> "StepProfile":
     """Profile one step of the solver, guided if the model is conditional."""
-    model = run.model_config
+    model = loop.model_config
     guide = bool(model.n_classes or model.text_width)
     step = partial(
         sampler.sample_batch,
         config=model,
-        sampler=run.sampler(n_steps=1),
+        sampler=sampler_config,
         guide=guide,
         trajectory=False,
     )
@@ -102,9 +89,9 @@ def _profile_sampling(run: ProfiledRun, batch: Batch, forward_flops: float) -> "
     return profile_step(
         "sample, guided" if guide else "sample",
         jax.jit(step),
-        (run.state.ema, batch.label, batch.row, seed, cfg_scale),
+        (loop.state.ema, batch.label, batch.row, seed, cfg_scale),
         flops=(1 + guide) * forward_flops,
-        run=lambda compiled: compiled(run.state.ema, batch.label, batch.row, seed, cfg_scale),
+        run=lambda compiled: compiled(loop.state.ema, batch.label, batch.row, seed, cfg_scale),
     )
 
 

@@ -126,7 +126,7 @@ def require_same_latents(encoding: LatentEncoding | None, saved: dict[str, Any])
         UserError: a fact of the encoding differs.
     """
     record = saved["dataset"]["encoding"]
-    before = vars(LatentEncoding.of(record)) if record else {}
+    before = vars(LatentEncoding.from_record(record)) if record else {}
     now = vars(encoding) if encoding else {}
     for name in (now or before).keys() - {"vae", "source"}:
         if before.get(name) != now.get(name):
@@ -396,20 +396,20 @@ def model_input_reader(encoding: LatentEncoding | None) -> rectified_flow.ToMode
     if not encoding:
         return rectified_flow.pixels_to_input
     return partial(
-        autoencoder.draw,
+        autoencoder.sample_scaled_latents,
         scaling_factor=encoding.scaling_factor,
         shift_factor=encoding.shift_factor,
     )
 
 
 def loss_function(
-    config: TrainConfig, *, label_dropout: float, read: rectified_flow.ToModelInput = rectified_flow.pixels_to_input
+    config: TrainConfig, *, label_dropout: float, to_input: rectified_flow.ToModelInput = rectified_flow.pixels_to_input
 ) -> rectified_flow.Objective:
     """Return the loss of a resolved `config`: `loss(model, batch, key) -> (loss, metrics)`.
 
     Args:
         label_dropout: 0 in an evaluation.
-        read: from `model_input_reader`.
+        to_input: from `model_input_reader`.
     """
     if config.objective == "ddpm":
         return ddpm.ddpm_loss(
@@ -417,11 +417,11 @@ def loss_function(
             learned_sigma=config.learned_sigma,
             min_snr_gamma=config.min_snr_gamma,
             label_dropout=label_dropout,
-            read=read,
+            to_input=to_input,
         )
     return rectified_flow.rectified_flow_loss(
         density=TIME_DENSITIES[config.time_density](config),
         shift=config.time_shift,
         label_dropout=label_dropout,
-        read=read,
+        to_input=to_input,
     )

@@ -3,22 +3,23 @@
 A session trains nothing. Of several processes only process 0 writes metrics and images.
 """
 
+import dataclasses
 import errno
 import signal
-from collections.abc import Callable, Generator, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import jax
-import numpy as np
-import optax
 from jaxtyping import Array, Bool
 from PIL import Image
 
 from data.pipeline import Pipeline
+from datasets_config import DatasetConfig
 from inference import curves, grids, progress
 from runtime import files, parallel, processes, run_folder
 from runtime.checkpoint import Checkpoints, DiskFullError
@@ -32,37 +33,108 @@ MAX_ROLLBACKS = 3
 FIGURES = "figures"  # a subfolder of the run's folder
 
 
-class Record(Protocol):
-    """The contents of `config.json`."""
+@dataclass(frozen=True)
+class RunRecord:
+    """The contents of a run's `config.json`.
 
-    def as_json(self) -> dict[str, Any]: ...
+    Args:
+        flags: every flag of the command, as JSON.
+        run_dir: the run's folder.
+        model_config: a dataclass, the shape of the network.
+        dataset: facts about the dataset.
+        extra: further entries of the task.
+    """
+
+    flags: Mapping[str, Any]
+    run_dir: Path
+    model_config: Any
+    dataset: DatasetConfig
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **self.flags,
+            "run_dir": str(self.run_dir),
+            "model_config": dataclasses.asdict(self.model_config),
+            "dataset": dataclasses.asdict(self.dataset),
+            **self.extra,
+        }
 
 
-class Run(Protocol):
-    """The part of `training.loop.Loop` that a session uses."""
+class Run(ABC):
+    """The part of `training.loop.Loop` that a session uses.
 
-    GRID_FOLDER: ClassVar[str]
+    Attributes:
+        config: every flag, resolved.
+        step: updates so far.
+        position: batches so far; more than steps after a rollback.
+        damaged: steps of checkpoints that could not be restored.
+    """
+
+    GRID_FOLDER: ClassVar[str]  # of image grids in the run's folder, and their TensorBoard tag
+
     config: Any
     run_dir: Path
     mesh: parallel.Mesh
-    schedule: optax.Schedule
     step: int
     position: int
     damaged: list[int]
 
     @property
-    def data(self) -> Pipeline: ...
-    def batches(self, start: int, stop: int) -> Generator[Any]: ...
-    def describe(self) -> Record: ...
-    def first_grids(self) -> dict[str, Image.Image]: ...
-    def image_grids(self, *, trajectory: bool = False) -> list[Image.Image]: ...
+    @abstractmethod
+    def data(self) -> Pipeline:
+        """The pipeline of batches."""
+
+    @abstractmethod
+    def batches(self, start: int, stop: int) -> Generator[Any]:
+        """Inputs of the steps at the positions start … stop − 1 in the order of all batches."""
+
+    @abstractmethod
+    def learning_rate(self, n_updates: int) -> float:
+        """The learning rate of the update after `n_updates` of them."""
+
+    @abstractmethod
+    def describe(self) -> RunRecord:
+        """The record that is written to `config.json`."""
+
+    @abstractmethod
+    def checkpoint_items(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The arrays of a checkpoint, and the notes beside them."""
+
+    @abstractmethod
+    def roll_back(self, checkpoints: Checkpoints, step: int, *, position: int) -> None:
+        """Restore the checkpoint of `step`, or the initial state if it is 0, and continue with the
+        batch at `position`.
+        """
+
+    @abstractmethod
+    def image_grids(self, *, trajectory: bool = False) -> list[Image.Image]:
+        """Grids of images made by the averaged weights. The last one is the result; with
+        `trajectory`, those before it lead there, for tasks that have such steps.
+        """
+
+    # Hooks that a task may leave as they are.
+
+    def first_grids(self) -> dict[str, Image.Image]:
+        """Grids to save before the first step, by file name."""
+        return {}
+
     def measure(
         self, until_stopped: Callable[[Iterable[Any]], Iterator[Any]]
-    ) -> dict[str, float] | None: ...
-    def utilization(self, images_per_second: float) -> float | None: ...
-    def checkpoint_items(self) -> tuple[dict[str, Any], dict[str, Any]]: ...
-    def export(self) -> None: ...
-    def roll_back(self, checkpoints: Checkpoints, step: int, *, position: int) -> None: ...
+    ) -> dict[str, float] | None:
+        """Compute metrics that take too long for an evaluation. Returns None if interrupted.
+
+        Args:
+            until_stopped: cuts off an iterable of batches when the run has to stop.
+        """
+        return {}
+
+    def utilization(self, images_per_second: float) -> float | None:
+        """Model FLOPs utilization (MFU) at this speed of all devices, or None if unknown."""
+        return None
+
+    def export(self) -> None:  # noqa: B027  (a hook, not abstract)
+        """Write files to be kept beside every checkpoint."""
 
 
 @contextmanager
@@ -201,7 +273,7 @@ class RunSession:
         self.tracker.advance(step)
         if step % config.log_every == 0:
             report = jax.device_get(report)
-            rate = np.asarray(self.run.schedule(step - 1 - report.skipped)).item()
+            rate = self.run.learning_rate(step - 1 - report.skipped)
             line = tracking.metrics_line(report) | {"learning_rate": rate}
             self.tracker.log(step, line | self._speed())
         return True
@@ -229,7 +301,7 @@ class RunSession:
             raise RunError(
                 f"{problem}, after {MAX_ROLLBACKS} rollbacks: {'; '.join(self.rollbacks[:-1])}; "
                 f"the last good checkpoint is step {back}; the batch is rows "
-                f"{run.data.rows(position).tolist()} of the training split"
+                f"{run.data.batch_rows(position).tolist()} of the training split"
             )
         self.tracker.message(
             f"{problem} ({run.config.nan_patience} in a row): rolling back to step {back}; the "
@@ -314,7 +386,7 @@ class RunSession:
         self._save_figure(
             folder / progress.PROGRESS_FILE,
             lambda path: progress.save_progress_gif(
-                run.run_dir / run.GRID_FOLDER, path, last=run.step
+                run.run_dir / run.GRID_FOLDER, path, last_step=run.step
             ),
         )
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat
+from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat, runtime_checkable
 
 import numpy as np
 from tqdm import tqdm
@@ -40,11 +40,12 @@ SHOWN: dict[str, Callable[[float], str]] = {
 DISTANCES = ("fid_", "pixel_frechet_")  # how names begin that end in a number of pictures
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Where a run is recorded besides its folder. No method may raise or wait for long."""
 
-    def open(self, say: Callable[[str], None]) -> None: ...
-    def log(self, step: int, numbers: Mapping[str, float]) -> None: ...
+    def open(self, message: Callable[[str], None]) -> None: ...
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def image(self, step: int, name: str, image: "PIL.Image.Image") -> None: ...
     def close(self) -> None: ...
 

@@ -155,7 +155,7 @@ def fit_weights(
 
 def _compare_latents(source: StartingWeights, encoding: LatentEncoding | None) -> list[str]:
     record = source.settings["dataset"].get("encoding")
-    theirs = LatentEncoding.of(record) if record else None
+    theirs = LatentEncoding.from_record(record) if record else None
     if theirs is None and encoding is None:
         return []
     if theirs is None:

@@ -1,7 +1,8 @@
-"""The page of `demo.py`, in Gradio: fields, tabs, messages. What is drawn is in `studio.py`.
+"""The web page of `demo.py`, in Gradio: its fields, tabs and messages.
 
-Each visitor sees what he asked for and nothing else: pictures travel as files of unguessable names
-in a folder that goes with the process, and no state is shared but a model's weights.
+Samples nothing itself: see `service.py`. Each visitor sees only what he requested. Images travel as
+files of unguessable names in a folder that is removed with the process, and the only state that
+visitors share is a model's weights.
 """
 
 import json
@@ -10,7 +11,7 @@ import random
 import re
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,284 +31,410 @@ from runtime.errors import UserError
 from runtime.run_folder import read_config
 from sampling import SOLVERS
 
-# One drawing at a time, whoever asked for it; the others wait in a queue that has an end.
-DEVICE = {"concurrency_id": "device", "concurrency_limit": 1, "api_visibility": "private"}
-BESIDE = {"concurrency_limit": 4, "api_visibility": "private", "show_progress": "hidden"}
-MAX_QUEUED = 20
-MAX_GRIDS = 24  # of samples over time
-FILE_SECONDS = 3600  # how long a picture can be fetched again
-# Sheets are wide, and thumbnails would be squares.
-STYLE = "footer {display: none !important} #sheets button {aspect-ratio: auto !important}"
-STYLE += ".grid-wrap {max-height: none !important}"  # all of a gallery is seen
-SAFE: list[Any] = [
-    "download",
-    "fullscreen",
-]  # of a picture's buttons; another would send it to a site
-GALLERY: dict[str, Any] = {"show_label": False, "height": "auto", "object_fit": "contain"}
-GALLERY |= {"format": "png", "buttons": SAFE, "interactive": False}
-SHOWN = ("dataset_name", "model", "objective", "n_steps", "batch_size", "learning_rate", "seed")
+MAX_QUEUED = 20  # jobs that wait for the device; more are refused
+MAX_GRIDS = 24  # of a run's samples during training
+MAX_CFG_SCALE = 15  # of the slider, unless the model's own is larger
+FILE_SECONDS = 3600  # how long an image stays available to its visitor
+CSS = """
+footer {display: none !important}
+#grids button {aspect-ratio: auto !important}  /* the grids are wide; thumbnails would be squares */
+.grid-wrap {max-height: none !important}       /* show the whole gallery, without a scroll bar */
+"""
+IMAGE_BUTTONS = ["download", "fullscreen"]  # the default has one that uploads to a public site
+# Settings that identify a run come first in its table.
+LEADING_SETTINGS = (
+    "dataset_name",
+    "model",
+    "objective",
+    "n_steps",
+    "batch_size",
+    "learning_rate",
+    "seed",
+)
 
 
 def launch_page(page: gr.Blocks, *, port: int | None, host: str, share: bool) -> str:
-    """Open it, and return its address.
+    """Serve the page in the background and return its address.
 
     Raises:
-        UserError: the port is taken, or the host is not this machine's, or it cannot be reached.
+        UserError: the port is taken, the host is not this machine's, or it cannot be reached.
     """
     bypass_proxies(host)
     page.queue(max_size=MAX_QUEUED)
-    how = {"footer_links": [], "ssr_mode": False, "css": STYLE, "enable_monitoring": False}
-    how |= {"prevent_thread_lock": True, "quiet": True, "max_file_size": 0}
     try:
-        _, local, public = page.launch(server_name=host, server_port=port, share=share, **how)
+        _, local_url, public_url = page.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            css=CSS,
+            footer_links=[],
+            ssr_mode=False,
+            enable_monitoring=False,
+            prevent_thread_lock=True,
+            quiet=True,
+            max_file_size=0,
+        )
     except (OSError, ValueError, httpx.HTTPError) as error:
-        where = f"{host}:{port}" if port else host
-        raise UserError(f"no page can be opened at {where}: {error}") from None
-    return public or local
+        address = f"{host}:{port}" if port else host
+        raise UserError(f"cannot open the page at {address}: {error}") from None
+    return public_url or local_url
 
 
 def bypass_proxies(host: str) -> None:
-    """Gradio looks whether its page is there: a proxy would look on another machine."""
-    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-    past = ",".join(filter(None, (known, "localhost,127.0.0.1", host.strip("[]"))))
-    os.environ |= {"no_proxy": past, "NO_PROXY": past}
+    """Exclude this machine from the proxies: Gradio requests its own page to see if it is up."""
+    excluded = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    hosts = ",".join(filter(None, (excluded, "localhost,127.0.0.1", host.strip("[]"))))
+    os.environ["no_proxy"] = hosts
+    os.environ["NO_PROXY"] = hosts
 
 
 @contextmanager
 def show_errors() -> Iterator[None]:
-    """Turns what goes wrong into a message in the page; a bug keeps its traceback, which the
-    terminal shows.
-    """
+    """Show errors as messages in the page; the traceback of a bug goes to the terminal."""
     try:
         yield
     except UserError as error:
-        said = re.sub(r"--(?=\w)", "", str(error))  # here they are fields
-        raise gr.Error(said, print_exception=False) from None
+        message = re.sub(r"--(?=\w)", "", str(error))  # what is a flag elsewhere is a field here
+        raise gr.Error(message, print_exception=False) from None
     except gr.Error:
         raise
     except Exception:
         traceback.print_exc()
-        said = "something went wrong; the terminal that the page was started from shows what"
-        raise gr.Error(said, print_exception=False) from None
+        message = "Internal error: the terminal that runs demo.py shows the traceback."
+        raise gr.Error(message, print_exception=False) from None
 
 
 def build_page(models: ModelLibrary) -> gr.Blocks:
-    """The page."""
+    """Build the page."""
     names = models.names()
     with gr.Blocks(
-        title="Diffusion transformers",
+        title=names[0] if len(names) == 1 else "Diffusion transformers",
         analytics_enabled=False,
         fill_width=True,
         delete_cache=(FILE_SECONDS, FILE_SECONDS),
     ) as page:
+        title = gr.Markdown(elem_id="title")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 model = gr.Dropdown(names, value=names[0], label="Model", elem_id="model")
                 fields = add_request_fields()
             with gr.Column(scale=3):
-                with gr.Tab("Draw"):
-                    own = add_generate_tab(models, model, fields)
+                with gr.Tab("Generate"):
+                    sampling_fields = add_generate_tab(models, model, fields)
                 with gr.Tab("Guidance × steps"):
                     add_comparison_tab(models, model, fields)
-                with gr.Tab("The run"):
-                    shown = add_run_tab()
-        outputs = [*fields, *own]
+                with gr.Tab("Run"):
+                    history = add_run_tab()
 
-        def choose(name: str) -> list[Any]:
+        def on_choose(name: str) -> list[Any]:
             with show_errors():
-                return fields_for_model(models.open(name))
+                opened = models.open(name)
+                return [describe_model(opened), *fields_for_model(opened)]
 
-        def look(name: str) -> list[Any]:
+        def on_show_run(name: str) -> list[Any]:
             with show_errors():
                 return load_run_history(models.folder(name))
 
-        def arrive() -> Any:
+        def on_load() -> Any:
             return gr.update(choices=models.names())
 
-        page.load(arrive, None, model, **BESIDE)
-        for happens in (page.load, model.change):
-            happens(choose, model, outputs, **BESIDE)
-            happens(look, model, shown, **BESIDE)
+        connect(page.load, on_load, [], [model])
+        for event in (page.load, model.change):
+            connect(event, on_choose, [model], [title, *fields, *sampling_fields])
+            connect(event, on_show_run, [model], history)
     return page
+
+
+def connect(
+    event: Callable[..., Any], function: Callable[..., Any], inputs: list[Any], outputs: list[Any]
+) -> None:
+    """Call a function that does not need the device; several may run at a time."""
+    event(
+        function,
+        inputs,
+        outputs,
+        concurrency_limit=4,
+        api_visibility="private",
+        show_progress="hidden",
+    )
+
+
+def connect_to_device(
+    event: Callable[..., Any], function: Callable[..., Any], inputs: list[Any], outputs: list[Any]
+) -> None:
+    """Call a function that samples. One runs at a time, whoever requested it; the others queue.
+
+    Progress is shown on the first of the outputs.
+    """
+    event(
+        function,
+        inputs,
+        outputs,
+        concurrency_id="device",
+        concurrency_limit=1,
+        api_visibility="private",
+        show_progress_on=outputs[0],
+    )
 
 
 # --- fields ---------------------------------------------------------------------------------------
 
 
 def add_request_fields() -> list[Any]:
-    """What all pictures depend on: `order` reads them in this order."""
-    labels = gr.Dropdown([], label="Classes", multiselect=True, elem_id="labels", visible=False)
+    """Add the fields that every tab reads, in the order that `read_job` expects."""
+    labels = gr.Dropdown([], label="Class", multiselect=True, elem_id="labels", visible=False)
     prompt = gr.Textbox(label="Prompt", lines=3, elem_id="prompt", visible=False)
-    negative = gr.Textbox(label="Away from", info="a caption", elem_id="negative", visible=False)
+    negative = gr.Textbox(label="Negative prompt", elem_id="negative", visible=False)
     solver = gr.Dropdown(list(SOLVERS), label="Sampler", elem_id="solver")
     with gr.Row():
-        low = gr.Number(0, label="Guided from t", step=0.1, min_width=80, elem_id="low")
-        high = gr.Number(1, label="to (1 is noise)", step=0.1, min_width=80, elem_id="high")
+        low = gr.Number(0, label="Guidance from t =", step=0.1, min_width=80, elem_id="low")
+        high = gr.Number(1, label="to t = (1 is noise)", step=0.1, min_width=80, elem_id="high")
     seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
-    another = gr.Button("Another seed", size="sm", elem_id="another")
-    another.click(lambda: random.randrange(MAX_SEED), None, seed, **BESIDE)
+    random_seed = gr.Button("Random seed", size="sm", elem_id="random-seed")
+    connect(random_seed.click, lambda: random.randrange(MAX_SEED), [], [seed])
     return [labels, prompt, negative, solver, low, high, seed]
 
 
-def fields_for_model(drawable: TrainedModel) -> list[Any]:
-    """The fields as they fit a model: of `subject_fields`, then guidance and steps."""
-    model, settings = drawable.model, drawable.settings
-    told = bool(model.text_width)
-    names = [] if told else drawable.label_names or [str(i) for i in range(model.n_classes)]
-    fitting = list(DDPM_SOLVERS if settings.get("prediction") else SOLVERS)
-    words = gr.update(visible=True) if told else gr.update(visible=False, value="")
+def fields_for_model(model: TrainedModel) -> list[Any]:
+    """Update the fields of `add_request_fields`, the guidance scale and the steps for a model."""
+    config = model.model
+    has_captions = bool(config.text_width)
+    classes = model.label_names or [str(i) for i in range(config.n_classes)]
+    if has_captions:
+        classes = []
+    solvers = list(DDPM_SOLVERS if model.settings.get("prediction") else SOLVERS)
+    prompt = gr.update(visible=True) if has_captions else gr.update(visible=False, value="")
+    cfg_scale = model.settings["cfg_scale"]
     return [
-        gr.update(choices=names, value=[], visible=bool(names), info="all, if none is chosen"),
-        words,
-        words,
-        gr.update(choices=fitting, value=settings["solver"]),
-        *(gr.skip() for _ in range(3)),
-        settings["cfg_scale"],
-        settings["n_sample_steps"],
+        gr.update(choices=classes, value=[], visible=bool(classes), info="empty: all classes"),
+        prompt,
+        prompt,
+        gr.update(choices=solvers, value=model.settings["solver"]),
+        gr.skip(),
+        gr.skip(),
+        gr.skip(),
+        gr.update(value=cfg_scale, maximum=max(MAX_CFG_SCALE, cfg_scale)),
+        gr.update(value=model.settings["n_sample_steps"], maximum=service.max_steps(model)),
     ]
 
 
-def read_job(values: tuple[Any, ...], **more: Any) -> SampleJob:
-    """What the fields of `subject_fields` say, and more.
+def read_job(
+    values: tuple[Any, ...],
+    *,
+    n_images: int | None = 1,
+    n_steps: int | None = None,
+    cfg_scale: float | None = None,
+) -> SampleJob:
+    """Build a job from the values of `add_request_fields`; None leaves a setting to the model.
 
     Raises:
-        UserError: a number is missing.
+        UserError: the seed or the number of images is empty.
     """
     labels, prompt, negative, solver, low, high, seed = values
-    low, high = (0 if low is None else low), (1 if high is None else high)
-    for name, value in {"seed": seed, "number of pictures": more.get("n", 1)}.items():
-        if value is None:
-            raise UserError(f"the {name} is missing")
+    if seed is None:
+        raise UserError("the seed is empty: enter a whole number")
+    if n_images is None:
+        raise UserError("the number of images is empty: enter a whole number")
     return SampleJob(
         labels=tuple(labels or ()),
         prompt=prompt or "",
         negative_prompt=negative or "",
+        n_images=n_images,
+        n_steps=n_steps,
+        cfg_scale=cfg_scale,
         solver=solver,
-        interval=(low, high),
+        interval=(0 if low is None else low, 1 if high is None else high),
         seed=int(seed),
-        **more,
     )
+
+
+def describe_model(model: TrainedModel) -> str:
+    """Describe a model in Markdown: its architecture, dataset, image size and conditioning."""
+    settings, config = model.settings, model.model
+    architecture = settings.get("model") or model.name
+    dataset = settings.get("dataset_name")
+    side = model.encoding.image_size if model.encoding else config.image_size
+    conditioning = f"{config.n_classes} classes" if config.n_classes else "unconditional"
+    if config.text_width:
+        conditioning = "captions"
+    method = "DDPM" if settings.get("prediction") else "rectified flow"
+    heading = f"{architecture} trained on {dataset}" if dataset else str(architecture)
+    return f"# {heading}\n{side} × {side} pixels · {conditioning} · {method}"
 
 
 # --- tabs -----------------------------------------------------------------------------------------
 
 
-def add_generate_tab(models: ModelLibrary, model: gr.Dropdown, fields: list[Any]) -> list[Any]:
-    """Pictures, and their way from noise. Returns the fields for guidance and steps."""
+def add_generate_tab(
+    models: ModelLibrary, model: gr.Dropdown, fields: list[Any]
+) -> tuple[gr.Slider, gr.Slider]:
+    """Add the tab of samples and their trajectory. Returns the guidance scale and the steps."""
     with gr.Row():
-        n = gr.Number(16, label="Pictures", precision=0, elem_id="n", info=f"1 … {MAX_IMAGES}")
-        steps = gr.Number(label="Steps", precision=0, elem_id="steps", info="of the sampler")
-        scale = gr.Number(label="Guidance", elem_id="scale", step=0.5, info="1 is none")
-    with gr.Row():
-        draw = gr.Button("Draw", variant="primary", elem_id="draw")
-        animate = gr.Button("Show the way from noise", elem_id="animate")
-    gallery = gr.Gallery(columns=6, elem_id="pictures", **GALLERY)
-    movie = gr.Image(
-        label="The way from noise", visible=False, buttons=SAFE, interactive=False, elem_id="way"
-    )
+        n_images = add_slider("Number of images", "n", value=16, maximum=MAX_IMAGES)
+        n_steps = add_slider("Steps", "steps", maximum=service.MAX_FLOW_STEPS)
+        cfg_scale = add_slider("Guidance scale", "scale", maximum=MAX_CFG_SCALE, step=0.1)
+    with gr.Row(equal_height=True):
+        generate = gr.Button("Generate", variant="primary", elem_id="generate")
+        with_trajectory = gr.Checkbox(label="Show the trajectory", elem_id="with-trajectory")
+    gallery = add_gallery("images", columns=6)
+    animation = add_image("From noise to data", "trajectory", visible=False)
 
-    def on_draw(name: str, n: int | None, steps: int | None, scale: float | None, *values: Any):
+    def on_generate(
+        name: str,
+        n: int | None,
+        steps: int | None,
+        scale: float | None,
+        animate: bool,
+        *values: Any,
+    ) -> Iterator[list[Any]]:
         with show_errors():
-            asked, shown = read_job(values, n=n, n_steps=steps, cfg_scale=scale), []
-            for pictures in service.run_job(models.keep(name), asked):
-                shown += pictures
-                yield shown
+            job = read_job(values, n_images=n, n_steps=steps, cfg_scale=scale)
+            loaded = models.load(name)
+            images = []
+            for batch in service.run_job(loaded, job):
+                images += batch
+                yield [images, gr.update(visible=False)]
+            if animate:
+                frames = service.sample_trajectory_frames(loaded, job)
+                # Gradio copies the file before the generator continues.
+                with tempfile.TemporaryDirectory() as folder:
+                    path = Path(folder) / "trajectory.gif"
+                    grids.save_gif(frames, path)
+                    yield [gr.skip(), gr.update(value=str(path), visible=True)]
 
-    def on_animate(name: str, n: int | None, steps: int | None, scale: float | None, *values: Any):
-        with show_errors():
-            asked = read_job(values, n=n, n_steps=steps, cfg_scale=scale)
-            frames = service.sample_trajectory_frames(models.keep(name), asked)
-            # Gradio takes a copy before this goes on.
-            with tempfile.TemporaryDirectory() as folder:
-                grids.save_gif(frames, Path(folder) / "way.gif")
-                yield gr.update(value=str(Path(folder) / "way.gif"), visible=True)
-
-    inputs = [model, n, steps, scale, *fields]
-    draw.click(on_draw, inputs, gallery, **DEVICE)
-    animate.click(on_animate, inputs, movie, show_progress_on=gallery, **DEVICE)
-    return [scale, steps]
+    inputs = [model, n_images, n_steps, cfg_scale, with_trajectory, *fields]
+    connect_to_device(generate.click, on_generate, inputs, [gallery, animation])
+    return cfg_scale, n_steps
 
 
 def add_comparison_tab(models: ModelLibrary, model: gr.Dropdown, fields: list[Any]) -> None:
-    """A picture for each scale of guidance and number of steps."""
+    """Add the tab of one sample at several guidance scales and numbers of steps."""
     with gr.Row():
-        scales = gr.Textbox("1 2 4 8", label="Guidance (rows)", elem_id="scales")
+        scales = gr.Textbox("1 2 4 8", label="Guidance scales (rows)", elem_id="scales")
         steps = gr.Textbox("2 5 10 25", label="Steps (columns)", elem_id="columns")
-    fill = gr.Button("Fill the table", variant="primary", elem_id="fill")
-    sheet = gr.Image(
-        label="From the same noise", format="png", buttons=SAFE, interactive=False, elem_id="table"
-    )
+    compare = gr.Button("Generate grid", variant="primary", elem_id="compare")
+    grid = add_image("One sample per cell, all from the same noise", "comparison")
 
-    def on_fill(name: str, scales: str, steps: str, *values: Any):
+    def on_compare(name: str, scales: str, steps: str, *values: Any) -> Iterator[Image.Image]:
         with show_errors():
-            wanted = parse_numbers(scales, float), parse_numbers(steps, int)
-            yield from service.sample_comparison_grid(models.keep(name), read_job(values), *wanted)
+            yield from service.sample_comparison_grid(
+                models.load(name),
+                read_job(values),
+                parse_numbers(scales, float),
+                parse_numbers(steps, int),
+            )
 
-    fill.click(on_fill, [model, scales, steps, *fields], sheet, **DEVICE)
+    connect_to_device(compare.click, on_compare, [model, scales, steps, *fields], [grid])
 
 
-def parse_numbers(words: str, kind: type) -> list[Any]:
-    """The numbers in a line, between spaces or commas.
+def parse_numbers(text: str, kind: type) -> list[Any]:
+    """Parse numbers separated by spaces or commas.
 
     Raises:
-        UserError: one is none.
+        UserError: a word is not a number of this kind.
     """
     try:
-        return [kind(word) for word in re.split(r"[\s,;]+", words.strip()) if word]
+        return [kind(word) for word in re.split(r"[\s,;]+", text.strip()) if word]
     except ValueError:
-        said = "whole numbers" if kind is int else "numbers"
-        raise UserError(f"'{words[:40]}': write {said}, with spaces between them") from None
+        expected = "whole numbers" if kind is int else "numbers"
+        raise UserError(f"'{text[:40]}': enter {expected} separated by spaces") from None
 
 
-# --- the run itself -------------------------------------------------------------------------------
+# --- components -----------------------------------------------------------------------------------
+
+
+def add_slider(
+    label: str, elem_id: str, *, maximum: float, value: float = 1, step: float = 1
+) -> gr.Slider:
+    """Add a slider from 1, or from 0 for fractions."""
+    minimum = 1 if step == 1 else 0
+    return gr.Slider(minimum, maximum, value, step=step, label=label, elem_id=elem_id, buttons=[])
+
+
+def add_gallery(elem_id: str, *, columns: int) -> gr.Gallery:
+    """Add a gallery of images that keep their proportions."""
+    return gr.Gallery(
+        columns=columns,
+        elem_id=elem_id,
+        show_label=False,
+        height="auto",
+        object_fit="contain",
+        format="png",
+        buttons=IMAGE_BUTTONS,  # pyright: ignore
+        interactive=False,
+    )
+
+
+def add_image(label: str, elem_id: str, *, visible: bool = True) -> gr.Image:
+    """Add a single image."""
+    return gr.Image(
+        label=label,
+        elem_id=elem_id,
+        format="png",
+        buttons=IMAGE_BUTTONS,  # pyright: ignore
+        interactive=False,
+        visible=visible,
+    )
+
+
+# --- history of a run -----------------------------------------------------------------------------
 
 
 def add_run_tab() -> list[Any]:
-    """Where `history` goes."""
+    """Add the components that `load_run_history` fills."""
     with gr.Row():
         loss = gr.LinePlot(
-            x="step", y="loss", color="of", color_title=" ", label="Loss", elem_id="loss"
+            x="step", y="loss", color="curve", color_title=" ", label="Loss", elem_id="loss"
         )
-        told = {"headers": ["setting", "value"], "interactive": False, "max_height": 360}
-        settings = gr.Dataframe(elem_id="settings", label="Settings", **told)
-    gr.Markdown("Samples over time")
-    sheets = gr.Gallery(columns=2, elem_id="sheets", **GALLERY)
-    return [loss, settings, sheets]
+        settings = gr.Dataframe(
+            headers=["setting", "value"],
+            label="Settings",
+            elem_id="settings",
+            interactive=False,
+            max_height=360,
+        )
+    gr.Markdown("### Samples during training")
+    return [loss, settings, add_gallery("grids", columns=2)]
 
 
 def load_run_history(run: Path | None) -> list[Any]:
-    """A run's curves, settings and samples; nothing for a model without one.
+    """Load a run's losses, settings and grids of samples; nothing for a pretrained model.
 
     Raises:
-        UserError: its settings cannot be read.
+        UserError: its config.json cannot be read.
     """
     if run is None:
         return [None, None, None]
-    settings, file = read_config(run), run / "metrics.jsonl"
-    record = curves.read_metrics(file) if file.exists() else []
-    said = [name for name in settings if settings[name] not in (None, "", [], ())]
-    rows = [[name, format_setting(settings[name])] for name in sorted(said, key=setting_rank)]
+    settings = read_config(run)
+    metrics_file = run / "metrics.jsonl"
+    record = curves.read_metrics(metrics_file) if metrics_file.exists() else []
+    names = [name for name in settings if settings[name] not in (None, "", [], ())]
+    rows = [[name, format_setting(settings[name])] for name in sorted(names, key=setting_rank)]
     last = max((line["step"] for line in record), default=None)
-    sheets = progress.thin_out(progress.find_grids(run / "samples", last), MAX_GRIDS)
-    # As pictures, not as paths: the run's folder stays closed to visitors.
-    return [loss_table(record), rows, [(Image.open(file), f"step {step}") for step, file in sheets]]
+    files = progress.thin_out(progress.find_grids(run / "samples", last), MAX_GRIDS)
+    # Opened here, not passed as paths: the run's folder stays closed to visitors.
+    images = [(Image.open(file), f"step {step}") for step, file in files]
+    return [loss_table(record), rows, images]
 
 
-def setting_rank(setting: str) -> int:
-    """Of a setting: those that tell most come first."""
-    return SHOWN.index(setting) if setting in SHOWN else len(SHOWN)
+def setting_rank(name: str) -> int:
+    """Rank a setting for the table: `LEADING_SETTINGS` first, the others after them."""
+    return LEADING_SETTINGS.index(name) if name in LEADING_SETTINGS else len(LEADING_SETTINGS)
 
 
 def format_setting(value: Any) -> str:
-    """A setting in one short line."""
-    words = value if isinstance(value, str) else json.dumps(value)
-    return words if len(words) <= 80 else f"{words[:80]}…"
+    """Format a setting as one short line."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def loss_table(record: curves.Record) -> pd.DataFrame:
-    """Those of a metrics.jsonl."""
-    names = {"loss": "training", "eval_loss": "evaluation"}
+    """Collect the losses of a metrics.jsonl as points of two curves."""
+    curve_names = {"loss": "training", "eval_loss": "evaluation"}
     points = [
-        (line["step"], line[n], of) for line in record for n, of in names.items() if line.get(n)
+        (line["step"], line[key], curve)
+        for line in record
+        for key, curve in curve_names.items()
+        if line.get(key)
     ]
-    return pd.DataFrame(points, columns=["step", "loss", "of"])
+    return pd.DataFrame(points, columns=["step", "loss", "curve"])

@@ -1,18 +1,17 @@
-"""Models that visitors of a page may draw from: what they may ask for, and how it is made.
+"""Sampling jobs of the web page's visitors: the models, the limits, images and comparison grids.
 
-    models = Models(runs=Path("runs"))
-    of = models.keep("digits-DiT-Ti-2-20261121-093000")
-    for pictures in draw(of, Order(labels=("3", "7"), n=20)):
+    models = ModelLibrary(runs=Path("runs"))
+    model = models.load("digits-DiT-Ti-2-20261121-093000")
+    for images in run_job(model, SampleJob(labels=("3", "7"), n_images=20)):
         ...
 
-Knows nothing of pages. All that is drawn here goes to whoever asked; nothing is kept but a model's
-weights. Calls must come one after the other: see `page.DEVICE`.
+Knows nothing of Gradio and stores no samples. Jobs must run one after the other; the queue of
+`page.py` sees to that.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,34 +19,42 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from inference import grids, sample_files, sampler
-from inference import labels as inference_labels
-from inference.labels import SampleRequest
+from inference.labels import SampleRequest, request_labels, request_prompts
 from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
 from methods import ddpm
 from runtime.errors import UserError, unknown_name
 from runtime.run_folder import CONFIG_FILE, RUNS, read_config
 
-MAX_IMAGES, MAX_FLOW_STEPS, MAX_PROMPT_CHARACTERS, MAX_GRID_CELLS = 64, 250, 300, 36
-MAX_TRAJECTORY_IMAGES, MAX_FRAMES = 16, 48  # of an animation: every state of every picture is in memory
-BATCH_SIZES = (4, 16)  # of batches, so that another number of pictures is not another program
-MAX_COMPILED_PROGRAMS = 32  # of ten MB or more, one for each number of steps, interval, solver
+# Limits of one job, so that no visitor keeps the device from the others for long.
+MAX_IMAGES = 64
+MAX_FLOW_STEPS = 250
+MAX_PROMPT_CHARACTERS = 300
+MAX_GRID_CELLS = 36
+# Limits of a trajectory: every state of every image is in memory.
+MAX_TRAJECTORY_IMAGES = 16
+MAX_FRAMES = 48
+# A job is padded to one of these, so that another number of images compiles no other program.
+BATCH_SIZES = (4, 16)
+# Each takes ten MB or more; one per number of steps, guidance interval and solver.
+MAX_COMPILED_PROGRAMS = 32
 
 
 @dataclass(frozen=True)
 class SampleJob(SamplingOverrides):
-    """What a visitor asks for; what is None is as in the model's settings.
+    """One visitor's request. None leaves a setting to the model.
 
     Args:
-        labels: names or numbers of classes; by default all.
-        prompt: a caption instead, for a model that was trained on them.
-        negative_prompt: a caption that guidance leads away from; an empty one is none.
-        n: how many pictures.
+        labels: class names or numbers; all classes if empty.
+        prompt: the caption, for a model trained on captions.
+        negative_prompt: a caption in place of the null label of guidance; empty for none.
+        n_images: number of images.
+        seed: of the noise.
     """
 
     labels: tuple[str, ...] = ()
     prompt: str = ""
     negative_prompt: str = ""
-    n: int = 16
+    n_images: int = 16
     seed: int = 0
 
 
@@ -56,246 +63,269 @@ class SampleJob(SamplingOverrides):
 
 @dataclass
 class ModelLibrary:
-    """A run, a folder of runs, or a pretrained model, by name.
+    """The models of the page by name: one run, a folder of runs, or one pretrained model.
 
     Args:
-        vae: where the VAE of latents is now, if it has moved.
-        text_towers: where the towers that encode captions are now, if they have moved.
+        run: a run's folder.
+        runs: a folder of runs, used if neither `run` nor `pretrained` is given.
+        pretrained: a published model.
+        vae: where the VAE of a latent model is now, if it has moved.
+        text_encoders: where its text encoders are now, if they have moved.
+        cached: the model whose weights are in memory, by name and checkpoint step.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no model, or the one given cannot be sampled from.
     """
 
     run: Path | None = None
     runs: Path = RUNS
     pretrained: str | None = None
     vae: str | None = None
-    text_towers: tuple[str, ...] = ()
-    kept: dict[tuple[str, int], TrainedModel] = field(default_factory=dict, repr=False)
+    text_encoders: tuple[str, ...] = ()
+    cached: dict[tuple[str, int], TrainedModel] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         if self.pretrained:
-            self.keep(self.pretrained)  # whose weights come with it
+            self.load(self.pretrained)  # its weights are read with its config anyway
         elif self.run:
-            self.open(self.names()[0])  # which says what it cannot be drawn from
+            self.open(self.names()[0])
             if not newest_checkpoint_step(self.run):
                 raise UserError(f"run '{self.run}' has no checkpoint yet")
         elif not self.names():
             raise UserError(
-                f"{self.runs}/ holds no run with a checkpoint: train one by python train.py, or "
+                f"{self.runs}/ holds no run with a checkpoint: train one with python train.py, or "
                 "name one by --run"
             )
 
     def names(self) -> list[str]:
-        """Of what can be drawn from now: of runs with a checkpoint the last begun first."""
+        """List the models that can be sampled from now; of runs the last started comes first."""
         if self.pretrained:
             return [self.pretrained]
         if self.run:
             return [self.run.resolve().name]
-        found = sorted(self.runs.glob(f"*/{CONFIG_FILE}"), key=lambda path: -path.stat().st_mtime)
-        return [path.parent.name for path in found if newest_checkpoint_step(path.parent) and is_training_run(path.parent)]
+        configs = sorted(self.runs.glob(f"*/{CONFIG_FILE}"), key=lambda path: -path.stat().st_mtime)
+        folders = [path.parent for path in configs]
+        return [f.name for f in folders if newest_checkpoint_step(f) and is_training_run(f)]
 
     def folder(self, name: str) -> Path | None:
-        """The run's; None for a pretrained model.
+        """Return a run's folder; None for a pretrained model.
 
         Raises:
-            UserError: there is no such name.
+            UserError: unknown name.
         """
         if name not in (names := self.names()):
             raise unknown_name("model", name, names)
         return None if self.pretrained else self.run or self.runs / name
 
     def open(self, name: str) -> TrainedModel:
-        """What is known of a model. The weights of a run are read when they are first asked for."""
-        return self._opened(self._key(name))
+        """Open a model to read its config. The weights of a run are read at their first use."""
+        return self._open_checkpoint(name, newest_checkpoint_step(self.folder(name)))
 
-    def keep(self, name: str) -> TrainedModel:
-        """The same to draw from. Its weights, the newest, take the place of another model's."""
-        key = self._key(name)  # once: a run may save another checkpoint meanwhile
-        found = self._opened(key)
-        self.kept = {key: found}
-        return found
+    def load(self, name: str) -> TrainedModel:
+        """Open a model to sample from, with its newest weights, and cache it in place of the last
+        one.
+        """
+        step = newest_checkpoint_step(self.folder(name))  # once: a run may save another meanwhile
+        model = self._open_checkpoint(name, step)
+        self.cached = {(name, step): model}
+        return model
 
-    def _key(self, name: str) -> tuple[str, int]:
-        return name, newest_checkpoint_step(self.folder(name))
-
-    def _opened(self, key: tuple[str, int]) -> TrainedModel:
-        if found := self.kept.get(key):
-            return found
-        folder = self.folder(key[0])
+    def _open_checkpoint(self, name: str, step: int) -> TrainedModel:
+        if cached := self.cached.get((name, step)):
+            return cached
+        folder = self.folder(name)
         if folder is None:
             return TrainedModel.from_pretrained(
-                key[0], vae=self.vae, text_encoders=self.text_towers
+                name, vae=self.vae, text_encoders=self.text_encoders
             )
-        return TrainedModel.from_run(folder, vae=self.vae, text_encoders=self.text_towers)
+        return TrainedModel.from_run(folder, vae=self.vae, text_encoders=self.text_encoders)
 
 
 def newest_checkpoint_step(run: Path | None) -> int:
-    """The last step with a checkpoint; 0 if there is none."""
+    """Return the last step with a checkpoint; 0 if there is none."""
     steps = (path.name for path in run.glob("checkpoints/*")) if run else ()
     return max((int(step) for step in steps if step.isdecimal()), default=0)
 
 
-def is_training_run(run: Path) -> bool:
-    """Whether a folder is a run of `train.py`: other commands and damage are passed over."""
+def is_training_run(folder: Path) -> bool:
+    """Test if a folder is a readable run of `train.py`, not of another command."""
     try:
-        return bool(read_config(run))
+        return bool(read_config(folder))
     except UserError:
         return False
 
 
-# --- what may be asked for ------------------------------------------------------------------------
+# --- requests -------------------------------------------------------------------------------------
 
 
-def max_steps(drawable: TrainedModel) -> int:
-    """As many as DDPM's chain has, or a bound for flows."""
-    return ddpm.N_STEPS if drawable.settings.get("prediction") else MAX_FLOW_STEPS
+def max_steps(model: TrainedModel) -> int:
+    """Return the most sampling steps a job may take: the length of DDPM's chain, or a limit."""
+    return ddpm.N_STEPS if model.settings.get("prediction") else MAX_FLOW_STEPS
 
 
-def check_job(drawable: TrainedModel, order: SampleJob) -> None:
-    """Raises UserError for more than a page gives to one visitor."""
-    if not 1 <= order.n <= MAX_IMAGES:
-        raise UserError(f"{order.n} pictures: ask for 1 … {MAX_IMAGES} at a time")
-    most = max_steps(drawable)
-    if order.n_steps is not None and not 1 <= order.n_steps <= most:
-        raise UserError(f"{order.n_steps} steps: ask for 1 … {most}")
-    for name in ("prompt", "negative_prompt"):
-        if (n := len(getattr(order, name))) > MAX_PROMPT_CHARACTERS:
-            said = name.replace("_", " ")
-            raise UserError(f"the {said} has {n} letters: at most {MAX_PROMPT_CHARACTERS} are read")
+def check_job(model: TrainedModel, job: SampleJob) -> None:
+    """Raise UserError if a job exceeds the limits."""
+    if not 1 <= job.n_images <= MAX_IMAGES:
+        raise UserError(f"number of images {job.n_images}: must be in 1 … {MAX_IMAGES}")
+    limit = max_steps(model)
+    if job.n_steps is not None and not 1 <= job.n_steps <= limit:
+        raise UserError(f"steps {job.n_steps}: must be in 1 … {limit}")
+    for name, text in (("prompt", job.prompt), ("negative prompt", job.negative_prompt)):
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            raise UserError(
+                f"the {name} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are "
+                "accepted"
+            )
 
 
-def plan_sampling(drawable: TrainedModel, order: SampleJob) -> SamplingPlan:
-    """How to draw it. Without guidance there is no interval to limit.
-
-    Raises:
-        UserError: it does not fit the model, or is too much.
-    """
-    check_job(drawable, order)
-    if order.cfg_scale == 1:
-        order = replace(order, interval=None, guided_channels=None)
-    how, negative = (
-        drawable.plan(SamplingOverrides.from_flags(order)),
-        bool(order.negative_prompt.strip()),
-    )
-    sampler.check_guidance(how.sampler, drawable.model, how.cfg_scale, negative=negative)
-    return how
-
-
-def request_samples(drawable: TrainedModel, order: SampleJob) -> SampleRequest:
-    """What the pictures are to be of.
+def plan_sampling(model: TrainedModel, job: SampleJob) -> SamplingPlan:
+    """Complete a job's settings with the model's. Without guidance its interval is ignored.
 
     Raises:
-        UserError: nothing that the model knows.
+        UserError: the job does not fit the model, or exceeds the limits.
     """
-    if not drawable.model.text_width:
-        return inference_labels.request_labels(drawable, order.labels, order.n, seed=order.seed)
-    if not order.prompt.strip():
+    check_job(model, job)
+    if job.cfg_scale == 1:
+        job = replace(job, interval=None, guided_channels=None)
+    plan = model.plan(SamplingOverrides.from_flags(job))
+    has_negative = bool(job.negative_prompt.strip())
+    sampler.check_guidance(plan.sampler, model.model, plan.cfg_scale, negative=has_negative)
+    return plan
+
+
+def request_samples(model: TrainedModel, job: SampleJob) -> SampleRequest:
+    """Turn a job's classes or prompt into labels.
+
+    Raises:
+        UserError: unknown class, or no prompt for a model of captions.
+    """
+    if not model.model.text_width:
+        return request_labels(model, job.labels, job.n_images, seed=job.seed)
+    if not job.prompt.strip():
         raise UserError("this model was trained on captions: write a prompt")
-    more = {"seed": order.seed, "negative": order.negative_prompt.strip() or None}
-    return inference_labels.request_prompts(drawable, [order.prompt.strip()], order.n, **more)
+    return request_prompts(
+        model,
+        [job.prompt.strip()],
+        job.n_images,
+        seed=job.seed,
+        negative=job.negative_prompt.strip() or None,
+    )
 
 
-# --- drawing --------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------
 
 
-def choose_batch_size(n: int) -> int:
-    """Of the batches of n pictures."""
-    return next((size for size in BATCH_SIZES if n <= size), BATCH_SIZES[-1])
+def choose_batch_size(n_images: int) -> int:
+    """Choose the smallest of `BATCH_SIZES` that holds the images, or the largest."""
+    return next((size for size in BATCH_SIZES if n_images <= size), BATCH_SIZES[-1])
 
 
 def bound_jit_cache() -> None:
-    """Drop compiled programs before there are many of them."""
+    """Drop all compiled sampling programs when there are `MAX_COMPILED_PROGRAMS` of them."""
     if sampler.sample_batch._cache_size() >= MAX_COMPILED_PROGRAMS:  # type: ignore
         sampler.sample_batch.clear_cache()  # type: ignore
 
 
-def run_job(drawable: TrainedModel, order: SampleJob) -> Iterator[list[tuple[Image.Image, str]]]:
-    """The pictures and what they are of, batch by batch.
+def run_job(model: TrainedModel, job: SampleJob) -> Iterator[list[tuple[Image.Image, str]]]:
+    """Sample the images of a job, with their captions, batch by batch.
 
     Raises:
-        UserError: they cannot be drawn.
+        UserError: the job does not fit the model, or exceeds the limits.
     """
     bound_jit_cache()
-    how, of = plan_sampling(drawable, order), request_samples(drawable, order)
-    size, names = choose_batch_size(order.n), of.captions or [""] * order.n
-    draw_batch = sample_files.make_batch_sampler(drawable, of, how, size)
-    for start in range(0, order.n, size):
-        pictures = draw_batch(start)
-        yield [(upscale(p), name) for p, name in zip(pictures, names[start : start + size])]
+    plan = plan_sampling(model, job)
+    request = request_samples(model, job)
+    size = choose_batch_size(job.n_images)
+    captions = request.captions or [""] * job.n_images
+    sample_batch = sample_files.make_batch_sampler(model, request, plan, size)
+    for start in range(0, job.n_images, size):
+        images = sample_batch(start)
+        yield [
+            (upscale(image), caption)
+            for image, caption in zip(images, captions[start : start + size])
+        ]
 
 
-def sample_trajectory_frames(drawable: TrainedModel, order: SampleJob) -> list[Image.Image]:
-    """Frames of the first pictures' way from noise, with names, evenly chosen among the steps.
+def sample_trajectory_frames(model: TrainedModel, job: SampleJob) -> list[Image.Image]:
+    """Sample the first images of a job and return their states from noise to data as a sequence of
+    grids, at most `MAX_FRAMES`, evenly spaced.
 
     Raises:
-        UserError: they cannot be drawn.
+        UserError: the job does not fit the model, or exceeds the limits.
     """
     bound_jit_cache()
-    order = replace(order, n=min(order.n, MAX_TRAJECTORY_IMAGES))
-    how, of = plan_sampling(drawable, order), request_samples(drawable, order)
-    size = choose_batch_size(order.n)
-    rows = of.rows(0, size)
-    # Of latents only the frames are decoded, not every state.
-    states = drawable.sample(
+    job = replace(job, n_images=min(job.n_images, MAX_TRAJECTORY_IMAGES))
+    plan = plan_sampling(model, job)
+    request = request_samples(model, job)
+    size = choose_batch_size(job.n_images)
+    rows = request.rows(0, size)
+    states = model.sample(
         rows.labels,
-        how,
+        plan,
         seed=rows.seed,
         first_index=rows.first_index,
         negative=rows.negative,
         batch_size=size,
         trajectory=True,
-        decode=False,
+        decode=False,  # decoding every state would be costly: only the frames are decoded, below
     ).trajectory
     assert states is not None
     n_frames = min(len(states), MAX_FRAMES)
-    shown = states[np.linspace(0, len(states) - 1, n_frames).round().astype(int), : order.n]
-    x = drawable.codec.decode(shown) if drawable.codec else shown
-    return [grids.image_grid(grids.to_uint8(frame), captions=of.captions) for frame in x]
+    steps = np.linspace(0, len(states) - 1, n_frames).round().astype(int)
+    frames = states[steps, : job.n_images]
+    if model.codec:
+        frames = model.codec.decode(frames)
+    return [grids.image_grid(grids.to_uint8(frame), captions=request.captions) for frame in frames]
 
 
 def sample_comparison_grid(
-    drawable: TrainedModel, order: SampleJob, scales: Sequence[float], steps: Sequence[int]
+    model: TrainedModel, job: SampleJob, cfg_scales: Sequence[float], n_steps: Sequence[int]
 ) -> Iterator[Image.Image]:
-    """One picture, from the same noise at each scale of guidance (rows) and number of steps
-    (columns): the table as it fills.
+    """Sample one image from the same noise at each guidance scale (rows) and number of steps
+    (columns). Yields the grid after each cell.
 
     Raises:
-        UserError: some of them cannot be drawn, or they are too many.
+        UserError: a cell does not fit the model, or there are more than `MAX_GRID_CELLS`.
     """
-    if not 1 <= (n := len(scales) * len(steps)) <= MAX_GRID_CELLS:
-        raise UserError(f"a table of {n} pictures: name 1 … {MAX_GRID_CELLS}")
+    n_cells = len(cfg_scales) * len(n_steps)
+    if not 1 <= n_cells <= MAX_GRID_CELLS:
+        raise UserError(f"a grid of {n_cells} images: must be in 1 … {MAX_GRID_CELLS}")
     bound_jit_cache()
-    order = replace(order, n=1, labels=order.labels[:1])
-    cells = list(product(enumerate(steps), enumerate(scales)))
-    # A negative prompt leads away from nothing where there is no guidance.
-    orders = [
-        replace(
-            order, cfg_scale=scale, n_steps=k, **({"negative_prompt": ""} if scale == 1 else {})
-        )
-        for (_, k), (_, scale) in cells
-    ]
-    hows, of = [plan_sampling(drawable, one) for one in orders], request_samples(drawable, order)
-    request = of.rows(0, 1)
-    shown: UInt8[np.ndarray, "rows columns h w c"] | None = None
-    for how, ((column, _), (row, _)) in zip(hows, cells):
-        sample = drawable.sample(
+    job = replace(job, n_images=1, labels=job.labels[:1])
+    cells = [(row, column) for column in range(len(n_steps)) for row in range(len(cfg_scales))]
+    # All are checked before the first is sampled.
+    plans = [plan_cell(model, job, cfg_scales[row], n_steps[column]) for row, column in cells]
+    request = request_samples(model, job).rows(0, 1)
+    images: UInt8[np.ndarray, "rows columns h w c"] | None = None
+    for (row, column), plan in zip(cells, plans):
+        sample = model.sample(
             request.labels,
-            how,
+            plan,
             seed=request.seed,
             first_index=request.first_index,
             negative=request.negative,
         )
-        picture = grids.to_uint8(sample.x[0])
-        if shown is None:
-            shown = np.full((len(scales), len(steps), *picture.shape), 255, np.uint8)
-        shown[row, column] = picture
-        rows, columns = [f"cfg {s:g}" for s in scales], [f"{k} step{'s' * (k > 1)}" for k in steps]
-        yield grids.comparison_grid(shown, rows=rows, columns=columns)
+        image = grids.to_uint8(sample.x[0])
+        if images is None:
+            images = np.full((len(cfg_scales), len(n_steps), *image.shape), 255, np.uint8)
+        images[row, column] = image
+        yield grids.comparison_grid(
+            images,
+            rows=[f"cfg {scale:g}" for scale in cfg_scales],
+            columns=["1 step" if n == 1 else f"{n} steps" for n in n_steps],
+        )
 
 
-def upscale(picture: UInt8[np.ndarray, "h w c"], side: int = 256) -> Image.Image:
-    """Enlarged by a whole factor, so that small ones are seen as they are."""
-    found = grids.to_pillow(picture)
-    scale = math.ceil(side / min(found.size))
-    return found.resize((found.width * scale, found.height * scale), Image.Resampling.NEAREST)
+def plan_cell(model: TrainedModel, job: SampleJob, cfg_scale: float, n_steps: int) -> SamplingPlan:
+    """Plan a cell of the comparison grid; without guidance the negative prompt is ignored."""
+    negative_prompt = "" if cfg_scale == 1 else job.negative_prompt
+    cell = replace(job, cfg_scale=cfg_scale, n_steps=n_steps, negative_prompt=negative_prompt)
+    return plan_sampling(model, cell)
+
+
+def upscale(image: UInt8[np.ndarray, "h w c"], min_side: int = 256) -> Image.Image:
+    """Enlarge an image by a whole factor without smoothing, so that its pixels can be seen."""
+    small = grids.to_pillow(image)
+    factor = math.ceil(min_side / min(small.size))
+    size = (small.width * factor, small.height * factor)
+    return small.resize(size, Image.Resampling.NEAREST)

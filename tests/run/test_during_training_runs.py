@@ -110,26 +110,27 @@ def test_a_run_goes_on_without_its_reference(whole, measured, digits, tmp_path):
     Trainer(replace(resume, fid_every=0)).fit(n_steps=3)
 
 
-def test_a_run_that_is_asked_to_stop_does_not_measure_to_the_end(
+def test_a_stop_request_interrupts_the_measurement(
     measured, tmp_path, capsys, monkeypatch
 ):
     trainer = Trainer(replace(TINY, run_dir=tmp_path / "run", **measured))
-    stop, looked = StopRequest(), []
-    assert trainer.yardstick is not None
-    with open_session(trainer, 6) as run:
-        drawn = trainer.pictures
+    stop, batch_sizes = StopRequest(), []
+    fid = trainer.open_fid()
+    assert fid is not None
+    with open_session(trainer, 6) as session:
+        honest_samples = trainer.fid_samples
 
-        def pictures(*how):
-            for batch in drawn(*how):
-                looked.append(len(batch))
+        def fid_samples(n, batch_size):
+            for batch in honest_samples(n, batch_size):
+                batch_sizes.append(len(batch))
                 stop.signal = 15
                 yield batch
 
-        monkeypatch.setattr(trainer, "pictures", pictures)
-        monkeypatch.setitem(trainer.__dict__, "yardstick", replace(trainer.yardstick, n=1000))
-        run.measure(stop)
-    assert len(looked) == 1
-    assert "step 0 is not measured: the run was asked to stop" in capsys.readouterr().out
+        monkeypatch.setattr(trainer, "fid_samples", fid_samples)
+        monkeypatch.setattr(trainer, "_fid", replace(fid, n_samples=1000))
+        session.measure(stop)
+    assert len(batch_sizes) == 1
+    assert "step 0 is not measured: the run is stopping" in capsys.readouterr().out
     assert lines(tmp_path / "run") == []
 
 

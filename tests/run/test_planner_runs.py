@@ -15,7 +15,7 @@ from benchmarks import planner
 from benchmarks.planner import Plan
 from data.batch import Batch
 from methods.rectified_flow import logit_normal, rectified_flow_loss
-from model import model_graphdef, init_model_params
+from model import init_model_params, model_graphdef
 from runtime import parallel
 from train import Trainer
 from training import profiling
@@ -71,7 +71,7 @@ def test_bytes_of_collectives_are_those_of_the_compiled_program(name, mesh):
     compiled = gradient.lower(params, batch, jax.random.key(0)).compile()
     counted = sent_by_hlo(compiled.as_text())
     planned = dict.fromkeys(counted, 0.0)
-    for c in planner.collectives(planner.weights(config, fsdp), data, fsdp):
+    for c in planner.list_collectives(planner.count_weight_bytes(config, fsdp), data, fsdp):
         planned[c.kind] += c.array_bytes
     assert counted["reduce-scatter"] == planned["reduce-scatter"]
     # The loss and its metrics are summed too; what the backward pass need not know is not gathered.
@@ -82,7 +82,7 @@ def test_bytes_of_collectives_are_those_of_the_compiled_program(name, mesh):
 @pytest.mark.slow
 def test_the_tables_of_the_document_are_the_codes():
     document = planner.DOCUMENT.read_text()
-    assert planner.refreshed(document) == document
+    assert planner.refresh_tables(document) == document
 
 
 # --- the real step --------------------------------------------------------------------------------
@@ -124,12 +124,12 @@ def test_the_real_step_holds_and_needs_what_is_planned(tmp_path, remat):
     needed = {}
     for mesh, (data, fsdp) in MESHES.items():
         trainer, lowered = real_step(tmp_path, depth=8, width=256, fsdp=fsdp, remat=remat)
-        found = profiling.cost(lowered.compile())
+        found = profiling.step_cost(lowered.compile())
         assert found.argument_bytes and found.temporary_bytes and found.memory_bytes
         s = trainer.state
         state = (s.params, s.ema, s.opt_state)
         whole = nbytes(state)
-        assert whole == pytest.approx(16 * planner.n_params(trainer.model_config), rel=1e-4)
+        assert whole == pytest.approx(16 * planner.count_params(trainer.model_config), rel=1e-4)
         held = nbytes(state, lambda x: x.addressable_shards[0].data.nbytes)
         if mesh == "FSDP":
             assert held <= 1.3 / 8 * whole and found.argument_bytes <= 1.3 / 8 * whole

@@ -65,8 +65,8 @@ def test_the_loss_is_the_mean_since_the_last_line(whole, tmp_path):
     )
     losses = []
     for batch in each.data.train_batches(0, 5):
-        losses.append(each.train_step(batch)["window"]["loss"].item())
-        window = five.train_step(batch)["window"]
+        losses.append(each.train_step(batch).window["loss"].item())
+        window = five.train_step(batch).window
     np.testing.assert_allclose(window["loss"] / window["steps"], np.mean(losses), rtol=1e-6)
 
 
@@ -102,11 +102,11 @@ def test_a_streamed_run_that_is_resumed_is_one_that_was_not(tmp_path, capsys):
     whole.fit()
     Trainer(replace(config, run_dir=tmp_path / "run")).fit(7)
     resumed = Trainer.from_run(tmp_path / "run")
-    assert resumed.step == 7 and resumed.data.lanes
+    assert resumed.step == 7 and resumed.data.grouped_shuffle
     resumed.fit()
     assert_same(resumed.state, whole.state)
     # Its batches are others than those of a set that is drawn from as a whole.
-    assert not np.array_equal(whole.data.rows(0), Trainer(TINY).data.rows(0))
+    assert not np.array_equal(whole.data.batch_rows(0), Trainer(TINY).data.batch_rows(0))
 
 
 def break_steps(trainer, *positions):
@@ -136,13 +136,13 @@ def test_a_bad_step_changes_nothing_but_the_counts(tmp_path):
     before = jax.device_get(trainer.state)
     report = jax.device_get(trainer.train_step(batch))
     after = jax.device_get(trainer.state)
-    assert (report["bad_steps"], report["skipped"]) == (1, 1)
+    assert (report.bad_steps, report.skipped) == (1, 1)
     assert (after.step, after.position) == (2, 2)
     for name in ("params", "ema", "opt_state", "window"):
         assert_same(getattr(after, name), getattr(before, name))
     trainer.state = replace(trainer.state, params=good)
     report = jax.device_get(trainer.train_step(batch))
-    assert (report["bad_steps"], report["skipped"]) == (0, 1)
+    assert (report.bad_steps, report.skipped) == (0, 1)
 
 
 def test_bad_steps_take_a_run_back_to_its_checkpoint_and_past_their_batches(tmp_path, capsys):
@@ -152,7 +152,7 @@ def test_bad_steps_take_a_run_back_to_its_checkpoint_and_past_their_batches(tmp_
     trainer.fit()
     assert (trainer.step, trainer.position) == (12, 12 + 3)  # from step 6 on with batch 9
     out = capsys.readouterr().out
-    assert "not finite at step 9, nor at the 1 before it: going back to step 6" in out
+    assert "not finite at step 9 (2 in a row): rolling back to step 6" in out
     assert [line["step"] for line in metrics(tmp_path / "run")] == [5, 6, 10, 12]
 
     plain = Trainer(replace(config, run_dir=tmp_path / "plain"))
@@ -170,10 +170,10 @@ def test_a_loss_that_stays_not_finite_stops_the_run_after_three_returns(tmp_path
     trainer = Trainer(replace(TINY, nan_patience=2, n_steps=60, run_dir=tmp_path / "run"))
     trainer.fit(6)
     break_steps(trainer, *range(6, 60))
-    with pytest.raises(RunError, match=r"not finite at step 8, after 3 returns .* step 6; .* rows"):
+    with pytest.raises(RunError, match=r"not finite at step 8, after 3 rollbacks.* step 6; .* rows"):
         trainer.fit()
     assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"6"}
-    assert capsys.readouterr().out.count("going back to step 6") == 3
+    assert capsys.readouterr().out.count("rolling back to step 6") == 3
 
 
 def test_without_a_checkpoint_a_run_goes_back_to_its_start(tmp_path, capsys):
@@ -181,7 +181,7 @@ def test_without_a_checkpoint_a_run_goes_back_to_its_start(tmp_path, capsys):
     break_steps(trainer, 1)
     trainer.fit()
     assert (trainer.step, trainer.position) == (4, 6)
-    assert "going back to step 0" in capsys.readouterr().out
+    assert "rolling back to step 0" in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_fails_while_training_goes_on_is_said_under_its_own_step(
@@ -200,7 +200,7 @@ def test_a_checkpoint_that_fails_while_training_goes_on_is_said_under_its_own_st
     monkeypatch.setattr(Checkpoints, "wait", wait)
     trainer = Trainer(replace(TINY, run_dir=tmp_path / "run"))
     trainer.fit()
-    assert "step 6 is not saved, training goes on: no space left" in capsys.readouterr().out
+    assert "step 6 is not saved, training continues: no space left" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"6", "12"}
 
 
@@ -259,7 +259,7 @@ def test_half_precision_keeps_its_weights_in_float32(tmp_path, precision):
     for _ in range(2):
         trainer.train_step(batch)
         full.train_step(batch)
-    half_loss, full_loss = (x.train_step(batch)["window"]["loss"] for x in (trainer, full))
+    half_loss, full_loss = (x.train_step(batch).window["loss"] for x in (trainer, full))
     assert trainer.model_config.dtype == {"fp16": "float16"}.get(precision, "bfloat16")
     assert {x.dtype for x in jax.tree.leaves(trainer.state.params)} == {np.dtype("float32")}
     assert half_loss.dtype == np.float32 and half_loss != full_loss
@@ -281,21 +281,21 @@ def test_too_large_a_loss_scale_is_no_bad_step_and_is_halved(tmp_path):
     before = jax.device_get(trainer.state)
     report = jax.device_get(trainer.train_step(batch))
     after = jax.device_get(trainer.state)
-    assert (report["bad_steps"], report["skipped"], report["loss_scale"]) == (0, 1, 2.0**40)
+    assert (report.bad_steps, report.skipped, report.loss_scale) == (0, 1, 2.0**40)
     assert after.loss_scale.scale == 2.0**39
     assert_same(after.params, before.params)
-    while report["skipped"] == after.step:
+    while report.skipped == after.step:
         report = jax.device_get(trainer.train_step(batch))
         after = jax.device_get(trainer.state)
-    assert report["bad_steps"] == 0 and 4 < report["skipped"] < 30
-    assert np.isfinite(report["window"]["grad_norm"])
+    assert report.bad_steps == 0 and 4 < report.skipped < 30
+    assert np.isfinite(report.window["grad_norm"])
 
 
 def test_a_loss_that_is_not_finite_in_float16_is_a_bad_step(tmp_path):
     trainer = fp16(tmp_path, 2.0**10)
     (batch,) = trainer.data.train_batches(0, 1)
     break_weights(trainer)
-    assert jax.device_get(trainer.train_step(batch))["bad_steps"] == 1
+    assert jax.device_get(trainer.train_step(batch)).bad_steps == 1
 
 
 @pytest.mark.slow
@@ -333,7 +333,7 @@ def test_fsdp_trains_as_replicas_do(tmp_path):
         trainer = Trainer(config)
         for batch in trainer.data.train_batches(0, 3):
             report = trainer.train_step(batch)
-        reports.append(jax.device_get(report["window"]))
+        reports.append(jax.device_get(report.window))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *reports)
     trainer.save()
     opened = Trainer(TrainConfig(run_dir=tmp_path / "4", resume=True, fsdp=1))
@@ -364,7 +364,7 @@ def test_a_setting_that_cannot_be_is_named(tmp_path, changes, message):
 
 
 def test_a_folder_in_use_is_refused(whole):
-    with pytest.raises(UserError, match="already exists; go on with it by --resume"):
+    with pytest.raises(UserError, match="already exists; continue it with --resume"):
         Trainer(replace(TINY, run_dir=whole.run_dir))
 
 
@@ -523,7 +523,7 @@ def test_bad_pictures_end_a_run_before_it_writes(tmp_path, capsys):
             Image.new("L", (8, 8), i).save(folder / f"{i}.png")
     (tmp_path / "data/dog/9.png").write_text("not a picture")
     config = replace(TINY, dataset_name=f"folder:{tmp_path / 'data'}", run_dir=tmp_path / "run")
-    with pytest.raises(UserError, match=r"row \d+, column 'image': the picture cannot be read"):
+    with pytest.raises(UserError, match=r"row \d+, column 'image': the image cannot be read"):
         Trainer(config).fit()
     assert not (tmp_path / "run").exists()
 

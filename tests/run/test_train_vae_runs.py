@@ -20,7 +20,7 @@ from train_vae_cases import (
 )
 
 from methods.rectified_flow import to_float
-from networks.autoencoder import mode
+from networks.autoencoder import most_likely_latents
 from pretrained import autoencoder
 from runtime.errors import UserError
 from train import Trainer
@@ -66,7 +66,7 @@ def test_a_run_leaves_what_it_promises(whole):
 
 def test_the_exported_autoencoder_is_the_averaged_one_and_its_latents_have_unit_variance(whole):
     found = autoencoder.load_autoencoder(str(whole.run_dir / "vae"))
-    image = whole.source.train.images(np.arange(48))
+    image = whole.source.train.decode(np.arange(48))
     for part, saved in zip(
         jax.tree.leaves(losses.without_critic(whole.state.ema)),
         jax.tree.leaves(found.params),
@@ -74,17 +74,17 @@ def test_the_exported_autoencoder_is_the_averaged_one_and_its_latents_have_unit_
     ):
         np.testing.assert_array_equal(np.asarray(part), saved)
     moments = found.model().encode(to_float(jnp.asarray(image)))
-    z = (mode(moments) - found.config.shift_factor) * found.config.scaling_factor
+    z = (most_likely_latents(moments) - found.config.shift_factor) * found.config.scaling_factor
     variance = jnp.exp(moments.log_variance) * found.config.scaling_factor**2
     assert abs(z.mean()) < 0.2
     assert abs(jnp.sqrt(z.var() + variance.mean()) - 1) < 0.1
 
 
-def test_a_sheet_shows_originals_above_their_reconstructions(whole, monkeypatch):
+def test_a_grid_shows_originals_above_their_reconstructions(whole, monkeypatch):
     monkeypatch.setattr(VaeTrainer, "reconstruct", lambda self, image: 255 - image)
-    sheet = np.asarray(whole.sheets()[0].convert("L"), int)
-    height = (sheet.shape[0] - 4) // 4
-    above, below = sheet[4 : height - 4], sheet[4 + height : 2 * height - 4]
+    grid = np.asarray(whole.image_grids()[0].convert("L"), int)
+    height = (grid.shape[0] - 4) // 4
+    above, below = grid[4 : height - 4], grid[4 + height : 2 * height - 4]
     assert np.median(above + below) == 255
 
 

@@ -4,13 +4,13 @@ import jax
 import pytest
 from torch_autoencoders import SD
 
-from networks.autoencoder import init_params
+from networks.autoencoder import init_autoencoder_params
 from pretrained import autoencoder
 
 
 @pytest.fixture(scope="module")
 def params():
-    return init_params(SD, jax.random.key(0))
+    return init_autoencoder_params(SD, jax.random.key(0))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import numpy as np
 from einops import reduce, repeat
 from jaxtyping import Float, UInt8
 
-from networks.autoencoder import AutoencoderConfig, init_params
+from networks.autoencoder import AutoencoderConfig, init_autoencoder_params
 from pretrained import autoencoder as pretrained
 
 GAINS = (1.0, -0.5)  # a channel of a picture becomes so many of latents
@@ -41,7 +41,7 @@ def params(channels: int = 1) -> dict[str, Any]:
     one number, and silu(x) − silu(−x) = x.
     """
     c = config(channels)
-    tree = jax.tree.map(np.zeros_like, init_params(c, jax.random.key(0)))
+    tree = jax.tree.map(np.zeros_like, init_autoencoder_params(c, jax.random.key(0)))
     n, z = channels, c.latent_channels
     both = np.stack([np.eye(n), -np.eye(n)], 1).reshape(n, 2 * n)  # x → x, −x, x, −x …
     gains = np.asarray(GAINS)

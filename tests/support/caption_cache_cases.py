@@ -7,25 +7,31 @@ import numpy as np
 from data import text_encoders
 from data.caption_cache import CaptionStore
 
-TOWERS, REVISIONS = ["us/clip", "us/t5"], ["0123456789ab", "ba9876543210"]
+ENCODERS = ["us/clip", "us/t5"]
+REVISIONS = ["0123456789ab", "ba9876543210"]
 CAPTIONS = [f"caption {i}{' of many words' * (i % 3)}" for i in range(10)]
 
 
-class FakeTowers:
-    """Noise that is a function of the caption, a token per character. Keeps what it is given."""
+class FakeEncoders:
+    """Text encoders whose embeddings are noise: a function of the caption, a token per character.
 
-    width, pooled = 6, 4
+    `received` has the captions that were encoded.
+    """
+
+    width = 6
+    pooled = 4
 
     def __init__(self, fails_at=None):
-        self.asked, self.fails_at = [], fails_at
+        self.received = []
+        self.fails_at = fails_at
 
     def __call__(self):
         return self
 
     def encode(self, captions, batch_size=64):
-        if self.fails_at is not None and len(self.asked) >= self.fails_at:
+        if self.fails_at is not None and len(self.received) >= self.fails_at:
             raise KeyboardInterrupt
-        self.asked += captions
+        self.received += captions
         return [self.embedding(caption) for caption in captions]
 
     def embedding(self, caption):
@@ -36,17 +42,21 @@ class FakeTowers:
 
 
 def never():
-    raise AssertionError("the towers were made")
+    raise AssertionError("the text encoders were loaded")
 
 
-def open_store(folder, wanted=CAPTIONS, encoder=never, towers=TOWERS, revisions=REVISIONS):
-    return CaptionStore.open(folder, wanted, towers, revisions=revisions, encoder=encoder)
+def open_store(
+    folder, captions=CAPTIONS, load_encoders=never, encoders=ENCODERS, revisions=REVISIONS
+):
+    return CaptionStore.open(
+        folder, captions, encoders, revisions=revisions, load_encoders=load_encoders
+    )
 
 
-def assert_holds(store, wanted):
-    batch = store(store.ids(wanted))
-    for i, caption in enumerate(wanted):
-        expected = FakeTowers().embedding(caption)
+def assert_holds(store, captions):
+    batch = store(store.caption_ids(captions))
+    for i, caption in enumerate(captions):
+        expected = FakeEncoders().embedding(caption)
         np.testing.assert_array_equal(batch.mask[i], np.arange(store.length) < len(caption))
         np.testing.assert_array_equal(batch.tokens[i, : len(caption)], expected.tokens)
         assert not batch.tokens[i, len(caption) :].any()

@@ -1,6 +1,6 @@
-"""Small local copies of the hub's datasets, with its columns, features, splits and picture sizes.
+"""Small local copies of the hub's datasets, with its columns, features, splits and image sizes.
 
-What the pictures show is noise in smooth colours; how many there are is up to the caller.
+The images are smooth noise.
 """
 
 import io
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
-from PIL import Image as Picture
+from PIL import Image as PillowImage
 
 from datasets_config import DATASET_CONFIGS
 
 DIGIT_NAMES = [str(i) for i in range(10)]
 OTHER_ATTRIBUTES = ("5_o_Clock_Shadow", "Eyeglasses", "Male", "Young")  # 4 of the other 39
 
-# name: splits, Pillow's mode and (width, height) of the pictures, their format, the other columns
+# name: splits, Pillow's mode and (width, height) of the images, their format, the other columns
 SCHEMAS = {
     "digits": (("train", "test"), "L", (8, 8), "PNG", {"label": ClassLabel(names=DIGIT_NAMES)}),
     "mnist": (("train", "test"), "L", (28, 28), "PNG", {"label": ClassLabel(names=DIGIT_NAMES)}),
@@ -71,36 +71,41 @@ SCHEMAS = {
 
 
 def make_copy(name: str, folder: Path, n: int = 24) -> Path:
-    """Writes a copy of the entry `name` with n rows in each split, as Parquet; returns `folder`."""
+    """Write a copy of the dataset `name` with n rows in each split, as Parquet; return `folder`."""
     splits, mode, size, file_format, others = SCHEMAS[name]
     features = Features({DATASET_CONFIGS[name].image_column: Image(), **others})
     rng = np.random.default_rng(0)
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for split in splits:
         columns: dict[str, list] = {
-            column: [value(feature, i) for i in range(n)] for column, feature in others.items()
+            column: [column_value(feature, i) for i in range(n)]
+            for column, feature in others.items()
         }
-        files = [{"bytes": picture(rng, mode, size, file_format), "path": None} for _ in range(n)]
+        files = [
+            {"bytes": image_file(rng, mode, size, file_format), "path": None} for _ in range(n)
+        ]
         columns[DATASET_CONFIGS[name].image_column] = files
         data = Dataset.from_dict(columns, features=features)
         data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
     return folder
 
 
-def picture(
+def image_file(
     rng: np.random.Generator, mode: str = "RGB", size: tuple[int, int] = (8, 8), form: str = "PNG"
 ) -> bytes:
-    """The file of a picture of smooth noise."""
+    """Make an image file of smooth noise."""
     coarse = rng.integers(0, 256, (4, 4) if mode == "L" else (4, 4, 3), dtype=np.uint8)
     file = io.BytesIO()
-    Picture.fromarray(coarse).resize(size, Picture.Resampling.BICUBIC).save(file, format=form)
+    PillowImage.fromarray(coarse).resize(size, PillowImage.Resampling.BICUBIC).save(
+        file, format=form
+    )
     return file.getvalue()
 
 
-def value(feature: ClassLabel | Value | List, i: int) -> object:
-    """The i-th value of a column that is no picture; five of them where it holds lists."""
+def column_value(feature: ClassLabel | Value | List, i: int) -> object:
+    """Make the i-th value of a column that has no images; five of them for a column of lists."""
     if isinstance(feature, List):
-        return [value(feature.feature, 5 * i + k) for k in range(5)]
+        return [column_value(feature.feature, 5 * i + k) for k in range(5)]
     if isinstance(feature, ClassLabel):
         return i % len(feature.names)
     return {"int64": i, "bool": i % 2 == 0, "float64": i / 10, "string": f"row {i}"}[feature.dtype]

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features
-from hub_copies import picture
+from hub_copies import image_file
 
 RNG = np.random.default_rng(0)
 
@@ -20,4 +20,4 @@ def write(folder: Path, **columns: tuple[Any, list]) -> Path:
 
 
 def grey_cells(n: int) -> list[dict]:
-    return [{"bytes": picture(RNG, "L"), "path": None} for _ in range(n)]
+    return [{"bytes": image_file(RNG, "L"), "path": None} for _ in range(n)]

@@ -12,8 +12,8 @@ from model import (
     BLOCKS,
     JOINT,
     ModelConfig,
-    model_graphdef,
     init_model_params,
+    model_graphdef,
 )
 
 key = jax.random.key(0)

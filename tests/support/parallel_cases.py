@@ -10,7 +10,7 @@ import optax
 
 from data.batch import Batch, EncodedCaption
 from methods.rectified_flow import logit_normal, rectified_flow_loss
-from model import JOINT, ModelConfig, model_graphdef, init_model_params
+from model import JOINT, ModelConfig, init_model_params, model_graphdef
 from runtime import parallel
 from training import optim
 

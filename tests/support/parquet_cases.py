@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
-from hub_copies import picture
+from hub_copies import image_file
 
 from data.batch import Batch
 from data.load import open_dataset
@@ -16,11 +16,11 @@ FEATURES = Features({"img": Image(), "label": ClassLabel(names=list("abc"))})
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """60 pictures in two files, and row groups of 4."""
-    folder = tmp_path_factory.mktemp("set") / "data"
+    """Parquet files of 60 images: two files, row groups of 4."""
+    folder = tmp_path_factory.mktemp("dataset") / "data"
     folder.mkdir()
     for i, n in enumerate((34, 26)):
-        files = [{"bytes": picture(RNG), "path": None} for _ in range(n)]
+        files = [{"bytes": image_file(RNG), "path": None} for _ in range(n)]
         columns = {"img": files, "label": [k % 3 for k in range(n)]}
         data = Dataset.from_dict(columns, features=FEATURES)
         data.to_parquet(folder / f"train-{i:05d}-of-00002.parquet", batch_size=4)
@@ -34,7 +34,7 @@ def open_both(folder, **options):
     ]
 
 
-def equal(a: Batch, b: Batch) -> bool:
+def batches_equal(a: Batch, b: Batch) -> bool:
     leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in leaves)
 
@@ -42,5 +42,5 @@ def equal(a: Batch, b: Batch) -> bool:
 # --- batches --------------------------------------------------------------------------------------
 
 
-def pipeline(source, **options):
+def make_pipeline(source, **options):
     return Pipeline(source, batch_size=8, seed=3, shuffle_buffer=12, **options)

@@ -8,7 +8,7 @@ from commands import ROOT, run
 from datasets import load_dataset
 
 from benchmarks.designs import DESIGNS
-from benchmarks.digits import judge
+from benchmarks.digits import judge_digits
 
 
 @pytest.mark.slow
@@ -74,13 +74,13 @@ def test_real_digits_are_what_samples_are_measured_by():
         (np.stack([np.asarray(x) for x in data["image"]])[..., None], np.asarray(data["label"]))
         for data in load_dataset(str(ROOT / "data" / "digits")).values()
     )
-    same = judge(*test, train=train, test=test)
+    same = judge_digits(*test, train=train, test=test)
     assert same.novelty == 1 and same.accuracy > 0.98
     assert abs(same.frechet) < 1e-9 and abs(same.digit_frechet) < 1e-9
-    floor = judge(*train, train=train, test=test)
+    floor = judge_digits(*train, train=train, test=test)
     assert floor.accuracy == 1 and floor.novelty == 0
     assert floor.frechet == pytest.approx(26.3, abs=0.1)
     assert floor.digit_frechet == pytest.approx(0.35, abs=0.03)
     # A mirrored digit has the pixels of one, but is not read as one.
-    mirrored = judge(train[0][:, :, ::-1], train[1], train=train, test=test)
+    mirrored = judge_digits(train[0][:, :, ::-1], train[1], train=train, test=test)
     assert mirrored.accuracy < 0.7 and mirrored.digit_frechet > 10 * floor.digit_frechet

@@ -95,7 +95,7 @@ def test_fifty_kills_at_any_moment_leave_no_trace(forks, tmp_path):
         status, out, err = forks.end()
         assert (status, err) == (-signal.SIGKILL, "")
         if GREETED in out:
-            assert (f"going on at step {there}:" if there else "starting:") in out
+            assert (f"resuming at step {there}:" if there else "starting:") in out
         hits[hit(folder, out, begun)] += 1
     assert min(hits.values()) >= 4, hits
     assert forks.run("--resume", "--run_dir", folder)[0] == 0
@@ -114,7 +114,7 @@ def test_three_polite_ends_leave_no_trace_either(forks, whole, tmp_path):
         sent = time.monotonic()
         status, _, err = forks.end()
         assert status == 143 and time.monotonic() - sent < 30
-        assert err.strip() == "stopping after this step; once more to leave at once"
+        assert err.strip() == "stopping after this step; once more to exit at once"
         assert newest(folder) >= max(logged(folder))
     assert forks.run("--resume", "--run_dir", folder)[0] == 0
     assert_same_end(forks, folder, whole)
@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(forks, whole,
     files = (path for path in (folder / "checkpoints/200/ema").rglob("*") if path.is_file())
     damage(max(files, key=lambda path: path.stat().st_size))
     status, out, err = forks.run("--resume", "--run_dir", folder)
-    assert status == 0 and "going on at step 180:" in out
+    assert status == 0 and "resuming at step 180:" in out
     assert err.startswith(f"warning: cannot read checkpoint {folder}/checkpoints/200: ")
     assert err.endswith("; taking the one before it\n") and err.count("\n") == 1
     assert (folder / "damaged/200/ema").is_dir()
@@ -166,7 +166,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(forks,
     wait_until(lambda: newest(folder))
     for flags, why in (
         (["--resume"], f"another process is writing to '{folder}'"),
-        (FLAGS, f"'{folder}' already exists; go on with it by --resume"),
+        (FLAGS, f"'{folder}' already exists; continue it with --resume"),
     ):
         done = run(NANO, *flags, "--run_dir", folder, cache=cache)
         assert (done.returncode, done.stdout) == (2, "")
@@ -199,7 +199,7 @@ def test_a_full_disk_costs_what_it_has_no_room_for(disk, forks, whole):
     assert status == 2 and err.count("\n") == 1
     assert err.startswith(f"error: no space left for {folder}/checkpoints: a checkpoint ")
     assert err.endswith(f"; the last complete one is step {there}\n")
-    unsaved = re.findall(r"step (\d+) is not saved, training goes on: no space left for", out)
+    unsaved = re.findall(r"step (\d+) is not saved, training continues: no space left for", out)
     assert [int(step) for step in unsaved] == list(range(there + SAVE_EVERY, 200, SAVE_EVERY))
     assert f"no space left on the disk of {folder}: metrics are not recorded" in out
     assert f"no space left for {folder}/samples/" in out and "step 200/200" in out
@@ -225,7 +225,7 @@ def test_a_row_that_cannot_be_decoded_is_named_and_costs_nothing(forks, tmp_path
     flags += ["--n_steps", 12]
     assert forks.run(*flags, "--run_dir", tmp_path / "whole")[0] == 0
 
-    row = Pipeline(open_dataset(data), batch_size=8, seed=0, in_memory=False).rows(5)[3]
+    row = Pipeline(open_dataset(data), batch_size=8, seed=0, in_memory=False).batch_rows(5)[3]
     picture, folder = tmp_path / f"data/train/cat/{row:03}.png", tmp_path / "run"
     good = picture.read_bytes()
     picture.write_bytes(good[: len(good) // 2])
@@ -235,7 +235,7 @@ def test_a_row_that_cannot_be_decoded_is_named_and_costs_nothing(forks, tmp_path
     assert newest(folder) == 5
     picture.write_bytes(good)
     status, out, err = forks.run("--resume", "--run_dir", folder)
-    assert status == 0 and "going on at step 5:" in out, err
+    assert status == 0 and "resuming at step 5:" in out, err
     assert_same_end(forks, folder, tmp_path / "whole")
 
 
@@ -273,7 +273,7 @@ def test_what_eight_devices_saved_goes_on_on_fewer(forks, tmp_path, fsdp):
         shutil.copytree(half, folder)
         assert forks.digest(folder, n_devices) == saved
         status, out, err = forks.run("--resume", "--run_dir", folder, n_devices=n_devices)
-        assert status == 0 and f"on {n_devices} × cpu" in out and "going on at step 20:" in out, err
+        assert status == 0 and f"on {n_devices} × cpu" in out and "resuming at step 20:" in out, err
         for ours, theirs in zip(metrics(folder), metrics(whole), strict=True):
             assert ours.keys() == theirs.keys()
             for name in ours.keys() & {"step", "loss", "grad_norm", "eval_loss"}:

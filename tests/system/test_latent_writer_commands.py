@@ -19,14 +19,14 @@ import pytest
 from commands import fill, small_disk
 from datasets import ClassLabel, Image, load_dataset
 from faults_cases import Forks, children, wait_until
-from hub_copies import make_copy, picture
+from hub_copies import make_copy, image_file
 from latent_writer_cases import RNG, grey_cells, write
 from PIL import Image as Picture
 
 from data import images, latents
 from data.load import open_dataset
 from inference import grids
-from networks.autoencoder import AutoencoderConfig, init_params
+from networks.autoencoder import AutoencoderConfig, init_autoencoder_params
 from pretrained import autoencoder as pretrained
 from runtime.errors import UserError
 
@@ -124,7 +124,7 @@ def test_every_row_is_there_the_last_of_a_file_and_of_a_batch_too(whole):
     pictures = open_dataset("digits", image_size=16)
     for split, of_split in (("train", pictures.train), ("test", pictures.eval)):
         mean = moments(whole, split)[..., :2].astype(np.float32)
-        every = of_split.images(np.arange(len(of_split)))
+        every = of_split.decode(np.arange(len(of_split)))
         np.testing.assert_allclose(mean, averaging.means(every), atol=2e-3)
     second = np.square(mean := moments(whole)[..., :2].astype(np.float64)).mean((0, 1, 2))
     np.testing.assert_allclose(said.channel_mean, mean.mean((0, 1, 2)), rtol=1e-6)
@@ -162,7 +162,7 @@ def test_latents_made_anew_are_not_those_that_datasets_has_kept(convert, tmp_pat
         assert convert(folder, **flags, mirror=mirror)[0] == 0
         sizes.append(len(load_dataset(str(folder))["train"][0]["moments"]))
         opened = open_dataset("digits", latents_dir=folder)
-        np.testing.assert_array_equal(opened.train.images(np.arange(9)), moments(folder)[:9])
+        np.testing.assert_array_equal(opened.train.decode(np.arange(9)), moments(folder)[:9])
     assert sizes == [1024, 512, 512]
 
 
@@ -204,7 +204,7 @@ def test_a_thousand_classes_survive(convert, tmp_path):
         opened = open_dataset(
             f"folder:{folder}", latents_dir=tmp_path / "latents", streaming=streaming
         )
-        split = opened.whole()["train"]
+        split = opened.full_splits()["train"]
         assert split.labels.tolist() == labels and opened.config.n_classes == 1000
         assert opened.config.label_names == tuple(names)
 
@@ -223,8 +223,8 @@ def test_an_unlabelled_set_and_its_held_back_rows(convert, in_colour, tmp_path):
     for ours, theirs in ((opened.train, pictures.train), (opened.eval, pictures.eval)):
         np.testing.assert_array_equal(ours.rows, theirs.rows)
         every = np.arange(len(ours))
-        mean = ours.images(every)[..., :6].astype(np.float32)
-        np.testing.assert_allclose(mean, averaging.means(theirs.images(every)), atol=2e-3)
+        mean = ours.decode(every)[..., :6].astype(np.float32)
+        np.testing.assert_allclose(mean, averaging.means(theirs.decode(every)), atol=2e-3)
 
 
 @pytest.mark.slow
@@ -255,7 +255,7 @@ def album(tmp_path) -> Path:
     """Pictures of many kinds in two classes, of which the second, the third and the last are
     broken.
     """
-    colours = Picture.open(io.BytesIO(picture(RNG, "RGB", (28, 20))))
+    colours = Picture.open(io.BytesIO(image_file(RNG, "RGB", (28, 20))))
     good = file_of(colours, "PNG")
     pictures = {
         "cat/0.png": good,
@@ -295,10 +295,10 @@ def test_pictures_that_cannot_be_read_are_named_and_left_out(
     np.testing.assert_allclose(found, averaging.means(seen), atol=2e-3)
     for streaming in (False, True):
         opened = open_dataset(f"folder:{album}", latents_dir=folder, streaming=streaming)
-        split = opened.whole()["train"]
+        split = opened.full_splits()["train"]
         assert split.labels.tolist() == [0, 0, 1, 1, 1, 1]
         assert opened.config.label_names == ("cat", "dog")
-        np.testing.assert_array_equal(split.images(np.arange(6)), moments(folder))
+        np.testing.assert_array_equal(split.decode(np.arange(6)), moments(folder))
     status, out, _ = convert(doctor=folder, vae=None)
     assert status == 0 and "sound" in out
     assert convert(folder, **flags, rows_per_file=rows_per_file, verify=6)[0] == 0
@@ -453,7 +453,7 @@ def test_verify_shows_pictures_and_says_how_near_they_are(convert, whole, tmp_pa
     said = re.search(r"(\d+) rows decoded: PSNR (.*) dB on average, (.*) at worst", out)
     assert said
     split = open_dataset("digits", image_size=16).train
-    pictures = split.images(np.linspace(0, N_ROWS["train"] - 1, 20).astype(int))
+    pictures = split.decode(np.linspace(0, N_ROWS["train"] - 1, 20).astype(int))
     decoded = grids.to_uint8(averaging.pictures(averaging.means(pictures)))
     errors = np.square(decoded / 255 - pictures / 255).mean((1, 2, 3))
     psnr = -10 * np.log10(errors)
@@ -503,7 +503,7 @@ def test_the_doctor_knows_an_untrained_vae(convert, tmp_path):
         in_channels=1, out_channels=1, block_out_channels=(8, 16), norm_num_groups=4,
         scaling_factor=1.0,
     )  # fmt: skip
-    pretrained.save_autoencoder(tmp_path / "vae", config, init_params(config, jax.random.key(0)))
+    pretrained.save_autoencoder(tmp_path / "vae", config, init_autoencoder_params(config, jax.random.key(0)))
     flags = BEGUN | {"vae": tmp_path / "vae", "rows_per_file": 2000, "mirror": False}
     assert convert(tmp_path / "out", **flags)[0] == 0
     assert re.search(

@@ -208,7 +208,7 @@ def test_latents_are_those_of_the_pictures_with_their_labels(latent_digits, stre
     for ours, theirs in ((source.train, pictures.train), (source.eval, pictures.eval)):
         np.testing.assert_array_equal(ours.labels, theirs.labels)
         rows = np.array([0, 17, len(ours) - 1])
-        found, seen = ours.images(rows), theirs.images(rows)
+        found, seen = ours.decode(rows), theirs.decode(rows)
         mean, spread, mirrored, _ = np.split(found.astype(np.float32), 4, axis=-1)
         np.testing.assert_allclose(mean, averaging.means(seen), atol=2e-3)
         np.testing.assert_allclose(mirrored, averaging.means(seen[:, :, ::-1]), atol=2e-3)
@@ -248,8 +248,8 @@ def test_the_second_view_is_taken_where_the_pipeline_flips(latent_digits, in_mem
     data = Pipeline(source, batch_size=32, seed=3, in_memory=in_memory, n_workers=0)
     for step in (0, 44):  # the second runs into the next epoch
         place = step * 32 + np.arange(32)
-        flips = np.concatenate([data.flips(epoch) for epoch in (0, 1)])[place]
-        views = source.train.images(data.rows(step)).reshape(32, 8, 8, 2, 4)
+        flips = np.concatenate([data.epoch_flips(epoch) for epoch in (0, 1)])[place]
+        views = source.train.decode(data.batch_rows(step)).reshape(32, 8, 8, 2, 4)
         expected = np.where(flips[:, None, None, None], views[..., 1, :], views[..., 0, :])
         np.testing.assert_array_equal(data.train_batch(step).image, expected)
         assert 4 < flips.sum() < 28
@@ -259,7 +259,7 @@ def test_evaluation_never_mirrors(latent_digits):
     source = open_dataset("digits", latents_dir=latent_digits)
     data = Pipeline(source, batch_size=N_TEST, seed=3)
     (batch,) = data.eval_batches(1)
-    first_views = source.eval.images(np.arange(N_TEST))[..., :4]
+    first_views = source.eval.decode(np.arange(N_TEST))[..., :4]
     assert {row.tobytes() for row in batch.image} == {row.tobytes() for row in first_views}
 
 
@@ -267,10 +267,10 @@ def test_streamed_and_stored_rows_are_the_same(latent_digits):
     stored = open_dataset("digits", latents_dir=latent_digits)
     streamed = open_dataset("digits", latents_dir=latent_digits, streaming=True)
     rows = np.arange(0, N_TRAIN, 7)
-    np.testing.assert_array_equal(streamed.train.images(rows), stored.train.images(rows))
+    np.testing.assert_array_equal(streamed.train.decode(rows), stored.train.decode(rows))
     data = Pipeline(streamed, batch_size=16, seed=0, n_workers=0)
     batch = data.train_batch(5)
-    views = stored.train.images(data.rows(5)).reshape(16, 8, 8, 2, 4)
+    views = stored.train.decode(data.batch_rows(5)).reshape(16, 8, 8, 2, 4)
     assert all(
         any(np.array_equal(image, view[..., i, :]) for i in (0, 1))
         for image, view in zip(batch.image, views, strict=True)

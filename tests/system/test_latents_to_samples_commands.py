@@ -31,7 +31,7 @@ from generate import GenerateConfig
 from inference import comparisons, sampler
 from inference.sampler import SamplerConfig
 from inference.trained_model import TrainedModel
-from networks.autoencoder import AutoencoderConfig, init_params
+from networks.autoencoder import AutoencoderConfig, init_autoencoder_params
 from pretrained import autoencoder as pretrained
 from runtime.errors import UserError
 from train import Trainer
@@ -74,8 +74,8 @@ def fails(forks: Forks, *flags: Any) -> str:
 @pytest.mark.slow
 def test_the_greeting_says_what_is_learnt(whole, vae):
     _, out = whole
-    assert f"digits: 1437 training latents (16×16 pictures through {vae}) of 8×8×2, 10 cl" in out
-    assert f"starting: {N_STEPS} steps of 8 pictures" in out
+    assert f"digits: 1437 training latents (16×16 images through {vae}) of 8×8×2, 10 cl" in out
+    assert f"starting: {N_STEPS} steps of 8 images" in out
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def test_samples_are_pictures(whole):
 def test_the_run_knows_how_its_latents_were_made(whole, latent_digits):
     config = json.loads((whole[0] / "config.json").read_text())
     encoding = latents.read_latent_dataset(latent_digits).encoding
-    assert datasets_config.LatentEncoding.of(config["dataset"]["encoding"]) == encoding
+    assert datasets_config.LatentEncoding.from_record(config["dataset"]["encoding"]) == encoding
     assert config["dataset_name"] == "digits" and config["latents"] == str(latent_digits)
     assert config["model_config"]["channels"] == 2 and config["model_config"]["image_size"] == 8
 
@@ -148,7 +148,7 @@ def test_a_killed_run_goes_on_bit_for_bit(forks, whole, latent_digits, tmp_path)
     assert 0 < (there := newest(folder)) < N_STEPS
     nowhere = ["--nocache_on_device", "--noin_memory", "--n_workers", 1]
     status, out, err = forks.run("--resume", "--run_dir", folder, *nowhere)
-    assert status == 0 and f"going on at step {there}:" in out, err
+    assert status == 0 and f"resuming at step {there}:" in out, err
     assert_same_end(forks, folder, whole[0])
 
 
@@ -169,7 +169,7 @@ def test_latents_may_move(forks, whole, latent_digits, tmp_path):
     vae = averaging.save(tmp_path / "vae")
     flags = ["--resume", "--run_dir", folder, "--latents", moved, "--vae", vae, "--n_steps", 20]
     status, out, err = forks.run(*flags)
-    assert status == 0 and f"going on at step {N_STEPS}: 20 steps" in out, err
+    assert status == 0 and f"resuming at step {N_STEPS}: 20 steps" in out, err
     config = json.loads((folder / "config.json").read_text())
     assert (config["latents"], config["vae"]) == (str(moved), str(vae))
 
@@ -273,7 +273,7 @@ def test_real_latents_are_shown_as_pictures(whole, tmp_path, capsys):
     run = TrainedModel.from_run(whole[0])
     real, codec = comparisons.load_real_images(run, [], 5), run.codec
     split = open_dataset("digits", image_size=16).eval
-    pictures = split.images(np.linspace(0, len(split) - 1, 5).astype(int))
+    pictures = split.decode(np.linspace(0, len(split) - 1, 5).astype(int))
     assert real.data.shape == (5, 8, 8, 2) and codec
     means = averaging.pictures(averaging.means(pictures))
     np.testing.assert_allclose(codec.decode(real.data), means, atol=2e-2)
@@ -307,7 +307,7 @@ def test_a_run_on_pictures_takes_no_vae(whole, vae, tmp_path):
 def test_imagenet_trains_on_its_latents(forks, tmp_path):
     """From pictures in the hub's schema."""
     random = AutoencoderConfig(block_out_channels=(8, 8), norm_num_groups=4, scaling_factor=1.0)
-    pretrained.save_autoencoder(tmp_path / "vae", random, init_params(random, jax.random.key(0)))
+    pretrained.save_autoencoder(tmp_path / "vae", random, init_autoencoder_params(random, jax.random.key(0)))
     copy, folder = make_copy("imagenet", tmp_path / "data"), tmp_path / "latents"
     how = ["--dataset_name", "imagenet", "--data_dir", copy, "--vae", tmp_path / "vae"]
     how += ["--image_size", 16, "--out", folder]

@@ -93,7 +93,7 @@ def test_a_kernel_is_told_in_a_line(tmp_path, cache):
     assert failures(ran) == [
         "error: no such thing",
         "error: it burst",
-        "stopped, and all is saved; fit() goes on from here",
+        "stopped, and all is saved; fit() resumes from here",
     ]
     printed = "".join(o.text for o in outputs(ran) if o.get("name") == "stdout")
     assert "the step is finished" in printed and printed.endswith("True\n")

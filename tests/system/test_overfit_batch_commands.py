@@ -23,7 +23,7 @@ def test_the_model_learns_the_batch_and_draws_it(tmp_path, cache):
     flags += ["--sample_every_n", 1000, "--eval_save_steps", 1000, "--run_dir", tmp_path / "run"]
     done = run(NANO, "--overfit_batch", *flags, cache=cache, fast_compile=False)
     assert done.returncode == 0, done.stderr
-    assert "digits: the first 8 of 1437 training pictures" in done.stdout
+    assert "digits: the first 8 of 1437 training images" in done.stdout
     *_, trained, evaluated = metrics(tmp_path / "run")
     assert trained["loss"] < 0.15 and evaluated["eval_loss"] < 0.1
     batch, drawn = (

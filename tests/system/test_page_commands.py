@@ -1,5 +1,5 @@
-"""The page in a real browser: what a visitor asks for comes, to him alone, and nothing leaves this
-machine.
+"""The page in a real browser: each visitor gets what he requests, no one else's images, and nothing
+leaves this machine.
 """
 
 import json
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from browser import Visitor, browser
+from browser import Visitor, open_browser
 from commands import NANO, SMALL, run, start
 from curves_cases import record, sheets
 from drawables import CLASSES, DDPM, DIGITS, NOTHING, SHAPE, SIGMA, drawable
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def runs(cache, tmp_path_factory):
-    """A folder with one short run, and an older one that is sampled otherwise."""
+    """A folder with one short run, and an older one with another number of sampling steps."""
     folder = tmp_path_factory.mktemp("runs")
     flags = ["--n_steps", 8, "--eval_save_steps", 4, "--sample_every_n", 4, "--log_every", 2]
     done = run(NANO, *SMALL, *flags, "--run_dir", folder / "nano", cache=cache)
@@ -39,19 +39,19 @@ def runs(cache, tmp_path_factory):
     return folder
 
 
-def opened(runs, cache):
-    """The command's process, and the page's address once there is one."""
+def start_page(runs, cache):
+    """Start the command and wait for the page's address."""
     process = start("demo.py", "--runs", runs, cache=cache)
     assert process.stdout
-    said = process.stdout.readline()
-    found = re.search(r"http://127\.0\.0\.1:\d+/", said)
-    assert found, said or process.communicate()[1]
-    return process, found[0]
+    line = process.stdout.readline()
+    match = re.search(r"http://127\.0\.0\.1:\d+/", line)
+    assert match, line or process.communicate()[1]
+    return process, match[0]
 
 
 @pytest.fixture(scope="module")
 def url(runs, cache):
-    process, url = opened(runs, cache)
+    process, url = start_page(runs, cache)
     yield url
     process.terminate()
     _, err = process.communicate()
@@ -60,7 +60,7 @@ def url(runs, cache):
 
 @pytest.fixture(scope="module")
 def driver():
-    with browser() as driver:
+    with open_browser() as driver:
         yield driver
 
 
@@ -69,117 +69,126 @@ def visitor(driver, url):
     return Visitor(driver, url)
 
 
-def pictures(visitor, n):
-    """What comes of a click: n pictures."""
+def generate(visitor, n):
+    """Generate n images and wait for them."""
     visitor.write("n", n)
-    visitor.click("draw")
-    return visitor.all_of("pictures", n)
+    visitor.click("generate")
+    return visitor.wait_for_images("images", n)
 
 
-def test_a_click_makes_as_many_pictures_as_asked_and_the_same_seed_the_same(driver, url):
+def test_a_click_generates_the_number_requested_and_a_seed_repeats_its_images(driver, url):
     driver.get_log("performance")
     visitor = Visitor(driver, url)
     assert visitor.value("model") == "nano" and visitor.value("steps") == "2"
+    assert visitor.title() == "DiT-Nano/8 trained on digits"
     visitor.choose("labels", "3", "7")
-    first = pictures(visitor, 6)
+    first = generate(visitor, 6)
     assert len(set(first)) == 6
-    assert [c.text for c in visitor.find("#pictures .caption-label")] == ["3"] * 3 + ["7"] * 3
-    more = pictures(visitor, 18)  # its places are others' labels, of the same noise
+    assert [c.text for c in visitor.find("#images .caption-label")] == ["3"] * 3 + ["7"] * 3
+    more = generate(visitor, 18)  # the fourth now has another label, from the same noise
     assert more[:3] == first[:3] and len(more) == 18
-    assert pictures(visitor, 6) == first
-    visitor.click("another")
+    assert generate(visitor, 6) == first
+    visitor.click("random-seed")
     visitor.wait(lambda: visitor.value("seed") != "0")
-    visitor.click("draw")
-    visitor.wait(lambda: len(found := visitor.pictures("pictures")) == 6 and found != first)
-    assert not set(visitor.pictures("pictures")) & set(first)
-    assert visitor.complaints() == []
-    asked_for = visitor.addresses()
-    assert url in asked_for
-    assert [a for a in asked_for if not a.startswith((url, "data:", "blob:"))] == []
+    visitor.click("generate")
+    visitor.wait(lambda: len(images := visitor.images("images")) == 6 and images != first)
+    assert not set(visitor.images("images")) & set(first)
+    assert visitor.console_errors() == []
+    requested = visitor.requested_urls()
+    assert url in requested
+    assert [a for a in requested if not a.startswith((url, "data:", "blob:"))] == []
 
 
-def test_another_model_has_fields_of_its_own(visitor):
+def test_another_model_has_its_own_settings(visitor):
     visitor.choose("model", "other")
     visitor.wait(lambda: visitor.value("steps") == "7")
-    assert len(pictures(visitor, 2)) == 2
-    assert visitor.complaints() == []
+    assert len(generate(visitor, 2)) == 2
+    assert visitor.console_errors() == []
 
 
-def test_the_way_from_noise_moves(visitor):
-    visitor.click("animate")
-    (gif,) = visitor.all_of("way", 1)
+def test_the_trajectory_is_shown_as_an_animation(visitor):
+    visitor.check("with-trajectory")
+    generate(visitor, 2)
+    (gif,) = visitor.wait_for_images("trajectory", 1)
     assert gif.startswith("data:image/gif")
-    assert visitor.complaints() == []
+    visitor.check("with-trajectory")
+    generate(visitor, 3)
+    assert visitor.find("#trajectory img") == []
+    assert visitor.console_errors() == []
 
 
-def test_the_table_fills(visitor):
-    visitor.tab("Guidance × steps")
+def test_the_comparison_grid_fills(visitor):
+    visitor.open_tab("Guidance × steps")
     visitor.write("scales", "1 3")
     visitor.write("columns", "2, 4")
-    visitor.click("fill")
+    visitor.click("compare")
     seen = set()
 
     def filled():
-        seen.update(visitor.pictures("table"))
-        return len(seen) > 1 and visitor.idle()
+        seen.update(visitor.images("comparison"))
+        return len(seen) > 1 and visitor.is_idle()
 
     visitor.wait(filled)
-    assert visitor.complaints() == []
+    assert visitor.console_errors() == []
 
 
-def test_a_run_tells_its_settings_losses_and_samples(visitor):
-    visitor.tab("The run")
-    assert len(visitor.all_of("sheets", 2)) == 2
-    assert [c.text for c in visitor.find("#sheets .caption-label")] == ["step 4", "step 8"]
+def test_a_run_shows_its_settings_losses_and_samples(visitor):
+    visitor.open_tab("Run")
+    assert len(visitor.wait_for_images("grids", 2)) == 2
+    assert [c.text for c in visitor.find("#grids .caption-label")] == ["step 4", "step 8"]
     visitor.wait(lambda: "DiT-Nano/8" in visitor.find("#settings")[0].text)
     visitor.wait(lambda: visitor.find("#loss svg, #loss canvas"))
-    assert visitor.complaints() == []
+    assert visitor.console_errors() == []
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
+    ("field", "value", "message"),
     [
-        ("n", 65, "65 pictures: ask for 1 … 64 at a time"),
-        ("steps", 251, "251 steps: ask for 1 … 250"),
         ("seed", -1, "seed -1: must be in 0 … 2147483647"),
         ("low", 1, "interval 1 1: must be two times in 0 … 1"),
     ],
 )
-def test_what_cannot_be_is_told_in_the_page(field, value, said, visitor):
+def test_invalid_values_are_reported_in_the_page(field, value, message, visitor):
     visitor.write(field, value)
-    visitor.click("draw")
-    visitor.wait(lambda: said in visitor.told(), seconds=20)
-    assert visitor.pictures("pictures") == []
+    visitor.click("generate")
+    visitor.wait(lambda: message in visitor.messages(), seconds=20)
+    assert visitor.images("images") == []
+
+
+@pytest.mark.parametrize(("field", "value", "limit"), [("n", 65, "64"), ("steps", 251, "250")])
+def test_sliders_keep_to_their_limits(field, value, limit, visitor):
+    visitor.write(field, value)
+    visitor.wait(lambda: visitor.value(field) == limit, seconds=20)
 
 
 def test_two_visitors_get_their_own(visitor, url):
-    alone = pictures(visitor, 3)
-    with browser() as another:
-        first, second = Visitor(visitor.driver, url), Visitor(another, url)
+    alone = generate(visitor, 3)
+    with open_browser() as other_driver:
+        first, second = Visitor(visitor.driver, url), Visitor(other_driver, url)
         first.write("seed", 9)
         first.write("steps", 200)
         first.write("n", 64)
         second.write("n", 3)
-        first.click("draw")
-        second.click("draw")
-        assert second.all_of("pictures", 3) == alone
-        assert not set(first.all_of("pictures", 64)) & set(alone)
-        assert second.pictures("pictures") == alone
+        first.click("generate")
+        second.click("generate")
+        assert second.wait_for_images("images", 3) == alone
+        assert not set(first.wait_for_images("images", 64)) & set(alone)
+        assert second.images("images") == alone
 
 
-def test_ctrl_c_leaves_at_once_and_nothing_behind_while_something_is_drawn(
+def test_ctrl_c_while_sampling_exits_at_once_and_leaves_nothing_behind(
     runs, cache, driver, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     # A shell's background ignores SIGINT, and so would what is started there.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process, url = opened(runs, cache)
+    process, url = start_page(runs, cache)
     signal.signal(signal.SIGINT, before)
     visitor = Visitor(driver, url)
     visitor.write("n", 64)
     visitor.write("steps", 249)
-    visitor.click("draw")
-    wait_until(lambda: not visitor.idle(), 20)
+    visitor.click("generate")
+    wait_until(lambda: not visitor.is_idle(), 20)
     assert list(tmp_path.glob("dit-demo-*"))
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
@@ -189,23 +198,23 @@ def test_ctrl_c_leaves_at_once_and_nothing_behind_while_something_is_drawn(
     assert not list(tmp_path.glob("dit-demo-*"))
 
 
-def test_a_port_that_is_taken_is_said_in_one_line(runs, cache, url):
+def test_a_port_that_is_taken_is_reported_in_one_line(runs, cache, url):
     port = url.rstrip("/").rpartition(":")[2]
     done = run("demo.py", "--run", runs / "nano", "--port", port, cache=cache)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"no page can be opened at 127.0.0.1:{port}" in done.stderr
+    assert f"cannot open the page at 127.0.0.1:{port}" in done.stderr
 
 
 def test_fields_fit_the_model():
     from inference.app.page import fields_for_model
 
-    told = {"text_length": 5, "text_width": 6, "pooled_width": 4}
-    captions = model_config("MMDiT-Nano/4", **SHAPE, out_channels=1, n_classes=0, **told)
-    for config, settings, seen, solvers in (
+    widths = {"text_length": 5, "text_width": 6, "pooled_width": 4}
+    captions = model_config("MMDiT-Nano/4", **SHAPE, out_channels=1, n_classes=0, **widths)
+    for config, settings, visible, solvers in (
         (CLASSES, {}, (True, False, False), ["euler", "heun"]),
         (SIGMA, DDPM, (True, False, False), ["ddpm", "ddim"]),
         (NOTHING, {"cfg_scale": 1.0}, (False, False, False), ["euler", "heun"]),
-        # Captions that were made of labels.
+        # Captions made from labels.
         (
             captions,
             {"dataset": {"encoding": None, "label_names": DIGITS}},
@@ -214,13 +223,14 @@ def test_fields_fit_the_model():
         ),
     ):
         fields = fields_for_model(drawable(config, **settings))
-        assert tuple(field["visible"] for field in fields[:3]) == seen
+        assert tuple(field["visible"] for field in fields[:3]) == visible
         assert fields[3]["choices"] == solvers
-        # What is not seen is empty, and what is written stays.
-        assert [field.get("value") for field in fields[1:3]] == [None if seen[1] else ""] * 2
+        # A hidden field is emptied; a visible one keeps its text.
+        assert [field.get("value") for field in fields[1:3]] == [None if visible[1] else ""] * 2
+        assert fields[8]["maximum"] == (1000 if "prediction" in settings else 250)
 
 
-def test_of_a_run_the_newest_sheets_are_seen_and_what_can_be_read_of_its_record(tmp_path):
+def test_the_history_of_a_run_is_its_newest_grids_and_the_readable_lines_of_its_record(tmp_path):
     from inference.app.page import MAX_GRIDS, load_run_history
 
     names = [f"{step:07d}.png" for step in range(1, 2 * MAX_GRIDS)]
@@ -228,16 +238,16 @@ def test_of_a_run_the_newest_sheets_are_seen_and_what_can_be_read_of_its_record(
     record(tmp_path, end='null\n3\n{"loss": 1.0}\n')
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b'\xff\n{"step": 99, "loss": 2.0}\n')
-    described = dict.fromkeys(REQUIRED_KEYS, "digits")
-    (tmp_path / "config.json").write_text(json.dumps(described))
-    losses, _, shown = load_run_history(tmp_path)
-    assert len(shown) == MAX_GRIDS and shown[-1][1] == "step 99"
-    for picture, _ in shown:
-        picture.close()
+    config = dict.fromkeys(REQUIRED_KEYS, "digits")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    losses, _, grids = load_run_history(tmp_path)
+    assert len(grids) == MAX_GRIDS and grids[-1][1] == "step 99"
+    for image, _ in grids:
+        image.close()
     assert losses["step"].tolist() == [5, 6, 10, 99]
 
 
-def test_no_proxy_is_asked_for_the_page(monkeypatch):
+def test_the_page_is_requested_without_a_proxy(monkeypatch):
     from urllib.request import getproxies
 
     from inference.app.page import bypass_proxies
@@ -247,7 +257,7 @@ def test_no_proxy_is_asked_for_the_page(monkeypatch):
     assert getproxies()["no"] == "there,localhost,127.0.0.1,::1"
 
 
-def test_a_page_that_cannot_be_reached_is_said_in_one_line(monkeypatch):
+def test_a_page_that_cannot_be_reached_is_reported_in_one_line(monkeypatch):
     import httpx
 
     from inference.app.page import launch_page
@@ -260,11 +270,11 @@ def test_a_page_that_cannot_be_reached_is_said_in_one_line(monkeypatch):
             raise error
 
         page: Any = SimpleNamespace(queue=lambda **_: None, launch=fail)
-        with pytest.raises(UserError, match=f"no page can be opened at here: {error}"):
+        with pytest.raises(UserError, match=f"cannot open the page at here: {error}"):
             launch_page(page, port=None, host="here", share=False)
 
 
-def test_a_bug_is_told_as_one_and_the_terminal_shows_it(capsys):
+def test_the_traceback_of_a_bug_goes_to_the_terminal(capsys):
     import gradio as gr
 
     from inference.app.page import show_errors

@@ -1,4 +1,4 @@
-"""A batch is a function of (seed, step); every dataset opens or says in one line what is wrong."""
+"""Worker processes end with the script that started them; importing the pipeline is cheap."""
 
 import os
 import signal
@@ -14,16 +14,17 @@ from pipeline_cases import (
 
 # Without a `__main__` guard, as in a notebook.
 SCRIPT = """
-from pipeline import Pipeline, open_source
+from data.load import open_dataset
+from data.pipeline import Pipeline
 
-pipeline = Pipeline(open_source("digits"), batch_size=8, seed=0, in_memory=False, n_workers=2)
+pipeline = Pipeline(open_dataset("digits"), batch_size=8, seed=0, in_memory=False, n_workers=2)
 for batch in pipeline.train_batches(0, 10**9):
     print("ready", flush=True)
 """
 
 
 def group(pgid: int) -> list[str]:
-    """What runs in a process group, zombies left out."""
+    """List the commands of a process group, without zombies."""
     lines = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True)
     rows = [line.split(None, 2) for line in lines.stdout.splitlines()]
     return [row[2] for row in rows if row[0] == str(pgid) and row[1][0] != "Z"]
@@ -55,6 +56,6 @@ def test_no_worker_outlives_a_script_that_was_ended(tmp_path, ending):
 
 
 def test_importing_the_pipeline_loads_neither_jax_nor_the_large_libraries():
-    code = "import sys, pipeline; print(*({'jax', 'datasets', 'pyarrow'} & set(sys.modules)))"
+    code = "import sys, data.pipeline; print(*({'jax', 'datasets', 'pyarrow'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "\n", "")

@@ -138,7 +138,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(tmp_path, cache
     (step,) = (int(path.name) for path in (folder / "checkpoints").glob("[0-9]*"))
     assert 0 < step < 20
     done = run(NANO, "--resume", "--run_dir", folder, cache=cache)
-    assert done.returncode == 0 and f"going on at step {step}" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"resuming at step {step}" in done.stdout, done.stderr
     same(losses(folder), alone)
 
 

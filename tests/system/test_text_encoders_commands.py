@@ -1,4 +1,4 @@
-"""Tokens are what the tower itself gives for a caption alone; towers are joined as in SD3."""
+"""A process that has encoded captions can fork in silence."""
 
 import subprocess
 import sys
@@ -10,8 +10,8 @@ from text_encoders_cases import (
 )
 
 
-def test_a_fork_after_encoding_says_nothing(clip):
-    """Tokenizers would warn of it. In a process of its own, because JAX warns too."""
-    code = f"import os, text; text.Towers([{clip!r}]).encode(['a', 'b']); os.fork()"
+def test_a_fork_after_encoding_prints_nothing(clip):
+    """Tokenizers would warn. In a process of its own, because JAX warns too."""
+    code = f"import os; from data.text_encoders import TextEncoders; TextEncoders([{clip!r}]).encode(['a', 'b']); os.fork()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)

@@ -105,7 +105,7 @@ def test_a_bad_row_ends_the_run_with_its_name_and_a_checkpoint(tmp_path, capsys)
         TINY, dataset_name="cifar10", data_dir=folder, in_memory=False, n_workers=0, n_steps=8
     )
     trainer = Trainer(replace(config, run_dir=tmp_path / "run"))
-    bad = int(trainer.data.rows(3)[2])
+    bad = int(trainer.data.batch_rows(3)[2])
     honest = trainer.data.train_batches
 
     def batches(start, stop):
@@ -130,7 +130,7 @@ def test_bad_data_after_a_bad_step_saves_nothing(tmp_path, capsys):
     trainer.data.train_batches = batches
     with pytest.raises(UserError, match="row 5 is broken"):
         trainer.fit()
-    assert "step 1 is not saved: it went wrong" in capsys.readouterr().out
+    assert "step 1 is not saved: its loss or gradient is not finite" in capsys.readouterr().out
     assert not list((tmp_path / "run/checkpoints").iterdir())
 
 

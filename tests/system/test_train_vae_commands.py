@@ -47,7 +47,7 @@ def test_a_run_that_is_killed_politely_goes_on(tmp_path, cache):
     resume = [COMMAND, "--resume", "--run_dir", folder, "--n_steps", step + 2]
     result = run(*resume, cache=cache)
     assert result.returncode == 0, result.stderr
-    assert f"going on at step {step}" in result.stdout and "PSNR" in result.stdout
+    assert f"resuming at step {step}" in result.stdout and "PSNR" in result.stdout
     assert f"--image_size 16 --vae {folder}/vae" in result.stdout
 
 

@@ -19,12 +19,12 @@ import sys
 from pathlib import Path
 import numpy as np
 import PIL.Image
-from tracking import Tracker
-from weights_and_biases import Sink
+from training.tracking import Tracker
+from training.wandb_sink import WandbSink
 
 folder, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-sink = Sink(folder, project="dit", settings={"batch_size": 8, "dataset": {"name": "digits"}},
-            fresh=first == 1)
+sink = WandbSink(folder, project="dit", settings={"batch_size": 8, "dataset": {"name": "digits"}},
+            is_new=first == 1)
 with Tracker(folder, start_step=first - 1, n_steps=9, sinks=[sink]) as tracker:
     tracker.begin()
     for step in range(first, last + 1):

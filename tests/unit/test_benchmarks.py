@@ -74,7 +74,7 @@ def test_the_peer_is_the_same_function_with_as_many_parameters(one_thread):
     # What starts at zero would hide what it multiplies.
     noisy = [x + 0.1 * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
     params = jax.tree.unflatten(treedef, noisy)
-    theirs = peer.build(NANO).eval()
+    theirs = peer.build_torch_model(NANO).eval()
     assert sum(p.numel() for p in theirs.parameters()) == sum(x.size for x in leaves)
     weights = {name: torch.tensor(np.array(x)) for name, x in as_torch(params).items()}
     theirs.load_state_dict(weights)
@@ -102,9 +102,9 @@ def test_the_peer_learns(one_thread, kind):
     import torch
 
     torch.manual_seed(0)
-    model = peer.build(NANO).train()
+    model = peer.build_torch_model(NANO).train()
     how = {"device": "cpu", "batch_size": 8, "learning_rate": 3e-3}
-    step = peer.train_step(model, NANO, peer.PEERS[kind], remat=False, **how)
+    step = peer.make_train_step(model, NANO, peer.PEERS[kind], remat=False, **how)
     losses = [float(step()) for _ in range(60)]
     assert np.mean(losses[-10:]) < 0.95 * np.mean(losses[:5])
 
@@ -128,7 +128,7 @@ def test_turns_are_taken_in_rounds_of_which_the_first_does_not_count():
     def turn(name, seconds):
         return lambda: order.append(name) or seconds.pop(0)
 
-    times = timing.interleaved(
+    times = timing.run_interleaved(
         {"a": turn("a", [100.0, 1.0, 2.0, 6.0]), "b": turn("b", [100.0, 3.0, 4.0, 6.0])}, 3
     )
     assert "".join(order) == "abbaabba"
@@ -136,12 +136,12 @@ def test_turns_are_taken_in_rounds_of_which_the_first_does_not_count():
     assert (times["a"].median, times["a"].min) == (2.0, 1.0)
     assert times["a"].times_as_fast_as(times["b"]) == 2.0  # of 3, 2 and 1
     with pytest.raises(UserError, match="--rounds 0"):
-        timing.interleaved({}, 0)
+        timing.run_interleaved({}, 0)
 
 
 def test_a_table_leaves_out_what_is_not_known():
     rows = [{"name": "a", "s": "1.5", "MFU": "n/a"}, {"name": "longer", "s": "n/a", "MFU": "n/a"}]
-    assert timing.table(rows).splitlines() == [
+    assert timing.format_table(rows).splitlines() == [
         "| name   |   s |",
         "| ------ | --: |",
         "| a      | 1.5 |",

@@ -1,4 +1,4 @@
-"""Every entry is one that the rest of the house can train, and a wrong name is corrected."""
+"""Every entry is consistent, and a wrong name is corrected."""
 
 import pytest
 

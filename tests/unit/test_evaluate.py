@@ -172,7 +172,7 @@ def test_a_compressed_file_that_is_damaged_is_refused(some, tmp_path):
 
 
 def test_pictures_of_two_sizes_are_refused_unless_they_are_made_equal(tmp_path):
-    with pytest.raises(UserError, match="holds no pictures"):
+    with pytest.raises(UserError, match="holds no images"):
         image_sets.image_set_from_folder(tmp_path)
     for i, side in enumerate((8, 9)):
         Image.fromarray(rng.integers(0, 256, (8, side, 3)).astype(np.uint8)).save(
@@ -183,7 +183,7 @@ def test_pictures_of_two_sizes_are_refused_unless_they_are_made_equal(tmp_path):
     (batch,) = image_sets.image_set_from_folder(tmp_path, image_size=6).batches(4)
     assert batch.shape == (2, 6, 6, 3)
     (tmp_path / "2.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"2\.png: the picture cannot be read"):
+    with pytest.raises(UserError, match=r"2\.png: the image cannot be read"):
         list(image_sets.image_set_from_folder(tmp_path, image_size=6).batches(4))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from drawables import CLASSES, DDPM, SIGMA, drawable
 from figures_cases import (
-    OF_RECORDS,
+    FIGURES_OF_RECORDS,
     command,  # noqa: F401
 )
 from PIL import Image
@@ -30,12 +30,12 @@ def test_without_weights_there_are_curves(command):
 
     of = replace(drawable(), load=gone)
     drawn, left_out = command(of)
-    assert drawn == set(OF_RECORDS)
+    assert drawn == set(FIGURES_OF_RECORDS)
     assert left_out == [
         "trajectory.gif, x0.png, cfg_sweep.png, denoising.png are left out: "
         "'run' has no complete checkpoint yet"
     ]
-    assert command(of, records_only=True) == (set(OF_RECORDS), [])
+    assert command(of, records_only=True) == (set(FIGURES_OF_RECORDS), [])
 
 
 def test_a_checkpoint_that_is_asked_for_must_be_there(command, tmp_path):
@@ -52,7 +52,7 @@ def test_a_figure_that_cannot_be_written_ends_the_command(command, monkeypatch, 
     def fail(*_):
         raise error
 
-    monkeypatch.setitem(figures.OF_RECORDS, "progress.gif", fail)
+    monkeypatch.setitem(figures.FIGURES_OF_RECORDS, "progress.gif", fail)
     with pytest.raises(UserError, match=r"cannot write .*progress.gif: (No space|encoder)"):
         command(drawable(), records_only=True)
 
@@ -105,10 +105,10 @@ def test_captions_are_those_named_or_of_the_evaluation_split(monkeypatch):
         (tuple("abcdefg"), list("abcdefg")),
     ):
         config = FiguresConfig(run=Path("run"), prompts=prompts)
-        row = figures.row_of(config, of, figures.subject_words(config, of))
+        row = figures.make_row(config, of, figures.choose_labels(config, of))
         assert row.captions == names
     with pytest.raises(UserError, match=r"say what to draw by --prompts"):
-        figures.subject_words(FiguresConfig(run=Path("run"), labels=("3",)), of)
+        figures.choose_labels(FiguresConfig(run=Path("run"), labels=("3",)), of)
 
 
 def test_captions_that_cannot_be_encoded_leave_the_curves(command, monkeypatch):
@@ -117,7 +117,7 @@ def test_captions_that_cannot_be_encoded_leave_the_curves(command, monkeypatch):
 
     monkeypatch.setattr(TrainedModel, "encode_captions", encode)
     drawn, left_out = command(drawable(CAPTIONS, conditioning="text"), prompts=("a cat",))
-    assert drawn == set(OF_RECORDS)
+    assert drawn == set(FIGURES_OF_RECORDS)
     assert len(left_out) == 1 and left_out[0].endswith("the text encoder is not to be had")
 
 
@@ -132,7 +132,7 @@ def test_large_pictures_are_reduced_to_their_means():
 
 
 def test_a_bar_tells_how_far_a_film_is():
-    frame = np.asarray(grids.add_header(Image.new("RGB", (108, 20)), "step 50 of 100", share=0.5))
+    frame = np.asarray(grids.add_header(Image.new("RGB", (108, 20)), "step 50 of 100", progress=0.5))
     row = frame[-20 - 1]  # the last above the picture
     blue, grey = ((row == colour).all(axis=1).sum() for colour in ((42, 111, 187), (221,) * 3))
     assert (blue, grey) == (50, 50)

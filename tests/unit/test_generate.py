@@ -201,7 +201,7 @@ def test_real_pictures_are_noised_and_drawn_from_there(command, digits, tables, 
     drawn_from = [w for time in t for w in (f"noised, t = {time}", "drawn from it")]
     assert names == {"rows": ["real", *drawn_from], "columns": ["3", "3", "7", "7"]}
     split = comparisons.open_eval_split(of)
-    real = split.images(np.concatenate([np.flatnonzero(split.labels == i)[:2] for i in (3, 7)]))
+    real = split.decode(np.concatenate([np.flatnonzero(split.labels == i)[:2] for i in (3, 7)]))
     np.testing.assert_array_equal(rows[0], real)
     near, far = (np.abs(row.astype(int) - rows[0]).mean() for row in rows[[1, 3]])
     assert near < 10 < 50 < far

@@ -29,16 +29,16 @@ def test_parameters_are_counted_as_on_paper():
     outside = (patch * d + d) + (256 * d + d + d * d + d) + classes * d
     final = 2 * d * d + 2 * d + d * patch + patch
     xl = model_config("DiT-XL/2", image_size=32, **planner.XL)
-    assert planner.n_params(xl) == blocks + outside + final
-    assert planner.n_params(planner.FIVE_BILLION) == pytest.approx(5e9, rel=0.01)
+    assert planner.count_params(xl) == blocks + outside + final
+    assert planner.count_params(planner.FIVE_BILLION) == pytest.approx(5e9, rel=0.01)
 
 
 @pytest.mark.parametrize("fsdp", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shards_sum_to_the_whole_and_lie_as_planned(name, fsdp):
     config = CONFIGS[name]
-    w = planner.weights(config, fsdp)
-    assert fsdp * (w.on_device - w.alike) + w.alike == 4 * planner.n_params(config)
+    w = planner.count_weight_bytes(config, fsdp)
+    assert fsdp * (w.on_device - w.alike) + w.alike == 4 * planner.count_params(config)
     mesh = parallel.make_mesh(fsdp)
     params = parallel.create_sharded(lambda: init_model_params(config, jax.random.key(0)), mesh)
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params))
@@ -47,17 +47,17 @@ def test_shards_sum_to_the_whole_and_lie_as_planned(name, fsdp):
 
 def test_what_a_pass_keeps_scales_as_its_parts_do():
     config = model_config("DiT-S/2", image_size=32, channels=4, out_channels=4, n_classes=10)
-    coarse, fine = planner.forward(config), planner.forward(replace(config, image_size=64))
+    coarse, fine = planner.count_forward_bytes(config), planner.count_forward_bytes(replace(config, image_size=64))
     assert fine.scores == pytest.approx(16 * coarse.scores, rel=0.02)  # tokens squared
     assert coarse.scores == 2 * 4 * 12 * 6 * 256**2
     assert fine.kept == pytest.approx(4 * coarse.kept, rel=0.02)
     assert fine.made == pytest.approx(4 * coarse.made, rel=0.02)
-    block, deeper = planner.forward_of_a_block(config), planner.forward(replace(config, depth=20))
+    block, deeper = planner.count_block_bytes(config), planner.count_forward_bytes(replace(config, depth=20))
     for field in ("made", "kept", "scores"):
         assert getattr(deeper, field) - getattr(coarse, field) == 8 * getattr(block, field)
-    half = planner.forward(replace(config, dtype="bfloat16"))
+    half = planner.count_forward_bytes(replace(config, dtype="bfloat16"))
     assert 0.5 < half.kept / coarse.kept < 0.55
-    remat = planner.forward(replace(config, remat=True))
+    remat = planner.count_forward_bytes(replace(config, remat=True))
     assert coarse.kept / remat.kept > 10 and remat.made == coarse.made
     # Of a block eleven numbers a channel of a token: its input, queries, keys and values, what
     # attention found, two maps back, the MLP's four; and the softmax's sum of each head.
@@ -78,21 +78,21 @@ def test_rings_and_trees():
 
 
 def test_which_devices_meet_in_which_collective():
-    w = planner.weights(SMALL, 8)
-    gather, scatter, across, alike = planner.collectives(w, 4, 8)
+    w = planner.count_weight_bytes(SMALL, 8)
+    gather, scatter, across, alike = planner.list_collectives(w, 4, 8)
     assert (gather.size, gather.n_hosts, scatter.size) == (8, 1, 8)
     assert (across.size, across.n_hosts, across.array_bytes) == (4, 4, w.split / 8)
     assert (alike.size, alike.n_hosts) == (32, 4)
     assert gather.array_bytes == 2 * scatter.array_bytes == 2 * w.split
-    parts = planner.collectives(w, 4, 8, accumulate_steps=3)
+    parts = planner.list_collectives(w, 4, 8, accumulate_steps=3)
     assert [p.array_bytes for p in parts] == [
         3 * gather.array_bytes,
         3 * scatter.array_bytes,
         across.array_bytes,
         alike.array_bytes,
     ]
-    (summed,) = planner.collectives(planner.weights(SMALL, 1), 8, 1)
-    assert summed.array_bytes == 4 * planner.n_params(SMALL) and summed.n_hosts == 1
+    (summed,) = planner.list_collectives(planner.count_weight_bytes(SMALL, 1), 8, 1)
+    assert summed.array_bytes == 4 * planner.count_params(SMALL) and summed.n_hosts == 1
 
 
 # --- time -----------------------------------------------------------------------------------------
@@ -119,13 +119,13 @@ def test_the_roofline_of_a_step():
 
 
 def test_the_choice_fits_and_is_the_fastest():
-    xl, h100 = planner.models()["DiT-XL/2", 256], planner.DEVICES["H100"]
-    best = planner.choose(xl, h100, 64)
-    assert best and best.memory.total <= planner.FILLED * h100.memory_bytes
+    xl, h100 = planner.list_models()["DiT-XL/2", 256], planner.DEVICES["H100"]
+    best = planner.choose_plan(xl, h100, 64)
+    assert best and best.memory.total <= planner.USABLE_MEMORY * h100.memory_bytes
     assert best.rows * best.n_devices <= planner.LARGEST_BATCH
-    others = list(planner.fitting(xl, h100, 64))
+    others = list(planner.list_fitting_plans(xl, h100, 64))
     assert {plan.fsdp for plan in others} == {1, 8, 64}
     assert best.images_per_second == max(plan.images_per_second for plan in others)
-    five = planner.models()["MMDiT-5B/2", 256]
-    assert {plan.fsdp for plan in planner.fitting(five, h100, 64)} == {8, 64}  # DDP does not fit
-    assert planner.choose(five, h100, 1) is None
+    five = planner.list_models()["MMDiT-5B/2", 256]
+    assert {plan.fsdp for plan in planner.list_fitting_plans(five, h100, 64)} == {8, 64}  # DDP does not fit
+    assert planner.choose_plan(five, h100, 1) is None

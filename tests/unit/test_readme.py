@@ -55,7 +55,7 @@ def test_a_data_set_is_opened_by_its_entry(tmp_path, monkeypatch):
 
     source = open_dataset(entry.name, data_dir=tmp_path)
     assert source.config.n_classes == entry.n_classes
-    assert source.train.images(np.arange(2)).shape == (2, entry.image_size, entry.image_size, 3)
+    assert source.train.decode(np.arange(2)).shape == (2, entry.image_size, entry.image_size, 3)
     assert entry.model in model.MODELS
 
 

@@ -165,7 +165,7 @@ def descended(solver, n_steps, *, learned=False, **how):
     with jax.enable_x64(True):
         start, table = jnp.asarray(np.float64(noise)), jnp.asarray(fresh)
         chain = ddpm.noise_schedule(n_steps)
-        how = {"renew": lambda step: table[step], "trajectory": True} | how
+        how = {"fresh_noise": lambda step: table[step], "trajectory": True} | how
         solution = solver(partial(read, learned=learned), start, chain, **how)
         return jax.device_get(solution)
 
@@ -210,28 +210,28 @@ def best_read(x, at, *, learned=False):
     variance = (at.signal * STD) ** 2 + at.noise**2
     epsilon = at.noise / variance * (x - at.signal * MEAN)
     guess = ddpm.interpret_output(epsilon, x, at, prediction="epsilon")
-    unknown = at.of_data**2 * (STD * at.noise) ** 2 / variance
+    unknown = at.coef_x0**2 * (STD * at.noise) ** 2 / variance
     if not learned:
         return guess
-    return guess._replace(log_variance=jnp.full_like(x, jnp.log(jnp.exp(at.least) + unknown)))
+    return guess._replace(log_variance=jnp.full_like(x, jnp.log(jnp.exp(at.log_var_min) + unknown)))
 
 
 def moments(solver, n_steps, **how):
     index = jnp.arange(4000)
-    start, renew = initial_noise(0, index, (8,)), step_noise(0, index, (8,))
-    x = np.asarray(solver(n_steps=n_steps, noise=start, renew=renew, **how))
+    start, fresh_noise = initial_noise(0, index, (8,)), step_noise(0, index, (8,))
+    x = np.asarray(solver(n_steps=n_steps, noise=start, fresh_noise=fresh_noise, **how))
     return x.mean(), x.std()
 
 
-@partial(jax.jit, static_argnames=("n_steps", "learned", "renew"))
-def draw_ancestral(noise, *, renew, n_steps, learned=False):
+@partial(jax.jit, static_argnames=("n_steps", "learned", "fresh_noise"))
+def draw_ancestral(noise, *, fresh_noise, n_steps, learned=False):
     best = partial(best_read, learned=learned)
-    return ancestral(best, noise, ddpm.noise_schedule(n_steps), renew).x
+    return ancestral(best, noise, ddpm.noise_schedule(n_steps), fresh_noise).x
 
 
-@partial(jax.jit, static_argnames=("n_steps", "renew"))
-def draw_ddim(noise, *, renew, n_steps):
-    return ddim(best_read, noise, ddpm.noise_schedule(n_steps), renew).x
+@partial(jax.jit, static_argnames=("n_steps", "fresh_noise"))
+def draw_ddim(noise, *, fresh_noise, n_steps):
+    return ddim(best_read, noise, ddpm.noise_schedule(n_steps), fresh_noise).x
 
 
 def test_the_best_prediction_draws_gaussian_data():
@@ -319,7 +319,7 @@ def test_only_the_first_channels_are_guided_if_asked(channels):
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
 def test_both_halves_in_one_call_are_as_good_as_two(scale):
-    one, two = (guided_at(scale, together=together) for together in (True, False))
+    one, two = (guided_at(scale, one_call=one_call) for one_call in (True, False))
     np.testing.assert_allclose(one, two, rtol=1e-6)
 
 

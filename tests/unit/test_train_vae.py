@@ -19,7 +19,7 @@ from train_vae_cases import (
 from data.batch import Batch
 from methods.rectified_flow import to_float
 from networks import perceptual
-from networks.autoencoder import AutoencoderConfig, Moments, sample
+from networks.autoencoder import AutoencoderConfig, Moments, sample_latents
 from runtime import files, parallel
 from training.autoencoder import losses
 from training.autoencoder import trainer as autoencoder_trainer
@@ -93,7 +93,7 @@ def test_the_adversarial_gradient_is_that_of_its_parts(adversaries):
     def pictures(params):
         model, image = nnx.merge(graphdef, params), to_float(batch.image)
         moments = model.encode(image)
-        z = sample(moments, losses.keys_by_row(given.key, batch.row))
+        z = sample_latents(moments, losses.keys_by_row(given.key, batch.row))
         return model, image, moments, model.decode(z)
 
     def plain(params):
@@ -121,7 +121,7 @@ def test_the_adversarial_gradient_is_that_of_its_parts(adversaries):
     weight = c.gan_weight * perceptual.adaptive_weight(*last)
     np.testing.assert_allclose(reported["gan_weight"], weight, rtol=1e-4)
     np.testing.assert_allclose(
-        perceptual.norm(weight * last[1]), c.gan_weight * perceptual.norm(last[0]), rtol=1e-2
+        perceptual.tree_norm(weight * last[1]), c.gan_weight * perceptual.tree_norm(last[0]), rtol=1e-2
     )
     for name in params:
         expected = of_tells[name]
@@ -134,9 +134,9 @@ def test_the_adversarial_gradient_is_that_of_its_parts(adversaries):
 def test_each_row_draws_its_own_noise_by_its_place_alone():
     moments = Moments(jnp.zeros((4, 2, 2, 3)), jnp.zeros((4, 2, 2, 3)))
     key = jax.random.key(0)
-    z = sample(moments, losses.keys_by_row(key, jnp.arange(4)))
+    z = sample_latents(moments, losses.keys_by_row(key, jnp.arange(4)))
     part = Moments(*(x[2:] for x in moments))
-    of_part = sample(part, losses.keys_by_row(key, jnp.arange(2, 4)))
+    of_part = sample_latents(part, losses.keys_by_row(key, jnp.arange(2, 4)))
     np.testing.assert_array_equal(of_part, z[2:])
     assert len(np.unique(np.asarray(z))) == z.size
 

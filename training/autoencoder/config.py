@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from datasets_config import DATASET_CONFIGS, DatasetConfig
 from networks.autoencoder import AutoencoderConfig
-from networks.perceptual import LPIPS_LEAST_SIZE, PIXEL_LOSSES
+from networks.perceptual import LPIPS_MIN_SIZE, PIXEL_LOSSES
 from runtime.errors import UserError, unknown_name
 from training import optim, wandb_sink
 from training import resolve as training_resolve
@@ -250,8 +250,8 @@ def validate_vae_config(c: VaeConfig) -> None:
             f"--image_size {c.image_size} is not divisible by {factor}: the {n_levels} levels of "
             f"--block_out_channels halve it {n_levels - 1} times"
         )
-    if c.lpips and c.image_size < LPIPS_LEAST_SIZE:
-        raise UserError(f"--lpips needs images of at least {LPIPS_LEAST_SIZE}×{LPIPS_LEAST_SIZE}")
+    if c.lpips and c.image_size < LPIPS_MIN_SIZE:
+        raise UserError(f"--lpips needs images of at least {LPIPS_MIN_SIZE}×{LPIPS_MIN_SIZE}")
     if c.gan_weight and c.image_size < MIN_GAN_IMAGE_SIZE:
         raise UserError(
             f"--gan_weight needs images of at least {MIN_GAN_IMAGE_SIZE}×{MIN_GAN_IMAGE_SIZE}"

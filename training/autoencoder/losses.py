@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from methods.rectified_flow import to_float
 from networks import perceptual
-from networks.autoencoder import AutoencoderConfig, AutoencoderKL, sample
+from networks.autoencoder import AutoencoderConfig, AutoencoderKL, sample_latents
 from training.autoencoder.config import VaeConfig
 
 CRITIC = "discriminator"  # the critic's name among the model's weights
@@ -82,9 +82,9 @@ def autoencoder_loss(c: VaeConfig) -> Callable[..., tuple[Array, dict[str, Array
     def loss(model, batch, inputs):
         image = to_float(batch.image)
         moments = model.encode(image)
-        reconstruction = model.decode(sample(moments, keys_by_row(inputs.key, batch.row)))
+        reconstruction = model.decode(sample_latents(moments, keys_by_row(inputs.key, batch.row)))
         total, metrics = distance(reconstruction, image, inputs.lpips)
-        metrics["kl"] = perceptual.kl(*moments).mean()
+        metrics["kl"] = perceptual.kl_to_standard_normal(*moments).mean()
         if c.gan_weight:  # before gan_start
             metrics |= dict.fromkeys(CRITIC_METRICS, 0 * total)
         return total + c.kl_weight * metrics["kl"] / image[0].size, metrics
@@ -109,7 +109,7 @@ def adversarial_loss(
     def loss(model, batch, inputs):
         image = to_float(batch.image)
         moments = model.encode(image)
-        z = sample(moments, keys_by_row(inputs.key, batch.row))
+        z = sample_latents(moments, keys_by_row(inputs.key, batch.row))
         reconstruction, last_layer_vjp = decode_with_last_layer_vjp(model, z)
         detached = jax.lax.stop_gradient(reconstruction)
 
@@ -132,7 +132,7 @@ def adversarial_loss(
             model.discriminator(image), model.discriminator(detached)
         )
 
-        metrics["kl"] = perceptual.kl(*moments).mean()
+        metrics["kl"] = perceptual.kl_to_standard_normal(*moments).mean()
         metrics |= dict(zip(CRITIC_METRICS, (generator_loss, critic_loss, weight)))
         # Its value is 0; its gradient with respect to the reconstruction is `gradient`.
         surrogate = jnp.vdot(gradient, reconstruction - detached)

@@ -1,4 +1,7 @@
-"""The trainer of an autoencoder, by the losses beside it."""
+"""A run of `train_vae.py`: the autoencoder's update, its evaluation, and its export.
+
+The run itself is `training.loop.Loop.fit`; the losses are in `training.autoencoder.losses`.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,7 +22,7 @@ from data.load import open_dataset
 from inference import grids
 from methods.rectified_flow import to_float
 from networks import perceptual
-from networks.autoencoder import AutoencoderKL, Moments, graphdef, mode
+from networks.autoencoder import AutoencoderKL, Moments, autoencoder_graphdef, most_likely_latents
 from pretrained import autoencoder as pretrained_autoencoder
 from pretrained import lpips as pretrained_lpips
 from runtime import files, parallel, processes, run_folder
@@ -40,16 +43,17 @@ from training.autoencoder.losses import (
     separate_optimizers,
     without_critic,
 )
-from training.loop import Loop, RunRecord, flags_as_json
+from training.loop import Loop, flags_as_json
 from training.resolve import merge_saved
+from training.session import RunRecord
 from training.step import StepReport, TrainState
 
-COMMAND, NAME, FOLDER = "train_vae.py", "vae", "vae"
-SHOWN, COLUMNS = 16, 8  # reconstructions of a sheet
+COMMAND = "train_vae.py"
+MODEL_NAME = "vae"  # in config.json and in the name of a new run folder
+EXPORT_FOLDER = "vae"  # in the run folder
+GRID_IMAGES = 16  # images in a grid of reconstructions
+GRID_COLUMNS = 8
 DIGITS = VaeConfig()
-
-
-# --- the run --------------------------------------------------------------------------------------
 
 
 class VaeTrainer(Loop):
@@ -73,7 +77,8 @@ class VaeTrainer(Loop):
                 config, lpips=str(Path(config.lpips).expanduser().resolve())
             )
         dataset_name = config.dataset_name or DEFAULTS["dataset_name"]
-        run_dir, saved = self._find_run_dir(dataset_name, NAME), None
+        run_dir = self._find_run_dir(dataset_name, MODEL_NAME)
+        saved = None
         if run_dir and config.resume:
             saved = run_folder.read_config(run_dir, command=COMMAND)
             config = merge_saved(config, saved)
@@ -94,7 +99,7 @@ class VaeTrainer(Loop):
             n_devices=jax.device_count(),
             platform=jax.default_backend(),
         )
-        self.run_dir = run_dir or self._new_run_dir(c.dataset_name, NAME)
+        self.run_dir = run_dir or self._new_run_dir(c.dataset_name, MODEL_NAME)
         self.model_config = autoencoder_config(c)
         self.dtype = "bfloat16" if c.half_precision else "float32"
         self.mesh = parallel.make_mesh()
@@ -129,35 +134,36 @@ class VaeTrainer(Loop):
     def update(
         self, state: TrainState, batch: Any, key: Key[Array, ""]
     ) -> tuple[TrainState, StepReport]:
-        """One step, with the critic or without, as is due."""
+        """Update the autoencoder and, from `gan_start` on, the critic."""
         c = self.config
-        step = self._adversarial if c.gan_weight and self.step >= c.gan_start else self._alone
+        with_critic = c.gan_weight and self.step >= c.gan_start
+        step = self._adversarial_step if with_critic else self._autoencoder_step
         return step(state, batch, AutoencoderLossInputs(key, self.lpips))
 
     @cached_property
-    def _alone(self) -> Callable:
-        return self._compiled(autoencoder_loss(self.config))
+    def _autoencoder_step(self) -> Callable:
+        return self._compile_step(autoencoder_loss(self.config))
 
     @cached_property
-    def _adversarial(self) -> Callable:
-        return self._compiled(adversarial_loss(self.config, parallel.mean_over_devices))
+    def _adversarial_step(self) -> Callable:
+        return self._compile_step(adversarial_loss(self.config, parallel.mean_over_devices))
 
-    def _compiled(self, loss: Callable) -> Callable:
+    def _compile_step(self, loss: Callable) -> Callable:
         c, optimizer = self.config, self.optimizer
         value_and_grad = parallel.value_and_grad(
             loss, self.graphdef, self.mesh, accumulate_steps=c.accumulate_steps
         )
         read_batch = self.read_batch()
 
-        def step(state, batch, given):
+        def step(state, batch, inputs):
             return training_step.update(
                 state,
                 batch,
-                given.key,
+                inputs.key,
                 read_batch=read_batch,
-                # An argument: as a constant, a hundred MB of weights would be compiled too.
+                # LPIPS's weights are an argument: as a constant, 100 MB would be compiled in.
                 value_and_grad=lambda params, batch, key, scale: value_and_grad(
-                    params, batch, given._replace(key=key), scale
+                    params, batch, inputs._replace(key=key), scale
                 ),
                 optimizer=optimizer,
                 ema_decay=c.ema_decay,
@@ -168,143 +174,144 @@ class VaeTrainer(Loop):
 
     @cached_property
     def graphdef(self) -> nnx.GraphDef:
-        return nnx.split(nnx.eval_shape(lambda: self._build(nnx.Rngs(0))))[0]
+        """The structure of the networks that are trained, with the critic if there is one."""
+        return nnx.split(nnx.eval_shape(lambda: self._build_model(nnx.Rngs(0))))[0]
 
-    def _build(self, rngs: nnx.Rngs) -> AutoencoderKL:
-        kind = AutoencoderWithCritic if self.config.gan_weight else AutoencoderKL
-        return kind(self.model_config, dtype=self.dtype, rngs=rngs)
+    def _build_model(self, rngs: nnx.Rngs) -> AutoencoderKL:
+        model_class = AutoencoderWithCritic if self.config.gan_weight else AutoencoderKL
+        return model_class(self.model_config, dtype=self.dtype, rngs=rngs)
 
     def initial_state(self) -> TrainState:
-        model = self._build(nnx.Rngs(params=self.init_key))
-        loss = (adversarial_loss if self.config.gan_weight else autoencoder_loss)(self.config)
-        given = AutoencoderLossInputs(self.train_key, self.lpips)
-        metrics = jax.eval_shape(lambda batch: loss(model, batch, given)[1], self.blank_batch())
+        model = self._build_model(nnx.Rngs(params=self.init_key))
+        make_loss = adversarial_loss if self.config.gan_weight else autoencoder_loss
+        loss = make_loss(self.config)
+        inputs = AutoencoderLossInputs(self.train_key, self.lpips)
+        metrics = jax.eval_shape(lambda batch: loss(model, batch, inputs)[1], self.blank_batch())
         return training_step.initial_state(
             nnx.to_pure_dict(nnx.state(model)), self.optimizer, metrics
         )
 
     def blank_batch(self) -> Batch:
-        n, c = self.config.batch_size // jax.process_count(), self.config
+        c = self.config
+        n = c.batch_size // jax.process_count()
         image = np.zeros((n, c.image_size, c.image_size, c.channels), np.uint8)
         return Batch(np.arange(n, dtype=np.int32), image, np.zeros(n, np.int32))
 
-    # --- what comes of it -------------------------------------------------------------------------
+    # --- evaluation and export --------------------------------------------------------------------
 
     def autoencoder(self, ema: bool = True) -> AutoencoderKL:
-        """The live autoencoder, with averaged or raw weights; its latents are not scaled."""
+        """Return the live autoencoder, with averaged or raw weights. Its latents are not scaled."""
         params = self.state.ema if ema else self.state.params
-        # A copy, because the next update gives the buffers of the state away.
+        # A copy, because the next update donates the state's buffers.
         params = jax.tree.map(jnp.copy, without_critic(params))
-        return nnx.merge(graphdef(self.model_config, self.dtype), params)
+        return nnx.merge(autoencoder_graphdef(self.model_config, self.dtype), params)
 
     @cached_property
     def _encode(self) -> Callable:
-        definition = graphdef(self.model_config, self.dtype)
+        definition = autoencoder_graphdef(self.model_config, self.dtype)
         return jax.jit(lambda params, x: nnx.merge(definition, params).encode(to_float(x)))
 
     @cached_property
     def _reconstruct(self) -> Callable:
-        definition = graphdef(self.model_config, self.dtype)
+        definition = autoencoder_graphdef(self.model_config, self.dtype)
 
         def reconstruct(params, image):
             model = nnx.merge(definition, params)
-            picture = jnp.clip(model.decode(mode(model.encode(to_float(image)))), -1, 1)
-            return picture, perceptual.psnr(picture, to_float(image)).mean()
+            latents = most_likely_latents(model.encode(to_float(image)))
+            reconstruction = jnp.clip(model.decode(latents), -1, 1)
+            return reconstruction, perceptual.psnr(reconstruction, to_float(image)).mean()
 
         return jax.jit(reconstruct)
 
     def reconstruct(self, image: UInt8[np.ndarray, "b h w c"]) -> UInt8[np.ndarray, "b h w c"]:
-        """Pictures through their likeliest latents and back, by the averaged weights."""
-        params, image = without_critic(self.state.ema), parallel.replicate(image, self.mesh)
-        return grids.to_uint8(parallel.fetch_to_host(self._reconstruct(params, image)[0]))
+        """Encode images to their most likely latents and decode them, with the averaged weights."""
+        params = without_critic(self.state.ema)
+        reconstruction, _ = self._reconstruct(params, parallel.replicate(image, self.mesh))
+        return grids.to_uint8(parallel.fetch_to_host(reconstruction))
 
     def evaluate(self) -> dict[str, float]:
-        """How well the averaged weights reconstruct the evaluation split: the mean PSNR of its
-        pictures, in dB.
-        """
+        """Compute the mean PSNR of the averaged weights on the evaluation split, in dB."""
         params = without_critic(self.state.ema)
-        found = [
+        psnrs = [
             self._reconstruct(params, parallel.shard_batch(batch.image, self.mesh))[1]
             for batch in self.data.eval_batches(self.config.n_eval_batches)
         ]
-        return {"psnr": float(np.mean(parallel.fetch_to_host(found)))}
+        return {"psnr": float(np.mean(parallel.fetch_to_host(psnrs)))}
 
     def latent_statistics(self) -> tuple[float, float]:
-        """Mean and standard deviation of all numbers of the latents of some training pictures, as
-        they are drawn from their distributions.
+        """Estimate the mean and standard deviation of sampled latents over all channels, from the
+        first training batches.
         """
-        params, sums = without_critic(self.state.ema), []
+        params = without_critic(self.state.ema)
+        moments = []
         for step in range(self.config.n_eval_batches):
             image = parallel.shard_batch(self.data.train_batch(step).image, self.mesh)
-            sums.append(moments_of(self._encode(params, image)))
-        mean, square = np.mean(parallel.fetch_to_host(sums), axis=0)
+            moments.append(mean_and_mean_square(self._encode(params, image)))
+        mean, square = np.mean(parallel.fetch_to_host(moments), axis=0)
         return float(mean), float(np.sqrt(square - mean**2))
 
     def export(self) -> None:
-        """Write the autoencoder to `vae/` of the run's folder, as diffusers has them, with the
-        scale and shift that give its latents zero mean and unit variance (Rombach et al. 2022,
-        appendix G).
+        """Write the autoencoder to `vae/` in the run folder, in the format of diffusers. Its scale
+        and shift give the latents zero mean and unit variance (Rombach et al. 2022, appendix G).
         """
         mean, std = self.latent_statistics()
         if not processes.is_first():
             return
         config = dataclasses.replace(self.model_config, scaling_factor=1 / std, shift_factor=mean)
         params = without_critic(jax.device_get(self.state.ema))
-        with files.atomic_folder(self.run_dir / FOLDER) as folder:
+        with files.atomic_folder(self.run_dir / EXPORT_FOLDER) as folder:
             pretrained_autoencoder.save_autoencoder(folder, config, params)
 
     def image_grids(self, *, trajectory: bool = False) -> list[Image.Image]:
-        """Held-out pictures, each with its reconstruction below."""
-        held_out = self.source.eval
-        rows = np.unique(np.linspace(0, len(held_out) - 1, SHOWN).astype(int))
-        originals = held_out.images(rows)
-        both = np.stack([originals, self.reconstruct(originals)], axis=1)
-        parts = np.array_split(both, range(COLUMNS, len(both), COLUMNS))
-        shown = np.concatenate([part.swapaxes(0, 1).reshape(-1, *both.shape[2:]) for part in parts])
-        return [grids.image_grid(shown, columns=min(COLUMNS, len(both)))]
+        """Make one grid of images of the evaluation split, each above its reconstruction."""
+        split = self.source.eval
+        rows = np.unique(np.linspace(0, len(split) - 1, GRID_IMAGES).astype(int))
+        originals = split.decode(rows)
+        pairs = np.stack([originals, self.reconstruct(originals)], axis=1)
+        # Per line of the grid: first all originals, then all reconstructions.
+        lines = np.array_split(pairs, range(GRID_COLUMNS, len(pairs), GRID_COLUMNS))
+        images = np.concatenate(
+            [line.swapaxes(0, 1).reshape(-1, *pairs.shape[2:]) for line in lines]
+        )
+        return [grids.image_grid(images, columns=min(GRID_COLUMNS, len(pairs)))]
 
     def start_message(self, last: int) -> str:
         c, m = self.config, self.model_config
         n_params = sum(x.size for x in jax.tree.leaves(without_critic(self.state.params)))
         side = c.image_size // m.downsampling
         begin = f"resuming at step {self.step}" if self.step else "starting"
-        without_lpips = (
-            ""
-            if c.lpips
-            else (
-                "\nno weights of LPIPS (--lpips): trained on "
-                f"{c.pixel_loss.upper()} and the gradients of pictures"
-            )
-        )
-        return (
+        lines = [
             f"an autoencoder of {n_params / 1e6:.3g} M parameters, {self.dtype}, on "
-            f"{jax.device_count()} × {jax.devices()[0].device_kind}\n"
-            f"{self.dataset.name}: {len(self.source.train)} training pictures of {c.image_size}×"
-            f"{c.image_size}×{c.channels}, as latents of {side}×{side}×{m.latent_channels}"
-            f"{without_lpips}\n"
-            f"{begin}: {last} steps of {c.batch_size} pictures, into {self.run_dir}"
-        )
+            f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+            f"{self.dataset.name}: {len(self.source.train)} training images of {c.image_size}×"
+            f"{c.image_size}×{c.channels}, as latents of {side}×{side}×{m.latent_channels}",
+            f"{begin}: {last} steps of {c.batch_size} images, into {self.run_dir}",
+        ]
+        if not c.lpips:
+            losses = f"{c.pixel_loss.upper()} and image gradients"
+            lines.insert(2, f"no LPIPS weights (--lpips): training on {losses}")
+        return "\n".join(lines)
 
     def end_message(self) -> str:
         run_dir, step = self.run_dir, self.step
         return f"""
 Done: step {step}. Everything is in {run_dir}/
-  {"vae/":26} the autoencoder, as diffusers has them
-  {"reconstructions/final.png":26} held-out pictures, each above its reconstruction
-  {"metrics.jsonl":26} losses, PSNR, speed; TensorBoard shows them from the same folder
-  {f"checkpoints/{step}/":26} weights, their average and the optimizer
+  {"vae/":26} the autoencoder, in the format of diffusers
+  {"reconstructions/final.png":26} held-out images, each above its reconstruction
+  {"metrics.jsonl":26} losses, PSNR, speed; TensorBoard reads them from the same folder
+  {f"checkpoints/{step}/":26} weights, averaged weights and optimizer
 Next:
   python convert_imagenet.py --dataset_name {self.config.dataset_name} \\
-      --image_size {self.config.image_size} --vae {run_dir / FOLDER}
+      --image_size {self.config.image_size} --vae {run_dir / EXPORT_FOLDER}
   python train_vae.py --resume --run_dir {run_dir} --n_steps {2 * step}"""
 
     def describe(self) -> RunRecord:
-        flags = {**flags_as_json(self.config), "command": COMMAND, "model": NAME}
+        flags = {**flags_as_json(self.config), "command": COMMAND, "model": MODEL_NAME}
         return RunRecord(flags, self.run_dir, self.model_config, self.dataset)
 
 
 @jax.jit
-def moments_of(latents: Moments) -> Float[Array, "2"]:
-    """Mean, and mean square, of latents as they are drawn."""
+def mean_and_mean_square(latents: Moments) -> Float[Array, "2"]:
+    """Return the mean and the mean square of samples from the latents' distributions."""
     square = jnp.square(latents.mean) + jnp.exp(latents.log_variance)
     return jnp.stack([latents.mean.mean(), square.mean()])

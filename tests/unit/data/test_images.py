@@ -1,4 +1,4 @@
-"""A picture comes out as a person sees it, whatever its mode, or is refused with its reason."""
+"""An image is decoded as a person sees it, whatever its mode, or is refused with a reason."""
 
 import io
 
@@ -29,20 +29,20 @@ def grey(raw: bytes, size: int = 6) -> np.ndarray:
     return images.decode_image(raw, channels=1, size=size)[..., 0]
 
 
-def test_a_grey_picture_is_unchanged_or_three_equal_channels():
+def test_a_grey_image_is_unchanged_or_three_equal_channels():
     raw = file(Image.fromarray(GREY))
     assert (grey(raw) == GREY).all()
     assert (rgb(raw) == GREY[..., None]).all()
 
 
-def test_a_coloured_picture_is_unchanged_or_its_luma():
+def test_a_coloured_image_is_unchanged_or_its_luma():
     raw = file(Image.fromarray(COLOUR))
     assert (rgb(raw) == COLOUR).all()
     luma = COLOUR @ [0.299, 0.587, 0.114]
     assert np.abs(grey(raw) - luma).max() <= 1
 
 
-def test_a_picture_of_pillows_counts_as_a_file():
+def test_an_image_of_pillows_is_decoded_like_a_file():
     assert (images.decode_image(Image.fromarray(COLOUR), channels=3, size=6) == COLOUR).all()
 
 
@@ -60,21 +60,21 @@ def test_half_transparency_mixes_with_white():
     assert np.abs(rgb(raw)[0, 0].astype(int) - [127, 177, 227]).max() <= 1
 
 
-def palette_picture() -> Image.Image:
-    picture = Image.fromarray((GREY % 4).astype(np.uint8)).convert("P")
-    picture.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120])
-    return picture
+def palette_image() -> Image.Image:
+    image = Image.fromarray((GREY % 4).astype(np.uint8)).convert("P")
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120])
+    return image
 
 
 def test_palettes_are_looked_up():
-    raw = file(palette_picture())
+    raw = file(palette_image())
     table = np.arange(10, 130, 10, dtype=np.uint8).reshape(4, 3)
     assert Image.open(io.BytesIO(raw)).mode == "P"
     assert (rgb(raw) == table[GREY % 4]).all()
 
 
 def test_a_palettes_transparent_entry_is_white():
-    raw = file(palette_picture(), transparency=2)
+    raw = file(palette_image(), transparency=2)
     assert (rgb(raw)[GREY % 4 == 2] == 255).all()
     assert (rgb(raw)[GREY % 4 == 1] == [40, 50, 60]).all()
 
@@ -95,8 +95,8 @@ def test_one_bit_is_black_and_white():
 @pytest.mark.parametrize("mode", ["I;16", "I"])
 def test_sixteen_bits_are_scaled_and_rounded(mode):
     values = np.linspace(0, 65535, 36).round().astype(np.uint16).reshape(6, 6)
-    picture = Image.fromarray(values if mode == "I;16" else values.astype(np.int32))
-    raw = file(picture, "TIFF")
+    image = Image.fromarray(values if mode == "I;16" else values.astype(np.int32))
+    raw = file(image, "TIFF")
     assert Image.open(io.BytesIO(raw)).mode == mode
     assert (grey(raw) == np.rint(values / 65535 * 255)).all()
     assert (rgb(raw)[..., 1] == grey(raw)).all()
@@ -140,7 +140,7 @@ def damaged() -> dict[str, bytes]:
     png, jpeg = file(Image.fromarray(COLOUR)), file(Image.new("RGB", (64, 64)), "JPEG")
     return {
         "empty": b"",
-        "text": b"this is no picture",
+        "text": b"this is no image",
         "half a PNG": png[: len(png) // 2],
         "half a JPEG": jpeg[: len(jpeg) // 2],
         "flipped bits": png[:40] + bytes(b ^ 255 for b in png[40:]),
@@ -152,8 +152,8 @@ def damaged() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("damage", damaged())
-def test_what_is_no_whole_picture_is_refused(damage):
-    with pytest.raises(UserError, match="picture"):
+def test_an_incomplete_image_is_refused(damage):
+    with pytest.raises(UserError, match="image"):
         rgb(damaged()[damage])
 
 
@@ -172,61 +172,59 @@ def test_to_uint8_inverts_the_models_range_and_clips():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_grid_holds_every_picture_enlarged_in_its_place(channels):
-    pictures = RNG.integers(0, 256, (5, 8, 8, channels), dtype=np.uint8)
-    sheet = np.asarray(grids.image_grid(pictures, columns=3, min_side=64))
-    assert sheet.shape == (2 * 64 + 3 * grids.GAP, 3 * 64 + 4 * grids.GAP, 3)
-    for i, picture in enumerate(pictures):
+def test_the_grid_has_every_image_enlarged_in_its_place(channels):
+    rows = RNG.integers(0, 256, (5, 8, 8, channels), dtype=np.uint8)
+    grid = np.asarray(grids.image_grid(rows, columns=3, min_side=64))
+    assert grid.shape == (2 * 64 + 3 * grids.GAP, 3 * 64 + 4 * grids.GAP, 3)
+    for i, image in enumerate(rows):
         top, left = (grids.GAP + k * (64 + grids.GAP) for k in divmod(i, 3))
-        cell = sheet[top : top + 64, left : left + 64]
-        assert (cell[4::8, 4::8] == picture).all()
+        cell = grid[top : top + 64, left : left + 64]
+        assert (cell[4::8, 4::8] == image).all()
         assert (cell == np.repeat(np.repeat(cell[::8, ::8], 8, 0), 8, 1)).all()
 
 
-def test_captions_are_black_on_white_below_their_picture():
+def test_captions_are_black_on_white_below_their_image():
     white = np.full((2, 8, 8, 1), 255, np.uint8)
-    sheet = grids.image_grid(white, columns=2, captions=["cat", "x" * 100], min_side=64)
-    sheet = np.asarray(sheet)
-    ink = np.argwhere(sheet[..., 0] < 128)
+    grid = grids.image_grid(white, columns=2, captions=["cat", "x" * 100], min_side=64)
+    grid = np.asarray(grid)
+    ink = np.argwhere(grid[..., 0] < 128)
     assert ink[:, 0].min() >= 64 + grids.GAP
     gap = slice(64 + grids.GAP, 64 + 2 * grids.GAP)  # a long name must not run into its neighbour
-    assert (sheet[:, gap] == 255).all() and (sheet[:, -grids.GAP :] == 255).all()
+    assert (grid[:, gap] == 255).all() and (grid[:, -grids.GAP :] == 255).all()
     assert (ink[:, 1] < 64).any() and (ink[:, 1] > 72).any()
 
 
-def test_a_sentence_is_broken_between_words_and_its_pictures_are_larger():
+def test_a_sentence_is_broken_between_words_and_its_rowsare_larger():
     white = np.full((2, 8, 8, 1), 255, np.uint8)
     sentence = "the number seven, written by hand on a sheet of paper"
-    sheet = np.asarray(grids.image_grid(white, columns=2, captions=["7", sentence]))
-    assert sheet.shape[1] == 2 * 128 + 3 * grids.GAP
-    rows_with_ink = np.any(sheet[128 + grids.GAP :, 128 + 2 * grids.GAP :, 0] < 128, axis=1)
+    grid = np.asarray(grids.image_grid(white, columns=2, captions=["7", sentence]))
+    assert grid.shape[1] == 2 * 128 + 3 * grids.GAP
+    rows_with_ink = np.any(grid[128 + grids.GAP :, 128 + 2 * grids.GAP :, 0] < 128, axis=1)
     n_lines = (np.diff(rows_with_ink.astype(int), prepend=0) == 1).sum()
     assert n_lines == grids.MAX_CAPTION_LINES
 
 
 @pytest.mark.parametrize("columns", [("cat", "ship", "bird"), ()])
-def test_a_table_holds_every_picture_beside_its_names(columns):
-    pictures = RNG.integers(0, 256, (2, 3, 8, 8, 1), dtype=np.uint8)
-    sheet = np.asarray(
-        grids.comparison_grid(pictures, rows=["cfg 1", "a longer name"], columns=columns)
-    )
-    grid = np.asarray(grids.image_grid(pictures.reshape(6, 8, 8, 1), columns=3))
-    left, top = sheet.shape[1] - grid.shape[1], sheet.shape[0] - grid.shape[0]
-    assert (sheet[top:, left:] == grid).all()
-    names = sheet[top:, :left, 0] < 128
+def test_a_comparison_grid_has_every_image_beside_its_names(columns):
+    rows = RNG.integers(0, 256, (2, 3, 8, 8, 1), dtype=np.uint8)
+    grid = np.asarray(grids.comparison_grid(rows, rows=["cfg 1", "a longer name"], columns=columns))
+    plain = np.asarray(grids.image_grid(rows.reshape(6, 8, 8, 1), columns=3))
+    left, top = grid.shape[1] - plain.shape[1], grid.shape[0] - plain.shape[0]
+    assert (grid[top:, left:] == plain).all()
+    names = grid[top:, :left, 0] < 128
     first, second = names[: 64 + grids.GAP], names[64 + grids.GAP :]
     assert 0 < first.sum() < second.sum()
     middle = np.argwhere(first)[:, 0].mean()
     assert abs(middle - grids.GAP - 32) < 4
-    assert (top > 0) == bool(columns) == (sheet[:top, left:] < 128).any()
+    assert (top > 0) == bool(columns) == (grid[:top, left:] < 128).any()
 
 
-def test_latents_are_not_shown_as_pictures():
+def test_latents_are_not_shown_as_images():
     with pytest.raises(ValueError, match="decode latents first"):
         grids.image_grid(np.zeros((1, 8, 8, 4), np.uint8))
 
 
-def test_a_saved_png_is_the_picture(tmp_path):
+def test_a_saved_png_is_the_image(tmp_path):
     grids.save_png(Image.fromarray(COLOUR), tmp_path / "new" / "a.png")
     assert (np.asarray(Image.open(tmp_path / "new" / "a.png")) == COLOUR).all()
 

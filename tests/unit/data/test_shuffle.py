@@ -12,8 +12,12 @@ SIZES = np.array([7, 10, 1, 10, 3, 9, 10, 10, 2, 8])  # 70 rows
 
 
 def plan(sizes=SIZES, *, group_bytes=2**20, batch_size=8, shuffle_buffer=30):
-    how = {"batch_size": batch_size, "shuffle_buffer": shuffle_buffer}
-    return GroupedShuffle.plan(sizes, group_bytes=group_bytes, **how)
+    return GroupedShuffle.plan(
+        sizes,
+        group_bytes=float(group_bytes),
+        batch_size=batch_size,
+        shuffle_buffer=shuffle_buffer,
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 8, 100])
@@ -27,7 +31,7 @@ def test_an_epoch_has_each_row_once_in_an_order_of_its_own(batch_size, shuffle_b
     np.testing.assert_array_equal(one.order(0, 1), orders[1])
 
 
-def test_there_are_as_many_lanes_as_memory_holds(monkeypatch):
+def test_there_are_as_many_lanes_as_memory_allows(monkeypatch):
     monkeypatch.setattr(shuffle, "MAX_OPEN_BYTES", 100)
     many = np.full(1000, 10)
     # A buffer of 30 rows is 3 groups, and each lane has half of one more at both ends of a pool.
@@ -42,7 +46,7 @@ def test_there_are_as_many_lanes_as_memory_holds(monkeypatch):
 
 @pytest.mark.parametrize("n_readers", [1, 2, 4])
 def test_a_reader_opens_a_group_about_once_an_epoch(n_readers):
-    """With the memory that `open_groups` asks for, where every pool begins in another group."""
+    """The reader has the memory that `open_groups` asks for; every pool begins in another group."""
     sizes = np.full(600, 10)
     one = plan(sizes, batch_size=16, shuffle_buffer=800)
     assert one.n_lanes == 16 and one.pool == 50
@@ -64,8 +68,8 @@ def test_a_reader_opens_a_group_about_once_an_epoch(n_readers):
     assert one.open_groups(1) == 16 * 7
 
 
-def test_batches_mix_rows_from_all_over_the_set():
-    """Sorted by class, as many sets are, and every batch has nearly all its classes."""
+def test_batches_mix_rows_from_all_over_the_dataset():
+    """The dataset is sorted by class, as many are, and every batch has nearly all classes."""
     label = np.repeat(np.arange(10), 1000)
     order = plan(np.full(100, 100), batch_size=64, shuffle_buffer=2000).order(0, 0)
     n_classes = [len(set(batch)) for batch in label[order][: 64 * 150].reshape(-1, 64)]
@@ -77,7 +81,8 @@ def test_batches_mix_rows_from_all_over_the_set():
 
 def test_lanes_open_their_next_groups_at_different_times():
     order = plan(np.full(640, 10), batch_size=64, shuffle_buffer=64 * 50).order(0, 0)
-    seen, opened = set(), []
+    seen = set()
+    opened = []
     for batch in order[: 64 * 90].reshape(-1, 64) // 10:
         opened.append(len(set(batch) - seen))
         seen |= set(batch)

@@ -127,7 +127,7 @@ def test_towers_are_joined_as_in_sd3(clip, brief_clip, t5):
         np.testing.assert_array_equal(
             joined.pooled, np.concatenate([of_clip.pooled, of_brief.pooled])
         )
-        assert joined.cut == (of_clip.cut or of_brief.cut or of_t5.cut)
+        assert joined.truncated == (of_clip.truncated or of_brief.truncated or of_t5.truncated)
     assert any(len(c.tokens) > len(b.tokens) for c, b in zip(ofs[1], ofs[2]))
 
 
@@ -146,7 +146,7 @@ def test_the_null_has_no_tokens_and_asks_no_tower(clip, t5, monkeypatch):
     )
     for null in towers.encode(["", "  \n"]):
         assert null.tokens.shape == (0, 24) and null.tokens.dtype == np.float16
-        assert null.pooled.shape == (12,) and not null.pooled.any() and not null.cut
+        assert null.pooled.shape == (12,) and not null.pooled.any() and not null.truncated
     assert towers.encode([]) == []
 
 
@@ -155,13 +155,13 @@ def test_a_long_caption_is_cut_at_the_towers_own_end_and_says_so(clip, t5):
     fits, longer = text_encoders.TextEncoders([clip]).encode(
         [end, end + "b"]
     )  # 24 with start and end
-    assert (len(fits.tokens), fits.cut) == (24, False)
-    assert (len(longer.tokens), longer.cut) == (24, True)
+    assert (len(fits.tokens), fits.truncated) == (24, False)
+    assert (len(longer.tokens), longer.truncated) == (24, True)
     np.testing.assert_array_equal(fits.tokens[:-2], longer.tokens[:-2])
     assert_close(longer.pooled, alone(clip, end + "b", 24)[1])  # there still is an end token
     fits, longer = text_encoders.TextEncoders([t5]).encode(["a" * 254, "a" * 255])
-    assert (len(fits.tokens), fits.cut) == (256, False)
-    assert (len(longer.tokens), longer.cut) == (256, True)
+    assert (len(fits.tokens), fits.truncated) == (256, False)
+    assert (len(longer.tokens), longer.truncated) == (256, True)
 
 
 def test_a_models_positions_bound_its_tokens_where_the_tokenizer_does_not(clip, tmp_path):
@@ -170,7 +170,7 @@ def test_a_models_positions_bound_its_tokens_where_the_tokenizer_does_not(clip, 
     del settings["model_max_length"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     (longer,) = text_encoders.TextEncoders([str(tmp_path)]).encode(["a" * 40])
-    assert (len(longer.tokens), longer.cut) == (30, True)
+    assert (len(longer.tokens), longer.truncated) == (30, True)
 
 
 def test_padding_is_zero_and_masked():
@@ -269,7 +269,9 @@ def test_what_is_no_tower_is_told_in_one_line(damage, message, clip, tmp_path):
 
 @pytest.mark.parametrize("name", ["us/nothing", "/no/such/folder"])
 def test_a_name_that_is_nothing_is_told(name):
-    with pytest.raises(UserError, match=f"cannot load the text encoder '{name}', which is no folder"):
+    with pytest.raises(
+        UserError, match=f"cannot load the text encoder '{name}', which is no folder"
+    ):
         text_encoders.TextEncoders([name])
 
 
@@ -294,7 +296,7 @@ def test_nothing_reaches_the_screen(clip, t5, capfd, tmp_path):
     encoded = text_encoders.TextEncoders([clip, t5, str(tmp_path)]).encode(
         ["a red seven " * 200, "b", ""]
     )
-    assert encoded[0].cut
+    assert encoded[0].truncated
     assert capfd.readouterr() == ("", "")
     assert transformers.logging.get_verbosity() == level
 

@@ -28,7 +28,7 @@ RANDOM = AutoencoderConfig(
 @pytest.fixture(scope="module")
 def random(tmp_path_factory):
     folder = tmp_path_factory.mktemp("random")
-    pretrained.save_autoencoder(folder, RANDOM, autoencoder.init_params(RANDOM, jax.random.key(0)))
+    pretrained.save_autoencoder(folder, RANDOM, autoencoder.init_autoencoder_params(RANDOM, jax.random.key(0)))
     return pretrained.load_autoencoder(str(folder))
 
 
@@ -59,7 +59,7 @@ def test_latents_are_what_the_autoencoder_is_known_to_make(tmp_path, channels):
 
 def test_decoding_is_the_autoencoders_own_of_unscaled_latents(random, on_all):
     z = normal(5, 4, 6, 3)
-    vae = nnx.merge(autoencoder.graphdef(RANDOM), jax.tree.map(jnp.asarray, random.params))
+    vae = nnx.merge(autoencoder.autoencoder_graphdef(RANDOM), jax.tree.map(jnp.asarray, random.params))
     seen = (z - RANDOM.shift_factor) * RANDOM.scaling_factor
     pictures = on_all.decode(seen)
     assert pictures.shape == (5, 8, 12, 3) and pictures.dtype == np.float32
@@ -116,7 +116,7 @@ def test_large_latents_are_decoded_in_tiles(random, on_all, monkeypatch):
     x = normal(9, 6, 10, 3)
     pictures = on_all.decode(x)
     assert set(sides) == {(6, 6)} and pictures.shape == (9, 12, 20, 3)
-    vae = nnx.merge(autoencoder.graphdef(RANDOM), jax.tree.map(jnp.asarray, random.params))
+    vae = nnx.merge(autoencoder.autoencoder_graphdef(RANDOM), jax.tree.map(jnp.asarray, random.params))
     z = x / RANDOM.scaling_factor + RANDOM.shift_factor
     how = {"tile": 6, "overlap": 2, "downsampling": 2}
     expected = autoencoder.decode_tiled(lambda z: vae.decode(jnp.asarray(z)), z, **how)

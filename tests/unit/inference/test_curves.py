@@ -68,7 +68,7 @@ def frames(path) -> list[np.ndarray]:
 def test_the_film_has_a_frame_for_each_sheet(tmp_path):
     """In the order of the steps, and no other pictures of the folder."""
     names = ["0000050.png", "0000100.png", "0000150.png", "final.png", "batch.png"]
-    progress.save_progress_gif(sheets(tmp_path / "samples", *names), tmp_path / "a.gif", last=180)
+    progress.save_progress_gif(sheets(tmp_path / "samples", *names), tmp_path / "a.gif", last_step=180)
     shown = frames(tmp_path / "a.gif")
     assert [abs(frame[-5, 5, 2] - 50 * i) < 8 for i, frame in enumerate(shown)] == [True] * 4
 
@@ -108,38 +108,40 @@ def test_a_film_that_cannot_be_is_told(tmp_path):
 # --- at the end of a run --------------------------------------------------------------------------
 
 
-class Told(NullTracker):
-    def __init__(self):
-        self.said = []
+class Messages(NullTracker):
+    """A tracker that keeps the messages of a run."""
 
-    def message(self, text):  # pyright: ignore
-        self.said.append(text)
+    def __init__(self):
+        self.lines = []
+
+    def message(self, text):
+        self.lines.append(text)
 
 
 def test_no_figure_can_fail_a_run(tmp_path, monkeypatch):
-    tracker, trainer = Told(), SimpleNamespace(run_dir=record(tmp_path), SHOWS="samples", step=15)
-    nothing: Any = None
-    run = RunSession(nothing, 15, tracker, nothing, Throughput())
-    run.trainer = trainer  # pyright: ignore
-    run.draw_records()
+    tracker = Messages()
+    run: Any = SimpleNamespace(run_dir=record(tmp_path), GRID_FOLDER="samples", step=15)
+    checkpoints: Any = None
+    session = RunSession(run, 15, tracker, checkpoints, Throughput())
+    session.save_figures()
     assert (tmp_path / "figures" / "curves.png").exists()
-    assert len(tracker.said) == 1
-    assert tracker.said[0].startswith("figures/progress.gif is not drawn: there are no sheets")
+    assert len(tracker.lines) == 1
+    assert tracker.lines[0].startswith("figures/progress.gif is not saved: there are no ")
 
     def fail(*_):
         raise ZeroDivisionError
 
     monkeypatch.setattr(curves, "save_curves", fail)
     sheets(tmp_path / "samples", "0000010.png")
-    run.draw_records()
-    assert tracker.said[1:] == ["figures/curves.png is not drawn: ZeroDivisionError"]
+    session.save_figures()
+    assert tracker.lines[1:] == ["figures/curves.png is not saved: ZeroDivisionError"]
     assert len(frames(tmp_path / "figures" / "progress.gif")) == 1
 
 
-def test_the_last_words_name_what_there_is(tmp_path):
-    trainer: Any = SimpleNamespace(run_dir=tmp_path, step=15, encoded=None)
+def test_the_end_message_lists_the_files_that_exist(tmp_path):
     sheets(tmp_path / "figures", "progress.gif")
-    said = display.farewell(trainer)
-    assert "figures/progress.gif" in said and "curves.png" not in said
+    message = display.end_message(tmp_path, 15, has_captions=False)
+    assert "figures/progress.gif" in message and "curves.png" not in message
     curves.save_curves(record(tmp_path), tmp_path / "figures" / curves.CURVES_FILE)
-    assert "figures/curves.png" in display.farewell(trainer)
+    message = display.end_message(tmp_path, 15, has_captions=False)
+    assert "figures/curves.png" in message

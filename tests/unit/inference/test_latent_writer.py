@@ -29,8 +29,8 @@ from runtime.errors import UserError
 )
 def test_numbers_that_cannot_be_are_refused(name, value, least):
     with pytest.raises(UserError, match=f"--{name} {value}: must be at least {least}"):
-        convert_imagenet.check(ConvertConfig(**{name: value}))
-    convert_imagenet.check(ConvertConfig(**{name: 8 * least}))
+        convert_imagenet.check_flags(ConvertConfig(**{name: value}))
+    convert_imagenet.check_flags(ConvertConfig(**{name: 8 * least}))
 
 
 # --- where the pictures are from ------------------------------------------------------------------
@@ -51,10 +51,10 @@ def test_the_source_of_the_hub_is_known_by_its_commit():
 def test_the_plan_has_every_row_once():
     for n, per_file, size in ((10, 4, 3), (8, 4, 4), (1, 4, 3), (9, 1, 1)):
         parts = latent_writer.plan_files(Path("x"), "train", n, per_file)
-        rows = np.concatenate([rows for part in parts for rows in part.chunks(size)])
+        rows = np.concatenate([rows for part in parts for rows in part.batches(size)])
         assert rows.tolist() == list(range(n))
         assert len({part.file for part in parts}) == len(parts) == -(-n // per_file)
-        assert all(len(rows) <= size for part in parts for rows in part.chunks(size))
+        assert all(len(rows) <= size for part in parts for rows in part.batches(size))
 
 
 def test_values_of_a_column_that_is_no_class_stay_out(tmp_path):

@@ -40,7 +40,7 @@ def said_at_random(like, n_channels=2):
 def test_the_whole_chain_has_the_papers_betas():
     whole = ddpm.noise_schedule()
     assert whole.step.tolist() == list(range(1000))
-    np.testing.assert_allclose(np.exp(whole.most), BETA, rtol=1e-9)
+    np.testing.assert_allclose(np.exp(whole.log_var_max), BETA, rtol=1e-9)
     np.testing.assert_allclose(whole.signal**2, ALPHA_BAR, rtol=1e-12)
     np.testing.assert_allclose(whole.signal**2 + whole.noise**2, 1, rtol=1e-12)
     np.testing.assert_allclose(whole.signal[-1] ** 2, 4.04e-5, rtol=1e-2)  # almost pure noise
@@ -55,9 +55,9 @@ def test_a_shorter_chain_strides_evenly_from_the_first_step_to_the_last(n):
     assert n == 1 or strides.max() - strides.min() <= 1
     np.testing.assert_allclose(short.signal**2, np.take(ALPHA_BAR, short.step), rtol=1e-12)
     # The noise of the steps in between adds up: to have gone all the way is to have gone by them.
-    one_by_one = np.cumprod(1 - np.exp(short.most))
+    one_by_one = np.cumprod(1 - np.exp(short.log_var_max))
     np.testing.assert_allclose(one_by_one, short.signal**2, rtol=1e-9)
-    assert short.noise_before[0] == 0 and (short.noise_before[1:] == short.noise[:-1]).all()
+    assert short.noise_prev[0] == 0 and (short.noise_prev[1:] == short.noise[:-1]).all()
 
 
 def test_a_chain_may_end_at_the_step_nearest_to_a_time():
@@ -71,21 +71,21 @@ def test_a_chain_may_end_at_the_step_nearest_to_a_time():
 def test_the_posterior_is_bayes_rule(n):
     """q(before | x, data) ∝ q(x | before)·q(before | data), both Gaussian: precisions add up."""
     at, data, _, x = some_steps(n, [1, 3, n - 1])
-    alpha = (at.signal / at.signal_before) ** 2
-    from_x, from_data = alpha / (1 - alpha), 1 / at.noise_before**2
+    alpha = (at.signal / at.signal_prev) ** 2
+    from_x, from_data = alpha / (1 - alpha), 1 / at.noise_prev**2
     variance = 1 / (from_x + from_data)
-    mean = variance * (from_x * x / jnp.sqrt(alpha) + from_data * at.signal_before * data)
+    mean = variance * (from_x * x / jnp.sqrt(alpha) + from_data * at.signal_prev * data)
     np.testing.assert_allclose(ddpm.posterior_mean(data, x, at), mean, rtol=1e-9)
-    np.testing.assert_allclose(jnp.exp(at.least), variance, rtol=1e-9)
-    np.testing.assert_allclose(jnp.exp(at.most), 1 - alpha, rtol=1e-9)
+    np.testing.assert_allclose(jnp.exp(at.log_var_min), variance, rtol=1e-9)
+    np.testing.assert_allclose(jnp.exp(at.log_var_max), 1 - alpha, rtol=1e-9)
 
 
 def test_before_the_first_step_are_the_data_and_no_noise():
     at, data, _, x = some_steps(50, [0])
     np.testing.assert_allclose(ddpm.posterior_mean(data, x, at), data, atol=1e-12)
-    assert (ddpm.step_noise_std(at.least, at) == 0).all()
-    second = ddpm.noise_schedule(50).least[1]
-    assert at.least.item() == second  # instead of the logarithm of 0
+    assert (ddpm.step_noise_std(at.log_var_min, at) == 0).all()
+    second = ddpm.noise_schedule(50).log_var_min[1]
+    assert at.log_var_min.item() == second  # instead of the logarithm of 0
 
 
 def test_a_model_is_told_the_step_of_the_whole_chain():
@@ -100,7 +100,7 @@ def test_a_model_is_told_the_step_of_the_whole_chain():
 def test_the_right_prediction_gives_the_data_back(name):
     at, data, noise, x = some_steps(1000, [0, 10, 500, 999])
     target = PREDICTIONS[name].target(data, noise, at)
-    np.testing.assert_allclose(PREDICTIONS[name].data(target, x, at), data, atol=1e-9)
+    np.testing.assert_allclose(PREDICTIONS[name].to_x0(target, x, at), data, atol=1e-9)
     np.testing.assert_allclose((x - at.signal * data) / at.noise, noise, atol=1e-9)
 
 
@@ -122,7 +122,7 @@ def test_min_snr_weighs_an_error_of_the_data_alike_whatever_is_predicted(name, g
     snr = at.signal**2 / (1 - at.signal**2)
     said = said_at_random(x)
     squares = jnp.square(said - PREDICTIONS[name].target(data, noise, at))
-    guess = PREDICTIONS[name].data(said, x, at)
+    guess = PREDICTIONS[name].to_x0(said, x, at)
     expected = np.minimum(snr, gamma) * jnp.square(guess - data)
     np.testing.assert_allclose(ddpm.min_snr_weight(name, gamma, at) * squares, expected, rtol=1e-6)
 
@@ -138,28 +138,28 @@ def test_a_learned_variance_lies_between_the_two_that_bound_it():
         both = jnp.concatenate([said, jnp.full_like(said, place)], axis=-1)
         return ddpm.interpret_output(both, x, at, prediction="epsilon").log_variance
 
-    least, most = (jnp.broadcast_to(bound, x.shape) for bound in (at.least, at.most))
-    np.testing.assert_allclose(log_variance(-1.0), least, rtol=1e-12)
-    np.testing.assert_allclose(log_variance(1.0), most, rtol=1e-12)
-    np.testing.assert_allclose(log_variance(0.0), (least + most) / 2, rtol=1e-12)
+    log_var_min, log_var_max = (jnp.broadcast_to(bound, x.shape) for bound in (at.log_var_min, at.log_var_max))
+    np.testing.assert_allclose(log_variance(-1.0), log_var_min, rtol=1e-12)
+    np.testing.assert_allclose(log_variance(1.0), log_var_max, rtol=1e-12)
+    np.testing.assert_allclose(log_variance(0.0), (log_var_min + log_var_max) / 2, rtol=1e-12)
     places = jnp.linspace(-1, 1, x.size).reshape(x.shape)
     inside = ddpm.interpret_output(
         jnp.concatenate([said, places], axis=-1), x, at, prediction="epsilon"
     ).log_variance
-    assert (inside >= least - 1e-12).all() and (inside <= most + 1e-12).all()
+    assert (inside >= log_var_min - 1e-12).all() and (inside <= log_var_max + 1e-12).all()
 
 
 def test_without_it_the_variance_is_the_posteriors():
     at, _, _, x = some_steps(100, [0, 50])
     read = ddpm.interpret_output(said_at_random(x), x, at, prediction="v")
-    assert (read.log_variance == jnp.broadcast_to(at.least, x.shape)).all()
+    assert (read.log_variance == jnp.broadcast_to(at.log_var_min, x.shape)).all()
 
 
 def test_a_clipped_estimate_is_a_picture():
     at, _, _, x = some_steps(100, [99])
     said = 3 * said_at_random(x)
-    wild = ddpm.interpret_output(said, x, at, prediction="x0").data
-    tame = ddpm.interpret_output(said, x, at, prediction="x0", clip=True).data
+    wild = ddpm.interpret_output(said, x, at, prediction="x0").x0
+    tame = ddpm.interpret_output(said, x, at, prediction="x0", clip=True).x0
     assert jnp.abs(wild).max() > 1
     np.testing.assert_array_equal(tame, np.clip(wild, -1, 1))
 
@@ -170,9 +170,9 @@ def test_a_clipped_estimate_is_a_picture():
 def test_a_step_of_the_bound_is_the_divergence_of_two_gaussians():
     """By quadrature of p·log(p / q) over twelve standard deviations."""
     at, data, _, x = some_steps(1000, [1, 200, 999])
-    guess = Estimate(data + 0.1 * said_at_random(x), at.least + 0.3 * said_at_random(x))
-    means = [np.float64(ddpm.posterior_mean(d, x, at)) for d in (data, guess.data)]
-    logs = [np.float64(jnp.broadcast_to(v, x.shape)) for v in (at.least, guess.log_variance)]
+    guess = Estimate(data + 0.1 * said_at_random(x), at.log_var_min + 0.3 * said_at_random(x))
+    means = [np.float64(ddpm.posterior_mean(d, x, at)) for d in (data, guess.x0)]
+    logs = [np.float64(jnp.broadcast_to(v, x.shape)) for v in (at.log_var_min, guess.log_variance)]
     stds = [np.exp(log / 2) for log in logs]
     z = np.linspace(-12, 12, 4001).reshape(-1, 1, 1, 1, 1)
     y = means[0] + stds[0] * z
@@ -184,7 +184,7 @@ def test_a_step_of_the_bound_is_the_divergence_of_two_gaussians():
 
 def test_a_step_of_the_bound_is_nothing_where_the_guess_is_right():
     at, data, _, x = some_steps(1000, [1, 500])
-    right = Estimate(data, jnp.broadcast_to(at.least, x.shape))
+    right = Estimate(data, jnp.broadcast_to(at.log_var_min, x.shape))
     np.testing.assert_allclose(ddpm.bound_in_bits(right, data, x, at), 0, atol=1e-12)
 
 
@@ -198,7 +198,7 @@ def test_the_first_step_of_the_bound_is_the_cost_of_the_bytes():
     x = ddpm.diffuse(data, noise, at)
     guess = Estimate(data + 0.01 * said_at_random(x), -8 + 0.5 * said_at_random(x))
     cost = []
-    for value, mean, log in zip(data.ravel(), guess.data.ravel(), guess.log_variance.ravel()):
+    for value, mean, log in zip(data.ravel(), guess.x0.ravel(), guess.log_variance.ravel()):
         low = -50 if value < -0.999 else value - 1 / 255
         high = 50 if value > 0.999 else value + 1 / 255
         std = math.exp(log / 2)

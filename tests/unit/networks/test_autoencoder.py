@@ -40,19 +40,19 @@ def latents(config, *, height=3, width=5):
 
 @cache
 def encoder(config, dtype="float32"):
-    graphdef = autoencoder.graphdef(config, dtype)
+    graphdef = autoencoder.autoencoder_graphdef(config, dtype)
     return jax.jit(lambda params, x: nnx.merge(graphdef, params).encode(x))
 
 
 @cache
 def decoder(config, dtype="float32"):
-    graphdef = autoencoder.graphdef(config, dtype)
+    graphdef = autoencoder.autoencoder_graphdef(config, dtype)
     return jax.jit(lambda params, z: nnx.merge(graphdef, params).decode(z))
 
 
 @cache
 def fresh(config):
-    return autoencoder.init_params(config, key)
+    return autoencoder.init_autoencoder_params(config, key)
 
 
 # --- the networks ---------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def test_every_weight_is_used():
         moments = encoder(SD)(params, pictures(SD))
         return (
             decoder(SD)(
-                params, autoencoder.sample(moments, jax.random.split(key, len(moments.mean)))
+                params, autoencoder.sample_latents(moments, jax.random.split(key, len(moments.mean)))
             )
             ** 3
         ).sum()
@@ -145,8 +145,8 @@ def test_fresh_weights_keep_pictures_in_scale():
 
 
 def test_a_seed_says_all_of_fresh_weights():
-    again = autoencoder.init_params(SD, key)
-    other = autoencoder.init_params(SD, jax.random.key(1))
+    again = autoencoder.init_autoencoder_params(SD, key)
+    other = autoencoder.init_autoencoder_params(SD, jax.random.key(1))
     same = jax.tree.map(lambda x, y: (x == y).all(), fresh(SD), again)
     assert all(jax.tree.leaves(same))
     kernels = [fresh(SD)["decoder"]["conv_in"]["kernel"], other["decoder"]["conv_in"]["kernel"]]
@@ -155,7 +155,7 @@ def test_a_seed_says_all_of_fresh_weights():
 
 def test_the_parameters_of_stable_diffusion_are_counted():
     config = AutoencoderConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
-    tree = jax.eval_shape(partial(autoencoder.init_params, config), key)
+    tree = jax.eval_shape(partial(autoencoder.init_autoencoder_params, config), key)
     assert sum(x.size for x in jax.tree.leaves(tree)) == 83_653_863
     assert config.downsampling == 8
 
@@ -181,7 +181,7 @@ def test_a_config_that_cannot_be_is_refused(fields, message):
 
 def test_other_precisions_are_refused():
     with pytest.raises(UserError, match="unknown dtype 'float16'; did you mean 'bfloat16'"):
-        autoencoder.graphdef(SD, "float16")
+        autoencoder.autoencoder_graphdef(SD, "float16")
 
 
 @pytest.mark.parametrize(
@@ -208,21 +208,21 @@ def test_samples_have_the_moments():
     mean = jnp.asarray([-2.0, 0.0, 3.0]).reshape(1, 1, 1, 3)
     log_variance = jnp.log(jnp.asarray([0.25, 1.0, 4.0])).reshape(1, 1, 1, 3)
     moments = Moments(*(jnp.broadcast_to(x, (4, 100, 100, 3)) for x in (mean, log_variance)))
-    drawn = np.float64(autoencoder.sample(moments, jax.random.split(key, 4))).reshape(-1, 3)
+    drawn = np.float64(autoencoder.sample_latents(moments, jax.random.split(key, 4))).reshape(-1, 3)
     n = len(drawn)
     deviation = np.array([0.5, 1, 2])
     assert (np.abs(drawn.mean(0) - [-2, 0, 3]) < 4 * deviation / np.sqrt(n)).all()
     np.testing.assert_allclose(drawn.std(0), deviation, rtol=4 / np.sqrt(2 * n))
     assert len(np.unique(drawn[:, 1])) > 0.9 * n  # each place and each picture draws its own
-    assert (autoencoder.mode(moments) == moments.mean).all()
+    assert (autoencoder.most_likely_latents(moments) == moments.mean).all()
 
 
 @pytest.mark.parametrize("scaling_factor, shift_factor", PUBLISHED)
 def test_unscale_undoes_scale(scaling_factor, shift_factor):
     facts = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
     z = 5 * latents(SD)
-    scaled = autoencoder.scale(z, **facts)
-    np.testing.assert_allclose(autoencoder.unscale(scaled, **facts), z, rtol=1e-6, atol=1e-6)
+    scaled = autoencoder.scale_latents(z, **facts)
+    np.testing.assert_allclose(autoencoder.unscale_latents(scaled, **facts), z, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(scaled, (np.float64(z) - shift_factor) * scaling_factor, rtol=1e-5)
 
 

@@ -80,7 +80,7 @@ def test_pictures_for_pytorch_fid(torch, size):
     x = torch.from_numpy(image).permute(0, 3, 1, 2) / 255
     expected = torch.nn.functional.interpolate(x, (299, 299), mode="bilinear", align_corners=False)
     expected = expected.permute(0, 2, 3, 1).numpy() * 2 - 1
-    np.testing.assert_allclose(inception.as_pytorch_fid(jnp.asarray(image)), expected, atol=1e-4)
+    np.testing.assert_allclose(inception.prepare_like_pytorch_fid(jnp.asarray(image)), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -96,7 +96,7 @@ def test_pictures_for_the_graph_of_2015(size):
         return np.take(x, low, axis) * (1 - share) + np.take(x, high, axis) * share
 
     expected = (line(line(image, 1), 2) - 128) / 128
-    found = inception.as_adm(jnp.asarray(image.astype(np.uint8)))
+    found = inception.prepare_like_adm(jnp.asarray(image.astype(np.uint8)))
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
@@ -106,14 +106,14 @@ def test_pictures_for_clean_fid(size):
     planes = [Image.fromarray(image[0, ..., i].astype(np.float32)) for i in range(3)]
     planes = [np.asarray(p.resize((299, 299), Image.Resampling.BICUBIC)) for p in planes]
     expected = (np.clip(np.stack(planes, -1), 0, 255)[None] - 128) / 128
-    found = inception.as_clean_fid(jnp.asarray(image))
+    found = inception.prepare_like_clean_fid(jnp.asarray(image))
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_grey_pictures_are_shown_in_three_channels():
     grey = jnp.asarray(pictures(1, 9, 9, 1))
     np.testing.assert_array_equal(
-        inception.as_adm(grey), inception.as_adm(jnp.repeat(grey, 3, axis=-1))
+        inception.prepare_like_adm(grey), inception.prepare_like_adm(jnp.repeat(grey, 3, axis=-1))
     )
 
 
@@ -132,7 +132,7 @@ def test_weights_are_the_same_from_every_file(state, loaded, tmp_path):
     save_file({n: x for n, x in state.items() if n not in counters}, tmp_path / "x.safetensors")
     again = pretrained.load_inception(str(tmp_path))
     assert again.hash == loaded.hash
-    shapes = jax.tree.map(lambda x: x.shape, inception.shapes())
+    shapes = jax.tree.map(lambda x: x.shape, inception.inception_shapes())
     assert jax.tree.map(np.shape, again.params) == shapes
     for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(loaded.params), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -167,7 +167,7 @@ def test_rotary_scores_depend_on_the_two_offsets_alone():
     rows, columns = 5, 7
     q, k = jax.random.normal(key, (2, 1, 1, 2, 16))
     q, k = (
-        layers.rotate(jnp.broadcast_to(x, (1, rows * columns, 2, 16)), (rows, columns))
+        layers.apply_rotary_positions(jnp.broadcast_to(x, (1, rows * columns, 2, 16)), (rows, columns))
         for x in (q, k)
     )
     scores = jnp.einsum("bnhk,bmhk->bhnm", q, k).reshape(2, rows, columns, rows, columns)
@@ -179,15 +179,15 @@ def test_rotary_scores_depend_on_the_two_offsets_alone():
 
 def test_rotation_keeps_lengths():
     q = jax.random.normal(key, (1, 12, 2, 8))
-    lengths = jnp.linalg.norm(layers.rotate(q, (3, 4)), axis=-1)
+    lengths = jnp.linalg.norm(layers.apply_rotary_positions(q, (3, 4)), axis=-1)
     np.testing.assert_allclose(lengths, jnp.linalg.norm(q, axis=-1), rtol=1e-5)
 
 
 def test_tokens_before_the_grid_are_not_rotated():
     q = jax.random.normal(key, (1, 15, 2, 8))
-    rotated = layers.rotate(q, (3, 4))
+    rotated = layers.apply_rotary_positions(q, (3, 4))
     assert (rotated[:, :3] == q[:, :3]).all()
-    np.testing.assert_array_equal(rotated[:, 3:], layers.rotate(q[:, 3:], (3, 4)))
+    np.testing.assert_array_equal(rotated[:, 3:], layers.apply_rotary_positions(q[:, 3:], (3, 4)))
 
 
 @pytest.mark.parametrize("rows, columns", [(4, 4), (2, 6), (16, 16)])
@@ -249,7 +249,7 @@ class Affine(nnx.Module):
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("unroll", [1, 4])
 def test_scan_equals_a_loop_over_the_blocks(remat, unroll):
-    blocks = layers.stack(lambda rngs: Affine(rngs), 4, nnx.Rngs(0))
+    blocks = layers.stack_blocks(lambda rngs: Affine(rngs), 4, nnx.Rngs(0))
     x, bias = jnp.ones((2, 3)), jnp.full((2, 3), 0.5)
 
     def loop(weight):
@@ -261,10 +261,10 @@ def test_scan_equals_a_loop_over_the_blocks(remat, unroll):
     graphdef, state = nnx.split(blocks)
     weight = jax.tree.leaves(state)[0]
     assert len(np.unique(weight)) == 12  # every block drew its own
-    scanned = layers.scan(blocks, x, bias, remat=remat, unroll=unroll)
+    scanned = layers.scan_blocks(blocks, x, bias, remat=remat, unroll=unroll)
     np.testing.assert_allclose(scanned, loop(weight), rtol=1e-6)
     grad = jax.grad(
-        lambda s: layers.scan(nnx.merge(graphdef, s), x, bias, remat=remat, unroll=unroll).sum()
+        lambda s: layers.scan_blocks(nnx.merge(graphdef, s), x, bias, remat=remat, unroll=unroll).sum()
     )(state)
     expected = jax.grad(lambda w: loop(w).sum())(weight)
     np.testing.assert_allclose(jax.tree.leaves(grad)[0], expected, rtol=1e-5)

@@ -31,10 +31,10 @@ def test_the_kl_is_the_mean_of_the_log_ratio_over_samples():
     z = mean + np.exp(log_variance / 2) * noise
     ratio = 0.5 * (z**2 - noise**2 - log_variance).sum((1, 2, 3))
     expected, error = ratio.mean(), ratio.std() / math.sqrt(len(ratio))
-    found = perceptual.kl(jnp.asarray(mean), jnp.asarray(log_variance))[0]
+    found = perceptual.kl_to_standard_normal(jnp.asarray(mean), jnp.asarray(log_variance))[0]
     assert abs(found - expected) < 4 * error
     nothing = jnp.zeros((1, 2, 2, 3))
-    assert perceptual.kl(nothing, nothing)[0] == 0
+    assert perceptual.kl_to_standard_normal(nothing, nothing)[0] == 0
 
 
 def test_psnr_of_a_known_error_and_of_none():
@@ -262,9 +262,9 @@ def test_the_critic_pulls_as_hard_as_the_reconstruction_whatever_its_scale():
 
     def pull(scale):
         of_gan = jax.grad(lambda w: scale * jnp.sin(w).sum())(w)
-        return perceptual.norm(of_gan) * perceptual.adaptive_weight(of_reconstruction, of_gan)
+        return perceptual.tree_norm(of_gan) * perceptual.adaptive_weight(of_reconstruction, of_gan)
 
-    np.testing.assert_allclose(pull(1.0), perceptual.norm(of_reconstruction), rtol=1e-4)
+    np.testing.assert_allclose(pull(1.0), perceptual.tree_norm(of_reconstruction), rtol=1e-4)
     np.testing.assert_allclose(pull(10.0), pull(1.0), rtol=1e-4)
     nothing = jnp.zeros_like(w)
     assert perceptual.adaptive_weight(of_reconstruction, nothing, most=50.0) == 50

@@ -16,7 +16,7 @@ from autoencoder_weights_cases import (
 )
 from torch_autoencoders import CONFIGS, SD, quiet, tensors_of, torch_autoencoder
 
-from networks.autoencoder import init_params
+from networks.autoencoder import init_autoencoder_params
 from pretrained import autoencoder, weight_files
 from runtime.errors import UserError
 
@@ -70,7 +70,7 @@ def test_weights_go_to_diffusers_and_back_to_the_bit(name, tmp_path):
 def test_each_published_name_is_of_one_weight(name):
     config, names = CONFIGS[name], set(torch_autoencoder(CONFIGS[name]).state_dict())
     assert set(autoencoder.paths_and_shapes(config)) == names
-    tree = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    tree = jax.eval_shape(lambda: init_autoencoder_params(config, jax.random.key(0)))
     ours = {path for path, _ in autoencoder.paths_and_shapes(config).values()}
     assert ours == set(autoencoder.flatten_leaves(tree)) and len(ours) == len(names)
 

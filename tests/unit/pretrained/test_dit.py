@@ -202,7 +202,7 @@ def test_a_pipeline_says_what_its_classes_are_and_how_it_is_drawn_from(tmp_path)
     found = said["dataset"]["label_names"]
     assert found[1:3] == ["name 1", "name 2"] and found[9] == "name 0"
     assert found[0] == "name 0, synonym"  # the first of these is another's
-    encoding = LatentEncoding.of(said["dataset"]["encoding"])
+    encoding = LatentEncoding.from_record(said["dataset"]["encoding"])
     assert (encoding.scaling_factor, encoding.vae) == (0.25, str(folder))
     assert (encoding.image_size, encoding.shape) == (16, (8, 8, 4))
     codec = TrainedModel.from_pretrained(str(folder)).codec

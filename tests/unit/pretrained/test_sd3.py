@@ -366,7 +366,7 @@ def test_prompts_are_those_of_diffusers_with_all_their_padding(towers, pipeline)
     tokens, pooled = theirs(pipeline, PROMPTS)
     encoded = text_encoders.TextEncoders(towers, full_width=24).encode(PROMPTS)
     found = text_encoders.pad_embeddings(encoded, 24 + 256)
-    assert found.mask.all() and not any(e.cut for e in encoded)  # T5 reads what CLIP cannot
+    assert found.mask.all() and not any(e.truncated for e in encoded)  # T5 reads what CLIP cannot
     for ours, expected in ((found.tokens, tokens), (found.pooled, pooled)):
         assert ours.dtype == np.float16
         np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-3 * np.abs(expected).max())
@@ -446,7 +446,7 @@ def test_a_missing_t5_is_zeros(towers, pipeline):
     found = text_encoders.pad_embeddings(encoded, 24 + 256)
     np.testing.assert_allclose(found.tokens, tokens, rtol=0, atol=2e-3 * np.abs(tokens).max())
     assert not found.tokens[:, 24:].any() and found.mask.all()
-    assert [e.cut for e in encoded] == [False, False, False, True]
+    assert [e.truncated for e in encoded] == [False, False, False, True]
 
 
 def test_towers_that_are_wider_than_the_model_are_refused(towers):

@@ -10,7 +10,7 @@ from runtime.errors import UserError
     "how", [{"coordinator": "a:1"}, {"n_processes": 2}, {"coordinator": "a:1", "n_processes": 2}]
 )
 def test_what_lacks_to_meet_is_said(how):
-    with pytest.raises(UserError, match=r"--process_index.* must be said too, or --distributed"):
+    with pytest.raises(UserError, match=r"--process_index.* must be given too, or --distributed"):
         processes.join_cluster(**how)
 
 

@@ -20,8 +20,8 @@ def test_every_batch_is_the_first():
     for batch in later:
         for a, b in zip(first, batch):
             np.testing.assert_array_equal(a, b)
-    np.testing.assert_array_equal(one.rows(9), plain.rows(0))
-    np.testing.assert_array_equal(one.labels(9), first.label)
+    np.testing.assert_array_equal(one.batch_rows(9), plain.batch_rows(0))
+    np.testing.assert_array_equal(one.batch_labels(9), first.label)
     assert not np.array_equal(plain.train_batch(5).image, first.image)
 
 
@@ -31,7 +31,7 @@ def test_flips_do_not_change_from_step_to_step():
     one = Pipeline(mirrored, batch_size=64, seed=0, one_batch=True)
     first, later = one.train_batch(0), one.train_batch(12)
     np.testing.assert_array_equal(first.image, later.image)
-    as_is = source.train.images(one.rows(0))
+    as_is = source.train.decode(one.batch_rows(0))
     n_flipped = sum(not np.array_equal(a, b) for a, b in zip(first.image, as_is))
     assert 16 < n_flipped < 48
     np.testing.assert_array_equal(one.first_rows(3, 5).image, first.image[:5])

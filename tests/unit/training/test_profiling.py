@@ -12,8 +12,8 @@ from data.batch import EncodedCaption
 from model import BLOCKS, model_graphdef, init_model_params, model_config
 from training import flops as training_flops
 from training import profiling
-from training.flops import Peak, flops_by_module, peak
-from training.profiling import StepCost, StepProfile, cost, measure, roofline
+from training.flops import Peak, flops_by_module, device_peak
+from training.profiling import StepCost, StepProfile, roofline, seconds_per_step, step_cost
 
 DEPTH, ROWS, WIDTH = 8, 64, 32
 
@@ -72,7 +72,7 @@ def test_every_design_is_counted_as_xla_counts_it(block, told):
         jax.ShapeDtypeStruct((2,), jnp.float32),
     )
     run = jax.jit(lambda params, *args: nnx.merge(model_graphdef(c), params)(*args))
-    xla = cost(run.lower(params, x, t, label).compile()).flops
+    xla = step_cost(run.lower(params, x, t, label).compile()).flops
     assert xla and 2 * sum(flops_by_module(c).values()) == pytest.approx(xla, rel=0.06)
 
 
@@ -89,7 +89,7 @@ def test_modules_scale_as_their_formulas_say():
 
 def test_xla_counts_a_scan_once_and_we_say_so():
     once, one_by_one = (
-        cost(jitted.lower(*args).compile()).flops
+        step_cost(jitted.lower(*args).compile()).flops
         for jitted, args in (stacked_products(1), stacked_products(DEPTH))
     )
     assert once and one_by_one
@@ -100,13 +100,13 @@ def test_xla_counts_a_scan_once_and_we_say_so():
 @pytest.mark.parametrize("counts", [None, [], {}, [{}], {"flops": -1.0}, [{"utilization": 1.0}]])
 def test_cost_without_figures_is_not_an_error(counts):
     compiled = SimpleNamespace(cost_analysis=lambda: counts, memory_analysis=lambda: None)
-    assert cost(compiled) == StepCost()
+    assert step_cost(compiled) == StepCost()
     assert StepCost().intensity is None
 
 
 def test_memory_counts_the_arguments_of_one_device():
     jitted, args = stacked_products(1)
-    found = cost(jitted.lower(*args).compile())
+    found = step_cost(jitted.lower(*args).compile())
     assert found.argument_bytes == sum(x.nbytes for x in args)
     assert found.output_bytes == args[1].nbytes
     assert found.alias_bytes == 0 and found.temporary_bytes is not None
@@ -133,7 +133,7 @@ def test_memory_counts_the_arguments_of_one_device():
     ],
 )
 def test_peaks_by_the_names_that_jax_gives(kind, dtype, tflops, gigabytes):
-    found = peak(kind, dtype)
+    found = device_peak(kind, dtype)
     assert found is not None
     assert (found.flops_per_second, found.bytes_per_second) == (tflops * 1e12, gigabytes * 1e9)
 
@@ -150,9 +150,9 @@ def test_peaks_by_the_names_that_jax_gives(kind, dtype, tflops, gigabytes):
     ],
 )
 def test_a_peak_is_never_guessed(kind, dtype):
-    assert peak(kind, dtype) is None
+    assert device_peak(kind, dtype) is None
     assert training_flops.mfu(1e12, None) is None
-    given = peak(kind, dtype, peak_tflops=2.0)
+    given = device_peak(kind, dtype, peak_tflops=2.0)
     assert given is not None and training_flops.mfu(1e12, given) == 0.5
 
 
@@ -183,7 +183,7 @@ def test_measure_waits_for_the_device():
             return self
 
     # Without the wait it would be microseconds. No upper bound is tight on a busy machine.
-    assert 0.0039 < measure(Result, min_seconds=0.05) < 0.04
+    assert 0.0039 < seconds_per_step(Result, min_seconds=0.05) < 0.04
 
 
 def test_a_whole_report_on_this_machine(tmp_path):

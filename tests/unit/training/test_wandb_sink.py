@@ -10,7 +10,7 @@ import pytest
 from runtime.errors import UserError
 from training import wandb_sink
 from training.tracking import Tracker
-from training.wandb_sink import Sink
+from training.wandb_sink import WandbSink
 
 # --- with another in its place --------------------------------------------------------------------
 
@@ -45,11 +45,11 @@ class Fake(SimpleNamespace):
         pass
 
 
-def recorded(folder, monkeypatch, fake, *, fresh=True):
+def recorded(folder, monkeypatch, fake, *, is_new=True):
     """The lines of a record, and what was said."""
     monkeypatch.setitem(sys.modules, "wandb", fake)
     said = []
-    sink = Sink(folder, project="dit", settings={}, fresh=fresh)
+    sink = WandbSink(folder, project="dit", settings={}, is_new=is_new)
     with Tracker(folder, n_steps=9, quiet=True, sinks=[sink]) as tracker:
         monkeypatch.setattr(tracker, "message", said.append)
         tracker.begin()
@@ -64,8 +64,8 @@ def recorded(folder, monkeypatch, fake, *, fresh=True):
 def test_a_failure_is_told_once_and_ends_nothing_else(tmp_path, monkeypatch, fails):
     n_lines, said = recorded(tmp_path, monkeypatch, Fake(fails=fails))
     assert n_lines == 3
-    assert said[-1] == "Weights & Biases failed, training goes on: no way"
-    assert [line.startswith("Weights & Biases is not to be reached") for line in said[:-1]] == (
+    assert said[-1] == "Weights & Biases failed, training continues: no way"
+    assert [line.startswith("Weights & Biases cannot be reached") for line in said[:-1]] == (
         [True] if fails == "init" else [False]
     )
 
@@ -74,7 +74,7 @@ def test_without_a_network_it_is_kept(tmp_path, monkeypatch):
     fake = Fake(fails="network")
     _, said = recorded(tmp_path, monkeypatch, fake)
     assert said == [
-        "Weights & Biases is not to be reached (no way): kept offline",
+        "Weights & Biases cannot be reached (no way): kept offline",
         "Weights & Biases: kept for: wandb sync wandb/x",
     ]
     assert len(fake.told) == 5 and fake.told[-1] == "finished"
@@ -87,12 +87,12 @@ def test_where_it_is_disabled_that_is_said(tmp_path, monkeypatch):
 
 def test_what_it_has_is_not_sent_again_and_a_fresh_start_is_a_new_run(tmp_path, monkeypatch):
     fake = Fake(step=3)
-    recorded(tmp_path, monkeypatch, fake, fresh=False)
+    recorded(tmp_path, monkeypatch, fake, is_new=False)
     assert [told[0] for told in fake.told[:-1]] == [3, 3]
     again = Fake()
-    recorded(tmp_path, monkeypatch, again, fresh=False)
+    recorded(tmp_path, monkeypatch, again, is_new=False)
     anew = Fake()
-    recorded(tmp_path, monkeypatch, anew, fresh=True)
+    recorded(tmp_path, monkeypatch, anew, is_new=True)
     assert fake.id == again.id != anew.id == (tmp_path / "wandb_id").read_text()
 
 
