@@ -443,7 +443,8 @@ class DiT(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         c, d, design = config, config.width, BLOCKS[config.block]
-        self.config, self.n_joining = c, None if design.tokens_join else 0  # None: all tokens
+        self.config = c
+        self.n_joining = None if design.tokens_join else 0  # None: all of the condition's tokens
         self.patch = Linear(c.patch_size**2 * c.channels, d, dtype=c.dtype, rngs=rngs)
         self.position = make_position_embedding(c, rngs=rngs)
         self.time = TimeEmbedder(d, time_scale=c.time_scale, dtype=c.dtype, rngs=rngs)

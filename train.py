@@ -9,8 +9,8 @@ or, in a notebook,
     trainer.fit()
     trainer.sample(labels=[3, 7])
 
-Start reading here. `Trainer` opens the dataset, the model and the devices, in the order of time. The
-run itself is `training.loop.Loop.fit`, and one step of it is `training.step.update`.
+Start reading here. `Trainer.__init__` opens a run in the order of time: dataset, config, network,
+devices, state. The run itself is `training.loop.Loop.fit`; one step is `training.step.update`.
 """
 
 import dataclasses
@@ -273,7 +273,9 @@ class Trainer(Loop):
         return jax.jit(lambda params, batch, key: loss(model(params), batch, key)[0])
 
     def evaluate(self) -> dict[str, float]:
-        """Compute the averaged weights' loss on the evaluation split, always at the same (t, noise)."""
+        """Compute the averaged weights' loss on the evaluation split, always with the same t and
+        noise.
+        """
         losses = []
         for i, batch in enumerate(self.data.eval_batches(self.config.n_eval_batches)):
             batch = parallel.shard_batch(batch, self.mesh)

@@ -21,7 +21,14 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.timing import run_interleaved, make_json_line, format_number, require_known, format_table, make_turn
+from benchmarks.timing import (
+    format_number,
+    format_table,
+    make_json_line,
+    make_turn,
+    require_known,
+    run_interleaved,
+)
 from networks import ops
 from runtime import cli
 from runtime.errors import UserError

@@ -22,7 +22,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.timing import run_interleaved, make_json_line, format_number, require_known, format_table, make_turn
+from benchmarks.timing import (
+    format_number,
+    format_table,
+    make_json_line,
+    make_turn,
+    require_known,
+    run_interleaved,
+)
 from inference.codec import Codec
 from networks.autoencoder import AutoencoderConfig, init_autoencoder_params
 from pretrained.autoencoder import PretrainedAutoencoder, config_to_diffusers
@@ -52,12 +59,16 @@ class AutoencoderBenchConfig:
     peer: bool = True
 
 
-def compile_our_turns(config: AutoencoderConfig, precision: str, image: np.ndarray) -> dict[str, Callable]:
+def compile_our_turns(
+    config: AutoencoderConfig, precision: str, image: np.ndarray
+) -> dict[str, Callable]:
     """Compile encoding and decoding, as turns."""
     params = jax.jit(lambda: init_autoencoder_params(config, jax.random.key(0)))()
     vae = PretrainedAutoencoder(config, jax.device_get(params), hash="", id="random", revision=None)
     codec = Codec(vae, parallel.make_mesh(), dtype=DTYPES[precision])
-    z = parallel.fetch_to_host(codec.encode(image))[..., : config.latent_channels].astype(np.float32)
+    z = parallel.fetch_to_host(codec.encode(image))[..., : config.latent_channels].astype(
+        np.float32
+    )
     codec.decode(z)
     return {
         f"encode, ours {precision}": make_turn(lambda: codec.encode(image)),
@@ -65,7 +76,9 @@ def compile_our_turns(config: AutoencoderConfig, precision: str, image: np.ndarr
     }
 
 
-def make_torch_turns(config: AutoencoderConfig, precision: str, image: np.ndarray) -> dict[str, Callable]:
+def make_torch_turns(
+    config: AutoencoderConfig, precision: str, image: np.ndarray
+) -> dict[str, Callable]:
     """Make the same turns in torch."""
     import torch
 

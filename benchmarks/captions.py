@@ -65,7 +65,10 @@ def write_captioned_digits(folder: Path) -> Path:
     """Write a copy of the embedded digits with a column of captions; returns its folder."""
     embedded = Path(__file__).parents[1] / "data" / "digits"
     for split, data in datasets.load_dataset(str(embedded)).items():
-        captions = [[fill_template(template, label) for template in TRAINED_TEMPLATES] for label in data["label"]]
+        captions = [
+            [fill_template(template, label) for template in TRAINED_TEMPLATES]
+            for label in data["label"]
+        ]
         path = folder / "data" / f"{split}-00000-of-00001.parquet"
         data.add_column("captions", captions).to_parquet(path)
     return folder
@@ -107,9 +110,13 @@ def main() -> None:
         )
     )
     trainer.fit()
-    results = {t: measure_accuracy(trainer, t, config.n) for t in (TRAINED_TEMPLATES[0], UNSEEN_TEMPLATE)}
+    results = {
+        t: measure_accuracy(trainer, t, config.n) for t in (TRAINED_TEMPLATES[0], UNSEEN_TEMPLATE)
+    }
     for template, share in results.items():
-        print(f"{share:.1%} of samples of “{fill_template(template, 7)}” (and so on) are that digit")
+        print(
+            f"{share:.1%} of samples of “{fill_template(template, 7)}” (and so on) are that digit"
+        )
     print(json.dumps({"seen": results[TRAINED_TEMPLATES[0]], "unseen": results[UNSEEN_TEMPLATE]}))
 
 

@@ -42,7 +42,9 @@ class CropsConfig:
     seed: int = 0
 
 
-def crop_randomly(photo: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, size: int) -> Image.Image:
+def crop_randomly(
+    photo: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, size: int
+) -> Image.Image:
     """Crop a square at a random place."""
     height, width, _ = photo.shape
     top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)

@@ -84,7 +84,9 @@ def main() -> None:
         for name, settings in DESIGNS.items()
     }
     judged = {name: judge_run(trainer, n=config.n) for name, trainer in trainers.items()}
-    times = measure_relative_step_times(trainers, config.n_rounds)  # last, because it trains further
+    times = measure_relative_step_times(
+        trainers, config.n_rounds
+    )  # last, because it trains further
     print("\n| block | parameters | step time | requested digit | Fréchet |\n|---|---|---|---|---|")
     results = {}
     for name, trainer in trainers.items():

@@ -136,15 +136,18 @@ def judge_run(
     labels = spread_evenly(range(10), n).tolist()
     samples = grids.to_uint8(trainer.sample(labels, cfg_scale=cfg_scale, n_steps=n_steps))
     data = trainer.data
-    return judge_digits(samples, labels, train=data.images("train"), test=data.images("eval"))
+    return judge_digits(
+        samples, labels, train=data.decode_split("train"), test=data.decode_split("eval")
+    )
 
 
 def main() -> None:
     config = cli.parse_flags(DigitsConfig)
-    how = {"cfg_scale": config.cfg_scale, "n_steps": config.n_steps}
-    said: dict = {"solver": config.solver} if config.solver else {}
-    trainer = Trainer(TrainConfig(run_dir=config.run, resume=True, **said))
-    result = judge_run(trainer, n=config.n, **how)
+    run_config = TrainConfig(run_dir=config.run, resume=True)
+    if config.solver:
+        run_config = TrainConfig(run_dir=config.run, resume=True, solver=config.solver)
+    trainer = Trainer(run_config)
+    result = judge_run(trainer, n=config.n, cfg_scale=config.cfg_scale, n_steps=config.n_steps)
     train, test = (trainer.data.decode_split(split) for split in ("train", "eval"))
     floor = judge_digits(*train, train=train, test=test)
     print(f"right digit {result.accuracy:.1%}, novelty {result.novelty:.2f}, Fréchet ", end="")

@@ -1,8 +1,8 @@
-"""Runs `train.py` until its first step has finished, and prints when each part of that was done.
+"""Run `train.py` until its first step has finished, and print when each stage was done.
 
     python benchmarks/first_step.py --run_dir RUN
 
-Takes the flags of `train.py`; the times are seconds since the epoch. `startup.py` starts it.
+Takes the flags of `train.py`. Times are in seconds since the epoch. `startup.py` starts it.
 """
 
 import json
@@ -19,24 +19,26 @@ import train
 
 
 def main() -> None:
-    at = {"imported": time.time()}
-    honest_init, honest_step = train.Trainer.__init__, train.Trainer.train_step
+    end_times = {"imported": time.time()}
+    original_init = train.Trainer.__init__
+    original_step = train.Trainer.train_step
 
-    def init(self, *args, **named):
-        honest_init(self, *args, **named)
+    def init(self, *args, **kwargs):
+        original_init(self, *args, **kwargs)
         jax.block_until_ready(self.state)
-        at["built"] = time.time()
+        end_times["built"] = time.time()
 
-    def first_step(self, *args, **named):
-        at["opened"] = time.time()
-        jax.block_until_ready(honest_step(self, *args, **named))
-        at["stepped"] = time.time()
-        jax.block_until_ready(honest_step(self, *args, **named))
-        at["stepped_again"] = time.time()
-        print("\n" + json.dumps(at), flush=True)
+    def first_step(self, *args, **kwargs):
+        end_times["opened"] = time.time()
+        jax.block_until_ready(original_step(self, *args, **kwargs))
+        end_times["stepped"] = time.time()
+        jax.block_until_ready(original_step(self, *args, **kwargs))
+        end_times["stepped_again"] = time.time()
+        print("\n" + json.dumps(end_times), flush=True)
         os._exit(0)  # there is nothing to save
 
-    train.Trainer.__init__, train.Trainer.train_step = init, first_step
+    train.Trainer.__init__ = init
+    train.Trainer.train_step = first_step
     train.main()
 
 

@@ -1,10 +1,10 @@
-"""Does the input keep up? Images/s of the pipeline alone, beside those that the step consumes.
+"""Compare the speed of the input pipeline with the speed at which a step consumes images.
 
     python benchmarks/input.py
 
 Each row is a way to feed a trainer: "alone" runs the pipeline with nothing else, "step" trains on
-one batch that is there already, "fed" trains on what the pipeline delivers. Where fed / step is 1,
-the input costs nothing. Pictures are made up: smooth colours with grain, of a photograph's size.
+one batch that is on the device already, "fed" trains on the pipeline's batches. Where fed / step is
+1, the input costs nothing. Images are synthetic: smooth colours with grain, of a photograph's size.
 """
 
 import io
@@ -19,8 +19,8 @@ from statistics import median
 
 import jax
 import numpy as np
+import PIL.Image
 from datasets import ClassLabel, Dataset, Features, Image, disable_progress_bars
-from PIL import Image as Picture
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -34,8 +34,8 @@ class InputConfig:
     """Measure how fast batches are made, and how fast they are used.
 
     Args:
-        seconds: that each of a row's measurements takes, about.
-        rounds: of each, of which the median counts.
+        seconds: about how long each of a row's measurements takes.
+        rounds: of each measurement; their median is reported.
     """
 
     seconds: float = 2.0
@@ -44,7 +44,8 @@ class InputConfig:
 
 SMALL = {"model": "DiT-Ti/8", "batch_size": 64, "image_size": 32}
 PHOTOS = {"model": "DiT-Ti/8", "batch_size": 32, "image_size": 64}
-ROWS = {  # which data, and how they are fed
+# Each row's dataset and flags. The names are keys of the result.
+ROWS = {
     "digits, held": ("digits", {"model": "DiT-Ti/2", "batch_size": 64}),
     "32 px PNG, held": ("small", SMALL),
     "32 px PNG, in device memory": ("small", SMALL | {"cache_on_device": True}),
@@ -56,29 +57,29 @@ ROWS = {  # which data, and how they are fed
 }
 
 
-def write(folder: Path, *, n: int, size: int, form: str) -> str:
-    """n made-up pictures of ten classes as Parquet; returns the dataset's name."""
+def write_synthetic_dataset(folder: Path, *, n: int, size: int, file_format: str) -> str:
+    """Write n synthetic images of ten classes as Parquet; returns the dataset's name."""
     rng = np.random.default_rng(0)
 
-    def picture() -> bytes:
+    def encode_image() -> bytes:
         coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        smooth = Picture.fromarray(coarse).resize((size, size), Picture.Resampling.BICUBIC)
+        smooth = PIL.Image.fromarray(coarse).resize((size, size), PIL.Image.Resampling.BICUBIC)
         grain = rng.normal(0, 6, (size, size, 3))
         file = io.BytesIO()
         pixels = np.clip(np.asarray(smooth) + grain, 0, 255).astype(np.uint8)
-        Picture.fromarray(pixels).save(file, form)
+        PIL.Image.fromarray(pixels).save(file, file_format)
         return file.getvalue()
 
     features = Features({"image": Image(), "label": ClassLabel(names=list("0123456789"))})
-    cells = [{"bytes": picture(), "path": None} for _ in range(n)]
-    data = Dataset.from_dict({"image": cells, "label": [i % 10 for i in range(n)]}, features)
+    images = [{"bytes": encode_image(), "path": None} for _ in range(n)]
+    data = Dataset.from_dict({"image": images, "label": [i % 10 for i in range(n)]}, features)
     (folder / "data").mkdir(parents=True)
     data.to_parquet(folder / "data/train.parquet", batch_size=100)
     return f"folder:{folder}"
 
 
-def per_second(batches: Iterator, seconds: float, batch_size: int) -> float:
-    """Images/s of an endless iterator, after its first batch."""
+def measure_rate(batches: Iterator, seconds: float, batch_size: int) -> float:
+    """Measure the images per second of an endless iterator, after its first batch."""
     next(batches)
     n, start = 0, time.perf_counter()
     while (now := time.perf_counter()) < start + seconds:
@@ -87,40 +88,40 @@ def per_second(batches: Iterator, seconds: float, batch_size: int) -> float:
     return n * batch_size / (now - start)
 
 
-def measure(trainer: Trainer, config: InputConfig) -> dict[str, float]:
-    """Images/s alone, of the step, and of both together."""
+def measure_feeding(trainer: Trainer, config: InputConfig) -> dict[str, float]:
+    """Measure the images per second of the pipeline, of the step, and of both together."""
     endless = 10**9
 
-    def trained(batches: Iterator) -> Iterator:
-        """One step behind, as `Trainer.fit` is: the device always has the next one."""
-        unread = None
+    def train_on(batches: Iterator) -> Iterator:
+        """Wait one step behind, as `Trainer.fit` does: the device always has the next one."""
+        pending_report = None
         for batch in batches:
             report = trainer.train_step(batch)
-            jax.block_until_ready(unread)
-            unread = report
+            jax.block_until_ready(pending_report)
+            pending_report = report
             yield
 
-    def same() -> Iterator:
+    def repeat_one_batch() -> Iterator:
         batch = parallel.shard_batch(next(trainer.batches(0, 1)), trainer.mesh)
         while True:
             yield batch
 
-    def fed() -> Iterator:
+    def prefetch() -> Iterator:
         return parallel.prefetch_to_device(trainer.batches(0, endless), trainer.mesh)
 
-    found: dict[str, list[float]] = {"alone": [], "step": [], "fed": []}
+    rates_by_name: dict[str, list[float]] = {"alone": [], "step": [], "fed": []}
     for _ in range(config.rounds):
         for name, batches in (
             ("alone", trainer.batches(0, endless)),
-            ("step", trained(same())),
-            ("fed", trained(fed())),
+            ("step", train_on(repeat_one_batch())),
+            ("fed", train_on(prefetch())),
         ):
-            rate = per_second(batches, config.seconds, trainer.config.batch_size)
-            found[name].append(rate)
+            rate = measure_rate(batches, config.seconds, trainer.config.batch_size)
+            rates_by_name[name].append(rate)
             batches.close()  # pyright: ignore[reportAttributeAccessIssue]
-    rates = {name: median(several) for name, several in found.items()}
-    ratios = [f / s for f, s in zip(found["fed"], found["step"], strict=True)]
-    return rates | {"fed_per_step": median(ratios)}
+    medians = {name: median(rates) for name, rates in rates_by_name.items()}
+    ratios = [f / s for f, s in zip(rates_by_name["fed"], rates_by_name["step"], strict=True)]
+    return medians | {"fed_per_step": median(ratios)}
 
 
 def main() -> None:
@@ -131,14 +132,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         names = {
             "digits": "digits",
-            "small": write(Path(folder) / "small", n=5000, size=32, form="PNG"),
-            "photos": write(Path(folder) / "photos", n=1500, size=256, form="JPEG"),
+            "small": write_synthetic_dataset(
+                Path(folder) / "small", n=5000, size=32, file_format="PNG"
+            ),
+            "photos": write_synthetic_dataset(
+                Path(folder) / "photos", n=1500, size=256, file_format="JPEG"
+            ),
         }
         for row, (data, settings) in ROWS.items():
             trainer = Trainer(
                 TrainConfig(dataset_name=names[data], run_dir=Path(folder) / "run", **settings)
             )
-            r = results[row] = measure(trainer, config)
+            r = measure_feeding(trainer, config)
+            results[row] = r
             print(
                 f"{row:34}{r['alone']:12,.0f}{r['step']:10,.0f}{r['fed']:10,.0f}"
                 f"{r['fed_per_step']:12.2f}",

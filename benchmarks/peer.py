@@ -1,9 +1,9 @@
 """The peer: `diffusers`' DiT in PyTorch, with a plain rectified-flow training and sampling loop.
 
-The same network as an adaLN-Zero `DiT` of `model.py`, and the same step: uint8 pictures, label
+The network is that of an adaLN-Zero `DiT` of `model.py`, and so is the step: uint8 images, label
 dropout, logit-normal times, AdamW, clipping, the average of the weights. It runs in a process of
-its own (`Peer`): two runtimes in one would fight for threads, device memory and CUDA libraries.
-Where torch or diffusers is missing, or the peer fails, `PeerMissing` says why in one line.
+its own (`Peer`): two runtimes in one would compete for threads, device memory and CUDA libraries.
+If torch or diffusers is missing, or the peer fails, `PeerMissing` gives the reason in one line.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ TIME_SCALE = 1000  # the sinusoids of t were made for 0 … 1000
 
 
 class PeerPrecision(NamedTuple):
-    """In what precision a peer computes, and whether it is compiled."""
+    """A peer's precision, and whether it is compiled."""
 
     autocast: bool
     compile: bool
@@ -40,14 +40,14 @@ PEERS = {
 
 
 class PeerMissing(Exception):
-    """Why there is no peer."""
+    """There is no peer, for the reason of the message."""
 
 
-# --- seen from the benchmark ----------------------------------------------------------------------
+# --- in the benchmark's process ----------------------------------------------------------------------
 
 
 class Peer:
-    """A torch process that takes a turn when it is asked to, and waits idle otherwise."""
+    """A torch process that takes a turn on request, and waits idle otherwise."""
 
     def __init__(
         self,
@@ -60,14 +60,15 @@ class Peer:
         n: int = 1,
         **settings: Any,
     ):
-        """Start it, and wait until it has taken a first turn, in which it may compile.
+        """Start the process, and wait until it has taken a first turn, in which it may compile.
 
         Args:
-            kind: of `PEERS`.
-            task: of `TASKS`; `settings` are its own.
-            config: the `ModelConfig` of the model that it is to equal.
-            platform: that JAX runs on; the peer must run on the same.
+            kind: a name in `PEERS`.
+            task: a name in `TASKS`.
+            config: the `ModelConfig` of the model to reproduce.
+            platform: JAX's platform; the peer must run on the same.
             n: steps of a turn.
+            settings: keyword arguments of the task.
 
         Raises:
             PeerMissing: torch or diffusers is not installed, diffusers has no such model, or it
@@ -80,7 +81,7 @@ class Peer:
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`)
         self.process = subprocess.Popen(
             [sys.executable, __file__],
-            # Where others use the processor too, threads that spin while they wait cost torch a
+            # If others use the processor too, threads that spin while they wait cost torch a
             # multiple of its time.
             env={"OMP_WAIT_POLICY": "passive"} | os.environ,
             stdin=subprocess.PIPE,
@@ -88,27 +89,33 @@ class Peer:
             stderr=self.errors,
             text=True,
         )
-        order = {"kind": kind, "task": task, "config": dataclasses.asdict(config)}
-        order |= {"platform": platform, "batch_size": batch_size, "n": n}
-        order["settings"] = settings
-        self.n_params = self._ask(order)["n_params"]
+        job = {
+            "kind": kind,
+            "task": task,
+            "config": dataclasses.asdict(config),
+            "platform": platform,
+            "batch_size": batch_size,
+            "n": n,
+            "settings": settings,
+        }
+        self.n_params = self._request(job)["n_params"]
         self.memory_bytes: float | None = None
         self.first_seconds = self.turn()
 
     def turn(self) -> float:
-        """Seconds of one step, when the last of the turn is done.
+        """Take a turn; returns the seconds of one step, once the last is done.
 
         Raises:
             PeerMissing: it failed.
         """
-        answer = self._ask({})
+        answer = self._request({})
         self.memory_bytes = answer["memory_bytes"]
         return answer["seconds"]
 
-    def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
+    def _request(self, message: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin and self.process.stdout
         with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(order), file=self.process.stdin, flush=True)
+            print(json.dumps(message), file=self.process.stdin, flush=True)
         if answer := self.process.stdout.readline():
             return json.loads(answer)
         self.process.wait()
@@ -128,11 +135,11 @@ class Peer:
 
 
 def build_torch_model(config: Any) -> Any:
-    """The diffusers model with a `ModelConfig`'s shapes, and as many parameters.
+    """Build the diffusers model with a `ModelConfig`'s shapes and as many parameters.
 
-    diffusers gives every block an embedder of t and the label of its own; the paper and `model.py`
+    diffusers gives every block an embedder of t and the label of its own. The paper and `model.py`
     have one, so here all blocks share the first block's. Labels are dropped by the training loop,
-    once a row, and not again in each block.
+    once per row, and not again in each block.
     """
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
@@ -156,17 +163,17 @@ def build_torch_model(config: Any) -> Any:
     return model
 
 
-def autocast_context(device: str, how: PeerPrecision) -> Any:
-    """What a forward pass runs under."""
+def autocast_context(device: str, precision: PeerPrecision) -> Any:
+    """Make the context that a forward pass runs under."""
     import torch
 
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=how.autocast)
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=precision.autocast)
 
 
 def make_train_step(
     model: Any,
     config: Any,
-    how: PeerPrecision,
+    precision: PeerPrecision,
     *,
     device: str,
     batch_size: int,
@@ -176,7 +183,7 @@ def make_train_step(
     clip_norm: float = 1.0,
     ema_decay: float = 0.9999,
 ) -> Callable[[], Any]:
-    """Training on one batch of random pictures. `remat` keeps only blocks' inputs."""
+    """Make a training step on one batch of random images. `remat` saves only blocks' inputs."""
     import torch
 
     shape = (batch_size, config.channels, config.image_size, config.image_size)
@@ -187,18 +194,21 @@ def make_train_step(
     parameters = list(model.parameters())
     ema = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
-    network = torch.compile(model) if how.compile else model
+    network = torch.compile(model) if precision.compile else model
 
     def step() -> Any:
         data = image.float() / 127.5 - 1
         noise = torch.randn_like(data)
         t = torch.randn(batch_size, device=device).sigmoid()  # logit-normal
-        at = t[:, None, None, None]
+        t_image = t[:, None, None, None]
         drop = torch.rand(batch_size, device=device) < label_dropout
-        told = torch.where(drop, config.n_classes, label)
-        with autocast_context(device, how):
+        label_or_null = torch.where(drop, config.n_classes, label)
+        with autocast_context(device, precision):
             velocity = network(
-                (1 - at) * data + at * noise, TIME_SCALE * t, told, return_dict=False
+                (1 - t_image) * data + t_image * noise,
+                TIME_SCALE * t,
+                label_or_null,
+                return_dict=False,
             )[0]
         loss = (velocity.float() - (noise - data)).square().mean()
         loss.backward()
@@ -215,17 +225,20 @@ def make_train_step(
 def make_guided_sampling(
     model: Any,
     config: Any,
-    how: PeerPrecision,
+    precision: PeerPrecision,
     *,
     device: str,
     batch_size: int,
     n_steps: int,
     cfg_scale: float = 2.0,
 ) -> Callable[[], Any]:
-    """Euler's method from noise to pictures on the host; both halves of guidance in one batch."""
+    """Make a sampler: Euler's method from noise to images on the host.
+
+    Both halves of guidance are one batch.
+    """
     import torch
 
-    network = torch.compile(model) if how.compile else model
+    network = torch.compile(model) if precision.compile else model
     label = torch.arange(batch_size, device=device) % config.n_classes
     both = torch.cat([label, torch.full_like(label, config.n_classes)])
     shape = (batch_size, config.channels, config.image_size, config.image_size)
@@ -234,7 +247,7 @@ def make_guided_sampling(
     def sample() -> Any:
         x = torch.randn(shape, device=device)
         # One context around the loop: autocast then casts each weight once, not once a step.
-        with torch.no_grad(), autocast_context(device, how):
+        with torch.no_grad(), autocast_context(device, precision):
             for t, s in pairwise(times):
                 time = torch.full((2 * batch_size,), TIME_SCALE * t, device=device)
                 velocity = network(torch.cat([x, x]), time, both, return_dict=False)[0].float()
@@ -249,7 +262,7 @@ TASKS = {"step": make_train_step, "sample": make_guided_sampling}
 
 
 def torch_device(platform: str) -> str:
-    """torch's name of JAX's platform."""
+    """Return torch's name of JAX's platform."""
     import torch
 
     if platform == "cpu":
@@ -262,42 +275,44 @@ def torch_device(platform: str) -> str:
 
 
 def read_peak_memory(device: str) -> float | None:
-    """The most that was in use: of device memory, on a CPU by the whole process."""
+    """Read the peak of device memory in use; on a CPU, that of the whole process."""
     import torch
 
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    # Not `resource`, whose figure begins with that of the process that started this one.
+    # Not `resource`, whose figure starts from that of the parent process.
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((1024.0 * int(s.split()[1]) for s in lines if s.startswith("VmHWM:")), None)
 
 
 def serve_turns() -> None:
-    """Build what the first line of the input orders; then a turn, and its time, for each line."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print
-    order = json.loads(input())
-    device, config = torch_device(order["platform"]), SimpleNamespace(**order["config"])
+    """Build the job in the first line of the input; then take a turn for each further line."""
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # libraries print
+    job = json.loads(input())
+    device = torch_device(job["platform"])
+    config = SimpleNamespace(**job["config"])
     import torch
 
-    model = build_torch_model(config).to(device).train(order["task"] == "step")
-    run = TASKS[order["task"]](
+    model = build_torch_model(config).to(device).train(job["task"] == "step")
+    run = TASKS[job["task"]](
         model,
         config,
-        PEERS[order["kind"]],
+        PEERS[job["kind"]],
         device=device,
-        batch_size=order["batch_size"],
-        **order["settings"],
+        batch_size=job["batch_size"],
+        **job["settings"],
     )
     n_params = sum(p.numel() for p in model.parameters())
     print(json.dumps({"n_params": n_params}), file=answers, flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
-        for _ in range(order["n"]):
+        for _ in range(job["n"]):
             run()
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds = (time.perf_counter() - start) / order["n"]
+        seconds = (time.perf_counter() - start) / job["n"]
         answer = {"seconds": seconds, "memory_bytes": read_peak_memory(device)}
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -1,42 +1,45 @@
-"""The plan on paper: what a training step asks of each device on a mesh that is not here, and how
-long it should take.
+"""Plan a training step on a mesh that is not here: bytes per device, bytes sent, and time.
 
-    python scaling.py     writes the tables of docs/scaling.md anew
+    python benchmarks/planner.py     # write the tables of docs/scaling.md anew
 
-A roofline: FLOPs over the speed of matrix products, bytes over the bandwidth of memory, bytes over
-the bandwidth of links. It counts the step that `train_state.update` and `parallel.value_and_grad`
-take; what a pass keeps it asks of JAX, by tracing `model.py`. It measures nothing and touches no
-device.
+The plan is a roofline: FLOPs over the speed of matrix products, bytes over the bandwidth of memory,
+bytes over the bandwidth of links. It counts the step of `training.step` and
+`parallel.value_and_grad`. The bytes that a forward pass saves come from JAX, by tracing `model.py`.
+It measures nothing and touches no device.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from data.batch import EncodedCaption
-from model import JOINT, ModelConfig, model_graphdef, init_model_params, model_config
+from model import JOINT, ModelConfig, init_model_params, model_config, model_graphdef
 from runtime import parallel
 from training import flops as training_flops
 
-DEVICES_PER_HOST = 8  # devices
+DEVICES_PER_HOST = 8
 FP32 = 4  # bytes of a weight, a gradient, a moment, an average
 MOMENTS = 2
-# Trees of the gradient's size while weights are updated: itself, and the steps that are taken.
-# Found in XLA's buffer assignment on CPU.
+# Trees of the gradient's size while weights are updated: the gradient, and the updates. Found in
+# XLA's buffer assignment on CPU.
 UPDATE_TREES = 2
 # AdamW and EMA read gradient, weights, two moments and average and write all but the gradient; its
 # norm reads the gradient once more.
 UPDATE_PASSES = 10
-# Forward: written, read. Backward: read; its gradient written, read. What is not kept is written
-# and read once more.
-PASSES, PASSES_OF_REMAT = 5, 2
+# Memory accesses of an activation. Forward: written, read. Backward: read; its gradient written,
+# read. One that is not saved is written and read once more.
+ACTIVATION_PASSES = 5
+REMAT_PASSES = 2
 
 
 # --- devices --------------------------------------------------------------------------------------
@@ -44,16 +47,18 @@ PASSES, PASSES_OF_REMAT = 5, 2
 
 @dataclass(frozen=True)
 class Device:
-    """What one device of a host can do.
+    """The speeds and memory of one device of a host.
 
     Args:
         flops_per_second: of large matrix products, as attained.
-        peak_flops_per_second: what MFU is measured against.
-        memory_bytes, memory_bytes_per_second: its own memory.
-        link_bytes_per_second: to the others of its host, in one direction.
-        network_bytes_per_second: its share of what its host sends to other hosts.
-        start_seconds: of a collective.
-        link_hop_seconds, network_hop_seconds: until the next device has the first bytes.
+        peak_flops_per_second: the reference of MFU.
+        memory_bytes: its own memory.
+        memory_bytes_per_second: bandwidth of its own memory.
+        link_bytes_per_second: to the other devices of its host, in one direction.
+        network_bytes_per_second: its share of its host's bandwidth to other hosts.
+        start_seconds: the constant part of a collective's latency.
+        link_hop_seconds: until the next device of the host has the first bytes.
+        network_hop_seconds: until the next host has the first bytes.
     """
 
     name: str
@@ -74,7 +79,7 @@ ATTAINED = 790 / 989
 
 
 def make_hopper(name: str, kind: str, memory_bytes: float) -> Device:
-    """A Hopper SXM card, eight to a host.
+    """Describe a Hopper SXM card, eight to a host.
 
     NVLink 4 is 900 GB/s in both directions together (NVIDIA's data sheets of H100 and H200); a DGX
     has one ConnectX-7 of 400 Gbit/s for each card (DGX H100/H200 user guide). Latencies are those
@@ -108,39 +113,48 @@ DEVICES = {
 class WeightBytes(NamedTuple):
     """Bytes of a model's fp32 weights on a mesh."""
 
-    split: int  # whole size of those that are sharded
-    alike: int  # of those that every device has
-    gathered: float  # of the largest part that is whole at one time: a block
+    sharded: int  # total size of the weights that are sharded
+    replicated: int  # of those that every device has
+    gathered: float  # of the largest part that is gathered at one time: a block
     on_device: float
-    calls: int  # of parts that are gathered, each for itself, in one pass
+    n_gathers: int  # parts that are gathered one by one in a pass
 
 
 @lru_cache
 def param_shapes(config: ModelConfig) -> Any:
+    """Return the tree of parameters as shapes."""
     return jax.eval_shape(lambda: init_model_params(config, jax.random.key(0)))
 
 
 def count_params(config: ModelConfig) -> int:
+    """Count a model's parameters."""
     return sum(x.size for x in jax.tree.leaves(param_shapes(config)))
 
 
 def count_weight_bytes(config: ModelConfig, fsdp: int) -> WeightBytes:
-    """By the shape rule of `parallel.partition_specs`."""
-    params, n = param_shapes(config), count_stacked_blocks(config)
+    """Count the bytes of weights, by the shape rule of `parallel.partition_specs`."""
+    params = param_shapes(config)
+    n_blocks = count_stacked_blocks(config)
     specs = parallel.partition_specs(params, parallel.abstract_mesh(1, fsdp))
-    split, alike, largest = 0, 0, 0.0
+    sharded, replicated, largest = 0, 0, 0.0
     for name, part in params.items():
         axes = parallel.sharded_axes(specs[name], jax.tree.map(lambda x: x.ndim, part))
         sizes = [FP32 * x.size for x in jax.tree.leaves(part)]
-        of_part = sum(size for size, axis in zip(sizes, axes, strict=True) if axis is not None)
-        split, alike = split + of_part, alike + sum(sizes) - of_part
-        largest = max(largest, sum(sizes) / n.get(name, 1))
-    calls = sum(n.get(name, 1) for name in params)
-    return WeightBytes(split, alike, largest, split / fsdp + alike, calls)
+        sharded_size = sum(size for size, axis in zip(sizes, axes, strict=True) if axis is not None)
+        sharded += sharded_size
+        replicated += sum(sizes) - sharded_size
+        largest = max(largest, sum(sizes) / n_blocks.get(name, 1))
+    return WeightBytes(
+        sharded=sharded,
+        replicated=replicated,
+        gathered=largest,
+        on_device=sharded / fsdp + replicated,
+        n_gathers=sum(n_blocks.get(name, 1) for name in params),
+    )
 
 
 def count_stacked_blocks(config: ModelConfig) -> dict[str, int]:
-    """Blocks of each stack: an MMDiT's last stands apart."""
+    """Count the blocks of each stack; an MMDiT's last block is outside of the stacks."""
     c = config
     if c.block != JOINT:
         return {"blocks": c.depth}
@@ -148,45 +162,53 @@ def count_stacked_blocks(config: ModelConfig) -> dict[str, int]:
 
 
 class ForwardBytes(NamedTuple):
-    """Bytes of one picture's forward pass."""
+    """Bytes of one image's activations in a forward pass."""
 
-    made: int  # what the backward pass reads, but for scores
-    kept: int  # of this, what is not computed again
-    scores: int  # attention's, and their softmax: never kept
+    read: int  # by the backward pass, without attention scores
+    saved: int  # of these, those that are not recomputed
+    scores: int  # of attention, and their softmax: never saved
 
 
 @lru_cache
 def count_forward_bytes(config: ModelConfig) -> ForwardBytes:
-    """As JAX splits the model that devices run into two passes: the difference that a row makes,
-    by which weights drop out.
+    """Count the bytes of activations, as JAX splits the model into two passes.
+
+    They are the difference between batches of two sizes, divided by the difference in size: weights
+    cancel.
     """
-    params, few, many = param_shapes(config), 97, 101
+    params = param_shapes(config)
+    n_few, n_many = 97, 101
     specs = parallel.partition_specs(params, parallel.abstract_mesh(1, 1))
 
-    def plain(params):
+    def make_plain(params):
         return nnx.merge(model_graphdef(replace(config, remat=False)), params)
 
-    def frugal(params):
+    def make_as_configured(params):
         return parallel.merge_sharded_model(model_graphdef(config), params, specs)
 
-    def residuals(make: Callable, rows: int) -> int:
+    def count_residuals(make: Callable, n_rows: int) -> int:
         def split(params, inputs):
             return jax.vjp(lambda params: make(params)(*inputs), params)[1]
 
-        found = jax.tree.leaves(jax.eval_shape(split, params, model_inputs(config, rows)))
-        return sum(x.size * x.dtype.itemsize for x in found)
+        residuals = jax.eval_shape(split, params, model_inputs(config, n_rows))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(residuals))
 
-    made, kept = (
-        (residuals(make, many) - residuals(make, few)) // (many - few) for make in (plain, frugal)
-    )
+    def count_per_row(make: Callable) -> int:
+        difference = count_residuals(make, n_many) - count_residuals(make, n_few)
+        return difference // (n_many - n_few)
+
     # Two tensors of as many numbers as there are products of a query and a key.
     products = training_flops.flops_by_module(config)["attention scores, values"]
     scores = 2 * FP32 * products * config.n_heads // (4 * config.width)
-    return ForwardBytes(made, kept, round(scores))
+    return ForwardBytes(
+        read=count_per_row(make_plain),
+        saved=count_per_row(make_as_configured),
+        scores=round(scores),
+    )
 
 
 def model_inputs(config: ModelConfig, rows: int) -> tuple[Any, ...]:
-    """Shapes of x_t, t and the label."""
+    """Return the shapes of x_t, t and the label."""
 
     def array(*shape, dtype: Any = jnp.float32):
         return jax.ShapeDtypeStruct((rows, *shape), dtype)
@@ -201,8 +223,14 @@ def model_inputs(config: ModelConfig, rows: int) -> tuple[Any, ...]:
 
 
 def count_block_bytes(config: ModelConfig) -> ForwardBytes:
-    two, three = (count_forward_bytes(replace(config, depth=depth, remat=False)) for depth in (2, 3))
-    return ForwardBytes(*(b - a for a, b in zip(two, three, strict=True)))
+    """Count the bytes of one block's activations: those of three blocks less those of two."""
+    two = count_forward_bytes(replace(config, depth=2, remat=False))
+    three = count_forward_bytes(replace(config, depth=3, remat=False))
+    return ForwardBytes(
+        read=three.read - two.read,
+        saved=three.saved - two.saved,
+        scores=three.scores - two.scores,
+    )
 
 
 # --- collectives ----------------------------------------------------------------------------------
@@ -214,9 +242,10 @@ class Collective:
 
     Args:
         kind: all-gather, reduce-scatter or all-reduce.
-        n: how many, if XLA combines those of one block, and those after the last.
-        array_bytes: of what is gathered or summed, whole, in all of them.
-        size: devices of a group. per_host: those of them in one host.
+        n: their number, if XLA combines those of one block, and those after the last.
+        array_bytes: total size of the gathered or summed arrays.
+        size: devices of a group.
+        per_host: devices of a group in one host.
     """
 
     kind: str
@@ -227,8 +256,10 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """What each device sends in a ring, and receives: once around to gather or to
-        reduce-scatter, twice for the sum, which is both (Patarasuk & Yuan 2009, §3).
+        """Bytes that each device sends in a ring, and receives.
+
+        Once around to gather or to reduce-scatter, twice for the sum, which is both (Patarasuk &
+        Yuan 2009, §3).
         """
         rounds = 2 if self.kind == "all-reduce" else 1
         return rounds * self.array_bytes * (self.size - 1) / self.size
@@ -238,8 +269,9 @@ class Collective:
         return self.size // self.per_host
 
     def latency(self, device: Device) -> float:
-        """Of one: around the ring; a sum goes there and back, or up and down a tree (NCCL takes the
-        quicker).
+        """Return the latency of one operation: once around the ring.
+
+        A sum goes there and back, or up and down a tree: NCCL takes the quicker.
         """
         link, network = device.link_hop_seconds, device.network_hop_seconds
         ring = (self.size - self.n_hosts) * link + (self.n_hosts - 1) * network
@@ -249,8 +281,10 @@ class Collective:
         return device.start_seconds + ring
 
     def seconds(self, device: Device) -> float:
-        """A ring leaves and enters a host once for each of its devices in the group, each time
-        through another network card.
+        """Return the time of all operations.
+
+        A ring leaves and enters a host once for each of its devices in the group, each time through
+        another network card.
         """
         bandwidth = device.link_bytes_per_second
         if self.n_hosts > 1:
@@ -258,19 +292,46 @@ class Collective:
         return self.n * self.latency(device) + self.sent_bytes / bandwidth
 
 
-def list_collectives(w: WeightBytes, data: int, fsdp: int, accumulate_steps: int = 1) -> list[Collective]:
-    """Of `parallel.value_and_grad`, all in fp32. A block is gathered for each pass and its gradient
-    reduce-scattered, in every part of a batch; shards are summed over `data`, and what is not split
-    over all devices, once, at the end.
+def list_collectives(
+    w: WeightBytes, data: int, fsdp: int, accumulate_steps: int = 1
+) -> list[Collective]:
+    """List the collectives of `parallel.value_and_grad`, all in fp32.
+
+    A block is gathered for each pass and its gradient reduce-scattered, in every part of a batch.
+    Shards are summed over `data`, and replicated weights over all devices, once, at the end.
     """
-    n, parts, in_host = w.calls, accumulate_steps, min(fsdp, DEVICES_PER_HOST)
-    found = [
-        Collective("all-gather", 2 * parts * n, 2 * parts * w.split, fsdp, in_host),
-        Collective("reduce-scatter", parts * n, parts * w.split, fsdp, in_host),
-        Collective("all-reduce", 1, w.split / fsdp, data, max(1, min(data, DEVICES_PER_HOST // fsdp))),
-        Collective("all-reduce", 1, w.alike, data * fsdp, min(data * fsdp, DEVICES_PER_HOST)),
+    in_host = min(fsdp, DEVICES_PER_HOST)
+    collectives = [
+        Collective(
+            kind="all-gather",
+            n=2 * accumulate_steps * w.n_gathers,
+            array_bytes=2 * accumulate_steps * w.sharded,
+            size=fsdp,
+            per_host=in_host,
+        ),
+        Collective(
+            kind="reduce-scatter",
+            n=accumulate_steps * w.n_gathers,
+            array_bytes=accumulate_steps * w.sharded,
+            size=fsdp,
+            per_host=in_host,
+        ),
+        Collective(
+            kind="all-reduce",
+            n=1,
+            array_bytes=w.sharded / fsdp,
+            size=data,
+            per_host=max(1, min(data, DEVICES_PER_HOST // fsdp)),
+        ),
+        Collective(
+            kind="all-reduce",
+            n=1,
+            array_bytes=w.replicated,
+            size=data * fsdp,
+            per_host=min(data * fsdp, DEVICES_PER_HOST),
+        ),
     ]
-    return [c for c in found if c.size > 1 and c.array_bytes]
+    return [c for c in collectives if c.size > 1 and c.array_bytes]
 
 
 # --- the plan -------------------------------------------------------------------------------------
@@ -278,11 +339,13 @@ def list_collectives(w: WeightBytes, data: int, fsdp: int, accumulate_steps: int
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. The state is there always, the larger of `backward` and `update`
-    beside it in turn.
+    """Bytes on one device.
+
+    The state is always there. Beside it are the temporaries of the backward pass, then those of the
+    update.
     """
 
-    count_weight_bytes: float
+    weights: float
     average: float
     moments: float
     gradients: float
@@ -309,10 +372,9 @@ class Plan:
 
     Args:
         rows: of the batch, on each device.
-        accumulate_steps: parts that these are computed in.
-        scores_stay: whether attention's scores never leave the chip. Those of `layers.attention`
-            do, if only for the length of a block: a flash or cuDNN kernel's would not (Dao et al.
-            2022).
+        accumulate_steps: parts in which these rows are computed.
+        scores_stay: True if attention's scores never leave the chip, as with a flash or cuDNN
+            kernel (Dao et al. 2022). Those of our own attention do, for the duration of a block.
     """
 
     config: ModelConfig
@@ -335,51 +397,58 @@ class Plan:
     def collectives(self) -> list[Collective]:
         return list_collectives(self.weights, self.data, self.fsdp, self.accumulate_steps)
 
-    def _made(self, tensors: ForwardBytes) -> int:
-        return tensors.made + (0 if self.scores_stay else tensors.scores)
+    def _bytes_read(self, activations: ForwardBytes) -> int:
+        return activations.read + (0 if self.scores_stay else activations.scores)
 
     @cached_property
     def memory(self) -> Memory:
-        here, c = self.weights.on_device, self.config
-        block = count_block_bytes(c)  # computed again, beside what is kept of it already
-        per_row = count_forward_bytes(c).kept + self._made(block) - (0 if c.remat else block.kept)
+        c = self.config
+        on_device = self.weights.on_device
+        block = count_block_bytes(c)
+        # One block is recomputed at a time; without remat its saved part is counted already.
+        per_row = (
+            count_forward_bytes(c).saved + self._bytes_read(block) - (0 if c.remat else block.saved)
+        )
         cast = 0 if c.dtype == "float32" else jnp.dtype(c.dtype).itemsize
         # A block as gathered, as cast, and its gradient before it is scattered.
         copies = (FP32 if self.fsdp > 1 else 0) + cast + FP32
         return Memory(
-            weights=here,
-            average=here,
-            moments=MOMENTS * here,
-            gradients=here * (2 if self.accumulate_steps > 1 else 1),  # of all parts, and of one
+            weights=on_device,
+            average=on_device,
+            moments=MOMENTS * on_device,
+            # The sum over all parts of the batch, and the gradient of one.
+            gradients=on_device * (2 if self.accumulate_steps > 1 else 1),
             activations=self.rows / self.accumulate_steps * per_row,
             gathered=copies / FP32 * self.weights.gathered,
-            update=UPDATE_TREES * here,
+            update=UPDATE_TREES * on_device,
         )
 
     @property
     def flops(self) -> float:
-        """Useful ones of one device, recomputation not counted."""
+        """Useful FLOPs of one device: recomputation is not counted."""
         forward = sum(training_flops.flops_by_module(self.config).values())
         return training_flops.TRAIN_PER_FORWARD * self.rows * forward
 
     @property
     def arithmetic_seconds(self) -> float:
-        """Matrix products; with remat the forward pass twice."""
+        """Time of matrix products; with remat the forward pass counts twice."""
         forward = self.flops / training_flops.TRAIN_PER_FORWARD
-        return (self.flops + self.config.remat * forward) / self.device.flops_per_second
+        recomputed = forward if self.config.remat else 0
+        return (self.flops + recomputed) / self.device.flops_per_second
 
     @property
     def memory_seconds(self) -> float:
-        """Of moving the tensors between two operations and the trees of the update."""
-        tensors = count_forward_bytes(self.config)
-        made = self._made(tensors)
-        moved = self.rows * (PASSES * made + PASSES_OF_REMAT * (made - tensors.kept))
+        """Time of moving the activations between operations and the trees of the update."""
+        activations = count_forward_bytes(self.config)
+        read = self._bytes_read(activations)
+        recomputed = read - activations.saved
+        moved = self.rows * (ACTIVATION_PASSES * read + REMAT_PASSES * recomputed)
         moved += UPDATE_PASSES * self.weights.on_device
         return moved / self.device.memory_bytes_per_second
 
     @property
     def compute_seconds(self) -> float:
-        """Products and what lies between them take turns."""
+        """Time of arithmetic and memory, which do not overlap."""
         return self.arithmetic_seconds + self.memory_seconds
 
     @property
@@ -388,14 +457,15 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Expected, if no collective hides behind arithmetic: in a scan XLA has nothing to hide a
-        block's gather behind.
+        """Expected time if no collective overlaps with arithmetic.
+
+        In a scan XLA has nothing to hide a block's gather behind.
         """
         return self.compute_seconds + self.communication_seconds
 
     @property
     def hidden_seconds(self) -> float:
-        """If as much hides as can."""
+        """Expected time if communication and computation overlap completely."""
         return max(self.compute_seconds, self.communication_seconds)
 
     @property
@@ -414,26 +484,28 @@ LARGEST_BATCH = 4096  # over all devices: a choice, 16 times that of Peebles & X
 def list_fitting_plans(
     config: ModelConfig, device: Device, n_devices: int, scores_stay: bool = False
 ) -> Iterator[Plan]:
-    """DDP, FSDP in each host and FSDP over all, with and without remat, each with the largest power
-    of two of rows that fits.
+    """List plans of DDP, FSDP in each host and FSDP over all, with and without remat.
+
+    Each has the largest power of two of rows that fits.
     """
-    most = max(1, LARGEST_BATCH // n_devices)
+    max_rows = max(1, LARGEST_BATCH // n_devices)
     for fsdp in sorted({1, min(DEVICES_PER_HOST, n_devices), n_devices}):
         for remat in (False, True):
-            c, fits = replace(config, remat=remat), None
-            for rows in (2**i for i in range(int(math.log2(most)) + 1)):
+            c = replace(config, remat=remat)
+            largest = None
+            for rows in (2**i for i in range(int(math.log2(max_rows)) + 1)):
                 plan = Plan(c, device, n_devices // fsdp, fsdp, rows, scores_stay=scores_stay)
                 if plan.memory.total > USABLE_MEMORY * device.memory_bytes:
                     break
-                fits = plan
-            if fits:
-                yield fits
+                largest = plan
+            if largest:
+                yield largest
 
 
 def choose_plan(
     config: ModelConfig, device: Device, n_devices: int, scores_stay: bool = False
 ) -> Plan | None:
-    """The fastest that fits; None if nothing does."""
+    """Choose the fastest plan that fits; None if nothing does."""
     plans = list_fitting_plans(config, device, n_devices, scores_stay)
     return max(plans, key=lambda plan: plan.images_per_second, default=None)
 
@@ -441,7 +513,7 @@ def choose_plan(
 # --- the tables of docs/scaling.md ----------------------------------------------------------------
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
-BEGIN, END = "<!-- tables: python scaling.py -->", "<!-- end of tables -->"
+BEGIN, END = "<!-- tables: python benchmarks/planner.py -->", "<!-- end of tables -->"
 XL = {"channels": 4, "out_channels": 4, "n_classes": 1000, "dtype": "bfloat16"}
 # 36 d² weights a joint block: 33 blocks of width 2,048 make 5e9. Latents, captions and heads of 64
 # as in SD3: 16 channels, 77 + 77 tokens of width 4,096, pooled 2,048 (Esser et al. 2024, §4, B.3).
@@ -465,21 +537,22 @@ FIVE_BILLION = ModelConfig(
 
 
 def list_models() -> dict[tuple[str, int], ModelConfig]:
-    """By name and pixels to a side; latents are an eighth of these."""
-    found = {}
+    """List models by name and pixels to a side; the side of latents is an eighth of these."""
+    models: dict[tuple[str, int], ModelConfig] = {}
     for side in (256, 1024):
-        xl = model_config("DiT-XL/2", image_size=side // 8, **XL)
-        found |= {("DiT-XL/2", side): xl}
-        found |= {("MMDiT-5B/2", side): replace(FIVE_BILLION, image_size=side // 8)}
-    return found
+        models["DiT-XL/2", side] = model_config("DiT-XL/2", image_size=side // 8, **XL)
+        models["MMDiT-5B/2", side] = replace(FIVE_BILLION, image_size=side // 8)
+    return models
 
 
 def describe_mesh(plan: Plan) -> str:
+    """Name a plan's parallelism and its mesh, such as "FSDP 1×8"."""
     kinds = {1: "DDP", plan.n_devices: "FSDP"}
     return f"{kinds.get(plan.fsdp, 'hybrid')} {plan.data}×{plan.fsdp}"
 
 
 def format_row(*cells: Any) -> str:
+    """Format a row of a Markdown table."""
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -490,9 +563,10 @@ COLUMNS = [
 
 
 def format_plan(plan: Plan) -> list[str]:
+    """Format the cells of a plan's row, one for each of `COLUMNS`."""
     m = plan.memory
 
-    def moved(kind: str) -> str:
+    def format_gigabytes(kind: str) -> str:
         return f"{sum(c.array_bytes for c in plan.collectives if c.kind == kind) / 1e9:.2f}"
 
     return [
@@ -502,7 +576,7 @@ def format_plan(plan: Plan) -> list[str]:
         "yes" if plan.config.remat else "no",
         f"{m.state / 1e9:.1f}",
         f"{m.temporaries / 1e9:.1f}",
-        *(moved(kind) for kind in ("all-gather", "reduce-scatter", "all-reduce")),
+        *(format_gigabytes(kind) for kind in ("all-gather", "reduce-scatter", "all-reduce")),
         f"{1e3 * plan.seconds:.0f} ({1e3 * plan.hidden_seconds:.0f})",
         f"{plan.mfu:.0%}",
         f"{plan.images_per_second:,.0f}",
@@ -510,23 +584,27 @@ def format_plan(plan: Plan) -> list[str]:
 
 
 def format_plans(plans: list[tuple[str, Plan | None]]) -> list[str]:
-    """Each with what its devices are called, where nothing fits."""
+    """Format the rows of a table; each plan comes with the name of its devices."""
     lines = [format_row(*COLUMNS), format_row(*["---"] * len(COLUMNS))]
-    for words, plan in plans:
-        blank = [words, "does not fit", *["—"] * (len(COLUMNS) - 2)]
+    for devices, plan in plans:
+        blank = [devices, "does not fit", *["—"] * (len(COLUMNS) - 2)]
         lines.append(format_row(*(format_plan(plan) if plan else blank)))
     return lines
 
 
 def make_tables() -> str:
+    """Compute all tables of docs/scaling.md."""
     lines = ["### The models", ""]
     columns = ("model", "width", "depth", "parameters", "tokens", "forward GFLOP/image")
     lines += [format_row(*columns, "kept MB/image", "scores MB/image"), format_row(*["---"] * 8)]
     for (name, side), c in list_models().items():
-        flops, tensors = sum(training_flops.flops_by_module(c).values()), count_forward_bytes(c)
+        flops = sum(training_flops.flops_by_module(c).values())
+        activations = count_forward_bytes(c)
         count = f"{count_params(c):,}"
         facts = (f"{name}, {side}²", c.width, c.depth, count, math.prod(c.grid))
-        amounts = (f"{x:,.0f}" for x in (flops / 1e9, tensors.kept / 1e6, tensors.scores / 1e6))
+        amounts = (
+            f"{x:,.0f}" for x in (flops / 1e9, activations.saved / 1e6, activations.scores / 1e6)
+        )
         lines.append(format_row(*facts, *amounts))
     for side, scores_stay in ((256, False), (1024, False), (1024, True)):
         for name in ("DiT-XL/2", "MMDiT-5B/2"):
@@ -534,7 +612,10 @@ def make_tables() -> str:
             lines += ["", f"### {name} at {side}², {title}", ""]
             lines += format_plans(
                 [
-                    (f"{n} {device.name}", choose_plan(list_models()[name, side], device, n, scores_stay))
+                    (
+                        f"{n} {device.name}",
+                        choose_plan(list_models()[name, side], device, n, scores_stay),
+                    )
                     for device in DEVICES.values()
                     for n in (8, 64, 1024)
                 ]
@@ -544,15 +625,15 @@ def make_tables() -> str:
         compared = []
         plans = list(list_fitting_plans(list_models()[name, 256], DEVICES["H100"], 64))
         for fsdp in (1, 8, 64):
-            of_it = [plan for plan in plans if plan.fsdp == fsdp]
-            best = max(of_it, key=lambda plan: plan.images_per_second, default=None)
+            candidates = [plan for plan in plans if plan.fsdp == fsdp]
+            best = max(candidates, key=lambda plan: plan.images_per_second, default=None)
             compared.append((f"64 H100, {64 // fsdp}×{fsdp}", best))
         lines += format_plans(compared)
     return "\n".join(lines)
 
 
 def refresh_tables(document: str) -> str:
-    """The document with its tables computed anew."""
+    """Return the document with its tables computed anew."""
     before, _, rest = document.partition(BEGIN)
     return f"{before}{BEGIN}\n\n{make_tables()}\n\n{END}{rest.partition(END)[2]}"
 

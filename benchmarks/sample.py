@@ -23,13 +23,13 @@ from benchmarks.peer import PEERS, Peer
 from benchmarks.step import PRECISIONS, Contestant, build_trainer
 from benchmarks.timing import (
     Times,
-    run_interleaved,
-    make_json_line,
     format_number,
-    skip_if_impossible,
-    require_known,
     format_table,
+    make_json_line,
     make_turn,
+    require_known,
+    run_interleaved,
+    skip_if_impossible,
 )
 from runtime import cli
 from train import Trainer
@@ -80,7 +80,9 @@ def compile_our_sampling(trainer: Trainer, config: SampleConfig, precision: str)
     )
 
 
-def start_torch_sampling(kind: str, m: Any, config: SampleConfig, stack: contextlib.ExitStack) -> Contestant:
+def start_torch_sampling(
+    kind: str, m: Any, config: SampleConfig, stack: contextlib.ExitStack
+) -> Contestant:
     """A peer of the model, which ends with `stack`."""
     how = {"platform": jax.default_backend(), "batch_size": config.n}
     peer = Peer(kind, "sample", m, n_steps=config.n_steps, cfg_scale=CFG_SCALE, **how)

@@ -30,7 +30,7 @@ import model
 from benchmarks import planner
 from data.batch import Batch
 from methods.rectified_flow import logit_normal, rectified_flow_loss
-from model import model_graphdef, init_model_params, model_config
+from model import init_model_params, model_config, model_graphdef
 from runtime import cli, parallel
 from train import Trainer
 from training import profiling
@@ -40,7 +40,9 @@ MESHES = {"DDP": (8, 1), "hybrid": (2, 4), "FSDP": (1, 8)}
 LOSS = rectified_flow_loss(density=logit_normal(), label_dropout=0.1)
 LATENTS: dict[str, Any] = {"image_size": 32, "channels": 3, "profile": True}  # no pictures are read
 # The width of DiT-S in two depths, for compile times.
-DEPTH_PRESETS = {f"DiT-{n}/2": {"width": 384, "depth": n, "n_heads": 6, "patch_size": 2} for n in (6, 28)}
+DEPTH_PRESETS = {
+    f"DiT-{n}/2": {"width": 384, "depth": n, "n_heads": 6, "patch_size": 2} for n in (6, 28)
+}
 model.MODELS |= DEPTH_PRESETS
 
 

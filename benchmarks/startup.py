@@ -26,7 +26,13 @@ sys.path.insert(0, str(ROOT := Path(__file__).parents[1]))
 import jax
 
 from benchmarks.peer import Peer
-from benchmarks.timing import run_interleaved, make_json_line, format_number, skip_if_impossible, format_table
+from benchmarks.timing import (
+    format_number,
+    format_table,
+    make_json_line,
+    run_interleaved,
+    skip_if_impossible,
+)
 from runtime import cli
 from train import Trainer
 from training.config import TrainConfig

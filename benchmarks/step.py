@@ -30,14 +30,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.peer import PEERS, Peer
 from benchmarks.timing import (
     Times,
-    run_interleaved,
-    make_json_line,
     format_number,
-    skip_if_impossible,
     format_percent,
-    require_known,
     format_table,
+    make_json_line,
     make_turn,
+    require_known,
+    run_interleaved,
+    skip_if_impossible,
 )
 from model import ModelConfig
 from runtime import cli, parallel
@@ -165,7 +165,9 @@ def read_memory_stats() -> dict[str, int]:
     return jax.devices()[0].memory_stats() or {}
 
 
-def start_torch_step(kind: str, m: ModelConfig, stack: contextlib.ExitStack, **how: Any) -> Contestant:
+def start_torch_step(
+    kind: str, m: ModelConfig, stack: contextlib.ExitStack, **how: Any
+) -> Contestant:
     """A peer of the model, which ends with `stack`."""
     peer = Peer(kind, "step", m, platform=jax.default_backend(), remat=m.remat, **how)
     stack.enter_context(contextlib.closing(peer))
@@ -188,7 +190,9 @@ def list_contestants(
     found: list[Contestant] = []
     variants = product(config.precision, config.remat or [None], config.unroll or [None])
     for precision, remat, unroll in variants:
-        with skip_if_impossible(f"{model} × {batch_size}, {precision}, remat {remat}, unroll {unroll}"):
+        with skip_if_impossible(
+            f"{model} × {batch_size}, {precision}, remat {remat}, unroll {unroll}"
+        ):
             settings: dict[str, Any] = {"model": model, "batch_size": batch_size, "remat": remat}
             settings |= {"image_size": config.image_size, "channels": config.channels}
             # Not kept by a name: one that has no room must not take it from the next.
@@ -228,7 +232,10 @@ def time_training_step(config: StepConfig, model: str, batch_size: int) -> list[
 
 def plan_training_step(config: StepConfig, model: str, batch_size: int) -> list[dict[str, Any]]:
     """What the compiler knows of all variants of one model and batch."""
-    with mock.patch.object(parallel, "create_sharded", parallel.abstract_state), contextlib.ExitStack() as stack:
+    with (
+        mock.patch.object(parallel, "create_sharded", parallel.abstract_state),
+        contextlib.ExitStack() as stack,
+    ):
         found = list_contestants(config, model, batch_size, stack)
     untimed = dict.fromkeys(
         ["median_s", "min_s", "images_per_second", "flops_per_second", "of_matmul", "of_data_sheet"]
@@ -239,7 +246,9 @@ def plan_training_step(config: StepConfig, model: str, batch_size: int) -> list[
     ]
 
 
-def compare_with_peers(entry: Contestant, found: list[Contestant], times: dict[str, Times]) -> dict[str, float]:
+def compare_with_peers(
+    entry: Contestant, found: list[Contestant], times: dict[str, Times]
+) -> dict[str, float]:
     """How many times as fast this one is as each peer with the same remat."""
     own = times[entry.facts["by"]]
     return {
@@ -294,7 +303,9 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     rows = []
     for model, batch_size in product(config.model, config.batch_size):
-        rows += (plan_training_step if config.plan_only else time_training_step)(config, model, batch_size)
+        rows += (plan_training_step if config.plan_only else time_training_step)(
+            config, model, batch_size
+        )
         print(f"{model} × {batch_size}: done", file=sys.stderr)
     print(format_table([format_step_row(row, config.peer or ()) for row in rows]))
     print("of matmul: of a large matrix product in the same rounds. plan: memory as XLA plans it.")

@@ -212,27 +212,27 @@ def _find_names_and_revisions(
 ) -> tuple[list[str], list[str]]:
     """Return a file name and the revision of each encoder, which together name a subfolder.
 
-    A revision that cannot be found out is taken from the one subfolder that fits, if it is one.
+    A revision that is not known is that of the only subfolder that fits, if there is just one.
     """
     names = [_file_name(encoder) for encoder in encoders]
     given = revisions or [None] * len(encoders)
-    found = [
+    resolved = [
         revision or text_encoders.find_revision(encoder)
         for encoder, revision in zip(encoders, given, strict=True)
     ]
-    known = [revision for revision in found if revision]
-    if len(known) == len(found):
+    known = [revision for revision in resolved if revision]
+    if len(known) == len(resolved):
         return names, known
     pattern = "+".join(
         f"{glob.escape(name)}@{glob.escape(revision) if revision else '*'}"
-        for name, revision in zip(names, found)
+        for name, revision in zip(names, resolved)
     )
     infos = [_read_info(path.parent) for path in sorted(folder.glob(f"{pattern}/{INFO_FILE}"))]
     fitting = [info for info in infos if info["names"] == names]
     if len(fitting) == 1:
         return names, fitting[0]["revisions"]
     raise UserError(
-        f"cannot find the version of the text encoder '{encoders[found.index(None)]}': it is no"
+        f"cannot find the version of the text encoder '{encoders[resolved.index(None)]}': it is no"
         f" folder, the Hugging Face hub does not answer or know it, and '{folder}' holds embeddings"
         f" of {len(fitting)} versions; go online, or name an encoder's folder"
     )

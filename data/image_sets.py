@@ -154,7 +154,7 @@ def image_set_from_npz(path: Path) -> ImageSet:
                 size = min(n, shape[0] - start)
                 content = file.read(size * image_bytes)
                 if len(content) < size * image_bytes:
-                    raise UserError("its images are not whole")
+                    raise UserError("its images are incomplete")
                 yield np.frombuffer(content, np.uint8).reshape(size, *shape[1:])
 
     return ImageSet(shape[0], batches, {"npz": str(path)})

@@ -355,9 +355,9 @@ def _load(name: str, revision: str | None) -> tuple[Any, Any, Any]:
     # transformers makes up weights or a vocabulary that are missing, and continues.
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
     if missing:
-        raise UserError(f"the text encoder '{name}' is not whole: its weights lack {missing[0]}")
+        raise UserError(f"the text encoder '{name}' is incomplete: its weights lack {missing[0]}")
     if len(tokenizer) < model.config.vocab_size / 2:
-        raise UserError(f"the text encoder '{name}' is not whole: it lacks its tokenizer's files")
+        raise UserError(f"the text encoder '{name}' is incomplete: it lacks its tokenizer's files")
     if config.is_encoder_decoder:
         model = model.get_encoder()
     return tokenizer, model.eval(), config

@@ -41,7 +41,7 @@ def to_pillow(image: UInt8[np.ndarray, "h w c"]) -> Image.Image:
 def shrink_images(
     images: UInt8[np.ndarray, "*n h w c"], side: int | None
 ) -> UInt8[np.ndarray, "*n a b c"]:
-    """Shrink images by a whole factor to at most `side` pixels a side: the means of squares."""
+    """Shrink images by a whole factor to at most `side` pixels a side, averaging squares."""
     height, width, channels = images.shape[-3:]
     factor = math.ceil(max(height, width) / side) if side else 1
     if factor == 1:
@@ -66,8 +66,8 @@ def image_grid(
 
     Args:
         columns: by default such that the grid is about square.
-        min_side: images are enlarged by a whole factor to this many pixels: by default 64, and for
-            long captions up to 128.
+        min_side: images are enlarged by a whole factor to at least this many pixels; by default 64,
+            and up to 128 for long captions.
 
     Raises:
         ValueError: the images are not uint8 with 1 or 3 channels.

@@ -239,7 +239,7 @@ def convert_dataset(
 
 
 def source_revision(source: Source, data_dir: Path | None) -> str:
-    """Where the images are from: a path, or a hub id with its commit."""
+    """Name the source of the images: a path, or a hub id with its commit."""
     if data_dir or source.config.name.startswith("folder:"):
         return str(data_dir or source.config.path)
     data: Any = source.train.data

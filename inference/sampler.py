@@ -117,7 +117,10 @@ class SamplerConfig:
         """The time at which `time_steps(t)` begins: t itself, or that of DDPM's nearest step."""
         if self.prediction is None:
             return t
-        return float(ddpm.truncate_schedule(ddpm.noise_schedule(self.n_steps), t).step[-1]) / ddpm.N_STEPS
+        return (
+            float(ddpm.truncate_schedule(ddpm.noise_schedule(self.n_steps), t).step[-1])
+            / ddpm.N_STEPS
+        )
 
 
 class StartFrom(NamedTuple):

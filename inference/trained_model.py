@@ -206,7 +206,7 @@ class TrainedModel:
 
     @property
     def encoding(self) -> LatentEncoding | None:
-        """How images became latents, for a latent diffusion model."""
+        """Facts of the encoding of images to latents, for a latent diffusion model."""
         record = self.settings["dataset"].get("encoding")
         return LatentEncoding.from_record(record) if record else None
 
@@ -364,7 +364,9 @@ def load_params(
     Returns the checkpoint's step, and the weights.
     """
     item = "ema" if ema else "params"
-    like = {item: parallel.abstract_state(partial(init_model_params, config, jax.random.key(0)), mesh)}
+    like = {
+        item: parallel.abstract_state(partial(init_model_params, config, jax.random.key(0)), mesh)
+    }
     with Checkpoints(run, read_only=True) as checkpoints:
         if step is None:
             step, items, _ = checkpoints.restore_newest(like)

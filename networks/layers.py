@@ -9,7 +9,6 @@ Functions with hand-written derivatives are in `networks/ops.py`, whole models i
 Nothing here knows of a loss or a mesh.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +48,8 @@ class Linear(nnx.Module):
     ):
         self.kernel = nnx.Param(init(rngs.params(), (n_in, n_out), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(n_out))
-        self.dtype, self.save_output = dtype, save_output
+        self.dtype = dtype
+        self.save_output = save_output
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         y = affine(x.astype(self.dtype), self.kernel[...], self.bias[...])
@@ -307,15 +307,15 @@ class Heads(nnx.Module):
             rearrange(part, "b n (h k) -> b n h k", h=self.n_heads)
             for part in jnp.split(self.linear(x), len(self.parts), axis=-1)
         ]
-        rotate = (
-            functools.partial(apply_rotary_positions, grid=self.grid) if self.grid else identity
-        )
         transforms = {
-            "q": lambda q: rotate(self.norm_q(q)),
-            "k": lambda k: rotate(self.norm_k(k)),
+            "q": lambda q: self.rotate(self.norm_q(q)),
+            "k": lambda k: self.rotate(self.norm_k(k)),
             "v": identity,
         }
         return tuple(transforms[part](head) for part, head in zip(self.parts, heads, strict=True))
+
+    def rotate(self, x: Float[Array, "b n h k"]) -> Float[Array, "b n h k"]:
+        return apply_rotary_positions(x, self.grid) if self.grid else x
 
 
 class Attention(nnx.Module):

@@ -27,8 +27,8 @@ PIXEL_LOSSES = {"l1": l1, "l2": l2}
 
 
 def gradient_l2(a: Float[Array, "b h w c"], b: Float[Array, "b h w c"]) -> Float[Array, "b"]:
-    """Mean squared difference of the image gradients, by finite differences down and across. Blurred
-    edges cost more than in `l2` (after Mathieu et al. 2016, eq. 6, with signs).
+    """Mean squared difference of the images' gradients, by finite differences down and across.
+    Blurred edges cost more than in `l2` (after Mathieu et al. 2016, eq. 6, with signs).
     """
     error = a - b
     down, across = jnp.diff(error, axis=1), jnp.diff(error, axis=2)
@@ -69,7 +69,7 @@ def lpips(
 
     Args:
         weights: a tree as `lpips_shapes`; w is not negative.
-        a, b: grey or RGB, at least `LPIPS_LEAST_SIZE` pixels to a side.
+        a, b: grey or RGB, at least `LPIPS_MIN_SIZE` pixels to a side.
     """
     layers = zip(vgg16(weights["vgg16"], a), vgg16(weights["vgg16"], b), weights["linear"])
     distance = jnp.zeros(len(a))

@@ -1,4 +1,4 @@
-"""The published weights of FID's Inception → the tree that `networks.inception.network` takes.
+"""The published weights of FID's Inception → the tree of `networks.inception.inception_features`.
 
 They have torchvision's names for its Inception-v3, as pytorch-fid's release `fid_weights` and
 torch-fidelity's have them (`pt_inception-2015-12-05-6726825d.pth`). The network itself is

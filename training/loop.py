@@ -113,7 +113,9 @@ class Loop(Run):
 
     @abstractmethod
     def initial_state(self) -> TrainState:
-        """Build the state before the first step. Traced, so that a device creates only its shards."""
+        """Build the state before the first step. It is traced, so that every device creates only
+        its shards.
+        """
 
     @abstractmethod
     def make_optimizer(self, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:

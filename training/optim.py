@@ -95,7 +95,8 @@ def adamw(
 
 
 class LossScale(NamedTuple):
-    """Factor of the loss that lets small gradients survive float16 (Micikevicius et al. 2018, §3.2).
+    """Factor of the loss that keeps small gradients from vanishing in float16 (Micikevicius et al.
+    2018, §3.2).
 
     Args:
         scale: the factor.

@@ -403,7 +403,10 @@ def model_input_reader(encoding: LatentEncoding | None) -> rectified_flow.ToMode
 
 
 def loss_function(
-    config: TrainConfig, *, label_dropout: float, to_input: rectified_flow.ToModelInput = rectified_flow.pixels_to_input
+    config: TrainConfig,
+    *,
+    label_dropout: float,
+    to_input: rectified_flow.ToModelInput = rectified_flow.pixels_to_input,
 ) -> rectified_flow.Objective:
     """Return the loss of a resolved `config`: `loss(model, batch, key) -> (loss, metrics)`.
 

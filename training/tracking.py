@@ -1,6 +1,6 @@
-"""What a run tells about itself: metrics.jsonl, TensorBoard events, a bar or plain lines, speed.
+"""The log of a run: metrics.jsonl, TensorBoard events, a progress bar or plain lines, and speed.
 
-It writes and prints what it is given, and knows no model.
+It writes and prints given metrics, and knows no model.
 """
 
 import json
@@ -27,8 +27,8 @@ Metrics = Mapping[str, SupportsFloat | Sequence[SupportsFloat | None]]
 
 MIN_FREE_BYTES = 2**20
 
-# What a person watches; everything else is in the file.
-SHOWN: dict[str, Callable[[float], str]] = {
+# Metrics that are printed, and how; the others are only in the file.
+PRINTED: dict[str, Callable[[float], str]] = {
     "loss": lambda x: f"loss {x:.4f}",
     "eval_loss": lambda x: f"eval loss {x:.4f}",
     "psnr": lambda x: f"PSNR {x:.2f} dB",
@@ -37,12 +37,12 @@ SHOWN: dict[str, Callable[[float], str]] = {
     "images_per_second": lambda x: f"{x:.0f} images/s" if x >= 10 else f"{x:.2g} images/s",
     "mfu": lambda x: f"{x:.1%} MFU",
 }
-DISTANCES = ("fid_", "pixel_frechet_")  # how names begin that end in a number of pictures
+FID_PREFIXES = ("fid_", "pixel_frechet_")  # of names that end in a number of images
 
 
 @runtime_checkable
 class Sink(Protocol):
-    """Where a run is recorded besides its folder. No method may raise or wait for long."""
+    """A place besides its folder that a run is logged to. No method may raise or wait for long."""
 
     def open(self, message: Callable[[str], None]) -> None: ...
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
@@ -51,18 +51,18 @@ class Sink(Protocol):
 
 
 class Tracker:
-    """Records a run in its folder and shows it. Belongs to process 0 alone.
+    """Logs a run to its folder and to the terminal. For process 0 only.
 
-    A resumed run continues its folder: what was recorded after `start_step`, and a line torn by a
-    kill, is dropped first, so that the record equals an uninterrupted run's. A run that starts at 0
-    starts its record anew.
+    A resumed run continues its folder. Lines after `start_step`, and a line torn by a kill, are
+    dropped first, so that the log equals that of an uninterrupted run. A run that starts at step 0
+    starts its log anew.
 
     Args:
         folder: the run's folder; metrics.jsonl and the events are written into it.
         start_step: the last step that is already done.
         n_steps: the last step of the whole run.
         quiet: print nothing.
-        sinks: where it is recorded besides.
+        sinks: further places to log to.
     """
 
     def __init__(
@@ -74,8 +74,11 @@ class Tracker:
         quiet: bool = False,
         sinks: Sequence[Sink] = (),
     ):
+        self.folder = folder
+        self.n_steps = n_steps
+        self.quiet = quiet
         self.sinks = sinks
-        self.folder, self.n_steps, self.quiet, self.room = folder, n_steps, quiet, True
+        self.has_room = True
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         resumed = self.path.exists()
@@ -89,7 +92,8 @@ class Tracker:
             self.bar = tqdm(
                 initial=start_step, total=n_steps, unit="step", dynamic_ncols=True, file=sys.stdout
             )
-        self.postfix: dict[str, str] = {}  # of the bar: an eval loss stays while losses come and go
+        # The text after the bar: an eval loss stays while losses come and go.
+        self.postfix: dict[str, str] = {}
 
     def __enter__(self) -> "Tracker":
         return self
@@ -98,7 +102,7 @@ class Tracker:
         self.close()
 
     def begin(self) -> None:
-        """Open the sinks: only when something will be recorded, for that may take a while."""
+        """Open the sinks. It may take a while, so only once something will be logged."""
         for sink in self.sinks:
             sink.open(self.message)
 
@@ -112,7 +116,7 @@ class Tracker:
             self.bar.close()
 
     def rewind(self, step: int) -> None:
-        """Go back to `step`: what was recorded after it is dropped."""
+        """Drop everything after `step`, for a rollback."""
         self.file.close()
         rewind(self.path, step)
         self.file = self.path.open("a", encoding="utf-8")
@@ -122,28 +126,27 @@ class Tracker:
             self.bar.update(step - self.bar.n)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Record one line: {"step": step, …}; on a full disk, only show it.
+        """Log one line: {"step": step, …}. On a full disk, only print it.
 
-        A list holds equal bins of t from 0 to 1, such as `loss_by_t`. None is an empty bin. A
-        non-finite number becomes null in the file, for JSON has no word for it; TensorBoard gets
-        neither.
+        A list holds equal bins of t from 0 to 1, such as `loss_by_t`; None is an empty bin. A
+        non-finite number becomes null in the file, because JSON has none; TensorBoard gets neither.
         """
-        line = {name: _plain(value) for name, value in metrics.items()}
-        if self._has_room():
-            # In one write and at once: a kill can tear this line but lose none before it.
+        line = {name: _as_json(value) for name, value in metrics.items()}
+        if self._check_room():
+            # One write, flushed at once: a kill can tear this line but loses none before it.
             self.file.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
             self.file.flush()
-            numbers = dict(pair for item in line.items() for pair in _scalars(*item))
-            for tag, number in numbers.items():
+            scalars = dict(pair for item in line.items() for pair in _scalars(*item))
+            for tag, number in scalars.items():
                 self.writer.add_scalar(tag, number, step)
             self.writer.flush()
             for sink in self.sinks:
-                sink.log(step, numbers)
-        self._show(step, metrics)
+                sink.log(step, scalars)
+        self._print(step, metrics)
 
     def image(self, step: int, name: str, image: "PIL.Image.Image") -> None:
-        """Put a picture into TensorBoard under `name`."""
-        if not self._has_room():
+        """Log an image to TensorBoard under `name`."""
+        if not self._check_room():
             return
         for sink in self.sinks:
             sink.image(step, name, image)
@@ -162,33 +165,39 @@ class Tracker:
         elif not self.quiet:
             print(text, flush=True)
 
-    def _has_room(self) -> bool:
-        """Whether the disk takes some lines more. Asked first: half a line would be worse than
-        none, and the writer of events waits forever for a thread that died of a full disk.
+    def _check_room(self) -> bool:
+        """Whether the disk has room for a few lines. Checked before writing: half a line would be
+        worse than none, and TensorBoard's writer waits forever for a thread that died of a full
+        disk.
         """
-        had_room, self.room = self.room, shutil.disk_usage(self.folder).free >= MIN_FREE_BYTES
-        if had_room and not self.room:
+        had_room = self.has_room
+        self.has_room = shutil.disk_usage(self.folder).free >= MIN_FREE_BYTES
+        if had_room and not self.has_room:
             self.message(f"no space left on the disk of {self.folder}: metrics are not recorded")
-        return self.room
+        return self.has_room
 
-    def _show(self, step: int, metrics: Mapping[str, Any]) -> None:
-        shown = {name: form(metrics[name]) for name, form in SHOWN.items() if name in metrics}
-        shown |= {n: f"{n} {x:.4g}" for n, x in metrics.items() if n.startswith(DISTANCES)}
+    def _print(self, step: int, metrics: Mapping[str, Any]) -> None:
+        texts = {
+            name: format_metric(metrics[name])
+            for name, format_metric in PRINTED.items()
+            if name in metrics
+        }
+        for name, value in metrics.items():
+            if name.startswith(FID_PREFIXES):
+                texts[name] = f"{name} {value:.4g}"
         if self.bar is not None:
-            self.postfix |= shown
+            self.postfix |= texts
             self.bar.set_postfix_str(", ".join(self.postfix.values()))
-        elif shown:
+        elif texts:
             if "seconds_per_step" in metrics:
-                left = (self.n_steps - step) * metrics["seconds_per_step"]
-                shown["left"] = f"{duration(left)} left"
+                seconds_left = (self.n_steps - step) * metrics["seconds_per_step"]
+                texts["left"] = f"{duration(seconds_left)} left"
             width = len(str(self.n_steps))
-            self.message("   ".join([f"step {step:{width}}/{self.n_steps}", *shown.values()]))
+            self.message("   ".join([f"step {step:{width}}/{self.n_steps}", *texts.values()]))
 
 
 class NullTracker:
-    """What the other processes of a run tell of it: nothing. The methods of `Tracker` that are
-    called in a run.
-    """
+    """A no-op tracker for processes other than 0, with the methods that a run calls."""
 
     def __enter__(self) -> "NullTracker":
         return self
@@ -196,10 +205,23 @@ class NullTracker:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def _nothing(self, *_: object) -> None:
+    def begin(self) -> None:
         pass
 
-    begin = rewind = log = image = advance = message = _nothing
+    def rewind(self, step: int) -> None:
+        pass
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        pass
+
+    def image(self, step: int, name: str, image: "PIL.Image.Image") -> None:
+        pass
+
+    def advance(self, step: int) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
 
 
 def _writer(folder: Path, *, purge_step: int | None) -> "SummaryWriter":
@@ -209,9 +231,9 @@ def _writer(folder: Path, *, purge_step: int | None) -> "SummaryWriter":
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drop, atomically, the lines of a metrics.jsonl after `step` (all, if 0) and torn ones."""
+    """Drop the lines of a metrics.jsonl after `step` (all, if 0) and torn ones, atomically."""
 
-    def belongs(line: str) -> bool:
+    def is_kept(line: str) -> bool:
         try:
             return 0 < step >= json.loads(line)["step"]
         except (ValueError, TypeError, KeyError):
@@ -219,7 +241,7 @@ def rewind(path: Path, step: int) -> None:
 
     old = path.read_bytes()
     lines = old.decode("utf-8", errors="replace").splitlines()
-    new = "".join(f"{line}\n" for line in lines if belongs(line)).encode()
+    new = "".join(f"{line}\n" for line in lines if is_kept(line)).encode()
     if new == old:
         return
     with atomic_file(path) as file:
@@ -227,25 +249,25 @@ def rewind(path: Path, step: int) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
+    """Format seconds as m:ss or h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _plain(value: Any) -> Any:
-    """A number, or a list of numbers, of any library as what JSON knows; None if not finite."""
+def _as_json(value: Any) -> Any:
+    """Convert a number, or a list of numbers, of any library to JSON; None if not finite."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, list | tuple):
-        return [_plain(number) for number in value]
+        return [_as_json(number) for number in value]
     if value is None or isinstance(value, int):
         return value
     return float(value) if math.isfinite(value) else None
 
 
 def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """The tags and numbers that TensorBoard gets for one metric."""
+    """The tags and numbers of one metric in TensorBoard."""
     if isinstance(value, list):
         for i, number in enumerate(value):
             low, high = i / len(value), (i + 1) / len(value)
@@ -273,18 +295,18 @@ def metrics_line(report: StepReport) -> dict[str, Any]:
 
 
 class Throughput:
-    """Images per second and seconds per step of training alone.
+    """Measures images per second and seconds per step of training alone.
 
-    Evaluation, sampling and saving run inside `paused()`; the first step, which compiles, is never
+    Evaluation, sampling and saving run inside `paused()`. The first step, which compiles, is never
     counted. Steps are asynchronous: wait for the device before `paused()` and before `take()`, or
-    the time of one ends up with the other.
+    the time of one counts for the other.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.perf_counter):
         self.clock = clock
-        self.since: float | None = None  # when the clock was last started; None while it stands
+        self.since: float | None = None  # when the clock was last started; None while paused
         self.warm = False
-        self.seconds, self.n_steps, self.n_images = 0.0, 0, 0
+        self._reset()
 
     def step(self, n_images: int) -> None:
         """Count a step of `n_images`."""
@@ -292,11 +314,12 @@ class Throughput:
             self.n_steps += 1
             self.n_images += n_images
         else:
-            self.warm, self.since = True, self.clock()
+            self.warm = True
+            self.since = self.clock()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time spent inside. May be nested, and `take` may be called inside."""
+        """Pause the clock. May be nested, and `take` may be called inside."""
         running = self.since is not None
         self._bank()
         self.since = None
@@ -306,15 +329,24 @@ class Throughput:
             self.since = self.clock() if running else None
 
     def take(self) -> dict[str, float]:
-        """`images_per_second` and `seconds_per_step` since the last; empty if no step counts."""
+        """Return `images_per_second` and `seconds_per_step` since the last call, and start anew.
+        Empty if no step was counted.
+        """
         self._bank()
         seconds, n_steps, n_images = self.seconds, self.n_steps, self.n_images
         if not n_steps or seconds <= 0:
             return {}
-        self.seconds, self.n_steps, self.n_images = 0.0, 0, 0
+        self._reset()
         return {"images_per_second": n_images / seconds, "seconds_per_step": seconds / n_steps}
 
+    def _reset(self) -> None:
+        self.seconds = 0.0
+        self.n_steps = 0
+        self.n_images = 0
+
     def _bank(self) -> None:
+        """Add the time since the clock was started."""
         if self.since is not None:
             now = self.clock()
-            self.seconds, self.since = self.seconds + now - self.since, now
+            self.seconds = self.seconds + now - self.since
+            self.since = now

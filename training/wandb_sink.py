@@ -27,9 +27,7 @@ def require_installed() -> None:
     spec = importlib.util.find_spec("wandb")
     # Without an origin it is a folder `wandb/` of past runs, not the package.
     if spec is None or spec.origin is None:
-        raise UserError(
-            "--wandb_project needs the package wandb: pip install --group wandb"
-        )
+        raise UserError("--wandb_project needs the package wandb: pip install --group wandb")
 
 
 class WandbSink:

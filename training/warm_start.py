@@ -140,7 +140,9 @@ def fit_weights(
     for name in MUST_MATCH:
         theirs, ours = getattr(source.config, name), getattr(config, name)
         if theirs != ours:
-            raise UserError(f"--init_from {source.name}: its {name} is {theirs}, not {ours}")
+            raise UserError(
+                f"--init_from {source.name}: its {name} is {theirs}, this run's is {ours}"
+            )
     params, notices = dict(source.params), [f"starting from the weights of {source.name}"]
     for fit in (_fit_patches, _fit_outputs, _fit_positions):
         changed, notice = fit(source, config, fresh)

@@ -1,6 +1,4 @@
-"""A run that is measured on its way is the run that it would have been, and its numbers are those
-of `evaluate.py`.
-"""
+"""Measuring the FID of a run changes nothing else in it, and gives the numbers of `evaluate.py`."""
 
 import json
 from dataclasses import replace
@@ -20,7 +18,7 @@ from train import Trainer
 from training.config import TrainConfig
 from training.session import open_session
 
-N = 21  # pictures, which no batch divides
+N = 21  # samples, which no batch size divides
 NAME = f"pixel_frechet_{N}"
 TINY = TrainConfig(
     model="DiT-Nano/8",
@@ -42,7 +40,7 @@ def measured(digits):
 
 
 def lines(folder: Path) -> list[dict]:
-    """The record of a run, less what a clock says."""
+    """The record of a run without its timings."""
     timed = {"images_per_second", "seconds_per_step", "mfu"}
     found = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [{name: x for name, x in line.items() if name not in timed} for line in found]
@@ -75,20 +73,28 @@ def test_the_numbers_are_those_of_the_command(whole, digits, tmp_path):
     for line in lines(whole.run_dir):
         if NAME not in line:
             continue
-        how = {"run": whole.run_dir, "step": line["step"], "n": N, "reference": digits}
-        evaluate.main(EvaluateConfig(features="pixels", out=out, batch_size=8, **how))
+        config = EvaluateConfig(
+            run=whole.run_dir,
+            step=line["step"],
+            n=N,
+            reference=digits,
+            features="pixels",
+            out=out,
+            batch_size=8,
+        )
+        evaluate.main(config)
         found = json.loads(out.read_text().splitlines()[-1])
         assert line[NAME] == pytest.approx(found["pixel_frechet"], rel=1e-6)
         assert found["pixel_frechet"] > 0
 
 
-def test_a_run_tells_what_it_was_measured_by(whole):
+def test_the_config_of_a_run_records_the_measurement(whole):
     card = json.loads((whole.run_dir / "config.json").read_text())["yardstick"]
     assert (card["name"], card["n"], card["features"]["space"]) == (NAME, N, "pixels")
     assert len(card["reference"]["sha256"]) == 64
 
 
-def test_a_measured_run_goes_on_as_if_it_had_not_been_interrupted(whole, measured, tmp_path):
+def test_a_measured_run_resumes_bit_identically(whole, measured, tmp_path):
     config = replace(TINY, run_dir=tmp_path / "run", **measured)
     Trainer(config).fit(n_steps=4)
     resumed = Trainer(TrainConfig(run_dir=tmp_path / "run", resume=True))
@@ -97,7 +103,9 @@ def test_a_measured_run_goes_on_as_if_it_had_not_been_interrupted(whole, measure
     assert lines(tmp_path / "run") == lines(whole.run_dir)
 
 
-def test_a_run_goes_on_without_its_reference(whole, measured, digits, tmp_path):
+def test_a_run_resumes_without_its_reference_if_it_measures_no_more(
+    whole, measured, digits, tmp_path
+):
     moved = tmp_path / "real.npz"
     moved.write_bytes(digits.read_bytes())
     config = replace(TINY, run_dir=tmp_path / "run", **measured | {"fid_reference": moved})
@@ -110,9 +118,7 @@ def test_a_run_goes_on_without_its_reference(whole, measured, digits, tmp_path):
     Trainer(replace(resume, fid_every=0)).fit(n_steps=3)
 
 
-def test_a_stop_request_interrupts_the_measurement(
-    measured, tmp_path, capsys, monkeypatch
-):
+def test_a_stop_request_interrupts_the_measurement(measured, tmp_path, capsys, monkeypatch):
     trainer = Trainer(replace(TINY, run_dir=tmp_path / "run", **measured))
     stop, batch_sizes = StopRequest(), []
     fid = trainer.open_fid()
@@ -143,11 +149,11 @@ def test_a_stop_request_interrupts_the_measurement(
         ({"fid_every": -1}, "--fid_every -1: must not be below 0"),
         ({"fid_n": 1}, "--fid_n 1: statistics need at least 2"),
         ({"fid_features": None}, "--fid_every needs Inception's weights: pass --inception"),
-        ({"fid_features": None, "inception": "x.pth"}, "of the features 'pixels', not of 'incep"),
-        ({"image_size": 16}, "has 64 features, and these pictures 256"),
+        ({"fid_features": None, "inception": "x.pth"}, "holds features 'pixels', not 'incep"),
+        ({"image_size": 16}, "has 64 features per image, and these images have 256"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_anything_is_written(
+def test_measurements_that_cannot_work_are_refused_before_anything_is_written(
     measured, tmp_path, changes, message
 ):
     config = replace(TINY, run_dir=tmp_path / "run", **measured | changes)

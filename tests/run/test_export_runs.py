@@ -1,6 +1,4 @@
-"""What a run leaves for others: the same network, a card that says how to use it, nothing half
-written.
-"""
+"""An exported folder computes what the run computes, has a correct card, and is never half written."""
 
 import json
 from dataclasses import replace
@@ -34,12 +32,12 @@ def assert_same(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, jax.device_get(expected))
 
 
-def code_of(card, heading):
-    """The first block of Python under a heading."""
+def first_code_block(card, heading):
+    """Return the first block of Python under a heading."""
     return card.partition(heading)[2].partition("```python\n")[2].partition("```")[0]
 
 
-def test_averaged_weights_are_written_unless_raw_ones_are_asked_for(trained, folder, tmp_path):
+def test_averaged_weights_are_written_by_default(trained, folder, tmp_path):
     found = transformer.load_transformer(str(folder))
     assert_same(found.params, trained.state.ema)
     assert found.config == trained.model_config
@@ -47,13 +45,13 @@ def test_averaged_weights_are_written_unless_raw_ones_are_asked_for(trained, fol
     assert_same(transformer.load_transformer(str(tmp_path / "raw")).params, trained.state.params)
 
 
-def test_what_the_card_says_makes_diffusers_compute_the_same(trained, folder):
+def test_the_cards_code_makes_diffusers_compute_the_same(trained, folder):
     torch = pytest.importorskip("torch")
     pytest.importorskip("diffusers")
-    said = code_of((folder / "README.md").read_text(), "## In diffusers")
+    code = first_code_block((folder / "README.md").read_text(), "## In diffusers")
     names = {}
     with quiet():
-        exec(said.replace("PATH_OR_ID", str(folder)), names)
+        exec(code.replace("PATH_OR_ID", str(folder)), names)
     x = np.asarray(jax.random.normal(jax.random.key(3), (3, 8, 8, 1)))
     k, label = np.array([0, 500, 999]), np.array([1, 7, 10])
     with torch.no_grad():
@@ -63,47 +61,45 @@ def test_what_the_card_says_makes_diffusers_compute_the_same(trained, folder):
     np.testing.assert_allclose(nhwc(theirs), ours, rtol=0, atol=2e-5)
 
 
-def test_what_the_card_says_loads_it_here(folder):
-    said = code_of((folder / "README.md").read_text(), "## Here")
+def test_the_cards_code_loads_the_model_here(folder):
+    code = first_code_block((folder / "README.md").read_text(), "## Here")
     names = {}
-    exec(said.replace("PATH_OR_ID", str(folder)), names)
+    exec(code.replace("PATH_OR_ID", str(folder)), names)
     assert names["found"].id == str(folder)
     x, t, label = jnp.zeros((1, 8, 8, 1)), jnp.ones(1), jnp.zeros(1, int)
     assert names["model"](x, t, label).shape == (1, 8, 8, 2)
 
 
-def test_it_draws_what_the_run_draws(trained, folder):
+def test_the_exported_model_samples_what_the_run_samples(trained, folder):
     found = TrainedModel.from_pretrained(str(folder))
     assert found.plan(SamplingOverrides()) == (trained.sampler(), trained.config.cfg_scale)
     assert found.label_names == list(trained.dataset.label_names)
-    drawn = found.sample([3, 7], found.plan(SamplingOverrides()))
-    np.testing.assert_allclose(drawn.x, trained.sample([3, 7]), atol=1e-5)
+    samples = found.sample([3, 7], found.plan(SamplingOverrides()))
+    np.testing.assert_allclose(samples.x, trained.sample([3, 7]), atol=1e-5)
 
 
-def test_the_command_draws_from_it_too(trained, folder, tmp_path):
+def test_generate_samples_from_the_exported_model(trained, folder, tmp_path):
     config = GenerateConfig(pretrained=str(folder), labels=("3", "7"), n=2, out=tmp_path / "a.npz")
     generate.main(config)
-    drawn = np.load(tmp_path / "a.npz")["arr_0"]
+    samples = np.load(tmp_path / "a.npz")["arr_0"]
     expected = grids.to_uint8(trained.sample([3, 7]))
-    assert np.abs(drawn.astype(int) - expected).max() <= 1
+    assert np.abs(samples.astype(int) - expected).max() <= 1
 
 
-def test_the_card_tells_what_it_is(trained, folder):
+def test_the_card_describes_the_model_and_its_training(trained, folder):
     card = (folder / "README.md").read_text()
     n = sum(x.size for x in jax.tree.leaves(trained.state.params))
     assert f"DiT-Nano/4 trained on digits: {n / 1e6:.3g} M parameters" in card
-    assert (
-        "It draws pictures of 8×8×1 in −1 … 1. It is told one of 10 classes, and 10 for none."
-        in card
-    )
-    assert "it says epsilon, then where each step's variance lies" in card
+    assert "It generates images of 8×8×1 in −1 … 1." in card
+    assert "It is conditioned on one of 10 classes; 10 is the null label." in card
+    assert "It predicts epsilon, then the variance of each step" in card
     words = "python train.py --dataset_name digits --model DiT-Nano/4"
     words += " --objective ddpm --learned_sigma --n_steps 2 --batch_size 8 --warmup_steps 1"
     assert f"{words} --weight_decay 0.1\n" in card
-    assert "Its owner has not said yet" in card
+    assert "Not chosen yet by the owner" in card
 
 
-def test_what_diffusers_cannot_hold_is_said_and_written_as_ours(tmp_path, capsys):
+def test_a_model_that_diffusers_cannot_hold_is_written_in_our_layout(tmp_path, capsys):
     trainer = Trainer(replace(SMALL, run_dir=tmp_path / "run", rope=True, position="learned"))
     trainer.save()
     config = ExportConfig(run=tmp_path / "run", out=tmp_path / "out")
@@ -112,8 +108,8 @@ def test_what_diffusers_cannot_hold_is_said_and_written_as_ours(tmp_path, capsys
         export.main(replace(config, layout="diffusers"))
     assert not (tmp_path / "out").exists()
     export.main(config)
-    said = capsys.readouterr().out.splitlines()
-    assert said[-2:] == [
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == [
         f"step 0 of {tmp_path / 'run'} as DiT: {tmp_path / 'out'}",
         f"this is the project's own layout: {reason}",
     ]
@@ -123,7 +119,7 @@ def test_what_diffusers_cannot_hold_is_said_and_written_as_ours(tmp_path, capsys
     assert "diffusers" not in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_folder_with_something_in_it_is_left_alone(trained, folder):
+def test_a_folder_that_is_not_empty_is_left_alone(trained, folder):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(UserError, match=r"my-dit' already exists; name a new folder by --out"):
         export.main(ExportConfig(run=trained.run_dir, out=folder))

@@ -1,4 +1,4 @@
-"""FID's Inception beside an independent one in torch, on random weights; pictures as other tools
+"""FID's Inception beside an independent one in torch, on random weights; images as other tools
 prepare them; weights that are not its own.
 """
 
@@ -45,46 +45,52 @@ def test_distances_are_those_of_torch(ours, of_torch):
 
 @pytest.mark.slow
 def test_fid_is_the_same_in_batches_of_any_size_on_any_devices(loaded, two_sets):
-    """Most do not divide the sets: the last batch counts, and what fills it up does not. A batch of
-    64 has all of so few pictures, as one of 5 has; on eight devices any is one of 8.
+    """Most batch sizes do not divide the number of images: the last batch counts, its padding does
+    not. A batch size of 64 would be one of 5, as all images fit; on eight devices each is one of 8.
     """
     few = [two_sets[0][:5], two_sets[1][-4:]]
 
     def distance(n_devices, batch_size):
-        how = {"n_devices": n_devices, "batch_size": batch_size}
-        return frechet_distance(*(part.pool for part in extracted(loaded, few, **how)))
+        summaries = extracted(loaded, few, n_devices=n_devices, batch_size=batch_size)
+        return frechet_distance(*(summary.pool for summary in summaries))
 
     expected = distance(1, 1)
-    found = [distance(*how) for how in ((1, 5), (1, 7), (8, 8))]
+    found = [distance(1, 5), distance(1, 7), distance(8, 8)]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 @pytest.mark.slow
-def test_the_command_measures_all_that_inception_can(file, two_sets, tmp_path):
-    for name, image in zip(("real", "drawn"), two_sets):
+def test_the_command_computes_every_score_of_inception(file, two_sets, tmp_path):
+    for name, image in zip(("real", "samples"), two_sets):
         np.savez(tmp_path / f"{name}.npz", arr_0=image)
-    how = {"inception": str(file), "batch_size": 8}
+    flags = {"inception": str(file), "batch_size": 8}
     real, out = tmp_path / "statistics.npz", tmp_path / "record"
-    evaluate.main(EvaluateConfig(npz=tmp_path / "real.npz", make_reference=real, **how))
-    judge = EvaluateConfig(npz=tmp_path / "drawn.npz", reference=real, out=out, **how)
-    evaluate.main(judge)
+    evaluate.main(EvaluateConfig(npz=tmp_path / "real.npz", make_reference=real, **flags))
+    config = EvaluateConfig(npz=tmp_path / "samples.npz", reference=real, out=out, **flags)
+    evaluate.main(config)
     found = json.loads(out.read_text())
     names = {"fid", "sfid", "inception_score", "inception_score_std", "kid", "kid_std"}
     assert found.keys() == names | {"precision", "recall", "card"}
     assert found["fid"] > 0 and found["sfid"] > 0 and found["inception_score"] >= 1
     feature_card = found["card"]["features"]
     assert feature_card["preparation"] == "pytorch_fid" and len(feature_card["weights"]) == 64
-    # What a training run measures is the same.
-    how = {"space": "inception", "weights": str(file), "n": 9, "shape": (40, 56, 3)}
-    yardstick = TrainingFID.load(real, parallel.make_mesh(), **how)
-    assert yardstick.name == "fid_9"
-    assert yardstick.measure(iter([two_sets[1]])) == pytest.approx(found["fid"], rel=1e-5)
-    with pytest.raises(UserError, match=r"statistics\.npz is of --preparation pytorch_fid"):
-        evaluate.main(replace(judge, preparation="adm"))
+    # A training run measures the same.
+    fid = TrainingFID.load(
+        real,
+        parallel.make_mesh(),
+        space="inception",
+        weights=str(file),
+        n_samples=9,
+        image_shape=(40, 56, 3),
+    )
+    assert fid.name == "fid_9"
+    assert fid.measure(iter([two_sets[1]])) == pytest.approx(found["fid"], rel=1e-5)
+    with pytest.raises(UserError, match=r"statistics\.npz was made with --preparation pytorch_fid"):
+        evaluate.main(replace(config, preparation="adm"))
     with np.load(real) as arrays:
         others: dict[str, Any] = dict(arrays)
     card = json.loads(str(others.pop("card")))
     card["features"]["weights"] = "0" * 64
     np.savez(real, **others, card=np.array(json.dumps(card)))
     with pytest.raises(UserError, match=r"made with other weights .* hash is 000000000000…, not"):
-        evaluate.main(judge)
+        evaluate.main(config)

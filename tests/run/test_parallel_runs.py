@@ -1,4 +1,4 @@
-"""However many devices there are and however the weights lie on them, the numbers are the same."""
+"""The numbers are the same on any number of devices and for any sharding of the weights."""
 
 from dataclasses import replace
 
@@ -36,21 +36,21 @@ def test_twenty_clipped_steps_of_an_mmdit_report_what_one_device_reports():
 @pytest.mark.slow
 def test_steps_of_ddpm_report_what_one_device_reports():
     """With the variational bound, whose gradient is stopped in part."""
-    how = {"n": 4, "loss": ddpm_loss(learned_sigma=True, min_snr_gamma=5.0, label_dropout=0.3)}
+    loss = ddpm_loss(learned_sigma=True, min_snr_gamma=5.0, label_dropout=0.3)
     config = replace(TINY, out_channels=2)
-    expected = steps(config, MESHES["1 device"], **how)["reports"]
+    expected = steps(config, MESHES["1 device"], n=4, loss=loss)["reports"]
     for name in ("DDP 8", "hybrid 2x4"):
-        assert_same_reports(steps(config, MESHES[name], **how)["reports"], expected)
+        assert_same_reports(steps(config, MESHES[name], n=4, loss=loss)["reports"], expected)
 
 
 TEXT = {"n_classes": 0, "text_length": 6, "text_width": 10, "pooled_width": 8}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", [{}, TEXT], ids=["class", "captions"])
+@pytest.mark.parametrize("conditioning", [{}, TEXT], ids=["class", "captions"])
 @pytest.mark.parametrize("block", [*BLOCKS, JOINT])
-def test_every_design_has_one_devices_gradient_on_all(block, told):
-    config = replace(TINY, block=block, qk_norm=True, **told)
+def test_every_design_has_one_devices_gradient_on_all(block, conditioning):
+    config = replace(TINY, block=block, qk_norm=True, **conditioning)
     batch = batch_of(16, config)
 
     def plain(params):

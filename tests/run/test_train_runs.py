@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hub_copies import make_copy
 from PIL import Image, ImageSequence
-from towers import save_clip
+from tiny_text_encoders import save_clip
 from train_cases import (
     TINY,
     assert_same,

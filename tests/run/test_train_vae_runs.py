@@ -1,6 +1,4 @@
-"""An autoencoder's training does what it says, goes on where it stopped, and is that of one device
-on any number of them.
-"""
+"""A run of train_vae.py leaves its files, resumes bit for bit, and exports what it evaluated."""
 
 import json
 import os
@@ -30,7 +28,7 @@ from training.autoencoder.trainer import VaeTrainer
 from training.config import TrainConfig
 
 
-def test_a_run_is_resumed_by_the_command_that_began_it(whole, tmp_path, monkeypatch):
+def test_a_run_is_resumed_by_its_own_command_only(whole, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"is a run of train_vae.py, not of train.py"):
         Trainer(TrainConfig(run_dir=whole.run_dir, resume=True))
     monkeypatch.chdir(tmp_path)
@@ -46,25 +44,25 @@ def test_a_run_is_resumed_by_the_command_that_began_it(whole, tmp_path, monkeypa
 # --- a run ----------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_what_it_promises(whole):
+def test_a_run_writes_its_metrics_checkpoints_and_grids(whole):
     folder = whole.run_dir
     lines = metrics(folder)
     assert [line["step"] for line in lines] == [3, 6, 6, 8]
     losses_of_critic = {"gan_loss", "critic_loss", "gan_weight"}
     assert {"loss", "pixel_loss", "gradient_loss", "kl", *losses_of_critic} < set(lines[0])
-    assert all(lines[0][name] == 0 for name in losses_of_critic)  # it has not started
+    assert all(lines[0][name] == 0 for name in losses_of_critic)  # before gan_start
     assert all(lines[1][name] != 0 for name in losses_of_critic)
     assert lines[-1].keys() == {"step", "psnr"}
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"6", "8"}
-    with Image.open(folder / "reconstructions" / "final.png") as picture:
-        assert min(picture.size) > 256  # large enough for a person to see
+    with Image.open(folder / "reconstructions" / "final.png") as grid:
+        assert min(grid.size) > 256  # large enough to look at
     assert (folder / "reconstructions" / "0000006.png").exists()
     assert not list(folder.glob(".*"))
     config = json.loads((folder / "config.json").read_text())
     assert config["command"] == COMMAND and config["image_size"] == 16
 
 
-def test_the_exported_autoencoder_is_the_averaged_one_and_its_latents_have_unit_variance(whole):
+def test_the_export_has_the_averaged_weights_and_latents_of_unit_variance(whole):
     found = autoencoder.load_autoencoder(str(whole.run_dir / "vae"))
     image = whole.source.train.decode(np.arange(48))
     for part, saved in zip(
@@ -89,7 +87,7 @@ def test_a_grid_shows_originals_above_their_reconstructions(whole, monkeypatch):
 
 
 def test_interrupted_and_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, capsys):
-    """At a step that is no multiple of anything, with the critic already there."""
+    """At a step that is a multiple of no interval, after gan_start."""
     broken = VaeTrainer(replace(TINY, run_dir=tmp_path / "run"))
     honest_step = VaeTrainer.train_step
 
@@ -123,16 +121,19 @@ def test_interrupted_and_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, 
         ({"kl_weight": -1.0}, "--kl_weight -1.0: must not be below 0"),
         ({"latent_channels": 0}, "--latent_channels 0: must be above 0"),
         ({"shuffle_buffer": 9}, "--shuffle_buffer is for --streaming"),
-        ({"image_size": 18, "block_out_channels": (8, 8, 8)}, "18 is not divisible by 4: 3 widths"),
+        (
+            {"image_size": 18, "block_out_channels": (8, 8, 8)},
+            "18 is not divisible by 4: the 3 levels",
+        ),
         ({"batch_size": 9}, "--batch_size 9 is not divisible by the 8 devices"),
-        ({"lpips": "nowhere", "image_size": 8}, "at least 16 pixels"),
+        ({"lpips": "nowhere", "image_size": 8}, "at least 16×16"),
         ({"lpips": "nobody/nowhere"}, "no file or folder"),
         ({"gan_weight": 1.0, "accumulate_steps": 2, "batch_size": 16}, "drop --accumulate_steps"),
         ({"schedule": "sine"}, "unknown schedule"),
         ({"dataset_name": "digit"}, "did you mean 'digits'"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, wrong, message):
+def test_impossible_flags_are_rejected_before_anything_is_written(tmp_path, wrong, message):
     with pytest.raises(UserError, match=message):
         VaeTrainer(VaeConfig(run_dir=tmp_path / "run", **wrong))
     assert not (tmp_path / "run").exists()

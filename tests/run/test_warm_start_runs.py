@@ -1,5 +1,5 @@
-"""A run that starts from another's weights is that model on its first step; what is new starts
-fresh, what does not fit is named.
+"""A run started from existing weights computes what they compute. New parts start fresh, and what
+cannot be fitted is named.
 """
 
 import gc
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import nano  # noqa: F401  (its sizes)
 import pytest
-from towers import save_clip
+from tiny_text_encoders import save_clip
 from warm_start_cases import (
     FLAGS,
     TINY,
@@ -28,27 +28,27 @@ from runtime.errors import UserError
 from train import Trainer
 from training.config import TrainConfig
 
-# --- a run from another ---------------------------------------------------------------------------
 
-
-def test_a_run_starts_with_the_averaged_weights_of_another_and_its_flags(trained, tmp_path, capsys):
+def test_a_run_starts_with_the_averaged_weights_and_flags_of_its_source(trained, tmp_path, capsys):
     folder, ema = trained
     trainer = Trainer(replace(TINY, init_from=str(folder), run_dir=tmp_path / "second"))
     assert_same(jax.device_get(trainer.state.params), ema)
     assert_same(jax.device_get(trainer.state.ema), ema)
     c = trainer.config
     assert (c.model, c.mlp, c.position, c.rope, c.block) == ("DiT-Nano/4", *FLAGS.values())
-    assert capsys.readouterr().out == f"--init_from: the weights are those of step 0 of {folder}\n"
+    assert (
+        capsys.readouterr().out == f"--init_from: starting from the weights of step 0 of {folder}\n"
+    )
     trainer.save()
     saved = json.loads((tmp_path / "second" / "config.json").read_text())
     assert saved["init_from"] == str(folder)
 
 
 @pytest.mark.slow
-def test_resuming_goes_on_and_does_not_look_at_the_source_again(trained, tmp_path):
+def test_resuming_does_not_read_the_source_again(trained, tmp_path):
     folder, _ = trained
     moved = tmp_path / "source"
-    transformer_of(folder, moved)
+    save_with_time_scale_1(folder, moved)
     config = replace(TINY, init_from=str(moved), run_dir=tmp_path / "second")
     whole = Trainer(replace(config, run_dir=tmp_path / "whole"))
     whole.fit()
@@ -64,14 +64,14 @@ def test_resuming_goes_on_and_does_not_look_at_the_source_again(trained, tmp_pat
         Trainer(TrainConfig(run_dir=tmp_path / "second", resume=True, init_from=str(folder)))
 
 
-def transformer_of(folder, out):
-    """A run's weights as an export has them, with another clock."""
-    of = TrainedModel.from_run(folder)
-    slow = replace(of.model, time_scale=1.0)  # which no flag says
-    transformer.save_transformer(out, slow, jax.device_get(of.params), of.settings)
+def save_with_time_scale_1(folder, out):
+    """Export a run's weights with another time scale, which no flag sets."""
+    trained = TrainedModel.from_run(folder)
+    slow = replace(trained.model, time_scale=1.0)
+    transformer.save_transformer(out, slow, jax.device_get(trained.params), trained.settings)
 
 
-def test_a_shard_of_weights_is_where_a_shard_must_be(trained):
+def test_starting_weights_are_sharded_as_fresh_ones(trained):
     folder, ema = trained
     trainer = Trainer(replace(TINY, init_from=str(folder), fsdp=8))
     assert_same(jax.device_get(trainer.state.params), ema)
@@ -80,7 +80,7 @@ def test_a_shard_of_weights_is_where_a_shard_must_be(trained):
         assert x.sharding == y.sharding
 
 
-def test_devices_hold_no_more_than_in_training(trained, monkeypatch):
+def test_devices_hold_no_more_than_while_training(trained, monkeypatch):
     folder, _ = trained
     copy, held = jnp.copy, []
 
@@ -99,7 +99,7 @@ def test_devices_hold_no_more_than_in_training(trained, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_model_in_sd3s_form_is_trained_on_and_exported_in_it(tmp_path):
+def test_a_model_in_sd3s_format_is_trained_and_exported_in_it(tmp_path):
     pytest.importorskip("transformers")
     clip = save_clip(tmp_path / "clip")
     config = model_config(
@@ -124,14 +124,14 @@ def test_a_model_in_sd3s_form_is_trained_on_and_exported_in_it(tmp_path):
     assert trainer.model_config.caption_norm is False and trainer.model_config.position_side == 6
     trainer.fit()
     export.main(ExportConfig(run=tmp_path / "run", out=tmp_path / "out"))
-    said = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert said["_class_name"] == "SD3Transformer2DModel"
+    exported = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert exported["_class_name"] == "SD3Transformer2DModel"
     found = transformer.load_transformer(str(tmp_path / "out"))
     assert_same(found.params, jax.device_get(trainer.state.ema))
     assert found.config == trainer.model_config
     assert found.settings["text_towers"] == [clip]
 
 
-def test_a_source_that_is_not_there_is_named():
+def test_a_missing_source_is_named():
     with pytest.raises(UserError, match="'/no/such': it is no folder"):
         Trainer(replace(TINY, init_from="/no/such"))

@@ -1,4 +1,4 @@
-"""Answers come in order whatever becomes of the processes, and no process is left behind."""
+"""Results arrive in order even when worker processes die, and no process is left behind."""
 
 import contextlib
 import importlib
@@ -34,7 +34,7 @@ def slow_square(x: int) -> int:
 
 
 class Unlucky:
-    """Squares, but kills its process over 3 as often as there are files in a folder."""
+    """Square x, but kill the process over 3 as often as there are files in a folder."""
 
     def __init__(self, folder: Path, times: int):
         self.folder = folder
@@ -78,44 +78,44 @@ def fail(x: int) -> int:
 
 @contextlib.contextmanager
 def worker(function):
-    made = Worker(function)
+    process = Worker(function)
     try:
-        yield made
+        yield process
     finally:
-        made.close()
+        process.close()
 
 
 @pytest.mark.parametrize("caller", [Worker, lambda function: function])
-def test_answers_come_in_the_order_of_the_calls(caller):
+def test_results_arrive_in_the_order_of_the_calls(caller):
     steps = [(3 * i, 3 * i + 1, 3 * i + 2) for i in range(7)]
-    answers = run_ahead([caller(slow_square) for _ in range(3)], steps)
-    assert list(answers) == [[x * x for x in step] for step in steps]
+    results = run_ahead([caller(slow_square) for _ in range(3)], steps)
+    assert list(results) == [[x * x for x in step] for step in steps]
 
 
-def test_a_call_always_goes_to_the_worker_in_its_place():
-    with contextlib.closing(run_ahead([Worker(process), Worker(process)], [(0, 1)] * 6)) as answers:
-        pids = list(answers)
+def test_the_i_th_call_always_goes_to_the_i_th_worker():
+    with contextlib.closing(run_ahead([Worker(process), Worker(process)], [(0, 1)] * 6)) as results:
+        pids = list(results)
     assert len({tuple(pair) for pair in pids}) == 1
     assert len({os.getpid(), *pids[0]}) == 3
 
 
-def test_some_steps_are_asked_for_before_they_are_wanted():
-    asked = []
-    steps = (asked.append(step) or [step] for step in range(100))
-    with contextlib.closing(run_ahead([square], steps)) as answers:
-        assert next(answers) == [0]
-        assert asked == list(range(1 + workers.STEPS_AHEAD))
+def test_some_steps_are_submitted_before_their_results_are_used():
+    submitted = []
+    steps = (submitted.append(step) or [step] for step in range(100))
+    with contextlib.closing(run_ahead([square], steps)) as results:
+        assert next(results) == [0]
+        assert submitted == list(range(1 + workers.STEPS_AHEAD))
 
 
-def test_an_error_comes_out_at_its_own_step_with_the_place_where_it_arose():
-    answers = run_ahead([Worker(fail)], [[i] for i in range(9)])
-    assert [next(answers), next(answers)] == [[0], [1]]
+def test_an_error_is_raised_at_its_own_step_with_the_workers_traceback():
+    results = run_ahead([Worker(fail)], [[i] for i in range(9)])
+    assert [next(results), next(results)] == [[0], [1]]
     with pytest.raises(KeyError, match="two") as caught:
-        next(answers)
+        next(results)
     assert "in fail" in caught.value.__notes__[0]
 
 
-def test_an_error_that_cannot_be_sent_is_told_in_words():
+def test_an_error_that_cannot_be_pickled_becomes_a_runtime_error():
     with worker(fail) as call, pytest.raises(RuntimeError, match="NeedsTwoArguments: three"):
         call(3)
 
@@ -136,7 +136,7 @@ def test_a_function_and_its_call_may_need_modules_that_import_each_other(tmp_pat
         assert call(Imported("egg")) == ["hen", "egg"]
 
 
-def test_a_worker_that_is_killed_is_begun_anew(capfd):
+def test_a_killed_worker_is_replaced(capfd):
     with worker(process) as call:
         first = call(None)
         os.kill(first, signal.SIGKILL)
@@ -145,7 +145,7 @@ def test_a_worker_that_is_killed_is_begun_anew(capfd):
     assert capfd.readouterr().err == message
 
 
-def test_a_call_that_kills_its_worker_is_asked_again_and_given_up_the_third_time(tmp_path):
+def test_a_call_that_kills_its_worker_is_repeated_and_given_up_the_third_time(tmp_path):
     twice = run_ahead([Worker(Unlucky(tmp_path, 2))], [[i] for i in range(6)])
     assert list(twice) == [[i * i] for i in range(6)]
     thrice = run_ahead([Worker(Unlucky(tmp_path, 3))], [[i] for i in range(6)])
@@ -169,9 +169,9 @@ def test_signals_are_left_to_the_parent():
         assert call(None) == pid
 
 
-def test_closing_ends_a_worker_in_the_middle_of_a_call():
-    begun = time.monotonic()
-    answers = run_ahead([Worker(time.sleep)], [[0.0], [60.0]])
-    next(answers)
-    answers.close()
-    assert time.monotonic() - begun < 10
+def test_closing_kills_a_worker_during_a_call():
+    start = time.monotonic()
+    results = run_ahead([Worker(time.sleep)], [[0.0], [60.0]])
+    next(results)
+    results.close()
+    assert time.monotonic() - start < 10

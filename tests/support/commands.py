@@ -1,4 +1,4 @@
-"""Runs the project's commands as a person would: in a process of their own."""
+"""Run the project's commands as a user would, each in its own process."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ def settings(cache: Path, n_devices: int = 1, fast_compile: bool = True) -> dict
 def start(
     *words: object, cache: Path, n_devices: int = 1, fast_compile: bool = True
 ) -> subprocess.Popen:
-    """A command in an environment of `settings`."""
+    """Start a command in the environment of `settings`."""
     return subprocess.Popen(
         [sys.executable, *map(str, words)],
         cwd=ROOT,
@@ -48,21 +48,23 @@ def start(
     )
 
 
-def run(*words: object, **how) -> subprocess.CompletedProcess:
-    """`start`, to its end."""
-    process = start(*words, **how)
+def run(
+    *words: object, cache: Path, n_devices: int = 1, fast_compile: bool = True
+) -> subprocess.CompletedProcess:
+    """`start` a command and wait for its end."""
+    process = start(*words, cache=cache, n_devices=n_devices, fast_compile=fast_compile)
     out, err = process.communicate(timeout=900)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def convert(*flags: object, **how) -> subprocess.CompletedProcess:
-    """Makes latents of the digits, which are 8 × 8 of two channels with the VAE of averaging.py."""
-    return run(CONVERT, *DIGITS_AT_16, *flags, **how)
+def convert(*flags: object, cache: Path, n_devices: int = 1) -> subprocess.CompletedProcess:
+    """Encode the digits to latents: 8 × 8 of two channels with the VAE of averaging.py."""
+    return run(CONVERT, *DIGITS_AT_16, *flags, cache=cache, n_devices=n_devices)
 
 
 @contextmanager
 def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
-    """A new folder that is a disk of its own. Skips the test where that cannot be."""
+    """Mount a new folder as a disk. Skips the test where that needs more rights."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
@@ -74,17 +76,17 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
 
 
 def fill(disk: Path, free_bytes: int = 0) -> Path:
-    """Up to so many bytes, with the file that is returned."""
+    """Fill the disk but for `free_bytes`; returns the file that does."""
     filler = disk / "filler"
     with suppress(OSError), filler.open("wb", buffering=0) as file:
-        while True:  # others write too: how much is free is not known beforehand
+        while True:  # others write too: the free space is not known beforehand
             file.write(bytes(4096))
     os.truncate(filler, filler.stat().st_size - free_bytes)
     return filler
 
 
 def free_port() -> int:
-    """For processes that are to meet."""
+    """Find a free port of this machine."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

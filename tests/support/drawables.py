@@ -1,4 +1,4 @@
-"""Small models with random weights to draw from, made without training."""
+"""Small trained models to sample from, with random weights, made without training."""
 
 from functools import lru_cache
 from typing import Any
@@ -13,24 +13,24 @@ from runtime import parallel
 DIGITS = [str(i) for i in range(10)]
 SHAPE = {"image_size": 8, "channels": 1}
 CLASSES = model_config("DiT-Nano/4", **SHAPE, out_channels=1, n_classes=10)
-SIGMA = model_config("DiT-Nano/4", **SHAPE, out_channels=2, n_classes=10)  # it learns its variance
-NOTHING = model_config("DiT-Nano/4", **SHAPE, out_channels=1, n_classes=0)  # it is told nothing
+SIGMA = model_config("DiT-Nano/4", **SHAPE, out_channels=2, n_classes=10)  # learned variance
+NOTHING = model_config("DiT-Nano/4", **SHAPE, out_channels=1, n_classes=0)  # unconditional
 FLOW = {"solver": "euler", "n_sample_steps": 3, "sample_shift": 1.0, "cfg_scale": 2.0}
 DDPM = FLOW | {"solver": "ddpm", "sample_shift": None, "prediction": "epsilon"}
 
 
 @lru_cache
 def weights(config: ModelConfig) -> Any:
-    """Away from their zero start, where a model would say nothing."""
+    """Random weights away from their zero start, at which the output is zero."""
     fresh = init_model_params(config, jax.random.key(0))
     return jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), fresh)
 
 
 def drawable(config: ModelConfig = CLASSES, **settings: Any) -> TrainedModel:
-    """As of a run on the digits."""
+    """A model as of a run on the digits."""
     dataset = {"encoding": None, "label_names": DIGITS if config.n_classes else []}
-    told = {"dataset_name": "digits", "conditioning": "class", "dataset": dataset}
-    settings = FLOW | told | settings
+    data = {"dataset_name": "digits", "conditioning": "class", "dataset": dataset}
+    settings = FLOW | data | settings
     return TrainedModel(
         "digits", settings, config, parallel.make_mesh(), lambda: (7, weights(config))
     )

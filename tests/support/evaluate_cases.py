@@ -22,11 +22,11 @@ def digits(tmp_path_factory):
     return path
 
 
-def measured(out: Path, **how) -> dict:
-    """The line that an evaluation leaves."""
-    evaluate.main(EvaluateConfig(features="pixels", out=out, **how))
+def evaluate_pixels(out: Path, **flags) -> dict:
+    """The record of an evaluation."""
+    evaluate.main(EvaluateConfig(features="pixels", out=out, **flags))
     return json.loads(out.read_text().splitlines()[-1])
 
 
-def numbers(found: dict) -> dict:
-    return {name: value for name, value in found.items() if name != "card"}
+def scores(record: dict) -> dict:
+    return {name: value for name, value in record.items() if name != "card"}

@@ -1,4 +1,4 @@
-"""Inputs and helpers shared by the tests of export."""
+"""A run and its exported folder, shared by the tests of export."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ SMALL = TrainConfig(
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run as diffusers can have it. Its weights are moved from their start, which is zero."""
+    """Save a run that diffusers can compute. Its weights are moved away from their zero start."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
     config = replace(SMALL, run_dir=folder, objective="ddpm", learned_sigma=True)
     trainer = Trainer(config)
@@ -40,6 +40,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(trained, tmp_path_factory):
+    """Export the run."""
     out = tmp_path_factory.mktemp("out") / "my-dit"
     export.main(ExportConfig(run=trained.run_dir, out=out))
     return out

@@ -33,19 +33,19 @@ class Forks:
         )
         self.ended = True
 
-    def _ask(self, **asked: object) -> int:
+    def _send(self, **request: object) -> int:
         assert self.server.stdin and self.server.stdout
         self.out.write_text("")
-        print(json.dumps(asked), file=self.server.stdin, flush=True)
+        print(json.dumps(request), file=self.server.stdin, flush=True)
         self.ended = False
         return int(self.server.stdout.readline())
 
     def start(self, *flags: object, n_devices: int = 1, command: str = "train") -> int:
-        """Returns the run's process id."""
-        return self._ask(command=command, flags=[*map(str, flags)], n_devices=n_devices)
+        """Start a run; returns its process id."""
+        return self._send(command=command, flags=[*map(str, flags)], n_devices=n_devices)
 
     def end(self) -> tuple[int, str, str]:
-        """The exit status and what was printed."""
+        """Wait for the run; returns its exit status, stdout and stderr."""
         assert self.server.stdout
         status, self.ended = int(self.server.stdout.readline()), True
         return status, self.out.read_text(), self.err.read_text()
@@ -56,22 +56,22 @@ class Forks:
         return self.end()
 
     def digest(self, folder: Path, n_devices: int = 1) -> str:
-        """Of the state that a run would go on with on so many devices."""
-        self._ask(digest=str(folder), n_devices=n_devices)
+        """Hash the state that a run would resume with on so many devices."""
+        self._send(digest=str(folder), n_devices=n_devices)
         status, out, err = self.end()
         assert status == 0, err
         return out
 
 
 def children(process: int) -> list[int]:
-    """The processes that its threads have started."""
+    """Processes that the threads of `process` have started."""
     lists = Path(f"/proc/{process}/task").glob("*/children")
     return [int(child) for path in lists for child in path.read_text().split()]
 
 
 @pytest.fixture(scope="module")
 def whole(server, tmp_path_factory) -> Path:
-    """A run that nobody disturbed."""
+    """An undisturbed run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     status, _, err = server.run(*FLAGS, "--run_dir", folder)
     assert status == 0, err
@@ -79,7 +79,7 @@ def whole(server, tmp_path_factory) -> Path:
 
 
 def assert_same_end(forks: Forks, folder: Path, whole: Path) -> None:
-    """Both have recorded the same and ended with the same bits, and nothing lies about."""
+    """Both runs have the same metrics and the same final bits, and no temporary files."""
     assert metrics(folder) == metrics(whole)
     assert forks.digest(folder) == forks.digest(whole)
     assert not [*folder.rglob("*tmp*")]
@@ -96,5 +96,5 @@ def newest(folder: Path) -> int:
 def wait_until(happened: Callable[[], object], seconds: float = 60) -> None:
     last = time.monotonic() + seconds
     while not happened():
-        assert time.monotonic() < last, "it has not happened"
+        assert time.monotonic() < last, "condition not met in time"
         time.sleep(0.002)

@@ -1,7 +1,8 @@
-"""Runs of commands without their imports: each is a fork of a process that has imported everything
-and started no backend.
+"""Run commands without the cost of their imports.
 
-python tests/forks.py OUT ERR, where runs print, and then a line of JSON for each:
+Each run is a fork of a process that has imported everything and started no backend.
+
+python tests/support/forks.py OUT ERR: runs print to these files. A line of JSON requests one:
 {"command": "train", "flags": […], "n_devices": N}, or {"digest": RUN} for one that prints the
 digest of a run's state.
 Answers with the run's process id, which leads its process group, and with its exit status.
@@ -34,31 +35,31 @@ COMMANDS = {
 
 
 def digest(run_dir: str) -> str:
-    """Of all bits of the state that a run goes on with."""
+    """Hash all bits of the state that a run resumes with."""
     leaves = jax.tree.leaves(train.Trainer.from_run(run_dir).state)
     return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in leaves)).hexdigest()
 
 
-def be(asked: dict) -> None:
-    """The run that is asked for, to its exit."""
+def execute(request: dict) -> None:
+    """Become the requested run, and exit with its status."""
     os.setpgid(0, 0)
     # Ignored where the tests were begun in the background of a script.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream, path in zip((1, 2), sys.argv[1:], strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    n_devices = asked.get("n_devices", 1)
+    n_devices = request.get("n_devices", 1)
     os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={n_devices}"
-    if "digest" in asked:
-        cli.run_command(lambda: print(digest(asked["digest"])))
-    sys.argv[1:] = asked["flags"]
-    cli.run_command(COMMANDS[asked["command"]], processes.exit_process)
+    if "digest" in request:
+        cli.run_command(lambda: print(digest(request["digest"])))
+    sys.argv[1:] = request["flags"]
+    cli.run_command(COMMANDS[request["command"]], processes.exit_process)
 
 
 def main() -> None:
     for line in sys.stdin:
         child = os.fork()
         if not child:
-            be(json.loads(line))
+            execute(json.loads(line))
         print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 

@@ -1,4 +1,4 @@
-"""Inputs and helpers shared by the tests of evaluation.golden."""
+"""Inputs and helpers shared by the tests beside pytorch-fid and torch-fidelity."""
 
 import json
 
@@ -10,7 +10,7 @@ GOLDEN = json.loads(make.FILE.read_text())
 THEIRS, FIDELITY = GOLDEN["pytorch_fid"], GOLDEN["torch_fidelity"]
 
 
-def gaussian(rows):
-    moments = RunningStatistics(rows.shape[1])
-    moments.update(rows)
-    return moments.statistics()
+def fit_statistics(rows):
+    statistics = RunningStatistics(rows.shape[1])
+    statistics.update(rows)
+    return statistics.statistics()

@@ -12,8 +12,8 @@ from runtime import parallel
 rng = np.random.default_rng(0)
 
 
-def pictures(n: int, height: int, width: int, channels: int = 3) -> np.ndarray:
-    """Smooth ones with some noise, so that they differ in more than a mean."""
+def wave_images(n: int, height: int, width: int, channels: int = 3) -> np.ndarray:
+    """Smooth images with some noise, so that they differ in more than a mean."""
     y, x = np.mgrid[:height, :width] / 8
     phase, rate = rng.uniform(0, 6, (n, 1, 1, channels)), rng.uniform(0.3, 2, (n, 1, 1, channels))
     waves = np.sin(rate * y[None, ..., None] + phase) * np.cos(rate * x[None, ..., None])
@@ -150,7 +150,9 @@ def loaded(file):
 
 @pytest.fixture(scope="module")
 def two_sets():
-    return pictures(8, 40, 56), np.concatenate([pictures(6, 40, 56), pictures(3, 40, 56) // 2])
+    return wave_images(8, 40, 56), np.concatenate(
+        [wave_images(6, 40, 56), wave_images(3, 40, 56) // 2]
+    )
 
 
 @pytest.fixture(scope="module")

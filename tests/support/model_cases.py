@@ -45,21 +45,23 @@ caption = EncodedCaption(
 )
 
 
-def told(config):
-    """Four labels: of what kind depends on the model."""
+def labels_for(config):
+    """Four labels: class ids or captions, depending on the model."""
     return caption if config.text_width else label
 
 
-def live(config, params=None):
-    return nnx.merge(model_graphdef(config), init_model_params(config, key) if params is None else params)
+def build_with_params(config, params=None):
+    return nnx.merge(
+        model_graphdef(config), init_model_params(config, key) if params is None else params
+    )
 
 
-def shaken(config):
-    """Weights away from their zero start, so that everything has an effect."""
+def with_random_weights(config):
+    """A model with random weights, away from their zero start, so that everything has an effect."""
     rng = np.random.default_rng(1)
 
     def weight(path, p):
         return jnp.asarray(rng.normal(path[-1].key == "scale", 0.2, p.shape), p.dtype)
 
     shapes = jax.eval_shape(lambda: init_model_params(config, key))
-    return live(config, jax.tree_util.tree_map_with_path(weight, shapes))
+    return build_with_params(config, jax.tree_util.tree_map_with_path(weight, shapes))

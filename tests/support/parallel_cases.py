@@ -42,7 +42,7 @@ LOSS = rectified_flow_loss(density=logit_normal(), label_dropout=0.3)
 
 
 def weights(config):
-    """Far from their zero start, so that every one has a gradient."""
+    """Random weights, far from the zeros of init, so that every one has a gradient."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: init_model_params(config, key))
     return jax.tree.map(lambda p: np.float32(rng.normal(scale=0.1, size=p.shape)), shapes)
@@ -66,7 +66,7 @@ def batch_of(n, config, seed=0):
 
 
 def steps(config, mesh, n=20, loss=LOSS):
-    """Every step's loss, metrics and norms; the first step's gradient; the weights at last."""
+    """Train n steps: each step's loss, metrics and norms, the first gradient, the final weights."""
     value_and_grad = parallel.value_and_grad(loss, model_graphdef(config), mesh)
 
     @quickly_compiled
@@ -96,10 +96,10 @@ def assert_same_reports(got, expected):
 
 
 def distance(a, b):
-    """The largest difference, relative to the size of the whole array."""
+    """Maximum difference of two trees, relative to the maximum of each array."""
 
-    def of(a, b):
+    def array_distance(a, b):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         return np.abs(a - b).max() / np.abs(b).max()
 
-    return max(jax.tree.leaves(jax.tree.map(of, a, b)))
+    return max(jax.tree.leaves(jax.tree.map(array_distance, a, b)))

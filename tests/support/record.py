@@ -47,10 +47,10 @@ def make_inputs(folder: Path) -> None:
     for place in ("tests/support", "."):
         sys.path.insert(0, str(ROOT / place))
     import averaging
-    import towers
+    import tiny_text_encoders
 
     averaging.save(folder / "vae")
-    towers.save_clip(folder / "encoder")
+    tiny_text_encoders.save_clip(folder / "encoder")
 
 
 def flags_of(name: str, work: Path, inputs: Path) -> list[object]:

@@ -1,7 +1,7 @@
 """Inputs and helpers shared by the tests of data.text_encoders."""
 
 import pytest
-from towers import save_clip
+from tiny_text_encoders import save_clip
 
 torch = pytest.importorskip("torch")
 
@@ -17,5 +17,5 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("towers") / "clip"
+    folder = tmp_path_factory.mktemp("encoders") / "clip"
     return save_clip(folder)

@@ -1,4 +1,4 @@
-"""One of two processes that take the steps of parallel_cases.py together.
+"""Run one of two processes that train together as parallel_cases.py does.
 
 python tests/support/two_processes.py PORT INDEX FOLDER
 """

@@ -1,4 +1,4 @@
-"""Inputs and helpers shared by the tests of training.warm_start."""
+"""Models, weights and a run, shared by the tests of training.warm_start."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ FLAGS = {"mlp": "swiglu", "position": "learned", "rope": True, "block": "adaln"}
 
 
 def weights(config, seed=0):
-    """Away from their zero start, on the host."""
+    """Return weights in host memory, none of them zero."""
     fresh = init_model_params(config, jax.random.key(seed))
     moved = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(9), p.shape), fresh)
     return jax.device_get(moved)
@@ -35,7 +35,7 @@ def weights(config, seed=0):
 
 def source(config=CONFIG, *, names=(), **settings):
     return StartingWeights(
-        config, weights(config), {"dataset": {"label_names": names}} | settings, "there"
+        config, weights(config), {"dataset": {"label_names": names}} | settings, "a source"
     )
 
 
@@ -45,7 +45,7 @@ def assert_same(found, expected):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A small run with flags of its own, as if it had been trained."""
+    """Save a small run with flags of its own, as if it had been trained."""
     folder = tmp_path_factory.mktemp("runs") / "first"
     trainer = Trainer(replace(TINY, model="DiT-Nano/4", run_dir=folder, **FLAGS))
     ema = weights(trainer.model_config)

@@ -1,4 +1,4 @@
-"""What was saved comes back bit for bit, and no death costs more than the save it interrupts."""
+"""Damage prints one line, and kill -9 costs no more than the save that it interrupts."""
 
 import os
 import subprocess
@@ -17,26 +17,27 @@ from runtime.checkpoint import Checkpoints
 
 READER = """
 import sys
-import checkpoint_cases
-from errors import UserError
 from pathlib import Path
+from checkpoint_cases import restore
+from runtime.errors import UserError
 
 for _ in range(8):
     try:
-        test_checkpoint.restore(Path(sys.argv[1]))
+        restore(Path(sys.argv[1]))
     except UserError as error:
         print(error)
 """
 
 
-def test_damage_is_said_once_and_orbaxs_threads_are_silent(tmp_path, first, cache):
-    """The reads that are given up would print tracebacks, now or at the exit."""
+def test_damage_is_reported_once_and_orbax_is_silent(tmp_path, first, cache):
+    """Abandoned reads of Orbax would print tracebacks, now or at the exit."""
     save(tmp_path, (4, first))
     for name in ("params", "ema", "optimizer"):
         files = (path for path in (tmp_path / "checkpoints/4" / name).rglob("d/*"))
         for path in files:
             truncate(path, 0.5)
-    environment = os.environ | {"PYTHONPATH": "tests", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests/support", ROOT / "tests")))
+    environment = os.environ | {"PYTHONPATH": paths, "JAX_COMPILATION_CACHE_DIR": str(cache)}
     command = [sys.executable, "-c", READER, str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.count("cannot read checkpoint") == 8
@@ -49,7 +50,7 @@ VICTIM = """
 import os, signal, sys, threading
 from pathlib import Path
 import jax, jax.numpy as jnp
-import checkpoint
+from runtime.checkpoint import Checkpoints
 
 run_dir, delay = Path(sys.argv[1]), sys.argv[2]
 kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -58,7 +59,7 @@ for child_delay in delay.split():
     if os.fork():
         os.wait()
         continue
-    with checkpoint.Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder) as checkpoints:
         checkpoints.save(1, {"params": {"w": jnp.full((1 << 21,), 1.0)}}, {"data": {"n_rows": 1}})
         checkpoints.wait()
         if child_delay == "rename":
@@ -85,7 +86,8 @@ def test_kill_9_during_a_save_costs_that_save_and_nothing_else(tmp_path):
             step = checkpoints.resolve_step()
             shape = {"params": {"w": jax.ShapeDtypeStruct((1 << 21,), jnp.float32)}}
             restored = checkpoints.restore(step, shape)["params"]["w"]
-            assert (restored == step).all() and checkpoints.read_metadata(step, "data") == {"n_rows": step}
+            assert (restored == step).all()
+            assert checkpoints.read_metadata(step, "data") == {"n_rows": step}
             checkpoints.save(3, {"params": {"w": restored}}, {"data": {"n_rows": 3}})
         names = {path.name for path in folder.iterdir()}
         assert names in ({"1", "3"}, {"1", "2", "3"})

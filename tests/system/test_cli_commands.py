@@ -1,44 +1,42 @@
-"""A flag is what its annotation says, or one clear line before anything has run."""
+"""Exit statuses and messages of `cli.run_command` in real processes."""
 
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-from runtime import cli
+from commands import ROOT
 
 SCRIPT = """
 import errno, os, sys
 from dataclasses import dataclass
-import cli
-from errors import RunError, UserError
+from runtime import cli
+from runtime.errors import RunError, UserError
 
 @dataclass(frozen=True)
 class Config:
     '''Fail.
 
     Args:
-        how: the way to end.
+        end: the way to end.
     '''
-    how: str = "well"
+    end: str = "well"
     ema: bool = True
 
 def main():
-    config = cli.parse(Config)
+    config = cli.parse_flags(Config)
     print("ran", config.ema, flush=True)
-    if config.how == "full":
+    if config.end == "full":
         os.write(os.open("/dev/full", os.O_WRONLY), b"x")
-    if config.how == "wrapped":
+    if config.end == "wrapped":
         raise ValueError("RESOURCE_EXHAUSTED: write: " + os.strerror(errno.EDQUOT))
     ends = {"user": UserError("two\\nlines"), "run": RunError("nan"), "bug": ValueError("bug")}
     ends |= {"ctrl-c": KeyboardInterrupt(), "exit": SystemExit(143)}
-    if config.how in ends:
-        raise ends[config.how]
+    if config.end in ends:
+        raise ends[config.end]
 
 assert "jax" not in sys.modules
-cli.run(main)
+cli.run_command(main)
 """
 
 
@@ -46,7 +44,7 @@ cli.run(main)
 def script(tmp_path_factory):
     path = tmp_path_factory.mktemp("cli") / "script.py"
     path.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def call(*argv):
         done = subprocess.run(
@@ -60,27 +58,29 @@ def script(tmp_path_factory):
 def test_exit_statuses_of_a_real_process(script):
     assert script("--ema", "False") == (0, "ran False\n", "")
     assert script("--emma") == (2, "", "error: unknown flag --emma; did you mean --ema?\n")
-    assert script("--how", "user") == (2, "ran True\n", "error: two lines\n")
-    assert script("--how", "run") == (1, "ran True\n", "error: nan\n")
-    assert script("--how", "ctrl-c") == (130, "ran True\n", "")
-    assert script("--how", "exit") == (143, "ran True\n", "")
-    status, _, err = script("--how", "bug")
+    assert script("--end", "user") == (2, "ran True\n", "error: two lines\n")
+    assert script("--end", "run") == (1, "ran True\n", "error: nan\n")
+    assert script("--end", "ctrl-c") == (130, "ran True\n", "")
+    assert script("--end", "exit") == (143, "ran True\n", "")
+    status, _, err = script("--end", "bug")
     assert status == 1 and err.startswith("Traceback") and err.endswith("ValueError: bug\n")
 
 
-@pytest.mark.parametrize("how", ["full", "wrapped"])
-def test_a_full_disk_is_one_line(script, how):
-    status, _, err = script("--how", how)
+@pytest.mark.parametrize("end", ["full", "wrapped"])
+def test_a_full_disk_is_one_line(script, end):
+    status, _, err = script("--end", end)
     assert status == 2 and err.startswith("error: no space left on ") and err.count("\n") == 1
 
 
-def test_a_reader_that_leaves_is_not_talked_about():
-    code = "import cli; cli.run(lambda: [print('more') for _ in range(100_000)])"
+def test_a_closed_pipe_on_stdout_prints_nothing():
+    code = (
+        "from runtime import cli; cli.run_command(lambda: [print('more') for _ in range(100_000)])"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        cwd=Path(cli.__file__).parent,
+        cwd=ROOT,
     )
     assert process.stdout and process.stderr
     process.stdout.readline()

@@ -1,4 +1,4 @@
-"""The command, from a run to a line of JSON; the same numbers by every way to the same pictures."""
+"""The command, from a run to a line of JSON."""
 
 import json
 from dataclasses import replace
@@ -10,8 +10,8 @@ from commands import run
 from evaluate_cases import (
     PIXELS,
     digits,  # noqa: F401
-    measured,
-    numbers,
+    evaluate_pixels,
+    scores,
 )
 
 import evaluate
@@ -32,26 +32,26 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_command_judges_a_run(trained, tmp_path, cache):
-    real, samples = tmp_path / "real.npz", tmp_path / "drawn.npz"
+def test_the_command_evaluates_a_run(trained, tmp_path, cache):
+    real, samples = tmp_path / "real.npz", tmp_path / "samples.npz"
     words = ["--make_reference", real, "--dataset_name", "digits", "--features", "pixels"]
     made = run("evaluate.py", *words, cache=cache)
     assert made.returncode == 0, made.stderr
-    assert made.stdout == f"statistics of 1437 pictures: {real}\n"
+    assert made.stdout == f"statistics of 1437 images: {real}\n"
 
     words = ["--run", trained, "--reference", real, "--features", "pixels", "--n", 30]
     words += ["--samples", samples, "--batch_size", 7, "--cfg_scale", 2, "--seed", 3]
     words += ["--interval", "0.2", "1"]
     done = run("evaluate.py", *words, cache=cache)
     assert done.returncode == 0, done.stderr
-    found = json.loads((trained / evaluate.RECORD_FILE).read_text())
-    assert numbers(found).keys() == PIXELS  # nothing here is called FID
-    assert f"pixel_frechet        {found['pixel_frechet']:.6g}\n" in done.stdout
+    record = json.loads((trained / evaluate.RECORD_FILE).read_text())
+    assert scores(record).keys() == PIXELS  # nothing here is called FID
+    assert f"pixel_frechet        {record['pixel_frechet']:.6g}\n" in done.stdout
 
-    card = found["card"]
+    card = record["card"]
     assert card["pictures"]["count"] == 30 and card["pictures"]["step"] == 2
-    said = {"solver": "euler", "n_steps": 2, "shift": 1.0, "interval": [0.2, 1.0]}
-    assert said.items() <= card["pictures"]["sampler"].items()
+    sampler = {"solver": "euler", "n_steps": 2, "shift": 1.0, "interval": [0.2, 1.0]}
+    assert sampler.items() <= card["pictures"]["sampler"].items()
     assert (card["pictures"]["cfg_scale"], card["pictures"]["seed"]) == (2, 3)
     assert card["config"]["batch_size"] == 7 and "--cfg_scale 2" in card["command"]
     assert len(card["reference"]["sha256"]) == 64
@@ -60,18 +60,18 @@ def test_the_command_judges_a_run(trained, tmp_path, cache):
     with np.load(samples) as arrays:
         assert arrays["arr_0"].shape == (30, 8, 8, 1) and arrays["arr_0"].dtype == np.uint8
         assert arrays["arr_1"].tolist() == list(range(10)) * 3
-    assert not samples.with_name("drawn.npz.parts").exists()
-    again = measured(tmp_path / "x", npz=samples, reference=real, batch_size=16, seed=3)
-    assert numbers(again) == pytest.approx(numbers(found), rel=1e-6, abs=1e-6)
+    assert not samples.with_name("samples.npz.parts").exists()
+    again = evaluate_pixels(tmp_path / "x", npz=samples, reference=real, batch_size=16, seed=3)
+    assert scores(again) == pytest.approx(scores(record), rel=1e-6, abs=1e-6)
 
-    # Here are eight devices; a picture's last bit may be another on them.
-    how = {"n": 30, "cfg_scale": 2.0, "seed": 3, "batch_size": 16, "interval": (0.2, 1.0)}
-    spread = measured(tmp_path / "y", run=trained, reference=real, **how)
-    assert spread["pixel_frechet"] == pytest.approx(found["pixel_frechet"], rel=1e-3)
+    # This process has eight devices, which may round the last bit of an image differently.
+    flags = {"n": 30, "cfg_scale": 2.0, "seed": 3, "batch_size": 16, "interval": (0.2, 1.0)}
+    on_eight = evaluate_pixels(tmp_path / "y", run=trained, reference=real, **flags)
+    assert on_eight["pixel_frechet"] == pytest.approx(record["pixel_frechet"], rel=1e-3)
 
 
 @pytest.mark.slow
-def test_what_the_command_cannot_do_it_says_in_one_line(trained, tmp_path, cache):
+def test_errors_of_the_command_are_one_line(trained, tmp_path, cache):
     np.savez(tmp_path / "wrong.npz", x=np.zeros(3))
     wrong = ["--run", trained, "--reference", tmp_path / "wrong.npz", "--features", "pixels"]
     no_weights = ["--run", trained, "--reference", tmp_path / "wrong.npz"]

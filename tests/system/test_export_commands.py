@@ -1,6 +1,4 @@
-"""What a run leaves for others: the same network, a card that says how to use it, nothing half
-written.
-"""
+"""An exported folder computes what the run computes, has a correct card, and is never half written."""
 
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import export
 from model import model_config
 
 
-def test_latents_need_their_vae():
+def test_the_card_names_the_vae_of_latents():
     encoding = {
         **dict.fromkeys(("dataset_name", "source", "precision"), ""),
         "image_size": 256,
@@ -29,22 +27,32 @@ def test_latents_need_their_vae():
     run |= {"ema": True, "step": 7, "n_steps": 7, "objective": "rectified_flow"}
     config = model_config("DiT-B/2", image_size=32, channels=4, out_channels=4, n_classes=1000)
     card = export.model_card("my-dit", run, config, "DiT", 10**6)
-    assert "latents of 32×32×4, which the VAE `us/vae` decodes to pictures of 256×256" in card
-    assert "(SHA-256 of its weights: abc). To the VAE go x / 0.5 + 0.1." in card
+    assert "latents of 32×32×4, which the VAE `us/vae` decodes to images of 256×256" in card
+    assert "(SHA-256 of its weights: abc). The VAE's input is x / 0.5 + 0.1." in card
 
 
-@pytest.mark.parametrize("objective", [{}, {"objective": "rectified_flow"}])
-def test_the_command_names_latents_and_not_their_shape(objective):
-    """The first runs had no choice of an objective."""
+def test_the_command_has_the_given_flags_that_shaped_the_weights():
     run = {"dataset_name": "imagenet", "latents": "my latents", "image_size": 32, "channels": 4}
-    said = export.training_command(run | {"model": "DiT-B/2", "n_steps": 7} | objective)
-    assert said == (
+    run |= {"model": "DiT-B/2", "n_steps": 7, "given_flags": {}}
+    assert export.training_command(run) == "python train.py --dataset_name imagenet"
+    run["given_flags"] = {"latents": "my latents", "model": "DiT-B/2", "remat": True}
+    run["given_flags"] |= {"n_steps": 7, "rope": False, "log_every": 5, "caption": ["a {label}"]}
+    assert export.training_command(run) == (
         "python train.py --dataset_name imagenet --latents 'my latents' --model DiT-B/2 --n_steps 7"
+        " --norope --caption 'a {label}'"
+    )
+
+
+def test_the_command_of_a_run_that_recorded_no_flags_says_so():
+    run = {"dataset_name": "imagenet", "model": "DiT-B/2", "n_steps": 7, "schedule": "linear"}
+    assert export.training_command(run) == (
+        "python train.py --dataset_name imagenet --model DiT-B/2 --n_steps 7"
+        "  # other flags were not recorded"
     )
 
 
 @pytest.mark.slow
-def test_the_command_writes_a_folder_or_ends_in_one_line(trained, tmp_path, cache):
+def test_export_writes_a_folder_or_fails_in_one_line(trained, tmp_path, cache):
     out = tmp_path / "out"
     done = run("export.py", "--run", trained.run_dir, "--out", out, cache=cache)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,4 @@
-"""Faults from outside, done for real: none costs more than what it hits, and what comes after is
-what would have come without it.
-"""
+"""Real faults from outside cost no more than what they hit; the rest of the run is unchanged."""
 
 import os
 import re
@@ -43,73 +41,75 @@ MOMENTS = ("step", "save", "sample", "start-up")
 
 
 def logged(folder: Path) -> list[int]:
-    """The steps of the whole lines of a run's metrics.jsonl."""
+    """Steps of the complete lines of a run's metrics.jsonl."""
     path = folder / "metrics.jsonl"
     lines = path.read_text() if path.exists() else ""
     return [int(step) for step in re.findall(r'^{"step": (\d+),.*\n', lines, re.MULTILINE)]
 
 
-def saving(folder: Path, begun: float) -> bool:
-    """Whether a checkpoint that was begun since then is not complete."""
+def saving(folder: Path, started: float) -> bool:
+    """Return True if a save that began after `started` is not complete."""
     for path in folder.glob("checkpoints/*"):
         with suppress(FileNotFoundError):  # it has just been completed
-            if not path.name.isdecimal() and path.stat().st_mtime > begun:
+            if not path.name.isdecimal() and path.stat().st_mtime > started:
                 return True
     return False
 
 
-def hit(folder: Path, out: str, begun: float) -> str:
-    """What a kill has interrupted of a run that was begun then."""
+def hit(folder: Path, out: str, started: float) -> str:
+    """Name the moment of the run, started then, that a kill has interrupted."""
     if GREETED not in out:
         return "start-up"
-    if saving(folder, begun):
+    if saving(folder, started):
         return "save"
     last = logged(folder)[-1] if logged(folder) else 0
-    picture = folder / f"samples/{last:07d}.png"
-    drawn = picture.exists() and picture.stat().st_mtime > begun
-    return "sample" if last and not last % SAMPLE_EVERY and not drawn else "step"
+    image = folder / f"samples/{last:07d}.png"
+    is_sampled = image.exists() and image.stat().st_mtime > started
+    return "sample" if last and not last % SAMPLE_EVERY and not is_sampled else "step"
 
 
-def wait_for(moment: str, folder: Path, out: Path, begun: float, rng: np.random.Generator) -> None:
-    """Until a random while into one of its kind, of a run that was begun then."""
+def wait_for(
+    moment: str, folder: Path, out: Path, started: float, rng: np.random.Generator
+) -> None:
+    """Wait for a random time into such a moment of the run that was started then."""
     if moment == "start-up":
         time.sleep(rng.uniform(0, 0.8))
         return
     saved = newest(folder) + SAVE_EVERY * rng.integers(2)
     wait_until(lambda: newest(folder) >= saved)
-    wait_until(lambda: hit(folder, out.read_text(), begun) == moment)
+    wait_until(lambda: hit(folder, out.read_text(), started) == moment)
     time.sleep(rng.uniform(0, 0.02))
 
 
 @pytest.mark.slow
 def test_fifty_kills_at_any_moment_leave_no_trace(forks, tmp_path):
-    """Each restart goes on from the newest complete checkpoint."""
+    """Each restart resumes from the newest complete checkpoint."""
     rng, folder = np.random.default_rng(0), tmp_path / "run"
     hits: dict[str, int] = dict.fromkeys(MOMENTS, 0)
     assert forks.run(*KILLED, "--run_dir", tmp_path / "whole")[0] == 0
     for _ in range(N_KILLS):
-        there, begun, known = newest(folder), time.time(), (folder / "config.json").exists()
+        there, started, known = newest(folder), time.time(), (folder / "config.json").exists()
         child = forks.start(*(["--resume"] if known else KILLED), "--run_dir", folder)
-        wait_for(min(MOMENTS, key=hits.__getitem__), folder, forks.out, begun, rng)
+        wait_for(min(MOMENTS, key=hits.__getitem__), folder, forks.out, started, rng)
         os.killpg(child, signal.SIGKILL)
         status, out, err = forks.end()
         assert (status, err) == (-signal.SIGKILL, "")
         if GREETED in out:
             assert (f"resuming at step {there}:" if there else "starting:") in out
-        hits[hit(folder, out, begun)] += 1
+        hits[hit(folder, out, started)] += 1
     assert min(hits.values()) >= 4, hits
     assert forks.run("--resume", "--run_dir", folder)[0] == 0
     assert_same_end(forks, folder, tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_three_polite_ends_leave_no_trace_either(forks, whole, tmp_path):
-    """SIGTERM in a step, in a save and in a sample: each leaves in time, at the step it was in."""
+def test_three_sigterms_leave_no_trace(forks, whole, tmp_path):
+    """Sent in a step, in a save and in a sample: each run exits in time, at the step it was in."""
     rng, folder = np.random.default_rng(0), tmp_path / "run"
     for moment in ("step", "save", "sample"):
-        begun = time.time()
+        started = time.time()
         child = forks.start(*(["--resume"] if newest(folder) else FLAGS), "--run_dir", folder)
-        wait_for(moment, folder, forks.out, begun, rng)
+        wait_for(moment, folder, forks.out, started, rng)
         os.kill(child, signal.SIGTERM)
         sent = time.monotonic()
         status, _, err = forks.end()
@@ -128,7 +128,7 @@ def truncate(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    """One bit."""
+    """Flip one bit."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
     path.write_bytes(data)
@@ -136,7 +136,9 @@ def flip(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [truncate, flip])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(forks, whole, tmp_path, damage):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_restored(
+    forks, whole, tmp_path, damage
+):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     files = (path for path in (folder / "checkpoints/200/ema").rglob("*") if path.is_file())
@@ -160,7 +162,7 @@ def test_a_resume_with_another_batch_or_other_data_is_refused_by_name(forks, who
 
 
 @pytest.mark.slow
-def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(forks, cache, tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_continues(forks, cache, tmp_path):
     folder = tmp_path / "run"
     child = forks.start(*SMALL, *EVERY, "--n_steps", 100_000, "--run_dir", folder)
     wait_until(lambda: newest(folder))
@@ -188,8 +190,8 @@ def disk(tmp_path, server) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_a_full_disk_costs_what_it_has_no_room_for(disk, forks, whole):
-    """Not the run, until its last checkpoint; nor what was saved before."""
+def test_a_full_disk_costs_only_the_files_without_room(disk, forks, whole):
+    """The run continues until its last checkpoint, and earlier checkpoints are intact."""
     folder = disk / "run"
     forks.start(*FLAGS, "--run_dir", folder)
     wait_until(lambda: newest(folder))
@@ -213,27 +215,27 @@ def test_a_full_disk_costs_what_it_has_no_room_for(disk, forks, whole):
 
 @pytest.mark.slow
 def test_a_row_that_cannot_be_decoded_is_named_and_costs_nothing(forks, tmp_path):
-    """Once the picture is mended the run goes on, and ends as one over whole pictures."""
+    """Once the image is repaired the run resumes, and ends as an undisturbed one."""
     rng = np.random.default_rng(0)
     for split, n in (("train", 64), ("test", 8)):
         (tmp_path / "data" / split / "cat").mkdir(parents=True)
         for i in range(n):
-            picture = Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8))
-            picture.save(tmp_path / f"data/{split}/cat/{i:03}.png")
+            image = Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8))
+            image.save(tmp_path / f"data/{split}/cat/{i:03}.png")
     data = f"folder:{tmp_path / 'data'}"
     flags = [*SMALL, *EVERY, "--dataset_name", data, "--noin_memory", "--n_workers", 1]
     flags += ["--n_steps", 12]
     assert forks.run(*flags, "--run_dir", tmp_path / "whole")[0] == 0
 
     row = Pipeline(open_dataset(data), batch_size=8, seed=0, in_memory=False).batch_rows(5)[3]
-    picture, folder = tmp_path / f"data/train/cat/{row:03}.png", tmp_path / "run"
-    good = picture.read_bytes()
-    picture.write_bytes(good[: len(good) // 2])
+    image, folder = tmp_path / f"data/train/cat/{row:03}.png", tmp_path / "run"
+    good = image.read_bytes()
+    image.write_bytes(good[: len(good) // 2])
     status, _, err = forks.run(*flags, "--run_dir", folder)
     assert status == 2 and err.count("\n") == 1
     assert err.startswith("error: ") and f"split 'train', row {row}, column 'image': " in err
     assert newest(folder) == 5
-    picture.write_bytes(good)
+    image.write_bytes(good)
     status, out, err = forks.run("--resume", "--run_dir", folder)
     assert status == 0 and "resuming at step 5:" in out, err
     assert_same_end(forks, folder, tmp_path / "whole")
@@ -259,8 +261,8 @@ def test_a_worker_that_is_killed_changes_no_number(forks, whole, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [1, 8], ids=["DDP", "FSDP"])
-def test_what_eight_devices_saved_goes_on_on_fewer(forks, tmp_path, fsdp):
-    """The very same bits; then the very same curve, but for the order of sums."""
+def test_a_run_of_eight_devices_resumes_on_fewer(forks, tmp_path, fsdp):
+    """The same bits are restored; the curve differs by the order of sums only."""
     whole = tmp_path / "whole"
     flags = [*SMALL, *EVERY, "--n_steps", 40, "--fsdp", fsdp, "--run_dir", whole]
     assert forks.run(*flags, n_devices=8)[0] == 0

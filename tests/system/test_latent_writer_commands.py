@@ -19,7 +19,7 @@ import pytest
 from commands import fill, small_disk
 from datasets import ClassLabel, Image, load_dataset
 from faults_cases import Forks, children, wait_until
-from hub_copies import make_copy, image_file
+from hub_copies import image_file, make_copy
 from latent_writer_cases import RNG, grey_cells, write
 from PIL import Image as Picture
 

@@ -1,6 +1,4 @@
-"""A folder of latents is what it says, or the doctor says what it is not; a batch of them is drawn
-from their own distribution, each row and step anew.
-"""
+"""A folder of latents is checked against its record; its rows are those of the images."""
 
 import json
 import shutil
@@ -27,33 +25,36 @@ N_TRAIN, N_TEST = 1437, 360
 
 @pytest.fixture
 def folder(latent_digits, tmp_path):
-    """A copy that may be harmed."""
+    """Return a copy that a test may damage."""
     return shutil.copytree(latent_digits, tmp_path / "latents")
 
 
 def edit(folder, *, encoding=None, **facts):
-    """Change what latents.json says."""
+    """Change latents.json."""
     record = json.loads((folder / latents.INFO_FILE).read_text())
     record["encoding"] |= encoding or {}
     (folder / latents.INFO_FILE).write_text(json.dumps(record | facts))
 
 
-def test_the_scaled_deviation_is_that_of_what_a_model_sees(latent_digits):
-    """Of all channels together: one that lies beside the others counts as spread."""
+def test_the_scaled_deviation_is_that_of_a_models_input(latent_digits):
+    """It is taken over all channels together: a channel of another mean adds to it."""
     data = Pipeline(open_dataset("digits", latents_dir=latent_digits), batch_size=N_TRAIN, seed=0)
     z = data.train_batch(0).image.astype(float)[..., :2]  # their own deviation is small beside it
     of_means = np.sqrt(np.square(averaging.SCALE * z.std()) + np.exp(averaging.LOG_VARIANCE))
     assert abs(latents.check_latents(latent_digits).scaled_std - of_means) < 0.05
 
 
-# --- the doctor -----------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 
-def test_a_sound_folder_is_sound(latent_digits):
-    said = latents.check_latents(latent_digits)
-    assert said.n_rows == {"train": N_TRAIN, "test": N_TEST}
-    assert said.n_files == {"train": 3, "test": 1} and said.skipped == {"train": [], "test": []}
-    assert said.encoding.shape == (8, 8, 2) and said.encoding.mirrored
+def test_a_sound_folder_passes(latent_digits):
+    dataset = latents.check_latents(latent_digits)
+    assert dataset.n_rows == {"train": N_TRAIN, "test": N_TEST}
+    assert dataset.n_files == {"train": 3, "test": 1} and dataset.skipped == {
+        "train": [],
+        "test": [],
+    }
+    assert dataset.encoding.shape == (8, 8, 2) and dataset.encoding.mirrored
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_a_truncated_file_is_refused(folder, n):
         latents.check_latents(folder)
 
 
-def test_a_file_that_is_not_of_the_converter_is_refused(folder):
+def test_a_file_without_the_converters_record_is_refused(folder):
     other = folder / "data/train-00001-of-00003.parquet"
     table = pyarrow.parquet.read_table(other)
     pyarrow.parquet.write_table(table.replace_schema_metadata(), other)
@@ -103,7 +104,7 @@ def test_a_file_that_is_not_of_the_converter_is_refused(folder):
 
 
 def test_a_file_of_another_conversion_is_refused(folder):
-    """Though it has as many rows of the same length."""
+    """It has as many rows of the same length, but another VAE."""
     other = folder / "data/train-00001-of-00003.parquet"
     table = pyarrow.parquet.read_table(other)
     record = json.loads(table.schema.metadata[latents.METADATA_KEY])
@@ -115,7 +116,7 @@ def test_a_file_of_another_conversion_is_refused(folder):
 
 
 def test_rows_that_are_not_the_files_own_are_refused(folder):
-    other = folder / "data/train-00002-of-00003.parquet"  # the one that is looked into
+    other = folder / "data/train-00002-of-00003.parquet"  # the smallest, whose rows are read
     table = pyarrow.parquet.read_table(other)
     rows = latents.unpack_moments(
         table["moments"].to_pylist(), latents.read_latent_dataset(folder).encoding
@@ -146,7 +147,7 @@ def test_edited_statistics_are_refused(folder, name):
 
 
 @pytest.mark.parametrize("factor", [0.01, 100])
-def test_a_scale_that_is_of_another_vae_is_refused(folder, factor):
+def test_the_scale_of_another_vae_is_refused(folder, factor):
     """Also where it is the same in all files: latents must be of about unit variance."""
     scale = averaging.SCALE * factor
     edit(folder, encoding={"scaling_factor": scale})
@@ -195,27 +196,28 @@ def test_damaged_json_is_one_line(folder, damage):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_latents_are_those_of_the_pictures_with_their_labels(latent_digits, streaming):
-    """Row by row: the mean of each is what the autoencoder makes of the picture, and so is that of
-    its mirror image.
+def test_latents_are_those_of_the_images_with_their_labels(latent_digits, streaming):
+    """The mean of each row is the autoencoder's of the image, and that of its second view is of the
+    mirrored image.
     """
-    pictures = open_dataset("digits", image_size=16)
+    originals = open_dataset("digits", image_size=16)
     source = open_dataset("digits", latents_dir=latent_digits, streaming=streaming)
     assert isinstance(source.train.data, ParquetSplit) == streaming
-    assert source.config.label_names == pictures.config.label_names
+    assert source.config.label_names == originals.config.label_names
     assert source.config.n_classes == 10 and source.config.flip
     assert (source.config.image_size, source.config.channels) == (8, 2)
-    for ours, theirs in ((source.train, pictures.train), (source.eval, pictures.eval)):
+    for ours, theirs in ((source.train, originals.train), (source.eval, originals.eval)):
         np.testing.assert_array_equal(ours.labels, theirs.labels)
         rows = np.array([0, 17, len(ours) - 1])
-        found, seen = ours.decode(rows), theirs.decode(rows)
-        mean, spread, mirrored, _ = np.split(found.astype(np.float32), 4, axis=-1)
-        np.testing.assert_allclose(mean, averaging.means(seen), atol=2e-3)
-        np.testing.assert_allclose(mirrored, averaging.means(seen[:, :, ::-1]), atol=2e-3)
+        moments = ours.decode(rows)
+        decoded = theirs.decode(rows)
+        mean, spread, mirrored, _ = np.split(moments.astype(np.float32), 4, axis=-1)
+        np.testing.assert_allclose(mean, averaging.means(decoded), atol=2e-3)
+        np.testing.assert_allclose(mirrored, averaging.means(decoded[:, :, ::-1]), atol=2e-3)
         assert (spread == averaging.LOG_VARIANCE).all()
 
 
-def test_the_right_size_may_be_said_and_a_wrong_one_is_one_line(latent_digits):
+def test_the_size_of_latents_may_be_given_and_a_wrong_one_is_refused(latent_digits):
     opened = partial(open_dataset, "digits", latents_dir=latent_digits)
     assert opened(image_size=8, channels=2).config.image_size == 8
     wrong: list[tuple[dict[str, Any], str]] = [
@@ -224,9 +226,9 @@ def test_the_right_size_may_be_said_and_a_wrong_one_is_one_line(latent_digits):
         ({"data_dir": latent_digits}, "no --data_dir or --image_column"),
         ({"image_column": "moments"}, "no --data_dir or --image_column"),
     ]
-    for how, message in wrong:
+    for arguments, message in wrong:
         with pytest.raises(UserError, match=message):
-            opened(**how)
+            opened(**arguments)
     with pytest.raises(UserError, match="are of digits, not mnist"):
         open_dataset("mnist", latents_dir=latent_digits)
 
@@ -235,15 +237,15 @@ def test_latents_without_classes_or_with_captions_from_their_names(latent_digits
     assert open_dataset("digits", latents_dir=latent_digits, conditioning="none").config == replace(
         open_dataset("digits", latents_dir=latent_digits, label_column="").config
     )
-    told = open_dataset("digits", latents_dir=latent_digits, templates=("the digit {label}",))
-    assert told.train.captions[0] == (f"the digit {told.train.labels[0]}",)
+    captioned = open_dataset("digits", latents_dir=latent_digits, templates=("the digit {label}",))
+    assert captioned.train.captions[0] == (f"the digit {captioned.train.labels[0]}",)
 
 
 # --- batches --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_the_second_view_is_taken_where_the_pipeline_flips(latent_digits, in_memory):
+def test_the_second_view_is_used_where_the_pipeline_flips(latent_digits, in_memory):
     source = open_dataset("digits", latents_dir=latent_digits)
     data = Pipeline(source, batch_size=32, seed=3, in_memory=in_memory, n_workers=0)
     for step in (0, 44):  # the second runs into the next epoch
@@ -277,11 +279,11 @@ def test_streamed_and_stored_rows_are_the_same(latent_digits):
     )
 
 
-def test_batches_drawn_on_devices_are_the_pipelines(latent_digits):
+def test_batches_gathered_on_devices_are_the_pipelines(latent_digits):
     mesh = parallel.make_mesh()
     data = Pipeline(open_dataset("digits", latents_dir=latent_digits), batch_size=40, seed=1)
-    draw = jax.jit(partial(device_dataset.gather_batch, batch_size=40, mesh=mesh))
+    gather = jax.jit(partial(device_dataset.gather_batch, batch_size=40, mesh=mesh))
     for start, stop in ((0, 3), (34, 37)):
         held = device_dataset.batches(data, mesh, start, stop)
         for step, here in zip(range(start, stop), held, strict=True):
-            jax.tree.map(np.testing.assert_array_equal, draw(here, step), data.train_batch(step))
+            jax.tree.map(np.testing.assert_array_equal, gather(here, step), data.train_batch(step))

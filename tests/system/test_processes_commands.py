@@ -82,9 +82,7 @@ def alone(tmp_path_factory, cache):
 
 
 @pytest.mark.slow
-def test_two_processes_train_evaluate_draw_measure_and_save_as_one_does(
-    tmp_path, cache, alone, real
-):
+def test_two_processes_train_evaluate_sample_measure_and_save_as_one(tmp_path, cache, alone, real):
     folder = tmp_path / "run"
     flags = ["--fid_every", 10, "--fid_reference", real, "--fid_features", "pixels", "--fid_n", 21]
     pair = start_pair(*FLAGS, *flags, "--fsdp", 4, "--run_dir", folder, cache=cache)
@@ -94,12 +92,12 @@ def test_two_processes_train_evaluate_draw_measure_and_save_as_one_does(
     same(losses(folder), alone)
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"10", "20"}
     assert (folder / "samples/final.png").exists() and (folder / "samples/0000010.png").exists()
-    out = tmp_path / "drawn.npz"  # by one process with one device
+    out = tmp_path / "samples.npz"  # by one process with one device
     done = run("generate.py", "--run", folder, "--n", 4, "--out", out, cache=cache)
     assert done.returncode == 0, done.stderr
 
-    judge = EvaluateConfig(run=folder, reference=real, features="pixels", n=21)
-    evaluate.main(replace(judge, out=tmp_path / "record"))
+    config = EvaluateConfig(run=folder, reference=real, features="pixels", n=21)
+    evaluate.main(replace(config, out=tmp_path / "record"))
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     distances = [line[NAME] for line in map(json.loads, lines) if NAME in line]
     found = json.loads((tmp_path / "record").read_text())
@@ -107,17 +105,18 @@ def test_two_processes_train_evaluate_draw_measure_and_save_as_one_does(
 
 
 @pytest.mark.slow
-def test_two_processes_judge_as_one_does(tmp_path, cache, real):
-    pictures, out = tmp_path / "some.npz", tmp_path / "record"
-    some = np.random.default_rng(0).integers(0, 256, (45, 8, 8, 1)).astype(np.uint8)
-    np.savez(pictures, arr_0=some)
-    judge = EvaluateConfig(npz=pictures, reference=real, features="pixels", out=out)
-    evaluate.main(judge)
-    flags = ["--npz", pictures, "--reference", real, "--features", "pixels", "--out", out]
+def test_two_processes_compute_metrics_as_one(tmp_path, cache, real):
+    npz = tmp_path / "some.npz"
+    out = tmp_path / "record"
+    images = np.random.default_rng(0).integers(0, 256, (45, 8, 8, 1)).astype(np.uint8)
+    np.savez(npz, arr_0=images)
+    config = EvaluateConfig(npz=npz, reference=real, features="pixels", out=out)
+    evaluate.main(config)
+    flags = ["--npz", npz, "--reference", real, "--features", "pixels", "--out", out]
     pair = start_pair(*flags, cache=cache, n_devices=2, command="evaluate.py")
-    (code, said, err), second = ends(pair)
+    (code, output, err), second = ends(pair)
     assert (code, *second[:2]) == (0, 0, ""), err + second[2]
-    assert "pixel_frechet" in said
+    assert "pixel_frechet" in output
     expected, found = map(json.loads, out.read_text().splitlines())
     for line in (expected, found):
         del line["card"]
@@ -126,7 +125,7 @@ def test_two_processes_judge_as_one_does(tmp_path, cache, real):
 
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(tmp_path, cache, alone):
-    """And one process with one device goes on from there."""
+    """One process with one device then resumes from there."""
     folder = tmp_path / "run"
     pair = start_pair(*FLAGS, "--run_dir", folder, cache=cache)
     wait_for_a_step(pair[0])

@@ -1,4 +1,4 @@
-"""A run's folder has one name and one writer, and its files are whole or not there."""
+"""A run's folder has one writer, and leftovers of killed processes are removed."""
 
 import os
 import subprocess
@@ -13,13 +13,15 @@ from runtime.errors import UserError
 
 @pytest.fixture
 def ended():
-    """The number of a process that has ended."""
+    """Id of a process that has ended."""
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
 
 
-def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(tmp_path, ended):
+def test_leftovers_of_killed_processes_are_removed_and_those_of_living_ones_are_not(
+    tmp_path, ended
+):
     (tmp_path / "samples").mkdir()
     living = os.getppid()
     ours = [f".config.json.{ended}.tmp", f"samples/.1.png.{ended}.tmp", f".a.{os.getpid()}.tmp"]
@@ -31,7 +33,7 @@ def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(tmp_path
     assert left == set(others)
 
 
-def test_a_run_may_begin_where_one_was_killed_before_it_had_begun(tmp_path, ended):
+def test_a_run_may_start_where_one_was_killed_before_its_first_file(tmp_path, ended):
     (tmp_path / f".config.json.{ended}.tmp").touch()
     run_folder.require_unused(tmp_path)
     (tmp_path / "notes.tmp").touch()
@@ -44,8 +46,8 @@ def test_a_run_may_begin_where_one_was_killed_before_it_had_begun(tmp_path, ende
 HOLDER = """
 import sys
 from pathlib import Path
-from run_folder import locked
-with locked(Path(sys.argv[1])):
+from runtime.run_folder import exclusive_writer
+with exclusive_writer(Path(sys.argv[1])):
     print("locked", flush=True)
     sys.stdin.read()
 """
@@ -53,7 +55,7 @@ with locked(Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process, which is writing to the run."""
+    """Another process that holds the lock of the run."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)],
         cwd=ROOT,

@@ -12,6 +12,11 @@ from text_encoders_cases import (
 
 def test_a_fork_after_encoding_prints_nothing(clip):
     """Tokenizers would warn. In a process of its own, because JAX warns too."""
-    code = f"import os; from data.text_encoders import TextEncoders; TextEncoders([{clip!r}]).encode(['a', 'b']); os.fork()"
+    code = f"""
+import os
+from data.text_encoders import TextEncoders
+TextEncoders([{clip!r}]).encode(["a", "b"])
+os.fork()
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)

@@ -1,6 +1,4 @@
-"""An autoencoder's training does what it says, goes on where it stopped, and is that of one device
-on any number of them.
-"""
+"""A run of train_vae.py leaves its files, resumes bit for bit, and exports what it evaluated."""
 
 import os
 import signal
@@ -30,7 +28,7 @@ FLAGS = [
 # --- the command line -----------------------------------------------------------------------------
 
 
-def test_a_run_that_is_killed_politely_goes_on(tmp_path, cache):
+def test_a_run_ended_by_sigterm_is_resumed(tmp_path, cache):
     folder = tmp_path / "run"
     words = [COMMAND, *FLAGS, "--run_dir", folder, "--n_steps", "400", "--log_every", "1"]
     process = start(*words, cache=cache)
@@ -41,7 +39,7 @@ def test_a_run_that_is_killed_politely_goes_on(tmp_path, cache):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 143 and "Traceback" not in err
-    assert "no weights of LPIPS (--lpips): trained on L2 and the gradients of pictures" in out
+    assert "no LPIPS weights (--lpips): training on L2 and image gradients" in out
     step = metrics(folder)[-1]["step"]
     assert (folder / "vae/config.json").exists()
     resume = [COMMAND, "--resume", "--run_dir", folder, "--n_steps", step + 2]
@@ -64,7 +62,7 @@ def test_a_wrong_flag_ends_in_one_line(tmp_path, cache, flags, message):
     assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
 
 
-def test_help_tells_every_flag():
+def test_help_lists_every_flag():
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     result = subprocess.run(
         [sys.executable, COMMAND, "--help"], cwd=ROOT, env=environment, capture_output=True

@@ -1,5 +1,5 @@
-"""A run that starts from another's weights is that model on its first step; what is new starts
-fresh, what does not fit is named.
+"""A run started from existing weights computes what they compute. New parts start fresh, and what
+cannot be fitted is named.
 """
 
 import nano  # noqa: F401  (its sizes)
@@ -15,7 +15,7 @@ def test_the_command_starts_from_a_run(trained, tmp_path, cache):
     flags = [word for word in flags if word not in ("--model", "DiT-Nano/8")]
     done = run(NANO, *flags, cache=cache)
     assert done.returncode == 0, done.stderr
-    assert f"--init_from: the weights are those of step 0 of {folder}" in done.stdout
+    assert f"--init_from: starting from the weights of step 0 of {folder}" in done.stdout
     done = run(NANO, *flags[:-2], "--model", "DiT-Ti/2", cache=cache)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: --init_from step 0 of {folder}: width is 32 there")
+    assert done.stderr.startswith(f"error: --init_from step 0 of {folder}: its width is 32, ")

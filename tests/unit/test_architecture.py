@@ -34,6 +34,9 @@ FILES = {
     and "digits" not in path.parts
 }
 ENTRIES = 27
+# Words that a reader of DiT or SD3 would have to translate, and names with them that are on disk.
+PRIVATE_WORDS = (r"\b_*told", r"\b_*said\b", "unsaid", "picture", "tower")
+ON_DISK = ("text_towers",)
 SHADOWS = {"datasets", "types", "math", "random", "logging", "profile"}
 DRAWERS = {"utils", "common", "helpers"}
 REQUIRED = [
@@ -108,6 +111,27 @@ def test_sharding_is_spoken_of_in_one_file(word):
     assert speaking <= {"runtime.parallel"}
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_docstrings_open_with_a_verb_or_a_noun(name):
+    """Not with a question word, which leaves the reader to build the sentence."""
+    opening = re.compile(r"(What|Of|How|Where|Whether|That|Which|When|Who|Why)\b")
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [
+        node for node in ast.walk(ast.parse(FILES[name].read_text())) if isinstance(node, kinds)
+    ]
+    texts = [text for node in nodes if (text := ast.get_docstring(node))]
+    assert [text for text in texts if opening.match(text)] == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_words_are_the_fields_own(name):
+    """Flags and keys that people have on disk keep their names."""
+    text = FILES[name].read_text()
+    for key in ON_DISK:
+        text = text.replace(key, "")
+    assert re.findall(rf"(?i)\b\w*(?:{'|'.join(PRIVATE_WORDS)})\w*\b", text) == []
+
+
 def test_no_module_shadows_a_library_or_is_a_drawer():
     assert not {name.rpartition(".")[2] for name in FILES} & (SHADOWS | DRAWERS)
     # What lies in this folder is found before what is installed.
@@ -147,3 +171,34 @@ def test_every_name_is_defined():
         if not re.search(rf'\[[^\]]*"[^"]*\b{name}\b[^"]*"\]', line):
             undefined.append((problem["filename"], place["row"], name))
     assert undefined == []
+
+
+TESTS = ROOT / "tests"
+PLACES = ("unit", "run", "system", "support")
+
+
+def test_every_test_is_in_make_test_or_in_make_proofs():
+    """`make test` is tests/unit and the golden path, `make proofs` all other tests."""
+    makefile = (ROOT / "Makefile").read_text()
+    assert "tests/unit tests/system/test_golden_path.py" in makefile
+    assert "tests/run tests/system --ignore tests/system/test_golden_path.py" in makefile
+    places = {path.relative_to(TESTS).parts[0] for path in TESTS.rglob("test_*.py")}
+    assert places == {"unit", "run", "system"}
+    assert {path.name for path in TESTS.iterdir() if path.is_dir()} - {"__pycache__"} == set(PLACES)
+    stems = [path.stem for path in TESTS.rglob("test_*.py")]
+    assert len(stems) == len(set(stems)), "pytest would take one for the other"
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: path.name)
+def test_no_test_module_imports_another(path):
+    assert [name for name in imports(path) if re.match(r"(tests\.)?(\w+\.)*test_", name)] == []
+
+
+@pytest.mark.parametrize("path", sorted((TESTS / "unit").rglob("*.py")), ids=lambda path: path.name)
+def test_a_unit_test_starts_no_process_and_no_run(path):
+    if path.name == Path(__file__).name:
+        return
+    text = path.read_text()
+    assert not re.search(
+        r"\bsubprocess\b|\bfrom commands import .*\b(run|start|convert)\b|\.fit\(", text
+    )

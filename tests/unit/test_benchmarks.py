@@ -10,7 +10,7 @@ import pytest
 from benchmarks_cases import needs_torch
 
 from benchmarks import peer, timing
-from model import model_graphdef, init_model_params, model_config
+from model import init_model_params, model_config, model_graphdef
 from runtime.errors import UserError
 
 NANO = model_config(

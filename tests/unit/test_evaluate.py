@@ -1,4 +1,4 @@
-"""The command, from a run to a line of JSON; the same numbers by every way to the same pictures."""
+"""Flags of the command; the same scores for the same images from every source; sets of images."""
 
 from pathlib import Path
 
@@ -9,15 +9,16 @@ from drawables import drawable
 from evaluate_cases import (
     PIXELS,
     digits,  # noqa: F401
-    measured,
-    numbers,
+    evaluate_pixels,
+    scores,
 )
 from PIL import Image
 
 import evaluate
 from data import image_sets
 from evaluate import EvaluateConfig
-from evaluation import features, reference
+from evaluation.features import build_pixel_extractor
+from evaluation.reference import read_reference
 from inference import sample_files
 from inference.sample_files import EvaluationSamplesConfig
 from inference.trained_model import TrainedModel
@@ -26,27 +27,30 @@ from runtime.errors import UserError
 
 rng = np.random.default_rng(0)
 MAKE = {"npz": Path("a.npz"), "reference": None, "make_reference": Path("x.npz")}
-HERE = Path("r.npz").absolute()
+REFERENCE = Path("r.npz").absolute()
 
 
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({}, "name one of --run, --pretrained, --images, --npz, .* not none"),
+        ({}, "pass exactly one of --run, --pretrained, --images, --npz, .* not none"),
         ({"run": Path("a"), "npz": Path("b")}, "not --run and --npz"),
-        ({"npz": Path("a"), "n": 5}, "--n is for --run"),
-        ({"npz": Path("a"), "data_dir": Path("b")}, "--data_dir is for --dataset_name"),
-        ({"npz": Path("a"), "image_size": 8}, "--image_size is not for --npz"),
+        ({"npz": Path("a"), "n": 5}, "--n needs --run or --pretrained"),
+        ({"npz": Path("a"), "data_dir": Path("b")}, "--data_dir needs --dataset_name"),
+        ({"npz": Path("a"), "image_size": 8}, "--image_size does not apply to --npz"),
         ({"run": Path("a"), "reference": None}, "--make_reference FILE.npz"),
         ({"run": Path("a"), "n": 1}, "--n 1: must be at least 2"),
         ({"run": Path("a"), "n_features": 1}, "must be 0 or at least 2"),
         ({"run": Path("a"), "seed": -1}, "--seed -1: must be at least 0"),
-        ({"npz": Path("a"), "split": "test"}, "--split is for --dataset_name"),
-        ({"npz": Path("a"), "ema": False}, "--ema is for --run"),
-        (MAKE | {"out": Path("x")}, "--out is for --reference"),
+        ({"npz": Path("a"), "split": "test"}, "--split needs --dataset_name"),
+        ({"npz": Path("a"), "ema": False}, "--ema needs --run"),
+        (MAKE | {"out": Path("x")}, "--out needs --reference"),
         (MAKE | {"make_reference": Path("a.npz")}, "--make_reference and --npz name the same file"),
-        ({"run": Path("a"), "samples": HERE}, "--samples and --reference name the same file"),
-        ({"run": Path("a"), "samples": HERE, "out": HERE}, "--samples and --out name the same"),
+        ({"run": Path("a"), "samples": REFERENCE}, "--samples and --reference name the same file"),
+        (
+            {"run": Path("a"), "samples": REFERENCE, "out": REFERENCE},
+            "--samples and --out name the same",
+        ),
         ({"run": Path("a"), "out": Path("/")}, "/ is a folder; name a file"),
         ({"run": Path("a"), "samples": Path("nowhere/x.npz")}, "folder nowhere does not exist"),
         ({"run": Path("a"), "samples": Path("x.zip")}, "must end in .npz"),
@@ -54,18 +58,20 @@ HERE = Path("r.npz").absolute()
         ({"run": Path("a"), "features": "pixels", "preparation": "adm"}, "takes neither"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_read(fields, message):
+def test_flags_that_cannot_work_are_refused_before_anything_is_read(fields, message):
     with pytest.raises(UserError, match=message):
         evaluate.main(EvaluateConfig(**{"reference": Path("r.npz")} | fields))
 
 
-def test_numbers_are_told_where_they_cannot_be_recorded(tmp_path, capsys):
+def test_scores_are_printed_even_if_they_cannot_be_recorded(tmp_path, capsys):
     with pytest.raises(UserError, match="cannot write"):
-        evaluate.report_scores(EvaluateConfig(out=tmp_path), {"fid": 1.5}, {"pictures": {"count": 9}})
+        evaluate.report_scores(
+            EvaluateConfig(out=tmp_path), {"fid": 1.5}, {"pictures": {"count": 9}}
+        )
     assert "fid                  1.5\n" in capsys.readouterr().out
 
 
-# --- the same pictures by other ways --------------------------------------------------------------
+# --- the same images from every source ------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -73,76 +79,81 @@ def some():
     return rng.integers(0, 256, (40, 8, 8, 1)).astype(np.uint8)
 
 
-def test_folders_and_files_and_sizes_of_batches_give_the_same_numbers(some, digits, tmp_path):
+def test_folders_files_and_batch_sizes_give_the_same_scores(some, digits, tmp_path):
     np.savez_compressed(tmp_path / "some.npz", arr_0=some)
-    (tmp_path / "pictures" / "more").mkdir(parents=True)
-    for i, picture in enumerate(some):  # in order, though half of them lie deeper
-        folder = tmp_path / "pictures" / ("more" if i >= 20 else "")
-        Image.fromarray(picture[..., 0]).save(folder / f"{i:02}.png")
-    expected = numbers(measured(tmp_path / "a", npz=tmp_path / "some.npz", reference=digits))
+    (tmp_path / "images" / "more").mkdir(parents=True)
+    for i, image in enumerate(some):  # in order, though half of them are in a subfolder
+        folder = tmp_path / "images" / ("more" if i >= 20 else "")
+        Image.fromarray(image[..., 0]).save(folder / f"{i:02}.png")
+    expected = scores(evaluate_pixels(tmp_path / "a", npz=tmp_path / "some.npz", reference=digits))
     assert expected.keys() == PIXELS
-    for how in ({"npz": tmp_path / "some.npz", "batch_size": 1}, {"images": tmp_path / "pictures"}):
-        found = numbers(measured(tmp_path / "b", reference=digits, **how))
+    one_by_one = {"npz": tmp_path / "some.npz", "batch_size": 1}
+    for flags in (one_by_one, {"images": tmp_path / "images"}):
+        found = scores(evaluate_pixels(tmp_path / "b", reference=digits, **flags))
         assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
-def test_real_pictures_are_at_distance_0_from_themselves(digits, tmp_path):
-    found = measured(tmp_path / "a", dataset_name="digits", reference=digits, n_features=300)
+def test_real_images_are_at_distance_0_from_themselves(digits, tmp_path):
+    found = evaluate_pixels(tmp_path / "a", dataset_name="digits", reference=digits, n_features=300)
     assert abs(found["pixel_frechet"]) < 1e-9
     assert found["pixel_precision"] == found["pixel_recall"] == 1
-    other = measured(tmp_path / "a", dataset_name="digits", split="test", reference=digits)
+    other = evaluate_pixels(tmp_path / "a", dataset_name="digits", split="test", reference=digits)
     assert other["pixel_frechet"] > 0.01
     assert 0.5 < other["pixel_precision"] < 1
-    bare = measured(tmp_path / "a", dataset_name="digits", reference=digits, n_features=0)
-    assert numbers(bare).keys() == {"pixel_frechet"}
+    bare = evaluate_pixels(tmp_path / "a", dataset_name="digits", reference=digits, n_features=0)
+    assert scores(bare).keys() == {"pixel_frechet"}
     assert len((tmp_path / "a").read_text().splitlines()) == 3
 
 
 def test_references_that_do_not_fit_are_refused(digits, some, tmp_path):
     np.savez(tmp_path / "wide.npz", arr_0=some.repeat(2, axis=2))
-    with pytest.raises(UserError, match="has 64 features, and these pictures 128"):
-        measured(tmp_path / "a", npz=tmp_path / "wide.npz", reference=digits)
+    with pytest.raises(UserError, match="has 64 features per image, and these images have 128"):
+        evaluate_pixels(tmp_path / "a", npz=tmp_path / "wide.npz", reference=digits)
     np.savez(tmp_path / "fid.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    with pytest.raises(UserError, match="of the features 'inception', not of 'pixels'"):
-        measured(tmp_path / "a", npz=tmp_path / "wide.npz", reference=tmp_path / "fid.npz")
+    with pytest.raises(UserError, match="holds features 'inception', not 'pixels'"):
+        evaluate_pixels(tmp_path / "a", npz=tmp_path / "wide.npz", reference=tmp_path / "fid.npz")
     with pytest.raises(UserError, match="unknown split 'tets'; did you mean 'test'"):
-        measured(tmp_path / "a", dataset_name="digits", split="tets", reference=digits)
+        evaluate_pixels(tmp_path / "a", dataset_name="digits", split="tets", reference=digits)
 
 
-def test_what_was_begun_on_other_devices_goes_on(digits, tmp_path, monkeypatch):
-    of, samples = drawable(), tmp_path / "x.npz"
-    monkeypatch.setattr(TrainedModel, "from_run", lambda *_, **__: of)
+def test_an_npz_begun_on_other_devices_resumes(digits, tmp_path, monkeypatch):
+    model, samples = drawable(), tmp_path / "x.npz"
+    monkeypatch.setattr(TrainedModel, "from_run", lambda *_, **__: model)
     begun = sample_files.open_image_set(
-        of, EvaluationSamplesConfig(n=20, batch_size=7), samples=samples
+        model, EvaluationSamplesConfig(n=20, batch_size=7), samples=samples
     ).batches(7)
     first = next(begun)
     begun.close()  # type: ignore
-    how = {"run": Path("run"), "n": 20, "samples": samples, "reference": digits}
+    flags = {"run": Path("run"), "n": 20, "samples": samples, "reference": digits}
     with pytest.raises(UserError, match="batch_size was 7, not 8; go on with"):
-        measured(tmp_path / "a", batch_size=8, **how)
-    measured(tmp_path / "a", **how)
+        evaluate_pixels(tmp_path / "a", batch_size=8, **flags)
+    evaluate_pixels(tmp_path / "a", **flags)
     with np.load(samples) as arrays:
         np.testing.assert_array_equal(arrays["arr_0"][:7], first)
 
 
-def test_pictures_in_a_reference_take_the_place_of_features(some, tmp_path):
-    nothing = {"mu": np.zeros(64), "sigma": np.eye(64), "mu_s": np.zeros(9), "sigma_s": np.eye(9)}
-    np.savez(tmp_path / "adm.npz", arr_0=some, **nothing)
-    real, extract = (
-        reference.read_reference(tmp_path / "adm.npz"),
-        features.build_pixel_extractor(parallel.make_mesh()),
-    )
-    flat, rows = some.reshape(40, 64) / 255, []
-    for seed in (0, 1):  # which say which pictures are chosen
+def test_without_features_those_of_the_images_in_a_reference_are_computed(some, tmp_path):
+    statistics = {
+        "mu": np.zeros(64),
+        "sigma": np.eye(64),
+        "mu_s": np.zeros(9),
+        "sigma_s": np.eye(9),
+    }
+    np.savez(tmp_path / "adm.npz", arr_0=some, **statistics)
+    real = read_reference(tmp_path / "adm.npz")
+    extractor = build_pixel_extractor(parallel.make_mesh())
+    pixels = some.reshape(40, 64) / 255
+    chosen = []
+    for seed in (0, 1):  # chooses the images
         config = EvaluateConfig(n_features=10, seed=seed)
-        found = evaluate.load_reference_features(config, real, extract, 16)
-        assert found is not None and found.shape == (10, 64)
-        assert all(np.abs(flat - row[None]).max(1).min() < 1e-6 for row in found)
-        rows.append(found)
-    assert (rows[0] != rows[1]).any()
+        features = evaluate.load_reference_features(config, real, extractor, 16)
+        assert features is not None and features.shape == (10, 64)
+        assert all(np.abs(pixels - row[None]).max(1).min() < 1e-6 for row in features)
+        chosen.append(features)
+    assert (chosen[0] != chosen[1]).any()
 
 
-# --- sets of pictures -----------------------------------------------------------------------------
+# --- sets of images -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -154,7 +165,7 @@ def test_pictures_in_a_reference_take_the_place_of_features(some, tmp_path):
         ({"arr_0": np.array([print], object)}, r"object \(1,\), not uint8"),
     ],
 )
-def test_a_file_without_pictures_is_refused(tmp_path, arrays, message):
+def test_a_file_without_images_is_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(UserError, match=message):
         image_sets.image_set_from_npz(tmp_path / "x.npz")
@@ -171,7 +182,7 @@ def test_a_compressed_file_that_is_damaged_is_refused(some, tmp_path):
         image_sets.image_set_from_npz(tmp_path / "x.npz")
 
 
-def test_pictures_of_two_sizes_are_refused_unless_they_are_made_equal(tmp_path):
+def test_images_of_two_sizes_are_refused_unless_resized(tmp_path):
     with pytest.raises(UserError, match="holds no images"):
         image_sets.image_set_from_folder(tmp_path)
     for i, side in enumerate((8, 9)):
@@ -182,27 +193,27 @@ def test_pictures_of_two_sizes_are_refused_unless_they_are_made_equal(tmp_path):
         list(image_sets.image_set_from_folder(tmp_path).batches(4))
     (batch,) = image_sets.image_set_from_folder(tmp_path, image_size=6).batches(4)
     assert batch.shape == (2, 6, 6, 3)
-    (tmp_path / "2.png").write_bytes(b"no picture")
+    (tmp_path / "2.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"2\.png: the image cannot be read"):
         list(image_sets.image_set_from_folder(tmp_path, image_size=6).batches(4))
 
 
-def test_an_interrupted_drawing_goes_on_with_the_same_settings_only(some, tmp_path):
+def test_interrupted_sampling_resumes_with_the_same_settings_only(some, tmp_path):
     calls, labels, card = [], np.zeros(40, np.int32), {"seed": 1}
 
-    def draw(start):
+    def sample_batch(start):
         calls.append(start)
         return some[start : start + 16]
 
     starts, samples = range(0, 40, 16), tmp_path / "x.npz"
-    begun = sample_files.write_npz(draw, starts, samples, labels, card)
+    begun = sample_files.write_npz(sample_batch, starts, samples, labels, card)
     for _ in range(2):
         next(begun)
     begun.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npz.parts"]
     with pytest.raises(UserError, match="was begun with other settings"):
-        list(sample_files.write_npz(draw, starts, samples, labels, {"seed": 2}))
-    parts = list(sample_files.write_npz(draw, starts, samples, labels, card))
+        list(sample_files.write_npz(sample_batch, starts, samples, labels, {"seed": 2}))
+    parts = list(sample_files.write_npz(sample_batch, starts, samples, labels, card))
     assert calls == [0, 16, 32]
     np.testing.assert_array_equal(np.concatenate(parts), some)
     with np.load(samples) as arrays:

@@ -13,13 +13,13 @@ from model_cases import (
     TEXT,
     TEXT_VARIANTS,
     TINY,
+    build_with_params,
     caption,
     key,
     label,
-    live,
-    shaken,
+    labels_for,
     t,
-    told,
+    with_random_weights,
     x,
 )
 
@@ -64,45 +64,45 @@ def changed(labels):
     return first or label.at[0].set(1), jax.tree.map(lambda v: v[::-1], labels)
 
 
-# Initialising and training are compiled for each: the designs now, what varies them with the slow.
-EACH = pytest.mark.parametrize(
+# Initialising and training are compiled for each: variations of the designs are marked slow.
+each_variant = pytest.mark.parametrize(
     "config",
     [
         pytest.param(config, id=name, marks=[] if name in BLOCK_VARIANTS else pytest.mark.slow)
         for name, config in VARIANTS.items()
     ],
 )
-SHAPES = (4, 16, 32), (4, 6, 32), (4, 32)  # of a picture's tokens, a label's, and its vector
+SHAPES = (4, 16, 32), (4, 6, 32), (4, 32)  # image tokens, label tokens, label vector
 
 
-def block_of(model):
+def first_block(model):
     """The first of a model's blocks."""
     first = (model.config.n_dual and model.dual_blocks) or model.blocks
     return nnx.merge(*jax.tree.map(lambda w: w[0], nnx.split(first)))
 
 
-@EACH
+@each_variant
 def test_the_untrained_model_is_zero(config):
-    assert (live(config)(x, t, told(config)) == 0).all()
+    assert (build_with_params(config)(x, t, labels_for(config)) == 0).all()
 
 
 @pytest.mark.parametrize(
     "name", ["adaln_zero", "adaln_zero, captions", "joint", "joint, captions", "joint, SD3.5"]
 )
 def test_blocks_with_gates_start_as_the_identity(name):
-    model, c = live(VARIANTS[name]), VARIANTS[name]
-    picture, tokens, vector = (jax.random.normal(key, shape) for shape in SHAPES)
+    model, c = build_with_params(VARIANTS[name]), VARIANTS[name]
+    image, tokens, vector = (jax.random.normal(key, shape) for shape in SHAPES)
     cond = Condition(vector, tokens, jnp.ones((4, 6), bool))
-    streams = Streams(picture, tokens) if c.block == JOINT else picture
+    streams = Streams(image, tokens) if c.block == JOINT else image
     before = jax.tree.leaves(streams)
-    after = jax.tree.leaves(block_of(model)(streams, cond))
-    for x, y in zip(before, after, strict=True):
-        assert (x == y).all()
+    after = jax.tree.leaves(first_block(model)(streams, cond))
+    for a, b in zip(before, after, strict=True):
+        assert (a == b).all()
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 def test_every_input_matters_and_rows_do_not_mix(config):
-    model, labels = shaken(config), told(config)
+    model, labels = with_random_weights(config), labels_for(config)
     y = model(x, t, labels)
     assert y.dtype == jnp.float32
     others = [
@@ -116,18 +116,18 @@ def test_every_input_matters_and_rows_do_not_mix(config):
         assert (moved[1:] == y[1:]).all()
 
 
-@EACH
+@each_variant
 def test_one_step_of_training_makes_the_condition_matter(config):
-    """Every design starts deaf to t and label; a few updates must change that."""
+    """Every design starts independent of t and label; a few updates must change that."""
     params, target = init_model_params(config, key), jax.random.normal(jax.random.key(2), x.shape)
     tx = optax.adam(1e-2)
-    opt, labels = tx.init(params), told(config)
+    opt, labels = tx.init(params), labels_for(config)
 
     @jax.jit
     def step(params, opt):
         grads = jax.grad(
             lambda p: jnp.square(
-                live(config, p)(x, t, labels) - target * t.reshape(-1, 1, 1, 1)
+                build_with_params(config, p)(x, t, labels) - target * t.reshape(-1, 1, 1, 1)
             ).mean()
         )(params)
         updates, opt = tx.update(grads, opt)
@@ -135,7 +135,7 @@ def test_one_step_of_training_makes_the_condition_matter(config):
 
     for _ in range(3):
         params, opt = step(params, opt)
-    model = live(config, params)
+    model = build_with_params(config, params)
     y = model(x, t, labels)
     assert jnp.abs(y - model(x, t, changed(labels)[1])).max() > 1e-5
     assert jnp.abs(y - model(x, t[::-1], labels)).max() > 1e-5
@@ -143,7 +143,7 @@ def test_one_step_of_training_makes_the_condition_matter(config):
 
 @pytest.mark.parametrize("name", [*TEXT_VARIANTS, "joint, bfloat16"])
 def test_padding_is_hidden_exactly(name):
-    model = shaken(VARIANTS[name])
+    model = with_random_weights(VARIANTS[name])
     y = model(x, t, caption)
     garbage = jnp.where(caption.mask[..., None], caption.tokens, 99)
     assert (model(x, t, caption._replace(tokens=garbage)) == y).all()
@@ -156,7 +156,7 @@ def test_padding_is_hidden_exactly(name):
 
 @pytest.mark.parametrize("name", ["cross_attention", "in_context", "joint"])
 def test_every_token_of_a_caption_matters(name):
-    model = shaken(TEXT_VARIANTS[f"{name}, captions"])
+    model = with_random_weights(TEXT_VARIANTS[f"{name}, captions"])
     y = model(x, t, caption)
     for i in range(6):
         moved = model(x, t, caption._replace(tokens=caption.tokens.at[0, i].multiply(-1)))
@@ -165,31 +165,31 @@ def test_every_token_of_a_caption_matters(name):
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_streams_swap_symmetrically(qk_norm):
-    """A joint block does not know which stream is which: exchanged with their weights, they come
-    out exchanged.
-    """
-    block = block_of(shaken(replace(TINY, block=JOINT, qk_norm=qk_norm)))
-    picture, tokens, vector = (jax.random.normal(key, shape) for shape in SHAPES)
+    """A joint block is symmetric: streams exchanged with their weights come out exchanged."""
+    block = first_block(with_random_weights(replace(TINY, block=JOINT, qk_norm=qk_norm)))
+    image, tokens, vector = (jax.random.normal(key, shape) for shape in SHAPES)
     cond = Condition(vector, tokens, None)
-    y = block(Streams(picture, tokens), cond)
+    y = block(Streams(image, tokens), cond)
     block.picture, block.context = block.context, block.picture
-    swapped = block(Streams(tokens, picture), cond)
-    np.testing.assert_allclose(swapped.context, y.picture, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(swapped.picture, y.context, rtol=1e-4, atol=1e-4)
-    assert jnp.abs(block(Streams(picture, tokens), cond).picture - y.picture).max() > 1e-2
+    swapped = block(Streams(tokens, image), cond)
+    np.testing.assert_allclose(swapped.context, y.image, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(swapped.image, y.context, rtol=1e-4, atol=1e-4)
+    assert jnp.abs(block(Streams(image, tokens), cond).image - y.image).max() > 1e-2
 
 
 def test_unrolling_and_recomputing_change_nothing():
-    y = shaken(TINY)(x, t, label)
+    y = with_random_weights(TINY)(x, t, label)
     for config in (VARIANTS["remat"], VARIANTS["unrolled"]):
-        np.testing.assert_allclose(shaken(config)(x, t, label), y, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            with_random_weights(config)(x, t, label), y, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_positions_tell_tokens_apart():
-    """Without any position the model is blind to where a patch lies; with one it is not."""
+    """Without positions the model is equivariant to shifts; with positions it is not."""
 
     def moves(config):
-        model = shaken(config)
+        model = with_random_weights(config)
         rolled = model(jnp.roll(x, 2, axis=1), t, label)
         return float(jnp.abs(jnp.roll(rolled, -2, axis=1) - model(x, t, label)).max())
 
@@ -207,11 +207,13 @@ def test_positions_tell_tokens_apart():
         assert moves(VARIANTS[name]) > 1e-2
 
 
-def count(config):
-    return sum(p.size for p in jax.tree.leaves(jax.eval_shape(lambda: init_model_params(config, key))))
+def count_params(config):
+    return sum(
+        p.size for p in jax.tree.leaves(jax.eval_shape(lambda: init_model_params(config, key)))
+    )
 
 
-def of_the_paper(name):
+def paper_config(name):
     return model_config(name, image_size=32, channels=4, out_channels=8, n_classes=1000)
 
 
@@ -221,7 +223,7 @@ def of_the_paper(name):
 )
 def test_parameter_counts_of_the_designs_are_the_papers(block, millions):
     """DiT-XL/2, Peebles & Xie 2023, table 4."""
-    assert round(count(replace(of_the_paper("DiT-XL/2"), block=block)) / 1e6) == millions
+    assert round(count_params(replace(paper_config("DiT-XL/2"), block=block)) / 1e6) == millions
 
 
 @pytest.mark.parametrize(
@@ -230,23 +232,23 @@ def test_parameter_counts_of_the_designs_are_the_papers(block, millions):
 )
 def test_parameter_counts_are_the_papers(name, millions):
     """Peebles & Xie 2023, table 4."""
-    assert round(count(of_the_paper(name)) / 1e6) == millions
+    assert round(count_params(paper_config(name)) / 1e6) == millions
 
 
 def test_the_largest_model_has_the_published_number_of_parameters():
     """675,129,632 with the authors' fixed table of 256 × 1152 positions."""
-    assert count(of_the_paper("DiT-XL/2")) + 256 * 1152 == 675_129_632
+    assert count_params(paper_config("DiT-XL/2")) + 256 * 1152 == 675_129_632
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_preset_builds_with_its_own_patch(name):
-    config = of_the_paper(name)
+    config = paper_config(name)
     p = int(name.split("/")[1])
     assert config.patch_size == p and config.grid == (32 // p, 32 // p)
     params = jax.eval_shape(lambda: init_model_params(config, key))
     assert params["patch"]["kernel"].shape == (p * p * 4, config.width)
     out = jax.eval_shape(
-        lambda p: live(config, p)(jnp.zeros((1, 32, 32, 4)), t[:1], label[:1]), params
+        lambda p: build_with_params(config, p)(jnp.zeros((1, 32, 32, 4)), t[:1], label[:1]), params
     )
     assert out.shape == (1, 32, 32, 8)
 
@@ -267,9 +269,14 @@ def test_the_null_class_is_the_last_row(n_classes):
         ("DiT-S/2", {"mlp": "relu"}, "unknown mlp 'relu'"),
         ("DiT-S/2", {"n_dual": 1}, "n_dual 1: only joint blocks have a second attention"),
         ("MMDiT-S/2", {"n_dual": 12}, "n_dual 12: .* and never the last of the 12"),
+        (
+            "DiT-S/2",
+            {"text_width": 8},
+            "n_classes 10 and text_width 8: .* class labels or captions",
+        ),
     ],
 )
-def test_what_does_not_exist_is_named(name, fields, message):
-    given = {"image_size": 32, "channels": 4, "out_channels": 4, "n_classes": 10} | fields
+def test_unknown_names_and_conflicting_fields_are_refused(name, fields, message):
+    all_fields = {"image_size": 32, "channels": 4, "out_channels": 4, "n_classes": 10} | fields
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
-        model_config(name, **given)
+        model_config(name, **all_fields)

@@ -38,7 +38,7 @@ def test_parameters_are_counted_as_on_paper():
 def test_shards_sum_to_the_whole_and_lie_as_planned(name, fsdp):
     config = CONFIGS[name]
     w = planner.count_weight_bytes(config, fsdp)
-    assert fsdp * (w.on_device - w.alike) + w.alike == 4 * planner.count_params(config)
+    assert fsdp * (w.on_device - w.replicated) + w.replicated == 4 * planner.count_params(config)
     mesh = parallel.make_mesh(fsdp)
     params = parallel.create_sharded(lambda: init_model_params(config, jax.random.key(0)), mesh)
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params))
@@ -50,18 +50,18 @@ def test_what_a_pass_keeps_scales_as_its_parts_do():
     coarse, fine = planner.count_forward_bytes(config), planner.count_forward_bytes(replace(config, image_size=64))
     assert fine.scores == pytest.approx(16 * coarse.scores, rel=0.02)  # tokens squared
     assert coarse.scores == 2 * 4 * 12 * 6 * 256**2
-    assert fine.kept == pytest.approx(4 * coarse.kept, rel=0.02)
-    assert fine.made == pytest.approx(4 * coarse.made, rel=0.02)
+    assert fine.saved == pytest.approx(4 * coarse.saved, rel=0.02)
+    assert fine.read == pytest.approx(4 * coarse.read, rel=0.02)
     block, deeper = planner.count_block_bytes(config), planner.count_forward_bytes(replace(config, depth=20))
-    for field in ("made", "kept", "scores"):
+    for field in ("read", "saved", "scores"):
         assert getattr(deeper, field) - getattr(coarse, field) == 8 * getattr(block, field)
     half = planner.count_forward_bytes(replace(config, dtype="bfloat16"))
-    assert 0.5 < half.kept / coarse.kept < 0.55
+    assert 0.5 < half.saved / coarse.saved < 0.55
     remat = planner.count_forward_bytes(replace(config, remat=True))
-    assert coarse.kept / remat.kept > 10 and remat.made == coarse.made
+    assert coarse.saved / remat.saved > 10 and remat.read == coarse.read
     # Of a block eleven numbers a channel of a token: its input, queries, keys and values, what
     # attention found, two maps back, the MLP's four; and the softmax's sum of each head.
-    assert coarse.kept == pytest.approx(12 * 256 * (11 * 384 + 6) * 4, rel=0.02)
+    assert coarse.saved == pytest.approx(12 * 256 * (11 * 384 + 6) * 4, rel=0.02)
 
 
 # --- collectives ----------------------------------------------------------------------------------
@@ -81,9 +81,9 @@ def test_which_devices_meet_in_which_collective():
     w = planner.count_weight_bytes(SMALL, 8)
     gather, scatter, across, alike = planner.list_collectives(w, 4, 8)
     assert (gather.size, gather.n_hosts, scatter.size) == (8, 1, 8)
-    assert (across.size, across.n_hosts, across.array_bytes) == (4, 4, w.split / 8)
+    assert (across.size, across.n_hosts, across.array_bytes) == (4, 4, w.sharded / 8)
     assert (alike.size, alike.n_hosts) == (32, 4)
-    assert gather.array_bytes == 2 * scatter.array_bytes == 2 * w.split
+    assert gather.array_bytes == 2 * scatter.array_bytes == 2 * w.sharded
     parts = planner.list_collectives(w, 4, 8, accumulate_steps=3)
     assert [p.array_bytes for p in parts] == [
         3 * gather.array_bytes,

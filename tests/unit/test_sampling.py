@@ -1,5 +1,5 @@
-"""On Gaussian data the flow is known in closed form: the solvers must follow it, at their order. A
-chain is the papers' algorithm, written here anew.
+"""On Gaussian data the flow is known in closed form: the solvers follow it, at their order. The
+solvers of DDPM equal an independent implementation of the papers' algorithms.
 """
 
 import math
@@ -92,16 +92,17 @@ def test_times_may_start_later_and_are_then_shifted_as_if_they_did_not(shift):
     )
 
 
-def test_a_pictures_noise_is_the_same_in_any_batch():
+def test_noise_of_an_image_is_the_same_in_any_batch():
     whole = initial_noise(0, jnp.arange(6), (4, 4, 3))
-    seeds, places = jnp.array([1, 0, 0]), jnp.array([4, 4, 2])
-    each = initial_noise(seeds, places, (4, 4, 3))
-    assert (each[1:] == whole[places[1:]]).all() and (each[0] != whole[4]).any()
+    seeds = jnp.array([1, 0, 0])
+    indices = jnp.array([4, 4, 2])
+    each = initial_noise(seeds, indices, (4, 4, 3))
+    assert (each[1:] == whole[indices[1:]]).all() and (each[0] != whole[4]).any()
     index = jnp.asarray([5, 0, 2])
     assert (initial_noise(0, index, (4, 4, 3)) == whole[index]).all()
 
 
-def test_pictures_and_seeds_have_noise_of_their_own():
+def test_images_and_seeds_have_independent_noise():
     a, b = (np.asarray(initial_noise(seed, jnp.arange(64), (8, 8, 1))) for seed in (0, 1))
     both = np.concatenate([a, b]).reshape(128, 64)
     assert len(np.unique(both)) > 0.99 * both.size
@@ -109,22 +110,22 @@ def test_pictures_and_seeds_have_noise_of_their_own():
     np.testing.assert_allclose([both.mean(), both.std()], [0, 1], atol=0.05)
 
 
-# --- down a chain ---------------------------------------------------------------------------------
+# --- solvers of DDPM ------------------------------------------------------------------------------
 
 BETA = np.linspace(1e-4, 2e-2, 1000)
 ALPHA_BAR = np.cumprod(1 - BETA)
 fresh = np.random.default_rng(0).normal(size=(1000, 8, 4))  # the noise of every step
 
 
-def said(x, t, module):
-    """A noise prediction and a variance's place, as a network might have them."""
+def raw_output(x, t, module):
+    """A noise prediction and a raw variance, as a network might give them."""
     return module.tanh(x) * (0.5 + t) + 0.1, module.cos(5 * x)
 
 
-def read(x, at, *, learned):
-    noise, place = said(x, jnp.float64(at.step) / 1000, jnp)
-    both = jnp.concatenate([noise, place], axis=-1) if learned else noise
-    return ddpm.interpret_output(both, x, at, prediction="epsilon")
+def denoise(x, schedule, *, learned):
+    noise, variance = raw_output(x, jnp.float64(schedule.step) / 1000, jnp)
+    output = jnp.concatenate([noise, variance], axis=-1) if learned else noise
+    return ddpm.interpret_output(output, x, schedule, prediction="epsilon")
 
 
 def strides(n):
@@ -137,11 +138,11 @@ def reference_ancestral(x, steps, *, learned):
         a = ALPHA_BAR[steps[i]]
         before = ALPHA_BAR[steps[i - 1]] if i else 1.0
         beta = 1 - a / before
-        noise, place = said(x, steps[i] / 1000, np)
+        noise, raw_variance = raw_output(x, steps[i] / 1000, np)
         x = (x - beta / math.sqrt(1 - a) * noise) / math.sqrt(1 - beta)
         if i:
             small = (1 - before) / (1 - a) * beta
-            v = (place + 1) / 2 if learned else 0
+            v = (raw_variance + 1) / 2 if learned else 0
             variance = np.exp(v * np.log(beta) + (1 - v) * np.log(small))
             x = x + np.sqrt(variance) * fresh[steps[i]]
     return x
@@ -153,20 +154,25 @@ def reference_ddim(x, steps, *, eta):
         a = ALPHA_BAR[steps[i]]
         before = ALPHA_BAR[steps[i - 1]] if i else 1.0
         sigma = eta * math.sqrt((1 - before) / (1 - a)) * math.sqrt(1 - a / before)
-        noise, _ = said(x, steps[i] / 1000, np)
+        noise, _ = raw_output(x, steps[i] / 1000, np)
         data = (x - math.sqrt(1 - a) * noise) / math.sqrt(a)
         x = math.sqrt(before) * data + math.sqrt(1 - before - sigma**2) * noise
         x = x + sigma * fresh[steps[i]]
     return x
 
 
-def descended(solver, n_steps, *, learned=False, **how):
-    """In float64, from the same noise."""
+def solve_in_float64(solver, n_steps, *, learned=False, **options):
+    """Run a solver in float64, always from the same noise."""
     with jax.enable_x64(True):
-        start, table = jnp.asarray(np.float64(noise)), jnp.asarray(fresh)
-        chain = ddpm.noise_schedule(n_steps)
-        how = {"fresh_noise": lambda step: table[step], "trajectory": True} | how
-        solution = solver(partial(read, learned=learned), start, chain, **how)
+        table = jnp.asarray(fresh)
+        solution = solver(
+            partial(denoise, learned=learned),
+            jnp.asarray(np.float64(noise)),
+            ddpm.noise_schedule(n_steps),
+            lambda step: table[step],
+            trajectory=True,
+            **options,
+        )
         return jax.device_get(solution)
 
 
@@ -174,7 +180,7 @@ def descended(solver, n_steps, *, learned=False, **how):
 @pytest.mark.parametrize("learned", [False, True])
 def test_ancestral_sampling_is_the_papers_algorithm(n_steps, learned):
     expected = reference_ancestral(np.float64(noise), strides(n_steps), learned=learned)
-    result = descended(ancestral, n_steps, learned=learned).x
+    result = solve_in_float64(ancestral, n_steps, learned=learned).x
     np.testing.assert_allclose(result, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -182,77 +188,83 @@ def test_ancestral_sampling_is_the_papers_algorithm(n_steps, learned):
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_is_the_papers_equation(n_steps, eta):
     expected = reference_ddim(np.float64(noise), strides(n_steps), eta=eta)
-    np.testing.assert_allclose(descended(ddim, n_steps, eta=eta).x, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        solve_in_float64(ddim, n_steps, eta=eta).x, expected, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_ddim_with_all_of_the_noise_is_ancestral_sampling():
-    a, b = descended(ddim, 20, eta=1.0).x, descended(ancestral, 20).x
+    a, b = solve_in_float64(ddim, 20, eta=1.0).x, solve_in_float64(ancestral, 20).x
     np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
 @pytest.mark.parametrize("solver", [ancestral, ddim])
-def test_a_chains_trajectory_goes_from_the_noise_to_the_last_estimate(solver):
-    x, states, estimates = descended(solver, 6)
+def test_a_ddpm_trajectory_starts_at_the_noise_and_ends_at_the_last_estimate(solver):
+    x, states, estimates = solve_in_float64(solver, 6)
     assert len(states) == 7 and len(estimates) == 6
     np.testing.assert_array_equal(states[0], np.float64(noise))
     np.testing.assert_array_equal(states[-1], x)
     np.testing.assert_allclose(estimates[-1], x, atol=1e-9)  # before the first step are the data
     for state, estimate, step in zip(states, estimates, reversed(strides(6))):
         a = ALPHA_BAR[step]
-        seen = (state - math.sqrt(1 - a) * said(state, step / 1000, np)[0]) / math.sqrt(a)
-        np.testing.assert_allclose(estimate, seen, rtol=1e-9)
+        expected = (state - math.sqrt(1 - a) * raw_output(state, step / 1000, np)[0]) / math.sqrt(a)
+        np.testing.assert_allclose(estimate, expected, rtol=1e-9)
 
 
-def best_read(x, at, *, learned=False):
-    """For data ~ N(MEAN, STD²): E[noise | x], and the variance of the step before, which is that of
-    the posterior and of what is not known of the data.
+def optimal_denoise(x, schedule, *, learned=False):
+    """The optimum for data ~ N(MEAN, STD²): E[noise | x], and the variance of the step before, the
+    sum of the posterior's and that of the unknown data.
     """
-    variance = (at.signal * STD) ** 2 + at.noise**2
-    epsilon = at.noise / variance * (x - at.signal * MEAN)
-    guess = ddpm.interpret_output(epsilon, x, at, prediction="epsilon")
-    unknown = at.coef_x0**2 * (STD * at.noise) ** 2 / variance
+    variance = (schedule.signal * STD) ** 2 + schedule.noise**2
+    epsilon = schedule.noise / variance * (x - schedule.signal * MEAN)
+    guess = ddpm.interpret_output(epsilon, x, schedule, prediction="epsilon")
+    unknown = schedule.coef_x0**2 * (STD * schedule.noise) ** 2 / variance
     if not learned:
         return guess
-    return guess._replace(log_variance=jnp.full_like(x, jnp.log(jnp.exp(at.log_var_min) + unknown)))
+    return guess._replace(
+        log_variance=jnp.full_like(x, jnp.log(jnp.exp(schedule.log_var_min) + unknown))
+    )
 
 
-def moments(solver, n_steps, **how):
+def sample_moments(solver, n_steps, **options):
     index = jnp.arange(4000)
     start, fresh_noise = initial_noise(0, index, (8,)), step_noise(0, index, (8,))
-    x = np.asarray(solver(n_steps=n_steps, noise=start, fresh_noise=fresh_noise, **how))
+    x = np.asarray(solver(n_steps=n_steps, noise=start, fresh_noise=fresh_noise, **options))
     return x.mean(), x.std()
 
 
 @partial(jax.jit, static_argnames=("n_steps", "learned", "fresh_noise"))
-def draw_ancestral(noise, *, fresh_noise, n_steps, learned=False):
-    best = partial(best_read, learned=learned)
+def sample_ancestral(noise, *, fresh_noise, n_steps, learned=False):
+    best = partial(optimal_denoise, learned=learned)
     return ancestral(best, noise, ddpm.noise_schedule(n_steps), fresh_noise).x
 
 
 @partial(jax.jit, static_argnames=("n_steps", "fresh_noise"))
-def draw_ddim(noise, *, fresh_noise, n_steps):
-    return ddim(best_read, noise, ddpm.noise_schedule(n_steps), fresh_noise).x
+def sample_ddim(noise, *, fresh_noise, n_steps):
+    return ddim(optimal_denoise, noise, ddpm.noise_schedule(n_steps), fresh_noise).x
 
 
-def test_the_best_prediction_draws_gaussian_data():
+def test_the_optimal_prediction_samples_gaussian_data():
     """With all the steps; DDIM, which adds no noise, also with few."""
-    np.testing.assert_allclose(moments(draw_ancestral, 1000), [MEAN, STD], atol=0.01)
-    np.testing.assert_allclose(moments(draw_ddim, 1000), [MEAN, STD], atol=0.01)
-    np.testing.assert_allclose(moments(draw_ddim, 100), [MEAN, STD], atol=0.02)
+    np.testing.assert_allclose(sample_moments(sample_ancestral, 1000), [MEAN, STD], atol=0.01)
+    np.testing.assert_allclose(sample_moments(sample_ddim, 1000), [MEAN, STD], atol=0.01)
+    np.testing.assert_allclose(sample_moments(sample_ddim, 100), [MEAN, STD], atol=0.02)
 
 
-def test_the_right_variance_draws_gaussian_data_in_few_steps():
-    """The fixed one, which takes the estimate for the truth, draws them too much alike."""
-    np.testing.assert_allclose(moments(draw_ancestral, 10, learned=True), [MEAN, STD], atol=0.01)
-    assert moments(draw_ancestral, 10)[1] < 0.9 * STD
+def test_the_optimal_variance_samples_gaussian_data_in_few_steps():
+    """The fixed variance, which ignores the error of the estimate, gives samples too much alike."""
+    np.testing.assert_allclose(
+        sample_moments(sample_ancestral, 10, learned=True), [MEAN, STD], atol=0.01
+    )
+    assert sample_moments(sample_ancestral, 10)[1] < 0.9 * STD
 
 
 def test_ddim_carries_each_noise_to_its_own_data():
-    """Where the flow that keeps (x − √ᾱ·m) / √(ᾱs² + 1 − ᾱ) ends."""
+    """(x − √ᾱ·m) / √(ᾱs² + 1 − ᾱ) is constant along the flow."""
     a = ALPHA_BAR[-1]
-    kept = (noise - math.sqrt(a) * MEAN) / math.sqrt(a * STD**2 + 1 - a)
-    x = ddim(best_read, noise, ddpm.noise_schedule(), lambda step: noise).x
-    np.testing.assert_allclose(x, MEAN + STD * kept, atol=0.01)
+    constant = (noise - math.sqrt(a) * MEAN) / math.sqrt(a * STD**2 + 1 - a)
+    x = ddim(optimal_denoise, noise, ddpm.noise_schedule(), lambda step: noise).x
+    np.testing.assert_allclose(x, MEAN + STD * constant, atol=0.01)
 
 
 def test_the_noise_of_a_step_is_the_same_in_any_batch_and_no_other():
@@ -262,10 +274,10 @@ def test_the_noise_of_a_step_is_the_same_in_any_batch_and_no_other():
     assert (each(jnp.int32(7)) == whole(jnp.int32(7))).all()
     some = jnp.asarray([5, 0, 2])
     assert (step_noise(0, some, (4, 4, 3))(jnp.int32(7)) == whole(jnp.int32(7))[some]).all()
-    drawn = [whole(jnp.int32(step)) for step in range(8)]
-    drawn += [initial_noise(seed, index, (4, 4, 3)) for seed in range(8)]
-    drawn += [step_noise(1, index, (4, 4, 3))(jnp.int32(7))]
-    each = np.asarray(drawn).reshape(-1, 48)
+    samples = [whole(jnp.int32(step)) for step in range(8)]
+    samples += [initial_noise(seed, index, (4, 4, 3)) for seed in range(8)]
+    samples += [step_noise(1, index, (4, 4, 3))(jnp.int32(7))]
+    each = np.asarray(samples).reshape(-1, 48)
     assert len(np.unique(each)) > 0.999 * each.size
     assert abs(np.corrcoef(each) - np.eye(len(each))).max() < 0.75
     np.testing.assert_allclose([each.mean(), each.std()], [0, 1], atol=0.05)
@@ -310,7 +322,7 @@ def test_times_of_a_grid_at_the_ends_of_the_interval_are_guided(n_steps):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_only_the_first_channels_are_guided_if_asked(channels):
+def test_channels_limits_guidance_to_the_first(channels):
     some, every = guided_at(3.0, channels=channels), guided_at(3.0)
     np.testing.assert_array_equal(some[..., :channels], every[..., :channels])
     plain = conditional(noise, 0.5, cond)
@@ -318,7 +330,7 @@ def test_only_the_first_channels_are_guided_if_asked(channels):
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
-def test_both_halves_in_one_call_are_as_good_as_two(scale):
+def test_one_call_with_both_halves_equals_two_calls(scale):
     one, two = (guided_at(scale, one_call=one_call) for one_call in (True, False))
     np.testing.assert_allclose(one, two, rtol=1e-6)
 

@@ -173,10 +173,10 @@ def test_to_uint8_inverts_the_models_range_and_clips():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_grid_has_every_image_enlarged_in_its_place(channels):
-    rows = RNG.integers(0, 256, (5, 8, 8, channels), dtype=np.uint8)
-    grid = np.asarray(grids.image_grid(rows, columns=3, min_side=64))
+    samples = RNG.integers(0, 256, (5, 8, 8, channels), dtype=np.uint8)
+    grid = np.asarray(grids.image_grid(samples, columns=3, min_side=64))
     assert grid.shape == (2 * 64 + 3 * grids.GAP, 3 * 64 + 4 * grids.GAP, 3)
-    for i, image in enumerate(rows):
+    for i, image in enumerate(samples):
         top, left = (grids.GAP + k * (64 + grids.GAP) for k in divmod(i, 3))
         cell = grid[top : top + 64, left : left + 64]
         assert (cell[4::8, 4::8] == image).all()
@@ -206,9 +206,11 @@ def test_a_sentence_is_broken_between_words_and_its_rowsare_larger():
 
 @pytest.mark.parametrize("columns", [("cat", "ship", "bird"), ()])
 def test_a_comparison_grid_has_every_image_beside_its_names(columns):
-    rows = RNG.integers(0, 256, (2, 3, 8, 8, 1), dtype=np.uint8)
-    grid = np.asarray(grids.comparison_grid(rows, rows=["cfg 1", "a longer name"], columns=columns))
-    plain = np.asarray(grids.image_grid(rows.reshape(6, 8, 8, 1), columns=3))
+    samples = RNG.integers(0, 256, (2, 3, 8, 8, 1), dtype=np.uint8)
+    grid = np.asarray(
+        grids.comparison_grid(samples, rows=["cfg 1", "a longer name"], columns=columns)
+    )
+    plain = np.asarray(grids.image_grid(samples.reshape(6, 8, 8, 1), columns=3))
     left, top = grid.shape[1] - plain.shape[1], grid.shape[0] - plain.shape[0]
     assert (grid[top:, left:] == plain).all()
     names = grid[top:, :left, 0] < 128

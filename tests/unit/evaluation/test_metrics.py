@@ -1,4 +1,6 @@
-"""Distances between sets: closed forms, and the definitions written out in NumPy."""
+"""Distances between sets of features, by closed forms and by the definitions written out in NumPy;
+reference files.
+"""
 
 import json
 
@@ -15,14 +17,14 @@ rng = np.random.default_rng(0)
 
 def rows(n: int, d: int, *, shift: float = 0.0, mix: int = 0) -> np.ndarray:
     """Correlated features."""
-    how = np.random.default_rng(mix).normal(size=(d, d)) / np.sqrt(d)
-    return (rng.normal(size=(n, d)) @ how + shift).astype(np.float32)
+    mixing = np.random.default_rng(mix).normal(size=(d, d)) / np.sqrt(d)
+    return (rng.normal(size=(n, d)) @ mixing + shift).astype(np.float32)
 
 
-def gaussian(x: np.ndarray) -> FeatureStatistics:
-    moments = RunningStatistics(x.shape[1])
-    moments.update(x)
-    return moments.statistics()
+def fit_statistics(x: np.ndarray) -> FeatureStatistics:
+    statistics = RunningStatistics(x.shape[1])
+    statistics.update(x)
+    return statistics.statistics()
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -31,19 +33,19 @@ def gaussian(x: np.ndarray) -> FeatureStatistics:
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
 def test_batches_of_any_size_give_the_same_statistics(size):
     x = rows(150, 12, shift=100.0)  # far from 0, where plain sums of squares lose digits
-    moments = RunningStatistics(12)
+    statistics = RunningStatistics(12)
     for start in range(0, len(x), size):
-        moments.update(x[start : start + size])
-    moments.update(x[:0])
-    assert moments.count == 150
-    mean, covariance = moments.statistics()
+        statistics.update(x[start : start + size])
+    statistics.update(x[:0])
+    assert statistics.count == 150
+    mean, covariance = statistics.statistics()
     np.testing.assert_allclose(mean, x.astype(np.float64).mean(0), rtol=1e-13)
     np.testing.assert_allclose(covariance, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-10)
 
 
 def test_one_row_has_no_covariance():
     with pytest.raises(ValueError, match="covariance of 1 rows"):
-        gaussian(rows(1, 3))
+        fit_statistics(rows(1, 3))
 
 
 # --- Fréchet distance -----------------------------------------------------------------------------
@@ -51,7 +53,7 @@ def test_one_row_has_no_covariance():
 
 @pytest.mark.parametrize("n", [500, 8])  # 8 rows of 40 features: a singular covariance
 def test_a_set_is_at_distance_0_from_itself_and_a_shift_is_squared(n):
-    a = gaussian(rows(n, 40))
+    a = fit_statistics(rows(n, 40))
     scale = np.trace(a.covariance)
     assert abs(frechet_distance(a, a)) < 1e-9 * scale
     shift = rng.normal(size=40)
@@ -69,7 +71,7 @@ def test_deviations_of_independent_features_are_compared_one_by_one():
 
 
 def test_the_root_is_that_of_the_product():
-    a, b = gaussian(rows(400, 30, mix=1)), gaussian(rows(400, 30, mix=2, shift=0.3))
+    a, b = fit_statistics(rows(400, 30, mix=1)), fit_statistics(rows(400, 30, mix=2, shift=0.3))
     product = np.real(scipy.linalg.sqrtm(a.covariance @ b.covariance))
     expected = np.square(a.mean - b.mean).sum()
     expected += np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.trace(product)
@@ -80,7 +82,7 @@ def test_the_root_is_that_of_the_product():
 def test_few_rows_of_many_features_need_no_epsilon():
     # tr (Σa Σb)^½ is the sum of the singular values of A Bᵀ, where Σ = AᵀA: no root of a matrix.
     x, y = rows(10, 60, mix=1), rows(12, 60, mix=2)
-    a, b = gaussian(x), gaussian(y)
+    a, b = fit_statistics(x), fit_statistics(y)
     p, q = ((z - z.mean(0)).astype(np.float64) / np.sqrt(len(z) - 1) for z in (x, y))
     cross = np.linalg.svd(p @ q.T, compute_uv=False).sum()
     expected = np.square(a.mean - b.mean).sum() + (p**2).sum() + (q**2).sum() - 2 * cross
@@ -89,7 +91,7 @@ def test_few_rows_of_many_features_need_no_epsilon():
 
 def test_covariances_that_were_rounded_are_near_enough():
     """As files may hold them: not quite positive, where they are singular."""
-    a, b = gaussian(rows(10, 60, mix=1)), gaussian(rows(12, 60, mix=2))
+    a, b = fit_statistics(rows(10, 60, mix=1)), fit_statistics(rows(12, 60, mix=2))
     rough = [
         FeatureStatistics(x.mean, x.covariance.astype(np.float32).astype(float)) for x in (a, b)
     ]
@@ -100,7 +102,7 @@ def test_covariances_that_were_rounded_are_near_enough():
 # --- Inception Score ------------------------------------------------------------------------------
 
 
-def test_the_score_is_1_for_what_says_nothing_and_the_number_of_classes_at_best():
+def test_the_score_is_1_without_information_and_the_number_of_classes_at_best():
     assert metrics.inception_score(np.zeros((40, 8), np.float32)) == pytest.approx((1, 0))
     sure = np.tile(100 * np.eye(8, dtype=np.float32), (50, 1))
     assert metrics.inception_score(sure, n_parts=1).mean == pytest.approx(8)
@@ -137,20 +139,20 @@ def test_the_kernel_distance_is_the_mean_over_pairs():
 
 def test_the_kernel_distance_of_one_distribution_is_0_on_average():
     x, y = rows(400, 6), rows(400, 6)
-    how = {"n_subsets": 200, "subset_size": 50}
-    same, std = metrics.kernel_distance(x, y, **how)
+    subsets = {"n_subsets": 200, "subset_size": 50}
+    same, std = metrics.kernel_distance(x, y, **subsets)
     assert abs(same) < std / 2
-    assert metrics.kernel_distance(x, y + 1, **how).mean > 3 * std
-    assert metrics.kernel_distance(x, y, seed=1, **how) == metrics.kernel_distance(
-        x, y, seed=1, **how
+    assert metrics.kernel_distance(x, y + 1, **subsets).mean > 3 * std
+    assert metrics.kernel_distance(x, y, seed=1, **subsets) == metrics.kernel_distance(
+        x, y, seed=1, **subsets
     )
 
 
 # --- precision and recall -------------------------------------------------------------------------
 
 
-def in_words(real, drawn, k=3):
-    """Kynkäänniemi et al. 2019, as it is said."""
+def precision_recall_by_loops(real, samples, k=3):
+    """Kynkäänniemi et al. 2019, eq. 1 and 2, written out."""
 
     def share(rows, others):
         inside = 0
@@ -162,19 +164,19 @@ def in_words(real, drawn, k=3):
                     break
         return inside / len(rows)
 
-    return share(drawn, real), share(real, drawn)
+    return share(samples, real), share(real, samples)
 
 
 @pytest.mark.parametrize("block", [7, 1024])
-def test_precision_and_recall_are_shares_of_neighbourhoods(monkeypatch, block):
+def test_precision_and_recall_are_shares_inside_a_manifold(monkeypatch, block):
     monkeypatch.setattr(metrics, "ROWS_PER_BLOCK", block)
-    real, drawn = rows(50, 5, shift=10.0), rows(40, 5, shift=10.4)
-    expected = in_words(real.astype(np.float64), drawn.astype(np.float64))
-    assert metrics.precision_recall(real, drawn) == pytest.approx(expected)
+    real, samples = rows(50, 5, shift=10.0), rows(40, 5, shift=10.4)
+    expected = precision_recall_by_loops(real.astype(np.float64), samples.astype(np.float64))
+    assert metrics.precision_recall(real, samples) == pytest.approx(expected)
     assert 0 < min(expected) < 1
 
 
-def test_precision_and_recall_of_the_same_of_strangers_and_of_one_mode():
+def test_precision_and_recall_of_equal_of_disjoint_and_of_collapsed_sets():
     x = rows(60, 8)
     assert metrics.precision_recall(x, x) == (1, 1)
     assert metrics.precision_recall(x, x + 1000) == (0, 0)
@@ -189,12 +191,12 @@ def test_precision_and_recall_of_the_same_of_strangers_and_of_one_mode():
 @pytest.fixture
 def known():
     x = rows(30, 6)
-    return gaussian(x), x
+    return fit_statistics(x), x
 
 
-def test_a_reference_comes_back_as_it_was_written(tmp_path, known):
+def test_a_reference_is_read_as_it_was_written(tmp_path, known):
     pool, x = known
-    spatial, card = gaussian(rows(30, 4)), {"features": {"space": "pixels"}, "count": 30}
+    spatial, card = fit_statistics(rows(30, 4)), {"features": {"space": "pixels"}, "count": 30}
     reference.write_reference(tmp_path / "a.npz", pool, spatial, x, card)
     found = reference.read_reference(tmp_path / "a.npz")
     np.testing.assert_array_equal(found.pool.covariance, pool.covariance)
@@ -206,7 +208,7 @@ def test_a_reference_comes_back_as_it_was_written(tmp_path, known):
         assert arrays["mu"].dtype == arrays["sigma"].dtype == np.float64
 
 
-def test_references_of_others_are_read(tmp_path, known):
+def test_references_of_other_tools_are_read(tmp_path, known):
     pool, _ = known
     theirs = {"mu": pool.mean, "sigma": pool.covariance}
     np.savez(tmp_path / "fid.npz", **theirs)
@@ -245,7 +247,7 @@ def test_a_file_that_is_no_reference_is_refused_in_one_line(tmp_path, arrays, me
     assert "\n" not in str(refused.value)
 
 
-def test_a_reference_that_is_not_there_or_cut_off_is_refused(tmp_path, known):
+def test_a_missing_or_damaged_reference_is_refused(tmp_path, known):
     pool, x = known
     with pytest.raises(UserError, match="No such file"):
         reference.read_reference(tmp_path / "x.npz")

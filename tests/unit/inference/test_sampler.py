@@ -1,4 +1,4 @@
-"""A picture is a function of its weights, label, seed and place, however it is drawn."""
+"""A sample is a function of its weights, label, seed and index, however it is batched."""
 
 from dataclasses import replace
 from functools import partial
@@ -30,153 +30,157 @@ def sigma_params():
     return weights(SIGMA)
 
 
-def pictures(params, labels, *, mesh=None, config=CLASSES, **how):
-    how = {"sampler": SamplerConfig(n_steps=3), "cfg_scale": 2.0, "seed": 5} | how
-    return sample_images(params, config, labels, mesh=mesh or parallel.make_mesh(), **how)
+def sample(params, labels, *, mesh=None, config=CLASSES, **arguments):
+    defaults = {"sampler": SamplerConfig(n_steps=3), "cfg_scale": 2.0, "seed": 5}
+    mesh = mesh or parallel.make_mesh()
+    return sample_images(params, config, labels, mesh=mesh, **(defaults | arguments))
 
 
-def test_batches_and_devices_do_not_change_a_picture(params):
+def test_batches_and_devices_do_not_change_a_sample(params):
     labels = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
-    whole = pictures(params, labels).x
-    assert whole.shape == (10, 8, 8, 1)
-    np.testing.assert_allclose(pictures(params, labels, batch_size=4).x, whole, atol=1e-5)
+    expected = sample(params, labels).x
+    assert expected.shape == (10, 8, 8, 1)
+    np.testing.assert_allclose(sample(params, labels, batch_size=4).x, expected, atol=1e-5)
     one = parallel.make_mesh(devices=jax.devices()[:1])
-    np.testing.assert_allclose(pictures(params, labels, mesh=one).x, whole, atol=1e-5)
-    np.testing.assert_allclose(pictures(params, labels[:3]).x, whole[:3], atol=1e-5)
-    np.testing.assert_allclose(pictures(params, labels[4:], first_index=4).x, whole[4:], atol=1e-5)
-    assert np.abs(pictures(params, labels, seed=6).x - whole).max() > 0.1
-    assert np.abs(whole[1] - whole[3]).max() > 0.1  # the same label, another place
+    np.testing.assert_allclose(sample(params, labels, mesh=one).x, expected, atol=1e-5)
+    np.testing.assert_allclose(sample(params, labels[:3]).x, expected[:3], atol=1e-5)
+    np.testing.assert_allclose(sample(params, labels[4:], first_index=4).x, expected[4:], atol=1e-5)
+    assert np.abs(sample(params, labels, seed=6).x - expected).max() > 0.1
+    assert np.abs(expected[1] - expected[3]).max() > 0.1  # the same label at another index
 
 
 @pytest.mark.parametrize("sampler", [DDPM, DDIM], ids=["ddpm", "ddim"])
-def test_batches_and_devices_do_not_change_what_ddpm_draws(sigma_params, sampler):
-    draw = partial(pictures, sigma_params, config=SIGMA, sampler=sampler)
+def test_batches_and_devices_do_not_change_a_sample_of_ddpm(sigma_params, sampler):
+    sample_with = partial(sample, sigma_params, config=SIGMA, sampler=sampler)
     labels = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
-    whole = draw(labels).x
-    # The data that a noise prediction makes at the last step are off by 157 times its rounding.
-    np.testing.assert_allclose(draw(labels, batch_size=4).x, whole, atol=1e-3)
+    expected = sample_with(labels).x
+    # The x0 prediction from predicted noise at the last step has 157 times its rounding error.
+    np.testing.assert_allclose(sample_with(labels, batch_size=4).x, expected, atol=1e-3)
     one = parallel.make_mesh(devices=jax.devices()[:1])
-    np.testing.assert_allclose(draw(labels, mesh=one).x, whole, atol=1e-3)
-    assert np.abs(draw(labels, seed=6).x - whole).max() > 0.1
-    assert np.abs(whole[1] - whole[3]).max() > 0.1
+    np.testing.assert_allclose(sample_with(labels, mesh=one).x, expected, atol=1e-3)
+    assert np.abs(sample_with(labels, seed=6).x - expected).max() > 0.1
+    assert np.abs(expected[1] - expected[3]).max() > 0.1
 
 
-def test_what_a_step_took_the_picture_for_is_there_if_asked(params, sigma_params):
+def test_x0_predictions_are_returned_on_request(params, sigma_params):
     for network, config, sampler in (
         (params, CLASSES, SamplerConfig(n_steps=3)),
         (sigma_params, SIGMA, DDPM),
     ):
-        draw = partial(pictures, network, [1, 2, 3], config=config, sampler=sampler)
-        x, states, estimates = draw(estimates=True, batch_size=2)
+        sample_with = partial(sample, network, [1, 2, 3], config=config, sampler=sampler)
+        x, states, estimates = sample_with(estimates=True, batch_size=2)
         assert states is None and estimates is not None and estimates.shape == (3, 3, 8, 8, 1)
         np.testing.assert_allclose(estimates[-1], x, atol=1e-5)
-        assert draw(trajectory=True).estimates is None
-        np.testing.assert_allclose(draw().x, x, atol=1e-3)
+        assert sample_with(trajectory=True).estimates is None
+        np.testing.assert_allclose(sample_with().x, x, atol=1e-3)
         if sampler.clip:
             assert np.abs(estimates).max() <= 1
 
 
-def test_a_picture_with_a_seed_of_its_own_is_the_same_whatever_else_is_drawn(params, sigma_params):
-    """And the one that is drawn alone with that seed."""
+def test_a_sample_with_its_own_seed_does_not_depend_on_the_others(params, sigma_params):
+    """It equals the one sampled alone with that seed."""
     labels, seeds = [3, 7, 3, 1, 3], [17, 42, 3, 17, 17]
-    for network, how in (
+    for network, arguments in (
         (params, {}),
         (sigma_params, {"config": SIGMA, "sampler": DDPM}),
     ):
-        several = pictures(network, labels, seed=seeds, **how).x
+        samples = sample(network, labels, seed=seeds, **arguments).x
         for size in (2, 5):
-            again = pictures(network, labels[::-1], seed=seeds[::-1], batch_size=size, **how).x
-            np.testing.assert_allclose(again[::-1], several, atol=1e-3 if how else 1e-5)
-        for label, seed, picture in zip(labels, seeds, several):
-            alone = pictures(network, [label], seed=seed, **how).x
-            np.testing.assert_allclose(alone[0], picture, atol=1e-3 if how else 1e-5)
-        np.testing.assert_array_equal(several[0], several[4])
-        assert np.abs(several[0] - several[2]).max() > 0.1
+            again = sample(network, labels[::-1], seed=seeds[::-1], batch_size=size, **arguments).x
+            np.testing.assert_allclose(again[::-1], samples, atol=1e-3 if arguments else 1e-5)
+        for label, seed, one_sample in zip(labels, seeds, samples):
+            alone = sample(network, [label], seed=seed, **arguments).x
+            np.testing.assert_allclose(alone[0], one_sample, atol=1e-3 if arguments else 1e-5)
+        np.testing.assert_array_equal(samples[0], samples[4])
+        assert np.abs(samples[0] - samples[2]).max() > 0.1
 
 
-def test_guidance_leads_away_from_the_null_unless_something_else_is_named(params):
-    plain = pictures(params, [3, 7, 1]).x
-    np.testing.assert_array_equal(pictures(params, [3, 7, 1], negative=[10]).x, plain)
-    other = pictures(params, [3, 7, 1], negative=[7], batch_size=2).x
+def test_a_negative_label_replaces_the_null_label_of_guidance(params):
+    plain = sample(params, [3, 7, 1]).x
+    np.testing.assert_array_equal(sample(params, [3, 7, 1], negative=[10]).x, plain)
+    other = sample(params, [3, 7, 1], negative=[7], batch_size=2).x
     assert np.abs(other[0] - plain[0]).max() > 1e-3
-    # Away from itself a label leads nowhere.
-    conditional = pictures(params, [3, 7, 1], cfg_scale=1.0).x
+    # Guidance between a label and itself is the conditional model.
+    conditional = sample(params, [3, 7, 1], cfg_scale=1.0).x
     np.testing.assert_allclose(other[1], conditional[1], atol=1e-4)
 
 
 def test_an_empty_negative_caption_is_the_null():
     shape = {"image_size": 8, "channels": 1, "out_channels": 1, "n_classes": 0}
-    told = {"text_length": 5, "text_width": 6, "pooled_width": 4}
-    config = model_config("DiT-Nano/8", block="cross_attention", **shape, **told)
+    text = {"text_length": 5, "text_width": 6, "pooled_width": 4}
+    config = model_config("DiT-Nano/8", block="cross_attention", **shape, **text)
     network, rng = weights(config), np.random.default_rng(0)
     tokens, mask = rng.normal(size=(3, 5, 6)).astype("f4"), np.ones((3, 5), bool)
     captions = EncodedCaption(tokens, mask, rng.normal(size=(3, 4)).astype("f4"))
-    plain = pictures(network, captions, config=config).x
+    plain = sample(network, captions, config=config).x
     empty = jax.tree.map(lambda x: np.zeros_like(x[:1]), captions)
-    same = pictures(network, captions, config=config, negative=empty).x
+    same = sample(network, captions, config=config, negative=empty).x
     np.testing.assert_array_equal(same, plain)
     third = jax.tree.map(lambda x: x[2:], captions)
-    other = pictures(network, captions, config=config, negative=third).x
+    other = sample(network, captions, config=config, negative=third).x
     assert np.abs(other - plain).max() > 1e-3
 
 
 def test_guidance_acts_within_its_interval(params, sigma_params):
     flow = (
-        partial(pictures, params, [3, 7]),
+        partial(sample, params, [3, 7]),
         SamplerConfig(n_steps=3),
     )  # its times are 1, 2/3 and 1/3
-    chain = partial(pictures, sigma_params, [3, 7], config=SIGMA), replace(DDIM, n_steps=2)
-    for draw, sampler in (flow, chain):
-        whole, none = draw(sampler=sampler).x, draw(sampler=sampler, cfg_scale=1.0).x
-        nowhere = draw(sampler=replace(sampler, interval=(0.1, 0.2))).x
-        np.testing.assert_allclose(nowhere, none, atol=1e-3)
-        early = draw(sampler=replace(sampler, interval=(0.6, 1.0))).x
-        assert np.abs(early - whole).max() > 1e-4 < np.abs(early - none).max()
+    chain = partial(sample, sigma_params, [3, 7], config=SIGMA), replace(DDIM, n_steps=2)
+    for sample_with, sampler in (flow, chain):
+        always, never = (
+            sample_with(sampler=sampler).x,
+            sample_with(sampler=sampler, cfg_scale=1.0).x,
+        )
+        nowhere = sample_with(sampler=replace(sampler, interval=(0.1, 0.2))).x
+        np.testing.assert_allclose(nowhere, never, atol=1e-3)
+        early = sample_with(sampler=replace(sampler, interval=(0.6, 1.0))).x
+        assert np.abs(early - always).max() > 1e-4 < np.abs(early - never).max()
 
 
 @pytest.mark.parametrize("shift", [0.3, 1.0, 3.0])
-def test_pictures_noised_all_the_way_are_drawn_from_noise(params, shift):
+def test_starting_from_data_at_t_1_is_starting_from_noise(params, shift):
     rng, sampler = np.random.default_rng(0), SamplerConfig(n_steps=3, shift=shift)
     data = rng.uniform(-1, 1, (5, 8, 8, 1)).astype("f4")
-    draw = partial(pictures, params, [1, 2, 3, 4, 5], sampler=sampler, trajectory=True)
-    plain = draw()
-    whole = draw(start_from=StartFrom(data, sampler.time_steps(1.0)), batch_size=2)
-    np.testing.assert_allclose(whole.x, plain.x, atol=1e-5)
-    assert whole.trajectory is not None and plain.trajectory is not None
-    half = draw(start_from=StartFrom(data, sampler.time_steps(0.5)))
+    sample_with = partial(sample, params, [1, 2, 3, 4, 5], sampler=sampler, trajectory=True)
+    plain = sample_with()
+    expected = sample_with(start_from=StartFrom(data, sampler.time_steps(1.0)), batch_size=2)
+    np.testing.assert_allclose(expected.x, plain.x, atol=1e-5)
+    assert expected.trajectory is not None and plain.trajectory is not None
+    half = sample_with(start_from=StartFrom(data, sampler.time_steps(0.5)))
     assert half.trajectory is not None
     noise = plain.trajectory[0]
     np.testing.assert_allclose(half.trajectory[0], (data + noise) / 2, atol=1e-6)
-    hardly = draw(start_from=StartFrom(data, sampler.time_steps(1e-4)))
-    np.testing.assert_allclose(hardly.x, data, atol=1e-2)
+    barely_noised = sample_with(start_from=StartFrom(data, sampler.time_steps(1e-4)))
+    np.testing.assert_allclose(barely_noised.x, data, atol=1e-2)
 
 
-def test_of_ddpm_they_begin_at_the_nearest_step(sigma_params):
-    """Where even at the last step a trace of the data is left."""
+def test_ddpm_starts_at_the_nearest_step(sigma_params):
+    """Even its last step retains a trace of the data."""
     data = np.random.default_rng(0).uniform(-1, 1, (3, 8, 8, 1)).astype("f4")
     sampler = replace(DDPM, n_steps=4)  # 0, 333, 666, 999
-    draw = partial(pictures, sigma_params, [1, 2, 3], config=SIGMA, sampler=sampler)
-    plain = draw(trajectory=True)
+    sample_with = partial(sample, sigma_params, [1, 2, 3], config=SIGMA, sampler=sampler)
+    plain = sample_with(trajectory=True)
     assert plain.trajectory is not None
-    chain = ddpm.noise_schedule()
+    schedule = ddpm.noise_schedule()
     for t, step, n_states in ((1.0, 999, 5), (0.6, 666, 4), (0.2, 333, 3)):
         assert sampler.nearest_start(t) == step / 1000
-        found = draw(start_from=StartFrom(data, sampler.time_steps(t)), trajectory=True)
-        noised = chain.signal[step] * data + chain.noise[step] * plain.trajectory[0]
-        assert found.trajectory is not None and len(found.trajectory) == n_states
-        np.testing.assert_allclose(found.trajectory[0], noised, atol=1e-5)
-    nearly = draw(start_from=StartFrom(data, sampler.time_steps(1.0))).x
+        result = sample_with(start_from=StartFrom(data, sampler.time_steps(t)), trajectory=True)
+        noised = schedule.signal[step] * data + schedule.noise[step] * plain.trajectory[0]
+        assert result.trajectory is not None and len(result.trajectory) == n_states
+        np.testing.assert_allclose(result.trajectory[0], noised, atol=1e-5)
+    nearly = sample_with(start_from=StartFrom(data, sampler.time_steps(1.0))).x
     assert np.abs(nearly - plain.x).mean() < 0.1
 
 
 def test_a_scale_of_one_is_the_conditional_model(params):
-    plain = pictures(params, [3, 7], cfg_scale=1.0).x
-    nearly = pictures(params, [3, 7], cfg_scale=1.0 + 1e-6).x
+    plain = sample(params, [3, 7], cfg_scale=1.0).x
+    nearly = sample(params, [3, 7], cfg_scale=1.0 + 1e-6).x
     np.testing.assert_allclose(plain, nearly, atol=1e-4)
 
 
-def test_the_trajectory_ends_in_the_picture(params):
-    result = pictures(params, [1, 2, 3], trajectory=True, batch_size=2)
+def test_the_trajectory_ends_in_the_sample(params):
+    result = sample(params, [1, 2, 3], trajectory=True, batch_size=2)
     assert result.trajectory is not None and result.trajectory.shape == (4, 3, 8, 8, 1)
     np.testing.assert_array_equal(result.trajectory[-1], result.x)
     assert abs(result.trajectory[0].std() - 1) < 0.2
@@ -200,25 +204,25 @@ def test_a_label_that_does_not_exist_is_named():
         label_ids(["catt"], ["cat", "ship"], 2)
     with pytest.raises(UserError, match="unknown label '10'"):
         label_ids([10], DIGITS, 10)
-    with pytest.raises(UserError, match="label '3': the model is told no classes"):
+    with pytest.raises(UserError, match="label '3': the model has no classes"):
         label_ids(["3"], [], 0)
 
 
-def test_labels_share_the_pictures():
+def test_labels_get_equal_shares():
     assert spread_evenly([3, 7], 5).tolist() == [3, 3, 3, 7, 7]
     assert spread_evenly([3, 7, 9], 2).tolist() == [3, 7]
 
 
 @pytest.mark.parametrize(
-    "how", [{"seed": 2**40}, {"seed": -1}, {"cfg_scale": float("inf")}, {"cfg_scale": -1e39}]
+    "arguments", [{"seed": 2**40}, {"seed": -1}, {"cfg_scale": float("inf")}, {"cfg_scale": -1e39}]
 )
-def test_numbers_that_cannot_be_are_refused(params, how):
+def test_numbers_out_of_range_are_refused(params, arguments):
     with pytest.raises(
-        UserError, match="must be finite" if "cfg_scale" in how else "must be in 0 …"
+        UserError, match="must be finite" if "cfg_scale" in arguments else "must be in 0 …"
     ):
-        pictures(params, [1], **how)
+        sample(params, [1], **arguments)
     with pytest.raises(UserError, match="no labels"):
-        pictures(params, [])
+        sample(params, [])
 
 
 def test_a_sampler_that_does_not_exist_is_named():
@@ -229,7 +233,7 @@ def test_a_sampler_that_does_not_exist_is_named():
 
 
 @pytest.mark.parametrize(
-    "how, message",
+    "arguments, message",
     [
         ({"solver": "ddpm"}, "--solver ddpm is not for a model trained by rectified flow"),
         ({"prediction": "v"}, "--solver euler is not for a model trained by DDPM, which takes"),
@@ -244,19 +248,19 @@ def test_a_sampler_that_does_not_exist_is_named():
         ({"solver": "ddim", "prediction": "v", "eta": 1.5}, "--eta 1.5: must be between 0 and 1"),
     ],
 )
-def test_a_sampler_that_does_not_fit_is_refused(how, message):
+def test_a_sampler_that_does_not_fit_is_refused(arguments, message):
     with pytest.raises(UserError, match=message):
-        SamplerConfig(**how)
+        SamplerConfig(**arguments)
 
 
-def test_guidance_that_cannot_be_is_refused(params):
-    with pytest.raises(UserError, match="--guided_channels 3: the model's pictures have 1"):
-        pictures(params, [1], sampler=SamplerConfig(guided_channels=3))
-    with pytest.raises(UserError, match="--guided_channels 1: without guidance"):
-        pictures(params, [1], sampler=SamplerConfig(guided_channels=1), cfg_scale=1.0)
-    with pytest.raises(UserError, match="--interval: without guidance"):
-        pictures(params, [1], sampler=SamplerConfig(interval=(0.1, 0.2)), cfg_scale=1.0)
-    with pytest.raises(UserError, match="--negative_prompt: without guidance"):
-        pictures(params, [1], negative=[3], cfg_scale=1.0)
-    one = pictures(params, [1], sampler=SamplerConfig(n_steps=3, guided_channels=1)).x
-    np.testing.assert_allclose(one, pictures(params, [1]).x, atol=1e-6)
+def test_unfit_guidance_is_refused(params):
+    with pytest.raises(UserError, match="--guided_channels 3: the model has 1 channels"):
+        sample(params, [1], sampler=SamplerConfig(guided_channels=3))
+    with pytest.raises(UserError, match="--guided_channels 1: has no effect without guidance"):
+        sample(params, [1], sampler=SamplerConfig(guided_channels=1), cfg_scale=1.0)
+    with pytest.raises(UserError, match="--interval: has no effect without guidance"):
+        sample(params, [1], sampler=SamplerConfig(interval=(0.1, 0.2)), cfg_scale=1.0)
+    with pytest.raises(UserError, match="--negative_prompt: has no effect without guidance"):
+        sample(params, [1], negative=[3], cfg_scale=1.0)
+    one = sample(params, [1], sampler=SamplerConfig(n_steps=3, guided_channels=1)).x
+    np.testing.assert_allclose(one, sample(params, [1]).x, atol=1e-6)

@@ -155,7 +155,7 @@ def test_prompts_are_for_models_of_captions(monkeypatch):
     assert len(list(grid)) == 2  # also without guidance, where a negative prompt has no effect
     with pytest.raises(UserError, match="write a prompt"):
         list(service.run_job(model, SampleJob(prompt=" ")))
-    with pytest.raises(UserError, match="nothing leads away"):
+    with pytest.raises(UserError, match="has no effect without guidance"):
         list(service.run_job(model, SampleJob(prompt="a", negative_prompt="b", cfg_scale=1.0)))
     # The null label of the published SD3 is an empty caption, encoded also without guidance.
     published = drawable(config, conditioning="text", full_width=6)
@@ -233,7 +233,7 @@ def test_missing_models_are_reported(tmp_path):
         ModelLibrary(run=tmp_path)
     with pytest.raises(UserError, match="has no checkpoint yet"):
         ModelLibrary(run=make_run(tmp_path / "begun"))
-    with pytest.raises(UserError, match="--vae there: the model is of pictures"):
+    with pytest.raises(UserError, match="--vae there: the model is of pixels"):
         ModelLibrary(run=make_run(tmp_path / "done", 5), vae="there")
 
 

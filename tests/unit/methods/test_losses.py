@@ -1,4 +1,4 @@
-"""Path, times and loss are the formulas, and every row draws independent numbers of its own."""
+"""Path, times and losses are the formulas, and every row has independent random numbers."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -12,9 +12,9 @@ from data.batch import Batch, EncodedCaption
 from methods import ddpm, rectified_flow
 from methods.ddpm import ddpm_loss
 from methods.rectified_flow import (
+    heavy_tailed_mode,
     interpolate,
     logit_normal,
-    heavy_tailed_mode,
     rectified_flow_loss,
     shift_time,
     uniform,
@@ -39,7 +39,7 @@ def test_dropping_makes_the_null_class_or_the_empty_caption():
 
 
 class Spy:
-    """Predicts nothing and remembers what it was shown."""
+    """A model that predicts 0 and records its inputs."""
 
     def __init__(self, n_classes, predict=lambda x, t: 0 * x):
         self.config, self.predict = SimpleNamespace(n_classes=n_classes), predict
@@ -50,7 +50,7 @@ class Spy:
 
 
 def batch_of(n, *, image=None, label=None):
-    """n rows of one value, −1, or the pictures given."""
+    """n rows of the given images, by default of −1."""
     image = np.zeros((n, 2, 2, 1), np.uint8) if image is None else image
     label = np.full(n, 3, np.int32) if label is None else label
     row = np.arange(n, dtype=np.int32)
@@ -58,16 +58,16 @@ def batch_of(n, *, image=None, label=None):
 
 
 @partial(jax.jit, static_argnames="label_dropout")
-def shown(batch, key, n_classes, label_dropout):
-    """What the objective shows a model."""
+def model_inputs(batch, key, n_classes, label_dropout):
+    """The inputs x_t, t and label that the objective gives a model."""
     spy = Spy(n_classes)
     rectified_flow_loss(density=uniform(), label_dropout=label_dropout)(spy, batch, key)
     return spy.x, spy.t, spy.label
 
 
-def draws(batch, *, n_classes=10, label_dropout=0.1, key=key):
+def sampled_values(batch, *, n_classes=10, label_dropout=0.1, key=key):
     """The times, the noise and the labels of a batch."""
-    x, t, label = jax.device_get(shown(batch, key, n_classes, label_dropout))
+    x, t, label = jax.device_get(model_inputs(batch, key, n_classes, label_dropout))
     s = np.float64(t).reshape(-1, 1, 1, 1)
     return (
         np.asarray(t, np.float64),
@@ -171,7 +171,7 @@ def test_a_larger_shift_means_more_noise():
 def test_time_noise_and_drop_are_independent():
     """Drawn from one key, the drop was `t < 0.1` exactly, and the null class unknown elsewhere."""
     n = 20_000  # correlations of independent draws are then 0 ± 0.007
-    t, noise, label = draws(batch_of(n))
+    t, noise, label = sampled_values(batch_of(n))
     drop = label == 10
     assert set(label.tolist()) == {3, 10}
     np.testing.assert_allclose(drop.mean(), 0.1, atol=0.01)
@@ -190,19 +190,21 @@ def test_time_noise_and_drop_are_independent():
 
 
 def test_neighbouring_rows_and_steps_share_nothing():
-    t, noise, _ = draws(batch_of(20_000))
-    later, other, _ = draws(batch_of(20_000), key=jax.random.fold_in(key, 1))
+    t, noise, _ = sampled_values(batch_of(20_000))
+    later, other, _ = sampled_values(batch_of(20_000), key=jax.random.fold_in(key, 1))
     assert len(np.unique(t)) > 19_900
     assert abs(correlation(t[1:], t[:-1])) < 0.03 and abs(correlation(t, later)) < 0.03
     assert abs(correlation(noise.ravel(), other.ravel())) < 0.03
 
 
-def test_a_rows_draw_depends_on_its_index_alone():
+def test_random_numbers_of_a_row_depend_on_its_index_alone():
     batch = batch_of(64, label=np.arange(64, dtype=np.int32))
-    whole = draws(batch, label_dropout=0.5, n_classes=1000)
+    whole = sampled_values(batch, label_dropout=0.5, n_classes=1000)
     second_half = np.arange(32, 64)
     for rows in (np.random.default_rng(0).permutation(64), np.tile(second_half, 2)):
-        part = draws(jax.tree.map(lambda x, r=rows: x[r], batch), label_dropout=0.5, n_classes=1000)
+        part = sampled_values(
+            jax.tree.map(lambda x, r=rows: x[r], batch), label_dropout=0.5, n_classes=1000
+        )
         for a, b in zip(part, whole, strict=True):
             np.testing.assert_array_equal(a, b[rows])
 
@@ -219,8 +221,8 @@ def test_the_null_label_is_the_number_of_classes(n_classes):
 N, SIDE = 4000, 12
 
 
-def gaussian_pictures(std):
-    """Pictures of white noise, as bytes, and the root mean square they really have."""
+def gaussian_images(std):
+    """Images of white noise, as bytes, and their actual root mean square."""
     noise = np.random.default_rng(0).normal(scale=std, size=(N, SIDE, SIDE, 1))
     image = np.clip(np.round((noise + 1) * 127.5), 0, 255).astype(np.uint8)
     return batch_of(N, image=image), float(np.sqrt(np.mean(np.square(image / 127.5 - 1))))
@@ -231,7 +233,7 @@ TIMES = (np.arange(N) + 0.5) / N
 
 @jax.jit
 def linear_loss(batch, slope):
-    """The loss of the predictor slope(t)·x, with times spread evenly instead of drawn."""
+    """The loss of the predictor slope(t)·x, with times spread evenly instead of sampled."""
     model = Spy(10, lambda x, t: slope.reshape(-1, 1, 1, 1) * x)
     return rectified_flow_loss(density=lambda u: jnp.asarray(TIMES))(model, batch, key)
 
@@ -245,7 +247,7 @@ def best_slope(s):
 @pytest.mark.parametrize("std", [0.15, 0.3])
 def test_the_best_loss_on_gaussian_data_is_the_closed_form(std):
     """At t it is s² / ((1 − t)²s² + t²), whose integral over t is πs/2."""
-    batch, s = gaussian_pictures(std)
+    batch, s = gaussian_images(std)
     loss, metrics = linear_loss(batch, best_slope(s))
     np.testing.assert_allclose(loss, np.pi * s / 2, rtol=0.01)
     at_t = s**2 / ((1 - TIMES) ** 2 * s**2 + TIMES**2)
@@ -256,7 +258,7 @@ def test_the_best_loss_on_gaussian_data_is_the_closed_form(std):
 @pytest.mark.parametrize("error", [-0.2, 0.1])
 def test_another_predictor_is_worse_by_its_distance_from_the_best(error):
     """E |error·x_t|² = error²·(s² + 1) / 3."""
-    batch, s = gaussian_pictures(0.3)
+    batch, s = gaussian_images(0.3)
     best, _ = linear_loss(batch, best_slope(s))
     worse, _ = linear_loss(batch, best_slope(s) + error)
     np.testing.assert_allclose(worse - best, error**2 * (s**2 + 1) / 3, rtol=0.06)
@@ -279,14 +281,14 @@ BETA = np.linspace(1e-4, 2e-2, 1000)
 ALPHA_BAR = np.cumprod(1 - BETA)
 
 
-def seen(batch, *, predict=lambda x, t: 0 * x, key=key, **how):
-    """What DDPM shows a model, and what it makes of the answer."""
+def run_ddpm_loss(batch, *, predict=lambda x, t: 0 * x, key=key, **options):
+    """The inputs that DDPM gives a model, and the loss and metrics of its predictions."""
     spy = Spy(10, predict)
-    loss, metrics = ddpm_loss(**how)(spy, batch, key)
+    loss, metrics = ddpm_loss(**options)(spy, batch, key)
     return jax.device_get((spy.x, spy.t, spy.label, loss, metrics))
 
 
-def read_back(batch, x, t):
+def recover_step_and_noise(batch, x, t):
     """The step and the noise of each row, in float64."""
     step = np.round(np.float64(t) * 1000).astype(int)
     a = ALPHA_BAR[step].reshape(-1, 1, 1, 1)
@@ -297,8 +299,8 @@ def read_back(batch, x, t):
 def test_ddpms_steps_are_whole_and_all_alike_and_independent_of_noise_and_drop():
     n = 20_000
     batch = batch_of(n)
-    x, t, label, _, _ = seen(batch, label_dropout=0.1)
-    step, _, noise = read_back(batch, x, t)
+    x, t, label, _, _ = run_ddpm_loss(batch, label_dropout=0.1)
+    step, _, noise = recover_step_and_noise(batch, x, t)
     np.testing.assert_allclose(np.float64(t) * 1000, step, atol=1e-3)
     assert step.min() == 0 and step.max() == 999 and len(np.unique(step)) == 1000
     np.testing.assert_allclose([step.mean(), step.std()], [499.5, 1000 / 12**0.5], rtol=0.01)
@@ -310,11 +312,11 @@ def test_ddpms_steps_are_whole_and_all_alike_and_independent_of_noise_and_drop()
     np.testing.assert_allclose([noise.mean(), noise.std()], [0, 1], atol=0.02)
 
 
-def test_ddpms_draw_of_a_row_depends_on_its_index_alone():
+def test_ddpms_random_numbers_of_a_row_depend_on_its_index_alone():
     batch = batch_of(64, label=np.arange(64, dtype=np.int32))
-    whole = seen(batch, label_dropout=0.5)[:3]
+    whole = run_ddpm_loss(batch, label_dropout=0.5)[:3]
     rows = np.random.default_rng(0).permutation(64)
-    part = seen(jax.tree.map(lambda x: x[rows], batch), label_dropout=0.5)[:3]
+    part = run_ddpm_loss(jax.tree.map(lambda x: x[rows], batch), label_dropout=0.5)[:3]
     for a, b in zip(part, whole, strict=True):
         np.testing.assert_array_equal(a, b[rows])
 
@@ -325,10 +327,12 @@ def wave(x, t):
 
 @pytest.mark.parametrize("prediction", ddpm.PREDICTIONS)
 @pytest.mark.parametrize("gamma", [0.0, 5.0])
-def test_ddpms_loss_is_the_mean_square_that_is_asked_for(prediction, gamma):
-    batch, _ = gaussian_pictures(0.3)
-    x, t, _, loss, metrics = seen(batch, predict=wave, prediction=prediction, min_snr_gamma=gamma)
-    step, data, noise = read_back(batch, np.float64(x), t)
+def test_ddpms_loss_is_the_mean_square_of_its_prediction(prediction, gamma):
+    batch, _ = gaussian_images(0.3)
+    x, t, _, loss, metrics = run_ddpm_loss(
+        batch, predict=wave, prediction=prediction, min_snr_gamma=gamma
+    )
+    step, data, noise = recover_step_and_noise(batch, np.float64(x), t)
     a = ALPHA_BAR[step].reshape(-1, 1, 1, 1)
     target = {"epsilon": noise, "x0": data, "v": np.sqrt(a) * noise - np.sqrt(1 - a) * data}
     error = np.square(np.sin(3 * np.float64(x)) - target[prediction]).mean((1, 2, 3))
@@ -342,26 +346,26 @@ def test_ddpms_loss_is_the_mean_square_that_is_asked_for(prediction, gamma):
 
 
 def test_the_best_noise_prediction_on_gaussian_data_has_the_closed_forms_loss():
-    """Of data ~ N(0, s²), Var[noise | x] = ᾱs² / (ᾱs² + 1 − ᾱ)."""
-    batch, s = gaussian_pictures(0.3)
+    """For data ~ N(0, s²), Var[noise | x] = ᾱs² / (ᾱs² + 1 − ᾱ)."""
+    batch, s = gaussian_images(0.3)
 
     def best(x, t):
         a = jnp.asarray(ALPHA_BAR, jnp.float32)[jnp.round(t * 1000).astype(int)]
         return (jnp.sqrt(1 - a) / (a * s**2 + 1 - a)).reshape(-1, 1, 1, 1) * x
 
-    x, t, _, loss, _ = seen(batch, predict=best)
-    a = ALPHA_BAR[read_back(batch, x, t)[0]]
+    x, t, _, loss, _ = run_ddpm_loss(batch, predict=best)
+    a = ALPHA_BAR[recover_step_and_noise(batch, x, t)[0]]
     np.testing.assert_allclose(loss, (a * s**2 / (a * s**2 + 1 - a)).mean(), rtol=0.01)
 
 
-def with_places(weights, x, t):
-    mean, place = weights
-    return jnp.concatenate([mean * x, jnp.full_like(x, 1.0) * place], axis=-1)
+def predict_mean_and_variance(weights, x, t):
+    mean, variance = weights
+    return jnp.concatenate([mean * x, jnp.full_like(x, 1.0) * variance], axis=-1)
 
 
 def sigma_loss(weights, learned):
-    batch, _ = gaussian_pictures(0.3)
-    spy = Spy(10, partial(with_places, weights))
+    batch, _ = gaussian_images(0.3)
+    spy = Spy(10, partial(predict_mean_and_variance, weights))
     return ddpm_loss(learned_sigma=learned)(spy, batch, key)[0]
 
 
@@ -379,11 +383,17 @@ def test_the_bound_teaches_the_variance_and_leaves_the_mean_alone():
 
 def test_the_bound_counts_as_a_thousandth_of_its_sum_over_the_steps():
     weights = (jnp.float32(0.4), jnp.float32(0.2))
-    batch, _ = gaussian_pictures(0.3)
-    x, t, _, loss, _ = seen(batch, predict=partial(with_places, weights), learned_sigma=True)
-    step, data, noise = read_back(batch, x, t)
-    at = ddpm.gather_steps(ddpm.noise_schedule(), jnp.asarray(step), 4)
+    batch, _ = gaussian_images(0.3)
+    x, t, _, loss, _ = run_ddpm_loss(
+        batch, predict=partial(predict_mean_and_variance, weights), learned_sigma=True
+    )
+    step, data, noise = recover_step_and_noise(batch, x, t)
+    steps = ddpm.gather_steps(ddpm.noise_schedule(), jnp.asarray(step), 4)
     data, x = jnp.asarray(data, jnp.float32), jnp.asarray(x)
-    guess = ddpm.interpret_output(with_places(weights, x, t), x, at, prediction="epsilon")
-    expected = np.square(0.4 * x - noise).mean() + ddpm.bound_in_bits(guess, data, x, at).mean()
+    estimate = ddpm.interpret_output(
+        predict_mean_and_variance(weights, x, t), x, steps, prediction="epsilon"
+    )
+    expected = (
+        np.square(0.4 * x - noise).mean() + ddpm.bound_in_bits(estimate, data, x, steps).mean()
+    )
     np.testing.assert_allclose(loss, expected, rtol=1e-3)

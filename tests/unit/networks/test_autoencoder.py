@@ -29,7 +29,7 @@ def one_thread():
     torch.set_num_threads(n_threads)
 
 
-def pictures(config, *, height=24, width=40):
+def sample_images(config, *, height=24, width=40):
     shape = (2, height, width, config.in_channels)
     return jax.random.uniform(key, shape, minval=-1, maxval=1)
 
@@ -63,7 +63,7 @@ def fresh(config):
 def test_encoding_and_decoding_are_those_of_diffusers(name):
     config, theirs = CONFIGS[name], torch_autoencoder(CONFIGS[name])
     params = params_of(theirs, config)
-    image, z = pictures(config), latents(config)
+    image, z = sample_images(config), latents(config)
     expected = theirs.encode(nchw(image)).latent_dist
     found = encoder(config)(params, image)
     assert found.mean.shape == (
@@ -82,16 +82,16 @@ def test_log_variances_are_clipped_as_published():
     params = jax.tree.map(jnp.zeros_like, fresh(SD))
     bias = jnp.asarray([0.0] * 4 + [-100.0, 100.0, -30.5, 1.0])
     params["quant"]["bias"] = bias
-    moments = encoder(SD)(params, pictures(SD))
+    moments = encoder(SD)(params, sample_images(SD))
     assert moments.log_variance[0, 0, 0].tolist() == [-30, 20, -30, 1]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_half_precision_is_near(name):
-    """Within 3 % of the spread of what float32 gives, and it gives it in float32."""
+def test_half_precision_is_close(name):
+    """Within 3 % of the spread of the float32 result, and the result is float32."""
     config = CONFIGS[name]
     params = params_of(torch_autoencoder(config), config)
-    image, z = pictures(config), latents(config)
+    image, z = sample_images(config), latents(config)
     exact = *encoder(config)(params, image), decoder(config)(params, z)
     half = *encoder(config, "bfloat16")(params, image), decoder(config, "bfloat16")(params, z)
     for x, y in zip(exact, half, strict=True):
@@ -110,10 +110,11 @@ def test_every_weight_is_used():
     """A gradient reaches each: those of attention's keys' bias cannot matter to a softmax."""
 
     def loss(params):
-        moments = encoder(SD)(params, pictures(SD))
+        moments = encoder(SD)(params, sample_images(SD))
         return (
             decoder(SD)(
-                params, autoencoder.sample_latents(moments, jax.random.split(key, len(moments.mean)))
+                params,
+                autoencoder.sample_latents(moments, jax.random.split(key, len(moments.mean))),
             )
             ** 3
         ).sum()
@@ -135,16 +136,16 @@ def test_a_group_norm_is_the_formula_in_float32():
     assert norm(half).dtype == jnp.bfloat16 and (norm(half) == exact).all()
 
 
-def test_fresh_weights_keep_pictures_in_scale():
-    """Training from scratch starts with latents and pictures that are neither lost nor huge."""
+def test_fresh_weights_keep_latents_and_images_in_scale():
+    """Training from scratch starts with latents and images that are neither tiny nor huge."""
     config = AutoencoderConfig(block_out_channels=(32, 64, 64), layers_per_block=2)
-    moments = encoder(config)(fresh(config), pictures(config))
+    moments = encoder(config)(fresh(config), sample_images(config))
     decoded = decoder(config)(fresh(config), latents(config))
     for x in (*moments, decoded):
         assert 0.02 < float(x.std()) < 2
 
 
-def test_a_seed_says_all_of_fresh_weights():
+def test_fresh_weights_are_a_function_of_the_seed():
     again = autoencoder.init_autoencoder_params(SD, key)
     other = autoencoder.init_autoencoder_params(SD, jax.random.key(1))
     same = jax.tree.map(lambda x, y: (x == y).all(), fresh(SD), again)
@@ -174,7 +175,7 @@ def test_the_parameters_of_stable_diffusion_are_counted():
         ({"shift_factor": float("nan")}, "shift_factor nan: must be finite"),
     ],
 )
-def test_a_config_that_cannot_be_is_refused(fields, message):
+def test_a_config_out_of_range_is_refused(fields, message):
     with pytest.raises(UserError, match=message):
         replace(SD, **fields)
 
@@ -188,15 +189,15 @@ def test_other_precisions_are_refused():
     "shape, message",
     [
         ((1, 25, 40, 3), "multiples of 2, not 25×40"),
-        ((1, 24, 40, 1), "pictures of 3 channels, not 1"),
+        ((1, 24, 40, 1), "images of 3 channels, not 1"),
     ],
 )
-def test_a_picture_it_does_not_take_is_refused(shape, message):
+def test_an_image_of_an_unsuitable_shape_is_refused(shape, message):
     with pytest.raises(UserError, match=message):
         encoder(SD)(fresh(SD), jnp.zeros(shape))
 
 
-def test_latents_it_does_not_take_are_refused():
+def test_latents_of_another_number_of_channels_are_refused():
     with pytest.raises(UserError, match="latents of 4 channels, not 16"):
         decoder(SD)(fresh(SD), jnp.zeros((1, 3, 5, 16)))
 
@@ -208,12 +209,14 @@ def test_samples_have_the_moments():
     mean = jnp.asarray([-2.0, 0.0, 3.0]).reshape(1, 1, 1, 3)
     log_variance = jnp.log(jnp.asarray([0.25, 1.0, 4.0])).reshape(1, 1, 1, 3)
     moments = Moments(*(jnp.broadcast_to(x, (4, 100, 100, 3)) for x in (mean, log_variance)))
-    drawn = np.float64(autoencoder.sample_latents(moments, jax.random.split(key, 4))).reshape(-1, 3)
-    n = len(drawn)
+    samples = np.float64(autoencoder.sample_latents(moments, jax.random.split(key, 4))).reshape(
+        -1, 3
+    )
+    n = len(samples)
     deviation = np.array([0.5, 1, 2])
-    assert (np.abs(drawn.mean(0) - [-2, 0, 3]) < 4 * deviation / np.sqrt(n)).all()
-    np.testing.assert_allclose(drawn.std(0), deviation, rtol=4 / np.sqrt(2 * n))
-    assert len(np.unique(drawn[:, 1])) > 0.9 * n  # each place and each picture draws its own
+    assert (np.abs(samples.mean(0) - [-2, 0, 3]) < 4 * deviation / np.sqrt(n)).all()
+    np.testing.assert_allclose(samples.std(0), deviation, rtol=4 / np.sqrt(2 * n))
+    assert len(np.unique(samples[:, 1])) > 0.9 * n  # each position and image has its own noise
     assert (autoencoder.most_likely_latents(moments) == moments.mean).all()
 
 
@@ -222,7 +225,9 @@ def test_unscale_undoes_scale(scaling_factor, shift_factor):
     facts = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
     z = 5 * latents(SD)
     scaled = autoencoder.scale_latents(z, **facts)
-    np.testing.assert_allclose(autoencoder.unscale_latents(scaled, **facts), z, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        autoencoder.unscale_latents(scaled, **facts), z, rtol=1e-6, atol=1e-6
+    )
     np.testing.assert_allclose(scaled, (np.float64(z) - shift_factor) * scaling_factor, rtol=1e-5)
 
 
@@ -230,7 +235,7 @@ def test_unscale_undoes_scale(scaling_factor, shift_factor):
 
 
 @pytest.mark.parametrize("tile", [5, 8])
-def test_a_picture_of_one_tile_is_the_whole(tile):
+def test_a_single_tile_is_the_undivided_result(tile):
     decode = partial(decoder(SD), fresh(SD))
     z = np.asarray(latents(SD))
     tiled = autoencoder.decode_tiled(decode, z, tile=tile, overlap=2, downsampling=2)
@@ -240,10 +245,8 @@ def test_a_picture_of_one_tile_is_the_whole(tile):
 @pytest.mark.parametrize(
     "height, width, tile, overlap", [(7, 19, 6, 2), (16, 9, 8, 7), (9, 9, 3, 0)]
 )
-def test_tiles_of_a_decoder_that_looks_at_single_places_make_the_whole(
-    height, width, tile, overlap
-):
-    """Every pixel is covered, and weights add up to one, whatever way the tiles fall."""
+def test_tiles_of_a_decoder_of_single_positions_make_the_whole(height, width, tile, overlap):
+    """Every pixel is covered, and weights add up to one, however the tiles lie."""
     shapes = set()
 
     def decode(z):
@@ -251,8 +254,7 @@ def test_tiles_of_a_decoder_that_looks_at_single_places_make_the_whole(
         return np.repeat(np.repeat(z, 4, axis=1), 4, axis=2)
 
     z = np.asarray(latents(SD, height=height, width=width))
-    how = {"tile": tile, "overlap": overlap, "downsampling": 4}
-    tiled = autoencoder.decode_tiled(decode, z, **how)
+    tiled = autoencoder.decode_tiled(decode, z, tile=tile, overlap=overlap, downsampling=4)
     np.testing.assert_allclose(tiled, decode(z), atol=1e-6)
     assert len(shapes) == 2  # of a tile, and of the whole
 
@@ -265,8 +267,8 @@ def test_one_tile_fades_linearly_into_the_next():
 
 
 def test_overlap_brings_tiles_of_a_real_decoder_near_the_whole():
-    """Of a pattern that repeats, so that norms and attention see the same in every tile: what
-    differs then is how convolutions end at a tile's border. (Of other pictures tiles differ more.)
+    """With a pattern that repeats, so that norms and attention see the same in every tile: what
+    differs then is how convolutions end at a tile's border. (With other images tiles differ more.)
     """
     decode = partial(decoder(SD), fresh(SD))
     z = np.tile(latents(SD, height=4, width=4)[:1], (1, 12, 12, 1))
@@ -279,7 +281,7 @@ def test_overlap_brings_tiles_of_a_real_decoder_near_the_whole():
 
 
 @pytest.mark.parametrize("tile, overlap", [(4, 4), (0, 0), (4, -1)])
-def test_tiles_that_cannot_be_are_refused(tile, overlap):
+def test_an_overlap_out_of_range_is_refused(tile, overlap):
     with pytest.raises(UserError, match=f"tiles of {tile} latents cannot overlap by {overlap}"):
         autoencoder.decode_tiled(
             lambda z: z,

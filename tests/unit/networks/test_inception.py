@@ -1,4 +1,4 @@
-"""FID's Inception beside an independent one in torch, on random weights; pictures as other tools
+"""FID's Inception beside an independent one in torch, on random weights; images as other tools
 prepare them; weights that are not its own.
 """
 
@@ -10,9 +10,9 @@ from inception_cases import (
     loaded,  # noqa: F401
     of_torch,  # noqa: F401
     ours,  # noqa: F401
-    pictures,
     state,  # noqa: F401
     torch,  # noqa: F401
+    wave_images,
 )
 from PIL import Image
 
@@ -46,7 +46,7 @@ def test_features_are_those_of_torch(ours, of_torch):
 @pytest.mark.parametrize("n_devices", [1, 8])
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_batches_and_devices_change_no_statistics(n_devices, batch_size):
-    image = pictures(50, 20, 24)
+    image = wave_images(50, 20, 24)
     mesh = parallel.make_mesh(devices=jax.devices()[:n_devices])
     rows = features.build_pixel_extractor(mesh)(iter([image[:3], image[3:]]), batch_size=batch_size)
     found = summarize_features(rows, 50, n_features=20, keep_logits=True)
@@ -62,37 +62,39 @@ def test_batches_and_devices_change_no_statistics(n_devices, batch_size):
     assert found.features.shape == (20, 16 * 16 * 3)
 
 
-def test_regrouping_keeps_every_picture_in_order():
-    image = pictures(20, 2, 2)
+def test_regrouping_keeps_every_image_in_order():
+    image = wave_images(20, 2, 2)
     parts = list(rebatch(iter([image[:1], image[1:9], image[9:9], image[9:]]), 6))
     assert [len(part) for part in parts] == [6, 6, 6, 2]
     np.testing.assert_array_equal(np.concatenate(parts), image)
 
 
-# --- pictures as other tools prepare them ---------------------------------------------------------
+# --- images as other tools prepare them -----------------------------------------------------------
 
 SIZES = [(32, 32), (7, 12), (300, 640)]
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_pictures_for_pytorch_fid(torch, size):
-    image = pictures(2, *size)
+def test_images_for_pytorch_fid(torch, size):
+    image = wave_images(2, *size)
     x = torch.from_numpy(image).permute(0, 3, 1, 2) / 255
     expected = torch.nn.functional.interpolate(x, (299, 299), mode="bilinear", align_corners=False)
     expected = expected.permute(0, 2, 3, 1).numpy() * 2 - 1
-    np.testing.assert_allclose(inception.prepare_like_pytorch_fid(jnp.asarray(image)), expected, atol=1e-4)
+    np.testing.assert_allclose(
+        inception.prepare_like_pytorch_fid(jnp.asarray(image)), expected, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_pictures_for_the_graph_of_2015(size):
-    image = pictures(1, *size).astype(np.float64)
+def test_images_for_the_graph_of_2015(size):
+    image = wave_images(1, *size).astype(np.float64)
 
     def line(x, axis):
-        """TensorFlow 1: place i of the output is place i · n / 299 of the input."""
+        """TensorFlow 1: position i of the output is position i · n / 299 of the input."""
         n = x.shape[axis]
-        place = np.arange(299) * n / 299
-        low = np.floor(place).astype(int)
-        high, share = np.minimum(low + 1, n - 1), (place - low).reshape([-1, *[1] * (3 - axis)])
+        position = np.arange(299) * n / 299
+        low = np.floor(position).astype(int)
+        high, share = np.minimum(low + 1, n - 1), (position - low).reshape([-1, *[1] * (3 - axis)])
         return np.take(x, low, axis) * (1 - share) + np.take(x, high, axis) * share
 
     expected = (line(line(image, 1), 2) - 128) / 128
@@ -101,8 +103,8 @@ def test_pictures_for_the_graph_of_2015(size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_pictures_for_clean_fid(size):
-    image = pictures(1, *size)
+def test_images_for_clean_fid(size):
+    image = wave_images(1, *size)
     planes = [Image.fromarray(image[0, ..., i].astype(np.float32)) for i in range(3)]
     planes = [np.asarray(p.resize((299, 299), Image.Resampling.BICUBIC)) for p in planes]
     expected = (np.clip(np.stack(planes, -1), 0, 255)[None] - 128) / 128
@@ -110,8 +112,8 @@ def test_pictures_for_clean_fid(size):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_grey_pictures_are_shown_in_three_channels():
-    grey = jnp.asarray(pictures(1, 9, 9, 1))
+def test_grey_images_are_repeated_in_three_channels():
+    grey = jnp.asarray(wave_images(1, 9, 9, 1))
     np.testing.assert_array_equal(
         inception.prepare_like_adm(grey), inception.prepare_like_adm(jnp.repeat(grey, 3, axis=-1))
     )

@@ -45,8 +45,8 @@ def test_a_masked_key_is_as_good_as_absent():
     mask = jnp.asarray([[True] * 5, [True, True, False, True, False]])
     y = ops.attention(q, k, v, mask)
     np.testing.assert_allclose(y[0], ops.attention(q, k, v)[0], atol=1e-6)
-    kept = jnp.asarray([0, 1, 3])
-    alone = ops.attention(q[1:], k[1:, kept], v[1:, kept])
+    real = jnp.asarray([0, 1, 3])
+    alone = ops.attention(q[1:], k[1:, real], v[1:, real])
     np.testing.assert_allclose(y[1:], alone, atol=1e-6)
     garbage = jnp.where(mask[..., None, None], k, 1e4), jnp.where(mask[..., None, None], v, -1e4)
     assert (ops.attention(q, *garbage, mask) == y).all()
@@ -90,17 +90,17 @@ class Shapes(NamedTuple):
 
 @cache
 def shapes_of_presets(size):
-    """Of every linear map and every attention, in all presets of a size with all blocks, told
-    classes or captions, on the 32×32×4 latents of a 256×256 picture.
+    """Shapes of every linear map and attention in all presets of a size with all blocks, with class
+    labels or captions, on the 32×32×4 latents of a 256×256 image.
     """
     maps, attentions = set(), set()
     affine, attention = ops.affine, ops.attention
 
-    def seen_affine(x, w, bias):
+    def recording_affine(x, w, bias):
         maps.add(w.shape)
         return affine(x, w, bias)
 
-    def seen_attention(q, k, v, mask=None):
+    def recording_attention(q, k, v, mask=None):
         attentions.add((q.shape[1], k.shape[1], q.shape[-1]))
         return attention(q, k, v, mask)
 
@@ -109,17 +109,17 @@ def shapes_of_presets(size):
         tokens=jnp.ones((1, 77, 768)), pooled=jnp.ones((1, 768)), mask=jnp.ones((1, 77), bool)
     )
     captioned = {"n_classes": 0, "text_length": 77, "text_width": 768, "pooled_width": 768}
-    told = [(jnp.ones(1, jnp.int32), {"n_classes": 10}), (caption, captioned)]
+    conditionings = [(jnp.ones(1, jnp.int32), {"n_classes": 10}), (caption, captioned)]
     names = [f"DiT-{size}/{p}" for p in (1, 2, 4, 8)]
     networks = [(name, {"block": block}) for name in names for block in model.BLOCKS]
     networks += [(f"MM{name}", {}) for name in names]
-    picture = {"image_size": 32, "channels": 4, "out_channels": 4}
+    image = {"image_size": 32, "channels": 4, "out_channels": 4}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "affine", seen_affine)
+        patch.setattr(ops, "affine", recording_affine)
         for module in (layers, model):
-            patch.setattr(module, "attention", seen_attention)
-        for (name, block), (label, words) in product(networks, told):
-            config = model.model_config(name, **picture, **block, **words)
+            patch.setattr(module, "attention", recording_attention)
+        for (name, block), (label, fields) in product(networks, conditionings):
+            config = model.model_config(name, **image, **block, **fields)
             nnx.eval_shape(
                 partial(lambda c, y: model.build_model(c, nnx.Rngs(0))(x, t, y), config, label)
             )
@@ -167,7 +167,9 @@ def test_rotary_scores_depend_on_the_two_offsets_alone():
     rows, columns = 5, 7
     q, k = jax.random.normal(key, (2, 1, 1, 2, 16))
     q, k = (
-        layers.apply_rotary_positions(jnp.broadcast_to(x, (1, rows * columns, 2, 16)), (rows, columns))
+        layers.apply_rotary_positions(
+            jnp.broadcast_to(x, (1, rows * columns, 2, 16)), (rows, columns)
+        )
         for x in (q, k)
     )
     scores = jnp.einsum("bnhk,bmhk->bhnm", q, k).reshape(2, rows, columns, rows, columns)
@@ -200,14 +202,14 @@ def test_sincos_positions_are_of_a_grid(rows, columns):
 
 
 def test_the_cropped_table_has_one_centre_for_every_size():
-    """A small picture has the positions of the middle of a large one, as in SD3."""
+    """A small image has the positions of the middle of a large one, as in SD3."""
 
     def table(rows, columns):
         position = layers.CroppedPosition(32, (rows, columns), rngs=nnx.Rngs(0))
         return position(jnp.zeros((1, rows * columns, 32))).reshape(rows, columns, 32)
 
     np.testing.assert_array_equal(table(8, 12)[2:-2, 4:-4], table(4, 4))
-    # SD3's own: 192 places, three to a unit.
+    # SD3's own: 192 positions, three to a unit.
     expected = layers.sincos_table(32, np.arange(94, 98) / 3, np.arange(94, 98) / 3)
     np.testing.assert_allclose(table(4, 4).reshape(16, 32), expected, atol=1e-5)
 
@@ -264,7 +266,9 @@ def test_scan_equals_a_loop_over_the_blocks(remat, unroll):
     scanned = layers.scan_blocks(blocks, x, bias, remat=remat, unroll=unroll)
     np.testing.assert_allclose(scanned, loop(weight), rtol=1e-6)
     grad = jax.grad(
-        lambda s: layers.scan_blocks(nnx.merge(graphdef, s), x, bias, remat=remat, unroll=unroll).sum()
+        lambda s: layers.scan_blocks(
+            nnx.merge(graphdef, s), x, bias, remat=remat, unroll=unroll
+        ).sum()
     )(state)
     expected = jax.grad(lambda w: loop(w).sum())(weight)
     np.testing.assert_allclose(jax.tree.leaves(grad)[0], expected, rtol=1e-5)
@@ -308,32 +312,35 @@ POINTWISE = {
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("function", POINTWISE, ids=lambda function: function.__name__)
-def test_what_is_between_products_is_computed_in_float32(function, dtype):
+def test_pointwise_operations_are_computed_in_float32(function, dtype):
     plain, kinds = POINTWISE[function]
     shapes = [{"x": (4, 64, 48), "v": (4, 48)}[kind] for kind in kinds]
-    *drawn, g = (
+    *inputs, g = (
         jax.random.normal(jax.random.fold_in(key, i), s)
         for i, s in enumerate([*shapes, (4, 64, 48)])
     )
-    inputs, g = [x.astype(dtype) for x in drawn], g.astype(dtype)
+    inputs = [x.astype(dtype) for x in inputs]
+    g = g.astype(dtype)
     y, backward = jax.vjp(jax.jit(function), *inputs)
     assert all(x.dtype == dtype for x in (y, *backward(g)))
     assert_close((y, *backward(g)), exact_gradients(plain, inputs, g), BOUNDS[dtype])
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_what_is_kept_is_found_again_in_its_own_precision(dtype):
-    """And what is not is computed again: here the product, but not its argument."""
+def test_saved_values_keep_their_precision_and_the_rest_is_recomputed(dtype):
+    """Here the argument of the product is saved, and the product is not."""
     x = jax.random.normal(key, (8, 8)).astype(dtype)
 
     def loss(x):
-        kept = ops.save_for_backward(jnp.tanh(x))
-        return (kept * kept @ kept).astype(jnp.float32).sum()
+        saved = ops.save_for_backward(jnp.tanh(x))
+        return (saved * saved @ saved).astype(jnp.float32).sum()
 
     policy = jax.checkpoint_policies.save_any_names_but_these()
     backward = jax.vjp(jax.checkpoint(loss, policy=policy), x)[1]
-    kept = [leaf for leaf in jax.tree.leaves(backward) if leaf.shape == (8, 8)]
-    assert sorted(leaf.dtype.itemsize for leaf in kept) == [x.dtype.itemsize] * 2  # and x itself
+    residuals = [leaf for leaf in jax.tree.leaves(backward) if leaf.shape == (8, 8)]
+    assert (
+        sorted(leaf.dtype.itemsize for leaf in residuals) == [x.dtype.itemsize] * 2
+    )  # and x itself
     again, first = (jax.grad(f)(x) for f in (jax.checkpoint(loss), loss))
     assert (again == first).all()
 

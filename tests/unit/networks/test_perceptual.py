@@ -1,4 +1,4 @@
-"""What an autoencoder is trained on: closed forms, and LPIPS beside an independent one in torch."""
+"""Losses of an autoencoder have their closed forms; LPIPS equals an independent one in torch."""
 
 import math
 import pickle
@@ -18,7 +18,7 @@ from runtime.errors import UserError
 rng = np.random.default_rng(0)
 
 
-def pictures(n: int, size: int, channels: int = 3) -> jax.Array:
+def random_images(n: int, size: int, channels: int = 3) -> jax.Array:
     return jnp.asarray(rng.uniform(-1, 1, (n, size, size, channels)), jnp.float32)
 
 
@@ -45,7 +45,7 @@ def test_psnr_of_a_known_error_and_of_none():
 
 
 def test_the_gradient_term_sees_edges_and_no_constant():
-    a = pictures(1, 8)
+    a = random_images(1, 8)
     np.testing.assert_allclose(perceptual.gradient_l2(a, a + 0.5), 0, atol=1e-12)
     edge = (
         jnp.zeros((1, 8, 8, 1)).at[:, 4:].set(1.0)
@@ -68,12 +68,12 @@ def states(torch):
     """
     torch.manual_seed(0)
     vgg16, n_in = {}, 3
-    for place, n_out in zip(
+    for index, n_out in zip(
         lpips.CONVOLUTION_INDICES, [n for group in perceptual.VGG16 for n in group]
     ):
         scale = (2 / (9 * n_in)) ** 0.5
-        vgg16[f"features.{place}.weight"] = torch.randn(n_out, n_in, 3, 3) * scale
-        vgg16[f"features.{place}.bias"] = torch.randn(n_out) * 0.1
+        vgg16[f"features.{index}.weight"] = torch.randn(n_out, n_in, 3, 3) * scale
+        vgg16[f"features.{index}.bias"] = torch.randn(n_out) * 0.1
         n_in = n_out
     linear = {
         f"lin{i}.model.1.weight": torch.rand(1, group[-1], 1, 1)
@@ -120,13 +120,13 @@ def lpips_in_torch(torch, states, a, b):
 
 
 def test_lpips_is_that_of_torch(torch, states, folder):
-    a, b = pictures(2, 32), pictures(2, 32)
+    a, b = random_images(2, 32), random_images(2, 32)
     weights = on_device(folder)
     expected = lpips_in_torch(torch, states, a, b)
     assert expected.min() > 0.1
     found = jax.jit(perceptual.lpips)(weights, a, b)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    grey = pictures(1, 16, channels=1)
+    grey = random_images(1, 16, channels=1)
     colour = jnp.repeat(grey, 3, axis=-1)
     np.testing.assert_allclose(
         perceptual.lpips(weights, grey, -grey),
@@ -135,8 +135,8 @@ def test_lpips_is_that_of_torch(torch, states, folder):
     )
 
 
-def test_lpips_of_a_picture_and_itself_is_0_and_so_is_its_gradient(folder):
-    weights, a = on_device(folder), pictures(1, 16)
+def test_lpips_of_an_image_and_itself_is_0_and_so_is_its_gradient(folder):
+    weights, a = on_device(folder), random_images(1, 16)
     weights["vgg16"][0][0]["bias"] -= 100.0  # no feature is above 0: a length of 0 must not be NaN
     value, gradient = jax.value_and_grad(lambda x: perceptual.lpips(weights, x, a).sum())(a + 0.1)
     assert np.isfinite(value) and np.isfinite(gradient).all()
@@ -258,24 +258,26 @@ def test_hinge_losses_at_their_corners():
 
 def test_the_critic_pulls_as_hard_as_the_reconstruction_whatever_its_scale():
     w = jax.random.normal(jax.random.key(0), (3, 3, 4, 3))
-    of_reconstruction = jax.grad(lambda w: jnp.square(w).sum())(w)
+    reconstruction_grads = jax.grad(lambda w: jnp.square(w).sum())(w)
 
     def pull(scale):
-        of_gan = jax.grad(lambda w: scale * jnp.sin(w).sum())(w)
-        return perceptual.tree_norm(of_gan) * perceptual.adaptive_weight(of_reconstruction, of_gan)
+        gan_grads = jax.grad(lambda w: scale * jnp.sin(w).sum())(w)
+        return perceptual.tree_norm(gan_grads) * perceptual.adaptive_weight(
+            reconstruction_grads, gan_grads
+        )
 
-    np.testing.assert_allclose(pull(1.0), perceptual.tree_norm(of_reconstruction), rtol=1e-4)
+    np.testing.assert_allclose(pull(1.0), perceptual.tree_norm(reconstruction_grads), rtol=1e-4)
     np.testing.assert_allclose(pull(10.0), pull(1.0), rtol=1e-4)
     nothing = jnp.zeros_like(w)
-    assert perceptual.adaptive_weight(of_reconstruction, nothing, most=50.0) == 50
+    assert perceptual.adaptive_weight(reconstruction_grads, nothing, max_weight=50.0) == 50
 
 
 @pytest.mark.parametrize("size, n_layers", [(32, 3), (16, 2), (8, 1)])
-def test_a_patch_sees_its_surroundings_and_no_other_picture(size, n_layers):
+def test_a_patch_logit_depends_on_its_surroundings_and_no_other_image(size, n_layers):
     critic = perceptual.PatchDiscriminator(
         3, width=8, n_layers=n_layers, dtype="float32", rngs=nnx.Rngs(0)
     )
-    a = pictures(2, size)
+    a = random_images(2, size)
     judge = jax.jit(critic.__call__)
     both = judge(a)
     assert both.shape[1] > 1 and both.shape[3] == 1

@@ -20,7 +20,7 @@ from torch_transformers import CONFIGS, SMALL, inputs, original_names, torch_dit
 from datasets_config import LatentEncoding
 from inference.sampler import SamplerConfig
 from inference.trained_model import SamplingOverrides, TrainedModel
-from model import model_graphdef, init_model_params, model_config
+from model import init_model_params, model_config, model_graphdef
 from pretrained import dit, transformer, weight_files
 from pretrained.autoencoder import config_to_diffusers as write_vae_config
 from runtime.errors import UserError

@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_text_encoders import save_clip, save_t5
 from torch_autoencoders import nchw, nhwc, quiet, tensors_of
-from towers import save_clip, save_t5
 
 import sampling
 from data import text_encoders
@@ -21,7 +21,7 @@ from inference import labels as inference_labels
 from inference import sampler
 from inference.sampler import SamplerConfig
 from inference.trained_model import TrainedModel
-from model import JOINT, ModelConfig, model_graphdef, init_model_params, model_config
+from model import JOINT, ModelConfig, init_model_params, model_config, model_graphdef
 from pretrained import sd3, transformer
 from runtime import parallel
 from runtime.errors import UserError

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import threading
+import warnings
 from types import SimpleNamespace
 
 import jax
@@ -17,11 +18,12 @@ import pytest
 from checkpoint_cases import (
     DDP,
     FSDP,
-    NOTES,
+    METADATA,
     OPTIMIZER,
+    abstract_arrays,
+    arrays_on,
     first,  # noqa: F401
-    make,
-    on,
+    restore,
     save,
     truncate,
 )
@@ -34,18 +36,9 @@ from runtime.errors import UserError
 ONE = parallel.make_mesh(devices=jax.devices()[:1])
 
 
-def like(mesh):
-    return parallel.abstract_state(make, mesh)
-
-
 @pytest.fixture(scope="module")
 def second():
-    return on(DDP, 1)
-
-
-def restore(run_dir, step=None, mesh=DDP):
-    with Checkpoints(run_dir, read_only=True) as checkpoints:
-        return checkpoints.restore(checkpoints.resolve_step(step), like(mesh))
+    return arrays_on(DDP, 1)
 
 
 def assert_same(a, b):
@@ -59,7 +52,7 @@ def assert_same(a, b):
 
 
 def test_everything_comes_back_bit_for_bit(tmp_path, first):
-    """Optax's namedtuples too: a list in their place would not go on training."""
+    """Optax's namedtuples too: with lists in their place training could not resume."""
     save(tmp_path, (5, first))
     restored = restore(tmp_path)
     assert_same(restored, first)
@@ -68,12 +61,14 @@ def test_everything_comes_back_bit_for_bit(tmp_path, first):
 
 @pytest.mark.parametrize("there", [ONE, DDP], ids=["1 device", "DDP"])
 def test_what_fsdp_saved_opens_anywhere(tmp_path, there):
-    arrays = on(FSDP)
+    arrays = arrays_on(FSDP)
     assert not arrays["params"]["blocks"]["kernel"].sharding.is_fully_replicated
     save(tmp_path, (1, arrays))
     restored = restore(tmp_path, mesh=there)
     assert_same(restored, arrays)
-    for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(like(there)), strict=True):
+    for x, y in zip(
+        jax.tree.leaves(restored), jax.tree.leaves(abstract_arrays(there)), strict=True
+    ):
         assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
 
 
@@ -87,17 +82,19 @@ def test_what_ddp_saved_opens_under_fsdp(tmp_path, first):
 def test_one_item_can_be_read_alone(tmp_path, first):
     save(tmp_path, (1, first))
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
-        assert_same(checkpoints.restore(1, {"ema": like(DDP)["ema"]})["ema"], first["ema"])
-        assert {name: checkpoints.read_metadata(1, name) for name in NOTES} == NOTES
+        assert_same(
+            checkpoints.restore(1, {"ema": abstract_arrays(DDP)["ema"]})["ema"], first["ema"]
+        )
+        assert {name: checkpoints.read_metadata(1, name) for name in METADATA} == METADATA
 
 
 def test_a_later_change_of_the_arrays_is_not_saved(tmp_path):
     """The training step gives its buffers away while the file is still being written."""
-    arrays = on(DDP)
+    arrays = arrays_on(DDP)
     expected = jax.device_get(arrays)
     scale = jax.jit(lambda a: jax.tree.map(lambda x: x * 0, a), donate_argnums=0)
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, arrays, NOTES)
+        checkpoints.save(1, arrays, METADATA)
         jax.block_until_ready(scale(arrays))
     assert_same(restore(tmp_path), expected)
 
@@ -112,15 +109,19 @@ def test_the_newest_are_kept(tmp_path, first, second):
     assert_same(restore(tmp_path, 2), first)
 
 
-def test_picking_names_what_there_is(tmp_path, first):
+def test_a_missing_step_is_refused_with_the_list_of_steps(tmp_path, first):
     save(tmp_path, (1, first), (20, first))
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
-        assert (checkpoints.resolve_step(), checkpoints.resolve_step(1), checkpoints.latest_step()) == (20, 1, 20)
+        assert (
+            checkpoints.resolve_step(),
+            checkpoints.resolve_step(1),
+            checkpoints.latest_step(),
+        ) == (20, 1, 20)
         with pytest.raises(UserError, match=r"no checkpoint of step 7 .*\[1, 20\]"):
             checkpoints.resolve_step(7)
 
 
-def test_a_run_without_checkpoints_says_so(tmp_path):
+def test_a_run_without_checkpoints_is_an_error(tmp_path):
     assert not Checkpoints.exist(tmp_path)
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="no complete"):
         checkpoints.resolve_step()
@@ -132,7 +133,7 @@ def test_saving_the_newest_step_again_does_nothing(tmp_path, first, second):
     assert_same(restore(tmp_path), first)
 
 
-def test_an_older_step_is_refused_aloud(tmp_path, first):
+def test_an_older_step_is_an_error(tmp_path, first):
     """Orbax returns False, and a second run in the folder would save nothing."""
     save(tmp_path, (3, first))
     with pytest.raises(RuntimeError, match="step 2 not saved"):
@@ -167,7 +168,7 @@ def test_reading_a_run_without_checkpoints_creates_nothing(tmp_path):
 
 def test_another_models_weights_are_refused(tmp_path, first):
     save(tmp_path, (4, first))
-    other = like(DDP)
+    other = abstract_arrays(DDP)
     other["params"]["label"]["table"] = jax.ShapeDtypeStruct((34, 65), jnp.float32)
     refused = pytest.raises(UserError, match=re.escape(str(tmp_path / "checkpoints" / "4")))
     with Checkpoints(tmp_path, read_only=True) as checkpoints, refused:
@@ -189,7 +190,7 @@ def test_a_truncated_checkpoint_is_refused_by_name(tmp_path, first, name, share)
 
 
 @pytest.mark.parametrize("share", [0, 0.5])
-def test_a_truncated_note_is_refused_by_name(tmp_path, first, share):
+def test_truncated_metadata_is_refused_by_name(tmp_path, first, share):
     save(tmp_path, (4, first))
     folder = tmp_path / "checkpoints" / "4"
     truncate(folder / "data" / "metadata", share)
@@ -200,7 +201,7 @@ def test_a_truncated_note_is_refused_by_name(tmp_path, first, share):
 
 @pytest.mark.parametrize("text", ["[]", "null", '{"a": 1'])
 @pytest.mark.parametrize("name", ["params/_METADATA", "params/array_metadatas/process_0", "sums"])
-def test_metadata_that_say_something_else_are_damage(tmp_path, first, name, text):
+def test_metadata_with_other_content_is_damage(tmp_path, first, name, text):
     """Orbax trips over them in many ways."""
     save(tmp_path, (4, first))
     folder = tmp_path / "checkpoints" / "4"
@@ -209,8 +210,8 @@ def test_metadata_that_say_something_else_are_damage(tmp_path, first, name, text
         restore(tmp_path)
 
 
-@pytest.mark.parametrize("name", NOTES)
-def test_a_note_of_which_a_bit_has_changed_is_refused_and_the_one_before_it_taken(
+@pytest.mark.parametrize("name", METADATA)
+def test_metadata_with_a_changed_bit_is_refused_and_the_step_before_it_restored(
     tmp_path, first, second, name, capsys
 ):
     save(tmp_path, (4, first), (8, second))
@@ -221,21 +222,21 @@ def test_a_note_of_which_a_bit_has_changed_is_refused_and_the_one_before_it_take
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         with pytest.raises(UserError, match=rf"checkpoints/8: '{name}' is not what was saved$"):
             checkpoints.read_metadata(8, name)
-        step, arrays, damaged = checkpoints.restore_newest(like(DDP))
+        step, arrays, damaged = checkpoints.restore_newest(abstract_arrays(DDP))
     assert (step, damaged) == (4, [8])
     assert_same(arrays, first)
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_checkpoints_that_come_and_go_while_they_are_looked_for_are_not_damaged(
+def test_checkpoints_saved_and_deleted_during_a_restore_are_not_damaged(
     tmp_path, first, second, capsys
 ):
-    """A run that goes on removes old ones, perhaps the one that is being read."""
+    """A run that trains deletes old ones, perhaps the one that is being read."""
     save(tmp_path, (4, first))
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         shutil.move(tmp_path / "checkpoints/4", tmp_path / "gone")
         save(tmp_path, (8, second))
-        step, arrays, damaged = checkpoints.restore_newest(like(DDP))
+        step, arrays, damaged = checkpoints.restore_newest(abstract_arrays(DDP))
     assert (step, damaged) == (8, [])
     assert_same(arrays, second)
     assert capsys.readouterr().err == ""
@@ -251,33 +252,52 @@ def test_a_reason_is_one_short_line(tmp_path, first):
     assert 20 < len(reason) <= 200 and "\n" not in reason
 
 
-def test_what_others_give_up_is_still_told(tmp_path, monkeypatch):
-    """By a thread, or by a coroutine that is forgotten; what Orbax gives up is not."""
-    told = []
-    monkeypatch.setattr(sys, "unraisablehook", told.append)
-    monkeypatch.setattr(threading, "excepthook", told.append)
-    for _ in range(2):
-        Checkpoints(tmp_path).manager.close()
+def test_only_uncaught_exceptions_of_orbax_are_silenced(tmp_path, monkeypatch):
+    """In a thread, or in a coroutine that is garbage-collected."""
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
+    monkeypatch.setattr(threading, "excepthook", reported.append)
     code = "async def forgotten(): pass\ncoroutine = forgotten()"
-    for file in ("/site-packages/orbax/checkpoint/serialization.py", "/home/me/notebook.py"):
-        names = {}
-        exec(compile(code, file, "exec"), names)
-        unraisable = {"exc_value": RuntimeWarning("never awaited"), "exc_traceback": None}
-        sys.unraisablehook(SimpleNamespace(**unraisable, object=names["coroutine"]))  # pyright: ignore
-        names["coroutine"].close()
-    assert [unraisable.object.cr_code.co_filename for unraisable in told] == [file]
-    closed = SimpleNamespace(exc_value=RuntimeError("Event loop is closed"), exc_traceback=None)
-    other = SimpleNamespace(exc_value=RuntimeError("something else"), exc_traceback=None)
-    for error in (closed, other):
-        threading.excepthook(error)  # pyright: ignore
-    assert told[1:] == [other]
+    with Checkpoints(tmp_path):
+        for file in ("/site-packages/orbax/checkpoint/serialization.py", "/home/me/notebook.py"):
+            names = {}
+            exec(compile(code, file, "exec"), names)
+            unraisable = SimpleNamespace(
+                exc_value=RuntimeWarning("never awaited"),
+                exc_traceback=None,
+                object=names["coroutine"],
+            )
+            sys.unraisablehook(unraisable)  # pyright: ignore
+            names["coroutine"].close()
+        assert [unraisable.object.cr_code.co_filename for unraisable in reported] == [file]
+        closed = SimpleNamespace(exc_value=RuntimeError("Event loop is closed"), exc_traceback=None)
+        other = SimpleNamespace(exc_value=RuntimeError("something else"), exc_traceback=None)
+        for error in (closed, other):
+            threading.excepthook(error)  # pyright: ignore
+        assert reported[1:] == [other]
 
 
-@pytest.mark.parametrize("lost", ["a tensor of OCDBT", "a tensor of mine"])
-def test_asyncio_tells_of_all_exceptions_but_orbaxs(tmp_path, lost, caplog):
-    Checkpoints(tmp_path).manager.close()
-    logging.getLogger("asyncio").error("Future exception was never retrieved: %s", lost)
-    assert len(caplog.records) == (lost == "a tensor of mine")
+@pytest.mark.parametrize("subject", ["a tensor of OCDBT", "a tensor of mine"])
+def test_asyncio_reports_all_exceptions_but_those_of_orbax(tmp_path, subject, caplog):
+    with Checkpoints(tmp_path):
+        logging.getLogger("asyncio").error("Future exception was never retrieved: %s", subject)
+    assert len(caplog.records) == (subject == "a tensor of mine")
+
+
+def test_the_hooks_are_those_from_before_once_no_checkpoints_are_open(tmp_path):
+    def hooks():
+        asyncio, absl = logging.getLogger("asyncio"), logging.getLogger("absl")
+        loggers = (list(asyncio.filters), absl.level)
+        return sys.unraisablehook, threading.excepthook, *loggers, list(warnings.filters)
+
+    before = hooks()
+    first, second = Checkpoints(tmp_path / "a"), Checkpoints(tmp_path / "b")
+    silenced = hooks()
+    assert all(now != then for now, then in zip(silenced, before, strict=True))
+    first.close()
+    assert hooks() == silenced
+    second.close()
+    assert hooks() == before
 
 
 # --- a full disk ----------------------------------------------------------------------------------
@@ -290,11 +310,11 @@ def disk(tmp_path):
 
 
 @pytest.mark.parametrize("foreseen", [True, False])
-def test_a_full_disk_is_said_and_the_last_good_checkpoint_survives(
+def test_a_full_disk_is_reported_and_the_last_good_checkpoint_survives(
     disk, first, foreseen, monkeypatch
 ):
     save(disk, (1, first))
-    if not foreseen:  # somebody else fills it while the save goes on
+    if not foreseen:  # another process fills it during the save
         monkeypatch.setattr(Checkpoints, "_check_space", lambda *_: None)
     huge = {"params": {"w": jnp.asarray(np.random.default_rng(0).normal(size=2**21))}}
     with pytest.raises(UserError, match=r"no space left .*the last complete one is step 1"):
@@ -309,31 +329,31 @@ def test_once_there_is_room_the_next_checkpoint_is_saved(
     """Wherever the disk was full in the one before."""
     monkeypatch.setattr(Checkpoints, "_check_space", lambda *_: None)
     with Checkpoints(disk) as checkpoints:
-        checkpoints.save(1, first, NOTES)
+        checkpoints.save(1, first, METADATA)
         checkpoints.wait()
         filler = fill(disk, 1024 * free_kib)
-        checkpoints.save(2, first, NOTES)
+        checkpoints.save(2, first, METADATA)
         with pytest.raises(
             DiskFullError, match="could not be written whole; the last complete one is step 1"
         ):
             checkpoints.wait()
         checkpoints.wait()
         filler.unlink()
-        checkpoints.save(3, second, NOTES)
+        checkpoints.save(3, second, METADATA)
     assert_same(restore(disk), second)
 
 
-def test_what_a_failed_save_leaves_and_says_too_late_does_not_harm_the_next(
+def test_leftovers_and_late_errors_of_a_failed_save_do_not_harm_the_next(
     disk, first, second, monkeypatch
 ):
     """Its threads may still write, and find that they cannot, when the failure is known."""
     monkeypatch.setattr(Checkpoints, "_check_space", lambda *_: None)
     with Checkpoints(disk) as checkpoints:
-        checkpoints.save(1, first, NOTES)
+        checkpoints.save(1, first, METADATA)
         checkpoints.wait()
         filler = fill(disk)
         with pytest.raises(DiskFullError):
-            checkpoints.save(2, first, NOTES)
+            checkpoints.save(2, first, METADATA)
             checkpoints.wait()
         filler.unlink()
         honest_check, late = checkpoints.manager.check_for_errors, iter([OSError("no folder")] * 3)
@@ -346,7 +366,7 @@ def test_what_a_failed_save_leaves_and_says_too_late_does_not_harm_the_next(
         monkeypatch.setattr(checkpoints.manager, "check_for_errors", check)
         (disk / "checkpoints/2.orbax-checkpoint-tmp/late").mkdir(parents=True, exist_ok=True)
         checkpoints.wait()
-        checkpoints.save(3, second, NOTES)
+        checkpoints.save(3, second, METADATA)
     assert not (disk / "checkpoints/2.orbax-checkpoint-tmp/late").exists()
     assert_same(restore(disk), second)
 
@@ -359,12 +379,12 @@ def test_a_used_up_quota_is_a_full_disk(tmp_path, first, code, monkeypatch):
     with Checkpoints(tmp_path) as checkpoints:
         monkeypatch.setattr(checkpoints.manager, "save", save)
         with pytest.raises(DiskFullError, match="no space left for"):
-            checkpoints.save(1, first, NOTES)
+            checkpoints.save(1, first, METADATA)
 
 
-def test_what_is_lacking_is_said_in_numbers_that_differ(disk):
+def test_needed_and_free_space_are_given_in_numbers_that_differ(disk):
     huge = {"params": {"w": jnp.zeros(2**20)}}
     fill(disk, 2**19)
-    said = r"checkpoints: a checkpoint needs 4\.0 MiB, 0\.5 MiB are free; there is none yet"
-    with Checkpoints(disk) as checkpoints, pytest.raises(DiskFullError, match=said):
-        checkpoints.save(2, huge, NOTES)
+    message = r"checkpoints: a checkpoint needs 4\.0 MiB, 0\.5 MiB are free; there is none yet"
+    with Checkpoints(disk) as checkpoints, pytest.raises(DiskFullError, match=message):
+        checkpoints.save(2, huge, METADATA)

@@ -1,4 +1,4 @@
-"""A flag is what its annotation says, or one clear line before anything has run."""
+"""A flag has the type of its annotation, or one clear error before anything runs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +120,7 @@ def test_values_come_from_the_annotation(line, expected):
         ("--size 3", "unknown size '3' (one of: 1, 2, 4)"),
     ],
 )
-def test_mistakes_are_told_in_one_line(line, message):
+def test_mistakes_are_reported_in_one_line(line, message):
     with pytest.raises(UserError) as error:
         parse(line)
     assert str(error.value) == message
@@ -144,9 +144,11 @@ def test_help_goes_to_stdout(line, capsys):
     assert "FIRE_METADATA" not in out and "-n, " not in out
 
 
-def test_help_says_what_a_hole_is_filled_with(capsys):
+def test_help_shows_the_defaults_given_for_none(capsys):
     with pytest.raises(SystemExit):
-        cli.parse_flags(Config, ["--help"], shown_defaults={"n_steps": "as the recipe says", "rate": "unseen"})
+        cli.parse_flags(
+            Config, ["--help"], shown_defaults={"n_steps": "as the recipe says", "rate": "unseen"}
+        )
     page = capsys.readouterr().out
     assert "Default: as the recipe says" in page and "Default: 0.5" in page
     assert "unseen" not in page

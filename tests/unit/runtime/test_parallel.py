@@ -1,4 +1,4 @@
-"""However many devices there are and however the weights lie on them, the numbers are the same."""
+"""The numbers are the same on any number of devices and for any sharding of the weights."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ from parallel_cases import (
 )
 
 from inference import sampler as inference_sampler
-from model import ModelConfig, model_graphdef, init_model_params
+from model import ModelConfig, init_model_params, model_graphdef
 from runtime import parallel
 
 WIDE = ModelConfig(
@@ -61,7 +61,7 @@ def test_twenty_clipped_steps_of_a_dit_report_what_one_device_reports(results, n
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_parts_of_a_batch_add_up_to_the_gradient_of_all(name):
+def test_gradients_of_microbatches_add_up_to_that_of_the_batch(name):
     batch = batch_of(32, TINY)
     whole, parts = (
         quickly_compiled(
@@ -93,7 +93,7 @@ def test_gradients_are_those_of_one_device(results, name):
 
 
 def test_one_devices_gradient_is_jax_grad(results):
-    """No mesh, no shard_map, no `Gathered`: the plain gradient of the whole batch's loss."""
+    """No mesh, no shard_map, no `GatheredOnCall`: the plain gradient of the whole batch's loss."""
     batch = jax.tree.map(jnp.asarray, batch_of(16, TINY))
 
     def plain(params):
@@ -104,7 +104,7 @@ def test_one_devices_gradient_is_jax_grad(results):
     assert distance(results["1 device"]["grads"], grads) < 1e-5
 
 
-def test_gradients_lie_as_the_weights_do(results):
+def test_gradients_are_sharded_as_the_weights(results):
     for name in ("FSDP 8", "hybrid 2x4"):
         params, grads = results[name]["params"], results[name]["grads"]
         for p, g in zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True):
@@ -160,6 +160,41 @@ def test_sampling_and_evaluation_never_hold_the_whole_model():
         memory = lowered.compile().memory_analysis()
         assert memory and memory.argument_size_in_bytes < 1.3 / 8 * whole
         assert memory.temp_size_in_bytes < whole / 4
+
+
+# --- device work in flight ------------------------------------------------------------------------
+
+
+def test_each_result_is_read_after_n_later_items_are_dispatched():
+    events = []
+
+    def dispatch(item):
+        events.append(f"dispatch {item}")
+        return item
+
+    def read(item):
+        events.append(f"read {item}")
+        return 10 * item
+
+    results = parallel.keep_in_flight(map(dispatch, range(4)), n=2, read=read)
+    assert list(results) == [0, 10, 20, 30]
+    assert events == [
+        "dispatch 0",
+        "dispatch 1",
+        "dispatch 2",
+        "read 0",
+        "dispatch 3",
+        "read 1",
+        "read 2",
+        "read 3",
+    ]
+
+
+def test_an_error_of_a_dispatch_is_raised_after_the_results_before_it():
+    results = parallel.keep_in_flight((6 // x for x in [1, 2, 0, 3]), n=2, read=str)
+    assert [next(results), next(results)] == ["6", "3"]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
 
 
 # --- where arrays live ----------------------------------------------------------------------------
@@ -218,7 +253,7 @@ def test_created_weights_do_not_depend_on_the_mesh():
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_placing_splits_rows_in_order(name):
+def test_shard_batch_splits_rows_in_order(name):
     mesh = MESHES[name]
     n = 16 // mesh.size
     placed = parallel.shard_batch(batch_of(16, TINY), mesh)

@@ -1,4 +1,4 @@
-"""Two processes are one run: the same numbers, one record, one end."""
+"""Missing flags of a cluster are refused; a single process never waits."""
 
 import pytest
 
@@ -7,11 +7,11 @@ from runtime.errors import UserError
 
 
 @pytest.mark.parametrize(
-    "how", [{"coordinator": "a:1"}, {"n_processes": 2}, {"coordinator": "a:1", "n_processes": 2}]
+    "flags", [{"coordinator": "a:1"}, {"n_processes": 2}, {"coordinator": "a:1", "n_processes": 2}]
 )
-def test_what_lacks_to_meet_is_said(how):
+def test_missing_flags_of_a_cluster_are_named(flags):
     with pytest.raises(UserError, match=r"--process_index.* must be given too, or --distributed"):
-        processes.join_cluster(**how)
+        processes.join_cluster(**flags)
 
 
 def test_one_process_is_the_first_and_waits_for_nobody():

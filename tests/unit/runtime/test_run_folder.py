@@ -1,4 +1,4 @@
-"""A run's folder has one name and one writer, and its files are whole or not there."""
+"""A run's folder has one name and one writer; its files are complete or absent."""
 
 import errno
 import json
@@ -15,17 +15,19 @@ from runtime.signals import catch_stop_signals
 # --- names ----------------------------------------------------------------------------------------
 
 
-def test_a_name_says_what_was_trained_on_what(tmp_path):
+def test_a_name_holds_dataset_and_model(tmp_path):
     path = run_folder.new_run_path("cifar10", "DiT-S/2", root=tmp_path)
     assert path.parent == tmp_path and path.name.startswith("cifar10-DiT-S-2-20")
-    assert run_folder.new_run_path("folder:/data/my cats/", "DiT-S/2", root=tmp_path).name.startswith(
-        "my cats-"
+    assert run_folder.new_run_path(
+        "folder:/data/my cats/", "DiT-S/2", root=tmp_path
+    ).name.startswith("my cats-")
+    assert run_folder.new_run_path("hf:owner/dogs", "DiT-S/2", root=tmp_path).name.startswith(
+        "dogs-DiT-"
     )
-    assert run_folder.new_run_path("hf:owner/dogs", "DiT-S/2", root=tmp_path).name.startswith("dogs-DiT-")
     assert not any(tmp_path.iterdir())
 
 
-def test_runs_started_in_the_same_second_have_names_of_their_own(tmp_path):
+def test_runs_started_in_the_same_second_have_different_names(tmp_path):
     names = set()
     for _ in range(5):
         path = run_folder.new_run_path("digits", "DiT-Ti/2", root=tmp_path)
@@ -43,7 +45,7 @@ def start(root, name, dataset_name, model, *, age=0):
     return root / name
 
 
-def test_the_newest_run_is_the_newest_of_that_data_and_model(tmp_path):
+def test_the_newest_run_is_that_of_the_dataset_and_model(tmp_path):
     start(tmp_path, "a", "digits", "DiT-S/2", age=40)
     b = start(tmp_path, "b", "digits", "DiT-S/2", age=30)
     c = start(tmp_path, "c", "digits", "DiT-B/2", age=20)
@@ -63,9 +65,9 @@ def test_a_run_is_new_or_resumed_and_never_mixed(tmp_path):
     run_folder.require_unused(tmp_path / "not there")
     run_folder.require_unused(tmp_path)
     (tmp_path / "file").touch()
-    for taken in (tmp_path, tmp_path / "file"):
+    for used in (tmp_path, tmp_path / "file"):
         with pytest.raises(UserError, match="already exists"):
-            run_folder.require_unused(taken)
+            run_folder.require_unused(used)
 
 
 # --- the configuration ----------------------------------------------------------------------------
@@ -79,7 +81,7 @@ def test_a_configuration_comes_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_what_is_not_a_run_is_refused(tmp_path):
+def test_a_folder_without_config_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "nowhere", tmp_path / "file"):
         with pytest.raises(UserError, match="is not a run: it has no config"):
@@ -103,7 +105,7 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_is_said_of_the_file_that_was_to_be_written(tmp_path):
+def test_a_full_disk_error_names_the_file(tmp_path):
     with pytest.raises(OSError) as full, files.atomic_file(tmp_path / "config.json"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert full.value.filename == str(tmp_path / "config.json")
@@ -116,7 +118,7 @@ def test_the_lock_ends_with_its_block_and_leaves_no_file(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_another_error_inside_is_not_taken_for_a_lock(tmp_path):
+def test_an_error_of_the_body_is_not_mistaken_for_a_held_lock(tmp_path):
     """Printing into a full pipe that does not block raises the very error a held lock does."""
     with pytest.raises(BlockingIOError), run_folder.exclusive_writer(tmp_path):
         raise BlockingIOError
@@ -126,8 +128,8 @@ def test_another_error_inside_is_not_taken_for_a_lock(tmp_path):
 
 
 @pytest.fixture
-def second_acts():
-    """Records what reaches the handlers that were there before."""
+def old_handler_calls():
+    """Record the signals that reach the previous handlers."""
     seen = []
     old = {
         n: signal.signal(n, lambda n, _: seen.append(n)) for n in (signal.SIGINT, signal.SIGTERM)
@@ -138,17 +140,17 @@ def second_acts():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_the_second_acts(second_acts, number, capfd):
+def test_the_first_signal_is_recorded_and_the_second_acts(old_handler_calls, number, capfd):
     with catch_stop_signals() as stop:
         assert not stop
         os.kill(os.getpid(), number)
-        assert stop and stop.signal == number and second_acts == []
+        assert stop and stop.signal == number and old_handler_calls == []
         os.kill(os.getpid(), number)
-        assert second_acts == [number]
+        assert old_handler_calls == [number]
     assert "stopping after this step" in capfd.readouterr().err
 
 
-def test_afterwards_the_handlers_are_as_before(second_acts):
+def test_afterwards_the_handlers_are_as_before(old_handler_calls):
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(ZeroDivisionError), catch_stop_signals():
         assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] != before
@@ -156,7 +158,7 @@ def test_afterwards_the_handlers_are_as_before(second_acts):
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_leaving_ends_as_the_signal_would_have(second_acts, capsys):
+def test_raise_exit_ends_as_the_signal_would_have(old_handler_calls, capsys):
     with catch_stop_signals() as stop:
         stop.raise_exit()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -170,7 +172,7 @@ def test_leaving_ends_as_the_signal_would_have(second_acts, capsys):
 
 
 def test_a_thread_can_train_too():
-    """Only the main thread may set handlers; elsewhere signals are not asked for."""
+    """Only the main thread may set handlers; other threads leave signals alone."""
     results = []
 
     def body():

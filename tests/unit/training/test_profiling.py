@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+import model
 from data.batch import EncodedCaption
-from model import BLOCKS, model_graphdef, init_model_params, model_config
+from model import BLOCKS, init_model_params, model_config, model_graphdef
+from runtime.errors import UserError
 from training import flops as training_flops
 from training import profiling
-from training.flops import Peak, flops_by_module, device_peak
+from training.flops import Peak, device_peak, flops_by_module
 from training.profiling import StepCost, StepProfile, roofline, seconds_per_step, step_cost
 
 DEPTH, ROWS, WIDTH = 8, 64, 32
@@ -56,14 +58,14 @@ def test_forward_flops_of_the_papers_designs(block, gflops):
 CAPTIONS = {"text_length": 24, "text_width": 48, "pooled_width": 32, "n_classes": 0}
 
 
-@pytest.mark.parametrize("told", [{}, CAPTIONS], ids=["class", "caption"])
+@pytest.mark.parametrize("conditioning", [{}, CAPTIONS], ids=["class", "caption"])
 @pytest.mark.parametrize("block", [*BLOCKS, "joint", "dual"])
-def test_every_design_is_counted_as_xla_counts_it(block, told):
+def test_every_design_is_counted_as_xla_counts_it(block, conditioning):
     design = {"block": block} if block in BLOCKS else {"n_dual": 2 * (block == "dual")}
     size = "DiT-Ti" if block in BLOCKS else "MMDiT-Ti"
-    c = config(size, unroll=6, **design, **told)
+    c = config(size, unroll=6, **design, **conditioning)
     label = jax.ShapeDtypeStruct((2,), jnp.int32)
-    if told:
+    if conditioning:
         shapes = ((2, 24, 48), jnp.float16), ((2, 24), jnp.bool), ((2, 32), jnp.float16)
         label = EncodedCaption(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
     params = jax.eval_shape(lambda: init_model_params(c, jax.random.key(0)))
@@ -85,6 +87,34 @@ def test_modules_scale_as_their_formulas_say():
     assert growth["patch embedding"] == growth["final layer"] == 1  # four tokens of a quarter each
     swiglu = flops_by_module(config("B", mlp="swiglu"))["MLP"]
     assert swiglu == base["MLP"]  # 768 is a multiple of 8 · 3: two thirds of the width, thrice
+
+
+class SubclassedBlock(model.AdaLNZeroBlock):
+    """A variant with the products of its base."""
+
+
+class UncountedBlock(nnx.Module):
+    """A block that does not state its products."""
+
+
+def test_a_subclassed_block_inherits_its_count(monkeypatch):
+    design = model.Design(SubclassedBlock, model.AdaptiveFinalLayer)
+    monkeypatch.setitem(BLOCKS, "subclassed", design)
+    assert flops_by_module(config("S", block="subclassed")) == flops_by_module(config("S"))
+
+
+@pytest.mark.parametrize(
+    ("block", "final"),
+    [
+        (UncountedBlock, model.AdaptiveFinalLayer),
+        (model.AdaLNZeroBlock, UncountedBlock),
+    ],
+)
+def test_flops_without_a_count_are_none_and_a_profile_says_why(block, final, monkeypatch):
+    monkeypatch.setitem(BLOCKS, "uncounted", model.Design(block, final))
+    assert training_flops.forward_flops(config("S", block="uncounted")) is None
+    with pytest.raises(UserError, match="FLOPs of block 'uncounted' are unknown"):
+        flops_by_module(config("S", block="uncounted"))
 
 
 def test_xla_counts_a_scan_once_and_we_say_so():

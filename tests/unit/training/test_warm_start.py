@@ -1,5 +1,5 @@
-"""A run that starts from another's weights is that model on its first step; what is new starts
-fresh, what does not fit is named.
+"""A run started from existing weights computes what they compute. New parts start fresh, and what
+cannot be fitted is named.
 """
 
 from dataclasses import asdict, replace
@@ -36,7 +36,7 @@ def predictor(config):
     return jax.jit(lambda params, *inputs: nnx.merge(model_graphdef(config), params)(*inputs))
 
 
-def test_what_the_source_learned_is_learned_on_but_for_what_is_said():
+def test_the_objective_is_the_sources_unless_given():
     start = source(replace(CONFIG, out_channels=2), prediction="v")
     found = warm_start.with_source_flags(TINY, start)
     assert (found.objective, found.prediction, found.learned_sigma) == ("ddpm", "v", True)
@@ -47,18 +47,18 @@ def test_what_the_source_learned_is_learned_on_but_for_what_is_said():
     assert found.learned_sigma is False
 
 
-# --- what may differ ------------------------------------------------------------------------------
+# --- differences that are fitted ------------------------------------------------------------------
 
 
-def test_the_same_model_is_left_as_it_is():
+def test_the_weights_of_the_same_model_are_unchanged():
     start = source(names=list("abcdefghij"))
     params, notices = fit(start, CONFIG)
     assert_same(params, start.params)
-    assert notices == ["the weights are those of there"]
+    assert notices == ["starting from the weights of a source"]
 
 
 @pytest.mark.parametrize("block", ["adaln_zero", "joint"])
-def test_classes_of_both_keep_their_rows_and_the_null_stays_last(block):
+def test_shared_classes_keep_their_embeddings_and_the_null_label_stays_last(block):
     start = source(replace(CONFIG, block=block), names=[f"digit {i}" for i in range(10)])
     config = replace(start.config, n_classes=4)
     params, notices = fit(start, config, ["digit 7", "cat", "Digit 0, zero", "dog"])
@@ -67,14 +67,14 @@ def test_classes_of_both_keep_their_rows_and_the_null_stays_last(block):
         old = start.params["label"][name]
         expected = [old[7], fresh[name][1], old[0], fresh[name][3], old[10]]
         np.testing.assert_array_equal(table, expected)
-    assert notices[1:] == ["of 4 classes 2 are among the 10 there: others start fresh"]
+    assert notices[1:] == ["2 of 4 classes are among the source's 10; the others start fresh"]
     for ours, theirs in ((0, 7), (2, 0), (4, 10)):
         found = predicted(config, params, ours)
         np.testing.assert_allclose(found, predicted(start.config, start.params, theirs), atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "there, here, rows",
+    "source_names, names, rows",
     [
         ((["a", "b"], 2), (["b", "a", "c"], 3), [1, 0, -1]),
         ((["a, x", "b"], 2), (["A", "b, y"], 2), [0, 1]),
@@ -91,15 +91,15 @@ def test_classes_of_both_keep_their_rows_and_the_null_stays_last(block):
         (([], 0), ([], 0), []),
     ],
 )
-def test_classes_are_the_same_by_name(there, here, rows):
-    assert match_classes(*there, *here) == rows
+def test_classes_are_matched_by_name(source_names, names, rows):
+    assert match_classes(*source_names, *names) == rows
 
 
-def test_pictures_of_another_size_have_positions_of_their_own():
+def test_positions_are_recomputed_for_another_image_size():
     start, config = source(), replace(CONFIG, image_size=16)
     params, notices = fit(start, config)
     assert_same(params, start.params)
-    assert notices[1:] == ["there are 4×4 patches, and 2×2 there: positions are computed anew"]
+    assert notices[1:] == ["patches are 4×4, not 2×2: positions are recomputed"]
 
 
 def test_learned_positions_are_resized():
@@ -111,11 +111,10 @@ def test_learned_positions_are_resized():
     # A plane stays a plane, away from its border.
     np.testing.assert_allclose(np.diff(middle, axis=0), 0.5, atol=1e-4)
     np.testing.assert_allclose(np.diff(middle, axis=1), 5, atol=1e-4)
-    said = "there are 16×16 patches, and 8×8 there: the learned positions are resized"
-    assert notices[1:] == [said]
+    assert notices[1:] == ["patches are 16×16, not 8×8: the learned positions are resized"]
 
 
-def test_other_patches_start_fresh_at_both_ends_and_nowhere_else():
+def test_other_patches_change_only_the_patch_embedding_and_the_output_layer():
     start, config = source(), replace(CONFIG, patch_size=8, channels=3, out_channels=3)
     params, notices = fit(start, config)
     fresh = weights(config, seed=1)
@@ -124,26 +123,25 @@ def test_other_patches_start_fresh_at_both_ends_and_nowhere_else():
     assert_same(params["final"]["modulation"], start.params["final"]["modulation"])
     for part in ("blocks", "time", "label"):
         assert_same(params[part], start.params[part])
-    assert (
-        notices[1] == "patches are 8×8×3, and 4×4×1 there: the maps from and to patches start fresh"
-    )
+    expected = "patches are 8×8×3, not 4×4×1: the patch embedding and the output layer start fresh"
+    assert notices[1] == expected
 
 
-def test_a_variance_comes_or_goes_and_the_rest_of_what_is_said_stays():
+def test_adding_or_dropping_a_learned_variance_keeps_the_other_outputs():
     start = source()
     wider = replace(CONFIG, out_channels=2)
     params, notices = fit(start, wider)
-    said = predicted(wider, params)
-    np.testing.assert_allclose(said[..., :1], predicted(CONFIG, start.params), atol=1e-6)
-    assert (said[..., 1:] == 0).all()
-    assert notices[1:] == ["it says 2 channels, and 1 there: the new ones start at zero"]
+    output = predicted(wider, params)
+    np.testing.assert_allclose(output[..., :1], predicted(CONFIG, start.params), atol=1e-6)
+    assert (output[..., 1:] == 0).all()
+    assert notices[1:] == ["output channels are 2, not 1: the new ones start at zero"]
     back, notices = fit(replace(start, config=wider, params=params), CONFIG)
     assert_same(back, start.params)
-    assert notices[1:] == ["it says 1 channels, and 2 there: the last are left out"]
+    assert notices[1:] == ["output channels are 1, not 2: the last are dropped"]
 
 
-def test_latents_of_another_vae_are_spoken_of():
-    there = LatentEncoding(
+def test_latents_of_another_vae_are_reported():
+    theirs = LatentEncoding(
         **dict.fromkeys(("dataset_name", "source", "precision"), ""),
         image_size=64,
         shape=(8, 8, 1),
@@ -155,23 +153,23 @@ def test_latents_of_another_vae_are_spoken_of():
         captions=False,
     )
     start = source()
-    start.settings["dataset"]["encoding"] = asdict(there)
-    for here, said in (
-        (there, []),
-        (replace(there, vae_hash="", vae="us/copy"), []),
+    start.settings["dataset"]["encoding"] = asdict(theirs)
+    for ours, endings in (
+        (theirs, []),
+        (replace(theirs, vae_hash="", vae="us/copy"), []),
         (
-            replace(there, vae_hash="b", vae="an/other"),
-            ["of an/other, times 0.5, and those of us/vae, times 0.5 there"],
+            replace(theirs, vae_hash="b", vae="an/other"),
+            ["of an/other, scaled by 0.5; the source on latents of us/vae, scaled by 0.5"],
         ),
         (
-            replace(there, scaling_factor=0.4),
-            ["of us/vae, times 0.4, and those of us/vae, times 0.5 there"],
+            replace(theirs, scaling_factor=0.4),
+            ["of us/vae, scaled by 0.4; the source on latents of us/vae, scaled by 0.5"],
         ),
-        (None, ["it learns pictures, and latents there"]),
+        (None, ["this run trains on images, the source on latents"]),
     ):
-        notices = fit(start, CONFIG, encoding=here)[1][1:]
-        assert len(notices) == len(said)
-        assert all(notice.endswith(end) for notice, end in zip(notices, said))
+        notices = fit(start, CONFIG, encoding=ours)[1][1:]
+        assert len(notices) == len(endings)
+        assert all(notice.endswith(end) for notice, end in zip(notices, endings))
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -181,20 +179,20 @@ def test_latents_of_another_vae_are_spoken_of():
     "field, value",
     [("width", 64), ("depth", 3), ("n_heads", 1), ("mlp", "swiglu"), ("qk_norm", True)],
 )
-def test_what_must_be_the_same_is_named(field, value):
+def test_a_field_that_must_match_is_named(field, value):
     config = replace(CONFIG, **{field: value})
     was = getattr(CONFIG, field)
-    with pytest.raises(UserError, match=f"there: {field} is {was} there, and {value} here"):
+    with pytest.raises(UserError, match=f"its {field} is {was}, this run's is {value}"):
         fit(source(), config)
 
 
-def test_captions_and_classes_are_not_the_same():
+def test_captions_do_not_replace_classes():
     config = replace(CONFIG, n_classes=0, text_width=8, pooled_width=8)
-    with pytest.raises(UserError, match="text_width is 0 there, and 8 here"):
+    with pytest.raises(UserError, match="its text_width is 0, this run's is 8"):
         fit(source(), config)
 
 
-def test_a_shape_without_a_name_is_refused():
+def test_a_shape_without_a_preset_is_rejected():
     odd = replace(CONFIG, depth=5)
     with pytest.raises(UserError, match="no preset has width 32, depth 5 and 2 heads; add one"):
-        warm_start.with_source_flags(TINY, StartingWeights(odd, {}, {}, "there"))
+        warm_start.with_source_flags(TINY, StartingWeights(odd, {}, {}, "a source"))

@@ -1,10 +1,12 @@
-"""What README.md says can be done can be done: its recipes, its commands, its map of files."""
+"""The pages keep their word: recipes run, commands have flags that exist, links lead somewhere."""
 
 import ast
 import importlib
 import math
 import re
+import runpy
 import shlex
+import subprocess
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 from commands import ROOT
 from datasets import ClassLabel, Dataset, Features, Image
 from flax import nnx
-from readme_cases import TEXT, cook, recipe
+from pages import PAGES, RECIPES, recipe, run_recipe
 
 import datasets_config
 import model
@@ -26,12 +28,12 @@ from data.load import open_dataset
 from methods import rectified_flow
 from runtime import cli
 
-RECIPES = ("A data set", "A block", "An objective", "A solver")
-MOST_LINES = 8
-
-
-def section(title):
-    return re.split(r"\n## ", TEXT.split(f"\n## {title}\n")[1])[0]
+MAX_LINES = 8  # of a recipe
+MAX_README_BYTES, MAX_README_LINES = 9 * 1024, 150
+TEXT = "\n".join(PAGES.values())
+TEXT_OF_COMMANDS = "\n".join(
+    text for path, text in PAGES.items() if path.name not in ("results.md", "scaling.md")
+)
 
 
 # --- recipes --------------------------------------------------------------------------------------
@@ -39,15 +41,15 @@ def section(title):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_short(name):
-    assert sum(bool(line.strip()) for line in recipe(name).splitlines()) <= MOST_LINES
+    assert sum(bool(line.strip()) for line in recipe(name).splitlines()) <= MAX_LINES
 
 
-def test_a_data_set_is_opened_by_its_entry(tmp_path, monkeypatch):
-    entry = eval(recipe("A data set"), dict(vars(datasets_config)))
+def test_a_dataset_is_opened_by_its_entry(tmp_path, monkeypatch):
+    entry = eval(recipe("A dataset"), dict(vars(datasets_config)))
     monkeypatch.setitem(datasets_config.DATASET_CONFIGS, entry.name, entry)
     breeds = ClassLabel(names=[f"breed {i}" for i in range(entry.n_classes)])
-    pictures = [{"bytes": (ROOT / "docs/images/samples.png").read_bytes(), "path": None}] * 12
-    columns = {entry.image_column: pictures, entry.label_column: list(range(12))}
+    images = [{"bytes": (ROOT / "docs/images/samples.png").read_bytes(), "path": None}] * 12
+    columns = {entry.image_column: images, entry.label_column: list(range(12))}
     features = Features({entry.image_column: Image(), entry.label_column: breeds})
     for split in ("train", "test"):
         data = Dataset.from_dict(columns, features=features)
@@ -62,7 +64,7 @@ def test_a_data_set_is_opened_by_its_entry(tmp_path, monkeypatch):
 def test_a_block_is_chosen_by_its_name_and_sees_its_condition(monkeypatch):
     monkeypatch.setattr(model, "BLOCKS", dict(model.BLOCKS))
     before = set(model.BLOCKS)
-    cook("A block", model)
+    run_recipe("A block", model)
     (added,) = set(model.BLOCKS) - before
     shape: dict[str, Any] = {
         "width": 16,
@@ -86,7 +88,7 @@ def test_a_block_is_chosen_by_its_name_and_sees_its_condition(monkeypatch):
 
 def test_an_objective_is_what_it_says():
     """Of a model that says 0, Huber's loss of the velocity itself."""
-    made = cook("An objective", rectified_flow, Trainer=train.Trainer, optax=optax)
+    made = run_recipe("An objective", rectified_flow, Trainer=train.Trainer, optax=optax)
     assert issubclass(made["Robust"], train.Trainer)
     loss = made["Robust"].objective(None, label_dropout=0.1)
     image = jax.random.randint(jax.random.key(0), (64, 8, 8, 1), 0, 256).astype(jnp.uint8)
@@ -110,7 +112,7 @@ def test_an_objective_is_what_it_says():
 def test_a_solver_is_of_second_order(monkeypatch):
     """dx/dt = t·x, from t = 1 to 0, divides x by √e."""
     monkeypatch.setattr(sampling, "SOLVERS", dict(sampling.SOLVERS))
-    midpoint = cook("A solver", sampling)["midpoint"]
+    midpoint = run_recipe("A solver", sampling)["midpoint"]
     assert sampling.SOLVERS["midpoint"] is midpoint
 
     def error(n_steps):
@@ -126,13 +128,18 @@ def test_a_solver_is_of_second_order(monkeypatch):
 
 
 def commands():
-    """The words of every command of the project on the page: script first, then its flags."""
-    blocks = "\n".join(re.findall(r"(?s)```sh\n(.*?)```", TEXT)).replace("\\\n", " ")
-    lines = blocks.splitlines() + re.findall(r"`([^`]+)`", re.sub(r"(?s)```.*?```", "", TEXT))
-    for line in lines:
-        for words in re.findall(
-            r"(?:^|[\s/])python ((?:\w+/)*\w+\.py\b.*)", line.replace("\n", " ")
-        ):
+    """Yield the words of every command on the pages: script first, then its flags.
+
+    The results are a record of what was run once, and not meant to be typed.
+    """
+    pages = [text for path, text in PAGES.items() if path.name != "results.md"]
+    blocks = "\n".join(re.findall(r"(?s)```sh\n(.*?)```", "\n".join(pages))).replace("\\\n", " ")
+    prose = re.sub(r"(?s)```.*?```", "", "\n".join(pages))
+    for line in blocks.splitlines() + re.findall(r"`([^`]+)`", prose):
+        line = line.replace("\n", " ")
+        for words in re.findall(r"(?:^|[\s/])python ((?:\w+/)*\w+\.py\b.*)", line):
+            # What a scheduler fills in, or a reader: $RANK, N. A quote may end the scheduler's own line.
+            words = re.sub(r"\$\w+|\b[A-Z]\b", "1", words).rstrip("\"'")
             yield tuple(shlex.split(words, comments=True))
 
 
@@ -162,9 +169,10 @@ def test_a_command_has_flags_that_there_are(words):
 
 
 def test_every_flag_on_the_page_is_a_command_s():
+    """On the pages of this project's commands alone: schedulers have flags of their own."""
     scripts = {words[0] for words in commands()}
     known = {name for script in scripts for name in config_of(script).__dataclass_fields__}
-    ours = re.sub(r"(?m)^.*(pip|hf) .*$", "", TEXT)
+    ours = re.sub(r"(?m)^.*(pip|hf) .*$", "", TEXT_OF_COMMANDS)
     named = set(re.findall(r"--([a-z]\w*)", ours)) - {"help"}
     assert {name for name in named if name not in known} == set()
 
@@ -174,30 +182,40 @@ def test_every_target_of_make_on_the_page_is_there():
     assert set(re.findall(r"(?m)(?:^|`)make ([\w-]+)", TEXT)) <= targets
 
 
-# --- the map of files -----------------------------------------------------------------------------
+# --- the pages --------------------------------------------------------------------------------------
 
 
-def test_the_map_of_files_is_the_tree():
-    table = "\n".join(
-        line.split(" | ")[0] for line in section("The files, in reading order").splitlines()
-    )
-    named = re.findall(r"`([^`]+)`", table)
-    assert len(named) == len(set(named))
-    assert [path for path in named if not (ROOT / path).exists()] == []
-    found = [path.relative_to(ROOT) for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"))]
-    own_row = [path for path in found if f"{path.parent}/" not in named]  # not of a whole folder
-    files = {path.as_posix() for path in own_row if path.stem != "__init__"}
-    assert files - set(named) == set()
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.encode()) <= MAX_README_BYTES and len(text.splitlines()) <= MAX_README_LINES
 
 
-def test_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)]+)\)", TEXT)
-    headings = {
-        re.sub(r"[^\w -]", "", h).lower().replace(" ", "-")
-        for h in re.findall(r"(?m)^#+ (.+)$", TEXT)
-    }
-    for link in links:
-        if link.startswith("#"):
-            assert link[1:] in headings, link
-        elif "://" not in link:
-            assert (ROOT / link).exists(), link
+def test_the_readme_names_every_command_and_room():
+    code = PAGES[ROOT / "README.md"].split("\n## The code\n")[1].split("\n## ")[0]
+    named = set(re.findall(r"`([\w/.]+)`", code))
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
+    there = {re.sub("/.*", "/", path) for path in listed.stdout.split()}
+    assert there - named == set() and [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_the_flags_on_the_page_of_training_are_the_codes():
+    names = runpy.run_path(str(ROOT / "docs" / "renew_flags.py"))
+    page = PAGES[ROOT / "docs" / "training.md"]
+    assert names["renewed"](page) == page
+    grouped = [name for group in names["GROUPS"].values() for name in group]
+    assert sorted(grouped) == sorted(names["TrainConfig"].__dataclass_fields__)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    def anchors(text):
+        titles = re.findall(r"(?m)^#+ (.+)$", text)
+        return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+    for link in re.findall(r"\]\(([^)]+)\)", PAGES[path]):
+        if "://" in link:
+            continue
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
