@@ -143,8 +143,8 @@ or, in Python,
 ```python
 from pretrained import transformer
 
-found = transformer.load_transformer("PATH_OR_ID")
-model = found.model()  # model(x, t, label): x is b h w c, t in 0 … 1
+exported = transformer.load_transformer("PATH_OR_ID")
+model = exported.model()  # model(x, t, label): x is b h w c, t in 0 … 1
 ```
 {diffusers}
 ## Licence

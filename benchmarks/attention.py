@@ -135,7 +135,7 @@ def format_attention_row(row: dict[str, Any]) -> dict[str, str]:
         "implementation": row["way"],
         "ms": format_number(1e3 * row["median_s"]),
         "min": format_number(1e3 * row["min_s"]),
-        "FLOP/s": profiling.si(row["flops_per_second"], ""),
+        "FLOP/s": profiling.format_si(row["flops_per_second"], ""),
         "× own": format_number(row["times_as_fast_as_own"]),
     }
 

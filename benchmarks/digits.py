@@ -68,10 +68,10 @@ class Judgement:
 
 def frechet_between(a, b) -> float:
     """Compute the Fréchet distance between the Gaussians fitted to the rows of `a` and of `b`."""
-    moments_a, moments_b = Moments(a.shape[1]), Moments(b.shape[1])
-    moments_a.add(a)
-    moments_b.add(b)
-    return frechet_distance(moments_a.gaussian(), moments_b.gaussian())
+    statistics_a, statistics_b = RunningStatistics(a.shape[1]), RunningStatistics(b.shape[1])
+    statistics_a.update(a)
+    statistics_b.update(b)
+    return frechet_distance(statistics_a.statistics(), statistics_b.statistics())
 
 
 def train_digit_reader(x, labels) -> Callable:

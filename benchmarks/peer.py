@@ -43,7 +43,7 @@ class PeerMissing(Exception):
     """There is no peer, for the reason of the message."""
 
 
-# --- in the benchmark's process ----------------------------------------------------------------------
+# --- in the benchmark's process ------------------------------------------------------------------
 
 
 class Peer:

@@ -1,9 +1,9 @@
-"""How fast are pictures drawn? Guided Euler sampling, beside the same loop in torch.
+"""Time guided Euler sampling, beside the same loop in torch.
 
     python benchmarks/sample.py                # 50 steps: minutes a round on a CPU
     python benchmarks/sample.py --n_steps 5    # the same loop, a tenth as long
 
-What is timed is `Trainer.sample`, from labels to pictures on the host: one compiled program. Each
+Times `Trainer.sample`, from labels to images on the host, which is one compiled program. Each row
 is compared with torch in the same precision. On a GPU that a peer shares, set
 XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """
@@ -31,6 +31,7 @@ from benchmarks.timing import (
     run_interleaved,
     skip_if_impossible,
 )
+from model import ModelConfig
 from runtime import cli
 from train import Trainer
 from training import flops as training_flops
@@ -46,12 +47,12 @@ class SampleConfig:
 
     Args:
         model: presets such as DiT-S/2.
-        n: pictures, drawn as one batch.
+        n: images, sampled as one batch.
         n_steps: of Euler's method.
         precision: of matrix products: fp32, bf16.
         image_size: pixels, or latents, to a side.
-        channels: of the pictures.
-        rounds: that count, after one that does not.
+        channels: of the images.
+        rounds: measured rounds, after one for warming up.
         peer: torch, as fp32, autocast, fp32+compile or autocast+compile; none for no peer.
     """
 
@@ -66,7 +67,7 @@ class SampleConfig:
 
 
 def compile_our_sampling(trainer: Trainer, config: SampleConfig, precision: str) -> Contestant:
-    """Sampling of a trainer, compiled and done once."""
+    """Compile a trainer's sampling and run it once."""
     labels = [i % trainer.model_config.n_classes for i in range(config.n)]
 
     def sample() -> Any:
@@ -74,55 +75,74 @@ def compile_our_sampling(trainer: Trainer, config: SampleConfig, precision: str)
 
     start = time.perf_counter()
     sample()
-    facts = {"by": f"ours {precision}", "precision": precision}
-    return Contestant(
-        make_turn(sample), trainer.model_config, facts | {"first_s": time.perf_counter() - start}
-    )
+    facts = {
+        "by": f"ours {precision}",
+        "precision": precision,
+        "first_s": time.perf_counter() - start,
+    }
+    return Contestant(make_turn(sample), trainer.model_config, facts)
 
 
 def start_torch_sampling(
-    kind: str, m: Any, config: SampleConfig, stack: contextlib.ExitStack
+    kind: str, m: ModelConfig, config: SampleConfig, stack: contextlib.ExitStack
 ) -> Contestant:
-    """A peer of the model, which ends with `stack`."""
-    how = {"platform": jax.default_backend(), "batch_size": config.n}
-    peer = Peer(kind, "sample", m, n_steps=config.n_steps, cfg_scale=CFG_SCALE, **how)
+    """Start a peer of the model, which ends with `stack`."""
+    peer = Peer(
+        kind,
+        "sample",
+        m,
+        platform=jax.default_backend(),
+        batch_size=config.n,
+        n_steps=config.n_steps,
+        cfg_scale=CFG_SCALE,
+    )
     stack.enter_context(contextlib.closing(peer))
-    precision = "bf16" if PEERS[kind].autocast else "fp32"
-    facts = {"by": f"torch {kind}", "kind": kind, "precision": precision}
-    return Contestant(peer.turn, m, facts | {"first_s": peer.first_seconds})
+    facts = {
+        "by": f"torch {kind}",
+        "kind": kind,
+        "precision": "bf16" if PEERS[kind].autocast else "fp32",
+        "first_s": peer.first_seconds,
+    }
+    return Contestant(peer.turn, m, facts)
 
 
 def time_sampling(config: SampleConfig, model: str) -> list[dict[str, Any]]:
-    """What is found of one model, in every precision."""
-    found: list[Contestant] = []
+    """Time the sampling of one model in every precision, and its peers."""
+    contestants: list[Contestant] = []
     with contextlib.ExitStack() as stack:
         for precision in config.precision:
             with skip_if_impossible(f"{model}, {precision}"):
-                shape: dict[str, Any] = {"image_size": config.image_size}
-                shape |= {"channels": config.channels, "batch_size": config.n}
-                trainer = build_trainer(TrainConfig(model=model, **shape), precision)
-                found.append(compile_our_sampling(trainer, config, precision))
-        for kind in (config.peer or ()) if found else ():
+                train_config = TrainConfig(
+                    model=model,
+                    image_size=config.image_size,
+                    channels=config.channels,
+                    batch_size=config.n,
+                )
+                trainer = build_trainer(train_config, precision)
+                contestants.append(compile_our_sampling(trainer, config, precision))
+        for kind in (config.peer or ()) if contestants else ():
             with skip_if_impossible(f"{model}, torch {kind}"):
-                found.append(start_torch_sampling(kind, found[0].model, config, stack))
-        times = run_interleaved({entry.facts["by"]: entry.turn for entry in found}, config.rounds)
+                contestants.append(start_torch_sampling(kind, contestants[0].model, config, stack))
+        turns = {contestant.facts["by"]: contestant.turn for contestant in contestants}
+        times = run_interleaved(turns, config.rounds)
     return [
         {"model": model, "n": config.n, "n_steps": config.n_steps}
-        | entry.facts
-        | summarize_sampling(entry, found, times, config)
-        for entry in found
+        | contestant.facts
+        | summarize_sampling(contestant, contestants, times, config)
+        for contestant in contestants
     ]
 
 
 def summarize_sampling(
-    entry: Contestant, found: list[Contestant], times: dict[str, Times], config: SampleConfig
+    contestant: Contestant,
+    contestants: list[Contestant],
+    times: dict[str, Times],
+    config: SampleConfig,
 ) -> dict[str, Any]:
-    """What follows from the times; peers count in the same precision only."""
-    own, forward = (
-        times[entry.facts["by"]],
-        sum(training_flops.flops_by_module(entry.model).values()),
-    )
-    flops = 2 * forward * config.n * config.n_steps  # guidance asks the model twice
+    """Derive results from the times; peers are compared in the same precision only."""
+    own = times[contestant.facts["by"]]
+    forward = sum(training_flops.flops_by_module(contestant.model).values())
+    flops = 2 * forward * config.n * config.n_steps  # guidance calls the model twice
     return {
         "median_s": own.median,
         "min_s": own.min,
@@ -130,22 +150,22 @@ def summarize_sampling(
         "flops_per_second": flops / own.median / jax.device_count(),
         "times_as_fast_as": {
             peer.facts["kind"]: own.times_as_fast_as(times[peer.facts["by"]])
-            for peer in found
-            if "kind" in peer.facts and peer.facts["precision"] == entry.facts["precision"]
+            for peer in contestants
+            if "kind" in peer.facts and peer.facts["precision"] == contestant.facts["precision"]
         },
     }
 
 
 def format_sampling_row(row: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, str]:
-    """A line of the table, by column."""
+    """Format one row of the table, by column."""
     return {
-        "pictures × steps": f"{row['model']}, {row['n']} × {row['n_steps']}",
+        "images × steps": f"{row['model']}, {row['n']} × {row['n_steps']}",
         "by": row["by"],
         "s": format_number(row["median_s"]),
         "min": format_number(row["min_s"]),
         "s / solver step": format_number(row["median_s"] / row["n_steps"]),
-        "FLOP/s": profiling.si(row["flops_per_second"], ""),
-        "first": profiling.si(row["first_s"], "s"),
+        "FLOP/s": profiling.format_si(row["flops_per_second"], ""),
+        "first": profiling.format_si(row["first_s"], "s"),
     } | {f"× {kind}": format_number(row["times_as_fast_as"].get(kind)) for kind in kinds}
 
 

@@ -1,11 +1,11 @@
-"""What scaling costs on this machine, and how far the plan on paper is from what is measured.
+"""Measure the cost of scaling on this machine, and compare the plan with measurements.
 
     python benchmarks/scaling.py
 
-Compile time at depth 28 and 6; a gradient with and without `shard_map`, and over eight virtual
-devices; the real step's memory beside `scaling.py`'s; its time on one device beside the roofline of
-this processor, whose speed is measured in the same run. Virtual devices share the same cores: their
-times say what sharding costs, not what it brings.
+Measures the compile time at depths 28 and 6; a gradient with and without `shard_map`, and over
+eight virtual devices; the real step's memory beside the plan's (`benchmarks/planner.py`); and its
+time on one device beside the roofline of this processor, whose speed is measured in the same run.
+Virtual devices share the same cores: their times show the cost of sharding, not its gain.
 """
 
 import json
@@ -38,7 +38,7 @@ from training.config import TrainConfig
 
 MESHES = {"DDP": (8, 1), "hybrid": (2, 4), "FSDP": (1, 8)}
 LOSS = rectified_flow_loss(density=logit_normal(), label_dropout=0.1)
-LATENTS: dict[str, Any] = {"image_size": 32, "channels": 3, "profile": True}  # no pictures are read
+LATENTS: dict[str, Any] = {"image_size": 32, "channels": 3, "profile": True}  # no images are read
 # The width of DiT-S in two depths, for compile times.
 DEPTH_PRESETS = {
     f"DiT-{n}/2": {"width": 384, "depth": n, "n_heads": 6, "patch_size": 2} for n in (6, 28)
@@ -48,11 +48,11 @@ model.MODELS |= DEPTH_PRESETS
 
 @dataclass(frozen=True)
 class ScalingConfig:
-    """Measure what scaling costs.
+    """Measure the cost of scaling.
 
     Args:
-        n_rounds: of timing, after one that is not counted; what is compared is timed in turn.
-        n_compiles: of each depth.
+        n_rounds: measured rounds, after one for warming up; compared steps take turns.
+        n_compiles: compilations of each depth.
     """
 
     n_rounds: int = 5
@@ -60,35 +60,40 @@ class ScalingConfig:
 
 
 def lower_step(trainer: Trainer) -> Any:
-    jax.block_until_ready(trainer.state)  # what makes it must not be timed with what comes next
+    """Lower a trainer's step, ready to be compiled."""
+    jax.block_until_ready(trainer.state)  # creating it must not be timed with the next call
     batch = parallel.shard_batch(trainer.blank_batch(), trainer.mesh)
     return trainer.update.lower(trainer.state, batch, trainer.train_key)
 
 
 def measure_compile_times(n: int) -> dict[str, float]:
-    """Seconds to compile the train step of 28 and of 6 blocks: of processors and by the clock, the
-    best of n in turn.
+    """Measure the seconds to compile the train step of 28 and of 6 blocks.
+
+    Both by processor time and by the clock, the best of n in turn.
     """
-    busy, waited = {name: [] for name in DEPTH_PRESETS}, {name: [] for name in DEPTH_PRESETS}
+    processor_seconds = {name: [] for name in DEPTH_PRESETS}
+    wall_seconds = {name: [] for name in DEPTH_PRESETS}
     for _ in range(n):
         for name in DEPTH_PRESETS:
             lowered = lower_step(Trainer(TrainConfig(model=name, batch_size=8, remat=True)))
-            clock, processors = time.perf_counter(), time.process_time()
+            wall_start = time.perf_counter()
+            processor_start = time.process_time()
             lowered.compile()
-            busy[name].append(time.process_time() - processors)
-            waited[name].append(time.perf_counter() - clock)
-    few, many = DEPTH_PRESETS
+            processor_seconds[name].append(time.process_time() - processor_start)
+            wall_seconds[name].append(time.perf_counter() - wall_start)
+    shallow, deep = DEPTH_PRESETS
     return {
-        "depth_6_s": min(waited[few]),
-        "depth_28_s": min(waited[many]),
-        "ratio_by_clock": min(waited[many]) / min(waited[few]),
-        "ratio_of_processor_time": min(busy[many]) / min(busy[few]),
+        "depth_6_s": min(wall_seconds[shallow]),
+        "depth_28_s": min(wall_seconds[deep]),
+        "ratio_by_clock": min(wall_seconds[deep]) / min(wall_seconds[shallow]),
+        "ratio_of_processor_time": min(processor_seconds[deep]) / min(processor_seconds[shallow]),
     }
 
 
 def time_interleaved(steps: dict[str, Callable[[], Any]], n_rounds: int) -> dict[str, float]:
-    """Median seconds of each; one step of each in turn, so that what else the machine does meets
-    all alike.
+    """Measure the median seconds of each step.
+
+    They take turns, one step each, so that other load on the machine affects all alike.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(n_rounds + 1):
@@ -100,23 +105,25 @@ def time_interleaved(steps: dict[str, Callable[[], Any]], n_rounds: int) -> dict
 
 
 def measure_gradient_times(n_rounds: int) -> dict[str, float]:
-    """A gradient of DiT-Ti/2 on 32×32×4, 16 rows: plain jax, ours on one device, and on eight that
-    share the same cores.
+    """Measure the seconds of a gradient of DiT-Ti/2 on 32×32×4, 16 rows.
+
+    By plain JAX, by ours on one device, and on eight that share the same cores.
     """
     c = model_config("DiT-Ti/2", image_size=32, channels=4, out_channels=4, n_classes=10)
-    key, rows = jax.random.key(0), 16
+    key = jax.random.key(0)
+    n_rows = 16
 
-    def make() -> Batch:
-        image = jax.random.randint(key, (rows, 32, 32, 4), 0, 256).astype(jnp.uint8)
-        return Batch(jnp.arange(rows, dtype=jnp.int32), image, jnp.zeros(rows, jnp.int32))
+    def make_batch() -> Batch:
+        image = jax.random.randint(key, (n_rows, 32, 32, 4), 0, 256).astype(jnp.uint8)
+        return Batch(jnp.arange(n_rows, dtype=jnp.int32), image, jnp.zeros(n_rows, jnp.int32))
 
-    def plain(params, batch):
+    def plain_loss(params, batch):
         return LOSS(nnx.merge(model_graphdef(c), params), batch, key)
 
     meshes = {"ours": parallel.make_mesh(devices=jax.devices()[:1])}
     meshes |= {name: parallel.make_mesh(fsdp) for name, (_, fsdp) in MESHES.items()}
-    gradient = jax.jit(jax.value_and_grad(plain, has_aux=True))
-    params, batch = init_model_params(c, key), make()
+    gradient = jax.jit(jax.value_and_grad(plain_loss, has_aux=True))
+    params, batch = init_model_params(c, key), make_batch()
     steps: dict[str, Callable[[], Any]] = {"plain": lambda: gradient(params, batch)}
     for name, mesh in meshes.items():
         run = jax.jit(parallel.value_and_grad(LOSS, model_graphdef(c), mesh))
@@ -131,7 +138,7 @@ def measure_gradient_times(n_rounds: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """Bytes of one device: XLA's figures and the plan's."""
+    """Bytes of one device, by XLA and by the plan."""
 
     mesh: str
     remat: bool
@@ -142,14 +149,14 @@ class MemoryRow:
 
     @property
     def ratio(self) -> float:
-        """Planned over XLA's, all together. Outputs are the arguments' buffers."""
+        """Planned bytes over XLA's, in total. Outputs reuse the arguments' buffers."""
         planned = self.planned_state + self.planned_temporaries
         return planned / (self.arguments + self.temporaries)
 
 
 def measure_memory(rows: int = 4) -> list[MemoryRow]:
-    """Of the real step of DiT-S/2 on 32×32×3."""
-    found = []
+    """Compare the memory of the real step of DiT-S/2 on 32×32×3 with the plan's."""
+    memory_rows = []
     for name, (data, fsdp) in (("DDP", (8, 1)), ("FSDP", (1, 8))):
         for remat in (True, False):
             settings = TrainConfig(
@@ -158,25 +165,38 @@ def measure_memory(rows: int = 4) -> list[MemoryRow]:
             trainer = Trainer(settings)
             cost = profiling.step_cost(lower_step(trainer).compile())
             assert cost.argument_bytes and cost.temporary_bytes
-            planned = planner.Plan(trainer.model_config, UNKNOWN_DEVICE, data, fsdp, rows).memory
-            xla = (cost.argument_bytes, cost.temporary_bytes)
-            found.append(MemoryRow(name, remat, *xla, planned.state, planned.temporaries))
-    return found
+            plan = planner.Plan(trainer.model_config, UNKNOWN_DEVICE, data, fsdp, rows)
+            memory_rows.append(
+                MemoryRow(
+                    mesh=name,
+                    remat=remat,
+                    arguments=cost.argument_bytes,
+                    temporaries=cost.temporary_bytes,
+                    planned_state=plan.memory.state,
+                    planned_temporaries=plan.memory.temporaries,
+                )
+            )
+    return memory_rows
 
 
 UNKNOWN_DEVICE = planner.Device("unknown", *[1.0] * 9)
 
 
 def measure_step_time(n_rounds: int, rows: int = 8) -> tuple[planner.Plan, float]:
-    """The plan of a step of DiT-S/2 on 32×32×3 on all cores as one device, whose speed is what a
-    large float32 product and a large copy attain between the steps; and the step's seconds.
+    """Measure a step of DiT-S/2 on 32×32×3, on all cores as one device.
+
+    Returns:
+        The plan of the step, and its measured seconds. The device's speed in the plan is that of a
+        large float32 product and of a large copy, which run in turns with the step.
     """
     one = parallel.make_mesh(devices=jax.devices()[:1])
     with patch.object(parallel, "make_mesh", lambda *_, **__: one):
         trainer = Trainer(TrainConfig(model="DiT-S/2", batch_size=rows, **LATENTS))
     batch = trainer.blank_batch()
-    n, size = 2048, 2**26
-    matrix, arrays = jnp.ones((n, n)), [jnp.ones(size)]
+    n = 2048
+    size = 2**26
+    matrix = jnp.ones((n, n))
+    arrays = [jnp.ones(size)]
     multiply = jax.jit(jnp.matmul)
     rewrite = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: new pages would be timed too
 
@@ -221,10 +241,10 @@ def main() -> None:
         print(f"| {name} | {seconds:.3f} | {seconds / gradients['plain']:.2f} |")
     compiled = measure_compile_times(config.n_compiles)
     print("\n" + "\n".join(f"compile {name}: {value:.2f}" for name, value in compiled.items()))
-    held = measure_memory()
+    memory_rows = measure_memory()
     print("\n| DiT-S/2, 4 rows a device | remat | arguments MB | planned | temporaries MB ", end="")
     print("| planned | planned / XLA, together |\n|---|---|---|---|---|---|---|")
-    for row in held:
+    for row in memory_rows:
         amounts = (row.arguments, row.planned_state, row.temporaries, row.planned_temporaries)
         numbers = " | ".join(f"{amount / 1e6:.1f}" for amount in amounts)
         print(f"| {row.mesh} | {'yes' if row.remat else 'no'} | {numbers} | {row.ratio:.2f} |")
@@ -235,7 +255,7 @@ def main() -> None:
         "step_measured_s": measured,
         "gradient_s": gradients,
         "compile": compiled,
-        "memory": [vars(row) | {"ratio": row.ratio} for row in held],
+        "memory": [vars(row) | {"ratio": row.ratio} for row in memory_rows],
     }
     print(json.dumps(results))
 

@@ -1,12 +1,11 @@
-"""How long until the default run has finished its first step? With a cold and a warm cache, beside
-torch.
+"""Time the start of the default run until its first step, with a cold and a warm cache.
 
     python benchmarks/startup.py
 
-Each figure is of a fresh process that is `train.py` up to there: imports; the trainer, with its
-weights; the run's folder and its data; a step with its compilation. Cold is an empty cache folder,
-of compiled programs and of datasets; warm is the folder that another such process has left. torch
-is the same model's first step in float32, without data, folder or compilation.
+Each time is of a fresh process that runs `train.py` up to there: imports; the trainer with its
+weights; the run's folder and its data; a step with its compilation. A cold cache is an empty folder
+for compiled programs and datasets; a warm one was filled by another such process. torch is timed
+beside it: the same model's first step in float32, without data, folder or compilation.
 """
 
 import contextlib
@@ -20,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 sys.path.insert(0, str(ROOT := Path(__file__).parents[1]))
 
@@ -38,7 +38,7 @@ from train import Trainer
 from training.config import TrainConfig
 
 STAGES = ("import", "build", "open", "compile", "step")
-MAX_SECONDS = {"cold": 25.0, "warm": 12.0}  # seconds, on two cores
+MAX_SECONDS = {"cold": 25.0, "warm": 12.0}  # goals on two cores
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class StartupConfig:
 
     Args:
         model: instead of the default run's.
-        rounds: that count, after one that does not.
-        peer: whether torch is timed too.
+        rounds: measured rounds, after one for warming up.
+        peer: time torch too.
     """
 
     model: str | None = None
@@ -57,67 +57,73 @@ class StartupConfig:
 
 
 def start_process(cache: Path, model: str | None) -> dict[str, float]:
-    """Seconds of each stage of one fresh process that keeps everything in `cache`."""
+    """Measure the seconds of each stage of one fresh process whose caches are in `cache`."""
     flags = ["--run_dir", str(Path(tempfile.mkdtemp(dir=cache)) / "run")]
-    flags += ["--model", model] if model else []
+    if model:
+        flags += ["--model", model]
     # train.py chooses its cache by XDG_CACHE_HOME, if none of JAX's own variables is set.
-    kept = {
+    environment = {
         k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMP", "JAX_PERS", "HF_"))
     }
     begin = time.time()
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, ROOT / "benchmarks/first_step.py", *flags],
-        env=kept | {"XDG_CACHE_HOME": str(cache), "HF_HUB_OFFLINE": "1"},
+        env=environment | {"XDG_CACHE_HOME": str(cache), "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    at = json.loads(done.stdout.splitlines()[-1])
-    step = at["stepped_again"] - at["stepped"]
+    end_times = json.loads(result.stdout.splitlines()[-1])
+    step = end_times["stepped_again"] - end_times["stepped"]
     return {
-        "import": at["imported"] - begin,
-        "build": at["built"] - at["imported"],
-        "open": at["opened"] - at["built"],
-        "compile": at["stepped"] - at["opened"] - step,
+        "import": end_times["imported"] - begin,
+        "build": end_times["built"] - end_times["imported"],
+        "open": end_times["opened"] - end_times["built"],
+        "compile": end_times["stepped"] - end_times["opened"] - step,
         "step": step,
     }
 
 
 def make_start_turns(
-    model: str | None, folder: Path, found: dict[str, list[dict[str, float]]]
+    model: str | None, folder: Path, stages: dict[str, list[dict[str, float]]]
 ) -> dict[str, Callable[[], float]]:
-    """Turns with a cold and with a warm cache, which write their stages into `found`."""
+    """Make turns with a cold and with a warm cache, which append their stages to `stages`."""
 
     def cold() -> float:
-        found["cold"].append(start_process(Path(tempfile.mkdtemp(dir=folder)), model))
-        return sum(found["cold"][-1].values())
+        stages["cold"].append(start_process(Path(tempfile.mkdtemp(dir=folder)), model))
+        return sum(stages["cold"][-1].values())
 
     def warm() -> float:
-        found["warm"].append(start_process(folder, model))
-        return sum(found["warm"][-1].values())
+        stages["warm"].append(start_process(folder, model))
+        return sum(stages["warm"][-1].values())
 
     return {"cold": cold, "warm": warm}
 
 
 def make_torch_turn(model: str | None) -> Callable[[], float]:
-    """A turn of the peer, which builds the default run's model and takes a step.
+    """Make a turn of the peer, which builds the default run's model and takes a step.
 
     Raises:
-        PeerMissing: there is none.
+        PeerMissing: there is no peer.
     """
     trainer = Trainer(TrainConfig(profile=True, model=model))  # pyright: ignore[reportArgumentType]
-    m, batch_size = trainer.model_config, trainer.config.batch_size
+    m = trainer.model_config
 
-    def seconds() -> float:
+    def take_turn() -> float:
         begin = time.time()
         peer = Peer(
-            "fp32", "step", m, platform=jax.default_backend(), batch_size=batch_size, remat=m.remat
+            "fp32",
+            "step",
+            m,
+            platform=jax.default_backend(),
+            batch_size=trainer.config.batch_size,
+            remat=m.remat,
         )
         with contextlib.closing(peer):
             return time.time() - begin
 
-    seconds()
-    return seconds
+    take_turn()  # raises PeerMissing before anything else is timed
+    return take_turn
 
 
 def main() -> None:
@@ -129,11 +135,12 @@ def main() -> None:
             with skip_if_impossible("torch"):
                 turns["torch fp32"] = make_torch_turn(config.model)
         times = run_interleaved(turns, config.rounds)
-    rows = {
-        name: {"median_s": t.median, "min_s": t.min, "seconds": t.seconds}
-        | {stage: median(s[stage] for s in stages[name][1:]) for stage in STAGES if name in stages}
-        for name, t in times.items()
-    }
+    rows: dict[str, dict[str, Any]] = {}
+    for name, t in times.items():
+        rows[name] = {"median_s": t.median, "min_s": t.min, "seconds": t.seconds}
+        if name in stages:  # the first round is for warming up
+            for stage in STAGES:
+                rows[name][stage] = median(seconds[stage] for seconds in stages[name][1:])
     print(
         format_table(
             [

@@ -1,13 +1,13 @@
-"""How fast is the train step? By model, batch, precision, remat and unroll, beside the torch peer.
+"""Time the train step by model, batch, precision, remat and unroll, beside the torch peer.
 
     python benchmarks/step.py
     python benchmarks/step.py --model DiT-XL/2 --batch_size 64 128 --peer autocast+compile
     python benchmarks/step.py --model DiT-XL/2 --batch_size 32 --remat true false --plan_only
 
-What is timed is `Trainer.update`: gradients, AdamW, the average of the weights and the metrics, on
-one batch of random pictures. All variants of one model and batch take turns, with their peers and
-with a large matrix product, the speed of which is what "of matmul" compares with. On a GPU that a
-peer shares, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
+Times `Trainer.update`: gradients, AdamW, the average of the weights and the metrics, on one batch
+of random images. All variants of one model and batch take turns, with their peers and with a large
+matrix product, whose speed is the reference of "of matmul". On a GPU that a peer shares, set
+XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ from training.config import TrainConfig
 
 
 class Precision(NamedTuple):
-    """What training calls it, and what it multiplies."""
+    """The flag of training, and the type of the operands of matrix products."""
 
     half_precision: Any
     dtype: Any
@@ -63,15 +63,15 @@ class StepConfig:
 
     Args:
         model: presets such as DiT-S/2.
-        batch_size: pictures of a step.
+        batch_size: images of a step.
         precision: of matrix products: fp32, bf16.
-        remat: whether blocks are recomputed in the backward pass, there and in the peer; by default
-            as in training.
+        remat: recompute blocks in the backward pass, of ours and of the peer; by default as in
+            training.
         unroll: blocks compiled side by side; by default as in training.
         image_size: pixels, or latents, to a side.
-        channels: of the pictures.
-        rounds: that count, after one that does not.
-        steps_per_turn: sent off one after the other before waiting; on a GPU more than one.
+        channels: of the images.
+        rounds: measured rounds, after one for warming up.
+        steps_per_turn: dispatched one after the other before waiting; on a GPU more than one.
         peer: torch, as fp32, autocast, fp32+compile or autocast+compile; none for no peer.
         plan_only: compile and take no step, without weights or peers, so that models may be larger
             than this machine.
@@ -91,15 +91,18 @@ class StepConfig:
 
 
 class Contestant(NamedTuple):
-    """One that takes turns, its model, and what is known of it besides its times."""
+    """One that takes turns, its model, and its results besides the times."""
 
-    make_turn: Callable[[], float]
+    turn: Callable[[], float]
     model: ModelConfig
     facts: dict[str, Any]
 
 
 def make_matmul_turn(precision: str) -> tuple[Callable[[], float], float]:
-    """A turn of products of large random matrices with float32 results, and the FLOPs of one."""
+    """Make a turn of products of large random matrices; returns it and the FLOPs of one product.
+
+    Results are float32.
+    """
     side = 2048 if jax.default_backend() == "cpu" else 8192
     keys = jax.random.split(jax.random.key(0))
     dtype = PRECISIONS[precision].dtype
@@ -109,9 +112,9 @@ def make_matmul_turn(precision: str) -> tuple[Callable[[], float], float]:
 
 
 def build_trainer(config: TrainConfig, precision: str, *, unroll: int | None = None) -> Trainer:
-    """A trainer of made-up pictures. What is None is what training does by default."""
+    """Build a trainer that reads no images; flags that are None have training's defaults."""
     half_precision = PRECISIONS[precision].half_precision
-    # A profile reads no pictures, so they may have any shape.
+    # A profile reads no images, so they may have any shape.
     trainer = Trainer(replace(config, half_precision=half_precision, profile=True))
     if unroll:
         m = trainer.model_config
@@ -120,17 +123,18 @@ def build_trainer(config: TrainConfig, precision: str, *, unroll: int | None = N
     return trainer
 
 
-def random_batch(trainer: Trainer) -> Any:
-    """A batch on the device. Not a blank one: a GPU multiplies zeros faster."""
-    rng, blank = np.random.default_rng(0), trainer.blank_batch()
+def make_random_batch(trainer: Trainer) -> Any:
+    """Make a batch on the device. It is not blank: a GPU multiplies zeros faster."""
+    rng = np.random.default_rng(0)
+    blank = trainer.blank_batch()
     image = rng.integers(0, 256, blank.image.shape, np.uint8)
     label = rng.integers(0, trainer.model_config.n_classes, len(image), np.int32)
     return parallel.shard_batch(blank._replace(image=image, label=label), trainer.mesh)
 
 
 def compile_our_step(trainer: Trainer, precision: str, *, n: int, plan_only: bool) -> Contestant:
-    """The update of a trainer, compiled and, but for a plan, taken once."""
-    batch = random_batch(trainer)
+    """Compile a trainer's update and, unless it is only planned, run it once."""
+    batch = make_random_batch(trainer)
     start = time.perf_counter()
     compiled = trainer.update.lower(trainer.state, batch, trainer.train_key).compile()
     compile_seconds = time.perf_counter() - start
@@ -143,7 +147,7 @@ def compile_our_step(trainer: Trainer, precision: str, *, n: int, plan_only: boo
         jax.block_until_ready(step())
     m = trainer.model_config
     facts = describe_model(m) | {
-        "by": f"ours {precision}{', remat' * m.remat}, unroll {m.unroll}",
+        "by": f"ours {precision}{', remat' if m.remat else ''}, unroll {m.unroll}",
         "precision": precision,
         "n_params": sum(x.size for x in jax.tree.leaves(trainer.state.params)),
         "compile_s": compile_seconds,
@@ -154,25 +158,33 @@ def compile_our_step(trainer: Trainer, precision: str, *, n: int, plan_only: boo
 
 
 def describe_model(m: ModelConfig) -> dict[str, Any]:
-    """What is known of a model before it is built."""
+    """Return the results that follow from a model's config."""
     forward = sum(training_flops.flops_by_module(m).values())
     flops = training_flops.TRAIN_PER_FORWARD * forward
     return {"remat": m.remat, "unroll": m.unroll, "train_flops_per_image": flops}
 
 
 def read_memory_stats() -> dict[str, int]:
-    """The allocator's own figures; none on a CPU."""
+    """Read the allocator's statistics; there are none on a CPU."""
     return jax.devices()[0].memory_stats() or {}
 
 
 def start_torch_step(
-    kind: str, m: ModelConfig, stack: contextlib.ExitStack, **how: Any
+    kind: str, m: ModelConfig, stack: contextlib.ExitStack, *, batch_size: int, n: int
 ) -> Contestant:
-    """A peer of the model, which ends with `stack`."""
-    peer = Peer(kind, "step", m, platform=jax.default_backend(), remat=m.remat, **how)
+    """Start a peer of the model, which ends with `stack`; n steps make a turn."""
+    peer = Peer(
+        kind,
+        "step",
+        m,
+        platform=jax.default_backend(),
+        batch_size=batch_size,
+        n=n,
+        remat=m.remat,
+    )
     stack.enter_context(contextlib.closing(peer))
     facts = describe_model(m) | {
-        "by": f"torch {kind}{', remat' * m.remat}",
+        "by": f"torch {kind}{', remat' if m.remat else ''}",
         "kind": kind,
         "precision": "bf16" if PEERS[kind].autocast else "fp32",
         "n_params": peer.n_params,
@@ -186,85 +198,99 @@ def start_torch_step(
 def list_contestants(
     config: StepConfig, model: str, batch_size: int, stack: contextlib.ExitStack
 ) -> list[Contestant]:
-    """Ours in every variant, and a peer of each kind for each remat; less what cannot be."""
-    found: list[Contestant] = []
+    """List ours in every variant, and a peer of each kind for each remat.
+
+    Those that do not fit into memory or cannot run here are left out.
+    """
+    contestants: list[Contestant] = []
     variants = product(config.precision, config.remat or [None], config.unroll or [None])
     for precision, remat, unroll in variants:
-        with skip_if_impossible(
-            f"{model} × {batch_size}, {precision}, remat {remat}, unroll {unroll}"
-        ):
-            settings: dict[str, Any] = {"model": model, "batch_size": batch_size, "remat": remat}
-            settings |= {"image_size": config.image_size, "channels": config.channels}
-            # Not kept by a name: one that has no room must not take it from the next.
-            found.append(
+        subject = f"{model} × {batch_size}, {precision}, remat {remat}, unroll {unroll}"
+        with skip_if_impossible(subject):
+            train_config = TrainConfig(
+                model=model,
+                batch_size=batch_size,
+                remat=remat,  # pyright: ignore[reportArgumentType]
+                image_size=config.image_size,
+                channels=config.channels,
+            )
+            # The trainer is not bound to a name: one that does not fit must free its memory
+            # before the next.
+            contestants.append(
                 compile_our_step(
-                    build_trainer(TrainConfig(**settings), precision, unroll=unroll),
+                    build_trainer(train_config, precision, unroll=unroll),
                     precision,
                     n=config.steps_per_turn,
                     plan_only=config.plan_only,
                 )
             )
-    models = {} if config.plan_only else {entry.model.remat: entry.model for entry in found}
+    if config.plan_only:
+        return contestants
+    models = {contestant.model.remat: contestant.model for contestant in contestants}
     for m, kind in product(models.values(), config.peer or ()):
         with skip_if_impossible(f"{model} × {batch_size}, torch, {kind}"):
-            how = {"batch_size": batch_size, "n": config.steps_per_turn}
-            found.append(start_torch_step(kind, m, stack, **how))
-    return found
+            contestants.append(
+                start_torch_step(kind, m, stack, batch_size=batch_size, n=config.steps_per_turn)
+            )
+    return contestants
 
 
 def time_training_step(config: StepConfig, model: str, batch_size: int) -> list[dict[str, Any]]:
-    """What is found of all variants of one model and batch."""
+    """Time all variants of one model and batch, and their peers."""
     with contextlib.ExitStack() as stack:
-        found = list_contestants(config, model, batch_size, stack)
+        contestants = list_contestants(config, model, batch_size, stack)
         products = {precision: make_matmul_turn(precision) for precision in PRECISIONS}
-        turns = {precision: run for precision, (run, _) in products.items()}
-        times = run_interleaved(turns | {e.facts["by"]: e.turn for e in found}, config.rounds)
-    # The best of a product beside the median of a step: a peak is what can be reached.
+        turns = {precision: turn for precision, (turn, _) in products.items()}
+        turns |= {contestant.facts["by"]: contestant.turn for contestant in contestants}
+        times = run_interleaved(turns, config.rounds)
+    # The best time of a product beside the median of a step: a peak is what can be reached.
     peaks = {name: flops / times[name].min for name, (_, flops) in products.items()}
     return [
         {"model": model, "batch_size": batch_size}
-        | e.facts
-        | summarize_step(e.facts, times[e.facts["by"]], batch_size, peaks)
-        | {"times_as_fast_as": compare_with_peers(e, found, times)}
-        for e in found
+        | contestant.facts
+        | summarize_step(contestant.facts, times[contestant.facts["by"]], batch_size, peaks)
+        | {"times_as_fast_as": compare_with_peers(contestant, contestants, times)}
+        for contestant in contestants
     ]
 
 
 def plan_training_step(config: StepConfig, model: str, batch_size: int) -> list[dict[str, Any]]:
-    """What the compiler knows of all variants of one model and batch."""
+    """Compile all variants of one model and batch, for the compiler's figures alone."""
     with (
         mock.patch.object(parallel, "create_sharded", parallel.abstract_state),
         contextlib.ExitStack() as stack,
     ):
-        found = list_contestants(config, model, batch_size, stack)
+        contestants = list_contestants(config, model, batch_size, stack)
     untimed = dict.fromkeys(
         ["median_s", "min_s", "images_per_second", "flops_per_second", "of_matmul", "of_data_sheet"]
     )
     return [
-        {"model": model, "batch_size": batch_size, "times_as_fast_as": {}} | e.facts | untimed
-        for e in found
+        {"model": model, "batch_size": batch_size, "times_as_fast_as": {}}
+        | contestant.facts
+        | untimed
+        for contestant in contestants
     ]
 
 
 def compare_with_peers(
-    entry: Contestant, found: list[Contestant], times: dict[str, Times]
+    contestant: Contestant, contestants: list[Contestant], times: dict[str, Times]
 ) -> dict[str, float]:
-    """How many times as fast this one is as each peer with the same remat."""
-    own = times[entry.facts["by"]]
+    """Compare with each peer of the same remat: above 1, this one is faster."""
+    own = times[contestant.facts["by"]]
     return {
         peer.facts["kind"]: own.times_as_fast_as(times[peer.facts["by"]])
-        for peer in found
-        if "kind" in peer.facts and peer.facts["remat"] == entry.facts["remat"]
+        for peer in contestants
+        if "kind" in peer.facts and peer.facts["remat"] == contestant.facts["remat"]
     }
 
 
 def summarize_step(
     facts: dict[str, Any], times: Times, batch_size: int, peaks: dict[str, float]
 ) -> dict[str, Any]:
-    """What follows from times and the FLOPs of a picture, in which recomputation is not counted."""
+    """Derive results from times and the FLOPs of an image; recomputation is not counted."""
     rate = facts["train_flops_per_image"] * batch_size / jax.device_count() / times.median
     dtype = PRECISIONS[facts["precision"]].dtype.__name__
-    sheet = training_flops.device_peak(jax.devices()[0].device_kind, dtype)
+    data_sheet_peak = training_flops.device_peak(jax.devices()[0].device_kind, dtype)
     return {
         "median_s": times.median,
         "min_s": times.min,
@@ -273,13 +299,13 @@ def summarize_step(
         "flops_per_second": rate,
         "matmul_flops_per_second": peaks[facts["precision"]],
         "of_matmul": rate / peaks[facts["precision"]],
-        "of_data_sheet": training_flops.mfu(rate, sheet),
+        "of_data_sheet": training_flops.mfu(rate, data_sheet_peak),
     }
 
 
 def format_step_row(row: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, str]:
-    """A line of the table, by column."""
-    si = profiling.si
+    """Format one row of the table, by column."""
+    si = profiling.format_si
     return {
         "model × batch": f"{row['model']} × {row['batch_size']}",
         "by": row["by"],
@@ -299,19 +325,17 @@ def main() -> None:
     config = cli.parse_flags(StepConfig)
     require_known("precision", config.precision, PRECISIONS)
     require_known("peer", config.peer, PEERS)
-    # Else a compile time might be the time to read a file.
+    # With the cache, a compile time might be the time to read a file.
     jax.config.update("jax_enable_compilation_cache", False)
+    run_one = plan_training_step if config.plan_only else time_training_step
     rows = []
     for model, batch_size in product(config.model, config.batch_size):
-        rows += (plan_training_step if config.plan_only else time_training_step)(
-            config, model, batch_size
-        )
+        rows += run_one(config, model, batch_size)
         print(f"{model} × {batch_size}: done", file=sys.stderr)
     print(format_table([format_step_row(row, config.peer or ()) for row in rows]))
     print("of matmul: of a large matrix product in the same rounds. plan: memory as XLA plans it.")
-    print(
-        "peak: memory held at most so far, of torch on a CPU the whole process. × torch: as fast."
-    )
+    print("peak: peak memory so far; of torch on a CPU, that of the whole process.")
+    print("× torch: speed relative to torch's.")
     print(make_json_line("step", rows=rows))
 
 

@@ -1,8 +1,8 @@
 """Times of steps that take turns, and how they are printed.
 
-Machines are shared and noisy: what is compared runs in the same minutes, one turn of each in every
-round. The first round, which warms caches, is dropped; medians, minima and ratios are of the rest.
-Knows nothing of what a step does.
+Machines are shared and noisy. Compared steps therefore run in the same minutes, one turn of each in
+every round. The first round, which warms caches, is dropped; medians, minima and ratios are of the
+rest. Knows nothing about the steps.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "diffusers")
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one step, one figure a round."""
+    """Seconds of one step, in each round."""
 
     seconds: tuple[float, ...]
 
@@ -43,64 +43,75 @@ class Times:
         return min(self.seconds)
 
     def times_as_fast_as(self, other: "Times") -> float:
-        """The median over rounds of how much sooner this one was done: above 1 is faster."""
+        """Return the median over rounds of the ratio of times: above 1, this one is faster."""
         return median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
 def make_turn(run: Callable[[], Any], *, n: int = 1) -> Callable[[], float]:
-    """What runs n steps one after the other, waits for the last, and returns the seconds of one."""
+    """Make a function that runs n steps and returns the seconds of one.
 
-    def seconds() -> float:
+    Steps are dispatched one after the other; it waits for the last.
+    """
+
+    def take_turn() -> float:
         start = time.perf_counter()
         for _ in range(n):
             result = run()
         jax.block_until_ready(result)
         return (time.perf_counter() - start) / n
 
-    return seconds
+    return take_turn
 
 
 def run_interleaved(turns: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Times]:
-    """One turn of each in every round, after a round that is dropped.
+    """Take one turn of each in every round, after a round that is dropped.
 
-    Each round begins with another one, so that none always follows the same.
+    Each round starts with another one, so that none always follows the same.
+
+    Raises:
+        UserError: `rounds` is below 1.
     """
     if rounds < 1:
         raise UserError(f"--rounds {rounds}: must be at least 1")
-    names, seconds = list(turns), {name: [] for name in turns}
+    names = list(turns)
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
     for i in range(rounds + 1):
         first = i % max(1, len(names))
         for name in names[first:] + names[:first]:
             seconds[name].append(turns[name]())
-    return {name: Times(tuple(several[1:])) for name, several in seconds.items()}
+    return {name: Times(tuple(values[1:])) for name, values in seconds.items()}
 
 
 @contextlib.contextmanager
-def skip_if_impossible(what: str) -> Iterator[None]:
-    """Says in one line why something cannot be measured, and goes on."""
+def skip_if_impossible(subject: str) -> Iterator[None]:
+    """Print in one line why something cannot be measured, instead of raising.
+
+    Only a missing peer and exhausted memory are skipped.
+    """
     try:
         yield
     except PeerMissing as reason:
-        print(f"left out: {what}: {reason}", flush=True)
+        print(f"left out: {subject}: {reason}", flush=True)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(f"left out: {what}: out of memory", flush=True)
+        print(f"left out: {subject}: out of memory", flush=True)
 
 
 def require_known(flag: str, given: Iterable[str] | None, known: Iterable[str]) -> None:
-    """Raises UserError where a flag has a value that does not exist."""
+    """Raise UserError if a flag has an unknown value."""
     for value in given or ():
         if value not in known:
             raise unknown_name(flag, value, known)
 
 
 def describe_device() -> str:
-    """What everything ran on: the accelerators, or the processor."""
+    """Describe the accelerators, or the processor if there are none."""
     if jax.default_backend() != "cpu":
         return f"{jax.device_count()} × {jax.devices()[0].device_kind}"
-    cpuinfo, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
-    if cpuinfo.exists():  # Linux, where `platform` knows no more than x86_64
+    cpuinfo = Path("/proc/cpuinfo")
+    name = platform.processor() or platform.machine()
+    if cpuinfo.exists():  # Linux, where `platform` says no more than x86_64
         name = next(
             (s.split(": ")[1] for s in cpuinfo.read_text().splitlines() if "model name" in s), name
         )
@@ -108,19 +119,20 @@ def describe_device() -> str:
 
 
 def list_versions() -> dict[str, str]:
-    """Of Python and of the packages that are installed."""
-    found = {"python": platform.python_version()}
+    """List the versions of Python and of those of `PACKAGES` that are installed."""
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def format_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows by column, as lines that a person and Markdown can read; all but the first column stand
-    to the right, and columns of which nothing is known are left out.
+    """Format rows as an aligned Markdown table.
+
+    All columns but the first are aligned to the right. Columns without any value are left out.
     """
     columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
     lines = [[], [], *([] for _ in rows)]
@@ -136,7 +148,7 @@ def format_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def make_json_line(benchmark: str, **results: Any) -> str:
-    """The last line of a benchmark: its results, and where they come from."""
+    """Make the last line of a benchmark: its results, the machine, the command and versions."""
     facts = {
         "benchmark": benchmark,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -148,11 +160,12 @@ def make_json_line(benchmark: str, **results: Any) -> str:
 
 
 def format_number(value: float | None, digits: int = 3) -> str:
-    """Three digits, or n/a."""
+    """Format a number with three digits, or as n/a."""
     if value is None:
         return "n/a"
     return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
 
 
 def format_percent(value: float | None) -> str:
+    """Format a share as a percentage, or as n/a."""
     return "n/a" if value is None else f"{value:.0%}"

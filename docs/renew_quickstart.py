@@ -1,7 +1,7 @@
-"""Run the notebook in a clean kernel and keep what it shows: `python docs/renew_quickstart.py`.
+"""Run the notebook in a clean kernel and save its outputs: `python docs/renew_quickstart.py`.
 
-Or another notebook, in a folder, into a file: `python docs/renew_quickstart.py SOURCE FOLDER TARGET`. A
-cell that ends in an error is kept too; whether there is one is for a test to say.
+To run another notebook, in a folder, into a file: `python docs/renew_quickstart.py SOURCE FOLDER
+TARGET`. A cell that ends in an error is saved too; a test checks that there is none.
 """
 
 import sys
@@ -14,16 +14,21 @@ QUICKSTART = Path(__file__).parent / "quickstart.ipynb"
 
 
 def renew(source: Path, folder: Path, target: Path) -> None:
-    """Without what differs from one time to the next, or is there twice."""
+    """Run a notebook, and save it without outputs that vary from run to run or are duplicates."""
     notebook = nbformat.read(source, 4)
-    how = {"timeout": 600, "kernel_name": "python3", "record_timing": False, "allow_errors": True}
-    nbclient.NotebookClient(
-        notebook, resources={"metadata": {"path": str(folder)}}, **how
-    ).execute()
-    notebook.metadata["language_info"] = {"name": "python"}  # not which one
+    client = nbclient.NotebookClient(
+        notebook,
+        timeout=600,
+        kernel_name="python3",
+        record_timing=False,
+        allow_errors=True,
+        resources={"metadata": {"path": str(folder)}},
+    )
+    client.execute()
+    notebook.metadata["language_info"] = {"name": "python"}  # without the version
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
-            output.get("data", {}).pop("image/jpeg", None)  # of Pillow's, which also gives a PNG
+            output.get("data", {}).pop("image/jpeg", None)  # Pillow also gives a PNG
     nbformat.write(notebook, target)
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Float64
 from inference import curves
 from runtime import files, parallel, processes, run_folder
 from runtime.errors import UserError
-from training import tracking
+from training import step as training_step
 from training.loop import Loop
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def range_test(loop: Loop, n_steps: int) -> str:
 
         def step(_: int) -> float | None:
             report = jax.device_get(loop.train_step(next(placed)))
-            loss = tracking.metrics_line(report)["loss"]
+            loss = training_step.metrics_line(report)["loss"]
             # A step that is skipped because its loss scale is too large is no divergence.
             return None if math.isnan(loss) and not report.bad_steps else loss
 

@@ -203,9 +203,9 @@ def roofline(profile: StepProfile, peak: Peak | None, *, n_devices: int = 1) -> 
     """
     speed = profile.flops_per_second / n_devices
     if peak is None:
-        return f"n/a: this device's peak is unknown; it reaches {si(speed, 'FLOP/s')}."
+        return f"n/a: this device's peak is unknown; it reaches {format_si(speed, 'FLOP/s')}."
     reached = (
-        f"reaches {speed / peak.flops_per_second:.1%} of {si(peak.flops_per_second, 'FLOP/s')}"
+        f"reaches {speed / peak.flops_per_second:.1%} of {format_si(peak.flops_per_second, 'FLOP/s')}"
     )
     low = profile.cost.intensity
     if low is None or peak.bytes_per_second is None or profile.cost.accessed_bytes is None:
@@ -253,7 +253,7 @@ def report(
     """Format the model, the device, the table of steps and the rooflines as text."""
     roof = "n/a (give --peak_tflops)"
     if peak:
-        roof = f"{si(peak.flops_per_second, 'FLOP/s')}, {si(peak.bytes_per_second, 'B/s')}"
+        roof = f"{format_si(peak.flops_per_second, 'FLOP/s')}, {format_si(peak.bytes_per_second, 'B/s')}"
         roof += f" ({peak.source})"
     lines = [
         *_model_lines(config, n_params),
@@ -280,10 +280,10 @@ def _model_lines(config: Any, n_params: int) -> list[str]:
         "MODEL",
         f"  width {config.width}, depth {config.depth}, {config.n_heads} heads, patch {patch}, "
         f"image {size}×{size}×{config.channels}, {(size // patch) ** 2} tokens",
-        f"  {si(n_params, '')} parameters; in fp32: weights {si(4 * n_params, 'B')}, "
-        f"EMA {si(4 * n_params, 'B')}, Adam's moments {si(8 * n_params, 'B')}",
+        f"  {format_si(n_params, '')} parameters; in fp32: weights {format_si(4 * n_params, 'B')}, "
+        f"EMA {format_si(4 * n_params, 'B')}, Adam's moments {format_si(8 * n_params, 'B')}",
         "FORWARD FLOPS PER IMAGE (2 per multiply-add; matrix products only)",
-        *(f"  {name:26}{si(x, 'FLOP'):>12}{x / forward:8.1%}" for name, x in shares.items()),
+        *(f"  {name:26}{format_si(x, 'FLOP'):>12}{x / forward:8.1%}" for name, x in shares.items()),
     ]
 
 
@@ -295,15 +295,15 @@ def _step_lines(profiles: Sequence[StepProfile], peak: Peak | None, n_devices: i
         share = mfu(speed, peak)
         return [
             p.name,
-            si(p.flops, "FLOP"),
-            si(c.flops, "FLOP"),
-            si(c.accessed_bytes, "B"),
+            format_si(p.flops, "FLOP"),
+            format_si(c.flops, "FLOP"),
+            format_si(c.accessed_bytes, "B"),
             "n/a" if c.intensity is None else f"{c.intensity:.3g} FLOP/B",
-            *(si(x, "B") for x in (c.argument_bytes, c.output_bytes, c.alias_bytes)),
-            *(si(x, "B") for x in (c.temporary_bytes, c.memory_bytes)),
-            si(p.compile_seconds, "s"),
-            si(p.seconds, "s"),
-            si(speed, "FLOP/s"),
+            *(format_si(x, "B") for x in (c.argument_bytes, c.output_bytes, c.alias_bytes)),
+            *(format_si(x, "B") for x in (c.temporary_bytes, c.memory_bytes)),
+            format_si(p.compile_seconds, "s"),
+            format_si(p.seconds, "s"),
+            format_si(speed, "FLOP/s"),
             "n/a" if share is None else f"{share:.1%}",
         ]
 
@@ -319,7 +319,7 @@ def _step_lines(profiles: Sequence[StepProfile], peak: Peak | None, n_devices: i
     ]
 
 
-def si(value: float | None, unit: str) -> str:
+def format_si(value: float | None, unit: str) -> str:
     """Format a value with three digits, an SI prefix and its unit: 12.1 GFLOP. None is n/a."""
     if value is None:
         return "n/a"

@@ -234,8 +234,8 @@ def reject_unused_flags(values: dict[str, Any], given: dict[str, Any]) -> None:
         UserError: there is such a flag.
     """
     for name, (other, required) in REQUIRED_FLAG.items():
-        found = values.get(other)
-        is_read = found == required if required else found
+        actual = values.get(other)
+        is_read = actual == required if required else actual
         if name in given and not is_read:
             raise UserError(f"--{name} is for --{other}{f' {required}' if required else ''}")
 

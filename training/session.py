@@ -25,7 +25,8 @@ from runtime import files, parallel, processes, run_folder
 from runtime.checkpoint import Checkpoints, DiskFullError
 from runtime.errors import RunError, UserError
 from runtime.signals import StopRequest
-from training import tracking, wandb_sink
+from training import step as training_step
+from training import wandb_sink
 from training.step import StepReport
 from training.tracking import NullTracker, Sink, Throughput, Tracker
 
@@ -274,7 +275,7 @@ class RunSession:
         if step % config.log_every == 0:
             report = jax.device_get(report)
             rate = self.run.learning_rate(step - 1 - report.skipped)
-            line = tracking.metrics_line(report) | {"learning_rate": rate}
+            line = training_step.metrics_line(report) | {"learning_rate": rate}
             self.tracker.log(step, line | self._speed())
         return True
 

@@ -5,6 +5,7 @@ are arguments; nothing here knows a network.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -124,6 +125,24 @@ def update(
 def _where(condition: Bool[Array, ""], new: Any, old: Any) -> Any:
     """`jnp.where` over two trees."""
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+
+
+def metrics_line(report: StepReport) -> dict[str, Any]:
+    """A line of metrics from a fetched report: means over the steps since the last line, and
+    the norms of this step. A loss in bins of t becomes the mean loss of each bin.
+    """
+    window = dict(report.window)
+    n_steps = window.pop("steps") or math.nan  # none of them was finite
+    means = {name: total / n_steps for name, total in window.items()}
+    line: dict[str, Any] = {}
+    if report.loss_scale is not None:
+        line["loss_scale"] = float(report.loss_scale)
+    line["param_norm"] = float(report.param_norm)
+    line["update_norm"] = float(report.update_norm)
+    if "binned_loss" in means:
+        bins = zip(means.pop("binned_loss"), means.pop("bin_share"), strict=True)
+        line["loss_by_t"] = [float(loss / share) if share else None for loss, share in bins]
+    return {name: float(value) for name, value in means.items()} | line
 
 
 def initial_state(

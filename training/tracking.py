@@ -17,7 +17,6 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime.files import atomic_file
-from training.step import StepReport
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -274,24 +273,6 @@ def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
             yield from _scalars(f"{name}/{low:.1f}-{high:.1f}", number)
     elif value is not None:
         yield name, value
-
-
-def metrics_line(report: StepReport) -> dict[str, Any]:
-    """A line of metrics from a step's fetched report: means over the steps since the last line, and
-    the norms of this step. A loss in bins of t becomes the mean loss of each bin.
-    """
-    window = dict(report.window)
-    n_steps = window.pop("steps") or math.nan  # none of them was finite
-    means = {name: total / n_steps for name, total in window.items()}
-    line: dict[str, Any] = {}
-    if report.loss_scale is not None:
-        line["loss_scale"] = float(report.loss_scale)
-    line["param_norm"] = float(report.param_norm)
-    line["update_norm"] = float(report.update_norm)
-    if "binned_loss" in means:
-        bins = zip(means.pop("binned_loss"), means.pop("bin_share"), strict=True)
-        line["loss_by_t"] = [float(loss / share) if share else None for loss, share in bins]
-    return {name: float(value) for name, value in means.items()} | line
 
 
 class Throughput:

@@ -66,8 +66,8 @@ def load_starting_weights(path_or_id: str) -> StartingWeights:
     folder = Path(path_or_id).expanduser()
     if not (folder / CHECKPOINTS_FOLDER).is_dir():
         with processes.first_then_others():
-            found = transformer.load_transformer(path_or_id)
-        return StartingWeights(found.config, found.params, found.settings, found.id)
+            published = transformer.load_transformer(path_or_id)
+        return StartingWeights(published.config, published.params, published.settings, published.id)
     # Sharded over all devices while loading: the whole is in host memory only.
     run = TrainedModel.from_run(folder, fsdp=jax.device_count())
     return StartingWeights(

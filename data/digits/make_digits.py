@@ -24,15 +24,14 @@ def encode_png(levels: np.ndarray) -> bytes:
 
 
 def main() -> None:
-    counts, labels = load_digits(return_X_y=True)
-    digits = np.asarray(counts).reshape(-1, 8, 8)
-    labels = np.asarray(labels)
+    levels, labels = load_digits(return_X_y=True)
+    levels, labels = np.asarray(levels).reshape(-1, 8, 8), np.asarray(labels)
     rows = np.arange(len(labels))
     train, test = train_test_split(rows, test_size=0.2, random_state=0, stratify=labels)
-    for split, chosen in {"train": np.sort(train), "test": np.sort(test)}.items():
-        # The file name keeps the row in scikit-learn's table, so every image can be traced back.
-        images = [{"bytes": encode_png(digits[i]), "path": f"{i:04d}.png"} for i in chosen]
-        columns = {"image": images, "label": labels[chosen]}
+    for split, split_rows in {"train": np.sort(train), "test": np.sort(test)}.items():
+        # The file name holds the row in scikit-learn's table, so every image can be traced back.
+        images = [{"bytes": encode_png(levels[i]), "path": f"{i:04d}.png"} for i in split_rows]
+        columns = {"image": images, "label": labels[split_rows]}
         path = Path(__file__).parent / "data" / f"{split}-00000-of-00001.parquet"
         Dataset.from_dict(columns, features=FEATURES).to_parquet(path)
 

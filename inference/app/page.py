@@ -35,10 +35,12 @@ MAX_QUEUED = 20  # jobs that wait for the device; more are refused
 MAX_GRIDS = 24  # of a run's samples during training
 MAX_CFG_SCALE = 15  # of the slider, unless the model's own is larger
 FILE_SECONDS = 3600  # how long an image stays available to its visitor
+# Grids keep their proportions, where thumbnails would be squares, and captions stay below them. All
+# of a gallery is shown, without a scroll bar.
 CSS = """
 footer {display: none !important}
-#grids button {aspect-ratio: auto !important}  /* the grids are wide; thumbnails would be squares */
-.grid-wrap {max-height: none !important}       /* show the whole gallery, without a scroll bar */
+#grids button {aspect-ratio: auto !important; padding-bottom: 2.2rem !important}
+.grid-wrap {max-height: none !important}
 """
 IMAGE_BUTTONS = ["download", "fullscreen"]  # the default has one that uploads to a public site
 # Settings that identify a run come first in its table.
@@ -187,8 +189,8 @@ def add_request_fields() -> list[Any]:
     negative = gr.Textbox(label="Negative prompt", elem_id="negative", visible=False)
     solver = gr.Dropdown(list(SOLVERS), label="Sampler", elem_id="solver")
     with gr.Row():
-        low = gr.Number(0, label="Guidance from t =", step=0.1, min_width=80, elem_id="low")
-        high = gr.Number(1, label="to t = (1 is noise)", step=0.1, min_width=80, elem_id="high")
+        low = gr.Number(0, label="Guidance from t", step=0.1, min_width=80, elem_id="low")
+        high = gr.Number(1, label="to t (1 is noise)", step=0.1, min_width=80, elem_id="high")
     seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
     random_seed = gr.Button("Random seed", size="sm", elem_id="random-seed")
     connect(random_seed.click, lambda: random.randrange(MAX_SEED), [], [seed])
@@ -277,7 +279,7 @@ def add_generate_tab(
         generate = gr.Button("Generate", variant="primary", elem_id="generate")
         with_trajectory = gr.Checkbox(label="Show the trajectory", elem_id="with-trajectory")
     gallery = add_gallery("images", columns=6)
-    animation = add_image("From noise to data", "trajectory", visible=False)
+    animation = add_image("trajectory", visible=False)
 
     def on_generate(
         name: str,
@@ -312,8 +314,9 @@ def add_comparison_tab(models: ModelLibrary, model: gr.Dropdown, fields: list[An
     with gr.Row():
         scales = gr.Textbox("1 2 4 8", label="Guidance scales (rows)", elem_id="scales")
         steps = gr.Textbox("2 5 10 25", label="Steps (columns)", elem_id="columns")
+    gr.Markdown("One sample per cell, all from the same noise.")
     compare = gr.Button("Generate grid", variant="primary", elem_id="compare")
-    grid = add_image("One sample per cell, all from the same noise", "comparison")
+    grid = add_image("comparison")
 
     def on_compare(name: str, scales: str, steps: str, *values: Any) -> Iterator[Image.Image]:
         with show_errors():
@@ -365,10 +368,10 @@ def add_gallery(elem_id: str, *, columns: int) -> gr.Gallery:
     )
 
 
-def add_image(label: str, elem_id: str, *, visible: bool = True) -> gr.Image:
-    """Add a single image."""
+def add_image(elem_id: str, *, visible: bool = True) -> gr.Image:
+    """Add a single image. Gradio would lay a label over its corner."""
     return gr.Image(
-        label=label,
+        show_label=False,
         elem_id=elem_id,
         format="png",
         buttons=IMAGE_BUTTONS,  # pyright: ignore

@@ -1,4 +1,4 @@
-"""What is drawn on the devices is what the host would have sent."""
+"""A run with its dataset on the devices is the run without."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from runtime.errors import UserError
 from train import Trainer
 
 
-def test_a_run_with_its_data_on_the_device_is_the_same_run(tmp_path, capsys):
+def test_a_run_with_its_dataset_on_the_devices_is_the_same_run(tmp_path, capsys):
     runs = []
     for cached in (False, True):
         config = replace(TINY, cache_on_device=cached, run_dir=tmp_path / str(cached))
@@ -23,14 +23,14 @@ def test_a_run_with_its_data_on_the_device_is_the_same_run(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("flags", "message"),
     [
         ({"streaming": True}, "--cache_on_device holds the whole dataset"),
         ({"in_memory": False}, "--cache_on_device holds the whole dataset"),
-        ({"caption": ("a {label}",)}, "--cache_on_device is for classes"),
-        ({"profile": True}, "--profile is of blank batches, .*: add --nocache_on_device"),
+        ({"caption": ("a {label}",)}, "--cache_on_device is for class labels"),
+        ({"profile": True}, "--profile measures blank batches .*: add --nocache_on_device"),
     ],
 )
-def test_what_cannot_lie_on_devices_is_said(how, message):
+def test_flags_that_do_not_go_with_cache_on_device_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
-        Trainer(replace(TINY, cache_on_device=True, **how))
+        Trainer(replace(TINY, cache_on_device=True, **flags))

@@ -1,4 +1,4 @@
-"""An exported folder computes what the run computes, has a correct card, and is never half written."""
+"""An exported folder computes what its run computes, describes it, and is never half written."""
 
 import json
 from dataclasses import replace
@@ -65,7 +65,7 @@ def test_the_cards_code_loads_the_model_here(folder):
     code = first_code_block((folder / "README.md").read_text(), "## Here")
     names = {}
     exec(code.replace("PATH_OR_ID", str(folder)), names)
-    assert names["found"].id == str(folder)
+    assert names["exported"].id == str(folder)
     x, t, label = jnp.zeros((1, 8, 8, 1)), jnp.ones(1), jnp.zeros(1, int)
     assert names["model"](x, t, label).shape == (1, 8, 8, 2)
 

@@ -1,4 +1,4 @@
-"""The figures of a run are drawn, or it is said why not."""
+"""The figures of a run are made, or a line says why not."""
 
 from pathlib import Path
 
@@ -14,15 +14,15 @@ OF_WEIGHTS = ["trajectory.gif", "x0.png", "cfg_sweep.png", "denoising.png"]
 
 
 def size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as picture:
-        return picture.size
+    with Image.open(path) as image:
+        return image.size
 
 
 @pytest.mark.slow
 def test_all_of_a_run_with_classes(command, tmp_path):
     out = tmp_path / "there"
-    drawn, left_out = command(drawable(), out=out)
-    assert (drawn, left_out) == ({*OF_RECORDS, *OF_WEIGHTS}, [])
+    made, left_out = command(drawable(), out=out)
+    assert (made, left_out) == ({*OF_RECORDS, *OF_WEIGHTS}, [])
     with Image.open(out / "trajectory.gif") as gif:
         assert len(list(ImageSequence.Iterator(gif))) == 4  # the states of three steps
     # As wide as a page shows them: ten classes of 64 pixels.
@@ -30,9 +30,9 @@ def test_all_of_a_run_with_classes(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_cannot_be_had_is_left_out_with_a_line(command):
-    drawn, left_out = command(drawable(NOTHING, conditioning="none", cfg_scale=1.0))
-    assert drawn == {*OF_RECORDS, *OF_WEIGHTS} - {"cfg_sweep.png"}
+def test_a_figure_that_cannot_be_made_is_left_out_with_a_line(command):
+    made, left_out = command(drawable(NOTHING, conditioning="none", cfg_scale=1.0))
+    assert made == {*OF_RECORDS, *OF_WEIGHTS} - {"cfg_sweep.png"}
     assert left_out == [
         "cfg_sweep.png is left out: an unconditional model has no label to be guided by"
     ]

@@ -1,4 +1,4 @@
-"""`--overfit_batch` trains on the first batch alone, and is evaluated on it."""
+"""`--overfit_batch` trains on the first batch only, and evaluates on it."""
 
 import json
 from dataclasses import replace
@@ -14,7 +14,7 @@ ONE = replace(TINY, overfit_batch=True)
 
 
 @pytest.mark.slow
-def test_a_run_on_one_batch_goes_on_as_one(tmp_path, capsys):
+def test_a_run_on_one_batch_resumes_bit_for_bit(tmp_path, capsys):
     whole = Trainer(replace(ONE, run_dir=tmp_path / "whole"))
     whole.fit()
     assert json.loads((tmp_path / "whole/config.json").read_text())["overfit_batch"] is True
@@ -28,6 +28,6 @@ def test_a_run_on_one_batch_goes_on_as_one(tmp_path, capsys):
         Trainer(other)
 
 
-def test_one_batch_needs_no_cache():
-    with pytest.raises(UserError, match="needs no --cache_on_device"):
+def test_cache_on_device_is_refused():
+    with pytest.raises(UserError, match="--cache_on_device are mutually exclusive"):
         Trainer(replace(ONE, cache_on_device=True))

@@ -13,6 +13,7 @@ from datasets import Image
 from pipeline_cases import (
     FakeEncoders,
     batches_equal,
+    cifar,  # noqa: F401
     coco,  # noqa: F401
     image_cells,
     own_cache,  # noqa: F401

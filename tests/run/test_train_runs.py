@@ -1,4 +1,4 @@
-"""A run does what it says, goes on where it stopped, and fails in one line."""
+"""A run leaves what it promises, resumes bit for bit, and fails with one line."""
 
 import json
 import os
@@ -50,8 +50,8 @@ def test_a_run_leaves_what_it_promises(whole, capsys):
     with Image.open(folder / "samples" / "trajectory.gif") as gif:
         assert len(list(ImageSequence.Iterator(gif))) == 3  # the states of two solver steps
     assert {path.name for path in (folder / "figures").iterdir()} == {"curves.png", "progress.gif"}
-    with Image.open(folder / "samples" / "final.png") as picture:
-        assert min(picture.size) > 256  # large enough for a person to see
+    with Image.open(folder / "samples" / "final.png") as grid:
+        assert min(grid.size) > 256  # large enough for a person to see
 
 
 @pytest.mark.slow
@@ -96,7 +96,7 @@ def test_interrupted_and_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_a_streamed_run_that_is_resumed_is_one_that_was_not(tmp_path, capsys):
+def test_a_streamed_run_resumes_bit_for_bit(tmp_path, capsys):
     config = replace(TINY, streaming=True, shuffle_buffer=100, n_workers=0)
     whole = Trainer(replace(config, run_dir=tmp_path / "whole"))
     whole.fit()
@@ -105,21 +105,21 @@ def test_a_streamed_run_that_is_resumed_is_one_that_was_not(tmp_path, capsys):
     assert resumed.step == 7 and resumed.data.grouped_shuffle
     resumed.fit()
     assert_same(resumed.state, whole.state)
-    # Its batches are others than those of a set that is drawn from as a whole.
+    # Its batches differ from those of a dataset that is shuffled as a whole.
     assert not np.array_equal(whole.data.batch_rows(0), Trainer(TINY).data.batch_rows(0))
 
 
 def break_steps(trainer, *positions):
-    """Let the loss be NaN on the batches at these places in the order of all batches."""
+    """Make the loss NaN on the batches at these positions in the order of all batches."""
     honest_step = trainer.update
 
     def step(state, batch, key):
         if trainer.position not in positions:
             return honest_step(state, batch, key)
         nan = jax.tree.map(lambda x: x * np.nan, state.params)
-        kept = jax.tree.map(np.asarray, state)
+        saved = jax.tree.map(np.asarray, state)
         new, report = honest_step(replace(state, params=nan), batch, key)
-        weights = {name: getattr(kept, name) for name in ("params", "ema", "opt_state")}
+        weights = {name: getattr(saved, name) for name in ("params", "ema", "opt_state")}
         return parallel.replicate(replace(new, **weights), trainer.mesh), report
 
     trainer.update = step
@@ -145,12 +145,12 @@ def test_a_bad_step_changes_nothing_but_the_counts(tmp_path):
     assert (report.bad_steps, report.skipped) == (0, 1)
 
 
-def test_bad_steps_take_a_run_back_to_its_checkpoint_and_past_their_batches(tmp_path, capsys):
+def test_bad_steps_roll_a_run_back_to_its_checkpoint_and_skip_their_batches(tmp_path, capsys):
     config = replace(TINY, nan_patience=2, run_dir=tmp_path / "run")
     trainer = Trainer(config)
     break_steps(trainer, 7, 8, 9)
     trainer.fit()
-    assert (trainer.step, trainer.position) == (12, 12 + 3)  # from step 6 on with batch 9
+    assert (trainer.step, trainer.position) == (12, 12 + 3)  # from step 6 on, with batch 9
     out = capsys.readouterr().out
     assert "not finite at step 9 (2 in a row): rolling back to step 6" in out
     assert [line["step"] for line in metrics(tmp_path / "run")] == [5, 6, 10, 12]
@@ -166,17 +166,19 @@ def test_bad_steps_take_a_run_back_to_its_checkpoint_and_past_their_batches(tmp_
     assert_same(trainer.state.opt_state, plain.state.opt_state)
 
 
-def test_a_loss_that_stays_not_finite_stops_the_run_after_three_returns(tmp_path, capsys):
+def test_a_loss_that_stays_non_finite_ends_the_run_after_three_rollbacks(tmp_path, capsys):
     trainer = Trainer(replace(TINY, nan_patience=2, n_steps=60, run_dir=tmp_path / "run"))
     trainer.fit(6)
     break_steps(trainer, *range(6, 60))
-    with pytest.raises(RunError, match=r"not finite at step 8, after 3 rollbacks.* step 6; .* rows"):
+    with pytest.raises(
+        RunError, match=r"not finite at step 8, after 3 rollbacks.* step 6; .* rows"
+    ):
         trainer.fit()
     assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"6"}
     assert capsys.readouterr().out.count("rolling back to step 6") == 3
 
 
-def test_without_a_checkpoint_a_run_goes_back_to_its_start(tmp_path, capsys):
+def test_without_a_checkpoint_a_run_rolls_back_to_its_start(tmp_path, capsys):
     trainer = Trainer(replace(TINY, nan_patience=1, n_steps=4, run_dir=tmp_path / "run"))
     break_steps(trainer, 1)
     trainer.fit()
@@ -184,10 +186,10 @@ def test_without_a_checkpoint_a_run_goes_back_to_its_start(tmp_path, capsys):
     assert "rolling back to step 0" in capsys.readouterr().out
 
 
-def test_a_checkpoint_that_fails_while_training_goes_on_is_said_under_its_own_step(
+def test_a_checkpoint_that_fails_while_training_continues_is_reported_under_its_own_step(
     tmp_path, capsys, monkeypatch
 ):
-    """And the next is saved all the same."""
+    """And the next one is saved."""
     failures = iter([DiskFullError("no space left")])
     honest_wait = Checkpoints.wait
 
@@ -205,7 +207,7 @@ def test_a_checkpoint_that_fails_while_training_goes_on_is_said_under_its_own_st
 
 
 @pytest.mark.slow
-def test_it_overfits_eight_pictures(tmp_path, capsys):
+def test_training_overfits_eight_images(tmp_path, capsys):
     copy = make_copy("digits", tmp_path / "data", n=8)
     config = replace(
         TINY,
@@ -224,11 +226,11 @@ def test_it_overfits_eight_pictures(tmp_path, capsys):
     assert losses[-1] < 0.4 * losses[0]
 
 
-def test_evaluation_is_always_of_the_same_times_and_noise(whole):
+def test_every_evaluation_uses_the_same_times_and_noise(whole):
     assert whole.evaluate() == whole.evaluate()
 
 
-def test_samples_come_from_the_average(whole):
+def test_samples_come_from_the_averaged_weights(whole):
     averaged, raw = whole.sample([3, "7"]), whole.sample([3, 7], ema=False)
     assert averaged.shape == (2, 8, 8, 1) and averaged.dtype == np.float32
     assert np.abs(averaged - raw).max() > 1e-3
@@ -242,11 +244,11 @@ def test_the_live_model_survives_training(whole):
     batch = next(whole.data.train_batches(0, 1))
     before = whole.state, whole.step
     trainer = Trainer.from_run(whole.run_dir)
-    kept = trainer.model()
+    live = trainer.model()
     trainer.train_step(batch)
     x = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
     t, label = jax.numpy.full(8, 0.5), jax.numpy.arange(8)
-    np.testing.assert_allclose(kept(x, t, label), model(x, t, label), atol=1e-6)
+    np.testing.assert_allclose(live(x, t, label), model(x, t, label), atol=1e-6)
     assert before == (whole.state, whole.step)
 
 
@@ -291,7 +293,7 @@ def test_too_large_a_loss_scale_is_no_bad_step_and_is_halved(tmp_path):
     assert np.isfinite(report.window["grad_norm"])
 
 
-def test_a_loss_that_is_not_finite_in_float16_is_a_bad_step(tmp_path):
+def test_a_non_finite_loss_in_float16_is_a_bad_step(tmp_path):
     trainer = fp16(tmp_path, 2.0**10)
     (batch,) = trainer.data.train_batches(0, 1)
     break_weights(trainer)
@@ -299,7 +301,7 @@ def test_a_loss_that_is_not_finite_in_float16_is_a_bad_step(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_in_float16_records_its_loss_scale_and_goes_on_bit_for_bit(tmp_path, capsys):
+def test_a_run_in_float16_records_its_loss_scale_and_resumes_bit_for_bit(tmp_path, capsys):
     trainer = fp16(tmp_path, 2.0**30)
     trainer.fit(6)
     resumed = Trainer.from_run(tmp_path / "run")
@@ -313,7 +315,7 @@ def test_a_run_in_float16_records_its_loss_scale_and_goes_on_bit_for_bit(tmp_pat
 
 
 @pytest.mark.slow
-def test_parts_of_a_batch_train_as_the_whole_does(tmp_path, capsys):
+def test_microbatches_train_like_the_whole_batch(tmp_path, capsys):
     records = []
     for n in (1, 4):
         config = replace(TINY, batch_size=32, accumulate_steps=n, run_dir=tmp_path / str(n))
@@ -325,8 +327,8 @@ def test_parts_of_a_batch_train_as_the_whole_does(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_fsdp_trains_as_replicas_do(tmp_path):
-    """And its checkpoint opens without it."""
+def test_fsdp_trains_like_replicas(tmp_path):
+    """And its checkpoint opens without FSDP."""
     reports = []
     for fsdp in (1, 4):
         config = replace(TINY, fsdp=fsdp, run_dir=tmp_path / str(fsdp), n_steps=3)
@@ -348,7 +350,10 @@ def test_fsdp_trains_as_replicas_do(tmp_path):
         ({"block": "adaln-zero"}, "unknown block 'adaln-zero'; did you mean 'adaln_zero'"),
         ({"patch_size": 3}, "image_size 8 is not divisible by patch_size 3"),
         ({"batch_size": 12}, "--batch_size 12 is not divisible by the 8 devices"),
-        ({"accumulate_steps": 2}, "--batch_size 8 is not divisible by the 8 devices × 2 microbatches"),
+        (
+            {"accumulate_steps": 2},
+            "--batch_size 8 is not divisible by the 8 devices × 2 microbatches",
+        ),
         ({"nan_patience": 0}, "--nan_patience 0: must be above 0"),
         ({"fsdp": 3}, "--fsdp 3 does not divide the 8 devices"),
         ({"learning_rate": 0.0}, "--learning_rate 0.0: must be above 0"),
@@ -429,7 +434,7 @@ def on_captions(tmp_path_factory) -> Trainer:
 
 
 @pytest.mark.slow
-def test_a_run_on_captions_goes_on_without_its_tower(on_captions, tmp_path, capsys):
+def test_a_run_on_captions_resumes_without_its_text_encoder(on_captions, tmp_path, capsys):
     half = tmp_path / "half"
     config = replace(on_captions.config, run_dir=half)
     shutil.copytree(on_captions.run_dir, half)
@@ -441,8 +446,8 @@ def test_a_run_on_captions_goes_on_without_its_tower(on_captions, tmp_path, caps
 
 
 @pytest.mark.slow
-def test_captions_are_not_encoded_by_another_tower(on_captions, tmp_path):
-    """The cache is gone and so is the tower, in whose place another lies."""
+def test_captions_are_not_encoded_by_another_text_encoder(on_captions, tmp_path):
+    """The cache is gone, and in the text encoder's place lies another."""
     half = tmp_path / "half"
     shutil.copytree(on_captions.run_dir, half)
     clip = save_clip(Path(on_captions.config.text_towers[0]), seed=1)
@@ -455,7 +460,7 @@ def test_captions_are_not_encoded_by_another_tower(on_captions, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_prompt_is_encoded_by_the_tower_that_was_trained_with(on_captions, tmp_path, capsys):
+def test_a_prompt_is_encoded_by_the_text_encoder_of_the_training(on_captions, tmp_path, capsys):
     seen = on_captions.sample(["a drawing of 3", "number 7 in ink"])
     assert np.abs(seen[0] - seen[1]).max() > 0
     assert on_captions.sample("a drawing of 3").shape == (1, 8, 8, 1)
@@ -515,13 +520,13 @@ def test_a_run_opens_on_fewer_devices_than_it_was_trained_on(whole, monkeypatch)
     assert Trainer.from_run(whole.run_dir).step == 12 and config["batch_size"] == 8
 
 
-def test_bad_pictures_end_a_run_before_it_writes(tmp_path, capsys):
+def test_broken_images_end_a_run_before_it_writes(tmp_path, capsys):
     for name in ("cat", "dog"):
         folder = tmp_path / "data" / name
         folder.mkdir(parents=True)
         for i in range(8):
             Image.new("L", (8, 8), i).save(folder / f"{i}.png")
-    (tmp_path / "data/dog/9.png").write_text("not a picture")
+    (tmp_path / "data/dog/9.png").write_text("not an image")
     config = replace(TINY, dataset_name=f"folder:{tmp_path / 'data'}", run_dir=tmp_path / "run")
     with pytest.raises(UserError, match=r"row \d+, column 'image': the image cannot be read"):
         Trainer(config).fit()
@@ -529,7 +534,7 @@ def test_bad_pictures_end_a_run_before_it_writes(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_of_an_older_version_goes_on_with_new_settings_at_their_defaults(whole, tmp_path):
+def test_a_run_of_an_older_version_resumes_with_new_flags_at_their_defaults(whole, tmp_path):
     shutil.copytree(whole.run_dir, tmp_path / "run")
     config = json.loads((tmp_path / "run/config.json").read_text())
     del config["beta1"]
@@ -539,7 +544,7 @@ def test_a_run_of_an_older_version_goes_on_with_new_settings_at_their_defaults(w
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [c.name for c in DATASET_CONFIGS.values() if not c.latents_dir])
-def test_every_data_set_trains(tmp_path, name, capsys):
+def test_every_dataset_trains(tmp_path, name, capsys):
     """Five steps on a local copy in the hub's schema."""
     config = replace(
         TINY,

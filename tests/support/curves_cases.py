@@ -18,10 +18,10 @@ def record(folder, lines=LINES, end=""):
     return folder
 
 
-# --- the film -------------------------------------------------------------------------------------
+# --- grids of samples -----------------------------------------------------------------------------
 
 
-def sheets(folder, *names, size=(40, 30)):
+def write_grids(folder, *names, size=(40, 30)):
     folder.mkdir(exist_ok=True)
     for i, name in enumerate(names):
         Image.new("RGB", size, (0, 0, 50 * i)).save(folder / name)

@@ -1,8 +1,7 @@
 """Inputs and helpers shared by the tests of figures."""
 
 import pytest
-from curves_cases import record
-from curves_cases import sheets as put_sheets
+from curves_cases import record, write_grids
 
 import figures
 from figures import FiguresConfig
@@ -14,15 +13,19 @@ OF_RECORDS = ["curves.png", "progress.gif"]
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
-    """`figures.main` on a record and a model of random weights: what it drew, and what it said."""
-    run = record(tmp_path / "run") if (tmp_path / "run").mkdir() is None else tmp_path
-    put_sheets(run / "samples", "0000005.png", "0000010.png", "final.png")
+    """Call `figures.main` on a record and a model of random weights.
 
-    def call(of: TrainedModel, **flags) -> tuple[set[str], list[str]]:
-        monkeypatch.setattr(TrainedModel, "from_run", lambda *_, **__: of)
+    Returns the names of the figures it made, and its lines about those left out.
+    """
+    run = record(tmp_path / "run") if (tmp_path / "run").mkdir() is None else tmp_path
+    write_grids(run / "samples", "0000005.png", "0000010.png", "final.png")
+
+    def call(trained: TrainedModel, **flags) -> tuple[set[str], list[str]]:
+        monkeypatch.setattr(TrainedModel, "from_run", lambda *_, **__: trained)
         figures.main(FiguresConfig(run=run, **(FEW | flags)))
         out = flags.get("out", run / "figures")
-        said = capsys.readouterr().out.splitlines()
-        return {path.name for path in out.iterdir()}, [s for s in said if " left out" in s]
+        lines = capsys.readouterr().out.splitlines()
+        left_out = [line for line in lines if " left out" in line]
+        return {path.name for path in out.iterdir()}, left_out
 
     return call

@@ -20,10 +20,10 @@ def digits():
 
 @pytest.fixture
 def command(digits, monkeypatch):
-    """`generate.main` from the flags' values, on a model of random weights."""
+    """Call `generate.main` with these flags, on a model of random weights."""
 
-    def call(of: TrainedModel = digits, **flags) -> None:
-        monkeypatch.setattr(TrainedModel, "from_run", lambda *_, **__: of)
+    def call(trained: TrainedModel = digits, **flags) -> None:
+        monkeypatch.setattr(TrainedModel, "from_run", lambda *_, **__: trained)
         generate.main(GenerateConfig(run=RUN, **flags))
 
     return call

@@ -35,7 +35,7 @@ def main(config: ScreenshotConfig) -> None:
     try:
         assert process.stdout
         url = re.findall(r"http://\S+", process.stdout.readline())[0]
-        with open_browser((1200, 1000)) as driver:
+        with open_browser((1200, 1100)) as driver:
             visit_tabs(Visitor(driver, url), config.out)
     finally:
         process.terminate()
@@ -47,14 +47,14 @@ def visit_tabs(visitor: Visitor, out: Path) -> None:
     visitor.click("generate")
     visitor.wait_for_images("images", 20)
     visitor.wait(visitor.is_settled)
-    save_screenshot(visitor, out / "demo-generate.png", 900)
+    save_screenshot(visitor, out / "demo-generate.png", 880)
     visitor.choose("labels", "3")
     visitor.open_tab("Guidance × steps")
     visitor.write("columns", "1 2 3 5 10 25 50")
     visitor.click("compare")
     visitor.wait(lambda: visitor.find("#comparison img"))
     visitor.wait(visitor.is_settled)
-    save_screenshot(visitor, out / "demo-comparison.png", 700)
+    save_screenshot(visitor, out / "demo-comparison.png", 670)
     visitor.open_tab("Run")
     visitor.wait(lambda: len(visitor.find("#grids img")) > 1)
     visitor.wait(visitor.is_settled)

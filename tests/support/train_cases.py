@@ -28,25 +28,26 @@ TINY = TrainConfig(
 
 
 def metrics(run_dir: Path) -> list[dict]:
-    """The record of a run, less what a clock says."""
+    """A run's logged metrics without the times."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{name: v for name, v in line.items() if name not in TIMES} for line in lines]
 
 
 def assert_same(a: TrainState, b: TrainState) -> None:
-    """Bit for bit."""
+    """Check that two trees are equal bit for bit."""
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Trainer:
-    """A small run from beginning to end."""
+    """A small finished run."""
     trainer = Trainer(replace(TINY, run_dir=tmp_path_factory.mktemp("runs") / "whole"))
     trainer.fit()
     return trainer
 
 
 def break_weights(trainer):
+    """Make the weights NaN."""
     broken = jax.tree.map(lambda x: x * np.nan, trainer.state.params)
     trainer.state = replace(trainer.state, params=broken)

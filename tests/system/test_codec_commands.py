@@ -1,4 +1,4 @@
-"""Pictures go to latents and back by the VAE's own weights and scale, however they are spread."""
+"""Images go to latents and back by the VAE's own weights and scale, however they are sharded."""
 
 from dataclasses import replace
 
@@ -29,12 +29,16 @@ def test_the_latents_vae_is_known_by_its_weights(latent_digits, vae, tmp_path):
         UserError, match=r"is not the one that the latents of digits were made with"
     ):
         Codec.from_encoding(encoding, mesh, vae=str(tmp_path / "other"))
-    unknown = replace(encoding, vae_hash="")  # as of a model that others trained
+    unknown = replace(encoding, vae_hash="")  # of a model that others trained
     assert Codec.from_encoding(unknown, mesh, vae=str(tmp_path / "other")).hash != encoding.vae_hash
-    with pytest.raises(UserError, match="do not say what VAE made them: name it by --vae"):
+    with pytest.raises(
+        UserError, match="not recorded which VAE made these latents: name it by --vae"
+    ):
         Codec.from_encoding(replace(unknown, vae=""), mesh)
     gone = replace(encoding, vae=str(tmp_path / "gone"))
-    with pytest.raises(UserError, match=r"gone'.*; if the VAE has moved, say where to by --vae"):
+    with pytest.raises(
+        UserError, match=r"gone'.*; if the VAE has moved, name its new place by --vae"
+    ):
         Codec.from_encoding(gone, mesh)
     with pytest.raises(UserError, match=r"nowhere") as error:
         Codec.from_encoding(encoding, mesh, vae=str(tmp_path / "nowhere"))

@@ -1,4 +1,4 @@
-"""An exported folder computes what the run computes, has a correct card, and is never half written."""
+"""An exported folder computes what its run computes, describes it, and is never half written."""
 
 from pathlib import Path
 

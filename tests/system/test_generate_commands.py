@@ -1,6 +1,4 @@
-"""The command: files hold what they promise, also after an interruption; sheets compare what they
-say; what cannot be is refused.
-"""
+"""The command in processes of its own: samples of a run, also after a kill."""
 
 import os
 import signal
@@ -23,7 +21,7 @@ from training.config import TrainConfig
 
 
 @pytest.mark.slow
-def test_a_killed_drawing_ends_with_the_bytes_of_one_that_was_not(forks, tmp_path):
+def test_a_killed_command_resumes_to_the_same_bytes(forks, tmp_path):
     folder = tmp_path / "run"
     config = TrainConfig(model="DiT-Nano/8", batch_size=8, n_steps=2, eval_save_steps=2)
     Trainer(replace(config, n_eval_batches=1, n_sample_steps=2, run_dir=folder)).fit()
@@ -55,7 +53,7 @@ def test_a_killed_drawing_ends_with_the_bytes_of_one_that_was_not(forks, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_command_draws_from_a_run(tmp_path, cache, capsys):
+def test_the_command_samples_from_a_run(tmp_path, cache, capsys):
     folder = tmp_path / "run"
     config = TrainConfig(model="DiT-Nano/8", batch_size=8, n_steps=4, eval_save_steps=2)
     config = replace(config, n_eval_batches=1, n_sample_steps=2, run_dir=folder)
@@ -63,30 +61,30 @@ def test_the_command_draws_from_a_run(tmp_path, cache, capsys):
     before = sorted(folder.rglob("*"))
 
     command = ["generate.py", "--run", folder, "--labels", "3", "7", "--n", 6, "--n_steps", 4]
-    command += ["--out", tmp_path / "a.npz", "--trajectory", tmp_path / "way.gif"]
+    command += ["--out", tmp_path / "a.npz", "--trajectory", tmp_path / "trajectory.gif"]
     done = run(*command, cache=cache)
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "a.npz") as arrays:
         averaged, labels = arrays["arr_0"], arrays["arr_1"]
     assert averaged.shape == (6, 8, 8, 1) and averaged.dtype == np.uint8
     assert labels.tolist() == [3, 3, 3, 7, 7, 7]
-    with Image.open(tmp_path / "way.gif") as frames:
+    with Image.open(tmp_path / "trajectory.gif") as frames:
         assert len(list(ImageSequence.Iterator(frames))) == 5
 
-    how = GenerateConfig(run=folder, labels=("3", "7"), n=6, n_steps=4, out=tmp_path / "b.npz")
-    generate.main(replace(how, ema=False))
+    flags = GenerateConfig(run=folder, labels=("3", "7"), n=6, n_steps=4, out=tmp_path / "b.npz")
+    generate.main(replace(flags, ema=False))
     with np.load(tmp_path / "b.npz") as arrays:
         assert (arrays["arr_0"] != averaged).any()
-    generate.main(replace(how, step=2, out=tmp_path / "grid.png"))
+    generate.main(replace(flags, step=2, out=tmp_path / "grid.png"))
     with Image.open(tmp_path / "grid.png") as grid:
         assert min(grid.size) > 100
     assert sorted(folder.rglob("*")) == before  # a reader leaves no trace
 
-    generate.main(replace(how, fsdp=8, out=tmp_path / "sharded.npz"))
+    generate.main(replace(flags, fsdp=8, out=tmp_path / "sharded.npz"))
     with np.load(tmp_path / "sharded.npz") as arrays:
         assert np.abs(arrays["arr_0"].astype(int) - averaged).max() <= 1
     with pytest.raises(UserError, match="--fsdp 3 does not divide the 8 devices"):
-        generate.main(replace(how, fsdp=3))
+        generate.main(replace(flags, fsdp=3))
 
     wrong = run("generate.py", "--run", folder, "--labels", "eleven", cache=cache)
     assert wrong.returncode == 2

@@ -21,7 +21,7 @@ from datasets import ClassLabel, Image, load_dataset
 from faults_cases import Forks, children, wait_until
 from hub_copies import image_file, make_copy
 from latent_writer_cases import RNG, grey_cells, write
-from PIL import Image as Picture
+from PIL import Image as PillowImage
 
 from data import images, latents
 from data.load import open_dataset
@@ -35,14 +35,14 @@ BEGUN = {"dataset_name": "digits", "image_size": 16, "rows_per_file": 64, "n_wor
 
 
 class Converter:
-    """`convert_imagenet.py` with this VAE, unless another is said."""
+    """`convert_imagenet.py` with this VAE, unless another is given."""
 
     def __init__(self, forks: Forks, vae: Path):
         self.forks, self.vae = forks, vae
 
     def start(self, out: Path | None = None, **flags: Any) -> int:
-        said = {"vae": self.vae, **({"out": out} if out else {}), **flags}
-        words = [f"--{name}={value}" for name, value in said.items() if value is not None]
+        given = {"vae": self.vae, **({"out": out} if out else {}), **flags}
+        words = [f"--{name}={value}" for name, value in given.items() if value is not None]
         return self.forks.start(*words, command="convert_imagenet")
 
     def __call__(self, out: Path | None = None, **flags: Any) -> tuple[int, str, str]:
@@ -99,10 +99,10 @@ def n_made(folder: Path) -> int:
 
 def moments(folder: Path, split: str = "train") -> np.ndarray:
     """Of all rows, in their order."""
-    said = latents.read_latent_dataset(folder)
-    files = latents.latent_files(folder, split, said.n_files[split])
+    dataset = latents.read_latent_dataset(folder)
+    files = latents.latent_files(folder, split, dataset.n_files[split])
     return np.concatenate(
-        [rows for file in files for rows in latents.iterate_moments(file, said.encoding)]
+        [rows for file in files for rows in latents.iterate_moments(file, dataset.encoding)]
     )
 
 
@@ -111,8 +111,8 @@ def moments(folder: Path, split: str = "train") -> np.ndarray:
 
 @pytest.mark.slow
 def test_every_row_is_there_the_last_of_a_file_and_of_a_batch_too(whole):
-    said = latents.check_latents(whole)
-    assert (said.n_rows, said.n_files) == (N_ROWS, N_FILES)
+    dataset = latents.check_latents(whole)
+    assert (dataset.n_rows, dataset.n_files) == (N_ROWS, N_FILES)
     for split, n in N_ROWS.items():
         records = [
             latents.read_file_record(file)
@@ -121,15 +121,15 @@ def test_every_row_is_there_the_last_of_a_file_and_of_a_batch_too(whole):
         starts = range(0, n, 64)
         assert [r["rows"] for r in records] == [[i, min(i + 64, n)] for i in starts]
         assert [r["n_rows"] for r in records] == [min(64, n - i) for i in starts]
-    pictures = open_dataset("digits", image_size=16)
-    for split, of_split in (("train", pictures.train), ("test", pictures.eval)):
+    images = open_dataset("digits", image_size=16)
+    for split, of_split in (("train", images.train), ("test", images.eval)):
         mean = moments(whole, split)[..., :2].astype(np.float32)
         every = of_split.decode(np.arange(len(of_split)))
         np.testing.assert_allclose(mean, averaging.means(every), atol=2e-3)
     second = np.square(mean := moments(whole)[..., :2].astype(np.float64)).mean((0, 1, 2))
-    np.testing.assert_allclose(said.channel_mean, mean.mean((0, 1, 2)), rtol=1e-6)
-    variance = second - np.square(said.channel_mean) + np.exp(averaging.LOG_VARIANCE)
-    np.testing.assert_allclose(np.square(said.channel_std), variance, rtol=1e-6)
+    np.testing.assert_allclose(dataset.channel_mean, mean.mean((0, 1, 2)), rtol=1e-6)
+    variance = second - np.square(dataset.channel_mean) + np.exp(averaging.LOG_VARIANCE)
+    np.testing.assert_allclose(np.square(dataset.channel_std), variance, rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -141,9 +141,9 @@ def test_datasets_opens_the_folder_by_itself(whole):
     expected = open_dataset("digits").train.labels
     np.testing.assert_array_equal(data["train"].with_format("numpy")["label"][:], expected)
     # As the card says.
-    said = re.search(r'np\.frombuffer\(row\["moments"\], "<f2"\)\.reshape\((.*)\)', card(whole))
-    assert said
-    row = np.frombuffer(data["train"][7]["moments"], "<f2").reshape(eval(said[1]))
+    match = re.search(r'np\.frombuffer\(row\["moments"\], "<f2"\)\.reshape\((.*)\)', card(whole))
+    assert match
+    row = np.frombuffer(data["train"][7]["moments"], "<f2").reshape(eval(match[1]))
     np.testing.assert_array_equal(row, moments(whole)[7])
 
 
@@ -167,7 +167,7 @@ def test_latents_made_anew_are_not_those_that_datasets_has_kept(convert, tmp_pat
 
 
 @pytest.mark.slow
-def test_how_pictures_are_read_changes_no_byte(convert, whole, tmp_path):
+def test_the_way_images_are_read_changes_no_byte(convert, whole, tmp_path):
     """By threads, by two processes, or from a stream of row groups."""
     for name, how in (("processes", {"n_workers": 2}), ("streamed", {"streaming": True})):
         status, _, err = convert(tmp_path / name, **SAME | how)
@@ -211,16 +211,16 @@ def test_a_thousand_classes_survive(convert, tmp_path):
 
 @pytest.mark.slow
 def test_an_unlabelled_set_and_its_held_back_rows(convert, in_colour, tmp_path):
-    """Those that were held back of the pictures are held back of the latents."""
+    """The images that were held out are held out of the latents."""
     copy = make_copy("butterflies", tmp_path / "butterflies")
     flags = {"dataset_name": "butterflies", "data_dir": copy, "image_size": 16, "vae": in_colour}
     status, out, err = convert(tmp_path / "latents", **flags, label_column="", n_workers=0)
     assert status == 0 and out.startswith("24 train rows of 8×8×6 in "), err
     opened = open_dataset("butterflies", latents_dir=tmp_path / "latents")
-    pictures = open_dataset("butterflies", data_dir=copy, image_size=16)
+    images = open_dataset("butterflies", data_dir=copy, image_size=16)
     assert opened.config.n_classes == 0 and not opened.train.labels.any()
     assert opened.config.flip  # butterflies may be mirrored, and were
-    for ours, theirs in ((opened.train, pictures.train), (opened.eval, pictures.eval)):
+    for ours, theirs in ((opened.train, images.train), (opened.eval, images.eval)):
         np.testing.assert_array_equal(ours.rows, theirs.rows)
         every = np.arange(len(ours))
         mean = ours.decode(every)[..., :6].astype(np.float32)
@@ -229,22 +229,22 @@ def test_an_unlabelled_set_and_its_held_back_rows(convert, in_colour, tmp_path):
 
 @pytest.mark.slow
 def test_captions_are_carried_over(convert, in_colour, tmp_path):
-    """All five of each picture, in their order."""
+    """All five of each image, in their order."""
     copy = make_copy("coco", tmp_path / "coco")
     flags = {"dataset_name": "coco", "data_dir": copy, "image_size": 16, "vae": in_colour}
     status, _, err = convert(tmp_path / "latents", **flags, n_workers=0)
     assert status == 0, err
     opened = open_dataset("coco", latents_dir=tmp_path / "latents")
-    pictures = open_dataset("coco", data_dir=copy)
+    images = open_dataset("coco", data_dir=copy)
     assert opened.config.conditioning == "text" and len(opened.train.captions[0]) == 5
-    assert opened.train.captions == pictures.train.captions
-    assert opened.eval.captions == pictures.eval.captions
+    assert opened.train.captions == images.train.captions
+    assert opened.eval.captions == images.eval.captions
 
 
-# --- pictures of all kinds ------------------------------------------------------------------------
+# --- images of all kinds --------------------------------------------------------------------------
 
 
-def file_of(image: Picture.Image, form: str) -> bytes:
+def file_of(image: PillowImage.Image, form: str) -> bytes:
     file = io.BytesIO()
     image.save(file, format=form)
     return file.getvalue()
@@ -252,15 +252,15 @@ def file_of(image: Picture.Image, form: str) -> bytes:
 
 @pytest.fixture
 def album(tmp_path) -> Path:
-    """Pictures of many kinds in two classes, of which the second, the third and the last are
+    """Images of many kinds in two classes, of which the second, the third and the last are
     broken.
     """
-    colours = Picture.open(io.BytesIO(image_file(RNG, "RGB", (28, 20))))
+    colours = PillowImage.open(io.BytesIO(image_file(RNG, "RGB", (28, 20))))
     good = file_of(colours, "PNG")
-    pictures = {
+    images = {
         "cat/0.png": good,
         "cat/1.png": good[: len(good) // 2],
-        "cat/2.png": b"no picture",
+        "cat/2.png": b"no image",
         "cat/3.jpg": file_of(colours, "JPEG"),
         "dog/4.jpg": file_of(colours.convert("CMYK"), "JPEG"),
         "dog/5.png": file_of(colours.convert("L"), "PNG"),
@@ -268,7 +268,7 @@ def album(tmp_path) -> Path:
         "dog/7.png": file_of(colours.convert("RGBA"), "PNG"),
         "dog/8.jpg": b"",
     }
-    for name, file in pictures.items():
+    for name, file in images.items():
         (tmp_path / "album/train" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "album/train" / name).write_bytes(file)
     return tmp_path / "album"
@@ -276,14 +276,14 @@ def album(tmp_path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows_per_file", [4, 1], ids=["", "with files of no rows"])
-def test_pictures_that_cannot_be_read_are_named_and_left_out(
+def test_images_that_cannot_be_read_are_named_and_left_out(
     convert, album, in_colour, tmp_path, rows_per_file
 ):
     flags = {"dataset_name": f"folder:{album}", "image_size": 16, "vae": in_colour}
     folder = tmp_path / "latents"
     status, out, err = convert(folder, **flags, rows_per_file=rows_per_file, n_workers=1)
     assert status == 0, err
-    assert "6 train rows (3 pictures could not be read and were left out) of 8×8×6" in out
+    assert "6 train rows (3 images could not be read and were left out) of 8×8×6" in out
     for row in (1, 2, 8):
         assert re.search(rf"warning: .*row {row}, column 'image': .*; it is left out", err)
     assert err.count("warning: ") == 3
@@ -305,16 +305,16 @@ def test_pictures_that_cannot_be_read_are_named_and_left_out(
 
 
 @pytest.mark.slow
-def test_a_set_without_one_picture_that_can_be_read_is_one_line(convert, album, tmp_path):
+def test_a_dataset_without_a_readable_image_is_one_line(convert, album, tmp_path):
     for path in album.glob("train/*/*"):
         path.write_bytes(b"nothing")
     status, out, err = convert(tmp_path / "out", dataset_name=f"folder:{album}", image_size=16)
     assert (status, out) == (2, "")
-    assert err.splitlines()[-1] == f"error: no picture of folder:{album} can be read"
+    assert err.splitlines()[-1] == f"error: no image of folder:{album} can be read"
     assert not (tmp_path / "out" / latents.INFO_FILE).exists()
 
 
-# --- stopped and begun again ----------------------------------------------------------------------
+# --- stopped and resumed --------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -385,7 +385,7 @@ def test_a_reader_that_is_killed_changes_no_byte(convert, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_folder_that_was_begun_otherwise_is_refused_and_stays(convert, whole, tmp_path):
+def test_a_folder_begun_with_other_flags_is_refused_and_stays(convert, whole, tmp_path):
     """Half of one too."""
     other = averaging.params()
     other["post_quant"]["bias"][0] += 1e-3
@@ -397,7 +397,7 @@ def test_a_folder_that_was_begun_otherwise_is_refused_and_stays(convert, whole, 
     changes: list[tuple[dict[str, Any], str]] = [
         ({"vae": tmp_path / "other"}, f"was begun with vae {convert.vae}, not {tmp_path}/other"),
         ({"image_size": 32}, "was begun with image_size 16, not 32"),
-        ({"rows_per_file": 100}, "which is not of this conversion; go on as it was begun"),
+        ({"rows_per_file": 100}, "which is not of this conversion; resume it as it was begun"),
         ({"rows_per_file": 63}, "was begun with rows [0, 64], not [0, 63]"),
         ({"mirror": False}, "was begun with mirrored True, not False"),
         ({"half_precision": True}, "was begun with precision float32, not bfloat16"),
@@ -446,21 +446,21 @@ def test_a_full_disk_leaves_whole_files_only(convert, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_verify_shows_pictures_and_says_how_near_they_are(convert, whole, tmp_path):
+def test_verify_writes_a_grid_and_prints_the_psnr(convert, whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "digits")
     status, out, err = convert(folder, **SAME, verify=20)
     assert status == 0, err
-    said = re.search(r"(\d+) rows decoded: PSNR (.*) dB on average, (.*) at worst", out)
-    assert said
+    match = re.search(r"(\d+) rows decoded: PSNR (.*) dB on average, (.*) at worst", out)
+    assert match
     split = open_dataset("digits", image_size=16).train
-    pictures = split.decode(np.linspace(0, N_ROWS["train"] - 1, 20).astype(int))
-    decoded = grids.to_uint8(averaging.pictures(averaging.means(pictures)))
-    errors = np.square(decoded / 255 - pictures / 255).mean((1, 2, 3))
+    images = split.decode(np.linspace(0, N_ROWS["train"] - 1, 20).astype(int))
+    decoded = grids.to_uint8(averaging.pictures(averaging.means(images)))
+    errors = np.square(decoded / 255 - images / 255).mean((1, 2, 3))
     psnr = -10 * np.log10(errors)
-    assert said[1] == "20"
-    assert abs(float(said[2]) - psnr.mean()) < 0.1 and abs(float(said[3]) - psnr.min()) < 0.1
-    with Picture.open(folder / "verify.png") as sheet:
-        assert sheet.width > 16 * 64 and sheet.height > 2 * 64
+    assert match[1] == "20"
+    assert abs(float(match[2]) - psnr.mean()) < 0.1 and abs(float(match[3]) - psnr.min()) < 0.1
+    with PillowImage.open(folder / "verify.png") as grid:
+        assert grid.width > 16 * 64 and grid.height > 2 * 64
     latents.check_latents(folder)
     assert len(load_dataset(str(folder))["train"]) == N_ROWS["train"]
 
@@ -503,7 +503,9 @@ def test_the_doctor_knows_an_untrained_vae(convert, tmp_path):
         in_channels=1, out_channels=1, block_out_channels=(8, 16), norm_num_groups=4,
         scaling_factor=1.0,
     )  # fmt: skip
-    pretrained.save_autoencoder(tmp_path / "vae", config, init_autoencoder_params(config, jax.random.key(0)))
+    pretrained.save_autoencoder(
+        tmp_path / "vae", config, init_autoencoder_params(config, jax.random.key(0))
+    )
     flags = BEGUN | {"vae": tmp_path / "vae", "rows_per_file": 2000, "mirror": False}
     assert convert(tmp_path / "out", **flags)[0] == 0
     assert re.search(

@@ -1,4 +1,4 @@
-"""A run on latents is a run: its samples are pictures, it goes on bit for bit, and only with the
+"""A run on latents is a run: its samples are images, it resumes bit for bit, and only with the
 latents and the VAE that it began with.
 """
 
@@ -79,14 +79,14 @@ def test_the_greeting_says_what_is_learnt(whole, vae):
 
 
 @pytest.mark.slow
-def test_samples_are_pictures(whole):
+def test_samples_are_images(whole):
     """As many grey pixels as the VAE makes, whatever the size of latents."""
     folder, _ = whole
     trainer = Trainer.from_run(folder)
     assert trainer.sample([3, "7"], n_steps=2).shape == (2, 16, 16, 1)
     states = trainer.sample([3, 7, 1], n_steps=2, trajectory=True)
     assert states.shape == (3, 3, 16, 16, 1)
-    # The autoencoder's: each picture is of blocks of 2 × 2 equal pixels.
+    # The autoencoder's: each image is of blocks of 2 × 2 equal pixels.
     blocks = states.reshape(3, 3, 8, 2, 8, 2)
     assert np.ptp(blocks, axis=(3, 5)).max() < 1e-3
 
@@ -104,9 +104,9 @@ def test_samples_are_pictures(whole):
     nearest = (z @ np.asarray(averaging.GAINS) / np.square(averaging.GAINS).sum())[..., None]
     np.testing.assert_allclose(states[-1][:, ::2, ::2], nearest, atol=2e-3)
     for name in ("final.png", "trajectory.gif"):
-        with Image.open(folder / "samples" / name) as sheet:
-            colours = np.asarray(sheet.convert("RGB")).astype(int)
-            assert sheet.width > 10 * 64 and (colours == colours[..., :1]).all()
+        with Image.open(folder / "samples" / name) as grid:
+            colours = np.asarray(grid.convert("RGB")).astype(int)
+            assert grid.width > 10 * 64 and (colours == colours[..., :1]).all()
 
 
 @pytest.mark.slow
@@ -128,7 +128,7 @@ def test_a_profile_needs_no_vae(forks, whole, latent_digits, tmp_path):
     status, out, err = forks.run(*flags, "--profile")
     assert status == 0, err
     assert "train" in out and not (tmp_path / "run/config.json").exists()
-    assert "if the VAE has moved, say where to by --vae" in fails(forks, *flags)
+    assert "if the VAE has moved, name its new place by --vae" in fails(forks, *flags)
 
 
 # --- however it is run, it is the same ------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_latents_may_move(forks, whole, latent_digits, tmp_path):
 
 @pytest.mark.slow
 def test_captions_of_latents_are_trained_on(forks, tmp_path):
-    """From COCO's pictures to a sample of a caption."""
+    """From COCO's images to a sample of a caption."""
     pytest.importorskip("transformers")
     vae = averaging.save(tmp_path / "vae", channels=3)
     copy = make_copy("coco", tmp_path / "coco")
@@ -190,8 +190,8 @@ def test_captions_of_latents_are_trained_on(forks, tmp_path):
     status, out, err = forks.run(*flags, "--run_dir", folder)
     assert status == 0, err
     assert re.search(r"coco: \d+ training latents .*8×8×6, captions, padded to", out)
-    with Image.open(folder / "samples/final.png") as sheet:
-        assert min(sheet.size) > 64
+    with Image.open(folder / "samples/final.png") as grid:
+        assert min(grid.size) > 64
 
 
 # --- only with what it began with -----------------------------------------------------------------
@@ -242,7 +242,7 @@ def test_what_may_change_of_latents_is_where_things_lie(latent_digits):
 
 
 @pytest.mark.slow
-def test_pictures_are_drawn_with_the_vae_wherever_it_is(whole, vae, tmp_path, capsys):
+def test_samples_are_decoded_by_the_vae_wherever_it_is(whole, vae, tmp_path, capsys):
     how = GenerateConfig(run=whole[0], labels=("3", "7"), n=4, n_steps=2, out=tmp_path / "a.npz")
     generate.main(how)
     moved = averaging.save(tmp_path / "moved")
@@ -268,18 +268,18 @@ def test_pictures_are_drawn_with_the_vae_wherever_it_is(whole, vae, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_real_latents_are_shown_as_pictures(whole, tmp_path, capsys):
+def test_real_latents_are_decoded_to_images(whole, tmp_path, capsys):
     run = TrainedModel.from_run(whole[0])
     real, codec = comparisons.load_real_images(run, [], 5), run.codec
     split = open_dataset("digits", image_size=16).eval
-    pictures = split.decode(np.linspace(0, len(split) - 1, 5).astype(int))
+    images = split.decode(np.linspace(0, len(split) - 1, 5).astype(int))
     assert real.data.shape == (5, 8, 8, 2) and codec
-    means = averaging.pictures(averaging.means(pictures))
+    means = averaging.pictures(averaging.means(images))
     np.testing.assert_allclose(codec.decode(real.data), means, atol=2e-2)
     how = GenerateConfig(run=whole[0], n=3, n_steps=2, denoise=(0.3, 1.0), out=tmp_path / "a.png")
     generate.main(how)
-    with Image.open(tmp_path / "a.png") as sheet:
-        assert sheet.height > 5 * 64
+    with Image.open(tmp_path / "a.png") as grid:
+        assert grid.height > 5 * 64
 
 
 @pytest.mark.slow
@@ -289,24 +289,26 @@ def test_a_vae_that_is_gone_is_asked_for_by_name(whole, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["dataset"]["encoding"]["vae"] = str(tmp_path / "gone")
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="if the VAE has moved, say where to by --vae"):
+    with pytest.raises(UserError, match="if the VAE has moved, name its new place by --vae"):
         generate.main(GenerateConfig(run=folder, n=1, out=tmp_path / "a.png"))
 
 
 @pytest.mark.slow
-def test_a_run_on_pictures_takes_no_vae(whole, vae, tmp_path):
+def test_a_run_on_images_takes_no_vae(whole, vae, tmp_path):
     config = json.loads((whole[0] / "config.json").read_text())
     config["dataset"]["encoding"] = None
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"--vae .*: the model is of pictures, not of lat"):
+    with pytest.raises(UserError, match=r"--vae .*: the model is of pixels, not of lat"):
         generate.main(GenerateConfig(run=tmp_path, vae=str(vae), out=tmp_path / "a.png"))
 
 
 @pytest.mark.slow
 def test_imagenet_trains_on_its_latents(forks, tmp_path):
-    """From pictures in the hub's schema."""
+    """From images in the hub's schema."""
     random = AutoencoderConfig(block_out_channels=(8, 8), norm_num_groups=4, scaling_factor=1.0)
-    pretrained.save_autoencoder(tmp_path / "vae", random, init_autoencoder_params(random, jax.random.key(0)))
+    pretrained.save_autoencoder(
+        tmp_path / "vae", random, init_autoencoder_params(random, jax.random.key(0))
+    )
     copy, folder = make_copy("imagenet", tmp_path / "data"), tmp_path / "latents"
     how = ["--dataset_name", "imagenet", "--data_dir", copy, "--vae", tmp_path / "vae"]
     how += ["--image_size", 16, "--out", folder]

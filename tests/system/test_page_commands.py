@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from browser import Visitor, open_browser
 from commands import NANO, SMALL, run, start
-from curves_cases import record, sheets
+from curves_cases import record, write_grids
 from drawables import CLASSES, DDPM, DIGITS, NOTHING, SHAPE, SIGMA, drawable
 from faults_cases import wait_until
 
@@ -234,7 +234,7 @@ def test_the_history_of_a_run_is_its_newest_grids_and_the_readable_lines_of_its_
     from inference.app.page import MAX_GRIDS, load_run_history
 
     names = [f"{step:07d}.png" for step in range(1, 2 * MAX_GRIDS)]
-    sheets(tmp_path / "samples", *names, "final.png")
+    write_grids(tmp_path / "samples", *names, "final.png")
     record(tmp_path, end='null\n3\n{"loss": 1.0}\n')
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b'\xff\n{"step": 99, "loss": 2.0}\n')

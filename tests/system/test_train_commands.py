@@ -1,4 +1,4 @@
-"""A run does what it says, goes on where it stopped, and fails in one line."""
+"""A run leaves what it promises, resumes bit for bit, and fails with one line."""
 
 import json
 import signal
@@ -24,7 +24,7 @@ from train import Trainer
 
 
 @pytest.mark.slow
-def test_a_run_of_ddpm_goes_on_bit_for_bit_and_draws(tmp_path, cache, capsys):
+def test_a_run_of_ddpm_resumes_bit_for_bit_and_samples(tmp_path, cache, capsys):
     config = replace(TINY, objective="ddpm", learned_sigma=True, min_snr_gamma=5.0)
     whole = Trainer(replace(config, run_dir=tmp_path / "whole"))
     whole.fit()
@@ -37,17 +37,16 @@ def test_a_run_of_ddpm_goes_on_bit_for_bit_and_draws(tmp_path, cache, capsys):
     assert resumed.sample([3, 7], trajectory=True, n_steps=4).shape == (5, 2, 8, 8, 1)
 
     words = ["generate.py", "--run", tmp_path / "run", "--n", 2, "--labels", "3", "7"]
-    how = {"cache": cache}
-    drawn = [tmp_path / f"{name}.npz" for name in ("ddpm", "ddim")]
-    done = run(*words, "--out", drawn[0], "--x0", tmp_path / "seen.gif", **how)
+    samples = [tmp_path / f"{name}.npz" for name in ("ddpm", "ddim")]
+    done = run(*words, "--out", samples[0], "--x0", tmp_path / "x0.gif", cache=cache)
     assert done.returncode == 0, done.stderr
-    with Image.open(tmp_path / "seen.gif") as frames:
-        assert len(list(ImageSequence.Iterator(frames))) == 2  # of two steps
-    done = run(*words, "--out", drawn[1], "--solver", "ddim", "--eta", "0.5", **how)
+    with Image.open(tmp_path / "x0.gif") as frames:
+        assert len(list(ImageSequence.Iterator(frames))) == 2  # one per step
+    done = run(*words, "--out", samples[1], "--solver", "ddim", "--eta", "0.5", cache=cache)
     assert done.returncode == 0, done.stderr
-    with np.load(drawn[0]) as a, np.load(drawn[1]) as b:
+    with np.load(samples[0]) as a, np.load(samples[1]) as b:
         assert a["arr_0"].shape == (2, 8, 8, 1) and (a["arr_0"] != b["arr_0"]).any()
-    wrong = run(*words, "--solver", "heun", **how)
+    wrong = run(*words, "--solver", "heun", cache=cache)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.startswith("error: --solver heun is not for a model trained by DDPM")
 
@@ -70,7 +69,7 @@ def test_the_command_trains_by_ddpm(tmp_path, cache):
     "number, code",
     [(signal.SIGTERM, 143), (signal.SIGINT, 130)],
 )
-def test_a_signal_saves_and_leaves(tmp_path, cache, number, code):
+def test_a_signal_saves_and_ends_the_run(tmp_path, cache, number, code):
     flags = ["--n_steps", 100_000, "--eval_save_steps", 100_000, "--log_every", 1]
     process = start(NANO, *SMALL, *flags, "--run_dir", tmp_path / "run", cache=cache)
     for line in process.stdout:  # type: ignore[union-attr]
@@ -85,7 +84,7 @@ def test_a_signal_saves_and_leaves(tmp_path, cache, number, code):
 
 
 @pytest.mark.slow
-def test_one_device_and_eight_train_alike(tmp_path, cache):
+def test_one_device_trains_like_eight(tmp_path, cache):
     flags = [*SMALL, "--n_steps", 10, "--log_every", 1]
     records = []
     for n_devices in (1, 8):
@@ -99,17 +98,17 @@ def test_one_device_and_eight_train_alike(tmp_path, cache):
 
 
 @pytest.mark.slow
-def test_a_bad_row_ends_the_run_with_its_name_and_a_checkpoint(tmp_path, capsys):
+def test_a_bad_row_ends_the_run_with_its_number_and_a_checkpoint(tmp_path, capsys):
     folder = make_copy("cifar10", tmp_path / "data", n=64)
     config = replace(
         TINY, dataset_name="cifar10", data_dir=folder, in_memory=False, n_workers=0, n_steps=8
     )
     trainer = Trainer(replace(config, run_dir=tmp_path / "run"))
     bad = int(trainer.data.batch_rows(3)[2])
-    honest = trainer.data.train_batches
+    honest_batches = trainer.data.train_batches
 
     def batches(start, stop):
-        yield from honest(start, 3)
+        yield from honest_batches(start, 3)
         raise UserError(f"dataset 'cifar10', split 'train', row {bad}, column 'img': broken")
 
     trainer.data.train_batches = batches
@@ -121,10 +120,10 @@ def test_a_bad_row_ends_the_run_with_its_name_and_a_checkpoint(tmp_path, capsys)
 def test_bad_data_after_a_bad_step_saves_nothing(tmp_path, capsys):
     trainer = Trainer(replace(TINY, run_dir=tmp_path / "run"))
     break_weights(trainer)
-    honest = trainer.data.train_batches
+    honest_batches = trainer.data.train_batches
 
     def batches(start, stop):
-        yield from honest(start, 1)
+        yield from honest_batches(start, 1)
         raise UserError("row 5 is broken")
 
     trainer.data.train_batches = batches
@@ -142,7 +141,7 @@ def test_bad_data_after_a_bad_step_saves_nothing(tmp_path, capsys):
         (["--dataset_name", "mnits"], "error: unknown dataset 'mnits'; did you mean 'mnist'?"),
     ],
 )
-def test_a_mistake_at_the_keyboard_ends_in_one_line(tmp_path, cache, flags, message):
+def test_a_wrong_flag_ends_with_one_line(tmp_path, cache, flags, message):
     done = run("train.py", *flags, "--run_dir", tmp_path / "run", cache=cache)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Weights & Biases gets what the record gets, and can do no harm to a run."""
+"""Weights & Biases receives the logged metrics, and a resumed run keeps its id."""
 
 import importlib.util
 import json
@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from commands import ROOT
 
-BLOCK = 2**15  # bytes of wandb's file, which is a log of LevelDB's format
+BLOCK = 2**15  # bytes; wandb writes the log format of LevelDB
 
-RECORD = """
+LOG_RUN = """
 import sys
 from pathlib import Path
 import numpy as np
@@ -24,7 +24,7 @@ from training.wandb_sink import WandbSink
 
 folder, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 sink = WandbSink(folder, project="dit", settings={"batch_size": 8, "dataset": {"name": "digits"}},
-            is_new=first == 1)
+                 is_new=first == 1)
 with Tracker(folder, start_step=first - 1, n_steps=9, sinks=[sink]) as tracker:
     tracker.begin()
     for step in range(first, last + 1):
@@ -35,21 +35,22 @@ with Tracker(folder, start_step=first - 1, n_steps=9, sinks=[sink]) as tracker:
 
 
 def scan(data: bytes) -> Iterator[bytes]:
-    """The records of a file of wandb's."""
-    at, whole = 7, b""
+    """Split the bytes of a wandb file into its records."""
+    at, record = 7, b""
     while at + 7 <= len(data):
         if (left := BLOCK - at % BLOCK) < 7:
             at += left
             continue
         _, n, kind = struct.unpack("<IHB", data[at : at + 7])
-        whole, at = whole + data[at + 7 : at + 7 + n], at + 7 + n
-        if kind in (1, 4):  # whole, or the last part
-            yield whole
-            whole = b""
+        record += data[at + 7 : at + 7 + n]
+        at += 7 + n
+        if kind in (1, 4):  # a whole record, or its last part
+            yield record
+            record = b""
 
 
-def kept(file: Path) -> tuple[dict, list[dict]]:
-    """The settings and the lines of history that a file of wandb's holds."""
+def read_wandb_file(file: Path) -> tuple[dict, list[dict]]:
+    """The settings and the history in a wandb file."""
     from wandb.proto import wandb_internal_pb2
 
     settings, history = {}, []
@@ -69,28 +70,28 @@ def kept(file: Path) -> tuple[dict, list[dict]]:
 
 
 @pytest.mark.slow
-def test_offline_it_keeps_the_numbers_and_the_resumed_run_has_the_same_id(tmp_path):
+def test_an_offline_run_keeps_the_metrics_and_resumes_with_the_same_id(tmp_path):
     if not importlib.util.find_spec("wandb"):
         pytest.skip("wandb is not installed: pip install --group wandb")
     environment = os.environ | {"WANDB_MODE": "offline", "PYTHONPATH": str(ROOT)}
     for first, last in ((1, 3), (4, 5)):
-        words = [sys.executable, "-c", RECORD, str(tmp_path), str(first), str(last)]
+        words = [sys.executable, "-c", LOG_RUN, str(tmp_path), str(first), str(last)]
         done = subprocess.run(words, env=environment, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
         assert done.stdout.startswith("Weights & Biases: kept for: wandb sync ")
     files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2
-    found = []
+    lines = []
     for file in files:
-        settings, history = kept(file)
+        settings, history = read_wandb_file(file)
         assert settings["id"] == (tmp_path / "wandb_id").read_text()
         assert settings["batch_size"] == 8 and settings["dataset"]["name"] == "digits"
-        found += history
-    assert [line["_step"] for line in found] == [1, 2, 3, 4, 5]
-    for line in found:
+        lines += history
+    assert [line["_step"] for line in lines] == [1, 2, 3, 4, 5]
+    for line in lines:
         step = line["_step"]
         assert line["loss"] == pytest.approx(1 / step)
         assert line["eval_loss"] == pytest.approx(2 / step)
         assert line["loss_by_t/0.0-0.5"] == 0.5 and "loss_by_t/0.5-1.0" not in line
-    pictures = [line["samples.path"] for line in found if "samples.path" in line]
-    assert len(pictures) == 2 and all(path.endswith(".png") for path in pictures)
+    images = [line["samples.path"] for line in lines if "samples.path" in line]
+    assert len(images) == 2 and all(path.endswith(".png") for path in images)

@@ -1,4 +1,4 @@
-"""A run does what it says, goes on where it stopped, and fails in one line."""
+"""A run leaves what it promises, resumes bit for bit, and fails with one line."""
 
 import nano  # noqa: F401  (its preset)
 import pytest
@@ -14,7 +14,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "\udcff", '{"model": 1}'])
-def test_a_damaged_configuration_is_said(tmp_path, text):
+def test_a_damaged_config_is_reported(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=r"config\.json is damaged"):
         Trainer.from_run(str(tmp_path))

@@ -49,7 +49,7 @@ def weights(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, np.ndarr
 
 
 def images(n: int, seed: int) -> np.ndarray:
-    """Smooth colour images of 48 × 64 pixels, in integer arithmetic; darker ones for a higher seed."""
+    """Smooth colour images of 48 × 64 pixels, in integer arithmetic; a higher seed, darker ones."""
     corners = np.random.RandomState(seed).randint(0, 256 // seed, (n, 7, 9, 3))
 
     def between(x, axis):

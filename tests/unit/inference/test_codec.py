@@ -1,4 +1,4 @@
-"""Pictures go to latents and back by the VAE's own weights and scale, however they are spread."""
+"""Images go to latents and back by the VAE's own weights and scale, however they are sharded."""
 
 import averaging
 import jax
@@ -15,7 +15,7 @@ from pretrained import autoencoder as pretrained
 from runtime import parallel
 
 RNG = np.random.default_rng(0)
-# One that mixes places and channels, so that nothing can be right by chance.
+# A VAE that mixes positions and channels, so that nothing can be right by chance.
 RANDOM = AutoencoderConfig(
     latent_channels=3,
     block_out_channels=(8, 16),
@@ -28,7 +28,9 @@ RANDOM = AutoencoderConfig(
 @pytest.fixture(scope="module")
 def random(tmp_path_factory):
     folder = tmp_path_factory.mktemp("random")
-    pretrained.save_autoencoder(folder, RANDOM, autoencoder.init_autoencoder_params(RANDOM, jax.random.key(0)))
+    pretrained.save_autoencoder(
+        folder, RANDOM, autoencoder.init_autoencoder_params(RANDOM, jax.random.key(0))
+    )
     return pretrained.load_autoencoder(str(folder))
 
 
@@ -42,32 +44,34 @@ def normal(*shape):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_latents_are_what_the_autoencoder_is_known_to_make(tmp_path, channels):
-    """Scaled as a model sees them, decoding gives back the pictures that they are of."""
+def test_encoding_gives_the_known_moments_of_the_autoencoder(tmp_path, channels):
+    """Decoding them, scaled as a model sees them, gives back their images."""
     opened = Codec.open(str(averaging.save(tmp_path, channels)), parallel.make_mesh())
-    pictures = RNG.integers(0, 256, (8, 16, 16, channels), dtype=np.uint8)
-    moments = np.asarray(opened.encode(pictures))
+    images = RNG.integers(0, 256, (8, 16, 16, channels), dtype=np.uint8)
+    moments = np.asarray(opened.encode(images))
     assert moments.dtype == np.float16 and moments.shape == (8, 8, 8, 4 * channels)
     mean, log_variance = np.split(moments.astype(np.float32), 2, axis=-1)
-    np.testing.assert_allclose(mean, averaging.means(pictures), atol=1e-3)
+    np.testing.assert_allclose(mean, averaging.means(images), atol=1e-3)
     assert (log_variance == averaging.LOG_VARIANCE).all()
 
-    seen = (averaging.means(pictures) - averaging.SHIFT) * averaging.SCALE
-    expected = averaging.pictures(averaging.means(pictures))
-    np.testing.assert_allclose(opened.decode(seen.astype(np.float32)), expected, atol=1e-4)
+    scaled = (averaging.means(images) - averaging.SHIFT) * averaging.SCALE
+    expected = averaging.pictures(averaging.means(images))
+    np.testing.assert_allclose(opened.decode(scaled.astype(np.float32)), expected, atol=1e-4)
 
 
 def test_decoding_is_the_autoencoders_own_of_unscaled_latents(random, on_all):
     z = normal(5, 4, 6, 3)
-    vae = nnx.merge(autoencoder.autoencoder_graphdef(RANDOM), jax.tree.map(jnp.asarray, random.params))
-    seen = (z - RANDOM.shift_factor) * RANDOM.scaling_factor
-    pictures = on_all.decode(seen)
-    assert pictures.shape == (5, 8, 12, 3) and pictures.dtype == np.float32
-    np.testing.assert_allclose(pictures, vae.decode(jnp.asarray(z)), atol=1e-5)
+    vae = nnx.merge(
+        autoencoder.autoencoder_graphdef(RANDOM), jax.tree.map(jnp.asarray, random.params)
+    )
+    scaled = (z - RANDOM.shift_factor) * RANDOM.scaling_factor
+    images = on_all.decode(scaled)
+    assert images.shape == (5, 8, 12, 3) and images.dtype == np.float32
+    np.testing.assert_allclose(images, vae.decode(jnp.asarray(z)), atol=1e-5)
 
 
 def test_the_latents_own_scale_wins_over_the_vaes(random, on_all):
-    """A folder of latents may have been scaled otherwise: its model draws as it was trained."""
+    """A folder of latents may have been scaled otherwise: its model samples as it was trained."""
     other = Codec(random, on_all.mesh, scaling_factor=2.0, shift_factor=1.0)
     z = normal(2, 4, 4, 3)
     expected = on_all.decode((z - RANDOM.shift_factor) * RANDOM.scaling_factor)
@@ -75,22 +79,22 @@ def test_the_latents_own_scale_wins_over_the_vaes(random, on_all):
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 20])
-def test_neither_batches_nor_devices_change_a_picture(random, on_all, monkeypatch, n):
+def test_neither_batches_nor_devices_change_an_image(random, on_all, monkeypatch, n):
     alone = Codec(random, parallel.make_mesh(devices=jax.devices()[:1]))
     x = normal(n, 4, 4, 3)
-    whole = alone.decode(x)
-    np.testing.assert_allclose(on_all.decode(x), whole, atol=1e-5)
+    expected = alone.decode(x)
+    np.testing.assert_allclose(on_all.decode(x), expected, atol=1e-5)
     monkeypatch.setattr(codec, "DECODED_PER_DEVICE", 2)
     for one in (alone, on_all):
-        np.testing.assert_allclose(one.decode(x), whole, atol=1e-5)
+        np.testing.assert_allclose(one.decode(x), expected, atol=1e-5)
     for i in range(n):
-        np.testing.assert_allclose(alone.decode(x[i : i + 1]), whole[i : i + 1], atol=1e-5)
+        np.testing.assert_allclose(alone.decode(x[i : i + 1]), expected[i : i + 1], atol=1e-5)
 
 
 def test_devices_do_not_change_latents(random, on_all):
     alone = Codec(random, parallel.make_mesh(devices=jax.devices()[:1]))
-    pictures = RNG.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
-    ours, theirs = (np.asarray(one.encode(pictures), np.float32) for one in (alone, on_all))
+    images = RNG.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+    ours, theirs = (np.asarray(one.encode(images), np.float32) for one in (alone, on_all))
     np.testing.assert_allclose(ours, theirs, atol=2e-3)  # a float16's last place
 
 
@@ -103,24 +107,27 @@ def test_the_axes_of_a_trajectory_stay(on_all):
 
 
 def test_large_latents_are_decoded_in_tiles(random, on_all, monkeypatch):
-    """Which give what `decode_tiled` does of unscaled ones, and no tile is larger than TILE."""
+    """The result is that of `decode_tiled` on unscaled latents; no tile is larger than TILE."""
     monkeypatch.setattr(codec, "TILE", 6)
     monkeypatch.setattr(codec, "OVERLAP", 2)
-    sides, whole = [], Codec._decode_whole
+    sides, original = [], Codec._decode_whole
 
     def spied(self, x):
         sides.append(x.shape[1:3])
-        return whole(self, x)
+        return original(self, x)
 
     monkeypatch.setattr(Codec, "_decode_whole", spied)
     x = normal(9, 6, 10, 3)
-    pictures = on_all.decode(x)
-    assert set(sides) == {(6, 6)} and pictures.shape == (9, 12, 20, 3)
-    vae = nnx.merge(autoencoder.autoencoder_graphdef(RANDOM), jax.tree.map(jnp.asarray, random.params))
+    images = on_all.decode(x)
+    assert set(sides) == {(6, 6)} and images.shape == (9, 12, 20, 3)
+    vae = nnx.merge(
+        autoencoder.autoencoder_graphdef(RANDOM), jax.tree.map(jnp.asarray, random.params)
+    )
     z = x / RANDOM.scaling_factor + RANDOM.shift_factor
-    how = {"tile": 6, "overlap": 2, "downsampling": 2}
-    expected = autoencoder.decode_tiled(lambda z: vae.decode(jnp.asarray(z)), z, **how)
-    np.testing.assert_allclose(pictures, expected, atol=1e-5)
+    expected = autoencoder.decode_tiled(
+        lambda z: vae.decode(jnp.asarray(z)), z, tile=6, overlap=2, downsampling=2
+    )
+    np.testing.assert_allclose(images, expected, atol=1e-5)
 
     sides.clear()
     on_all.decode(x[:, :, :6])

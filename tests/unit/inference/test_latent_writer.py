@@ -1,4 +1,4 @@
-"""Whatever happens on the way, a folder of latents ends as one that nothing happened to."""
+"""An interrupted conversion ends with the same folder of latents as an uninterrupted one."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from runtime.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "least"),
+    ("name", "value", "minimum"),
     [
         ("image_size", 0, 1),
         ("batch_size", 0, 1),
@@ -27,13 +27,13 @@ from runtime.errors import UserError
         ("verify", -1, 0),
     ],
 )
-def test_numbers_that_cannot_be_are_refused(name, value, least):
-    with pytest.raises(UserError, match=f"--{name} {value}: must be at least {least}"):
+def test_numbers_out_of_range_are_refused(name, value, minimum):
+    with pytest.raises(UserError, match=f"--{name} {value}: must be at least {minimum}"):
         convert_imagenet.check_flags(ConvertConfig(**{name: value}))
-    convert_imagenet.check_flags(ConvertConfig(**{name: 8 * least}))
+    convert_imagenet.check_flags(ConvertConfig(**{name: 8 * minimum}))
 
 
-# --- where the pictures are from ------------------------------------------------------------------
+# --- where the images are from --------------------------------------------------------------------
 
 
 def test_the_source_of_the_hub_is_known_by_its_commit():
@@ -50,11 +50,11 @@ def test_the_source_of_the_hub_is_known_by_its_commit():
 
 def test_the_plan_has_every_row_once():
     for n, per_file, size in ((10, 4, 3), (8, 4, 4), (1, 4, 3), (9, 1, 1)):
-        parts = latent_writer.plan_files(Path("x"), "train", n, per_file)
-        rows = np.concatenate([rows for part in parts for rows in part.batches(size)])
+        files = latent_writer.plan_files(Path("x"), "train", n, per_file)
+        rows = np.concatenate([rows for file in files for rows in file.batches(size)])
         assert rows.tolist() == list(range(n))
-        assert len({part.file for part in parts}) == len(parts) == -(-n // per_file)
-        assert all(len(rows) <= size for part in parts for rows in part.batches(size))
+        assert len({file.path for file in files}) == len(files) == -(-n // per_file)
+        assert all(len(rows) <= size for file in files for rows in file.batches(size))
 
 
 def test_values_of_a_column_that_is_no_class_stay_out(tmp_path):

@@ -236,7 +236,7 @@ def test_samples_are_those_of_diffusers(tmp_path):
     theirs = example("small")
     found, labels = TrainedModel.from_pretrained(str(published(tmp_path / "dit", theirs))), [1, 7]
     how = found.plan(SamplingOverrides(solver="ddim", n_steps=4, cfg_scale=4.0, guided_channels=4))
-    drawn = found.sample(labels, how, codec=None, trajectory=True)
+    drawn = found.sample(labels, how, decode=False, trajectory=True)
     assert drawn.trajectory is not None
     with quiet():
         scheduler = ddim()

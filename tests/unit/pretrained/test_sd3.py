@@ -411,15 +411,16 @@ def drawable(towers, *, full_width: int | None = 24, text_towers=()) -> TrainedM
 
 def test_sd3_is_told_that_there_is_no_prompt_by_an_empty_one(towers):
     asked = inference_labels.request_prompts(drawable(towers), ("blue", "a red"), 4)
-    assert (list(asked.which), asked.names) == ([0, 0, 1, 1], ("blue", "a red"))
-    labels, told = asked.rows(0, 4)
+    assert (list(asked.label_index), asked.names) == ([0, 0, 1, 1], ("blue", "a red"))
+    rows = asked.rows(0, 4)
+    labels = rows.labels
     blue, red, nothing = text_encoders.TextEncoders(towers, full_width=24).encode(
         [*asked.names, ""]
     )
-    assert isinstance(labels, EncodedCaption) and told["negative"] is not None
+    assert isinstance(labels, EncodedCaption) and rows.negative is not None
     for x, caption in zip(labels.tokens, (blue, blue, red, red), strict=True):
         np.testing.assert_array_equal(x[: len(caption.tokens)], caption.tokens)
-    null = told["negative"]
+    null = rows.negative
     np.testing.assert_array_equal(null.tokens[0, : len(nothing.tokens)], nothing.tokens)
     np.testing.assert_array_equal(null.pooled, nothing.pooled[None])
     ours = inference_labels.request_prompts(drawable(towers, full_width=None), ("blue",), 1)
@@ -430,11 +431,11 @@ def test_sd3_does_without_t5_but_not_with_other_towers(towers):
     large, giant, t5 = towers
     caption = drawable(towers, text_towers=[large, giant]).encode_captions(["blue"])
     assert caption.tokens[:, :24].any() and not caption.tokens[:, 24:].any()
-    with pytest.raises(UserError, match="the model has 3, not 1"):
+    with pytest.raises(UserError, match="the model has 3 text encoders, not 1"):
         drawable(towers, text_towers=[large])
     with pytest.raises(UserError, match=r"give 24 channels .* and 10 of .* takes 24 and 16"):
         drawable(towers, text_towers=[large, t5]).encode_captions(["blue"])
-    with pytest.raises(UserError, match="the model has 3, not 2"):
+    with pytest.raises(UserError, match="the model has 3 text encoders, not 2"):
         drawable(towers, full_width=None, text_towers=[large, giant])
 
 

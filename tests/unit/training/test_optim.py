@@ -1,4 +1,4 @@
-"""Schedules at their corners, decay and clipping where they belong, an average that is one."""
+"""Learning-rate schedules, AdamW against optax, clipping, EMA and loss scaling."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def rate(name, step, *, warmup_steps=10, n_steps=110):
 
 
 @pytest.mark.parametrize("name", optim.SCHEDULES)
-def test_no_step_of_the_warm_up_is_wasted_and_it_ends_at_the_peak(name):
+def test_the_warm_up_starts_above_zero_and_ends_at_the_peak(name):
     rates = [rate(name, step) for step in range(11)]
     np.testing.assert_allclose(rates[0], PEAK / 11, rtol=1e-5)
     np.testing.assert_allclose(rates[10], PEAK, rtol=1e-5)
@@ -101,7 +101,7 @@ def test_the_first_update_of_adam_is_the_sign_times_the_rate():
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])
 def test_ten_updates_are_those_of_optax(clip_norm):
-    """With steps that are not finite in between, which change not a bit."""
+    """With non-finite steps in between, which change nothing."""
     params = {"kernel": jax.random.normal(key, (5, 3)), "bias": jnp.ones(3)}
     schedule = optim.learning_rate_schedule("cosine", 0.1, warmup_steps=3, n_steps=10)
     settings = {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "clip_norm": clip_norm}
@@ -130,8 +130,8 @@ def test_ten_updates_are_those_of_optax(clip_norm):
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
-def seen_by_adam(grads, **kwargs) -> Any:
-    """After one step, √(second moment / (1 − β₂)) is the gradient's size."""
+def gradients_in_adam(grads, **kwargs) -> Any:
+    """The sizes of the gradients that reached Adam: √(second moment / (1 − β₂)) after one step."""
     tx = optimizer(**kwargs)
     state = tx.update(grads, tx.init(grads), grads)[1]
     return jax.tree.map(lambda nu: jnp.sqrt(nu / (1 - 0.999)), optax.tree.get(state, "nu"))
@@ -139,30 +139,30 @@ def seen_by_adam(grads, **kwargs) -> Any:
 
 def test_clipping_bounds_the_norm_of_all_gradients_together():
     grads = {"a": {"kernel": jnp.asarray([3.0])}, "b": {"bias": jnp.asarray([4.0])}}
-    seen = seen_by_adam(grads, clip_norm=1.0)
+    seen = gradients_in_adam(grads, clip_norm=1.0)
     np.testing.assert_allclose(
         [seen["a"]["kernel"][0], seen["b"]["bias"][0]], [0.6, 0.8], rtol=1e-4
     )
-    small = seen_by_adam(grads, clip_norm=6.0)
+    small = gradients_in_adam(grads, clip_norm=6.0)
     np.testing.assert_allclose([small["a"]["kernel"][0], small["b"]["bias"][0]], [3, 4], rtol=1e-4)
 
 
 def test_clip_norm_0_never_clips():
-    seen = seen_by_adam({"kernel": jnp.asarray([3e4, 4e4])}, clip_norm=0.0)
+    seen = gradients_in_adam({"kernel": jnp.asarray([3e4, 4e4])}, clip_norm=0.0)
     np.testing.assert_allclose(seen["kernel"], [3e4, 4e4], rtol=1e-4)
 
 
-# --- the average ----------------------------------------------------------------------------------
+# --- EMA ------------------------------------------------------------------------------------------
 
 
-def test_the_averages_decay_warms_up_to_its_cap():
+def test_the_ema_decay_warms_up_to_its_cap():
     decays = [
         float(optim.ema_decay_at(jnp.asarray(step), 0.99)) for step in (0, 10, 889, 891, 10**6)
     ]
     np.testing.assert_allclose(decays, [1 / 10, 11 / 20, 890 / 899, 0.99, 0.99], rtol=1e-6)
 
 
-def test_the_average_of_what_stays_is_what_stays():
+def test_the_ema_of_constant_weights_is_constant():
     params = jax.random.normal(key, (1000,))
     ema = params
     for step in range(5):
@@ -170,7 +170,7 @@ def test_the_average_of_what_stays_is_what_stays():
     assert (ema == params).all()
 
 
-def test_the_average_is_the_weighted_sum():
+def test_the_ema_is_the_weighted_sum():
     """With a fixed decay d: dⁿ·start + (1 − d)·Σ dⁿ⁻ⁱ·paramsᵢ."""
     d, start, params = 0.8, np.asarray([2.0]), np.random.default_rng(0).normal(size=(6, 1))
     ema = {"w": jnp.asarray(start)}
@@ -181,8 +181,8 @@ def test_the_average_is_the_weighted_sum():
     np.testing.assert_allclose(ema["w"], expected, rtol=1e-5)
 
 
-def test_after_a_thousand_steps_the_warmed_average_has_forgotten_its_start():
-    """At 0.9999 alone the random start would still weigh 90 %."""
+def test_after_a_thousand_steps_the_ema_has_forgotten_its_start():
+    """Without the warm-up of 0.9999 the start would still weigh 90 %."""
     ema = {"w": jnp.ones(1)}
     for step in range(1000):
         ema = optim.update_ema(

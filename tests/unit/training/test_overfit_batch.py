@@ -1,7 +1,6 @@
-"""`--overfit_batch` trains on the first batch alone, and is evaluated on it."""
+"""`--overfit_batch` trains on the first batch only, and evaluates on it."""
 
 from dataclasses import replace
-from typing import Any
 
 import nano  # noqa: F401  (its preset)
 import numpy as np
@@ -12,8 +11,8 @@ from data.pipeline import Pipeline
 
 def test_every_batch_is_the_first():
     source = open_dataset("digits")
-    of: Any = {"batch_size": 8, "seed": 3}
-    plain, one = Pipeline(source, **of), Pipeline(source, **of, one_batch=True)
+    plain = Pipeline(source, batch_size=8, seed=3)
+    one = Pipeline(source, batch_size=8, seed=3, one_batch=True)
     first = plain.train_batch(0)
     later = [*one.train_batches(5, 8), one.train_batch(700), *one.eval_batches(2)]
     assert len(later) == 6
@@ -31,7 +30,7 @@ def test_flips_do_not_change_from_step_to_step():
     one = Pipeline(mirrored, batch_size=64, seed=0, one_batch=True)
     first, later = one.train_batch(0), one.train_batch(12)
     np.testing.assert_array_equal(first.image, later.image)
-    as_is = source.train.decode(one.batch_rows(0))
-    n_flipped = sum(not np.array_equal(a, b) for a, b in zip(first.image, as_is))
+    unflipped = source.train.decode(one.batch_rows(0))
+    n_flipped = sum(not np.array_equal(a, b) for a, b in zip(first.image, unflipped))
     assert 16 < n_flipped < 48
     np.testing.assert_array_equal(one.first_rows(3, 5).image, first.image[:5])

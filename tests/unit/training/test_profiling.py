@@ -1,4 +1,4 @@
-"""The FLOPs of the paper, honest figures on any device, and times that wait for the device."""
+"""FLOP counts of the papers and of XLA, device peaks, rooflines, and timing of asynchronous steps."""
 
 import time
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ def stacked_products(unroll):
 
 
 def step_profile(intensity, *, flops=1e12):
-    """A step of one second whose counted FLOPs are all there are, but for `flops`."""
+    """A step of one second with 1e12 FLOPs by XLA's count and `flops` by the analytic one."""
     xla = StepCost(flops=1e12, accessed_bytes=1e12 / intensity)
     return StepProfile("train", flops, xla, 1.0, 1.0, None)
 
@@ -78,7 +78,7 @@ def test_every_design_is_counted_as_xla_counts_it(block, conditioning):
     assert xla and 2 * sum(flops_by_module(c).values()) == pytest.approx(xla, rel=0.06)
 
 
-def test_modules_scale_as_their_formulas_say():
+def test_modules_scale_like_their_formulas():
     base, finer = flops_by_module(config("B")), flops_by_module(config("B", patch_size=1))
     growth = {module: finer[module] / base[module] for module in base}
     assert growth["attention scores, values"] == 16  # tokens squared
@@ -117,7 +117,7 @@ def test_flops_without_a_count_are_none_and_a_profile_says_why(block, final, mon
         flops_by_module(config("S", block="uncounted"))
 
 
-def test_xla_counts_a_scan_once_and_we_say_so():
+def test_xla_counts_a_scan_once():
     once, one_by_one = (
         step_cost(jitted.lower(*args).compile()).flops
         for jitted, args in (stacked_products(1), stacked_products(DEPTH))
@@ -136,12 +136,12 @@ def test_cost_without_figures_is_not_an_error(counts):
 
 def test_memory_counts_the_arguments_of_one_device():
     jitted, args = stacked_products(1)
-    found = step_cost(jitted.lower(*args).compile())
-    assert found.argument_bytes == sum(x.nbytes for x in args)
-    assert found.output_bytes == args[1].nbytes
-    assert found.alias_bytes == 0 and found.temporary_bytes is not None
-    together = sum(x.nbytes for x in (*args, args[1])) + found.temporary_bytes
-    assert found.memory_bytes == together and StepCost().memory_bytes is None
+    cost = step_cost(jitted.lower(*args).compile())
+    assert cost.argument_bytes == sum(x.nbytes for x in args)
+    assert cost.output_bytes == args[1].nbytes
+    assert cost.alias_bytes == 0 and cost.temporary_bytes is not None
+    together = sum(x.nbytes for x in (*args, args[1])) + cost.temporary_bytes
+    assert cost.memory_bytes == together and StepCost().memory_bytes is None
 
 
 @pytest.mark.parametrize(
@@ -162,10 +162,10 @@ def test_memory_counts_the_arguments_of_one_device():
         ("TPU v6 lite", "bfloat16", 918, 1640),
     ],
 )
-def test_peaks_by_the_names_that_jax_gives(kind, dtype, tflops, gigabytes):
-    found = device_peak(kind, dtype)
-    assert found is not None
-    assert (found.flops_per_second, found.bytes_per_second) == (tflops * 1e12, gigabytes * 1e9)
+def test_peaks_are_found_by_jax_device_kinds(kind, dtype, tflops, gigabytes):
+    peak = device_peak(kind, dtype)
+    assert peak is not None
+    assert (peak.flops_per_second, peak.bytes_per_second) == (tflops * 1e12, gigabytes * 1e9)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_a_peak_is_never_guessed(kind, dtype):
     assert given is not None and training_flops.mfu(1e12, given) == 0.5
 
 
-def test_the_verdict_follows_the_ridge():
+def test_the_roofline_compares_with_the_ridge():
     device = Peak(2e12, 1e10, "data sheet")  # the ridge is at 200 FLOPs per byte
     assert roofline(step_profile(400), device).startswith("compute-bound: 400")
     assert "50.0% of 2 TFLOP/s" in roofline(step_profile(400), device)
@@ -199,9 +199,9 @@ def test_the_verdict_follows_the_ridge():
     assert "25.0%" in roofline(step_profile(400), device, n_devices=2)
 
 
-def test_measure_waits_for_the_device():
+def test_timing_waits_for_the_device():
     class Result:
-        """As an array of an asynchronous device: there at once, ready when its turn has come."""
+        """Like an array of an asynchronous device: returned at once, ready later, in order."""
 
         finished = 0.0
 
@@ -216,7 +216,7 @@ def test_measure_waits_for_the_device():
     assert 0.0039 < seconds_per_step(Result, min_seconds=0.05) < 0.04
 
 
-def test_a_whole_report_on_this_machine(tmp_path):
+def test_a_report_of_a_step_on_this_machine(tmp_path):
     jitted, args = stacked_products(1)
     step = profiling.profile_step("train", jitted, args, flops=1e6, run=lambda run: run(*args))
     trace_file = profiling.trace(lambda: step.compiled(*args), tmp_path)
@@ -241,5 +241,5 @@ def test_a_whole_report_on_this_machine(tmp_path):
 
 def test_units_keep_three_digits():
     values = {0.0: "0 s", 0.012346: "12.3 ms", 999.9: "1 ks", 12.1e9: "12.1 Gs"}
-    assert {value: profiling.si(value, "s") for value in values} == values
-    assert profiling.si(None, "s") == "n/a"
+    assert {value: profiling.format_si(value, "s") for value in values} == values
+    assert profiling.format_si(None, "s") == "n/a"

@@ -1,4 +1,4 @@
-"""A record that survives interruption, and a speed that is training's alone."""
+"""A log that survives interruption, and a speed of training alone."""
 
 import json
 import math
@@ -13,8 +13,8 @@ from training.tracking import Throughput, Tracker, duration
 N_STEPS = 20
 
 
-def record(folder, *, first, last, start_step=0):
-    """Log steps first to last, as a run that holds the checkpoint of `start_step` would."""
+def log_steps(folder, *, first, last, start_step=0):
+    """Log the steps first … last like a run that resumes from the checkpoint of `start_step`."""
     with Tracker(folder, start_step=start_step, n_steps=N_STEPS, quiet=True) as tracker:
         for step in range(first, last + 1):
             tracker.log(step, {"loss": 1 / step, "loss_by_t": [step / 10] * 10})
@@ -23,7 +23,7 @@ def record(folder, *, first, last, start_step=0):
 
 
 def events(folder):
-    """(tag, step, value) of every scalar, and the tag of every image, in a folder's events."""
+    """Read a folder's events: (tag, step, value) of every scalar, and the tag of every image."""
     from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]
 
     scalars, images = [], []
@@ -43,18 +43,18 @@ def events(folder):
 
 @pytest.mark.parametrize("torn", [b"", b'{"step": 13, "lo', b'{"step"', b"\0\0\0"])
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, torn):
-    record(tmp_path / "whole", first=1, last=N_STEPS)
-    record(tmp_path / "broken", first=1, last=13)
+    log_steps(tmp_path / "whole", first=1, last=N_STEPS)
+    log_steps(tmp_path / "broken", first=1, last=13)
     file = tmp_path / "broken" / "metrics.jsonl"
     file.write_bytes(file.read_bytes() + torn)
-    record(tmp_path / "broken", first=11, last=N_STEPS, start_step=10)
+    log_steps(tmp_path / "broken", first=11, last=N_STEPS, start_step=10)
     assert file.read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     assert {path.name.split(".")[0] for path in file.parent.iterdir()} == {"metrics", "events"}
 
 
-def test_a_run_that_never_saved_starts_its_record_anew(tmp_path):
-    record(tmp_path, first=1, last=3)
-    record(tmp_path, first=1, last=2)
+def test_a_run_that_never_saved_starts_its_log_anew(tmp_path):
+    log_steps(tmp_path, first=1, last=3)
+    log_steps(tmp_path, first=1, last=2)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
     assert steps == [1, 2]
@@ -72,7 +72,7 @@ def test_every_line_is_valid_json_and_on_disk_at_once(tmp_path):
     tracker.close()
 
 
-def test_events_hold_scalars_bins_and_pictures(tmp_path):
+def test_events_hold_scalars_bins_and_images(tmp_path):
     with Tracker(tmp_path, n_steps=9, quiet=True) as tracker:
         tracker.log(4, {"loss": 0.5, "loss_by_t": [0.25] * 9 + [math.nan]})
         tracker.image(4, "samples", PIL.Image.new("L", (8, 8)))
@@ -83,7 +83,7 @@ def test_events_hold_scalars_bins_and_pictures(tmp_path):
     assert images == ["samples"]
 
 
-def test_plain_lines_are_for_people(tmp_path, capsys):
+def test_plain_lines_show_metrics_and_the_time_left(tmp_path, capsys):
     metrics = {
         "loss": 0.43211,
         "grad_norm": 1.234,
@@ -99,7 +99,7 @@ def test_plain_lines_are_for_people(tmp_path, capsys):
     assert [duration(s) for s in (0.4, 59.6, 3599.6)] == ["0:00", "1:00", "1:00:00"]
 
 
-def test_a_terminal_gets_a_bar_that_starts_where_the_run_does(tmp_path, capsys, monkeypatch):
+def test_a_terminal_gets_a_bar_that_starts_at_the_run_s_step(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     with Tracker(tmp_path, n_steps=20, start_step=10) as tracker:
         tracker.log(15, {"eval_loss": 0.5})
