@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# One short visit to a machine with a GPU fills the table: at most eight minutes, tables last.
+# Run the benchmarks of speed on a machine with a GPU, in at most eight minutes. Tables are printed
+# last.
 #
-#   benchmarks/gpu.sh          what matters most comes first; what there is no time for is named
+#   benchmarks/gpu.sh          the most important first; those there is no time for are listed
 #   benchmarks/gpu.sh --dry    the same commands with tiny shapes, on a CPU
 #
-# Needs this repository and installed packages only; without torch with CUDA and diffusers there is
-# no peer. PYTHON is the Python to use, JSON a file to which each command's JSON line is added.
+# Needs this repository and installed packages only. Without torch with CUDA and diffusers there is
+# no peer. PYTHON is the Python to use, JSON a file to which each command's JSON line is appended.
 set -u
 cd "$(dirname "$0")/.."
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-limit=450 # seconds, after which nothing new begins and what runs is stopped
+limit=450 # seconds, after which no command starts and the running one is stopped
 
 size() { echo "$1"; }
 S=DiT-S/2 B=DiT-B/2 L=DiT-L/2 XL=DiT-XL/2 MMDiT=MMDiT-B/2
@@ -23,24 +24,24 @@ if [ "${1-}" = --dry ]; then
     export JAX_PLATFORMS=cpu
 fi
 export XLA_PYTHON_CLIENT_PREALLOCATE=false       # torch's process needs memory too
-export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} # figures are of one GPU
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} # one GPU
 export PYTHONUNBUFFERED=1
-found=$(mktemp)
-trap 'rm -f "$found"' EXIT
+summary=$(mktemp)
+trap 'rm -f "$summary"' EXIT
 
-bench() { # script, then its flags
-    local script=$1 left=$((limit - SECONDS)) said status
+bench() { # SCRIPT FLAG...
+    local script=$1 left=$((limit - SECONDS)) output status
     shift
     echo "--- $SECONDS s: $script $*"
-    [ "$left" -gt 20 ] || { echo "left out, no time: $script $*" >>"$found"; return; }
+    [ "$left" -gt 20 ] || { echo "left out, no time: $script $*" >>"$summary"; return; }
     # shellcheck disable=SC2086 (several words)
-    said=$(timeout "$left" "$python" "benchmarks/$script" "$@" $common)
+    output=$(timeout "$left" "$python" "benchmarks/$script" "$@" $common)
     status=$?
-    echo "$said" | grep -v '^{'
-    [ -z "${JSON-}" ] || echo "$said" | grep '^{' >>"$JSON"
-    echo "$said" | grep -E '^(\||left out)' >>"$found"
-    [ $status -eq 0 ] || echo "left out, status $status: $script $*" >>"$found"
-    echo >>"$found"
+    echo "$output" | grep -v '^{'
+    [ -z "${JSON-}" ] || echo "$output" | grep '^{' >>"$JSON"
+    echo "$output" | grep -E '^(\||left out)' >>"$summary"
+    [ $status -eq 0 ] || echo "left out, status $status: $script $*" >>"$summary"
+    echo >>"$summary"
 }
 step() { bench step.py --precision bf16 $turns $tiny "$@"; }
 
@@ -60,4 +61,4 @@ step --model $B --batch_size "$(size 64)" --unroll 1 12 --peer none
 echo
 echo "=== $SECONDS s; $("$python" -c 'from importlib.metadata import version as v; print("jax", v("jax"))')"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
-cat "$found"
+cat "$summary"

@@ -99,8 +99,8 @@ class SamplerConfig:
             )
 
     def time_steps(self, start: float = 1.0) -> Float[Array, "times"] | NoiseSchedule:
-        """Discretize the way from time `start` to the data: the times of a flow, or the part of a
-        DDPM chain that begins at the step nearest to `start`.
+        """Discretize time from `start` to the data: times of a flow, or the part of DDPM's noise
+        schedule that begins at the step nearest to `start`.
         """
         if self.prediction is None:
             return time_grid(self.n_steps, shift=self.shift, start=start)
@@ -117,10 +117,8 @@ class SamplerConfig:
         """The time at which `time_steps(t)` begins: t itself, or that of DDPM's nearest step."""
         if self.prediction is None:
             return t
-        return (
-            float(ddpm.truncate_schedule(ddpm.noise_schedule(self.n_steps), t).step[-1])
-            / ddpm.N_STEPS
-        )
+        schedule = ddpm.truncate_schedule(ddpm.noise_schedule(self.n_steps), t)
+        return float(schedule.step[-1]) / ddpm.N_STEPS
 
 
 class StartFrom(NamedTuple):

@@ -1,6 +1,6 @@
-"""A small dataset that lies in device memory, and the batches that are drawn from it there.
+"""A small dataset in device memory, and the batches that are gathered from it there.
 
-They are the pipeline's own batches; the host's part is the order of an epoch, now and then.
+The batches are those of the pipeline. The host only sends the order of an epoch now and then.
 """
 
 from collections.abc import Generator
@@ -36,13 +36,14 @@ class DeviceDataset(NamedTuple):
 
 
 def batches(data: Pipeline, mesh: parallel.Mesh, start: int, stop: int) -> Generator[DeviceDataset]:
-    """What the batches of the steps start … stop − 1 are drawn from by `draw`: the same arrays for
-    as long as the epochs last.
+    """Yield the dataset that `gather_batch` reads the batches of the steps start … stop − 1 from.
+    The arrays are the same objects for as long as their epochs last.
     """
     image, label = data.decode_split("train")
     n, size = len(label), data.batch_size
     n_epochs = 2 + size // n  # those that a batch can lie in, and one more
-    encoding, mirrored = data.source.config.encoding, None
+    encoding = data.source.config.encoding
+    mirrored = None
     if encoding and encoding.mirrored:
         image, mirrored = np.split(image, 2, axis=-1)
     image, mirrored, label = parallel.replicate((image, mirrored, label), mesh)

@@ -1,4 +1,4 @@
-"""What a training run shows a person: its first message, its grids of samples, its last message.
+"""Texts and grids that a training run shows: first message, grids of samples, last message.
 
 Plain values in, texts and images out. It neither samples nor writes files.
 """

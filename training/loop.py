@@ -1,7 +1,7 @@
 """A training run in the order of time: its folder, its batches, its step, and its state.
 
-`Loop.fit` is the run. What is trained is the task of a subclass: `train.Trainer` (a diffusion
-transformer) or `training.autoencoder.trainer.VaeTrainer`. Nothing here knows a network or a loss.
+`Loop.fit` is the run. A subclass gives it its task: `train.Trainer` trains a diffusion transformer,
+`training.autoencoder.trainer.VaeTrainer` an autoencoder. Nothing here knows a network or a loss.
 """
 
 import dataclasses
@@ -72,9 +72,6 @@ class Loop(Run):
 
     CONFIG: ClassVar[type[Any]]  # the dataclass of the command's flags
     COMMAND: ClassVar[str]  # the command's file name, recorded in config.json
-    GRID_FOLDER: ClassVar[
-        str
-    ]  # where image grids go in the run's folder, and their TensorBoard tag
 
     source: Source
     dataset: DatasetConfig
@@ -138,7 +135,7 @@ class Loop(Run):
         """Text printed after the last step."""
 
     def measurement_is_due(self, last: int) -> bool:
-        """Whether `measure` follows this step of a run to step `last`."""
+        """Return True if `measure` follows this step of a run to step `last`."""
         return False
 
     # --- the run's folder, data and state ---------------------------------------------------------

@@ -204,9 +204,8 @@ def roofline(profile: StepProfile, peak: Peak | None, *, n_devices: int = 1) -> 
     speed = profile.flops_per_second / n_devices
     if peak is None:
         return f"n/a: this device's peak is unknown; it reaches {format_si(speed, 'FLOP/s')}."
-    reached = (
-        f"reaches {speed / peak.flops_per_second:.1%} of {format_si(peak.flops_per_second, 'FLOP/s')}"
-    )
+    peak_speed = format_si(peak.flops_per_second, "FLOP/s")
+    reached = f"reaches {speed / peak.flops_per_second:.1%} of {peak_speed}"
     low = profile.cost.intensity
     if low is None or peak.bytes_per_second is None or profile.cost.accessed_bytes is None:
         return f"n/a: bytes or bandwidth are unknown; it {reached}."
@@ -253,8 +252,9 @@ def report(
     """Format the model, the device, the table of steps and the rooflines as text."""
     roof = "n/a (give --peak_tflops)"
     if peak:
-        roof = f"{format_si(peak.flops_per_second, 'FLOP/s')}, {format_si(peak.bytes_per_second, 'B/s')}"
-        roof += f" ({peak.source})"
+        speed = format_si(peak.flops_per_second, "FLOP/s")
+        bandwidth = format_si(peak.bytes_per_second, "B/s")
+        roof = f"{speed}, {bandwidth} ({peak.source})"
     lines = [
         *_model_lines(config, n_params),
         f"DEVICE\n  {n_devices} × {device_kind}, {dtype}; peak of one: {roof}",

@@ -280,8 +280,8 @@ class RunSession:
         return True
 
     def is_leaving(self, stop: StopRequest) -> bool:
-        """Whether the run ends here because of a signal. Several processes go by the step that was
-        fetched last, so that all of them leave at the same step.
+        """Return True if the run ends here because of a signal. Several processes decide by the
+        step that was fetched last, so that all of them end at the same step.
         """
         if not processes.is_distributed():
             return bool(stop)

@@ -165,9 +165,9 @@ class Tracker:
             print(text, flush=True)
 
     def _check_room(self) -> bool:
-        """Whether the disk has room for a few lines. Checked before writing: half a line would be
-        worse than none, and TensorBoard's writer waits forever for a thread that died of a full
-        disk.
+        """Return True if the disk has room for a few lines. Check it before writing: half a line
+        would be worse than none, and TensorBoard's writer waits forever for a thread that died of a
+        full disk.
         """
         had_room = self.has_room
         self.has_room = shutil.disk_usage(self.folder).free >= MIN_FREE_BYTES

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from drawables import NOTHING, drawable
 from figures_cases import (
     OF_RECORDS,
     command,  # noqa: F401
 )
 from PIL import Image, ImageSequence
+from tiny_models import UNCONDITIONAL, tiny_model
 
 OF_WEIGHTS = ["trajectory.gif", "x0.png", "cfg_sweep.png", "denoising.png"]
 
@@ -21,7 +21,7 @@ def size(path: Path) -> tuple[int, int]:
 @pytest.mark.slow
 def test_all_of_a_run_with_classes(command, tmp_path):
     out = tmp_path / "there"
-    made, left_out = command(drawable(), out=out)
+    made, left_out = command(tiny_model(), out=out)
     assert (made, left_out) == ({*OF_RECORDS, *OF_WEIGHTS}, [])
     with Image.open(out / "trajectory.gif") as gif:
         assert len(list(ImageSequence.Iterator(gif))) == 4  # the states of three steps
@@ -31,7 +31,7 @@ def test_all_of_a_run_with_classes(command, tmp_path):
 
 @pytest.mark.slow
 def test_a_figure_that_cannot_be_made_is_left_out_with_a_line(command):
-    made, left_out = command(drawable(NOTHING, conditioning="none", cfg_scale=1.0))
+    made, left_out = command(tiny_model(UNCONDITIONAL, conditioning="none", cfg_scale=1.0))
     assert made == {*OF_RECORDS, *OF_WEIGHTS} - {"cfg_sweep.png"}
     assert left_out == [
         "cfg_sweep.png is left out: an unconditional model has no label to be guided by"

@@ -38,16 +38,16 @@ def sent_by_hlo(text):
     for body in bodies:
         name = body.removeprefix("ENTRY ").split(" ", 1)[0]
         for line in body.splitlines():
-            found = re.search(rf"= (.*?) ({kinds})\(", line)
+            match = re.search(rf"= (.*?) ({kinds})\(", line)
             group = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-            if found and group and (n := len(group[1].split(","))) > 1:
-                arrays = re.findall(r"(\w+)\[([\d,]*)\]", found[1])
+            if match and group and (n := len(group[1].split(","))) > 1:
+                arrays = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
                 size = sum(
                     SIZES[kind] * math.prod(map(int, filter(None, shape.split(","))))
                     for kind, shape in arrays
                 )
-                size *= n if found[2] == "reduce-scatter" else 1
-                total[found[2]] += trips.get(name, 1) * size
+                size *= n if match[2] == "reduce-scatter" else 1
+                total[match[2]] += trips.get(name, 1) * size
     return total
 
 
@@ -111,8 +111,8 @@ def real_step(folder, *, depth, width=128, fsdp=1, remat=True, learning_rate=1e-
     return trainer, trainer.update.lower(trainer.state, batch, trainer.train_key)
 
 
-def nbytes(tree, where=lambda x: x.nbytes):
-    return sum(where(x) for x in jax.tree.leaves(tree))
+def nbytes(tree, size_of=lambda x: x.nbytes):
+    return sum(size_of(x) for x in jax.tree.leaves(tree))
 
 
 @pytest.mark.slow
@@ -124,21 +124,23 @@ def test_the_real_step_holds_and_needs_what_is_planned(tmp_path, remat):
     needed = {}
     for mesh, (data, fsdp) in MESHES.items():
         trainer, lowered = real_step(tmp_path, depth=8, width=256, fsdp=fsdp, remat=remat)
-        found = profiling.step_cost(lowered.compile())
-        assert found.argument_bytes and found.temporary_bytes and found.memory_bytes
+        cost = profiling.step_cost(lowered.compile())
+        assert cost.argument_bytes and cost.temporary_bytes and cost.memory_bytes
         s = trainer.state
         state = (s.params, s.ema, s.opt_state)
-        whole = nbytes(state)
-        assert whole == pytest.approx(16 * planner.count_params(trainer.model_config), rel=1e-4)
+        total_bytes = nbytes(state)
+        assert total_bytes == pytest.approx(
+            16 * planner.count_params(trainer.model_config), rel=1e-4
+        )
         held = nbytes(state, lambda x: x.addressable_shards[0].data.nbytes)
         if mesh == "FSDP":
-            assert held <= 1.3 / 8 * whole and found.argument_bytes <= 1.3 / 8 * whole
+            assert held <= 1.3 / 8 * total_bytes and cost.argument_bytes <= 1.3 / 8 * total_bytes
         memory = Plan(trainer.model_config, UNIT, data, fsdp, ROWS).memory
         assert memory.state == pytest.approx(held, rel=1e-4)
-        assert memory.state == pytest.approx(found.argument_bytes, rel=0.01)
-        assert 0.75 < memory.temporaries / found.temporary_bytes < 1.33, mesh
-        assert 0.85 < memory.total / found.memory_bytes < 1.2, mesh
-        needed[mesh] = found.temporary_bytes
+        assert memory.state == pytest.approx(cost.argument_bytes, rel=0.01)
+        assert 0.75 < memory.temporaries / cost.temporary_bytes < 1.33, mesh
+        assert 0.85 < memory.total / cost.memory_bytes < 1.2, mesh
+        needed[mesh] = cost.temporary_bytes
     assert needed["FSDP"] < needed["hybrid"] < needed["DDP"]
 
 

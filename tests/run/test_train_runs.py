@@ -499,7 +499,7 @@ def test_a_prompt_is_encoded_by_the_text_encoder_of_the_training(on_captions, tm
         moved = (str(clip.with_name("gone")),)
         generate.main(replace(how, prompts=prompts, text_towers=moved))
         for wrong in ({"labels": ("7",)}, {}):
-            with pytest.raises(UserError, match="say what to draw by --prompts"):
+            with pytest.raises(UserError, match="name them by --prompts"):
                 generate.main(replace(how, **wrong))
     finally:
         shutil.rmtree(clip)

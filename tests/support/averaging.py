@@ -15,10 +15,10 @@ from jaxtyping import Float, UInt8
 from networks.autoencoder import AutoencoderConfig, init_autoencoder_params
 from pretrained import autoencoder as pretrained
 
-GAINS = (1.0, -0.5)  # a channel of a picture becomes so many of latents
+GAINS = (1.0, -0.5)  # one channel of an image becomes this many of latents
 LOG_VARIANCE = -4.0
 SCALE, SHIFT = 1.6, -0.1
-LARGE = 100.0  # channels so large that a norm divides by them, whatever the picture
+LARGE = 100.0  # channels so large that a norm divides by them, whatever the image
 
 
 def config(channels: int = 1, **facts: Any) -> AutoencoderConfig:
@@ -37,7 +37,7 @@ def config(channels: int = 1, **facts: Any) -> AutoencoderConfig:
 def params(channels: int = 1) -> dict[str, Any]:
     """Its weights: all 0 but for a path through shortcuts.
 
-    A picture travels as x and −x beside two large constants: a norm's mean is then 0, its deviation
+    An image travels as x and −x beside two large constants: a norm's mean is then 0, its deviation
     one number, and silu(x) − silu(−x) = x.
     """
     c = config(channels)
@@ -67,7 +67,7 @@ def params(channels: int = 1) -> dict[str, Any]:
 
 
 def save(folder: Path, channels: int = 1, **facts: Any) -> Path:
-    """In diffusers' layout."""
+    """Write it in diffusers' layout."""
     pretrained.save_autoencoder(folder, config(channels, **facts), params(channels))
     return folder
 

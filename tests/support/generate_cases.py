@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawables import drawable
+from tiny_models import tiny_model
 
 import generate
 from generate import GenerateConfig
@@ -15,7 +15,7 @@ RUN = Path("runs/digits")
 
 @pytest.fixture(scope="module")
 def digits():
-    return drawable()
+    return tiny_model()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Autoencoders of diffusers with random weights, and how they and ours see the same pictures."""
+"""Autoencoders of diffusers with random weights, and conversions of images to their axes and back."""
 
 import contextlib
 import warnings

@@ -56,7 +56,7 @@ def original_names(model):
     import torch
 
     state = model.state_dict()
-    found = {"pos_embed": model.pos_embed.pos_embed}
+    renamed = {"pos_embed": model.pos_embed.pos_embed}
     plain = {
         "pos_embed.proj": "x_embedder.proj",
         "proj_out_1": "final_layer.adaLN_modulation.1",
@@ -65,7 +65,7 @@ def original_names(model):
         "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
     }
     embedding = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
-    found["y_embedder.embedding_table.weight"] = state[embedding]
+    renamed["y_embedder.embedding_table.weight"] = state[embedding]
     for i in range(len(model.transformer_blocks)):
         there, here = f"transformer_blocks.{i}", f"blocks.{i}"
         plain |= {
@@ -76,16 +76,17 @@ def original_names(model):
         }
         for part in ("weight", "bias"):
             parts = [state[f"{there}.attn1.to_{p}.{part}"] for p in "qkv"]
-            found[f"{here}.attn.qkv.{part}"] = torch.cat(parts)
+            renamed[f"{here}.attn.qkv.{part}"] = torch.cat(parts)
     for theirs, original in plain.items():
         for part in ("weight", "bias"):
-            found[f"{original}.{part}"] = state[f"{theirs}.{part}"]
-    return found
+            renamed[f"{original}.{part}"] = state[f"{theirs}.{part}"]
+    return renamed
 
 
 def sit(state, x, t, label, *, n_heads):
-    """SiT's velocity (Ma et al. 2024) from the original's weights, of pictures b c h w: DiT's
-    network (Peebles & Xie 2023, fig. 3), told t itself.
+    """Compute SiT's velocity (Ma et al. 2024) of images (b c h w) from the original's weights.
+
+    It is DiT's network (Peebles & Xie 2023, fig. 3), conditioned on t itself.
     """
     import torch
     from torch.nn import functional as F
@@ -114,8 +115,8 @@ def sit(state, x, t, label, *, n_heads):
         qkv = linear(f"{block}.attn.qkv", norm(y, m[0], m[1])).split(width, dim=2)
         q, k, v = (z.unflatten(2, (n_heads, -1)).transpose(1, 2) for z in qkv)
         weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(-1)
-        found = linear(f"{block}.attn.proj", (weights @ v).transpose(1, 2).flatten(2))
-        y = y + m[2][:, None] * found
+        attended = linear(f"{block}.attn.proj", (weights @ v).transpose(1, 2).flatten(2))
+        y = y + m[2][:, None] * attended
         hidden = F.gelu(linear(f"{block}.mlp.fc1", norm(y, m[3], m[4])), approximate="tanh")
         y = y + m[5][:, None] * linear(f"{block}.mlp.fc2", hidden)
     shift, scale = linear("final_layer.adaLN_modulation.1", c).split(width, dim=1)

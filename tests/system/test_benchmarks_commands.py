@@ -1,4 +1,4 @@
-"""The benchmarks of speed run, and their peer is the model that it is compared with."""
+"""The benchmarks of speed run as commands, with and without a peer."""
 
 import json
 import os
@@ -15,20 +15,20 @@ TINY = ["--model", "DiT-Ti/8", "--image_size", 16, "--rounds", 1]
 
 
 def benchmark(script, *flags, cache):
-    """What a script found; the table must be there, too."""
+    """Run a script; returns its rows and its output, which must hold a table."""
     done = run(f"benchmarks/{script}", *flags, cache=cache)
     assert done.returncode == 0, done.stderr
     *text, line = done.stdout.splitlines()
     table = [row for row in text if row.startswith("|")]
     assert len(table) > 2 and len({row.count("|") for row in table}) == 1
-    found = json.loads(line)
-    assert {"benchmark", "date", "device", "command", "versions", "rows"} <= set(found)
-    return found["rows"], done.stdout
+    results = json.loads(line)
+    assert {"benchmark", "date", "device", "command", "versions", "rows"} <= set(results)
+    return results["rows"], done.stdout
 
 
 def test_step_without_a_peer(cache):
-    how = ["--batch_size", 2, "--remat", "false,true", "--unroll", 1, "--precision", "bf16"]
-    rows, _ = benchmark("step.py", *TINY, *how, "--peer", "none", cache=cache)
+    flags = ["--batch_size", 2, "--remat", "false,true", "--unroll", 1, "--precision", "bf16"]
+    rows, _ = benchmark("step.py", *TINY, *flags, "--peer", "none", cache=cache)
     assert [(row["remat"], row["unroll"]) for row in rows] == [(False, 1), (True, 1)]
     for row in rows:
         assert row["planned_bytes"] > 0 and row["compile_s"] > 0 and 0 < row["of_matmul"] < 1
@@ -38,19 +38,19 @@ def test_step_without_a_peer(cache):
 
 
 def test_a_plan_of_a_step_takes_none(cache):
-    """The same memory as of a step that is taken."""
-    how = [*TINY, "--batch_size", 2, "--unroll", 1, "--precision", "bf16", "--peer", "none"]
-    (planned,), _ = benchmark("step.py", *how, "--plan_only", cache=cache)
-    (taken,), _ = benchmark("step.py", *how, cache=cache)
-    assert planned["planned_bytes"] == taken["planned_bytes"] > 0
-    assert planned["median_s"] is None and planned["n_params"] == taken["n_params"]
+    """Its memory is that of a real step."""
+    flags = [*TINY, "--batch_size", 2, "--unroll", 1, "--precision", "bf16", "--peer", "none"]
+    (planned,), _ = benchmark("step.py", *flags, "--plan_only", cache=cache)
+    (measured,), _ = benchmark("step.py", *flags, cache=cache)
+    assert planned["planned_bytes"] == measured["planned_bytes"] > 0
+    assert planned["median_s"] is None and planned["n_params"] == measured["n_params"]
 
 
 @pytest.mark.slow
 @needs_torch
 def test_step_beside_torch(cache):
-    how = ["--batch_size", 2, "--unroll", 1]
-    rows, _ = benchmark("step.py", *TINY, *how, cache=cache)
+    flags = ["--batch_size", 2, "--unroll", 1]
+    rows, _ = benchmark("step.py", *TINY, *flags, cache=cache)
     ours, *_, theirs = rows
     assert ours["n_params"] == theirs["n_params"]
     assert set(ours["times_as_fast_as"]) == {"fp32", "autocast"}
@@ -112,7 +112,7 @@ def test_the_gpu_script_without_a_gpu(cache):
     assert done.returncode == 0, done.stderr
     assert "status" not in done.stdout and "no time" not in done.stdout
     assert done.stdout.count("| model × batch") >= 8 and "| batch × tokens" in done.stdout
-    assert "| what" in done.stdout
+    assert "| task" in done.stdout
 
 
 def test_the_gpu_script_is_well_formed():

@@ -39,7 +39,7 @@ def trained_and_judged(folder, cache, *flags, n):
 @pytest.mark.slow
 @pytest.mark.parametrize("design", DESIGNS)
 def test_every_design_learns_sixteen_digits_by_heart(tmp_path, cache, design):
-    """What it then draws is nearer to one of the sixteen than real digits are, by far."""
+    """Its samples are far nearer to one of the sixteen than real digits are."""
     folder = tmp_path / "data" / "data"
     folder.mkdir(parents=True)
     for split, data in load_dataset(str(ROOT / "data" / "digits")).items():

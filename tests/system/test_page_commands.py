@@ -15,8 +15,8 @@ import pytest
 from browser import Visitor, open_browser
 from commands import NANO, SMALL, run, start
 from curves_cases import record, write_grids
-from drawables import CLASSES, DDPM, DIGITS, NOTHING, SHAPE, SIGMA, drawable
 from faults_cases import wait_until
+from tiny_models import CLASSES, DDPM, DIGITS, SHAPE, SIGMA, UNCONDITIONAL, tiny_model
 
 from model import model_config
 from runtime.run_folder import REQUIRED_KEYS
@@ -213,7 +213,7 @@ def test_fields_fit_the_model():
     for config, settings, visible, solvers in (
         (CLASSES, {}, (True, False, False), ["euler", "heun"]),
         (SIGMA, DDPM, (True, False, False), ["ddpm", "ddim"]),
-        (NOTHING, {"cfg_scale": 1.0}, (False, False, False), ["euler", "heun"]),
+        (UNCONDITIONAL, {"cfg_scale": 1.0}, (False, False, False), ["euler", "heun"]),
         # Captions made from labels.
         (
             captions,
@@ -222,7 +222,7 @@ def test_fields_fit_the_model():
             ["euler", "heun"],
         ),
     ):
-        fields = fields_for_model(drawable(config, **settings))
+        fields = fields_for_model(tiny_model(config, **settings))
         assert tuple(field["visible"] for field in fields[:3]) == visible
         assert fields[3]["choices"] == solvers
         # A hidden field is emptied; a visible one keeps its text.

@@ -1,4 +1,4 @@
-"""The benchmarks of speed run, and their peer is the model that it is compared with."""
+"""The peer of the benchmarks is the model it is compared with, and turns are timed fairly."""
 
 import importlib.util
 from dataclasses import replace
@@ -23,7 +23,7 @@ NANO = model_config(
 
 @pytest.fixture
 def one_thread():
-    """torch's threads spin while they wait for one another: beside other tests, for minutes."""
+    """Run torch on one thread: its threads spin while waiting, for minutes beside other tests."""
     import torch
 
     n = torch.get_num_threads()
@@ -33,45 +33,45 @@ def one_thread():
 
 
 def as_torch(params) -> dict[str, np.ndarray]:
-    """Our weights under diffusers' names."""
+    """Return our weights under diffusers' names."""
 
     def linear(name, x):
         return {f"{name}.weight": x["kernel"].T, f"{name}.bias": x["bias"]}
 
     p = jax.tree.map(np.asarray, params)
-    found = linear("pos_embed.proj", p["patch"])
+    renamed = linear("pos_embed.proj", p["patch"])
     n_out, side = len(p["patch"]["bias"]), NANO.patch_size
-    kernel = found["pos_embed.proj.weight"].reshape(n_out, side, side, NANO.channels)
-    found["pos_embed.proj.weight"] = kernel.transpose(0, 3, 1, 2)
-    found |= linear("proj_out_1", p["final"]["modulation"])
-    found |= linear("proj_out_2", p["final"]["out"])
+    kernel = renamed["pos_embed.proj.weight"].reshape(n_out, side, side, NANO.channels)
+    renamed["pos_embed.proj.weight"] = kernel.transpose(0, 3, 1, 2)
+    renamed |= linear("proj_out_1", p["final"]["modulation"])
+    renamed |= linear("proj_out_2", p["final"]["out"])
     for i in range(NANO.depth):
         block, at = jax.tree.map(lambda x, i=i: x[i], p["blocks"]), f"transformer_blocks.{i}"
-        found |= linear(f"{at}.norm1.emb.timestep_embedder.linear_1", p["time"]["mlp"]["hidden"])
-        found |= linear(f"{at}.norm1.emb.timestep_embedder.linear_2", p["time"]["mlp"]["out"])
-        found[f"{at}.norm1.emb.class_embedder.embedding_table.weight"] = p["label"]["table"]
-        found |= linear(f"{at}.norm1.linear", block["modulation"])
+        renamed |= linear(f"{at}.norm1.emb.timestep_embedder.linear_1", p["time"]["mlp"]["hidden"])
+        renamed |= linear(f"{at}.norm1.emb.timestep_embedder.linear_2", p["time"]["mlp"]["out"])
+        renamed[f"{at}.norm1.emb.class_embedder.embedding_table.weight"] = p["label"]["table"]
+        renamed |= linear(f"{at}.norm1.linear", block["modulation"])
         for part, name in enumerate("qkv"):
             qkv = block["attention"]["qkv"]["linear"]
             third = {key: np.split(x, 3, axis=-1)[part] for key, x in qkv.items()}
-            found |= linear(f"{at}.attn1.to_{name}", third)
-        found |= linear(f"{at}.attn1.to_out.0", block["attention"]["out"])
-        found |= linear(f"{at}.ff.net.0.proj", block["mlp"]["up"])
-        found |= linear(f"{at}.ff.net.2", block["mlp"]["down"])
-    return found
+            renamed |= linear(f"{at}.attn1.to_{name}", third)
+        renamed |= linear(f"{at}.attn1.to_out.0", block["attention"]["out"])
+        renamed |= linear(f"{at}.ff.net.0.proj", block["mlp"]["up"])
+        renamed |= linear(f"{at}.ff.net.2", block["mlp"]["down"])
+    return renamed
 
 
 @needs_torch
 @pytest.mark.filterwarnings("ignore")
 def test_the_peer_is_the_same_function_with_as_many_parameters(one_thread):
-    """Without the embedders that diffusers repeats in every block, which `peer.build` shares."""
+    """diffusers repeats embedders in every block; `peer.build_torch_model` shares them."""
     import torch
     from flax import nnx
 
     params = init_model_params(NANO, jax.random.key(0))
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    # What starts at zero would hide what it multiplies.
+    # Zero-initialised weights would hide the ones they multiply.
     noisy = [x + 0.1 * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
     params = jax.tree.unflatten(treedef, noisy)
     theirs = peer.build_torch_model(NANO).eval()
@@ -98,31 +98,40 @@ def test_the_peer_is_the_same_function_with_as_many_parameters(one_thread):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["fp32", "autocast"])
 def test_the_peer_learns(one_thread, kind):
-    """Its loss on one batch falls, so what is timed is training."""
+    """Its loss on one batch falls: the timed step does train."""
     import torch
 
     torch.manual_seed(0)
     model = peer.build_torch_model(NANO).train()
-    how = {"device": "cpu", "batch_size": 8, "learning_rate": 3e-3}
-    step = peer.make_train_step(model, NANO, peer.PEERS[kind], remat=False, **how)
+    step = peer.make_train_step(
+        model,
+        NANO,
+        peer.PEERS[kind],
+        device="cpu",
+        batch_size=8,
+        remat=False,
+        learning_rate=3e-3,
+    )
     losses = [float(step()) for _ in range(60)]
     assert np.mean(losses[-10:]) < 0.95 * np.mean(losses[:5])
 
 
-def test_a_peer_that_cannot_be_says_why(monkeypatch):
-    how = {"platform": "cpu", "batch_size": 1, "remat": False}
+def test_a_missing_peer_gives_its_reason(monkeypatch):
+    def start_peer(config):
+        return peer.Peer("fp32", "step", config, platform="cpu", batch_size=1, remat=False)
+
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(peer.PeerMissing, match="'adaln'"):
-        peer.Peer("fp32", "step", replace(NANO, block="adaln"), **how)
+        start_peer(replace(NANO, block="adaln"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(peer.PeerMissing, match=r"torch and diffusers .*--group bench"):
-        peer.Peer("fp32", "step", NANO, **how)
+        start_peer(NANO)
 
 
 # --- times ----------------------------------------------------------------------------------------
 
 
-def test_turns_are_taken_in_rounds_of_which_the_first_does_not_count():
+def test_turns_are_taken_in_rounds_without_counting_the_first():
     order = []
 
     def turn(name, seconds):
@@ -139,7 +148,7 @@ def test_turns_are_taken_in_rounds_of_which_the_first_does_not_count():
         timing.run_interleaved({}, 0)
 
 
-def test_a_table_leaves_out_what_is_not_known():
+def test_a_table_leaves_out_empty_columns():
     rows = [{"name": "a", "s": "1.5", "MFU": "n/a"}, {"name": "longer", "s": "n/a", "MFU": "n/a"}]
     assert timing.format_table(rows).splitlines() == [
         "| name   |   s |",

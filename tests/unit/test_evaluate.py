@@ -5,7 +5,6 @@ from pathlib import Path
 import nano  # noqa: F401  (its sizes)
 import numpy as np
 import pytest
-from drawables import drawable
 from evaluate_cases import (
     PIXELS,
     digits,  # noqa: F401
@@ -13,6 +12,7 @@ from evaluate_cases import (
     scores,
 )
 from PIL import Image
+from tiny_models import tiny_model
 
 import evaluate
 from data import image_sets
@@ -117,7 +117,7 @@ def test_references_that_do_not_fit_are_refused(digits, some, tmp_path):
 
 
 def test_an_npz_begun_on_other_devices_resumes(digits, tmp_path, monkeypatch):
-    model, samples = drawable(), tmp_path / "x.npz"
+    model, samples = tiny_model(), tmp_path / "x.npz"
     monkeypatch.setattr(TrainedModel, "from_run", lambda *_, **__: model)
     begun = sample_files.open_image_set(
         model, EvaluationSamplesConfig(n=20, batch_size=7), samples=samples

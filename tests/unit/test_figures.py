@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from drawables import CLASSES, DDPM, SIGMA, drawable
 from figures_cases import (
     OF_RECORDS,
     command,  # noqa: F401
 )
 from PIL import Image
+from tiny_models import CLASSES, DDPM, SIGMA, tiny_model
 
 import figures
 from data.batch import EncodedCaption
@@ -28,7 +28,7 @@ def test_without_weights_there_are_curves(command):
     def gone():
         raise UserError("'run' has no complete checkpoint yet")
 
-    trained = replace(drawable(), load=gone)
+    trained = replace(tiny_model(), load=gone)
     made, left_out = command(trained)
     assert made == set(OF_RECORDS)
     assert left_out == [
@@ -43,7 +43,7 @@ def test_a_checkpoint_that_is_named_must_exist(command, tmp_path):
         raise UserError("'run' has no checkpoint of step 999")
 
     with pytest.raises(UserError, match="no checkpoint of step 999"):
-        command(replace(drawable(), load=gone), step=999)
+        command(replace(tiny_model(), load=gone), step=999)
     assert not (tmp_path / "run" / "figures").exists()
 
 
@@ -54,7 +54,7 @@ def test_a_figure_that_cannot_be_written_ends_the_command(command, monkeypatch, 
 
     monkeypatch.setitem(figures.FIGURES_OF_RECORDS, "progress.gif", fail)
     with pytest.raises(UserError, match=r"cannot write .*progress.gif: (No space|encoder)"):
-        command(drawable(), records_only=True)
+        command(tiny_model(), records_only=True)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_figure_that_cannot_be_written_ends_the_command(command, monkeypatch, 
 )
 def test_a_mistake_ends_before_anything_is_made(command, tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
-        command(drawable(), **flags)
+        command(tiny_model(), **flags)
     assert not (tmp_path / "run" / "figures").exists()
 
 
@@ -99,7 +99,7 @@ def test_captions_are_those_named_or_of_the_evaluation_split(monkeypatch):
         )
 
     monkeypatch.setattr(TrainedModel, "encode_captions", encode)
-    trained = drawable(CAPTIONS, conditioning="text")
+    trained = tiny_model(CAPTIONS, conditioning="text")
     for prompts, names in (
         ((), ["a cat"] * 5 + ["two dogs"] * 5),  # they fill a row
         (tuple("abcdefg"), list("abcdefg")),
@@ -116,7 +116,7 @@ def test_captions_that_cannot_be_encoded_leave_the_curves(command, monkeypatch):
         raise UserError("the text encoder cannot be read")
 
     monkeypatch.setattr(TrainedModel, "encode_captions", encode)
-    made, left_out = command(drawable(CAPTIONS, conditioning="text"), prompts=("a cat",))
+    made, left_out = command(tiny_model(CAPTIONS, conditioning="text"), prompts=("a cat",))
     assert made == set(OF_RECORDS)
     assert len(left_out) == 1 and left_out[0].endswith("the text encoder cannot be read")
 
@@ -147,7 +147,7 @@ def test_a_header_has_a_progress_bar():
 @pytest.mark.parametrize("config, settings", [(CLASSES, {}), (SIGMA, DDPM)], ids=["flow", "ddpm"])
 def test_the_times_are_those_of_the_states(config, settings):
     """The x0 prediction of a step is x − t·v, which is x itself at the end, where t is 0."""
-    trained = drawable(config, **settings)
+    trained = tiny_model(config, **settings)
     sampler = trained.plan(SamplingOverrides(n_steps=4, cfg_scale=1.0)).sampler
     times = sampler.state_times()
     assert len(times) == 5 and times[-1] == 0 and (np.diff(times[:-1]) < 0).all()
@@ -160,7 +160,7 @@ def test_the_times_are_those_of_the_states(config, settings):
 
 
 def test_a_grid_of_steps_has_the_states_and_their_x0_predictions(monkeypatch):
-    trained, inputs = drawable(), {}
+    trained, inputs = tiny_model(), {}
     row = inference_labels.request_labels(trained, ["3", "7"], 2, seed=5)
     plan = trained.plan(SamplingOverrides(n_steps=5))
 

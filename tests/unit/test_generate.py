@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drawables import CLASSES, DDPM, DIGITS, NOTHING, SIGMA, drawable
 from generate_cases import (
     arrays,
     command,  # noqa: F401
     digits,  # noqa: F401
 )
 from PIL import Image, ImageSequence
+from tiny_models import CLASSES, DDPM, DIGITS, SIGMA, UNCONDITIONAL, tiny_model
 
 import generate
 from generate import GenerateConfig
@@ -87,7 +87,7 @@ def test_the_card_of_a_published_model_names_it_and_its_text_encoders(monkeypatc
         "full_width": 6,
     }
     published = transformer.PretrainedTransformer(
-        CLASSES, {}, drawable(**encoders).settings, "someone/sd3", "a1b2"
+        CLASSES, {}, tiny_model(**encoders).settings, "someone/sd3", "a1b2"
     )
     monkeypatch.setattr(transformer, "load_transformer", lambda *_, **__: published)
     card = TrainedModel.from_pretrained("someone/sd3").card
@@ -201,7 +201,7 @@ def test_a_row_of_a_sweep_is_sampled_at_its_scale(command, grid_inputs, tmp_path
 def test_real_images_are_noised_and_sampled_from_there(
     command, digits, grid_inputs, tmp_path, ddpm
 ):
-    trained = drawable(SIGMA, **DDPM) if ddpm else digits
+    trained = tiny_model(SIGMA, **DDPM) if ddpm else digits
     command(trained, out=tmp_path / "a.png", denoise=(0.05, 1.0), labels=("3", "7"), n=4, seed=5)
     ((rows, names),) = grid_inputs
     t = ["0", "0.999"] if ddpm else ["0.05", "1"]
@@ -228,14 +228,14 @@ def test_real_images_are_noised_and_sampled_from_there(
 def test_real_images_come_from_all_over_the_data_or_are_refused(digits):
     real = comparisons.load_real_images(digits, [], 5)
     assert len(real.data) == len(real.labels) == 5 and -1 <= real.data.min() < real.data.max() <= 1
-    unlabeled = comparisons.load_real_images(drawable(NOTHING, conditioning="none"), [], 5)
+    unlabeled = comparisons.load_real_images(tiny_model(UNCONDITIONAL, conditioning="none"), [], 5)
     assert not np.asarray(unlabeled.labels).any() and unlabeled.names == ()
     with pytest.raises(UserError, match=r"300 images are needed, and split 'test' has \d+ such"):
         comparisons.load_real_images(digits, [3], 300)
     with pytest.raises(UserError, match=r"needs the run's real images: .* there is no folder"):
-        comparisons.load_real_images(drawable(data_dir="gone"), [], 5)
+        comparisons.load_real_images(tiny_model(data_dir="gone"), [], 5)
     with pytest.raises(UserError, match="the dataset of digits is not known"):
-        comparisons.load_real_images(drawable(dataset_name=None), [], 5)
+        comparisons.load_real_images(tiny_model(dataset_name=None), [], 5)
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -296,7 +296,10 @@ def test_flags_that_cannot_work_are_refused_before_it_starts(tmp_path, fields, m
         ({"interval": (0.5,)}, "--interval takes two times"),
         ({"interval": (0.5, 0.7), "cfg_scale": 1.0}, "--interval: has no effect without guidance"),
         ({"solver": "ddim"}, "--solver ddim is not for a model trained by rectified flow"),
-        ({"cfg_sweep": (1.0, 4.0), "model": NOTHING}, "cfg_scale 4.0: an unconditional model"),
+        (
+            {"cfg_sweep": (1.0, 4.0), "model": UNCONDITIONAL},
+            "cfg_scale 4.0: an unconditional model",
+        ),
         ({"shift": 3.0, "model": SIGMA}, "--shift 3 is for rectified flow"),
     ],
 )
@@ -307,6 +310,6 @@ def test_flags_that_do_not_fit_the_run_are_refused_before_weights_are_loaded(
         raise AssertionError("weights are loaded")
 
     config = fields.pop("model", CLASSES)
-    trained = drawable(config, **(DDPM if config is SIGMA else {}))
+    trained = tiny_model(config, **(DDPM if config is SIGMA else {}))
     with pytest.raises(UserError, match=message):
         command(replace(trained, load=load), **fields)

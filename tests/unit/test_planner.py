@@ -1,6 +1,4 @@
-"""The plan on paper agrees with what is compiled: bytes held, bytes sent, memory; and a step's
-program does not grow with depth.
-"""
+"""The plan on paper agrees with the compiled program: bytes held, bytes sent, memory."""
 
 from dataclasses import replace
 
@@ -45,14 +43,20 @@ def test_shards_sum_to_the_whole_and_lie_as_planned(name, fsdp):
     assert w.on_device == held
 
 
-def test_what_a_pass_keeps_scales_as_its_parts_do():
+def test_saved_activations_scale_with_tokens_and_blocks():
     config = model_config("DiT-S/2", image_size=32, channels=4, out_channels=4, n_classes=10)
-    coarse, fine = planner.count_forward_bytes(config), planner.count_forward_bytes(replace(config, image_size=64))
+    coarse, fine = (
+        planner.count_forward_bytes(config),
+        planner.count_forward_bytes(replace(config, image_size=64)),
+    )
     assert fine.scores == pytest.approx(16 * coarse.scores, rel=0.02)  # tokens squared
     assert coarse.scores == 2 * 4 * 12 * 6 * 256**2
     assert fine.saved == pytest.approx(4 * coarse.saved, rel=0.02)
     assert fine.read == pytest.approx(4 * coarse.read, rel=0.02)
-    block, deeper = planner.count_block_bytes(config), planner.count_forward_bytes(replace(config, depth=20))
+    block, deeper = (
+        planner.count_block_bytes(config),
+        planner.count_forward_bytes(replace(config, depth=20)),
+    )
     for field in ("read", "saved", "scores"):
         assert getattr(deeper, field) - getattr(coarse, field) == 8 * getattr(block, field)
     half = planner.count_forward_bytes(replace(config, dtype="bfloat16"))
@@ -68,16 +72,16 @@ def test_what_a_pass_keeps_scales_as_its_parts_do():
 
 
 def test_rings_and_trees():
-    whole = Collective("all-gather", 1, 800.0, 8, 8)
-    assert whole.sent_bytes == 700 and replace(whole, kind="all-reduce").sent_bytes == 1400
-    assert whole.seconds(UNIT) == pytest.approx(700 / 4 + 0.5 + 7 * 0.01)
-    hosts = replace(whole, size=32)  # eight cards together outrun the link
+    gather = Collective("all-gather", 1, 800.0, 8, 8)
+    assert gather.sent_bytes == 700 and replace(gather, kind="all-reduce").sent_bytes == 1400
+    assert gather.seconds(UNIT) == pytest.approx(700 / 4 + 0.5 + 7 * 0.01)
+    hosts = replace(gather, size=32)  # eight cards together outrun the link
     assert hosts.seconds(UNIT) == pytest.approx(775 / 4 + 0.5 + 28 * 0.01 + 3 * 0.1)
     alone = Collective("all-reduce", 10, 80.0, 4, 1)  # one device of each host, one card
     assert alone.seconds(UNIT) == pytest.approx(2 * 60 / 1 + 10 * (0.5 + 2 * 2 * 0.1))
 
 
-def test_which_devices_meet_in_which_collective():
+def test_groups_of_collectives():
     w = planner.count_weight_bytes(SMALL, 8)
     gather, scatter, across, alike = planner.list_collectives(w, 4, 8)
     assert (gather.size, gather.n_hosts, scatter.size) == (8, 1, 8)
@@ -127,5 +131,8 @@ def test_the_choice_fits_and_is_the_fastest():
     assert {plan.fsdp for plan in others} == {1, 8, 64}
     assert best.images_per_second == max(plan.images_per_second for plan in others)
     five = planner.list_models()["MMDiT-5B/2", 256]
-    assert {plan.fsdp for plan in planner.list_fitting_plans(five, h100, 64)} == {8, 64}  # DDP does not fit
+    assert {plan.fsdp for plan in planner.list_fitting_plans(five, h100, 64)} == {
+        8,
+        64,
+    }  # DDP does not fit
     assert planner.choose_plan(five, h100, 1) is None

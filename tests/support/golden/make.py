@@ -56,8 +56,8 @@ def images(n: int, seed: int) -> np.ndarray:
         """Eight places from each corner to the next, times eight."""
         low, high = (np.take(x, range(i, x.shape[axis] - 1 + i), axis) for i in (0, 1))
         k = np.arange(8).reshape(-1, *[1] * (3 - axis))
-        whole = np.expand_dims(low, axis + 1) * (8 - k) + np.expand_dims(high, axis + 1) * k
-        return whole.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+        interpolated = np.expand_dims(low, axis + 1) * (8 - k) + np.expand_dims(high, axis + 1) * k
+        return interpolated.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
     return (between(between(corners, 1), 2) // 64).astype(np.uint8)
 

@@ -12,7 +12,9 @@ from latent_writer_cases import grey_cells, write
 
 import convert_imagenet
 from convert_imagenet import ConvertConfig
+from data.arrow import ArrowSplit
 from data.load import open_dataset
+from data.parquet import ParquetSplit
 from inference import latent_writer
 from runtime.errors import UserError
 
@@ -42,7 +44,11 @@ def test_the_source_of_the_hub_is_known_by_its_commit():
     digits: Any = open_dataset("digits")
     config = replace(digits.config, name="hf:owner/name", path="owner/name")
     info = SimpleNamespace(download_checksums={file: {}})
-    for data in (SimpleNamespace(files=[file]), SimpleNamespace(data=SimpleNamespace(info=info))):
+    streamed = ParquetSplit.__new__(ParquetSplit)
+    streamed.files = [file]
+    prepared = ArrowSplit.__new__(ArrowSplit)
+    prepared.data = SimpleNamespace(info=info)  # pyright: ignore[reportAttributeAccessIssue]
+    for data in (streamed, prepared):
         source = replace(digits, config=config, train=replace(digits.train, data=data))
         assert latent_writer.source_revision(source, None) == f"owner/name@{commit}"
         assert latent_writer.source_revision(source, Path("copy")) == "copy"

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from drawables import CLASSES, DIGITS, SIGMA, weights
+from tiny_models import CLASSES, DIGITS, SIGMA, weights
 
 from data.batch import EncodedCaption
 from inference.labels import label_ids, spread_evenly

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawables import CLASSES, DDPM, NOTHING, SHAPE, SIGMA, drawable
+from tiny_models import CLASSES, DDPM, SHAPE, SIGMA, UNCONDITIONAL, tiny_model
 
 import demo
 import inference.app
@@ -30,7 +30,7 @@ JOB = SampleJob(labels=("3", "7"), n_images=5, seed=5)
 
 @pytest.fixture(scope="module")
 def digits():
-    return drawable()
+    return tiny_model()
 
 
 def sample(model, job):
@@ -126,8 +126,8 @@ def test_a_comparison_grid_has_a_limit(digits):
 def test_without_guidance_the_interval_is_ignored_and_other_models_have_other_limits(digits):
     unlimited = replace(JOB, cfg_scale=1.0, interval=(0.2, 0.8))
     assert service.plan_sampling(digits, unlimited).sampler.interval == (0, 1)
-    assert service.max_steps(drawable(SIGMA, **DDPM)) == 1000
-    unconditional = drawable(NOTHING, cfg_scale=1.0)
+    assert service.max_steps(tiny_model(SIGMA, **DDPM)) == 1000
+    unconditional = tiny_model(UNCONDITIONAL, cfg_scale=1.0)
     assert len(sample(unconditional, SampleJob(n_images=3))[0]) == 3
     with pytest.raises(UserError, match="unconditional"):
         list(service.run_job(unconditional, SampleJob(n_images=3, cfg_scale=2.0)))
@@ -145,7 +145,7 @@ def test_prompts_are_for_models_of_captions(monkeypatch):
         return EncodedCaption(tokens, np.ones((n, 5), bool), rng.normal(size=(n, 4)).astype("f4"))
 
     monkeypatch.setattr(TrainedModel, "encode_captions", encode)
-    model = drawable(config, conditioning="text")
+    model = tiny_model(config, conditioning="text")
     x, names = sample(model, SampleJob(prompt=" a seven ", n_images=2))
     assert names == ["a seven"] * 2 and encoded == [["a seven"]]
     job = SampleJob(prompt="a seven", negative_prompt="a one", n_images=2)
@@ -158,7 +158,7 @@ def test_prompts_are_for_models_of_captions(monkeypatch):
     with pytest.raises(UserError, match="has no effect without guidance"):
         list(service.run_job(model, SampleJob(prompt="a", negative_prompt="b", cfg_scale=1.0)))
     # The null label of the published SD3 is an empty caption, encoded also without guidance.
-    published = drawable(config, conditioning="text", full_width=6)
+    published = tiny_model(config, conditioning="text", full_width=6)
     job = SampleJob(prompt="a seven", cfg_scale=1.0, n_images=2)
     assert sample(published, job)[1] == ["a seven"] * 2
     assert encoded[-1] == ["a seven", ""]

@@ -170,7 +170,7 @@ def test_a_larger_shift_means_more_noise():
 
 def test_time_noise_and_drop_are_independent():
     """Drawn from one key, the drop was `t < 0.1` exactly, and the null class unknown elsewhere."""
-    n = 20_000  # correlations of independent draws are then 0 ± 0.007
+    n = 20_000  # correlations of independent samples are then 0 ± 0.007
     t, noise, label = sampled_values(batch_of(n))
     drop = label == 10
     assert set(label.tolist()) == {3, 10}
@@ -212,8 +212,8 @@ def test_random_numbers_of_a_row_depend_on_its_index_alone():
 @pytest.mark.parametrize("n_classes", [0, 1, 10, 1000])
 def test_the_null_label_is_the_number_of_classes(n_classes):
     batch = batch_of(64, label=np.zeros(64, np.int32))
-    assert (draws(batch, n_classes=n_classes, label_dropout=1.0)[2] == n_classes).all()
-    assert (draws(batch, n_classes=n_classes, label_dropout=0.0)[2] == 0).all()
+    assert (sampled_values(batch, n_classes=n_classes, label_dropout=1.0)[2] == n_classes).all()
+    assert (sampled_values(batch, n_classes=n_classes, label_dropout=0.0)[2] == 0).all()
 
 
 # --- the loss -------------------------------------------------------------------------------------

@@ -150,9 +150,9 @@ def test_lpips_that_is_not_whole_is_refused_in_one_line(folder, states, torch, t
     with pytest.raises(UserError, match=r"shape \(7,\) for linear.0"):
         lpips.load_lpips(str(folder))
     (folder / "z.pth").unlink()
-    with pytest.raises(UserError, match=r"no .*safetensors there"):
+    with pytest.raises(UserError, match=r"LPIPS '.*': it holds no .*safetensors"):
         lpips.load_lpips(str(tmp_path))
-    with pytest.raises(UserError, match="no file or folder"):
+    with pytest.raises(UserError, match="cannot load LPIPS 'nobody/has-this': .* local path"):
         lpips.load_lpips("nobody/has-this")
 
 

@@ -35,14 +35,14 @@ def edit_config(folder, **facts):
 
 
 def facts_of(model):
-    """Its config, as JSON would have it."""
+    """Return its config, as JSON would hold it."""
     facts = {k: v for k, v in model.config.items() if not k.startswith("_")}
     return json.loads(json.dumps(facts))
 
 
-def assert_same(found, expected):
-    """The same tree of the same bits."""
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+def assert_same(actual, expected):
+    """Assert that two trees are equal bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 # --- there and back -------------------------------------------------------------------------------
@@ -75,20 +75,20 @@ def test_each_published_name_is_of_one_weight(name):
     assert ours == set(autoencoder.flatten_leaves(tree)) and len(ours) == len(names)
 
 
-def test_what_is_loaded_lives(folder, params):
-    found = autoencoder.load_autoencoder(str(folder), dtype="bfloat16")
-    assert_same(found.params, params)
-    assert found.id == str(folder) and found.revision is None
+def test_a_loaded_autoencoder_runs(folder, params):
+    loaded = autoencoder.load_autoencoder(str(folder), dtype="bfloat16")
+    assert_same(loaded.params, params)
+    assert loaded.id == str(folder) and loaded.revision is None
     image = jnp.zeros((1, 8, 8, 3))
-    assert found.model().decode(found.model().encode(image).mean).shape == image.shape
+    assert loaded.model().decode(loaded.model().encode(image).mean).shape == image.shape
 
 
 def test_saving_replaces_what_was_there(folder, params):
     doubled = jax.tree.map(lambda x: 2 * x, params)
     autoencoder.save_autoencoder(folder, replace(SD, scaling_factor=0.5), doubled)
-    found = autoencoder.load_autoencoder(str(folder))
-    assert_same(found.params, doubled)
-    assert found.config.scaling_factor == 0.5
+    loaded = autoencoder.load_autoencoder(str(folder))
+    assert_same(loaded.params, doubled)
+    assert loaded.config.scaling_factor == 0.5
     assert sorted(path.name for path in folder.iterdir()) == [
         weight_files.CONFIG,
         weight_files.WEIGHTS,
@@ -135,9 +135,9 @@ def test_half_precision_files_are_read_as_they_are(dtype, folder):
     tensors = safetensors.numpy.load_file(folder / weight_files.WEIGHTS)
     rounded = {k: torch.from_numpy(x).to(getattr(torch, dtype)) for k, x in tensors.items()}
     save_file(rounded, folder / weight_files.WEIGHTS, {"format": "pt"})
-    found = autoencoder.params_to_diffusers(autoencoder.load_autoencoder(str(folder)).params)
-    assert all(x.dtype == np.float32 for x in found.values())
-    assert_same(found, {k: x.float().numpy() for k, x in rounded.items()})
+    loaded = autoencoder.params_to_diffusers(autoencoder.load_autoencoder(str(folder)).params)
+    assert all(x.dtype == np.float32 for x in loaded.values())
+    assert_same(loaded, {k: x.float().numpy() for k, x in rounded.items()})
 
 
 def test_full_precision_is_preferred_and_half_is_enough(folder, params):
@@ -165,15 +165,15 @@ def test_the_hash_is_of_the_weights_not_of_their_file(folder, params):
 
 
 def old_names(tensors, *, as_convolutions):
-    """Attention's names of before 2023, and its linear maps as the first files had them."""
-    found = {}
+    """Use attention's names from before 2023, and optionally the linear maps of the oldest files."""
+    loaded = {}
     for name, x in tensors.items():
         for new, old in OLD.items():
             if f".attentions.0.{new}." in name:
                 name = name.replace(new, old)
                 x = x[:, :, None, None] if as_convolutions and x.ndim == 2 else x
-        found[name] = x
-    return found
+        loaded[name] = x
+    return loaded
 
 
 @pytest.mark.parametrize("as_convolutions", [False, True])
@@ -249,15 +249,15 @@ def test_a_config_of_something_else_is_refused(facts, message, folder):
     assert str(folder) in str(error.value)
 
 
-def test_what_a_config_does_not_say_is_diffusers_default():
+def test_facts_missing_in_a_config_are_diffusers_defaults():
     theirs = type(torch_autoencoder(SD))()
     name = {"_class_name": "AutoencoderKL"}
-    found = autoencoder.config_from_diffusers(name, "nowhere")
-    assert found == autoencoder.config_from_diffusers(name | facts_of(theirs), "nowhere")
+    loaded = autoencoder.config_from_diffusers(name, "nowhere")
+    assert loaded == autoencoder.config_from_diffusers(name | facts_of(theirs), "nowhere")
 
 
 def test_configs_as_they_are_published_are_read():
-    """Sizes may be lists, nothing may be null, whole numbers may stand for others."""
+    """Sizes may be lists, an absent fact may be null, and 1 may stand for 1.0."""
     facts = {"sample_size": [256, 512], "shift_factor": None, "scaling_factor": 1}
     config = autoencoder.config_from_diffusers({"_class_name": "AutoencoderKL"} | facts, "nowhere")
     assert (config.sample_size, config.shift_factor, config.scaling_factor) == (512, 0.0, 1.0)
@@ -299,7 +299,7 @@ def pointing_elsewhere(folder):
         (lambda folder: (folder / weight_files.CONFIG).write_text("[]"), "config.json is damaged"),
     ],
 )
-def test_damage_is_told_in_one_line(damage, message, folder):
+def test_damage_is_refused_in_one_line(damage, message, folder):
     damage(folder)
     with pytest.raises(UserError, match=message):
         autoencoder.load_autoencoder(str(folder))
@@ -334,17 +334,17 @@ def test_weights_as_torch_saves_them_are_the_same(folder, params):
     assert_same(autoencoder.load_autoencoder(str(folder)).params, params)
 
 
-def test_what_is_written_is_safetensors(folder, params):
-    """As the format's own reader has it."""
-    found = safetensors.numpy.load_file(folder / weight_files.WEIGHTS)
-    assert_same(found, autoencoder.params_to_diffusers(params))
+def test_written_weights_are_safetensors(folder, params):
+    """Compare with the format's own reader."""
+    loaded = safetensors.numpy.load_file(folder / weight_files.WEIGHTS)
+    assert_same(loaded, autoencoder.params_to_diffusers(params))
 
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT])
 def test_an_id_of_the_hub_is_found_in_its_cache(hub, params, revision):
-    found = autoencoder.load_autoencoder("us/vae", revision=revision)
-    assert_same(found.params, params)
-    assert (found.id, found.revision, found.config) == ("us/vae", COMMIT, SD)
+    loaded = autoencoder.load_autoencoder("us/vae", revision=revision)
+    assert_same(loaded.params, params)
+    assert (loaded.id, loaded.revision, loaded.config) == ("us/vae", COMMIT, SD)
 
 
 def test_a_pipeline_of_the_hub_has_it_in_its_vae(hub, params):
@@ -360,12 +360,15 @@ def test_a_pipeline_of_the_hub_has_it_in_its_vae(hub, params):
     [
         (
             "us/other",
-            "cannot load 'us/other': it is no folder, not whole in the hub's cache, and the hub",
+            "cannot load 'us/other': it is not a local path, not complete in the hub's cache, and",
         ),
-        ("/no/such/folder", "'/no/such/folder': it is no folder, and cannot be an id of the hub"),
+        (
+            "/no/such/folder",
+            "'/no/such/folder': it is neither a local path nor a valid id of the hub",
+        ),
     ],
 )
-def test_what_is_not_there_is_told_in_one_line(hub, name, message):
+def test_missing_weights_are_refused_in_one_line(hub, name, message):
     with pytest.raises(UserError, match=message) as error:
         autoencoder.load_autoencoder(name)
     assert "\n" not in str(error.value)
@@ -375,13 +378,13 @@ def test_what_is_not_there_is_told_in_one_line(hub, name, message):
     "kind, message",
     [
         ("GatedRepoError", r"accept the terms on https://huggingface.co/us/vae"),
-        ("RepositoryNotFoundError", "no public model of the hub"),
+        ("RepositoryNotFoundError", "nor a public model of the hub"),
         ("RevisionNotFoundError", "no revision 'v2' of it"),
         ("RemoteEntryNotFoundError", "holds no config.json with diffusion_pytorch_model"),
         ("DisabledRepoError", "DisabledRepoError"),
     ],
 )
-def test_what_the_hub_answers_is_told_in_one_line(kind, message, monkeypatch):
+def test_refusals_of_the_hub_become_one_line(kind, message, monkeypatch):
     pytest.importorskip("diffusers")
     from huggingface_hub import errors
 

@@ -1,5 +1,5 @@
-"""Others' diffusion transformers compute here what they compute there; ours go out and come back to
-the bit; what does not fit is named.
+"""Transformers of other projects: the same outputs as there, exports that return bit for bit, and
+errors that name the misfit.
 """
 
 import json
@@ -30,7 +30,7 @@ torch = pytest.importorskip("torch")
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Threads of models this small wait for one another, for long where tests run side by side."""
+    """Run torch on one thread: those of small models wait for each other beside other tests."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -57,18 +57,18 @@ def example(name):
     return torch_dit(CONFIGS[name])
 
 
-def published(folder, model):
+def save_as_diffusers(folder, model):
     with quiet():
         model.save_pretrained(folder)
     return folder
 
 
 def saved(path, model, within=None):
-    """As the original's files are: bare, or as a training script leaves them."""
+    """Save weights as the original's files have them: bare, or as a training script does."""
     state = original_names(model)
     worse = {name: x + 1 for name, x in state.items()}
-    whole = {"model": worse, "ema": state, "opt": {"state": {}}, "args": Namespace(lr=1e-4)}
-    torch.save({None: state, "ema": whole, "model": {"model": state}}[within], path)
+    checkpoint = {"model": worse, "ema": state, "opt": {"state": {}}, "args": Namespace(lr=1e-4)}
+    torch.save({None: state, "ema": checkpoint, "model": {"model": state}}[within], path)
     return path
 
 
@@ -76,9 +76,9 @@ def facts_of(model):
     return {name: value for name, value in model.config.items() if not name.startswith("_")}
 
 
-def assert_same(found, expected):
-    """The same tree of the same bits."""
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+def assert_same(actual, expected):
+    """Assert that two trees are equal bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 # --- they compute the same ------------------------------------------------------------------------
@@ -87,10 +87,10 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_dit_of_diffusers_computes_the_same(name, tmp_path):
     config, theirs = CONFIGS[name], example(name)
-    found = transformer.load_transformer(str(published(tmp_path / "dit", theirs)))
-    assert found.config == config
+    loaded = transformer.load_transformer(str(save_as_diffusers(tmp_path / "dit", theirs)))
+    assert loaded.config == config
     x, k, label = inputs(config)
-    ours = predicted(config, found.params, x, k / 1000, label)
+    ours = predicted(config, loaded.params, x, k / 1000, label)
     np.testing.assert_allclose(ours, of_torch(theirs, x, k, label), rtol=0, atol=2e-5)
 
 
@@ -99,10 +99,10 @@ def test_a_dit_of_diffusers_computes_the_same(name, tmp_path):
 def test_an_original_dit_computes_the_same(name, within, tmp_path):
     config, theirs = CONFIGS[name], example(name)
     path = saved(tmp_path / "DiT-test.pt", theirs, within)
-    found = transformer.load_transformer(f"dit:heads={config.n_heads}:{path}")
-    assert found.config == config
+    loaded = transformer.load_transformer(f"dit:heads={config.n_heads}:{path}")
+    assert loaded.config == config
     x, k, label = inputs(config)
-    ours = predicted(config, found.params, x, k / 1000, label)
+    ours = predicted(config, loaded.params, x, k / 1000, label)
     np.testing.assert_allclose(ours, of_torch(theirs, x, k, label), rtol=0, atol=2e-5)
 
 
@@ -110,8 +110,8 @@ def test_an_original_dit_computes_the_same(name, within, tmp_path):
 def test_a_sit_computes_the_same_with_its_time_turned_around(name, tmp_path):
     config, theirs = CONFIGS[name], example(name)
     path = saved(tmp_path / "SiT-test.pt", theirs)
-    found = transformer.load_transformer(f"sit:heads={config.n_heads}:{path}")
-    assert found.config == replace(config, out_channels=config.channels, time_scale=1.0)
+    loaded = transformer.load_transformer(f"sit:heads={config.n_heads}:{path}")
+    assert loaded.config == replace(config, out_channels=config.channels, time_scale=1.0)
     x, _, label = inputs(config)
     t = np.array([0, 0.3, 1], np.float32)
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_a_sit_computes_the_same_with_its_time_turned_around(name, tmp_path):
             torch.from_numpy(label).long(),
             n_heads=config.n_heads,
         )
-    ours = predicted(found.config, found.params, x, t, label)
+    ours = predicted(loaded.config, loaded.params, x, t, label)
     np.testing.assert_allclose(ours, -nhwc(velocity), rtol=0, atol=2e-5)
     assert np.std(ours) > 0.1
 
@@ -133,7 +133,7 @@ def test_a_sit_computes_the_same_with_its_time_turned_around(name, tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_dit_goes_to_diffusers_and_back_to_the_bit(name, tmp_path):
     theirs = example(name)
-    ours = transformer.load_transformer(str(published(tmp_path / "theirs", theirs)))
+    ours = transformer.load_transformer(str(save_as_diffusers(tmp_path / "theirs", theirs)))
     transformer.save_transformer(tmp_path / "ours", ours.config, ours.params, ours.settings)
     with quiet():
         again, report = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
@@ -158,16 +158,18 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("fields", OTHERS.values(), ids=OTHERS)
-def test_what_diffusers_cannot_hold_is_written_as_ours_and_comes_back_to_the_bit(fields, tmp_path):
+def test_a_model_diffusers_cannot_hold_is_written_as_ours_and_comes_back_to_the_bit(
+    fields, tmp_path
+):
     config = replace(SMALL, time_scale=12.0, **fields)
     name, reason = transformer.choose_layout(config)
     assert name == ("MMDiT" if config.block == "joint" else "DiT")
     assert "cannot hold a model with" in reason
     params = init_model_params(config, jax.random.key(0))
     transformer.save_transformer(tmp_path / "ours", config, params, {"dataset": {}})
-    found = transformer.load_transformer(str(tmp_path / "ours"), dtype="bfloat16")
-    assert found.config == replace(config, dtype="bfloat16")
-    assert_same(found.params, jax.device_get(params))
+    loaded = transformer.load_transformer(str(tmp_path / "ours"), dtype="bfloat16")
+    assert loaded.config == replace(config, dtype="bfloat16")
+    assert_same(loaded.params, jax.device_get(params))
 
 
 def test_a_clock_of_ones_own_is_kept_beside_what_diffusers_reads(tmp_path):
@@ -192,17 +194,17 @@ def test_every_weight_of_a_published_size_has_one_name():
         assert dit.infer_config(zeros, "nowhere", None) == config
 
 
-# --- how it is drawn from -------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------
 
 
-def test_a_pipeline_says_what_its_classes_are_and_how_it_is_drawn_from(tmp_path):
+def test_a_pipeline_gives_class_names_and_sampling_settings(tmp_path):
     names = {str(i): f"name {i}, synonym" for i in range(9)} | {"9": "name 0"}
     folder = pipeline_of(tmp_path / "pipeline", example("small"), names)
-    said = transformer.load_transformer(str(folder)).settings
-    found = said["dataset"]["label_names"]
-    assert found[1:3] == ["name 1", "name 2"] and found[9] == "name 0"
-    assert found[0] == "name 0, synonym"  # the first of these is another's
-    encoding = LatentEncoding.from_record(said["dataset"]["encoding"])
+    settings = transformer.load_transformer(str(folder)).settings
+    label_names = settings["dataset"]["label_names"]
+    assert label_names[1:3] == ["name 1", "name 2"] and label_names[9] == "name 0"
+    assert label_names[0] == "name 0, synonym"  # its first synonym is another's too
+    encoding = LatentEncoding.from_record(settings["dataset"]["encoding"])
     assert (encoding.scaling_factor, encoding.vae) == (0.25, str(folder))
     assert (encoding.image_size, encoding.shape) == (16, (8, 8, 4))
     codec = TrainedModel.from_pretrained(str(folder)).codec
@@ -234,41 +236,42 @@ def ddim():
 def test_samples_are_those_of_diffusers(tmp_path):
     """From the same noise, guided, by DDIM, which adds none of its own."""
     theirs = example("small")
-    found, labels = TrainedModel.from_pretrained(str(published(tmp_path / "dit", theirs))), [1, 7]
-    how = found.plan(SamplingOverrides(solver="ddim", n_steps=4, cfg_scale=4.0, guided_channels=4))
-    drawn = found.sample(labels, how, decode=False, trajectory=True)
-    assert drawn.trajectory is not None
+    model = TrainedModel.from_pretrained(str(save_as_diffusers(tmp_path / "dit", theirs)))
+    labels = [1, 7]
+    plan = model.plan(SamplingOverrides(solver="ddim", n_steps=4, cfg_scale=4.0, guided_channels=4))
+    samples = model.sample(labels, plan, decode=False, trajectory=True)
+    assert samples.trajectory is not None
     with quiet():
         scheduler = ddim()
     scheduler.num_inference_steps = 3  # a stride of 333
-    x, label = nchw(drawn.trajectory[0]), torch.tensor([*labels, 10, 10])
+    x, label = nchw(samples.trajectory[0]), torch.tensor([*labels, 10, 10])
     for i, k in enumerate((999, 666, 333, 0)):
         with torch.no_grad():
-            said = theirs(torch.cat([x, x]), torch.full((4,), k), label).sample
-        cond, null = said[:, :4].chunk(2)
+            output = theirs(torch.cat([x, x]), torch.full((4,), k), label).sample
+        cond, null = output[:, :4].chunk(2)
         x = scheduler.step(null + 4.0 * (cond - null), k, x).prev_sample
         expected = nhwc(x)
-        error = np.abs(drawn.trajectory[i + 1] - expected).max() / np.abs(expected).max()
+        error = np.abs(samples.trajectory[i + 1] - expected).max() / np.abs(expected).max()
         assert error < 1e-5
 
 
-def test_files_of_the_original_are_drawn_from_as_published(tmp_path):
+def test_files_of_the_original_are_sampled_as_published(tmp_path):
     theirs = example("small")
-    found = TrainedModel.from_pretrained(f"dit:heads=4:{saved(tmp_path / 'a.pt', theirs)}")
+    loaded = TrainedModel.from_pretrained(f"dit:heads=4:{saved(tmp_path / 'a.pt', theirs)}")
     sampler = SamplerConfig("ddpm", 250, prediction="epsilon", guided_channels=3)
-    assert found.plan(SamplingOverrides()) == (sampler, 4.0)
-    assert found.encoding is not None
-    assert (found.encoding.vae, found.encoding.image_size) == ("stabilityai/sd-vae-ft-ema", 64)
+    assert loaded.plan(SamplingOverrides()) == (sampler, 4.0)
+    assert loaded.encoding is not None
+    assert (loaded.encoding.vae, loaded.encoding.image_size) == ("stabilityai/sd-vae-ft-ema", 64)
     grey = transformer.load_transformer(
         f"dit:heads=1:{saved(tmp_path / 'grey.pt', example('grey'))}"
     ).settings
     assert grey["dataset"]["encoding"] is None and grey["cfg_scale"] == 1.0
     assert "guided_channels" not in grey
-    found = TrainedModel.from_pretrained(f"SiT:heads=4:{tmp_path / 'a.pt'}")
-    assert found.plan(SamplingOverrides()) == (SamplerConfig("euler", 50, guided_channels=3), 4.0)
+    loaded = TrainedModel.from_pretrained(f"SiT:heads=4:{tmp_path / 'a.pt'}")
+    assert loaded.plan(SamplingOverrides()) == (SamplerConfig("euler", 50, guided_channels=3), 4.0)
 
 
-def test_sd3_is_drawn_from_as_published(tmp_path):
+def test_sd3_is_sampled_as_published(tmp_path):
     captions = {"n_classes": 0, "text_length": 333, "text_width": 24, "pooled_width": 8}
     table = {"position": "cropped", "position_side": 8, "position_base": 4}
     config = replace(SMALL, block="joint", out_channels=4, caption_norm=False, **captions, **table)
@@ -278,12 +281,12 @@ def test_sd3_is_drawn_from_as_published(tmp_path):
     (tmp_path / "all" / "scheduler").mkdir()
     facts = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.5}
     (tmp_path / "all" / "scheduler" / "scheduler_config.json").write_text(json.dumps(facts))
-    found = transformer.load_transformer(str(tmp_path / "all"))
-    assert_same(found.params, jax.device_get(params))
-    how = TrainedModel.from_pretrained(str(tmp_path / "all")).plan(SamplingOverrides())
-    assert how == (SamplerConfig("euler", 28, shift=2.5), 7.0)
+    loaded = transformer.load_transformer(str(tmp_path / "all"))
+    assert_same(loaded.params, jax.device_get(params))
+    plan = TrainedModel.from_pretrained(str(tmp_path / "all")).plan(SamplingOverrides())
+    assert plan == (SamplerConfig("euler", 28, shift=2.5), 7.0)
     assert transformer.SAMPLING_DEFAULTS["sd3"]["sample_shift"] == 3.0
-    assert found.settings["full_width"] == 24 and len(found.settings["text_towers"]) == 3
+    assert loaded.settings["full_width"] == 24 and len(loaded.settings["text_towers"]) == 3
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -304,25 +307,25 @@ def cached(tmp_path, monkeypatch):
 def test_a_pipeline_of_the_hub_is_read_from_its_cache(cached):
     names = {str(i): f"name {i}" for i in range(10)}
     pipeline = pipeline_of(cached / "snapshots" / COMMIT, example("small"), names)
-    found = transformer.load_transformer("us/dit")
-    assert (found.id, found.revision, found.config) == ("us/dit", COMMIT, SMALL)
-    assert found.settings["dataset"]["label_names"][3] == "name 3"
-    assert found.settings["dataset"]["encoding"]["vae"] == "us/dit"
+    loaded = transformer.load_transformer("us/dit")
+    assert (loaded.id, loaded.revision, loaded.config) == ("us/dit", COMMIT, SMALL)
+    assert loaded.settings["dataset"]["label_names"][3] == "name 3"
+    assert loaded.settings["dataset"]["encoding"]["vae"] == "us/dit"
     (pipeline / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(UserError, match=r"cannot load 'us/dit': .* the hub is out of reach"):
         transformer.load_transformer("us/dit")
 
 
-@pytest.mark.parametrize("kept", ["nothing", "what the hub said", "all files"])
-def test_what_is_not_in_the_cache_is_not_taken_for_what_the_hub_lacks(cached, kept):
-    """It may be an export, whose settings say how it is drawn."""
+@pytest.mark.parametrize("cache_holds", ["nothing", "absences", "all files"])
+def test_a_file_missing_in_the_cache_may_exist_on_the_hub(cached, cache_holds):
+    """It may be an export, with settings of how it is sampled."""
     folder, missing = cached / "snapshots" / COMMIT, cached / ".no_exist" / COMMIT
-    published(folder, example("small"))
-    if kept == "nothing":
+    save_as_diffusers(folder, example("small"))
+    if cache_holds == "nothing":
         with pytest.raises(UserError, match=r"cannot load 'us/dit': .* the hub is out of reach"):
             transformer.load_transformer("us/dit")
         return
-    if kept == "what the hub said":
+    if cache_holds == "absences":
         names = (transformer.SETTINGS, "model_index.json", "vae/config.json")
         for name in (*names, "scheduler/scheduler_config.json"):
             (missing / name).parent.mkdir(parents=True, exist_ok=True)
@@ -342,7 +345,10 @@ def test_what_is_not_in_the_cache_is_not_taken_for_what_the_hub_lacks(cached, ke
         (lambda t: t.pop("pos_embed"), "holds no DiT or SiT: it lacks pos_embed"),
         (lambda t: t.pop("blocks.0.mlp.fc1.bias"), "it lacks blocks.0.mlp.fc1.bias"),
         (lambda t: t.update(more=t["pos_embed"]), "it has no place for more"),
-        (lambda t: t.update(pos_embed=t["pos_embed"][:, :15]), "its 15 positions are no square"),
+        (
+            lambda t: t.update(pos_embed=t["pos_embed"][:, :15]),
+            "its 15 positions do not form a square",
+        ),
         (lambda t: t.update(pos_embed=t["pos_embed"] + 1), "is not the sine-cosine table of DiT"),
         (
             lambda t: t.update({"blocks.1.mlp.fc2.bias": t["blocks.1.mlp.fc1.bias"]}),
@@ -359,23 +365,26 @@ def test_a_file_that_does_not_fit_is_refused_by_name(change, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "reference, message",
     [
-        ("{}/unsaid.pt", "may be of DiT or of SiT, .* say dit:.*unsaid.pt or sit:"),
-        ("{}/dit-or-sit.pt", "may be of DiT or of SiT"),
-        ("{}/my_SiT.pt", "2 blocks of width 32, which is no published size: say how many heads"),
-        ("dit:heads=5:{}/unsaid.pt", "width 32 is not divisible by 5"),
-        ("dit:heads=0:{}/unsaid.pt", "say how many heads"),
+        ("{}/unnamed.pt", "may be a DiT or a SiT: .* name it as dit:.*unnamed.pt or sit:"),
+        ("{}/dit-or-sit.pt", "may be a DiT or a SiT"),
+        (
+            "{}/my_SiT.pt",
+            "2 blocks of width 32, which is no published size: give their number of heads",
+        ),
+        ("dit:heads=5:{}/unnamed.pt", "width 32 is not divisible by 5"),
+        ("dit:heads=0:{}/unnamed.pt", "give their number of heads"),
         ("dit:{}/nowhere.pt", "nowhere.pt: No such file or directory"),
         ("sit:{}", "sit: is for a file of weights"),
-        ("{}/visit.pt", "may be of DiT or of SiT"),
+        ("{}/visit.pt", "may be a DiT or a SiT"),
     ],
 )
-def test_doubt_is_refused(words, message, tmp_path):
-    for name in ("unsaid", "dit-or-sit", "my_SiT", "visit"):
+def test_ambiguous_references_are_refused(reference, message, tmp_path):
+    for name in ("unnamed", "dit-or-sit", "my_SiT", "visit"):
         saved(tmp_path / f"{name}.pt", example("small"))
     with pytest.raises(UserError, match=message):
-        transformer.load_transformer(words.format(tmp_path))
+        transformer.load_transformer(reference.format(tmp_path))
 
 
 def edit_config(folder, **facts):
@@ -397,14 +406,14 @@ def edit_config(folder, **facts):
     ],
 )
 def test_a_config_of_something_else_is_refused(facts, message, tmp_path):
-    folder = published(tmp_path / "dit", example("small"))
+    folder = save_as_diffusers(tmp_path / "dit", example("small"))
     edit_config(folder, **facts)
     with pytest.raises(UserError, match=message):
         transformer.load_transformer(str(folder))
 
 
 def test_the_class_of_the_first_files_is_known(tmp_path):
-    folder = published(tmp_path / "dit", example("small"))
+    folder = save_as_diffusers(tmp_path / "dit", example("small"))
     edit_config(folder, _class_name="Transformer2DModel", cross_attention_dim=None)
     assert transformer.load_transformer(str(folder)).config == SMALL
 
@@ -413,7 +422,7 @@ def test_embedders_that_are_not_copies_are_refused(tmp_path):
     model = torch_dit(SMALL)
     with torch.no_grad():
         model.transformer_blocks[1].norm1.emb.timestep_embedder.linear_2.bias += 1
-    folder = published(tmp_path / "dit", model)
+    folder = save_as_diffusers(tmp_path / "dit", model)
     with pytest.raises(UserError, match=r"blocks.1.*linear_2.bias differs from .*blocks.0"):
         transformer.load_transformer(str(folder))
 
@@ -424,11 +433,11 @@ def test_embedders_that_are_not_copies_are_refused(tmp_path):
         ({"beta_end": 0.012}, "says beta_end 0.012, and only 0.02 is supported"),
         ({"prediction_type": "sampel"}, "unknown prediction_type .*did you mean 'sample'"),
         ({"trained_betas": [0.1]}, "has trained_betas"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "a flow has no variance"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is of a flow, which has no variance"),
     ],
 )
 def test_a_schedule_that_is_not_ours_is_refused(facts, message, tmp_path):
-    published(tmp_path / "all" / "transformer", example("small"))
+    save_as_diffusers(tmp_path / "all" / "transformer", example("small"))
     path = tmp_path / "all" / "scheduler" / "scheduler_config.json"
     path.parent.mkdir()
     path.write_text(json.dumps(facts))

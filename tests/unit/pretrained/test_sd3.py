@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 is diffusers': its transformer, its weights, its prompts, a whole sample."""
+"""Stable Diffusion 3 equals diffusers': its transformer, weights, prompts, a complete sample."""
 
 import functools
 import shutil
@@ -70,7 +70,7 @@ t = np.array([0.03, 0.4, 1], np.float32)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Threads of models this small wait for one another, for long where tests run side by side."""
+    """Run torch on one thread: those of small models wait for each other beside other tests."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -134,8 +134,8 @@ def test_the_velocity_is_that_of_diffusers_at_every_size(name, side):
     x = noise(config, side)
     expected = of_torch(torch_transformer(CONFIGS[name]), x, t, caption)
     assert expected.shape == (3, side, side, config.out_channels) and expected.std() > 0.1
-    found = of_ours(config, params, x, t, caption)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+    actual = of_ours(config, params, x, t, caption)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
 
 
 @EACH
@@ -182,12 +182,12 @@ def test_configs_go_to_diffusers_and_back(name):
     assert (
         sd3.config_from_diffusers(ours, "ours", {sd3.TABLE: sd3.position_table(config)}) == config
     )
-    said = theirs.config | {"_class_name": sd3.CLASS}
-    assert sd3.config_from_diffusers(said, "theirs", tensors_of(theirs)) == config
+    published = theirs.config | {"_class_name": sd3.CLASS}
+    assert sd3.config_from_diffusers(published, "theirs", tensors_of(theirs)) == config
     assert sd3.config_from_diffusers(ours, "short") == replace(config, position="centred")
 
 
-def test_what_a_config_leaves_out_is_as_in_diffusers():
+def test_facts_missing_in_a_config_are_as_in_diffusers():
     facts = {"_class_name": sd3.CLASS, "attention_head_dim": 64}
     config = sd3.config_from_diffusers(facts, "short")
     with quiet(), torch.device("meta"):
@@ -254,7 +254,7 @@ def test_a_config_of_something_else_is_refused_by_its_name(changes, message):
 
 
 @pytest.mark.parametrize(
-    "changes, told",
+    "changes, fields",
     [
         ({"rope": True}, "rope True"),
         ({"norm": "rms", "mlp": "swiglu"}, "mlp swiglu, norm rms"),
@@ -268,8 +268,10 @@ def test_a_config_of_something_else_is_refused_by_its_name(changes, message):
         ({"image_size": 16}, "image_size 16"),
     ],
 )
-def test_a_model_that_sd3_cannot_hold_is_refused_by_its_field(changes, told):
-    with pytest.raises(UserError, match=f"SD3Transformer2DModel cannot hold a model with {told}$"):
+def test_a_model_that_sd3_cannot_hold_is_refused_by_its_field(changes, fields):
+    with pytest.raises(
+        UserError, match=f"SD3Transformer2DModel cannot hold a model with {fields}$"
+    ):
         sd3.config_to_diffusers(replace(PLAIN, **changes))
 
 
@@ -321,9 +323,9 @@ def test_weights_in_half_precision_are_read(dtype):
 
 
 @pytest.fixture(scope="module")
-def towers(tmp_path_factory):
+def encoder_folders(tmp_path_factory):
     """CLIP-L, CLIP-G and T5; the second CLIP pads with another token than the first."""
-    folder = tmp_path_factory.mktemp("towers")
+    folder = tmp_path_factory.mktemp("text_encoders")
     large = save_clip(folder / "large", width=10, projected=10)
     giant = save_clip(folder / "giant", width=6, projected=6, seed=1)
     tokenizer = transformers.AutoTokenizer.from_pretrained(giant)
@@ -333,12 +335,12 @@ def towers(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pipeline(towers):
+def pipeline(encoder_folders):
     """diffusers' own, with a scheduler as published and without an autoencoder."""
     clip, t5 = transformers.CLIPTextModelWithProjection, transformers.T5EncoderModel
     kinds = {"": clip, "_2": clip, "_3": t5}
     parts = {}
-    for (suffix, kind), name in zip(kinds.items(), towers, strict=True):
+    for (suffix, kind), name in zip(kinds.items(), encoder_folders, strict=True):
         parts[f"text_encoder{suffix}"] = kind.from_pretrained(name).eval()
         parts[f"tokenizer{suffix}"] = transformers.AutoTokenizer.from_pretrained(name)
     with quiet():
@@ -357,33 +359,36 @@ def theirs(pipeline, prompts):
     """Tokens and pooled vectors of prompts, by diffusers."""
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        how = {"device": "cpu", "do_classifier_free_guidance": False}
-        tokens, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, **how)
+        tokens, _, pooled, _ = pipeline.encode_prompt(
+            prompts, None, None, device="cpu", do_classifier_free_guidance=False
+        )
     return tokens.numpy(), pooled.numpy()
 
 
-def test_prompts_are_those_of_diffusers_with_all_their_padding(towers, pipeline):
+def test_prompts_are_those_of_diffusers_with_all_their_padding(encoder_folders, pipeline):
     tokens, pooled = theirs(pipeline, PROMPTS)
-    encoded = text_encoders.TextEncoders(towers, full_width=24).encode(PROMPTS)
-    found = text_encoders.pad_embeddings(encoded, 24 + 256)
-    assert found.mask.all() and not any(e.truncated for e in encoded)  # T5 reads what CLIP cannot
-    for ours, expected in ((found.tokens, tokens), (found.pooled, pooled)):
+    encoded = text_encoders.TextEncoders(encoder_folders, full_width=24).encode(PROMPTS)
+    actual = text_encoders.pad_embeddings(encoded, 24 + 256)
+    assert actual.mask.all() and not any(e.truncated for e in encoded)  # T5 reads what CLIP cannot
+    for ours, expected in ((actual.tokens, tokens), (actual.pooled, pooled)):
         assert ours.dtype == np.float16
         np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-3 * np.abs(expected).max())
-    assert found.pooled[1].any()  # of no prompt
+    assert actual.pooled[1].any()  # of no prompt
 
 
-def test_towers_of_a_pipelines_folder_have_their_tokenizers_beside_them(towers, tmp_path):
+def test_text_encoders_of_a_pipelines_folder_have_their_tokenizers_beside_them(
+    encoder_folders, tmp_path
+):
     names = [tmp_path / f"text_encoder{suffix}" for suffix in ("", "_2", "_3")]
-    for name, tower in zip(names, towers, strict=True):
-        shutil.copytree(tower, name)
-        words = tmp_path / name.name.replace("text_encoder", "tokenizer")
-        words.mkdir()
+    for name, text_encoder in zip(names, encoder_folders, strict=True):
+        shutil.copytree(text_encoder, name)
+        tokenizer = tmp_path / name.name.replace("text_encoder", "tokenizer")
+        tokenizer.mkdir()
         for file in name.glob("*token*"):
-            file.rename(words / file.name)
+            file.rename(tokenizer / file.name)
     (ours,), (expected,) = (
         text_encoders.TextEncoders([*map(str, some)], full_width=24).encode(["a red"])
-        for some in (names, towers)
+        for some in (names, encoder_folders)
     )
     np.testing.assert_array_equal(ours.tokens, expected.tokens)
 
@@ -391,31 +396,37 @@ def test_towers_of_a_pipelines_folder_have_their_tokenizers_beside_them(towers, 
 def test_a_saved_pipeline_is_read_whole(pipeline, tmp_path):
     with quiet():
         pipeline.save_pretrained(tmp_path)
-    found = transformer.load_transformer(str(tmp_path))
-    assert found.config == CONFIGS["sd3.5 medium"] and found.settings["sample_shift"] == 3
+    actual = transformer.load_transformer(str(tmp_path))
+    assert actual.config == CONFIGS["sd3.5 medium"] and actual.settings["sample_shift"] == 3
     expected = tensors_and_params("sd3.5 medium")[1]
-    jax.tree.map(np.testing.assert_array_equal, found.params, expected)
+    jax.tree.map(np.testing.assert_array_equal, actual.params, expected)
     tokens, pooled = theirs(pipeline, ["blue"])
     caption = TrainedModel.from_pretrained(str(tmp_path)).encode_captions(["blue"])
     for ours, theirs_ in ((caption.tokens[:, : 24 + 256], tokens), (caption.pooled, pooled)):
         np.testing.assert_allclose(ours, theirs_, rtol=0, atol=2e-3 * np.abs(theirs_).max())
 
 
-def drawable(towers, *, full_width: int | None = 24, text_towers=()) -> TrainedModel:
-    """A model without weights that is told what these towers say."""
-    settings = {"text_towers": towers, "text_revisions": [None] * 3, "full_width": full_width}
+def make_model(encoder_folders, *, full_width: int | None = 24, loaded_encoders=()) -> TrainedModel:
+    """Make a model without weights that is conditioned by these text encoders."""
+    settings = {
+        "text_towers": encoder_folders,
+        "text_revisions": [None] * 3,
+        "full_width": full_width,
+    }
     settings["dataset"] = {}
     mesh = parallel.make_mesh(1)
-    return TrainedModel("sd3", settings, PLAIN, mesh, lambda: (None, None), text_encoders=text_towers)
+    return TrainedModel(
+        "sd3", settings, PLAIN, mesh, lambda: (None, None), text_encoders=loaded_encoders
+    )
 
 
-def test_sd3_is_told_that_there_is_no_prompt_by_an_empty_one(towers):
-    asked = inference_labels.request_prompts(drawable(towers), ("blue", "a red"), 4)
-    assert (list(asked.label_index), asked.names) == ([0, 0, 1, 1], ("blue", "a red"))
-    rows = asked.rows(0, 4)
+def test_sd3s_null_label_is_an_empty_prompt(encoder_folders):
+    request = inference_labels.request_prompts(make_model(encoder_folders), ("blue", "a red"), 4)
+    assert (list(request.label_index), request.names) == ([0, 0, 1, 1], ("blue", "a red"))
+    rows = request.rows(0, 4)
     labels = rows.labels
-    blue, red, nothing = text_encoders.TextEncoders(towers, full_width=24).encode(
-        [*asked.names, ""]
+    blue, red, nothing = text_encoders.TextEncoders(encoder_folders, full_width=24).encode(
+        [*request.names, ""]
     )
     assert isinstance(labels, EncodedCaption) and rows.negative is not None
     for x, caption in zip(labels.tokens, (blue, blue, red, red), strict=True):
@@ -423,62 +434,66 @@ def test_sd3_is_told_that_there_is_no_prompt_by_an_empty_one(towers):
     null = rows.negative
     np.testing.assert_array_equal(null.tokens[0, : len(nothing.tokens)], nothing.tokens)
     np.testing.assert_array_equal(null.pooled, nothing.pooled[None])
-    ours = inference_labels.request_prompts(drawable(towers, full_width=None), ("blue",), 1)
+    ours = inference_labels.request_prompts(
+        make_model(encoder_folders, full_width=None), ("blue",), 1
+    )
     assert ours.negative is None
 
 
-def test_sd3_does_without_t5_but_not_with_other_towers(towers):
-    large, giant, t5 = towers
-    caption = drawable(towers, text_towers=[large, giant]).encode_captions(["blue"])
+def test_sd3_does_without_t5_but_not_with_other_text_encoders(encoder_folders):
+    large, giant, t5 = encoder_folders
+    caption = make_model(encoder_folders, loaded_encoders=[large, giant]).encode_captions(["blue"])
     assert caption.tokens[:, :24].any() and not caption.tokens[:, 24:].any()
     with pytest.raises(UserError, match="the model has 3 text encoders, not 1"):
-        drawable(towers, text_towers=[large])
+        make_model(encoder_folders, loaded_encoders=[large])
     with pytest.raises(UserError, match=r"give 24 channels .* and 10 of .* takes 24 and 16"):
-        drawable(towers, text_towers=[large, t5]).encode_captions(["blue"])
+        make_model(encoder_folders, loaded_encoders=[large, t5]).encode_captions(["blue"])
     with pytest.raises(UserError, match="the model has 3 text encoders, not 2"):
-        drawable(towers, full_width=None, text_towers=[large, giant])
+        make_model(encoder_folders, full_width=None, loaded_encoders=[large, giant])
 
 
-def test_a_missing_t5_is_zeros(towers, pipeline):
+def test_a_missing_t5_is_zeros(encoder_folders, pipeline):
     encoder, pipeline.text_encoder_3 = pipeline.text_encoder_3, None
     tokens, _ = theirs(pipeline, PROMPTS)
     pipeline.text_encoder_3 = encoder
-    encoded = text_encoders.TextEncoders(towers[:2], full_width=24).encode(PROMPTS)
-    found = text_encoders.pad_embeddings(encoded, 24 + 256)
-    np.testing.assert_allclose(found.tokens, tokens, rtol=0, atol=2e-3 * np.abs(tokens).max())
-    assert not found.tokens[:, 24:].any() and found.mask.all()
+    encoded = text_encoders.TextEncoders(encoder_folders[:2], full_width=24).encode(PROMPTS)
+    actual = text_encoders.pad_embeddings(encoded, 24 + 256)
+    np.testing.assert_allclose(actual.tokens, tokens, rtol=0, atol=2e-3 * np.abs(tokens).max())
+    assert not actual.tokens[:, 24:].any() and actual.mask.all()
     assert [e.truncated for e in encoded] == [False, False, False, True]
 
 
-def test_towers_that_are_wider_than_the_model_are_refused(towers):
+def test_text_encoders_wider_than_the_model_are_refused(encoder_folders):
     with pytest.raises(UserError, match="have 24 channels: the model takes 20"):
-        text_encoders.TextEncoders(towers, full_width=20)
+        text_encoders.TextEncoders(encoder_folders, full_width=20)
 
 
-# --- a whole sample -------------------------------------------------------------------------------
+# --- a complete sample ----------------------------------------------------------------------------
 
 
 def test_our_times_are_diffusers_sigmas_but_for_the_last_step(pipeline):
-    """Asked for n steps, it ends them at sigma 0.0089 and adds one to 0; told where n even steps
-    start, its grid is ours.
+    """With n steps given, diffusers ends them at sigma 0.0089 and adds one to 0; with the starts of
+    n even steps given, its grid is ours.
     """
     scheduler = pipeline.scheduler
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 28, 28))
     np.testing.assert_allclose(scheduler.sigmas, sampling.time_grid(28, shift=3.0), atol=1e-6)
     scheduler.set_timesteps(28)
-    least = 3 * scheduler.sigma_min / (1 + 2 * scheduler.sigma_min)
-    assert least == pytest.approx(0.0089, abs=1e-4)
-    np.testing.assert_allclose(scheduler.sigmas[-2:], [least, 0], atol=1e-6)
+    sigma_end = 3 * scheduler.sigma_min / (1 + 2 * scheduler.sigma_min)
+    assert sigma_end == pytest.approx(0.0089, abs=1e-4)
+    np.testing.assert_allclose(scheduler.sigmas[-2:], [sigma_end, 0], atol=1e-6)
     np.testing.assert_allclose(scheduler.sigmas[:-1], sampling.time_grid(27, shift=3.0), atol=0.009)
 
 
-def test_a_guided_sample_is_that_of_diffusers(towers, pipeline):
+def test_a_guided_sample_is_that_of_diffusers(encoder_folders, pipeline):
     config = replace(CONFIGS["sd3.5 medium"], image_size=12)
     revisions, prompts = (
-        [str(text_encoders.find_revision(tower)) for tower in towers],
+        [str(text_encoders.find_revision(name)) for name in encoder_folders],
         ["a red", "blue", "", ""],
     )
-    caption = text_encoders.encode_captions(prompts, towers, revisions, length=0, full_width=24)
+    caption = text_encoders.encode_captions(
+        prompts, encoder_folders, revisions, length=0, full_width=24
+    )
     assert caption.mask.all()
     tokens, pooled = (torch.tensor(np.float32(v)) for v in (caption.tokens, caption.pooled))
     x = np.asarray(sampling.initial_noise(3, jnp.arange(3), (12, 12, 4)))
@@ -496,7 +511,7 @@ def test_a_guided_sample_is_that_of_diffusers(towers, pipeline):
             latents=nchw(x),
             output_type="latent",
         ).images
-    found = sampler.sample_images(
+    actual = sampler.sample_images(
         tensors_and_params("sd3.5 medium")[1],
         config,
         jax.tree.map(lambda x: x[:3], caption),
@@ -507,4 +522,4 @@ def test_a_guided_sample_is_that_of_diffusers(towers, pipeline):
         seed=3,
     )
     assert np.abs(nhwc(expected) - x).max() > 1
-    np.testing.assert_allclose(found.x, nhwc(expected), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(actual.x, nhwc(expected), rtol=0, atol=1e-4)

@@ -1,4 +1,4 @@
-"""FLOP counts of the papers and of XLA, device peaks, rooflines, and timing of asynchronous steps."""
+"""FLOP counts of the papers and of XLA, device peaks, rooflines, and timing."""
 
 import time
 from types import SimpleNamespace

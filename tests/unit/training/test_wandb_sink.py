@@ -27,9 +27,8 @@ class Fake(SimpleNamespace):
         self.silent = settings["silent"]
 
     def init(self, **settings):
-        assert (
-            self.silent or settings.get("mode") == "offline"
-        )  # else a terminal would be asked for a key
+        # Otherwise wandb would ask a terminal for a key.
+        assert self.silent or settings.get("mode") == "offline"
         if self.fails == "init" or (self.fails == "network" and settings.get("mode") != "offline"):
             raise RuntimeError("no way\nthere")
         self.id = settings["id"]

@@ -14,7 +14,7 @@ DIGITS = [str(i) for i in range(10)]
 SHAPE = {"image_size": 8, "channels": 1}
 CLASSES = model_config("DiT-Nano/4", **SHAPE, out_channels=1, n_classes=10)
 SIGMA = model_config("DiT-Nano/4", **SHAPE, out_channels=2, n_classes=10)  # learned variance
-NOTHING = model_config("DiT-Nano/4", **SHAPE, out_channels=1, n_classes=0)  # unconditional
+UNCONDITIONAL = model_config("DiT-Nano/4", **SHAPE, out_channels=1, n_classes=0)  # unconditional
 FLOW = {"solver": "euler", "n_sample_steps": 3, "sample_shift": 1.0, "cfg_scale": 2.0}
 DDPM = FLOW | {"solver": "ddpm", "sample_shift": None, "prediction": "epsilon"}
 
@@ -26,7 +26,7 @@ def weights(config: ModelConfig) -> Any:
     return jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), fresh)
 
 
-def drawable(config: ModelConfig = CLASSES, **settings: Any) -> TrainedModel:
+def tiny_model(config: ModelConfig = CLASSES, **settings: Any) -> TrainedModel:
     """A model as of a run on the digits."""
     dataset = {"encoding": None, "label_names": DIGITS if config.n_classes else []}
     data = {"dataset_name": "digits", "conditioning": "class", "dataset": dataset}
