@@ -47,14 +47,14 @@ def test_features_and_fid_of_images_are_pytorch_fids(extracted):
     np.testing.assert_allclose(real[:, : make.KEPT], THEIRS["pool"], rtol=1e-4, atol=1e-5 * scale)
     np.testing.assert_allclose(np.linalg.norm(real, axis=1), THEIRS["pool_norms"], rtol=1e-5)
     found = frechet_distance(fit_statistics(real), fit_statistics(samples))
-    assert found == pytest.approx(THEIRS["fid_of_pictures"], rel=1e-4)
+    assert found == pytest.approx(THEIRS["fid_of_images"], rel=1e-4)
 
 
 @pytest.mark.slow
 def test_scores_of_images_are_torch_fidelitys(extracted):
     """torch-fidelity resizes images as the graph of 2015 does, which is our `adm`."""
     (real, _), (samples, logits) = extracted("adm")
-    theirs = FIDELITY["pictures"]
+    theirs = FIDELITY["images"]
     found = frechet_distance(fit_statistics(real), fit_statistics(samples))
     assert found == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
     score = metrics.inception_score(logits, n_parts=1)

@@ -1,7 +1,7 @@
-"""An autoencoder made by hand whose latents are known: means of 2×2 pixels, each times a gain.
+"""A handmade autoencoder whose latents are known: means of 2×2 pixels, each times a gain.
 
-Weights such as these are the only ones that reconstruct without being trained: tests that need a
-VAE that is one take it.
+Only weights such as these reconstruct images without training. Tests use it where they need a VAE
+that does.
 """
 
 from pathlib import Path
@@ -35,7 +35,7 @@ def config(channels: int = 1, **facts: Any) -> AutoencoderConfig:
 
 
 def params(channels: int = 1) -> dict[str, Any]:
-    """Its weights: all 0 but for a path through shortcuts.
+    """Make its weights: all 0 but for a path through shortcuts.
 
     An image travels as x and −x beside two large constants: a norm's mean is then 0, its deviation
     one number, and silu(x) − silu(−x) = x.
@@ -72,14 +72,14 @@ def save(folder: Path, channels: int = 1, **facts: Any) -> Path:
     return folder
 
 
-def means(pictures: UInt8[np.ndarray, "b H W c"]) -> Float[np.ndarray, "b h w z"]:
-    """What it makes of pictures."""
-    x = pictures.astype(np.float64) / 127.5 - 1
+def encode_means(images: UInt8[np.ndarray, "b H W c"]) -> Float[np.ndarray, "b h w z"]:
+    """Compute the latents' means, in NumPy."""
+    x = images.astype(np.float64) / 127.5 - 1
     small = reduce(x, "b (h p) (w q) c -> b h w c", "mean", p=2, q=2)
     return (small[..., None] * np.asarray(GAINS)).reshape(*small.shape[:3], -1)
 
 
-def pictures(means: Float[np.ndarray, "b h w z"]) -> Float[np.ndarray, "b H W c"]:
-    """What it makes of latents that are its own."""
+def decode_means(means: Float[np.ndarray, "b h w z"]) -> Float[np.ndarray, "b H W c"]:
+    """Compute the images of latents that `encode_means` returned, in NumPy."""
     first = means[..., :: len(GAINS)] / GAINS[0]
     return repeat(first, "b h w c -> b (h p) (w q) c", p=2, q=2)

@@ -1,4 +1,4 @@
-"""Autoencoders of diffusers with random weights, and conversions of images to their axes and back."""
+"""Autoencoders of diffusers with random weights, and images in their axes and ours."""
 
 import contextlib
 import warnings

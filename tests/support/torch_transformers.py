@@ -126,7 +126,7 @@ def sit(state, x, t, label, *, n_heads):
 
 
 def inputs(config):
-    """Pictures b h w c, steps of a thousand, labels with the null among them."""
+    """Make images (b h w c), steps of a thousand, and labels that include the null label."""
     random = np.random.default_rng(0)
     shape = (3, config.image_size, config.image_size, config.channels)
     x = random.standard_normal(shape).astype(np.float32)

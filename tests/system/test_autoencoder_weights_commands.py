@@ -18,7 +18,7 @@ sys.modules["torch"] = None  # as if it were not installed
 import huggingface_hub.constants
 huggingface_hub.constants.HF_HUB_CACHE = sys.argv[1]
 from pretrained import autoencoder
-print(autoencoder.load("us/vae").hash)
+print(autoencoder.load_autoencoder("us/vae").hash)
 """
 
 

@@ -125,7 +125,7 @@ def test_every_row_is_there_the_last_of_a_file_and_of_a_batch_too(whole):
     for split, of_split in (("train", images.train), ("test", images.eval)):
         mean = moments(whole, split)[..., :2].astype(np.float32)
         every = of_split.decode(np.arange(len(of_split)))
-        np.testing.assert_allclose(mean, averaging.means(every), atol=2e-3)
+        np.testing.assert_allclose(mean, averaging.encode_means(every), atol=2e-3)
     second = np.square(mean := moments(whole)[..., :2].astype(np.float64)).mean((0, 1, 2))
     np.testing.assert_allclose(dataset.channel_mean, mean.mean((0, 1, 2)), rtol=1e-6)
     variance = second - np.square(dataset.channel_mean) + np.exp(averaging.LOG_VARIANCE)
@@ -169,8 +169,8 @@ def test_latents_made_anew_are_not_those_that_datasets_has_kept(convert, tmp_pat
 @pytest.mark.slow
 def test_the_way_images_are_read_changes_no_byte(convert, whole, tmp_path):
     """By threads, by two processes, or from a stream of row groups."""
-    for name, how in (("processes", {"n_workers": 2}), ("streamed", {"streaming": True})):
-        status, _, err = convert(tmp_path / name, **SAME | how)
+    for name, change in (("processes", {"n_workers": 2}), ("streamed", {"streaming": True})):
+        status, _, err = convert(tmp_path / name, **SAME | change)
         assert status == 0, err
         assert content(tmp_path / name) == content(whole)
 
@@ -224,7 +224,7 @@ def test_an_unlabelled_set_and_its_held_back_rows(convert, in_colour, tmp_path):
         np.testing.assert_array_equal(ours.rows, theirs.rows)
         every = np.arange(len(ours))
         mean = ours.decode(every)[..., :6].astype(np.float32)
-        np.testing.assert_allclose(mean, averaging.means(theirs.decode(every)), atol=2e-3)
+        np.testing.assert_allclose(mean, averaging.encode_means(theirs.decode(every)), atol=2e-3)
 
 
 @pytest.mark.slow
@@ -292,7 +292,7 @@ def test_images_that_cannot_be_read_are_named_and_left_out(
     kept = [p for p in sorted(album.glob("train/*/*")) if p.stem not in "128"]
     seen = np.stack([images.decode_image(p.read_bytes(), channels=3, size=16) for p in kept])
     found = moments(folder)[..., :6].astype(np.float32)
-    np.testing.assert_allclose(found, averaging.means(seen), atol=2e-3)
+    np.testing.assert_allclose(found, averaging.encode_means(seen), atol=2e-3)
     for streaming in (False, True):
         opened = open_dataset(f"folder:{album}", latents_dir=folder, streaming=streaming)
         split = opened.full_splits()["train"]
@@ -411,7 +411,7 @@ def test_a_folder_begun_with_other_flags_is_refused_and_stays(convert, whole, tm
 
 @pytest.mark.slow
 def test_two_at_once_in_one_folder(convert, vae, tmp_path, whole, cache):
-    """The second ends with one line, and the first goes on."""
+    """The second ends with one line, and the first continues."""
     from commands import CONVERT, run
 
     folder = tmp_path / "digits"
@@ -454,7 +454,7 @@ def test_verify_writes_a_grid_and_prints_the_psnr(convert, whole, tmp_path):
     assert match
     split = open_dataset("digits", image_size=16).train
     images = split.decode(np.linspace(0, N_ROWS["train"] - 1, 20).astype(int))
-    decoded = grids.to_uint8(averaging.pictures(averaging.means(images)))
+    decoded = grids.to_uint8(averaging.decode_means(averaging.encode_means(images)))
     errors = np.square(decoded / 255 - images / 255).mean((1, 2, 3))
     psnr = -10 * np.log10(errors)
     assert match[1] == "20"
@@ -479,7 +479,7 @@ def test_the_doctor_knows_the_vae(convert, whole, vae, tmp_path):
     flags = BEGUN | {"rows_per_file": 2000, "mirror": False}
     assert convert(folder, **flags | {"vae": moved})[0] == 0
     moved = moved.rename(tmp_path / "moved")
-    assert "has moved, say where to by --vae" in convert.fails(doctor=folder, vae=None)
+    assert "has moved, name its new place by --vae" in convert.fails(doctor=folder, vae=None)
     status, out, _ = convert(doctor=folder, vae=moved)
     assert status == 0 and "sound" in out
 
@@ -521,14 +521,14 @@ def test_the_doctor_knows_an_untrained_vae(convert, tmp_path):
 @pytest.mark.slow
 def test_mistakes_are_one_line_and_leave_nothing(convert, tmp_path):
     fails = partial(convert.fails, tmp_path / "out", dataset_name="digits")
-    for how, message in (
+    for change, message in (
         ({"sise": 3}, "error: unknown flag --sise; "),
         ({"image_size": 15}, "--image_size 15: must be a multiple of 2, which the VAE divides it"),
         ({"vae": tmp_path / "nowhere"}, "nowhere"),
         ({"doctor": tmp_path / "nowhere"}, "holds no finished latents"),
         ({"label_column": "colour"}, "has no column 'colour'"),
     ):
-        assert message in fails(**how), how
+        assert message in fails(**change), change
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("")
     assert "cannot write to the folder" in convert.fails(tmp_path / "file", dataset_name="digits")

@@ -212,8 +212,8 @@ def test_latents_are_those_of_the_images_with_their_labels(latent_digits, stream
         moments = ours.decode(rows)
         decoded = theirs.decode(rows)
         mean, spread, mirrored, _ = np.split(moments.astype(np.float32), 4, axis=-1)
-        np.testing.assert_allclose(mean, averaging.means(decoded), atol=2e-3)
-        np.testing.assert_allclose(mirrored, averaging.means(decoded[:, :, ::-1]), atol=2e-3)
+        np.testing.assert_allclose(mean, averaging.encode_means(decoded), atol=2e-3)
+        np.testing.assert_allclose(mirrored, averaging.encode_means(decoded[:, :, ::-1]), atol=2e-3)
         assert (spread == averaging.LOG_VARIANCE).all()
 
 

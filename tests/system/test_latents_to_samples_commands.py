@@ -55,8 +55,8 @@ def whole(server, latent_digits, tmp_path_factory) -> tuple[Path, str]:
 
 
 def convert(forks: Forks, out: Path, *flags: Any) -> Path:
-    how = ["--out", out, *flags]
-    status, _, err = forks.run(*DIGITS_AT_16, *how, command="convert_imagenet")
+    words = ["--out", out, *flags]
+    status, _, err = forks.run(*DIGITS_AT_16, *words, command="convert_imagenet")
     assert status == 0, err
     return out
 
@@ -162,7 +162,7 @@ def test_latents_are_streamed_too(forks, latent_digits, tmp_path):
 
 @pytest.mark.slow
 def test_latents_may_move(forks, whole, latent_digits, tmp_path):
-    """And the VAE too: a run goes on with them where they are now."""
+    """And the VAE too: a run resumes with them where they are now."""
     folder, moved = tmp_path / "run", tmp_path / "moved"
     shutil.copytree(whole[0], folder)
     shutil.copytree(latent_digits, moved)
@@ -184,9 +184,9 @@ def test_captions_of_latents_are_trained_on(forks, tmp_path):
     flags += ["--vae", vae, "--out", tmp_path / "latents"]
     status, _, err = forks.run(*flags, command="convert_imagenet")
     assert status == 0, err
-    tower, folder = save_clip(tmp_path / "tower"), tmp_path / "run"
+    encoder, folder = save_clip(tmp_path / "encoder"), tmp_path / "run"
     flags = ["--model", "MMDiT-Nano/4", *COMMON, "--latents", tmp_path / "latents"]
-    flags += ["--text_towers", tower, "--caption_cache", tmp_path / "cache"]
+    flags += ["--text_towers", encoder, "--caption_cache", tmp_path / "cache"]
     status, out, err = forks.run(*flags, "--run_dir", folder)
     assert status == 0, err
     assert re.search(r"coco: \d+ training latents .*8×8×6, captions, padded to", out)
@@ -243,11 +243,12 @@ def test_what_may_change_of_latents_is_where_things_lie(latent_digits):
 
 @pytest.mark.slow
 def test_samples_are_decoded_by_the_vae_wherever_it_is(whole, vae, tmp_path, capsys):
-    how = GenerateConfig(run=whole[0], labels=("3", "7"), n=4, n_steps=2, out=tmp_path / "a.npz")
-    generate.main(how)
+    config = GenerateConfig(run=whole[0], labels=("3", "7"), n=4, n_steps=2, out=tmp_path / "a.npz")
+    generate.main(config)
     moved = averaging.save(tmp_path / "moved")
-    generate.main(replace(how, vae=str(moved), out=tmp_path / "b.npz"))
-    generate.main(replace(how, trajectory=tmp_path / "way.gif", out=tmp_path / "grid.png"))
+    generate.main(replace(config, vae=str(moved), out=tmp_path / "b.npz"))
+    gif = tmp_path / "trajectory.gif"
+    generate.main(replace(config, trajectory=gif, out=tmp_path / "grid.png"))
     with np.load(tmp_path / "a.npz") as ours, np.load(tmp_path / "b.npz") as theirs:
         assert ours["arr_0"].shape == (4, 16, 16, 1) and ours["arr_0"].dtype == np.uint8
         np.testing.assert_array_equal(ours["arr_0"], theirs["arr_0"])
@@ -256,7 +257,7 @@ def test_samples_are_decoded_by_the_vae_wherever_it_is(whole, vae, tmp_path, cap
     averaging.save(tmp_path / "rescaled")  # the run's own scale counts
     facts = json.loads((tmp_path / "rescaled/config.json").read_text())
     (tmp_path / "rescaled/config.json").write_text(json.dumps(facts | {"scaling_factor": 9.0}))
-    generate.main(replace(how, vae=str(tmp_path / "rescaled"), out=tmp_path / "c.npz"))
+    generate.main(replace(config, vae=str(tmp_path / "rescaled"), out=tmp_path / "c.npz"))
     with np.load(tmp_path / "a.npz") as ours, np.load(tmp_path / "c.npz") as theirs:
         np.testing.assert_array_equal(ours["arr_0"], theirs["arr_0"])
 
@@ -264,7 +265,7 @@ def test_samples_are_decoded_by_the_vae_wherever_it_is(whole, vae, tmp_path, cap
     weights["post_quant"]["bias"][0] += 1e-3
     pretrained.save_autoencoder(tmp_path / "other", averaging.config(), weights)
     with pytest.raises(UserError, match="is not the one that the latents of digits were made with"):
-        generate.main(replace(how, vae=str(tmp_path / "other")))
+        generate.main(replace(config, vae=str(tmp_path / "other")))
 
 
 @pytest.mark.slow
@@ -274,10 +275,12 @@ def test_real_latents_are_decoded_to_images(whole, tmp_path, capsys):
     split = open_dataset("digits", image_size=16).eval
     images = split.decode(np.linspace(0, len(split) - 1, 5).astype(int))
     assert real.data.shape == (5, 8, 8, 2) and codec
-    means = averaging.pictures(averaging.means(images))
+    means = averaging.decode_means(averaging.encode_means(images))
     np.testing.assert_allclose(codec.decode(real.data), means, atol=2e-2)
-    how = GenerateConfig(run=whole[0], n=3, n_steps=2, denoise=(0.3, 1.0), out=tmp_path / "a.png")
-    generate.main(how)
+    config = GenerateConfig(
+        run=whole[0], n=3, n_steps=2, denoise=(0.3, 1.0), out=tmp_path / "a.png"
+    )
+    generate.main(config)
     with Image.open(tmp_path / "a.png") as grid:
         assert grid.height > 5 * 64
 
@@ -310,9 +313,9 @@ def test_imagenet_trains_on_its_latents(forks, tmp_path):
         tmp_path / "vae", random, init_autoencoder_params(random, jax.random.key(0))
     )
     copy, folder = make_copy("imagenet", tmp_path / "data"), tmp_path / "latents"
-    how = ["--dataset_name", "imagenet", "--data_dir", copy, "--vae", tmp_path / "vae"]
-    how += ["--image_size", 16, "--out", folder]
-    status, _, err = forks.run(*how, command="convert_imagenet")
+    words = ["--dataset_name", "imagenet", "--data_dir", copy, "--vae", tmp_path / "vae"]
+    words += ["--image_size", 16, "--out", folder]
+    status, _, err = forks.run(*words, command="convert_imagenet")
     assert status == 0, err
     assert latents.read_latent_dataset(folder).encoding.mirrored
     flags = [*FLAGS, "--dataset_name", "imagenet", "--latents", folder]

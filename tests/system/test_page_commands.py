@@ -8,8 +8,6 @@ import re
 import shutil
 import signal
 import time
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from browser import Visitor, open_browser
@@ -258,6 +256,7 @@ def test_the_page_is_requested_without_a_proxy(monkeypatch):
 
 
 def test_a_page_that_cannot_be_reached_is_reported_in_one_line(monkeypatch):
+    import gradio as gr
     import httpx
 
     from inference.app.page import launch_page
@@ -269,7 +268,9 @@ def test_a_page_that_cannot_be_reached_is_reported_in_one_line(monkeypatch):
         def fail(error=error, **_):
             raise error
 
-        page: Any = SimpleNamespace(queue=lambda **_: None, launch=fail)
+        page = gr.Blocks.__new__(gr.Blocks)  # constructed, it would leave resources open
+        monkeypatch.setattr(page, "queue", lambda **_: None)
+        monkeypatch.setattr(page, "launch", fail)
         with pytest.raises(UserError, match=f"cannot open the page at here: {error}"):
             launch_page(page, port=None, host="here", share=False)
 

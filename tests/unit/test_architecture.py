@@ -36,7 +36,8 @@ FILES = {
 ENTRIES = 27
 # Words that a reader of DiT or SD3 would have to translate, and names with them that are on disk.
 PRIVATE_WORDS = (r"\b_*told", r"\b_*said\b", "unsaid", "picture", "tower")
-ON_DISK = ("text_towers",)
+ON_DISK = ("text_towers", "towers.json", '"pictures"', "['pictures']")
+ON_DISK += ("self.picture", '"picture"', '"picture.')  # weights of an MMDiT's image stream
 SHADOWS = {"datasets", "types", "math", "random", "logging", "profile"}
 DRAWERS = {"utils", "common", "helpers"}
 REQUIRED = [

@@ -125,7 +125,7 @@ def test_an_npz_begun_on_other_devices_resumes(digits, tmp_path, monkeypatch):
     first = next(begun)
     begun.close()  # type: ignore
     flags = {"run": Path("run"), "n": 20, "samples": samples, "reference": digits}
-    with pytest.raises(UserError, match="batch_size was 7, not 8; go on with"):
+    with pytest.raises(UserError, match="batch_size was 7, not 8; resume with"):
         evaluate_pixels(tmp_path / "a", batch_size=8, **flags)
     evaluate_pixels(tmp_path / "a", **flags)
     with np.load(samples) as arrays:

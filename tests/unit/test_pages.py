@@ -90,7 +90,8 @@ def test_an_objective_is_what_it_says():
     """Of a model that says 0, Huber's loss of the velocity itself."""
     made = run_recipe("An objective", rectified_flow, Trainer=train.Trainer, optax=optax)
     assert issubclass(made["Robust"], train.Trainer)
-    loss = made["Robust"].objective(None, label_dropout=0.1)
+    options = {"label_dropout": 0.1, "to_input": rectified_flow.pixels_to_input}
+    loss = made["Robust"].objective(None, **options)
     image = jax.random.randint(jax.random.key(0), (64, 8, 8, 1), 0, 256).astype(jnp.uint8)
     batch = SimpleNamespace(row=jnp.arange(64), image=image, label=jnp.zeros(64, int))
     seen = []

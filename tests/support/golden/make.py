@@ -98,7 +98,7 @@ def from_pytorch_fid(state, folders: list[str]) -> dict:
     return {
         "pool": pools[0][:, :KEPT].tolist(),
         "pool_norms": np.linalg.norm(pools[0], axis=1).tolist(),
-        "fid_of_pictures": float(distance),
+        "fid_of_images": float(distance),
         "fid_of_features": float(theirs.calculate_frechet_distance(*moments)),
     }
 
@@ -133,7 +133,7 @@ def from_torch_fidelity(weights_file: str, folders: list[str]) -> dict:
     ten = isc_features_to_metric(torch.from_numpy(rows[permutation(400)]), splits=10, shuffle=False)
     kid = kid_features_to_metric(b, a[:500], kid_subsets=1, kid_subset_size=500, verbose=False)
     prc = prc_features_to_metric(b, a, prc_neighborhood=3, prc_batch_size=1000, verbose=False)
-    return {"pictures": scores, "isc_of_one": one, "isc_of_ten": ten, "kid": kid, "prc": prc}
+    return {"images": scores, "isc_of_one": one, "isc_of_ten": ten, "kid": kid, "prc": prc}
 
 
 def main() -> None:

@@ -51,11 +51,11 @@ def test_encoding_gives_the_known_moments_of_the_autoencoder(tmp_path, channels)
     moments = np.asarray(opened.encode(images))
     assert moments.dtype == np.float16 and moments.shape == (8, 8, 8, 4 * channels)
     mean, log_variance = np.split(moments.astype(np.float32), 2, axis=-1)
-    np.testing.assert_allclose(mean, averaging.means(images), atol=1e-3)
+    np.testing.assert_allclose(mean, averaging.encode_means(images), atol=1e-3)
     assert (log_variance == averaging.LOG_VARIANCE).all()
 
-    scaled = (averaging.means(images) - averaging.SHIFT) * averaging.SCALE
-    expected = averaging.pictures(averaging.means(images))
+    scaled = (averaging.encode_means(images) - averaging.SHIFT) * averaging.SCALE
+    expected = averaging.decode_means(averaging.encode_means(images))
     np.testing.assert_allclose(opened.decode(scaled.astype(np.float32)), expected, atol=1e-4)
 
 

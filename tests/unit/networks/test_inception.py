@@ -165,5 +165,5 @@ def test_weights_of_another_inception_are_refused_by_name(torch, state, tmp_path
     assert "it has no place for AuxLogits.fc.bias" in message
     assert "fc.weight (1000, 2048), not (1008, 2048)" in message
     assert "it lacks Mixed_5b.branch1x1.bn.bias" in message
-    with pytest.raises(UserError, match="cannot load Inception 'nobody/has-this': .* local path"):
+    with pytest.raises(UserError, match=r"cannot load Inception 'nobody/has-this': .* local path"):
         pretrained.load_inception("nobody/has-this")

@@ -152,7 +152,7 @@ def test_lpips_that_is_not_whole_is_refused_in_one_line(folder, states, torch, t
     (folder / "z.pth").unlink()
     with pytest.raises(UserError, match=r"LPIPS '.*': it holds no .*safetensors"):
         lpips.load_lpips(str(tmp_path))
-    with pytest.raises(UserError, match="cannot load LPIPS 'nobody/has-this': .* local path"):
+    with pytest.raises(UserError, match=r"cannot load LPIPS 'nobody/has-this': .* local path"):
         lpips.load_lpips("nobody/has-this")
 
 

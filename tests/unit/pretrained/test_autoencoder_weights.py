@@ -165,7 +165,7 @@ def test_the_hash_is_of_the_weights_not_of_their_file(folder, params):
 
 
 def old_names(tensors, *, as_convolutions):
-    """Use attention's names from before 2023, and optionally the linear maps of the oldest files."""
+    """Use attention's names from before 2023, and optionally the oldest files' linear maps."""
     loaded = {}
     for name, x in tensors.items():
         for new, old in OLD.items():

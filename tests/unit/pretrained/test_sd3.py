@@ -171,7 +171,7 @@ def test_each_of_our_weights_is_found_once(name):
         p for path in sd3.our_shapes(config) for one in sd3.locate_parts(path, config) for p in one
     ]
     assert len(parts) == len(set(parts))
-    of = {part.name: part.of for part in parts}
+    of = {part.name: part.n_parts for part in parts}
     assert len(parts) == sum(of.values())  # no part of a tensor is left
 
 
