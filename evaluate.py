@@ -450,5 +450,6 @@ def report_scores(config: EvaluateConfig, scores: dict[str, float], card: dict[s
 
 if __name__ == "__main__":
     cli.run_command(
-        lambda: main(cli.parse_flags(EvaluateConfig, shown_defaults=HELP_DEFAULTS)), processes.exit_process
+        lambda: main(cli.parse_flags(EvaluateConfig, shown_defaults=HELP_DEFAULTS)),
+        processes.exit_process,
     )

@@ -164,7 +164,7 @@ def save_png(image: Image.Image, path: str | Path) -> None:
     """Write the whole file or nothing; its folder is created if need be."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
+    with atomic_file(path, sync=False) as file:
         image.save(file, format="PNG")
 
 
@@ -183,7 +183,7 @@ def save_gif(
     seconds = [seconds_per_frame] * (len(frames) - 1) + [hold_last]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
+    with atomic_file(path, sync=False) as file:
         frames[0].save(
             file,
             format="GIF",

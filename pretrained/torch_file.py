@@ -150,7 +150,9 @@ class _Unpickler(pickle.Unpickler):
         make_storage: makes a storage of the fields of its reference; None where none may occur.
     """
 
-    def __init__(self, file: IO[bytes], make_storage: Callable[..., _Storage] | None = None):
+    def __init__(
+        self, file: IO[bytes] | io.BytesIO, make_storage: Callable[..., _Storage] | None = None
+    ):
         super().__init__(file, encoding="latin1")  # of files that Python 2 wrote
         self.make_storage = make_storage
 

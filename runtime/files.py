@@ -18,8 +18,11 @@ TEMPORARY_NAME = re.compile(r"\..+\.(\d+)\.tmp")  # .NAME.PID.tmp: two processes
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that takes the name `path` only when all of it is on disk.
+def atomic_file(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
+    """Open a file for writing that takes the name `path` only when all of it is written.
+
+    Args:
+        sync: wait until it is on disk too, so that a power cut cannot lose it; some milliseconds.
 
     Raises:
         OSError: the file cannot be written. `filename` names it; `path` is as it was before.
@@ -29,7 +32,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         with temporary.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         if error.errno and not error.filename:  # a write to a full disk does not name the file
