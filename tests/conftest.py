@@ -110,7 +110,7 @@ def no_arrow_cache_at_home(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="session")
 def vae(tmp_path_factory):
-    """An autoencoder of grey pictures that reconstructs; see averaging.py."""
+    """An autoencoder of grey images that reconstructs; see averaging.py."""
     import averaging
 
     return averaging.save(tmp_path_factory.mktemp("autoencoder") / "vae")

@@ -14,6 +14,8 @@ from inception_cases import (
     loaded,  # noqa: F401
     of_torch,  # noqa: F401
     ours,  # noqa: F401
+    state,  # noqa: F401
+    torch,  # noqa: F401
     two_sets,  # noqa: F401
 )
 

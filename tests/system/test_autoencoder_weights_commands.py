@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from autoencoder_weights_cases import (
+    folder,  # noqa: F401
     hub,  # noqa: F401
     params,  # noqa: F401
 )

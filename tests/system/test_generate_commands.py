@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from commands import run
 from faults_cases import wait_until
-from generate_cases import command  # noqa: F401
+from generate_cases import (
+    command,  # noqa: F401
+    digits,  # noqa: F401
+)
 from PIL import Image, ImageSequence
 
 import generate

@@ -1,4 +1,4 @@
-"""The notebook runs from a clean kernel, and what it shows on GitHub is there. Kernels are told of
+"""The notebook runs from a clean kernel, and its outputs for GitHub are there. Kernels hear of
 mistakes and interruptions in a line.
 """
 
@@ -26,7 +26,7 @@ def outputs(notebook):
     return [output for cell in notebook.cells for output in cell.get("outputs", ())]
 
 
-def pictures(notebook):
+def images(notebook):
     return sum("image/png" in output.get("data", {}) for output in outputs(notebook))
 
 
@@ -48,7 +48,7 @@ def test_what_is_committed_was_run_in_order_and_went_well():
     notebook, text = nbformat.read(PATH, 4), PATH.read_text()
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    assert failures(notebook) == [] and pictures(notebook) >= 4
+    assert failures(notebook) == [] and images(notebook) >= 4
     assert len(text) < MOST_BYTES
     for private in ("/work", "/root", "/home", "/tmp", "/Users"):
         assert private not in json.dumps([cell.source for cell in code] + outputs(notebook))
@@ -63,7 +63,7 @@ def test_the_notebook_runs_from_a_clean_kernel(clone, cache):
         cell.source = re.sub(r"n_steps=[1-9]\d\d\b", "n_steps=60", cell.source)
     ran = execute(committed, clone / "docs", cache)
     assert failures(ran) == []
-    assert pictures(ran) == pictures(committed)
+    assert images(ran) == images(committed)
     assert len(outputs(ran)) == len(outputs(committed))
 
 

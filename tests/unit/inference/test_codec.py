@@ -2,45 +2,20 @@
 
 import averaging
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from codec_cases import (
+    RANDOM,
+    RNG,
+    normal,
+    on_all,  # noqa: F401
+    random,  # noqa: F401
+)
 
 from inference import codec
 from inference.codec import Codec
-from networks import autoencoder
-from networks.autoencoder import AutoencoderConfig
 from pretrained import autoencoder as pretrained
 from runtime import parallel
-
-RNG = np.random.default_rng(0)
-# A VAE that mixes positions and channels, so that nothing can be right by chance.
-RANDOM = AutoencoderConfig(
-    latent_channels=3,
-    block_out_channels=(8, 16),
-    norm_num_groups=4,
-    scaling_factor=1.5305,
-    shift_factor=0.0609,
-)
-
-
-@pytest.fixture(scope="module")
-def random(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("random")
-    pretrained.save_autoencoder(
-        folder, RANDOM, autoencoder.init_autoencoder_params(RANDOM, jax.random.key(0))
-    )
-    return pretrained.load_autoencoder(str(folder))
-
-
-@pytest.fixture(scope="module")
-def on_all(random):
-    return Codec(random, parallel.make_mesh())
-
-
-def normal(*shape):
-    return RNG.standard_normal(shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -57,17 +32,6 @@ def test_encoding_gives_the_known_moments_of_the_autoencoder(tmp_path, channels)
     scaled = (averaging.encode_means(images) - averaging.SHIFT) * averaging.SCALE
     expected = averaging.decode_means(averaging.encode_means(images))
     np.testing.assert_allclose(opened.decode(scaled.astype(np.float32)), expected, atol=1e-4)
-
-
-def test_decoding_is_the_autoencoders_own_of_unscaled_latents(random, on_all):
-    z = normal(5, 4, 6, 3)
-    vae = nnx.merge(
-        autoencoder.autoencoder_graphdef(RANDOM), jax.tree.map(jnp.asarray, random.params)
-    )
-    scaled = (z - RANDOM.shift_factor) * RANDOM.scaling_factor
-    images = on_all.decode(scaled)
-    assert images.shape == (5, 8, 12, 3) and images.dtype == np.float32
-    np.testing.assert_allclose(images, vae.decode(jnp.asarray(z)), atol=1e-5)
 
 
 def test_the_latents_own_scale_wins_over_the_vaes(random, on_all):
@@ -104,34 +68,6 @@ def test_the_axes_of_a_trajectory_stay(on_all):
     assert states.shape == (3, 2, 8, 8, 3)
     for state, latent in zip(states, x, strict=True):
         np.testing.assert_allclose(state, on_all.decode(latent), atol=1e-5)
-
-
-def test_large_latents_are_decoded_in_tiles(random, on_all, monkeypatch):
-    """The result is that of `decode_tiled` on unscaled latents; no tile is larger than TILE."""
-    monkeypatch.setattr(codec, "TILE", 6)
-    monkeypatch.setattr(codec, "OVERLAP", 2)
-    sides, original = [], Codec._decode_whole
-
-    def spied(self, x):
-        sides.append(x.shape[1:3])
-        return original(self, x)
-
-    monkeypatch.setattr(Codec, "_decode_whole", spied)
-    x = normal(9, 6, 10, 3)
-    images = on_all.decode(x)
-    assert set(sides) == {(6, 6)} and images.shape == (9, 12, 20, 3)
-    vae = nnx.merge(
-        autoencoder.autoencoder_graphdef(RANDOM), jax.tree.map(jnp.asarray, random.params)
-    )
-    z = x / RANDOM.scaling_factor + RANDOM.shift_factor
-    expected = autoencoder.decode_tiled(
-        lambda z: vae.decode(jnp.asarray(z)), z, tile=6, overlap=2, downsampling=2
-    )
-    np.testing.assert_allclose(images, expected, atol=1e-5)
-
-    sides.clear()
-    on_all.decode(x[:, :, :6])
-    assert set(sides) == {(6, 6)} and len(sides) == 1  # TILE itself is decoded whole
 
 
 def test_moments_beyond_float16_are_clipped_not_infinite(tmp_path):

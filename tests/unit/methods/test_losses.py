@@ -1,14 +1,14 @@
 """Path, times and losses are the formulas, and every row has independent random numbers."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from losses_cases import N, Spy, batch_of, gaussian_images, key, predict_mean_and_variance
 
-from data.batch import Batch, EncodedCaption
+from data.batch import EncodedCaption
 from methods import ddpm, rectified_flow
 from methods.ddpm import ddpm_loss
 from methods.rectified_flow import (
@@ -20,7 +20,6 @@ from methods.rectified_flow import (
     uniform,
 )
 
-key = jax.random.key(0)
 # Between the quantiles that float32 can hold, denser than any feature of a density.
 u = jnp.linspace(0, 1, 20_001)[1:-1]
 
@@ -36,25 +35,6 @@ def test_dropping_makes_the_null_class_or_the_empty_caption():
     for part, whole in zip(dropped, caption, strict=True):
         assert (part[0] == 0).all() and (part[2] == 0).all() and (part[1] == whole[1]).all()
         assert part.dtype == whole.dtype
-
-
-class Spy:
-    """A model that predicts 0 and records its inputs."""
-
-    def __init__(self, n_classes, predict=lambda x, t: 0 * x):
-        self.config, self.predict = SimpleNamespace(n_classes=n_classes), predict
-
-    def __call__(self, x, t, label):
-        self.x, self.t, self.label = x, t, label
-        return self.predict(x, t)
-
-
-def batch_of(n, *, image=None, label=None):
-    """n rows of the given images, by default of −1."""
-    image = np.zeros((n, 2, 2, 1), np.uint8) if image is None else image
-    label = np.full(n, 3, np.int32) if label is None else label
-    row = np.arange(n, dtype=np.int32)
-    return jax.tree.map(jnp.asarray, Batch(row=row, image=image, label=label))
 
 
 @partial(jax.jit, static_argnames="label_dropout")
@@ -216,18 +196,6 @@ def test_the_null_label_is_the_number_of_classes(n_classes):
     assert (sampled_values(batch, n_classes=n_classes, label_dropout=0.0)[2] == 0).all()
 
 
-# --- the loss -------------------------------------------------------------------------------------
-
-N, SIDE = 4000, 12
-
-
-def gaussian_images(std):
-    """Images of white noise, as bytes, and their actual root mean square."""
-    noise = np.random.default_rng(0).normal(scale=std, size=(N, SIDE, SIDE, 1))
-    image = np.clip(np.round((noise + 1) * 127.5), 0, 255).astype(np.uint8)
-    return batch_of(N, image=image), float(np.sqrt(np.mean(np.square(image / 127.5 - 1))))
-
-
 TIMES = (np.arange(N) + 0.5) / N
 
 
@@ -356,29 +324,6 @@ def test_the_best_noise_prediction_on_gaussian_data_has_the_closed_forms_loss():
     x, t, _, loss, _ = run_ddpm_loss(batch, predict=best)
     a = ALPHA_BAR[recover_step_and_noise(batch, x, t)[0]]
     np.testing.assert_allclose(loss, (a * s**2 / (a * s**2 + 1 - a)).mean(), rtol=0.01)
-
-
-def predict_mean_and_variance(weights, x, t):
-    mean, variance = weights
-    return jnp.concatenate([mean * x, jnp.full_like(x, 1.0) * variance], axis=-1)
-
-
-def sigma_loss(weights, learned):
-    batch, _ = gaussian_images(0.3)
-    spy = Spy(10, partial(predict_mean_and_variance, weights))
-    return ddpm_loss(learned_sigma=learned)(spy, batch, key)[0]
-
-
-def test_the_bound_teaches_the_variance_and_leaves_the_mean_alone():
-    """The gradient of the mean is that of the squares; the second half has one of its own."""
-    weights = (jnp.float32(0.4), jnp.float32(0.2))
-    gradient = jax.grad(sigma_loss)(weights, True)
-    plain = jax.grad(sigma_loss)(weights, False)
-    assert gradient[0] == plain[0] and plain[1] == 0
-    h = 0.05
-    slope = [sigma_loss((weights[0], weights[1] + d), True) for d in (h, -h)]
-    np.testing.assert_allclose(gradient[1], (slope[0] - slope[1]) / (2 * h), rtol=0.02)
-    assert abs(gradient[1]) > 1e-4
 
 
 def test_the_bound_counts_as_a_thousandth_of_its_sum_over_the_steps():

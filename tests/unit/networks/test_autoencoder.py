@@ -1,20 +1,19 @@
 """The autoencoder is diffusers', latents are a normal distribution, tiles make the whole."""
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from autoencoder_cases import decoder, encoder, fresh, key, latents, sample_images
 from torch_autoencoders import CONFIGS, SD, nchw, nhwc, params_of, torch_autoencoder
 
 from networks import autoencoder
 from networks.autoencoder import AutoencoderConfig, Moments
 from runtime.errors import UserError
 
-key = jax.random.key(0)
 # scaling_factor and shift_factor of Stable Diffusion 1 and 2, SDXL, SD3 and FLUX.
 PUBLISHED = [(0.18215, 0.0), (0.13025, 0.0), (1.5305, 0.0609), (0.3611, 0.1159)]
 
@@ -27,32 +26,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n_threads)
-
-
-def sample_images(config, *, height=24, width=40):
-    shape = (2, height, width, config.in_channels)
-    return jax.random.uniform(key, shape, minval=-1, maxval=1)
-
-
-def latents(config, *, height=3, width=5):
-    return jax.random.normal(key, (2, height, width, config.latent_channels))
-
-
-@cache
-def encoder(config, dtype="float32"):
-    graphdef = autoencoder.autoencoder_graphdef(config, dtype)
-    return jax.jit(lambda params, x: nnx.merge(graphdef, params).encode(x))
-
-
-@cache
-def decoder(config, dtype="float32"):
-    graphdef = autoencoder.autoencoder_graphdef(config, dtype)
-    return jax.jit(lambda params, z: nnx.merge(graphdef, params).decode(z))
-
-
-@cache
-def fresh(config):
-    return autoencoder.init_autoencoder_params(config, key)
 
 
 # --- the networks ---------------------------------------------------------------------------------
@@ -86,44 +59,6 @@ def test_log_variances_are_clipped_as_published():
     assert moments.log_variance[0, 0, 0].tolist() == [-30, 20, -30, 1]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_half_precision_is_close(name):
-    """Within 3 % of the spread of the float32 result, and the result is float32."""
-    config = CONFIGS[name]
-    params = params_of(torch_autoencoder(config), config)
-    image, z = sample_images(config), latents(config)
-    exact = *encoder(config)(params, image), decoder(config)(params, z)
-    half = *encoder(config, "bfloat16")(params, image), decoder(config, "bfloat16")(params, z)
-    for x, y in zip(exact, half, strict=True):
-        assert y.dtype == jnp.float32
-        assert 0 < np.sqrt(np.mean((x - y) ** 2)) < 0.03 * np.std(x)
-
-
-def test_half_precision_keeps_its_weights():
-    gradient = jax.grad(lambda params: decoder(SD, "bfloat16")(params, latents(SD)).sum())
-    grads = gradient(fresh(SD))["decoder"]
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads))
-    assert all((leaf != 0).any() for leaf in jax.tree.leaves(grads["levels"]))
-
-
-def test_every_weight_is_used():
-    """A gradient reaches each: those of attention's keys' bias cannot matter to a softmax."""
-
-    def loss(params):
-        moments = encoder(SD)(params, sample_images(SD))
-        return (
-            decoder(SD)(
-                params,
-                autoencoder.sample_latents(moments, jax.random.split(key, len(moments.mean))),
-            )
-            ** 3
-        ).sum()
-
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(fresh(SD))):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        assert name.endswith("attention.k.bias") or (jnp.abs(leaf) > 1e-9).any(), name
-
-
 def test_a_group_norm_is_the_formula_in_float32():
     x = 100 + jax.random.normal(key, (2, 4, 6, 12))
     norm = autoencoder.GroupNorm(12, 3)
@@ -134,15 +69,6 @@ def test_a_group_norm_is_the_formula_in_float32():
     half = x.astype(jnp.bfloat16)
     exact = norm(half.astype(jnp.float32)).astype(jnp.bfloat16)
     assert norm(half).dtype == jnp.bfloat16 and (norm(half) == exact).all()
-
-
-def test_fresh_weights_keep_latents_and_images_in_scale():
-    """Training from scratch starts with latents and images that are neither tiny nor huge."""
-    config = AutoencoderConfig(block_out_channels=(32, 64, 64), layers_per_block=2)
-    moments = encoder(config)(fresh(config), sample_images(config))
-    decoded = decoder(config)(fresh(config), latents(config))
-    for x in (*moments, decoded):
-        assert 0.02 < float(x.std()) < 2
 
 
 def test_fresh_weights_are_a_function_of_the_seed():
