@@ -73,10 +73,11 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    """Compiled programs, shared by all tests of a session and the processes they start."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "xla"
+def cache():
+    """The folder of compiled programs, shared by all tests, the processes they start, and the next
+    session: a second `make test` compiles nothing.
+    """
+    folder = Path(__file__).parents[1] / ".pytest_cache" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     return folder

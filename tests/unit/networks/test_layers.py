@@ -1,20 +1,14 @@
 """Patches are undone exactly, positions are two-dimensional, attention is the formula."""
 
-from functools import cache, partial
-from itertools import product
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from layers_cases import BOUNDS, assert_close, key, shapes_of_presets, value_and_gradients
 
 import model
-from data.batch import EncodedCaption
 from networks import layers, ops
-
-key = jax.random.key(0)
 
 
 @pytest.mark.parametrize("p", [1, 2, 4, 8])
@@ -60,97 +54,12 @@ def test_attention_survives_large_bfloat16_scores():
     np.testing.assert_allclose(float(ops.attention(q, k, v)[0, 0, 0]), 0.982, atol=4e-3)
 
 
-BOUNDS = {"float32": 1e-6, "bfloat16": 5e-3}
-
-
 def exact_gradients(function, inputs, g):
     """In float64, by JAX's own rules."""
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.float64(x)) for x in inputs]
         y, backward = jax.vjp(function, *wide)
         return [np.asarray(x) for x in (y, *backward(jnp.asarray(np.float64(g))))]
-
-
-@partial(jax.jit, static_argnums=0)
-def value_and_gradients(function, g, *inputs):
-    y, backward = jax.vjp(function, *inputs)
-    return y, backward(g)
-
-
-def assert_close(found, expected, bound):
-    """Norms of differences, relative to those of the arrays."""
-    for x, y in zip(found, expected, strict=True):
-        assert np.linalg.norm(np.float64(x) - y) <= bound * np.linalg.norm(y)
-
-
-class Shapes(NamedTuple):
-    maps: list  # (inputs, outputs)
-    attentions: list  # (queries, keys, width of a head)
-
-
-@cache
-def shapes_of_presets(size):
-    """Shapes of every linear map and attention in all presets of a size with all blocks, with class
-    labels or captions, on the 32×32×4 latents of a 256×256 image.
-    """
-    maps, attentions = set(), set()
-    affine, attention = ops.affine, ops.attention
-
-    def recording_affine(x, w, bias):
-        maps.add(w.shape)
-        return affine(x, w, bias)
-
-    def recording_attention(q, k, v, mask=None):
-        attentions.add((q.shape[1], k.shape[1], q.shape[-1]))
-        return attention(q, k, v, mask)
-
-    x, t = jnp.ones((1, 32, 32, 4)), jnp.ones(1)
-    caption = EncodedCaption(
-        tokens=jnp.ones((1, 77, 768)), pooled=jnp.ones((1, 768)), mask=jnp.ones((1, 77), bool)
-    )
-    captioned = {"n_classes": 0, "text_length": 77, "text_width": 768, "pooled_width": 768}
-    conditionings = [(jnp.ones(1, jnp.int32), {"n_classes": 10}), (caption, captioned)]
-    names = [f"DiT-{size}/{p}" for p in (1, 2, 4, 8)]
-    networks = [(name, {"block": block}) for name in names for block in model.BLOCKS]
-    networks += [(f"MM{name}", {}) for name in names]
-    image = {"image_size": 32, "channels": 4, "out_channels": 4}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "affine", recording_affine)
-        for module in (layers, model):
-            patch.setattr(module, "attention", recording_attention)
-        for (name, block), (label, fields) in product(networks, conditionings):
-            config = model.model_config(name, **image, **block, **fields)
-            nnx.eval_shape(
-                partial(lambda c, y: model.build_model(c, nnx.Rngs(0))(x, t, y), config, label)
-            )
-    return Shapes(sorted(maps), sorted(attentions))
-
-
-def exact_attention(q, k, v, g):
-    """softmax(q kᵀ / √width) v and the gradients of q, k and v, by the book, in float64."""
-    q, k, v, g = (np.asarray(x, np.float64).swapaxes(1, 2) for x in (q, k, v, g.reshape(q.shape)))
-    width = q.shape[-1]
-    p = np.exp(q @ k.swapaxes(2, 3) / np.sqrt(width))
-    p /= p.sum(-1, keepdims=True)
-    dp = g @ v.swapaxes(2, 3)
-    ds = p * (dp - (p * dp).sum(-1, keepdims=True)) / np.sqrt(width)
-    found = (p @ v, ds @ k, ds.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ g)
-    y, *gradients = (x.swapaxes(1, 2) for x in found)
-    return y.reshape(*y.shape[:2], -1), *gradients
-
-
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize(
-    "size", {c["width"] // c["n_heads"]: s for s, c in model.SIZES.items()}.values()
-)
-def test_attention_and_its_gradients_are_the_plain_forms(size, dtype):
-    for n, m, width in shapes_of_presets(size).attentions:
-        keys = dict(zip("qkvg", jax.random.split(key, 4), strict=True))
-        q = jax.random.normal(keys["q"], (1, n, 1, width)).astype(dtype)
-        k, v = (jax.random.normal(keys[name], (1, m, 1, width)).astype(dtype) for name in "kv")
-        g = jax.random.normal(keys["g"], (1, n, width)).astype(dtype)
-        y, gradients = value_and_gradients(ops.attention, g, q, k, v)
-        assert_close((y, *gradients), exact_attention(q, k, v, g), BOUNDS[dtype])
 
 
 def test_attention_gives_no_gradient_to_masked_keys():
