@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from inception_cases import (
     extracted,
-    file,  # noqa: F401
-    loaded,  # noqa: F401
-    of_torch,  # noqa: F401
-    ours,  # noqa: F401
-    state,  # noqa: F401
-    torch,  # noqa: F401
-    two_sets,  # noqa: F401
+    file,  # noqa: F401  # noqa: F401
+    loaded,  # noqa: F401  # noqa: F401
+    of_torch,  # noqa: F401  # noqa: F401
+    ours,  # noqa: F401  # noqa: F401
+    state,  # noqa: F401  # noqa: F401
+    torch,  # noqa: F401  # noqa: F401
+    two_sets,  # noqa: F401  # noqa: F401
 )
 
 import evaluate
@@ -96,3 +96,13 @@ def test_the_command_computes_every_score_of_inception(file, two_sets, tmp_path)
     np.savez(real, **others, card=np.array(json.dumps(card)))
     with pytest.raises(UserError, match=r"made with other weights .* hash is 000000000000…, not"):
         evaluate.main(config)
+
+
+def test_features_are_those_of_torch(ours, of_torch):
+    for found, (pool, spatial, logits) in zip(ours, of_torch):
+        np.testing.assert_allclose(found.features, pool, atol=1e-4 * np.abs(pool).max(), rtol=1e-4)
+        scale = np.abs(logits).max()
+        np.testing.assert_allclose(found.logits, logits, atol=1e-4 * scale, rtol=1e-4)
+        mean = spatial.mean(0)
+        assert mean.shape == (2023,) and mean.max() > 0.1
+        np.testing.assert_allclose(found.spatial.mean, mean, atol=1e-4 * mean.max(), rtol=1e-4)
