@@ -267,7 +267,7 @@ def save_cfg_sweep(inputs: FigureInputs, path: Path) -> None:
     """Make a grid of the same noise at several guidance scales."""
     trained, row, plan, config = inputs
     if not (trained.model.n_classes or trained.model.text_width):
-        raise UserError("an unconditional model has no label to be guided by")
+        raise UserError("an unconditional model cannot be guided")
     grid = comparisons.compare_scales(trained, row, plan, config.cfg_sweep, side=MAX_SIDE)
     grids.save_png(grid, path)
 

@@ -352,8 +352,7 @@ def check_guidance(
     guide = cfg_scale != 1
     if guide and not (config.n_classes or config.text_width):
         raise UserError(
-            f"cfg_scale {cfg_scale}: an unconditional model has no label to be guided by; "
-            "leave it at 1"
+            f"cfg_scale {cfg_scale}: an unconditional model cannot be guided; leave it at 1"
         )
     n_guided = sampler.guided_channels
     if n_guided is not None and not guide:

@@ -33,6 +33,4 @@ def test_all_of_a_run_with_classes(command, tmp_path):
 def test_a_figure_that_cannot_be_made_is_left_out_with_a_line(command):
     made, left_out = command(tiny_model(UNCONDITIONAL, conditioning="none", cfg_scale=1.0))
     assert made == {*OF_RECORDS, *OF_WEIGHTS} - {"cfg_sweep.png"}
-    assert left_out == [
-        "cfg_sweep.png is left out: an unconditional model has no label to be guided by"
-    ]
+    assert left_out == ["cfg_sweep.png is left out: an unconditional model cannot be guided"]

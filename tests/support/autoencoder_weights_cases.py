@@ -1,6 +1,7 @@
 """Inputs and helpers shared by the tests of pretrained.autoencoder_weights."""
 
 import jax
+import numpy as np
 import pytest
 from torch_autoencoders import SD
 
@@ -37,3 +38,8 @@ def hub(folder, tmp_path, monkeypatch):
     folder.rename(cached / "snapshots" / COMMIT)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return cached / "snapshots" / COMMIT
+
+
+def assert_same(actual, expected):
+    """Assert that two trees are equal bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from data.batch import Batch, EncodedCaption
 from methods.rectified_flow import logit_normal, rectified_flow_loss
@@ -103,3 +104,21 @@ def distance(a, b):
         return np.abs(a - b).max() / np.abs(b).max()
 
     return max(jax.tree.leaves(jax.tree.map(array_distance, a, b)))
+
+
+WIDE = ModelConfig(
+    width=256,
+    depth=6,
+    n_heads=4,
+    patch_size=2,
+    image_size=8,
+    channels=1,
+    out_channels=1,
+    n_classes=10,
+    remat=True,
+)
+
+
+@pytest.fixture(scope="module")
+def results():
+    return {name: steps(CONFIGS["DiT"], mesh) for name, mesh in MESHES.items()}

@@ -1,4 +1,4 @@
-"""The path that everybody takes: train, resume, sample, evaluate, export, load what was exported."""
+"""The path that everybody takes: train, resume, sample, evaluate, export, load the export."""
 
 import json
 

@@ -139,7 +139,7 @@ def commands():
     for line in blocks.splitlines() + re.findall(r"`([^`]+)`", prose):
         line = line.replace("\n", " ")
         for words in re.findall(r"(?:^|[\s/])python ((?:\w+/)*\w+\.py\b.*)", line):
-            # What a scheduler fills in, or a reader: $RANK, N. A quote may end the scheduler's own line.
+            # Placeholders of a scheduler or a reader, $RANK and N; a quote may end its line.
             words = re.sub(r"\$\w+|\b[A-Z]\b", "1", words).rstrip("\"'")
             yield tuple(shlex.split(words, comments=True))
 
@@ -183,7 +183,7 @@ def test_every_target_of_make_on_the_page_is_there():
     assert set(re.findall(r"(?m)(?:^|`)make ([\w-]+)", TEXT)) <= targets
 
 
-# --- the pages --------------------------------------------------------------------------------------
+# --- the pages ------------------------------------------------------------------------------------
 
 
 def test_the_readme_is_short():

@@ -3,24 +3,23 @@
 import math
 import pickle
 import zipfile
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from perceptual_cases import (
+    folder,  # noqa: F401
+    random_images,
+    rng,
+    states,  # noqa: F401
+    torch,  # noqa: F401
+)
 
 from networks import perceptual
 from pretrained import lpips, torch_file
 from runtime.errors import UserError
-
-rng = np.random.default_rng(0)
-
-
-def random_images(n: int, size: int, channels: int = 3) -> jax.Array:
-    return jnp.asarray(rng.uniform(-1, 1, (n, size, size, channels)), jnp.float32)
-
 
 # --- pixels and latents ---------------------------------------------------------------------------
 
@@ -51,96 +50,6 @@ def test_the_gradient_term_sees_edges_and_no_constant():
         jnp.zeros((1, 8, 8, 1)).at[:, 4:].set(1.0)
     )  # one row of differences of seven, each a unit high
     np.testing.assert_allclose(perceptual.gradient_l2(edge, 0 * edge), 1 / 7, rtol=1e-5)
-
-
-# --- LPIPS ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip("torch")
-
-
-@pytest.fixture(scope="module")
-def states(torch):
-    """Random weights as the two published files have them: torchvision's VGG-16, and the linear
-    maps. Scaled so that features keep their size from layer to layer.
-    """
-    torch.manual_seed(0)
-    vgg16, n_in = {}, 3
-    for index, n_out in zip(
-        lpips.CONVOLUTION_INDICES, [n for group in perceptual.VGG16 for n in group]
-    ):
-        scale = (2 / (9 * n_in)) ** 0.5
-        vgg16[f"features.{index}.weight"] = torch.randn(n_out, n_in, 3, 3) * scale
-        vgg16[f"features.{index}.bias"] = torch.randn(n_out) * 0.1
-        n_in = n_out
-    linear = {
-        f"lin{i}.model.1.weight": torch.rand(1, group[-1], 1, 1)
-        for i, group in enumerate(perceptual.VGG16)
-    }
-    return vgg16, linear
-
-
-@pytest.fixture(scope="module")
-def folder(torch, states, tmp_path_factory):
-    """The two files, one in each of torch's formats."""
-    folder = tmp_path_factory.mktemp("lpips")
-    torch.save(states[0], folder / "vgg16-397923af.pth", _use_new_zipfile_serialization=False)
-    torch.save(states[1], folder / "vgg.pth")
-    return folder
-
-
-def on_device(folder) -> Any:
-    return jax.tree.map(jnp.asarray, lpips.load_lpips(str(folder)))
-
-
-def lpips_in_torch(torch, states, a, b):
-    """Zhang et al. 2018, written from the paper."""
-    layers, n_in, groups = [], 3, []
-    for i, widths in enumerate(perceptual.VGG16):
-        layers += [torch.nn.MaxPool2d(2)] if i else []
-        for n_out in widths:
-            layers += [torch.nn.Conv2d(n_in, n_out, 3, padding=1), torch.nn.ReLU()]
-            n_in = n_out
-        groups.append(len(layers))
-    network = torch.nn.Sequential(*layers)
-    network.load_state_dict({n.removeprefix("features."): v for n, v in states[0].items()})
-    shift = torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None]
-    scale = torch.tensor([0.458, 0.448, 0.450])[None, :, None, None]
-    x, y = (torch.from_numpy(np.array(image)).permute(0, 3, 1, 2) for image in (a, b))
-    x, y, distance = (x - shift) / scale, (y - shift) / scale, torch.zeros(len(a), 1)
-    with torch.no_grad():
-        for i, (first, last) in enumerate(zip([0, *groups], groups)):
-            x, y = network[first:last](x), network[first:last](y)
-            unit_x, unit_y = (f / (f.norm(dim=1, keepdim=True) + 1e-10) for f in (x, y))
-            weight = states[1][f"lin{i}.model.1.weight"]
-            distance += torch.nn.functional.conv2d((unit_x - unit_y) ** 2, weight).mean((2, 3))
-    return distance[:, 0].numpy()
-
-
-def test_lpips_is_that_of_torch(torch, states, folder):
-    a, b = random_images(2, 32), random_images(2, 32)
-    weights = on_device(folder)
-    expected = lpips_in_torch(torch, states, a, b)
-    assert expected.min() > 0.1
-    found = jax.jit(perceptual.lpips)(weights, a, b)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    grey = random_images(1, 16, channels=1)
-    colour = jnp.repeat(grey, 3, axis=-1)
-    np.testing.assert_allclose(
-        perceptual.lpips(weights, grey, -grey),
-        perceptual.lpips(weights, colour, -colour),
-        rtol=1e-5,
-    )
-
-
-def test_lpips_of_an_image_and_itself_is_0_and_so_is_its_gradient(folder):
-    weights, a = on_device(folder), random_images(1, 16)
-    weights["vgg16"][0][0]["bias"] -= 100.0  # no feature is above 0: a length of 0 must not be NaN
-    value, gradient = jax.value_and_grad(lambda x: perceptual.lpips(weights, x, a).sum())(a + 0.1)
-    assert np.isfinite(value) and np.isfinite(gradient).all()
-    assert perceptual.lpips(weights, a, a)[0] == 0
 
 
 def test_lpips_that_is_not_whole_is_refused_in_one_line(folder, states, torch, tmp_path):

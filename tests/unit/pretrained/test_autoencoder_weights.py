@@ -4,12 +4,12 @@ import json
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 from autoencoder_weights_cases import (
     COMMIT,
+    assert_same,
     folder,  # noqa: F401
     hub,  # noqa: F401
     params,  # noqa: F401
@@ -40,11 +40,6 @@ def facts_of(model):
     return json.loads(json.dumps(facts))
 
 
-def assert_same(actual, expected):
-    """Assert that two trees are equal bit for bit."""
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
-
-
 # --- there and back -------------------------------------------------------------------------------
 
 
@@ -73,14 +68,6 @@ def test_each_published_name_is_of_one_weight(name):
     tree = jax.eval_shape(lambda: init_autoencoder_params(config, jax.random.key(0)))
     ours = {path for path, _ in autoencoder.paths_and_shapes(config).values()}
     assert ours == set(autoencoder.flatten_leaves(tree)) and len(ours) == len(names)
-
-
-def test_a_loaded_autoencoder_runs(folder, params):
-    loaded = autoencoder.load_autoencoder(str(folder), dtype="bfloat16")
-    assert_same(loaded.params, params)
-    assert loaded.id == str(folder) and loaded.revision is None
-    image = jnp.zeros((1, 8, 8, 3))
-    assert loaded.model().decode(loaded.model().encode(image).mean).shape == image.shape
 
 
 def test_saving_replaces_what_was_there(folder, params):

@@ -13,6 +13,10 @@ import jax
 import numpy as np
 import pytest
 import torch_transformers
+from dit_cases import (
+    assert_same,
+    one_thread,  # noqa: F401
+)
 from flax import nnx
 from torch_autoencoders import SD, nchw, nhwc, quiet, tensors_of
 from torch_transformers import CONFIGS, SMALL, inputs, original_names, torch_dit
@@ -26,15 +30,6 @@ from pretrained.autoencoder import config_to_diffusers as write_vae_config
 from runtime.errors import UserError
 
 torch = pytest.importorskip("torch")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Run torch on one thread: those of small models wait for each other beside other tests."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @cache
@@ -74,11 +69,6 @@ def saved(path, model, within=None):
 
 def facts_of(model):
     return {name: value for name, value in model.config.items() if not name.startswith("_")}
-
-
-def assert_same(actual, expected):
-    """Assert that two trees are equal bit for bit."""
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 # --- they compute the same ------------------------------------------------------------------------
@@ -145,31 +135,6 @@ def test_a_dit_goes_to_diffusers_and_back_to_the_bit(name, tmp_path):
     assert back.config == ours.config
     for name, value in json.loads(json.dumps(ours.settings)).items():
         assert back.settings[name] == value
-
-
-OTHERS = {
-    "learned": {"position": "learned"},
-    "rotary": {"rope": True, "qk_norm": True, "position": "none"},
-    "swiglu": {"mlp": "swiglu", "norm": "rms"},
-    "plain": {"block": "cross_attention"},
-    "captions": {"n_classes": 0, "text_width": 6, "pooled_width": 5, "text_length": 4},
-    "joint": {"block": "joint", "position": "cropped", "qk_norm": True},
-}
-
-
-@pytest.mark.parametrize("fields", OTHERS.values(), ids=OTHERS)
-def test_a_model_diffusers_cannot_hold_is_written_as_ours_and_comes_back_to_the_bit(
-    fields, tmp_path
-):
-    config = replace(SMALL, time_scale=12.0, **fields)
-    name, reason = transformer.choose_layout(config)
-    assert name == ("MMDiT" if config.block == "joint" else "DiT")
-    assert "cannot hold a model with" in reason
-    params = init_model_params(config, jax.random.key(0))
-    transformer.save_transformer(tmp_path / "ours", config, params, {"dataset": {}})
-    loaded = transformer.load_transformer(str(tmp_path / "ours"), dtype="bfloat16")
-    assert loaded.config == replace(config, dtype="bfloat16")
-    assert_same(loaded.params, jax.device_get(params))
 
 
 def test_a_clock_of_ones_own_is_kept_beside_what_diffusers_reads(tmp_path):

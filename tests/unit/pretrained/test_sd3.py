@@ -6,106 +6,38 @@ import warnings
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_text_encoders import save_clip, save_t5
+from sd3_cases import (
+    CONFIGS,
+    PLAIN,
+    caption,
+    encoder_folders,  # noqa: F401
+    one_thread,  # noqa: F401
+    pipeline,  # noqa: F401
+    rng,
+    tensors_and_params,
+    torch,
+    torch_transformer,
+)
 from torch_autoencoders import nchw, nhwc, quiet, tensors_of
 
 import sampling
 from data import text_encoders
 from data.batch import EncodedCaption
 from inference import labels as inference_labels
-from inference import sampler
-from inference.sampler import SamplerConfig
 from inference.trained_model import TrainedModel
-from model import JOINT, ModelConfig, init_model_params, model_config, model_graphdef
+from model import init_model_params, model_config, model_graphdef
 from pretrained import sd3, transformer
 from runtime import parallel
 from runtime.errors import UserError
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 with quiet():
     diffusers = pytest.importorskip("diffusers")
-
-PLAIN = ModelConfig(
-    width=16,
-    depth=3,
-    n_heads=2,
-    patch_size=2,
-    image_size=8,
-    channels=4,
-    out_channels=4,
-    n_classes=0,
-    text_length=sd3.TEXT_LENGTH,
-    text_width=24,
-    pooled_width=16,
-    caption_norm=False,
-    block=JOINT,
-    position="cropped",
-    position_side=7,
-    position_base=4,
-)
-CONFIGS = {
-    "sd3": PLAIN,
-    "sd3.5 large": replace(PLAIN, qk_norm=True, position_side=9, out_channels=3),
-    "sd3.5 medium": replace(PLAIN, depth=4, n_dual=2, qk_norm=True),
-    "all dual": replace(PLAIN, depth=2, n_dual=1),
-    "published": replace(
-        PLAIN, image_size=12, position="centred", position_side=16, position_base=6
-    ),
-}
 EACH = pytest.mark.parametrize("name", CONFIGS)
-rng = np.random.default_rng(0)
-caption = EncodedCaption(
-    rng.normal(size=(3, 7, 24)).astype(np.float16),
-    np.ones((3, 7), bool),
-    rng.normal(size=(3, 16)).astype(np.float16),
-)
 t = np.array([0.03, 0.4, 1], np.float32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Run torch on one thread: those of small models wait for each other beside other tests."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
-@functools.cache
-def torch_transformer(config, *, seed=0):
-    """As diffusers builds it. Norms and biases start as 1 and 0 and would hide a mistaken name."""
-    with quiet():
-        facts = {k: v for k, v in sd3.config_to_diffusers(config).items() if not k.startswith("_")}
-        torch.manual_seed(seed)
-        model = diffusers.SD3Transformer2DModel(**facts).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-        if config.position == "centred":
-            model.pos_embed.pos_embed.copy_(torch.tensor(published_positions(config)))
-    return model
-
-
-def published_positions(config) -> np.ndarray:
-    """Esser et al. 2024, §5.3.2, for a target of 16 · `position_base` pixels to a side."""
-    h_max, s, d = config.position_side, config.position_base, config.width
-    p = (np.arange(h_max) - (h_max - s) / 2) * 256 / (16 * s)
-    angle = p[:, None] / 10_000 ** (np.arange(d // 4) / (d // 4))
-    axis = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
-    table = [np.concatenate([axis[x], axis[y]]) for y in range(h_max) for x in range(h_max)]
-    return np.stack(table)[None].astype(np.float32)
-
-
-@functools.cache
-def tensors_and_params(name):
-    tensors = tensors_of(torch_transformer(CONFIGS[name]))
-    return tensors, sd3.params_from_diffusers(tensors, CONFIGS[name], "torch")
 
 
 def of_torch(model, x, t, caption):
@@ -319,39 +251,6 @@ def test_weights_in_half_precision_are_read(dtype):
     assert sd3.params_from_diffusers(tensors, PLAIN, "half")
 
 
-# --- prompts --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def encoder_folders(tmp_path_factory):
-    """CLIP-L, CLIP-G and T5; the second CLIP pads with another token than the first."""
-    folder = tmp_path_factory.mktemp("text_encoders")
-    large = save_clip(folder / "large", width=10, projected=10)
-    giant = save_clip(folder / "giant", width=6, projected=6, seed=1)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(giant)
-    tokenizer.pad_token = "a"
-    tokenizer.save_pretrained(giant)
-    return large, giant, save_t5(folder / "t5")
-
-
-@pytest.fixture(scope="module")
-def pipeline(encoder_folders):
-    """diffusers' own, with a scheduler as published and without an autoencoder."""
-    clip, t5 = transformers.CLIPTextModelWithProjection, transformers.T5EncoderModel
-    kinds = {"": clip, "_2": clip, "_3": t5}
-    parts = {}
-    for (suffix, kind), name in zip(kinds.items(), encoder_folders, strict=True):
-        parts[f"text_encoder{suffix}"] = kind.from_pretrained(name).eval()
-        parts[f"tokenizer{suffix}"] = transformers.AutoTokenizer.from_pretrained(name)
-    with quiet():
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-        parts |= {"transformer": torch_transformer(CONFIGS["sd3.5 medium"])}
-        parts |= {"scheduler": scheduler, "vae": None}
-        made = diffusers.StableDiffusion3Pipeline(**parts)
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
 PROMPTS = ["a red seven", "", "blue", "a circle and a square and a triangle, all red"]  # too long
 
 
@@ -429,8 +328,8 @@ def test_sd3s_null_label_is_an_empty_prompt(encoder_folders):
         [*request.names, ""]
     )
     assert isinstance(labels, EncodedCaption) and rows.negative is not None
-    for x, caption in zip(labels.tokens, (blue, blue, red, red), strict=True):
-        np.testing.assert_array_equal(x[: len(caption.tokens)], caption.tokens)
+    for x, prompt in zip(labels.tokens, (blue, blue, red, red), strict=True):
+        np.testing.assert_array_equal(x[: len(prompt.tokens)], prompt.tokens)
     null = rows.negative
     np.testing.assert_array_equal(null.tokens[0, : len(nothing.tokens)], nothing.tokens)
     np.testing.assert_array_equal(null.pooled, nothing.pooled[None])
@@ -483,43 +382,3 @@ def test_our_times_are_diffusers_sigmas_but_for_the_last_step(pipeline):
     assert sigma_end == pytest.approx(0.0089, abs=1e-4)
     np.testing.assert_allclose(scheduler.sigmas[-2:], [sigma_end, 0], atol=1e-6)
     np.testing.assert_allclose(scheduler.sigmas[:-1], sampling.time_grid(27, shift=3.0), atol=0.009)
-
-
-def test_a_guided_sample_is_that_of_diffusers(encoder_folders, pipeline):
-    config = replace(CONFIGS["sd3.5 medium"], image_size=12)
-    revisions, prompts = (
-        [str(text_encoders.find_revision(name)) for name in encoder_folders],
-        ["a red", "blue", "", ""],
-    )
-    caption = text_encoders.encode_captions(
-        prompts, encoder_folders, revisions, length=0, full_width=24
-    )
-    assert caption.mask.all()
-    tokens, pooled = (torch.tensor(np.float32(v)) for v in (caption.tokens, caption.pooled))
-    x = np.asarray(sampling.initial_noise(3, jnp.arange(3), (12, 12, 4)))
-    with quiet(), torch.inference_mode():
-        expected = pipeline(
-            prompt_embeds=tokens[:3],
-            pooled_prompt_embeds=pooled[:3],
-            negative_prompt_embeds=tokens[3:].expand(3, -1, -1),
-            negative_pooled_prompt_embeds=pooled[3:].expand(3, -1),
-            height=12 * pipeline.vae_scale_factor,
-            width=12 * pipeline.vae_scale_factor,
-            sigmas=np.linspace(1, 1 / 5, 5),
-            num_inference_steps=5,
-            guidance_scale=4.5,
-            latents=nchw(x),
-            output_type="latent",
-        ).images
-    actual = sampler.sample_images(
-        tensors_and_params("sd3.5 medium")[1],
-        config,
-        jax.tree.map(lambda x: x[:3], caption),
-        negative=jax.tree.map(lambda x: x[3:], caption),
-        sampler=SamplerConfig(n_steps=5, shift=3.0),
-        mesh=parallel.make_mesh(1),
-        cfg_scale=4.5,
-        seed=3,
-    )
-    assert np.abs(nhwc(expected) - x).max() > 1
-    np.testing.assert_allclose(actual.x, nhwc(expected), rtol=0, atol=1e-4)

@@ -1,7 +1,5 @@
 """The numbers are the same on any number of devices and for any sharding of the weights."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,35 +8,21 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from parallel_cases import (
-    CONFIGS,
     LOSS,
     MESHES,
     OPTIMIZER,
     TINY,
-    assert_same_reports,
+    WIDE,
     batch_of,
     distance,
     key,
     quickly_compiled,
-    steps,
+    results,  # noqa: F401
     weights,
 )
 
-from inference import sampler as inference_sampler
-from model import ModelConfig, init_model_params, model_graphdef
+from model import init_model_params, model_graphdef
 from runtime import parallel
-
-WIDE = ModelConfig(
-    width=256,
-    depth=6,
-    n_heads=4,
-    patch_size=2,
-    image_size=8,
-    channels=1,
-    out_channels=1,
-    n_classes=10,
-    remat=True,
-)
 
 
 def per_device(tree):
@@ -48,42 +32,6 @@ def per_device(tree):
 
 def nbytes(tree):
     return sum(x.nbytes for x in jax.tree.leaves(tree))
-
-
-@pytest.fixture(scope="module")
-def results():
-    return {name: steps(CONFIGS["DiT"], mesh) for name, mesh in MESHES.items()}
-
-
-@pytest.mark.parametrize("name", list(MESHES)[1:])
-def test_twenty_clipped_steps_of_a_dit_report_what_one_device_reports(results, name):
-    assert_same_reports(results[name]["reports"], results["1 device"]["reports"])
-
-
-@pytest.mark.parametrize("name", MESHES)
-def test_gradients_of_microbatches_add_up_to_that_of_the_batch(name):
-    batch = batch_of(32, TINY)
-    whole, parts = (
-        quickly_compiled(
-            parallel.value_and_grad(LOSS, model_graphdef(TINY), MESHES[name], accumulate_steps=n)
-        )
-        for n in (1, 4)
-    )
-    params = parallel.create_sharded(lambda: jax.tree.map(jnp.asarray, weights(TINY)), MESHES[name])
-    expected = whole(params, parallel.shard_batch(batch, MESHES[name]), key)
-    got = parts(params, parallel.shard_batch(batch, MESHES[name]), key)
-    assert distance(got, expected) < 1e-5
-    for p, g in zip(jax.tree.leaves(params), jax.tree.leaves(got[1]), strict=True):
-        assert g.sharding.is_equivalent_to(p.sharding, g.ndim)
-
-
-def test_a_scale_leaves_the_gradient_as_it_is():
-    mesh, batch = MESHES["hybrid 2x4"], batch_of(16, TINY)
-    step = quickly_compiled(parallel.value_and_grad(LOSS, model_graphdef(TINY), mesh))
-    params = parallel.create_sharded(lambda: jax.tree.map(jnp.asarray, weights(TINY)), mesh)
-    plain = step(params, parallel.shard_batch(batch, mesh), key)
-    scaled = step(params, parallel.shard_batch(batch, mesh), key, jnp.float32(1024))
-    assert distance(scaled, plain) < 1e-6
 
 
 @pytest.mark.parametrize("name", list(MESHES)[1:])
@@ -124,42 +72,6 @@ def test_fsdp_holds_an_eighth_of_weights_average_and_moments():
     state = parallel.create_sharded(make, MESHES["FSDP 8"])
     for name, tree in state.items():
         assert per_device(tree) <= 1.3 / 8 * nbytes(tree), name
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("remat", [True, False])
-def test_fsdp_never_holds_the_whole_model(remat, dtype):
-    """Blocks are gathered one by one, and again in the backward pass, where activations are kept
-    too: temporaries stay below what gathering all would take.
-    """
-    config = replace(WIDE, remat=remat, dtype=dtype)
-    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch_of(8, config)))
-    mesh = MESHES["FSDP 8"]
-    params = parallel.abstract_state(lambda: init_model_params(config, key), mesh)
-    value_and_grad = jax.jit(parallel.value_and_grad(LOSS, model_graphdef(config), mesh))
-    memory = value_and_grad.lower(params, batch, key).compile().memory_analysis()
-    assert memory
-    whole = sum(4 * x.size for x in jax.tree.leaves(params))
-    assert memory.argument_size_in_bytes < 1.3 / 8 * whole
-    assert memory.output_size_in_bytes < 1.3 / 8 * whole
-    assert memory.temp_size_in_bytes < whole / 2
-
-
-def test_sampling_and_evaluation_never_hold_the_whole_model():
-    """They are plain `jit` over sharded weights, which XLA gathers one block at a time."""
-    mesh, config = MESHES["FSDP 8"], replace(WIDE, depth=12, remat=False)
-    params = parallel.abstract_state(lambda: init_model_params(config, key), mesh)
-    whole = sum(4 * x.size for x in jax.tree.leaves(params))
-    batch = parallel.shard_batch(batch_of(8, config), mesh)
-    sampler, how = inference_sampler.SamplerConfig(n_steps=3), {"guide": True, "trajectory": False}
-    draw = inference_sampler.sample_batch.lower(
-        params, batch.label, batch.row, 0, 2.0, config=config, sampler=sampler, **how
-    )
-    loss = jax.jit(lambda p, b: LOSS(nnx.merge(model_graphdef(config), p), b, key)[0])
-    for lowered in (draw, loss.lower(params, batch)):
-        memory = lowered.compile().memory_analysis()
-        assert memory and memory.argument_size_in_bytes < 1.3 / 8 * whole
-        assert memory.temp_size_in_bytes < whole / 4
 
 
 # --- device work in flight ------------------------------------------------------------------------
