@@ -6,22 +6,26 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from inception_cases import (
     extracted,
-    file,  # noqa: F401  # noqa: F401
-    loaded,  # noqa: F401  # noqa: F401
-    of_torch,  # noqa: F401  # noqa: F401
-    ours,  # noqa: F401  # noqa: F401
-    state,  # noqa: F401  # noqa: F401
-    torch,  # noqa: F401  # noqa: F401
-    two_sets,  # noqa: F401  # noqa: F401
+    file,  # noqa: F401  # noqa: F401  # noqa: F401
+    loaded,  # noqa: F401  # noqa: F401  # noqa: F401
+    of_torch,  # noqa: F401  # noqa: F401  # noqa: F401
+    ours,  # noqa: F401  # noqa: F401  # noqa: F401
+    state,  # noqa: F401  # noqa: F401  # noqa: F401
+    torch,  # noqa: F401  # noqa: F401  # noqa: F401
+    two_sets,  # noqa: F401  # noqa: F401  # noqa: F401
+    wave_images,
 )
 
 import evaluate
 from evaluate import EvaluateConfig
+from evaluation import features
 from evaluation.during_training import TrainingFID
+from evaluation.features import summarize_features
 from evaluation.metrics import frechet_distance
 from runtime import parallel
 from runtime.errors import UserError
@@ -106,3 +110,22 @@ def test_features_are_those_of_torch(ours, of_torch):
         mean = spatial.mean(0)
         assert mean.shape == (2023,) and mean.max() > 0.1
         np.testing.assert_allclose(found.spatial.mean, mean, atol=1e-4 * mean.max(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("n_devices", [1, 8])
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_batches_and_devices_change_no_statistics(n_devices, batch_size):
+    image = wave_images(50, 20, 24)
+    mesh = parallel.make_mesh(devices=jax.devices()[:n_devices])
+    rows = features.build_pixel_extractor(mesh)(iter([image[:3], image[3:]]), batch_size=batch_size)
+    found = summarize_features(rows, 50, n_features=20, keep_logits=True)
+    whole = [
+        features.FeatureBatch(
+            next(features.build_pixel_extractor(mesh)(iter([image]), batch_size=56)).pool
+        )
+    ]
+    expected = summarize_features(whole, 50, n_features=20, keep_logits=True)
+    scale = np.trace(expected.pool.covariance)
+    assert abs(frechet_distance(found.pool, expected.pool)) < 1e-6 * scale
+    np.testing.assert_allclose(found.features, expected.features, atol=1e-6)
+    assert found.features.shape == (20, 16 * 16 * 3)

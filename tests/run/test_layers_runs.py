@@ -1,6 +1,7 @@
 """Patches are undone exactly, positions are two-dimensional, attention is the formula."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from layers_cases import BOUNDS, assert_close, key, shapes_of_presets, value_and_gradients
@@ -34,3 +35,19 @@ def test_attention_and_its_gradients_are_the_plain_forms(size, dtype):
         g = jax.random.normal(keys["g"], (1, n, width)).astype(dtype)
         y, gradients = value_and_gradients(ops.attention, g, q, k, v)
         assert_close((y, *gradients), exact_attention(q, k, v, g), BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("size", model.SIZES)
+def test_affine_maps_and_their_gradients_are_the_plain_forms(size, dtype):
+    for shape in shapes_of_presets(size).maps:
+        keys = dict(zip("xwbg", jax.random.split(key, 4), strict=True))
+        x = jax.random.normal(keys["x"], (2, 16, shape[0])).astype(dtype)
+        g = jax.random.normal(keys["g"], (2, 16, shape[1])).astype(dtype)
+        w, bias = jax.random.normal(keys["w"], shape), jax.random.normal(keys["b"], shape[1:])
+        y, (dx, dw, dbias) = value_and_gradients(ops.affine, g, x, w, bias)
+        types = [z.dtype for z in (y, dx, dw, dbias)]
+        assert types == [x.dtype, x.dtype, jnp.float32, jnp.float32]
+        x, w, bias, g = (np.asarray(z, np.float64) for z in (x, w, bias, g))
+        expected = x @ w + bias, g @ w.T, np.einsum("bni,bno->io", x, g), g.sum((0, 1))
+        assert_close((y, dx, dw, dbias), expected, BOUNDS[dtype])

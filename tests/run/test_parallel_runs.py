@@ -18,7 +18,7 @@ from parallel_cases import (
     distance,
     key,
     quickly_compiled,
-    results,  # noqa: F401
+    results,  # noqa: F401  # noqa: F401
     steps,
     weights,
 )
@@ -137,3 +137,15 @@ def test_sampling_and_evaluation_never_hold_the_whole_model():
         memory = lowered.compile().memory_analysis()
         assert memory and memory.argument_size_in_bytes < 1.3 / 8 * whole
         assert memory.temp_size_in_bytes < whole / 4
+
+
+def test_one_devices_gradient_is_jax_grad(results):
+    """No mesh, no shard_map, no `GatheredOnCall`: the plain gradient of the whole batch's loss."""
+    batch = jax.tree.map(jnp.asarray, batch_of(16, TINY))
+
+    def plain(params):
+        return LOSS(nnx.merge(model_graphdef(TINY), params), batch, jax.random.fold_in(key, 0))[0]
+
+    loss, grads = quickly_compiled(jax.value_and_grad(plain))(weights(TINY))
+    np.testing.assert_allclose(results["1 device"]["reports"]["loss"][0], loss, rtol=1e-5)
+    assert distance(results["1 device"]["grads"], grads) < 1e-5

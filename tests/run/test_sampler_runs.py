@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from sampler_cases import (
     DDPM,
-    params,  # noqa: F401
+    params,  # noqa: F401  # noqa: F401
     sample,
-    sigma_params,  # noqa: F401
+    sigma_params,  # noqa: F401  # noqa: F401
 )
 from tiny_models import CLASSES, SIGMA, weights
 
@@ -113,3 +113,30 @@ def test_ddpm_starts_at_the_nearest_step(sigma_params):
         np.testing.assert_allclose(result.trajectory[0], noised, atol=1e-5)
     nearly = sample_with(start_from=StartFrom(data, sampler.time_steps(1.0))).x
     assert np.abs(nearly - plain.x).mean() < 0.1
+
+
+def test_a_negative_label_replaces_the_null_label_of_guidance(params):
+    plain = sample(params, [3, 7, 1]).x
+    np.testing.assert_array_equal(sample(params, [3, 7, 1], negative=[10]).x, plain)
+    other = sample(params, [3, 7, 1], negative=[7], batch_size=2).x
+    assert np.abs(other[0] - plain[0]).max() > 1e-3
+    # Guidance between a label and itself is the conditional model.
+    conditional = sample(params, [3, 7, 1], cfg_scale=1.0).x
+    np.testing.assert_allclose(other[1], conditional[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("shift", [0.3, 1.0, 3.0])
+def test_starting_from_data_at_t_1_is_starting_from_noise(params, shift):
+    rng, sampler = np.random.default_rng(0), SamplerConfig(n_steps=3, shift=shift)
+    data = rng.uniform(-1, 1, (5, 8, 8, 1)).astype("f4")
+    sample_with = partial(sample, params, [1, 2, 3, 4, 5], sampler=sampler, trajectory=True)
+    plain = sample_with()
+    expected = sample_with(start_from=StartFrom(data, sampler.time_steps(1.0)), batch_size=2)
+    np.testing.assert_allclose(expected.x, plain.x, atol=1e-5)
+    assert expected.trajectory is not None and plain.trajectory is not None
+    half = sample_with(start_from=StartFrom(data, sampler.time_steps(0.5)))
+    assert half.trajectory is not None
+    noise = plain.trajectory[0]
+    np.testing.assert_allclose(half.trajectory[0], (data + noise) / 2, atol=1e-6)
+    barely_noised = sample_with(start_from=StartFrom(data, sampler.time_steps(1e-4)))
+    np.testing.assert_allclose(barely_noised.x, data, atol=1e-2)

@@ -65,3 +65,27 @@ def with_random_weights(config):
 
     shapes = jax.eval_shape(lambda: init_model_params(config, key))
     return build_with_params(config, jax.tree_util.tree_map_with_path(weight, shapes))
+
+
+VARIANTS = {
+    **BLOCK_VARIANTS,
+    **TEXT_VARIANTS,
+    "rope": replace(TINY, rope=True, position="none"),
+    "learned": replace(TINY, position="learned"),
+    "cropped": replace(TINY, position="cropped"),
+    "centred": replace(TINY, position="centred", position_side=32, position_base=8),
+    "qk_norm": replace(TINY, qk_norm=True),
+    "swiglu": replace(TINY, mlp="swiglu"),
+    "rms": replace(TINY, norm="rms"),
+    "remat": replace(TINY, remat=True),
+    "unrolled": replace(TINY, unroll=2),
+    "bfloat16": replace(TINY, dtype="bfloat16"),
+    "in_context, rope": replace(TINY, block="in_context", rope=True),
+    "joint, SD3": replace(TINY, block="joint", qk_norm=True, position="cropped", remat=True),
+    "joint, rope": replace(TINY, block="joint", rope=True, position="none", unroll=4),
+    "joint, bfloat16": replace(TINY, block="joint", dtype="bfloat16", **TEXT),
+    "joint, SD3.5": replace(
+        TINY, block="joint", depth=4, n_dual=2, qk_norm=True, caption_norm=False, **TEXT
+    ),
+    "joint, all dual": replace(TINY, block="joint", n_dual=1, rope=True, position="none"),
+}

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from benchmarks.planner import Device
+from benchmarks.planner import Device, Plan
 from model import JOINT, ModelConfig
 
 MESHES = {"DDP": (8, 1), "hybrid": (2, 4), "FSDP": (1, 8)}
@@ -19,3 +19,7 @@ SMALL = ModelConfig(
 )
 CONFIGS = {"DiT": SMALL, "MMDiT": replace(SMALL, block=JOINT, qk_norm=True)}
 UNIT = Device("unit", 1.0, 2.0, 100.0, 1.0, 4.0, 1.0, 0.5, 0.01, 0.1)
+
+
+def plan(config, mesh, rows=4):
+    return Plan(config, UNIT, *MESHES[mesh], rows)

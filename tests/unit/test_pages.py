@@ -8,7 +8,6 @@ import runpy
 import shlex
 import subprocess
 from types import SimpleNamespace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ import optax
 import pytest
 from commands import ROOT
 from datasets import ClassLabel, Dataset, Features, Image
-from flax import nnx
 from pages import PAGES, RECIPES, recipe, run_recipe
 
 import datasets_config
@@ -59,31 +57,6 @@ def test_a_dataset_is_opened_by_its_entry(tmp_path, monkeypatch):
     assert source.config.n_classes == entry.n_classes
     assert source.train.decode(np.arange(2)).shape == (2, entry.image_size, entry.image_size, 3)
     assert entry.model in model.MODELS
-
-
-def test_a_block_is_chosen_by_its_name_and_sees_its_condition(monkeypatch):
-    monkeypatch.setattr(model, "BLOCKS", dict(model.BLOCKS))
-    before = set(model.BLOCKS)
-    run_recipe("A block", model)
-    (added,) = set(model.BLOCKS) - before
-    shape: dict[str, Any] = {
-        "width": 16,
-        "depth": 2,
-        "n_heads": 2,
-        "patch_size": 4,
-        "image_size": 8,
-    }
-    config = model.ModelConfig(**shape, channels=1, out_channels=1, n_classes=3, block=added)
-    x, t = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), jnp.full(2, 0.5)
-    params = model.init_model_params(config, jax.random.key(1))
-
-    @jax.jit
-    def predict(params, label):
-        return nnx.merge(model.model_graphdef(config), params)(x, t, jnp.full(2, label))
-
-    assert not predict(params, 0).any()  # the identity, as the block it is made from
-    params = jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
-    assert jnp.abs(predict(params, 0) - predict(params, 1)).max() > 1e-3
 
 
 def test_an_objective_is_what_it_says():

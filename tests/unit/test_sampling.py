@@ -9,13 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampling_cases import MEAN, STD, noise, optimal_denoise, sample_ancestral, sample_moments
 
 from methods import ddpm
 from methods.ddpm import ancestral, ddim
 from sampling import SOLVERS, euler, guided, initial_noise, step_noise, time_grid
-
-MEAN, STD = 0.3, 0.5
-noise = jax.random.normal(jax.random.key(0), (8, 4))
 
 
 def velocity(x, t):
@@ -209,46 +207,6 @@ def test_a_ddpm_trajectory_starts_at_the_noise_and_ends_at_the_last_estimate(sol
         a = ALPHA_BAR[step]
         expected = (state - math.sqrt(1 - a) * raw_output(state, step / 1000, np)[0]) / math.sqrt(a)
         np.testing.assert_allclose(estimate, expected, rtol=1e-9)
-
-
-def optimal_denoise(x, schedule, *, learned=False):
-    """The optimum for data ~ N(MEAN, STD²): E[noise | x], and the variance of the step before, the
-    sum of the posterior's and that of the unknown data.
-    """
-    variance = (schedule.signal * STD) ** 2 + schedule.noise**2
-    epsilon = schedule.noise / variance * (x - schedule.signal * MEAN)
-    guess = ddpm.interpret_output(epsilon, x, schedule, prediction="epsilon")
-    unknown = schedule.coef_x0**2 * (STD * schedule.noise) ** 2 / variance
-    if not learned:
-        return guess
-    return guess._replace(
-        log_variance=jnp.full_like(x, jnp.log(jnp.exp(schedule.log_var_min) + unknown))
-    )
-
-
-def sample_moments(solver, n_steps, **options):
-    index = jnp.arange(4000)
-    start, fresh_noise = initial_noise(0, index, (8,)), step_noise(0, index, (8,))
-    x = np.asarray(solver(n_steps=n_steps, noise=start, fresh_noise=fresh_noise, **options))
-    return x.mean(), x.std()
-
-
-@partial(jax.jit, static_argnames=("n_steps", "learned", "fresh_noise"))
-def sample_ancestral(noise, *, fresh_noise, n_steps, learned=False):
-    best = partial(optimal_denoise, learned=learned)
-    return ancestral(best, noise, ddpm.noise_schedule(n_steps), fresh_noise).x
-
-
-@partial(jax.jit, static_argnames=("n_steps", "fresh_noise"))
-def sample_ddim(noise, *, fresh_noise, n_steps):
-    return ddim(optimal_denoise, noise, ddpm.noise_schedule(n_steps), fresh_noise).x
-
-
-def test_the_optimal_prediction_samples_gaussian_data():
-    """With all the steps; DDIM, which adds no noise, also with few."""
-    np.testing.assert_allclose(sample_moments(sample_ancestral, 1000), [MEAN, STD], atol=0.01)
-    np.testing.assert_allclose(sample_moments(sample_ddim, 1000), [MEAN, STD], atol=0.01)
-    np.testing.assert_allclose(sample_moments(sample_ddim, 100), [MEAN, STD], atol=0.02)
 
 
 def test_the_optimal_variance_samples_gaussian_data_in_few_steps():

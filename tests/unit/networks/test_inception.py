@@ -19,8 +19,7 @@ from inception_cases import (
 from PIL import Image
 
 from evaluation import features
-from evaluation.features import rebatch, summarize_features
-from evaluation.metrics import frechet_distance
+from evaluation.features import rebatch
 from networks import inception
 from pretrained import inception as pretrained
 from runtime import parallel
@@ -33,25 +32,6 @@ def test_the_network_has_as_many_weights_as_the_paper_s():
     n_channels = sum(shape[-1] for shape in kernels)
     # Of torchvision's Inception-v3 without its classes and without its auxiliary head.
     assert sum(map(np.prod, kernels)) + 2 * n_channels == 21_785_568
-
-
-@pytest.mark.parametrize("n_devices", [1, 8])
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_batches_and_devices_change_no_statistics(n_devices, batch_size):
-    image = wave_images(50, 20, 24)
-    mesh = parallel.make_mesh(devices=jax.devices()[:n_devices])
-    rows = features.build_pixel_extractor(mesh)(iter([image[:3], image[3:]]), batch_size=batch_size)
-    found = summarize_features(rows, 50, n_features=20, keep_logits=True)
-    whole = [
-        features.FeatureBatch(
-            next(features.build_pixel_extractor(mesh)(iter([image]), batch_size=56)).pool
-        )
-    ]
-    expected = summarize_features(whole, 50, n_features=20, keep_logits=True)
-    scale = np.trace(expected.pool.covariance)
-    assert abs(frechet_distance(found.pool, expected.pool)) < 1e-6 * scale
-    np.testing.assert_allclose(found.features, expected.features, atol=1e-6)
-    assert found.features.shape == (20, 16 * 16 * 3)
 
 
 def test_regrouping_keeps_every_image_in_order():

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from layers_cases import BOUNDS, assert_close, key, shapes_of_presets, value_and_gradients
+from layers_cases import BOUNDS, assert_close, key
 
-import model
 from networks import layers, ops
 
 
@@ -181,22 +180,6 @@ def test_scan_equals_a_loop_over_the_blocks(remat, unroll):
     )(state)
     expected = jax.grad(lambda w: loop(w).sum())(weight)
     np.testing.assert_allclose(jax.tree.leaves(grad)[0], expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("size", model.SIZES)
-def test_affine_maps_and_their_gradients_are_the_plain_forms(size, dtype):
-    for shape in shapes_of_presets(size).maps:
-        keys = dict(zip("xwbg", jax.random.split(key, 4), strict=True))
-        x = jax.random.normal(keys["x"], (2, 16, shape[0])).astype(dtype)
-        g = jax.random.normal(keys["g"], (2, 16, shape[1])).astype(dtype)
-        w, bias = jax.random.normal(keys["w"], shape), jax.random.normal(keys["b"], shape[1:])
-        y, (dx, dw, dbias) = value_and_gradients(ops.affine, g, x, w, bias)
-        types = [z.dtype for z in (y, dx, dw, dbias)]
-        assert types == [x.dtype, x.dtype, jnp.float32, jnp.float32]
-        x, w, bias, g = (np.asarray(z, np.float64) for z in (x, w, bias, g))
-        expected = x @ w + bias, g @ w.T, np.einsum("bni,bno->io", x, g), g.sum((0, 1))
-        assert_close((y, dx, dw, dbias), expected, BOUNDS[dtype])
 
 
 def plain_swiglu(gate, x):

@@ -5,10 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 from parallel_cases import (
-    LOSS,
     MESHES,
     OPTIMIZER,
     TINY,
@@ -16,12 +14,10 @@ from parallel_cases import (
     batch_of,
     distance,
     key,
-    quickly_compiled,
     results,  # noqa: F401
-    weights,
 )
 
-from model import init_model_params, model_graphdef
+from model import init_model_params
 from runtime import parallel
 
 
@@ -38,18 +34,6 @@ def nbytes(tree):
 def test_gradients_are_those_of_one_device(results, name):
     assert distance(results[name]["grads"], results["1 device"]["grads"]) < 1e-5
     assert distance(results[name]["params"], results["1 device"]["params"]) < 1e-4
-
-
-def test_one_devices_gradient_is_jax_grad(results):
-    """No mesh, no shard_map, no `GatheredOnCall`: the plain gradient of the whole batch's loss."""
-    batch = jax.tree.map(jnp.asarray, batch_of(16, TINY))
-
-    def plain(params):
-        return LOSS(nnx.merge(model_graphdef(TINY), params), batch, jax.random.fold_in(key, 0))[0]
-
-    loss, grads = quickly_compiled(jax.value_and_grad(plain))(weights(TINY))
-    np.testing.assert_allclose(results["1 device"]["reports"]["loss"][0], loss, rtol=1e-5)
-    assert distance(results["1 device"]["grads"], grads) < 1e-5
 
 
 def test_gradients_are_sharded_as_the_weights(results):

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optim_cases import key, optimizer, updates
 
 from model import ModelConfig, init_model_params
 from training import optim
 
-key = jax.random.key(0)
 PEAK = 3e-3
 
 
@@ -54,19 +54,6 @@ def test_a_run_shorter_than_its_warm_up_still_works(name):
     assert (np.diff(rates) > 0).all() and rates[-1] < PEAK
 
 
-# --- updates --------------------------------------------------------------------------------------
-
-
-def optimizer(**kwargs):
-    settings = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "clip_norm": 0.0}
-    return optim.clipped_adamw(optax.constant_schedule(0.1), **settings | kwargs)
-
-
-def updates(grads, params, **kwargs) -> Any:
-    tx = optimizer(**kwargs)
-    return jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])(grads, params)
-
-
 def test_weight_decay_shrinks_the_kernels_of_a_model_and_nothing_else():
     config = ModelConfig(
         width=16,
@@ -97,37 +84,6 @@ def test_the_first_update_of_adam_is_the_sign_times_the_rate():
     grads = {"kernel": jnp.asarray([3.0, -0.002, 100.0])}
     update = updates(grads, jax.tree.map(jnp.ones_like, grads))["kernel"]
     np.testing.assert_allclose(update, [-0.1, 0.1, -0.1], rtol=1e-4)
-
-
-@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
-def test_ten_updates_are_those_of_optax(clip_norm):
-    """With non-finite steps in between, which change nothing."""
-    params = {"kernel": jax.random.normal(key, (5, 3)), "bias": jnp.ones(3)}
-    schedule = optim.learning_rate_schedule("cosine", 0.1, warmup_steps=3, n_steps=10)
-    settings = {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "clip_norm": clip_norm}
-    ours = optim.clipped_adamw(schedule, **settings)
-    mask = {"kernel": True, "bias": False}
-    theirs = optax.adamw(schedule, b1=0.9, b2=0.99, weight_decay=0.1, mask=mask)
-    if clip_norm:
-        theirs = optax.chain(optax.clip_by_global_norm(clip_norm), theirs)
-    p, state, q, their_state = params, ours.init(params), params, theirs.init(params)
-    for i in range(10):
-        k = jax.random.fold_in(key, i)
-        grads = {name: jax.random.normal(k, x.shape) for name, x in params.items()}
-        updates, state = ours.update(grads, state, p, finite=jnp.asarray(True))
-        p = optax.apply_updates(p, updates)
-        updates, their_state = theirs.update(grads, their_state, q)
-        q = optax.apply_updates(q, updates)
-        bad = jax.tree.map(lambda g: g * jnp.nan, grads)
-        updates, after = ours.update(bad, state, p, finite=jnp.asarray(False))
-        for new, old in zip(
-            jax.tree.leaves((optax.apply_updates(p, updates), after)),
-            jax.tree.leaves((p, state)),
-            strict=True,
-        ):
-            np.testing.assert_array_equal(new, old)
-    for a, b in zip(jax.tree.leaves(p), jax.tree.leaves(q), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
 def gradients_in_adam(grads, **kwargs) -> Any:
