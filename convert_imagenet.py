@@ -12,8 +12,6 @@ it, and `inference/latent_check.py` is --doctor.
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
-
 from data.latents import LatentDataset
 from data.load import open_dataset
 from inference import latent_check
@@ -86,9 +84,9 @@ def check_flags(config: ConvertConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < minimum:
             raise UserError(f"--{name} {value}: must be at least {minimum}")
-    if config.batch_size and config.batch_size % jax.device_count():
+    if config.batch_size and config.batch_size % parallel.devices().count:
         raise UserError(
-            f"--batch_size {config.batch_size} is not divisible by the {jax.device_count()} devices"
+            f"--batch_size {config.batch_size} is not divisible by the {parallel.devices().count} devices"
         )
 
 
@@ -103,7 +101,7 @@ def main() -> None:
         return
     half_precision = config.half_precision
     if half_precision is None:
-        half_precision = jax.default_backend() != "cpu"
+        half_precision = parallel.devices().platform != "cpu"
     dtype = "bfloat16" if half_precision else "float32"
     codec = Codec.open(config.vae or DEFAULT_VAE, mesh, dtype=dtype)
     source = open_dataset(

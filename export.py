@@ -61,7 +61,7 @@ def main(config: ExportConfig) -> None:
         UserError: the run, the layout or the folder cannot be used.
     """
     c = config
-    trained = TrainedModel.from_run(c.run, ema=c.ema, step=c.step, fsdp=jax.device_count())
+    trained = TrainedModel.from_run(c.run, ema=c.ema, step=c.step, fsdp=parallel.devices().count)
     layout, reason = select_layout(c, trained.model)
     if c.out.exists() and not (c.out.is_dir() and not any(c.out.iterdir())):
         raise UserError(f"'{c.out}' already exists; name a new folder by --out")

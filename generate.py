@@ -14,7 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -141,8 +140,10 @@ def check_flags(config: GenerateConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
-    if config.fsdp is not None and (config.fsdp < 1 or jax.device_count() % config.fsdp):
-        raise UserError(f"--fsdp {config.fsdp} does not divide the {jax.device_count()} devices")
+    if config.fsdp is not None and (config.fsdp < 1 or parallel.devices().count % config.fsdp):
+        raise UserError(
+            f"--fsdp {config.fsdp} does not divide the {parallel.devices().count} devices"
+        )
     for other in ("n", "seed"):
         if config.seeds and getattr(config, other) is not None:
             raise UserError(f"--seeds has one for each image; drop --{other}")

@@ -581,7 +581,7 @@ class DualJointBlock(JointBlock):
         return JointBlock.products(config, n_image, n_condition) + second_attention
 
 
-def join_streams(image, context) -> list[Float[Array, "b s h k"]]:
+def join_streams(image: Any, context: Any) -> list[Float[Array, "b s h k"]]:
     """Concatenate queries, keys or values of both streams to one sequence."""
     return [jnp.concatenate(pair, axis=1) for pair in zip(image, context, strict=True)]
 
@@ -662,13 +662,13 @@ MODELS: dict[str, dict[str, Any]] = {
     for p in (1, 2, 4, 8)
 }
 # The image's stream is a DiT of the same name; positions and norms of q and k are as in SD3.
-MODELS |= {
+MODELS |= {  # pyright: ignore[reportConstantRedefinition]
     f"MM{name}": shape | {"block": JOINT, "qk_norm": True, "position": "cropped"}
     for name, shape in MODELS.items()
 }
 
 
-def model_config(name: str, **fields) -> ModelConfig:
+def model_config(name: str, **fields: Any) -> ModelConfig:
     """Complete and override the preset `name`, such as "DiT-S/2", by `fields`.
 
     Raises:
@@ -685,7 +685,7 @@ def build_model(config: ModelConfig, rngs: nnx.Rngs) -> DiT | MMDiT:
 
 
 @lru_cache
-def model_graphdef(config: ModelConfig) -> nnx.GraphDef:
+def model_graphdef(config: ModelConfig) -> nnx.GraphDef[Any]:
     """A model without its weights, static and hashable: `nnx.merge(graphdef, params)` is the
     network.
     """

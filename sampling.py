@@ -9,7 +9,7 @@ Solvers are traced: call them inside `jax.jit`, and the whole loop is one compil
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +35,11 @@ class Solution(NamedTuple):
 
 
 def scan_steps(
-    step, noise: Float[Array, "b *s"], steps: PyTree[Array], trajectory: bool
+    step: Callable[..., Any], noise: Float[Array, "b *s"], steps: PyTree[Array], trajectory: bool
 ) -> Solution:
     """Apply `step(x, s) -> (x, x0)` for each row s of `steps`, in order."""
 
-    def body(x, s):
+    def body(x: Any, s: Any) -> Any:
         x, x0 = step(x, s)
         return x, (x, x0) if trajectory else None
 
@@ -51,13 +51,16 @@ def scan_steps(
 
 
 def integrate_velocity(
-    step, noise: Float[Array, "b *s"], times: Float[Array, "times"], trajectory: bool
+    step: Callable[..., Any],
+    noise: Float[Array, "b *s"],
+    times: Float[Array, "times"],
+    trajectory: bool,
 ) -> Solution:
     """Apply `step(x, t, s) -> (x, v)` along the grid: it takes x from time t to time s and returns
     the velocity at t. The x0 prediction is where that velocity leads: x − t·v.
     """
 
-    def interval_step(x, interval):
+    def interval_step(x: Array, interval: Any) -> tuple[Array, Array]:
         t, s = interval
         y, v = step(x, t, s)
         return y, x - t * v
@@ -74,7 +77,7 @@ def euler(
 ) -> Solution:
     """Euler's method: first order, one velocity a step."""
 
-    def step(x, t, s):
+    def step(x: Array, t: Array, s: Array) -> tuple[Array, Array]:
         v = velocity(x, t)
         return x + (s - t) * v, v
 
@@ -90,7 +93,7 @@ def heun(
 ) -> Solution:
     """Heun's method (the trapezoidal rule): second order, two velocities a step."""
 
-    def step(x, t, s):
+    def step(x: Array, t: Array, s: Array) -> tuple[Array, Array]:
         v = velocity(x, t)
         return x + (s - t) * (v + velocity(x + (s - t) * v, s)) / 2, v
 
@@ -123,7 +126,7 @@ def initial_noise(
         seed: one of each image, or one for all.
     """
 
-    def sample(seed, index):
+    def sample(seed: Any, index: Any) -> Array:
         return jax.random.normal(jax.random.fold_in(jax.random.key(seed), index), shape)
 
     return jax.vmap(sample)(jnp.broadcast_to(seed, index.shape), index)
@@ -138,12 +141,12 @@ def step_noise(
         seed: one of each image, or one for all.
     """
 
-    def image_key(seed, index):
+    def image_key(seed: Any, index: Any) -> Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STEP_NOISE_TAG), index)
 
     keys = jax.vmap(image_key)(jnp.broadcast_to(seed, index.shape), index)
 
-    def fresh_noise(step):
+    def fresh_noise(step: Any) -> Array:
         return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, step), shape))(keys)
 
     return fresh_noise
@@ -179,7 +182,7 @@ def guided(
     # The grid's times are float32: without room for rounding they miss the ends they are meant for.
     low, high = interval[0] - 1e-6, interval[1] + 1e-6
 
-    def combined(x, t):
+    def combined(x: Array, t: Any) -> Array:
         if one_call:
             v_cond, v_null = jnp.split(velocity(jnp.concatenate([x, x]), t, both), 2)
         else:

@@ -113,13 +113,13 @@ class Trainer(Loop):
         self.dataset = self.source.config
         if saved:
             require_same_latents(self.dataset.encoding, saved)
-        n_devices = jax.device_count()
+        n_devices = parallel.devices().count
         self.config: TrainConfig = resolve_train_config(
             config,
             self.dataset,
             n_rows=len(self.source.train),
             n_devices=n_devices,
-            platform=jax.default_backend(),
+            platform=parallel.devices().platform,
         )
         if not saved:  # a finished run may be sampled on any number of devices
             require_even_batches(self.config, n_devices)
@@ -165,7 +165,7 @@ class Trainer(Loop):
         """Make the mesh, and load the codec of latents onto it."""
         c = self.config
         self.peak = flops.device_peak(
-            jax.devices()[0].device_kind, self.model_config.dtype, peak_tflops=c.peak_tflops
+            parallel.devices().kind, self.model_config.dtype, peak_tflops=c.peak_tflops
         )
         self.mesh = parallel.make_mesh(c.fsdp)
         self.codec: Codec | None = None
@@ -218,7 +218,7 @@ class Trainer(Loop):
         return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
 
     def blank_batch(self) -> Batch:
-        n, m = self.config.batch_size // jax.process_count(), self.model_config
+        n, m = self.config.batch_size // processes.count(), self.model_config
         shape = (n, m.image_size, m.image_size, m.channels)
         image = np.zeros(shape, np.uint8)
         if self.dataset.encoding:  # means and log-variances
@@ -246,7 +246,7 @@ class Trainer(Loop):
         return self.objective(label_dropout=label_dropout, to_input=to_input)
 
     @cached_property
-    def update(self):
+    def update(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         c = self.config
         step = partial(
             training_step.update,
@@ -457,7 +457,7 @@ class Trainer(Loop):
     def utilization(self, images_per_second: float) -> float | None:
         if not self.peak or not self.flops_per_image:
             return None
-        per_device = images_per_second / jax.device_count()
+        per_device = images_per_second / parallel.devices().count
         return flops.mfu(self.flops_per_image * per_device, self.peak)
 
     def describe(self) -> RunRecord:
@@ -479,7 +479,7 @@ def _merge(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
     """Fill in the flags of the resumed run, if there is one, and the dataset's name."""
     if saved:
         if config.fsdp is None:
-            fsdp = math.gcd(saved["fsdp"], jax.device_count())
+            fsdp = math.gcd(saved["fsdp"], parallel.devices().count)
             config = dataclasses.replace(config, fsdp=fsdp)
         config = merge_saved(config, saved)
     return with_dataset_and_latents(config)

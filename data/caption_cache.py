@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -337,7 +337,7 @@ def _check_writable(subfolder: Path) -> None:
 
 
 @contextmanager
-def _read_errors(path: Path) -> Iterator[None]:
+def _read_errors(path: Path) -> Generator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:  # Arrow's are OSErrors and ValueErrors
@@ -348,7 +348,7 @@ def _read_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _write_errors(folder: Path) -> Iterator[None]:
+def _write_errors(folder: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:

@@ -161,7 +161,7 @@ def image_set_from_npz(path: Path) -> ImageSet:
 
 
 @contextmanager
-def _open_npz_images(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
+def _open_npz_images(path: Path) -> Generator[tuple[IO[bytes], tuple[int, ...]]]:
     """Open an .npz at the first byte of its images. Yields the file and the shape of the images.
 
     Errors of the block are those of the file as well.

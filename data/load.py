@@ -7,7 +7,7 @@ The result is a `Source`, whose splits decode their rows on demand. The order of
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +264,7 @@ def _open_parquet(entry: DatasetConfig, folder: Path | None) -> dict[Any, Parque
 
 
 @contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def _without_progress_bars() -> Generator[None]:
     import datasets
 
     were_enabled = datasets.is_progress_bar_enabled()
@@ -286,7 +286,7 @@ def _choose_splits(
 
     Without a split to evaluate on, some rows of the training split are held out.
     """
-    train = entry.train_split if len(splits) > 1 else next(iter(splits))
+    train: str = entry.train_split if len(splits) > 1 else next(iter(splits))
     if train not in splits:
         raise UserError(
             f"dataset '{entry.name}' has no split '{train}' (splits: {', '.join(splits)})"

@@ -9,7 +9,7 @@ import hashlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -386,7 +386,7 @@ def _find_tokenizer(name: str) -> str | Path:
 
 
 @contextmanager
-def _errors_in_one_line(name: str) -> Iterator[None]:
+def _errors_in_one_line(name: str) -> Generator[None]:
     from safetensors import SafetensorError
 
     try:
@@ -398,13 +398,13 @@ def _errors_in_one_line(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _silence_libraries() -> Iterator[None]:
+def _silence_libraries() -> Generator[None]:
     """Import the libraries, without warnings, reports or bars other than those of downloads."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns at every later fork
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            import torch  # noqa: F401
+            import torch  # noqa: F401  # pyright: ignore[reportUnusedImport]
             from transformers import logging
         except ImportError:
             raise UserError(

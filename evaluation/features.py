@@ -81,7 +81,7 @@ class FeatureExtractor:
 
 def default_batch_size(mesh: parallel.Mesh) -> int:
     """Return the number of images to sample and to evaluate at a time."""
-    return IMAGES_PER_DEVICE.get(jax.default_backend(), IMAGES_PER_ACCELERATOR) * mesh.size
+    return IMAGES_PER_DEVICE.get(parallel.devices().platform, IMAGES_PER_ACCELERATOR) * mesh.size
 
 
 def _fetch_rows(n: int, features: FeatureBatch) -> FeatureBatch:

@@ -7,7 +7,7 @@ batch size nor the number of batches changes a result.
 
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +142,7 @@ def squared_mmd(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "n d"]) -> flo
     """Unbiased estimate of the squared maximum mean discrepancy (Gretton et al. 2012, eq. 4)."""
     n, d = x.shape
 
-    def kernel(p, q):
+    def kernel(p: Any, q: Any) -> Any:
         return (p @ q.T / d + 1) ** 3
 
     # The diagonal, a row's kernel with itself, would bias the two means within a set.
@@ -207,7 +207,7 @@ def iterate_blocks(rows: Float[np.ndarray, "n d"]) -> Iterator[Float[np.ndarray,
 
 
 @partial(jax.jit, static_argnames="k")
-def _squared_kth_distance(block, rows, first, *, k: int) -> Float[Array, "b"]:
+def _squared_kth_distance(block: Any, rows: Any, first: Any, *, k: int) -> Float[Array, "b"]:
     positions = first + jnp.arange(len(block))
     is_other = positions[:, None] != jnp.arange(len(rows))[None]
     distances = jnp.where(is_other, squared_distances(block, rows), jnp.inf)
@@ -215,7 +215,7 @@ def _squared_kth_distance(block, rows, first, *, k: int) -> Float[Array, "b"]:
 
 
 @jax.jit
-def _in_any_ball(block, centres, squared_radii) -> Bool[Array, "b"]:
+def _in_any_ball(block: Any, centres: Any, squared_radii: Any) -> Bool[Array, "b"]:
     return (squared_distances(block, centres) <= squared_radii[None]).any(1)
 
 

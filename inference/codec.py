@@ -121,7 +121,7 @@ class Codec:
         return self._decode(self._params, parallel.shard_rows(x, self.mesh))
 
     def _decode_tiles(self, x: Float[np.ndarray, "b h w z"]) -> Float[np.ndarray, "b H W c"]:
-        def decode(tiles):
+        def decode(tiles: Any) -> Any:
             return parallel.fetch_to_host(self._decode_whole(tiles))
 
         return autoencoder.decode_tiled(

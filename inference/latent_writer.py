@@ -206,7 +206,10 @@ def convert_dataset(
     splits = source.full_splits()
     if n_workers is None:
         n_workers = max(1, (os.cpu_count() or 1) // 2)
-    size = batch_size or (16 if jax.default_backend() == "cpu" else 64) * jax.device_count()
+    size = (
+        batch_size
+        or (16 if parallel.devices().platform == "cpu" else 64) * parallel.devices().count
+    )
     files = {
         name: plan_files(folder, name, len(split), rows_per_file) for name, split in splits.items()
     }

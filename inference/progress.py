@@ -4,7 +4,7 @@ Reads the grids from the run's folder; samples nothing and needs no weights.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def thin_out(numbered_files: list[tuple[int, Path]], max_n: int) -> list[tuple[i
 
 
 @contextmanager
-def open_image(file: Path) -> Iterator[Image.Image]:
+def open_image(file: Path) -> Generator[Image.Image]:
     """Open an image. Raises UserError if it cannot be read."""
     try:
         with Image.open(file) as image:

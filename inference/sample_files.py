@@ -224,7 +224,7 @@ def sample_missing_batches(
 
 
 @contextmanager
-def claim_folder(folder: Path, card: dict[str, Any]) -> Iterator[None]:
+def claim_folder(folder: Path, card: dict[str, Any]) -> Generator[None]:
     """Open a folder of samples for this process alone: a new one, or one begun with the same card.
 
     Raises:

@@ -158,7 +158,7 @@ def sample_batch(
     """
     model = nnx.merge(model_graphdef(config), params)
 
-    def predict(x, t, label):
+    def predict(x: Array, t: Any, label: Any) -> Array:
         return model(x, jnp.full(x.shape[0], t), label)
 
     if guide:
@@ -172,7 +172,7 @@ def sample_batch(
             cfg_scale,
             interval=sampler.interval,
             channels=sampler.guided_channels or (config.channels if has_variance else None),
-            one_call=jax.default_backend() != "cpu",
+            one_call=parallel.devices().platform != "cpu",
         )
     else:
         predict_guided = partial(predict, label=label)
@@ -205,7 +205,7 @@ def integrate_from_noise(
 
     prediction = sampler.prediction
 
-    def denoise(x, schedule):
+    def denoise(x: Array, schedule: Any) -> Any:
         output = predict(x, ddpm.model_time(schedule.step))
         return ddpm.interpret_output(output, x, schedule, prediction=prediction, clip=sampler.clip)
 

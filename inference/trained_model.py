@@ -137,7 +137,7 @@ class TrainedModel:
             model = ModelConfig(**settings["model_config"])
         except TypeError as error:
             raise UserError(f"the config.json of '{folder}' is damaged: {error}") from None
-        mesh = parallel.make_mesh(fsdp or math.gcd(settings["fsdp"], jax.device_count()))
+        mesh = parallel.make_mesh(fsdp or math.gcd(settings["fsdp"], parallel.devices().count))
         load = partial(load_params, folder, model, mesh, ema=ema, step=step)
         return cls(
             name=str(folder),
@@ -164,7 +164,7 @@ class TrainedModel:
         Raises:
             UserError: it cannot be read, or has parts that are not implemented here.
         """
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        dtype = "float32" if parallel.devices().platform == "cpu" else "bfloat16"
         published = transformer.load_transformer(path_or_id, dtype=dtype)
         mesh = parallel.make_mesh(fsdp or 1)
 

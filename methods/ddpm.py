@@ -240,7 +240,7 @@ def log_likelihood(
     """
     per_std = jnp.exp(-log_variance / 2)
 
-    def mass_below(y):
+    def mass_below(y: Array) -> Array:
         return jax.scipy.special.ndtr(y * per_std)
 
     # By symmetry always on the lower side, where a float can tell small masses from each other.
@@ -258,7 +258,7 @@ Denoiser = Callable[[Float[Array, "b *s"], NoiseSchedule], Estimate]  # denoise(
 
 
 def run_reverse_process(
-    step, noise: Float[Array, "b *s"], schedule: NoiseSchedule, trajectory: bool
+    step: Callable[..., Any], noise: Float[Array, "b *s"], schedule: NoiseSchedule, trajectory: bool
 ) -> Solution:
     """Apply `step(x, schedule) -> (x, x0)` from the schedule's last step to its first."""
     steps = jax.tree.map(lambda table: jnp.asarray(table)[::-1], schedule)
@@ -277,7 +277,7 @@ def ancestral(
     2020, alg. 2).
     """
 
-    def step(x, schedule):
+    def step(x: Array, schedule: NoiseSchedule) -> tuple[Array, Array]:
         x0, log_variance = denoise(x, schedule)
         mean = posterior_mean(x0, x, schedule)
         return mean + step_noise_std(log_variance, schedule) * fresh_noise(schedule.step), x0
@@ -298,7 +298,7 @@ def ddim(
     does where no variance is learned (Song et al. 2021, eq. 12 and 16).
     """
 
-    def step(x, schedule):
+    def step(x: Array, schedule: NoiseSchedule) -> tuple[Array, Array]:
         x0, _ = denoise(x, schedule)
         epsilon = (x - schedule.signal * x0) / schedule.noise
         sigma = eta * step_noise_std(schedule.log_var_min, schedule)
@@ -338,7 +338,7 @@ def ddpm_loss(
     schedule = noise_schedule()
     target = PREDICTIONS[prediction].target
 
-    def loss(model, batch, key):
+    def loss(model: Any, batch: Any, key: Any) -> Any:
         keys, data, noise, label = sample_loss_inputs(
             batch,
             key,

@@ -102,7 +102,7 @@ def drop_labels(
     classes, the empty caption, which is all zeros.
     """
 
-    def drop_rows(x):
+    def drop_rows(x: Array) -> Array:
         return jnp.where(drop.reshape(-1, *[1] * (x.ndim - 1)), jnp.asarray(n_classes, x.dtype), x)
 
     return jax.tree.map(drop_rows, label)
@@ -118,7 +118,7 @@ class LossInputs(NamedTuple):
 
 
 def sample_loss_inputs(
-    batch,
+    batch: Any,
     key: Key[Array, ""],
     *,
     n_classes: int | Int[Array, ""],
@@ -165,7 +165,7 @@ def rectified_flow_loss(
         to_input: converts a batch's `image` to the data that the model sees.
     """
 
-    def loss(model, batch, key):
+    def loss(model: Any, batch: Any, key: Any) -> Any:
         keys, data, noise, label = sample_loss_inputs(
             batch,
             key,

@@ -435,7 +435,7 @@ def require_encodable_shape(config: AutoencoderConfig, shape: tuple[int, ...]) -
 
 
 @lru_cache
-def autoencoder_graphdef(config: AutoencoderConfig, dtype: str = "float32") -> nnx.GraphDef:
+def autoencoder_graphdef(config: AutoencoderConfig, dtype: str = "float32") -> nnx.GraphDef[Any]:
     """An autoencoder without its weights, static and hashable: `nnx.merge(graphdef, params)` is the
     network. The same weights serve every dtype.
     """

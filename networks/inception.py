@@ -141,7 +141,9 @@ def mixed_d(block: Block, x: Float[Array, "b h w i"]) -> Float[Array, "b p q o"]
     )
 
 
-def mixed_e(block: Block, x: Float[Array, "b h w i"], around: Callable) -> Float[Array, "b h w o"]:
+def mixed_e(
+    block: Block, x: Float[Array, "b h w i"], around: Callable[..., Array]
+) -> Float[Array, "b h w o"]:
     """8 × 8: branches that end in 1 × 3 and 3 × 1, concatenated (figure 7)."""
     short = convolve_in_sequence(block, x, "branch3x3_1")
     long = convolve_in_sequence(block, x, "branch3x3dbl_1", "branch3x3dbl_2")
@@ -235,7 +237,7 @@ def kernels_e(n: int) -> dict[str, Kernel]:
     }
 
 
-BLOCKS: dict[str, tuple[Callable, dict[str, Kernel]]] = {
+BLOCKS: dict[str, tuple[Callable[..., Array], dict[str, Kernel]]] = {
     "Mixed_5b": (mixed_a, kernels_a(192, 32)),
     "Mixed_5c": (mixed_a, kernels_a(256, 64)),
     "Mixed_5d": (mixed_a, kernels_a(288, 64)),
@@ -285,7 +287,7 @@ def resize(
     height: int,
     width: int,
     *,
-    kernel: Callable = triangle,
+    kernel: Callable[..., Any] = triangle,
     antialias: bool = False,
     centred: bool = True,
 ) -> Float[Array, "b p q c"]:
@@ -304,7 +306,7 @@ def resize(
 
 
 def resize_matrix(
-    n: int, n_out: int, *, kernel: Callable, antialias: bool, centred: bool
+    n: int, n_out: int, *, kernel: Callable[..., Any], antialias: bool, centred: bool
 ) -> Float[np.ndarray, "p n"]:
     """The matrix that resizes a line of n pixels to n_out."""
     scale = n / n_out

@@ -43,7 +43,7 @@ class Linear(nnx.Module):
         *,
         dtype: str,
         rngs: nnx.Rngs,
-        init=xavier_uniform,
+        init: Callable[..., Array] = xavier_uniform,
         save_output: bool = True,
     ):
         self.kernel = nnx.Param(init(rngs.params(), (n_in, n_out), jnp.float32))
@@ -423,7 +423,7 @@ def stack_blocks(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.R
     return nnx.split_rngs(splits=depth)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
 
 
-def scan_blocks(blocks: nnx.Module | None, x: Any, *args, remat: bool, unroll: int) -> Any:
+def scan_blocks(blocks: nnx.Module | None, x: Any, *args: Any, remat: bool, unroll: int) -> Any:
     """Apply stacked blocks one after the other: x → block(… block(x, *args) …, *args).
 
     Compile time does not grow with depth.
@@ -437,7 +437,7 @@ def scan_blocks(blocks: nnx.Module | None, x: Any, *args, remat: bool, unroll: i
         return x
     graphdef, weights = nnx.split(blocks)
 
-    def body(x, weights):
+    def body(x: Any, weights: Any) -> tuple[Any, None]:
         return nnx.merge(graphdef, weights)(x, *args), None
 
     return jax.lax.scan(jax.checkpoint(body) if remat else body, x, weights, unroll=unroll)[0]

@@ -52,7 +52,7 @@ def in_float32(function: Callable[..., Array]) -> Callable[..., Array]:
 
     @functools.wraps(function)
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def exact(*arrays):
+    def exact(*arrays: Array) -> Array:
         return function(*(x.astype(jnp.float32) for x in arrays)).astype(arrays[0].dtype)
 
     return exact
@@ -74,11 +74,11 @@ def affine(
     return (y + bias.reshape([1] * (y.ndim - 1) + [-1])).astype(x.dtype)
 
 
-def _affine_forward(x, w, bias):
+def _affine_forward(x: Any, w: Any, bias: Any) -> Any:
     return affine(x, w, bias), (x, w)
 
 
-def _affine_backward(saved, g):
+def _affine_backward(saved: Any, g: Any) -> Any:
     x, w = saved
     dx = _product("...o,io->...i", g, w.astype(x.dtype)).astype(x.dtype)
     if x.shape[-1] > g.shape[-1]:
@@ -158,7 +158,7 @@ def recomputing_attention(
     return _attend_forward(q, k, v, bias, scale)[0]
 
 
-def _attend_forward(q, k, v, bias, scale):
+def _attend_forward(q: Any, k: Any, v: Any, bias: Any, scale: Any) -> Any:
     scores = _add_bias(scale * _product("znk,zmk->znm", q, k), bias, axis=1)
     peak = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - peak)
@@ -170,7 +170,7 @@ def _attend_forward(q, k, v, bias, scale):
     return y, (q, k, v, bias, y, log_sum)
 
 
-def _attend_backward(scale, saved, g):
+def _attend_backward(scale: Any, saved: Any, g: Any) -> Any:
     """With weights p = exp(s − log Σ exp s): dv = pᵀ g, ds = scale · p ∘ (g vᵀ − rowsum(g ∘ y)),
     dq = ds k, dk = dsᵀ q. All of it is transposed, keys before queries, as dv and dk need it.
     """
@@ -185,7 +185,7 @@ def _attend_backward(scale, saved, g):
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dbias
 
 
-def _add_bias(scores, bias, *, axis: int):
+def _add_bias(scores: Any, bias: Any, *, axis: int) -> Any:
     return scores if bias is None else scores + jnp.expand_dims(bias, axis)
 
 

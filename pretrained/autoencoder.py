@@ -207,12 +207,12 @@ def apply_renames(name: str, rules: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
-def diffusers_name(path: tuple) -> str:
+def diffusers_name(path: tuple[Any, ...]) -> str:
     """Return diffusers' name of a weight of ours."""
     return apply_renames(".".join(map(str, path)), RENAMES)
 
 
-def flatten_leaves(params: Mapping[str, Any]) -> dict[tuple, Any]:
+def flatten_leaves(params: Mapping[str, Any]) -> dict[tuple[Any, ...], Any]:
     """Return each array of a tree by its path."""
     return dict(flatten_dict(params))
 
@@ -226,7 +226,9 @@ def params_to_diffusers(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 @lru_cache
-def paths_and_shapes(config: AutoencoderConfig) -> dict[str, tuple[tuple, tuple[int, ...]]]:
+def paths_and_shapes(
+    config: AutoencoderConfig,
+) -> dict[str, tuple[tuple[Any, ...], tuple[int, ...]]]:
     """Return for each of diffusers' names of weights the path of ours, and diffusers' shape."""
     tree = jax.eval_shape(lambda: init_autoencoder_params(config, jax.random.key(0)))
     return {

@@ -297,7 +297,7 @@ def original_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: x.shape for name, x in params_to_original(_make_zeros(config), config).items()}
 
 
-def _make_zeros(config: ModelConfig) -> dict:
+def _make_zeros(config: ModelConfig) -> dict[str, Any]:
     """Make weights that are all views of one zero, and so need no memory."""
     zeros = {path: np.broadcast_to(np.float32(0), s) for path, s in _our_shapes(config).items()}
     return unflatten_dict(zeros)
@@ -399,7 +399,7 @@ def _pop_identical(
 # --- SiT ------------------------------------------------------------------------------------------
 
 
-def convert_sit(params: dict, config: ModelConfig) -> tuple[dict, ModelConfig]:
+def convert_sit(params: dict[str, Any], config: ModelConfig) -> tuple[dict[str, Any], ModelConfig]:
     """Convert SiT's weights, read as a DiT's, to a model of ours, in place.
 
     Time runs the other way, the velocity changes its sign, and outputs beyond the velocity are

@@ -5,7 +5,7 @@ known here.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def is_recorded_absent(name: str, file: str, revision: str | None) -> bool:
 @contextmanager
 def explain_failures(
     name: str, *, required: str, revision: str | None = None, purpose: str = ""
-) -> Iterator[None]:
+) -> Generator[None]:
     """Turn what the hub's client and diffusers raise into a `UserError` of one line.
 
     Args:

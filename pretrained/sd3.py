@@ -50,7 +50,7 @@ DEFAULTS: dict[str, Any] = {
     "qk_norm": None,
 }
 # Fields of our model that are the same in every SD3.
-FIXED = {
+FIXED: dict[str, Any] = {
     "block": JOINT,
     "rope": False,
     "mlp": "gelu",
@@ -178,7 +178,7 @@ class Part(NamedTuple):
     """One of `n_parts` equal parts of a weight or bias of diffusers', split along its outputs."""
 
     name: str
-    index: int = 0
+    index: int = 0  # pyright: ignore[reportIncompatibleMethodOverride]
     n_parts: int = 1
 
 
@@ -247,7 +247,7 @@ STACKS = ("dual_blocks", "blocks")
 PATCH, TABLE = "pos_embed.proj.weight", "pos_embed.pos_embed"
 
 
-def locate_parts(path: tuple, config: ModelConfig) -> list[list[Part]]:
+def locate_parts(path: tuple[Any, ...], config: ModelConfig) -> list[list[Part]]:
     """Locate an array of ours in diffusers.
 
     Returns:
@@ -271,13 +271,13 @@ def locate_parts(path: tuple, config: ModelConfig) -> list[list[Part]]:
     ]
 
 
-def flatten_leaves(tree: Mapping[str, Any]) -> dict[tuple, Any]:
+def flatten_leaves(tree: Mapping[str, Any]) -> dict[tuple[Any, ...], Any]:
     """Return each array of a tree by its path."""
     return dict(flatten_dict(tree))
 
 
 @lru_cache
-def our_shapes(config: ModelConfig) -> dict[tuple, tuple[int, ...]]:
+def our_shapes(config: ModelConfig) -> dict[tuple[Any, ...], tuple[int, ...]]:
     """Return the shape of each array of ours by its path."""
     tree = jax.eval_shape(lambda: init_model_params(config, jax.random.key(0)))
     return {path: x.shape for path, x in flatten_leaves(tree).items()}
@@ -333,7 +333,7 @@ def params_from_diffusers(
     def piece(part: Part) -> np.ndarray:
         return np.split(flat[part.name].T, part.n_parts, axis=-1)[part.index]
 
-    def array(path: tuple) -> np.ndarray:
+    def array(path: tuple[Any, ...]) -> np.ndarray:
         rows = [
             np.concatenate([*map(piece, parts)], axis=-1) for parts in locate_parts(path, config)
         ]

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from runtime import processes
 from runtime.errors import UserError
 from runtime.orbax_noise import release_failed_calls, silence_orbax
 
@@ -117,7 +118,7 @@ class Checkpoints:
             raise UserError(f"no checkpoint of step {step} in {self.folder} (there are: {steps})")
         return steps[-1] if step is None else step
 
-    def save(self, step: int, arrays: dict[str, Any], metadata: dict[str, dict]) -> None:
+    def save(self, step: int, arrays: dict[str, Any], metadata: dict[str, dict[str, Any]]) -> None:
         """Begin to write step `step`, unless it is the newest already.
 
         Returns once the arrays are copied; the files are written in the background.
@@ -202,7 +203,7 @@ class Checkpoints:
                 if sorted(self.manager.all_steps(), reverse=True) != steps:
                     # The run is training: new steps have arrived and old ones are deleted.
                     return self.restore_newest(like)
-                if step == steps[-1] or jax.process_count() > 1:
+                if step == steps[-1] or processes.count() > 1:
                     raise
                 print(f"warning: {error}; taking the one before it", file=sys.stderr)
                 damaged.append(step)
@@ -253,7 +254,7 @@ class Checkpoints:
     def _clean_up_failed_save(self) -> None:
         """Make room for the next save."""
         self._wait_for_failed_save()
-        if jax.process_index() == 0:  # which alone creates these folders
+        if processes.index() == 0:  # which alone creates these folders
             for half_written in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half_written, ignore_errors=True)
         self.save_failed = False
@@ -337,7 +338,7 @@ def array_checksums(tree: Any) -> dict[str, int]:
 
 @jax.jit
 def _sum_words(tree: Any) -> Any:
-    def sum_array(x):
+    def sum_array(x: Any) -> Any:
         words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
         return jnp.sum(jax.lax.bitcast_convert_type(x, words), dtype=jnp.uint32)
 

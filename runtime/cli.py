@@ -253,7 +253,7 @@ def _describe_type(kind: Any) -> str:
     return " or ".join(_describe_type(m) for m in members) if len(members) > 1 else SCALARS[kind][0]
 
 
-def _is_required(field: dataclasses.Field) -> bool:
+def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is MISSING and field.default_factory is MISSING
 
 
@@ -261,11 +261,13 @@ def _is_required(field: dataclasses.Field) -> bool:
 
 
 def _signature(
-    fields: dict[str, dataclasses.Field], kinds: dict[str, Any], shown_defaults: Mapping[str, Any]
+    fields: dict[str, dataclasses.Field[Any]],
+    kinds: dict[str, Any],
+    shown_defaults: Mapping[str, Any],
 ) -> inspect.Signature:
     """Signature for Fire's help page: types in words, and each default as one would type it."""
 
-    def parameter(name: str, field: dataclasses.Field) -> inspect.Parameter:
+    def parameter(name: str, field: dataclasses.Field[Any]) -> inspect.Parameter:
         factory = field.default_factory
         default = field.default if factory is MISSING else factory()
         default = shown_defaults.get(name) if default is None else default
@@ -281,7 +283,7 @@ def _signature(
     return inspect.Signature([parameter(name, field) for name, field in fields.items()])
 
 
-def _help_page(function: Callable) -> str:
+def _help_page(function: Callable[..., Any]) -> str:
     """Fire's help page without its pager and its one-letter flags, which are not accepted."""
     page = io.StringIO()
     with contextlib.redirect_stdout(page), contextlib.redirect_stderr(page):  # noqa: SIM117

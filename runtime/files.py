@@ -6,7 +6,7 @@ Nothing here knows what the files contain, or what a run folder is.
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -18,7 +18,7 @@ TEMPORARY_NAME = re.compile(r"\..+\.(\d+)\.tmp")  # .NAME.PID.tmp: two processes
 
 
 @contextmanager
-def atomic_file(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path, *, sync: bool = True) -> Generator[IO[bytes]]:
     """Open a file for writing that takes the name `path` only when all of it is written.
 
     Args:
@@ -44,7 +44,7 @@ def atomic_file(path: Path, *, sync: bool = True) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Generator[Path]:
     """Create a folder to write into that replaces `path` only when all of it is written.
 
     A crash during the replacement can leave no folder at `path`, but never a mix of old and new.
@@ -113,7 +113,7 @@ def check_distinct_paths(flags: Any, *, written: Sequence[str], read: Sequence[s
 
 
 @contextmanager
-def report_unwritable(path: Path) -> Iterator[None]:
+def report_unwritable(path: Path) -> Generator[None]:
     """Turn an OSError inside into a UserError that names `path`."""
     try:
         yield

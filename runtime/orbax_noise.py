@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ _hooks = ExitStack()
 
 
 @contextmanager
-def silence_orbax() -> Iterator[None]:
+def silence_orbax() -> Generator[None]:
     """Silence Orbax inside. Uses may overlap; the last to end restores the previous hooks."""
     global _n_users
     with _lock:

@@ -9,6 +9,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +40,26 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+@dataclass(frozen=True)
+class Devices:
+    """The devices of all processes.
+
+    Args:
+        count: how many there are.
+        platform: cpu, gpu or tpu.
+        kind: JAX's name of one, such as "NVIDIA H200".
+    """
+
+    count: int
+    platform: str
+    kind: str
+
+
+def devices() -> Devices:
+    """Describe the devices. Starts JAX's backend."""
+    return Devices(jax.device_count(), jax.default_backend(), jax.devices()[0].device_kind)
+
+
 def make_mesh(fsdp: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
     """Arrange all devices, or those given, as ("data", "fsdp"). `fsdp` must divide their number."""
     devices = jax.devices() if devices is None else devices
@@ -65,7 +86,7 @@ def partition_specs(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """
     n = mesh.shape["fsdp"]
 
-    def rule(path, x):
+    def rule(path: Any, x: Any) -> Any:
         first = int(any(getattr(key, "key", None) in STACKS for key in path))
         axes = [axis for axis in range(first, len(x.shape)) if x.shape[axis] % n == 0]
         if n == 1 or not axes or math.prod(x.shape[first:]) < MIN_SHARDED_SIZE:
@@ -103,7 +124,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """
     sharding = NamedSharding(mesh, P(AXES))
 
-    def shard_field(x):
+    def shard_field(x: Any) -> Any:
         if isinstance(x, jax.Array):
             return x
         return jax.make_array_from_process_local_data(sharding, np.asarray(x))
@@ -127,7 +148,7 @@ def shard_params(tree: Any, mesh: Mesh) -> Any:
 
 
 def _from_full_copies(tree: Any, sharding: NamedSharding) -> Any:
-    def make_global(x):
+    def make_global(x: Any) -> Any:
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
@@ -243,17 +264,17 @@ class GatheredOnCall(nnx.Module):
         self.part = part
         self.axes = axes
 
-    def __call__(self, *args):
+    def __call__(self, *args: Any) -> Any:
         graphdef, shards = nnx.split(self.part)
 
         @partial(jax.checkpoint, policy=SAVE_NAMED_VALUES)
-        def call(shards, *args):
+        def call(shards: Any, *args: Any) -> Any:
             return nnx.merge(graphdef, gather_params(shards, self.axes))(*args)
 
         return call(shards, *args)
 
 
-def merge_sharded_model(graphdef, params: Any, specs: Any) -> nnx.Module:
+def merge_sharded_model(graphdef: Any, params: Any, specs: Any) -> nnx.Module:
     """`nnx.merge` of this device's shards, with every part of the model a `GatheredOnCall`."""
     model = nnx.merge(graphdef, params)
     for name, weights in params.items():
@@ -262,7 +283,9 @@ def merge_sharded_model(graphdef, params: Any, specs: Any) -> nnx.Module:
     return model
 
 
-def value_and_grad(loss: Callable, graphdef, mesh: Mesh, *, accumulate_steps: int = 1) -> Callable:
+def value_and_grad(
+    loss: Callable[..., Any], graphdef: Any, mesh: Mesh, *, accumulate_steps: int = 1
+) -> Callable[..., Any]:
     """`jax.value_and_grad` of `loss(model, batch, key)`, averaged over the rows of all devices.
 
     Returns `run(params, batch, key, scale=None) -> ((loss, metrics), grads)`: the first two
@@ -275,12 +298,12 @@ def value_and_grad(loss: Callable, graphdef, mesh: Mesh, *, accumulate_steps: in
             one after the other, which takes the memory of one and gives the gradient of all.
     """
 
-    def run(params, batch, key, scale=None):
+    def run(params: Any, batch: Any, key: Any, scale: Any = None) -> Any:
         specs = partition_specs(params, mesh)
         share = (1 if scale is None else scale) / (mesh.size * accumulate_steps)
 
-        def local(params, batch, key, share):
-            def scaled_loss(params, rows):
+        def local(params: Any, batch: Any, key: Any, share: Any) -> Any:
+            def scaled_loss(params: Any, rows: Any) -> Any:
                 value, metrics = loss(merge_sharded_model(graphdef, params, specs), rows, key)
                 return value * share, (value, metrics)
 
@@ -327,17 +350,17 @@ def _mark_varying(x: Any, axes: tuple[str, ...]) -> Any:
     return jax.lax.pcast(x, axes, to="varying")
 
 
-def _accumulate(function: Callable, n: int) -> Callable:
+def _accumulate(function: Callable[..., Any], n: int) -> Callable[..., Any]:
     """Sum `function(params, rows)` over n equal parts of the rows, one after the other."""
     if n == 1:
         return function
 
-    def run(params, batch):
+    def run(params: Any, batch: Any) -> Any:
         parts = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
         shapes = jax.eval_shape(function, params, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda s: _mark_varying(jnp.zeros(s.shape, s.dtype), AXES), shapes)
 
-        def add(total, rows):
+        def add(total: Any, rows: Any) -> Any:
             return jax.tree.map(jnp.add, total, function(params, rows)), None
 
         return jax.lax.scan(add, zeros, parts)[0]

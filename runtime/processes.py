@@ -5,7 +5,7 @@ With one process every function here returns at once. Devices and arrays belong 
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -64,14 +64,24 @@ def join_cluster(
         ) from error
 
 
+def count() -> int:
+    """Return how many processes the run has."""
+    return jax.process_count()
+
+
+def index() -> int:
+    """Return which of them this is, from 0."""
+    return jax.process_index()
+
+
 def is_distributed() -> bool:
     """Return True if the run has several processes."""
-    return jax.process_count() > 1
+    return count() > 1
 
 
 def is_first() -> bool:
     """Return True in process 0, the one that writes samples and metrics."""
-    return jax.process_index() == 0
+    return index() == 0
 
 
 def broadcast_from_first(function: Callable[[], str]) -> str:
@@ -101,7 +111,7 @@ def broadcast_from_first(function: Callable[[], str]) -> str:
 
 
 @contextmanager
-def first_then_others() -> Iterator[None]:
+def first_then_others() -> Generator[None]:
     """Run the body in process 0 alone, then in all other processes."""
     if is_distributed() and not is_first():
         wait_for_all("first_then_others")

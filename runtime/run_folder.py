@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def create_run_folder(run_dir: Path) -> None:
 
 
 @contextmanager
-def exclusive_writer(run_dir: Path) -> Iterator[None]:
+def exclusive_writer(run_dir: Path) -> Generator[None]:
     """Lock an existing folder as its only writer. The lock ends with the process at the latest.
 
     Raises:

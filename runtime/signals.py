@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -38,7 +38,7 @@ class StopRequest:
 
 
 @contextmanager
-def catch_stop_signals() -> Iterator[StopRequest]:
+def catch_stop_signals() -> Generator[StopRequest]:
     """Record the first SIGINT or SIGTERM in a `StopRequest`; a second one acts as usual."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -49,7 +49,7 @@ def run_ahead(
         Exception: what a call raised, at its own step.
     """
     threads = [ThreadPoolExecutor(1) for _ in callers]
-    submitted: deque[list[Future]] = deque()
+    submitted: deque[list[Future[Any]]] = deque()
     try:
         for calls in steps:
             triples = zip(threads, callers, calls, strict=True)
@@ -78,7 +78,7 @@ class Worker:
         self._function = pickle.dumps(function)
         self._lock = threading.Lock()
         self._closed = False
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection
 
     def __call__(self, call: Any) -> Any:

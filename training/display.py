@@ -6,7 +6,6 @@ Plain values in, texts and images out. It neither samples nor writes files.
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from jaxtyping import Float, Num
 from PIL import Image
@@ -19,6 +18,7 @@ from inference.codec import Codec
 from inference.labels import DisplayLabels, label_texts
 from model import ModelConfig
 from networks import autoencoder
+from runtime import parallel
 from training.config import TrainConfig
 
 ROWS = 4
@@ -76,7 +76,7 @@ def start_message(
     run_dir: Path,
 ) -> str:
     """Describe the model, the dataset and the run from `step` to step `last`."""
-    devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
+    devices = f"{parallel.devices().count} × {parallel.devices().kind}"
     part = f"the first {config.batch_size} of " if config.overfit_batch else ""
     begin = f"resuming at step {step}" if step else "starting"
     return (

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import jax
 import numpy as np
 import optax
 from jaxtyping import Array, Key
@@ -182,8 +181,8 @@ class Loop(Run):
                 self.source,
                 batch_size=c.batch_size,
                 seed=c.seed,
-                process_index=jax.process_index(),
-                n_processes=jax.process_count(),
+                process_index=processes.index(),
+                n_processes=processes.count(),
                 n_workers=c.n_workers,
                 in_memory=True if c.cache_on_device else c.in_memory,
                 shuffle_buffer=c.shuffle_buffer,
@@ -246,7 +245,7 @@ class Loop(Run):
         """
         c = self.config
         last = c.n_steps if n_steps is None else n_steps
-        require_even_batches(c, jax.device_count())
+        require_even_batches(c, parallel.devices().count)
         self.prepare()
         with catch_stop_signals() as stop, open_session(self, last) as session:
             session.tracker.message(self.start_message(last))

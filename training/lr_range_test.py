@@ -145,7 +145,7 @@ def has_diverged(losses: Sequence[float] | Float64[np.ndarray, "n"]) -> bool:
 def exponential_rates(n_steps: int) -> Callable[[Any], Any]:
     """A schedule from `MIN_RATE` at the first step to `MAX_RATE` at the last."""
 
-    def rate(step):
+    def rate(step: Any) -> Any:
         return MIN_RATE * (MAX_RATE / MIN_RATE) ** (step / (n_steps - 1))
 
     return rate

@@ -48,7 +48,7 @@ def clipped_adamw(
 ) -> optax.GradientTransformationExtraArgs:
     """Clip the gradient's norm (0 never clips), then AdamW; only matrices decay."""
 
-    def matrices(params):
+    def matrices(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
@@ -70,12 +70,14 @@ def adamw(
     choosing before they are read saves one copy of the moments.
     """
 
-    def init(params):
+    def init(params: Any) -> Any:
         zeros = jax.tree.map(jnp.zeros_like, params)
         return optax.ScaleByAdamState(jnp.int32(0), zeros, jax.tree.map(jnp.copy, zeros))
 
-    def update(updates, state, params=None, *, finite: Any = True, **_):
-        def moving(average, new, decay):
+    def update(
+        updates: Any, state: Any, params: Any = None, *, finite: Any = True, **_: Any
+    ) -> Any:
+        def moving(average: Array, new: Array, decay: Any) -> Array:
             return jnp.where(finite, decay * average + (1 - decay) * new, average)
 
         count, rate = state.count + jnp.int32(finite), jnp.asarray(schedule(state.count))
@@ -83,7 +85,7 @@ def adamw(
         nu = jax.tree.map(lambda n, g: moving(n, g * g, beta2), state.nu, updates)
         mu_correction, nu_correction = 1 - beta1**count, 1 - beta2**count  # of the zero start
 
-        def step(m, n, p, decays):
+        def step(m: Any, n: Any, p: Any, decays: Any) -> Array:
             direction = m / mu_correction / (jnp.sqrt(n / nu_correction) + epsilon)
             # Adding the negative zero changes no number, not even another negative zero.
             return jnp.where(finite, -rate * (direction + weight_decay * decays * p), -0.0)

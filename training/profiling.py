@@ -38,7 +38,7 @@ def profile(loop: Loop, *, eval_loss: Any, sampler_config: SamplerConfig, peak: 
     batch = parallel.shard_batch(loop.blank_batch(), loop.mesh)
     forward_flops = loop.config.batch_size * sum(flops_by_module(model).values())
 
-    def train(compiled):
+    def train(compiled: Any) -> Any:
         loop.state, report = compiled(loop.state, batch, key)
         return report
 
@@ -64,8 +64,8 @@ def profile(loop: Loop, *, eval_loss: Any, sampler_config: SamplerConfig, peak: 
         model,
         sum(x.size for x in jax.tree.leaves(loop.state.params)),
         profiles,
-        device_kind=jax.devices()[0].device_kind,
-        n_devices=jax.device_count(),
+        device_kind=parallel.devices().kind,
+        n_devices=parallel.devices().count,
         dtype=model.dtype,
         peak=peak,
         trace_file=trace_file,
@@ -149,7 +149,7 @@ def seconds_per_step(
 ) -> float:
     """Time a step over a window that ends when the device has finished, after one warm-up step."""
     jax.block_until_ready(step())
-    n_steps = min_steps
+    n_steps, result = min_steps, None
     while True:
         start = time.perf_counter()
         for _ in range(n_steps):

@@ -139,7 +139,7 @@ class Run(ABC):
 
 
 @contextmanager
-def open_session(run: Run, last: int) -> Iterator["RunSession"]:
+def open_session(run: Run, last: int) -> Generator["RunSession"]:
     """Lock the run's folder, write its config.json, and open its log and its checkpoints.
 
     Args:
@@ -404,14 +404,14 @@ class RunSession:
             self.checkpoints.wait()
 
     @contextmanager
-    def _reporting_failed_save(self) -> Iterator[None]:
+    def _reporting_failed_save(self) -> Generator[None]:
         try:
             yield
         except DiskFullError as error:
             self.tracker.message(f"step {self.saving} is not saved, training continues: {error}")
 
     @contextmanager
-    def _reporting_full_disk(self, path: Path) -> Iterator[None]:
+    def _reporting_full_disk(self, path: Path) -> Generator[None]:
         try:
             yield
         except OSError as error:

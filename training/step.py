@@ -70,7 +70,7 @@ def update(
     key: Key[Array, ""],
     *,
     read_batch: Callable[[Any, Array], Any],
-    value_and_grad: Callable,
+    value_and_grad: Callable[..., Any],
     optimizer: optax.GradientTransformationExtraArgs,
     ema_decay: float,
     log_every: int,

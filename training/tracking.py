@@ -8,7 +8,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat, runtime_checkable
@@ -299,7 +299,7 @@ class Throughput:
             self.since = self.clock()
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> Generator[None]:
         """Pause the clock. May be nested, and `take` may be called inside."""
         running = self.since is not None
         self._bank()

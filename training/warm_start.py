@@ -69,7 +69,7 @@ def load_starting_weights(path_or_id: str) -> StartingWeights:
             published = transformer.load_transformer(path_or_id)
         return StartingWeights(published.config, published.params, published.settings, published.id)
     # Sharded over all devices while loading: the whole is in host memory only.
-    run = TrainedModel.from_run(folder, fsdp=jax.device_count())
+    run = TrainedModel.from_run(folder, fsdp=parallel.devices().count)
     return StartingWeights(
         run.model, parallel.fetch_to_host(run.params), run.settings, f"step {run.step} of {folder}"
     )

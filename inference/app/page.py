@@ -11,7 +11,7 @@ import random
 import re
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def bypass_proxies(host: str) -> None:
 
 
 @contextmanager
-def show_errors() -> Iterator[None]:
+def show_errors() -> Generator[None]:
     """Show errors as messages in the page; the traceback of a bug goes to the terminal."""
     try:
         yield

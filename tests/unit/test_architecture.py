@@ -97,13 +97,30 @@ def test_no_modules_import_each_other():
     assert below == {}
 
 
-def test_data_knows_nothing_of_jax():
+def test_data_and_records_know_nothing_of_jax():
+    without = {"inference.curves", "inference.progress", "training.tracking", "training.wandb_sink"}
     found = {
-        name: set(map(room, imports(path))) & {"jax", "flax", "optax"}
+        name: set(map(room, imports(path))) & {"jax", "flax", "optax", "model", "networks"}
         for name, path in FILES.items()
-        if room(name) == "data"
+        if room(name) == "data" or name in without
     }
     assert {name: libraries for name, libraries in found.items() if libraries} == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("sampling", set()),
+        ("methods.rectified_flow", set()),
+        ("methods.ddpm", {"methods.rectified_flow", "sampling"}),
+        ("networks.ops", set()),
+        ("networks.layers", {"networks.ops"}),
+        ("training.optim", set()),
+        ("runtime.parallel", set()),
+    ],
+)
+def test_the_method_can_be_lifted_into_another_project(name, others):
+    assert set(imports(FILES[name])) & set(FILES) <= others
 
 
 @pytest.mark.parametrize("word", SHARDING)
@@ -131,6 +148,12 @@ def test_words_are_the_fields_own(name):
     for key in ON_DISK:
         text = text.replace(key, "")
     assert re.findall(rf"(?i)\b\w*(?:{'|'.join(PRIVATE_WORDS)})\w*\b", text) == []
+
+
+def test_devices_are_asked_for_in_one_place():
+    """Attention asks for itself, so that it can be lifted into another project."""
+    asking = {name for name, path in FILES.items() if re.search(DEVICES, path.read_text())}
+    assert asking <= {"runtime.parallel", "runtime.processes", "networks.ops"}
 
 
 def test_no_module_shadows_a_library_or_is_a_drawer():

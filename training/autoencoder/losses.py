@@ -56,7 +56,7 @@ def reconstruction_loss(c: VaeConfig) -> Callable[..., tuple[Array, dict[str, Ar
     gradients and LPIPS, weighted by the config.
     """
 
-    def loss(reconstruction, image, lpips):
+    def loss(reconstruction: Array, image: Array, lpips: Any) -> Any:
         pixel_loss = perceptual.PIXEL_LOSSES[c.pixel_loss]
         metrics = {"pixel_loss": pixel_loss(reconstruction, image).mean()}
         total = metrics["pixel_loss"]
@@ -79,7 +79,7 @@ def autoencoder_loss(c: VaeConfig) -> Callable[..., tuple[Array, dict[str, Array
     """
     distance = reconstruction_loss(c)
 
-    def loss(model, batch, inputs):
+    def loss(model: Any, batch: Any, inputs: Any) -> Any:
         image = to_float(batch.image)
         moments = model.encode(image)
         reconstruction = model.decode(sample_latents(moments, keys_by_row(inputs.key, batch.row)))
@@ -106,7 +106,7 @@ def adversarial_loss(
     """
     distance = reconstruction_loss(c)
 
-    def loss(model, batch, inputs):
+    def loss(model: Any, batch: Any, inputs: Any) -> Any:
         image = to_float(batch.image)
         moments = model.encode(image)
         z = sample_latents(moments, keys_by_row(inputs.key, batch.row))
@@ -145,12 +145,12 @@ def adversarial_loss(
 
 def decode_with_last_layer_vjp(
     model: AutoencoderKL, z: Float[Array, "b h w c"]
-) -> tuple[Float[Array, "b H W c"], Callable]:
+) -> tuple[Float[Array, "b H W c"], Callable[..., Any]]:
     """Decode latents. Also returns the function from a gradient with respect to the images to the
     gradient with respect to the weights of the decoder's last layer.
     """
 
-    def is_last(path, _):
+    def is_last(path: Any, _: Any) -> bool:
         return "decoder" in path and path[-2:] == ("conv_out", "kernel")
 
     definition, last, rest = nnx.split(model, is_last, ...)
@@ -171,14 +171,14 @@ def separate_optimizers(
     def split(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         return without_critic(tree), {CRITIC: tree[CRITIC]}
 
-    def init(params):
+    def init(params: Any) -> Any:
         autoencoder_params, critic_params = split(params)
         return {
             "autoencoder": autoencoder.init(autoencoder_params),
             CRITIC: critic.init(critic_params),
         }
 
-    def update(updates, state, params=None, **extra):
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         autoencoder_updates, critic_updates = split(updates)
         autoencoder_params, critic_params = split(params)
         autoencoder_updates, autoencoder_state = autoencoder.update(

@@ -96,8 +96,8 @@ class VaeTrainer(Loop):
             config,
             self.dataset,
             n_rows=len(self.source.train),
-            n_devices=jax.device_count(),
-            platform=jax.default_backend(),
+            n_devices=parallel.devices().count,
+            platform=parallel.devices().platform,
         )
         self.run_dir = run_dir or self._new_run_dir(c.dataset_name, MODEL_NAME)
         self.model_config = autoencoder_config(c)
@@ -131,7 +131,7 @@ class VaeTrainer(Loop):
 
     # --- one step ---------------------------------------------------------------------------------
 
-    def update(
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state: TrainState, batch: Any, key: Key[Array, ""]
     ) -> tuple[TrainState, StepReport]:
         """Update the autoencoder and, from `gan_start` on, the critic."""
@@ -141,21 +141,21 @@ class VaeTrainer(Loop):
         return step(state, batch, AutoencoderLossInputs(key, self.lpips))
 
     @cached_property
-    def _autoencoder_step(self) -> Callable:
+    def _autoencoder_step(self) -> Callable[..., Any]:
         return self._compile_step(autoencoder_loss(self.config))
 
     @cached_property
-    def _adversarial_step(self) -> Callable:
+    def _adversarial_step(self) -> Callable[..., Any]:
         return self._compile_step(adversarial_loss(self.config, parallel.mean_over_devices))
 
-    def _compile_step(self, loss: Callable) -> Callable:
+    def _compile_step(self, loss: Callable[..., Any]) -> Callable[..., Any]:
         c, optimizer = self.config, self.optimizer
         value_and_grad = parallel.value_and_grad(
             loss, self.graphdef, self.mesh, accumulate_steps=c.accumulate_steps
         )
         read_batch = self.read_batch()
 
-        def step(state, batch, inputs):
+        def step(state: Any, batch: Any, inputs: Any) -> Any:
             return training_step.update(
                 state,
                 batch,
@@ -173,7 +173,7 @@ class VaeTrainer(Loop):
         return jax.jit(step, donate_argnums=0)
 
     @cached_property
-    def graphdef(self) -> nnx.GraphDef:
+    def graphdef(self) -> nnx.GraphDef[Any]:
         """The structure of the networks that are trained, with the critic if there is one."""
         return nnx.split(nnx.eval_shape(lambda: self._build_model(nnx.Rngs(0))))[0]
 
@@ -193,7 +193,7 @@ class VaeTrainer(Loop):
 
     def blank_batch(self) -> Batch:
         c = self.config
-        n = c.batch_size // jax.process_count()
+        n = c.batch_size // processes.count()
         image = np.zeros((n, c.image_size, c.image_size, c.channels), np.uint8)
         return Batch(np.arange(n, dtype=np.int32), image, np.zeros(n, np.int32))
 
@@ -207,15 +207,15 @@ class VaeTrainer(Loop):
         return nnx.merge(autoencoder_graphdef(self.model_config, self.dtype), params)
 
     @cached_property
-    def _encode(self) -> Callable:
+    def _encode(self) -> Callable[..., Any]:
         definition = autoencoder_graphdef(self.model_config, self.dtype)
         return jax.jit(lambda params, x: nnx.merge(definition, params).encode(to_float(x)))
 
     @cached_property
-    def _reconstruct(self) -> Callable:
+    def _reconstruct(self) -> Callable[..., Any]:
         definition = autoencoder_graphdef(self.model_config, self.dtype)
 
-        def reconstruct(params, image):
+        def reconstruct(params: Any, image: Any) -> tuple[Array, Array]:
             model = nnx.merge(definition, params)
             latents = most_likely_latents(model.encode(to_float(image)))
             reconstruction = jnp.clip(model.decode(latents), -1, 1)
@@ -282,7 +282,7 @@ class VaeTrainer(Loop):
         begin = f"resuming at step {self.step}" if self.step else "starting"
         lines = [
             f"an autoencoder of {n_params / 1e6:.3g} M parameters, {self.dtype}, on "
-            f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+            f"{parallel.devices().count} × {parallel.devices().kind}",
             f"{self.dataset.name}: {len(self.source.train)} training images of {c.image_size}×"
             f"{c.image_size}×{c.channels}, as latents of {side}×{side}×{m.latent_channels}",
             f"{begin}: {last} steps of {c.batch_size} images, into {self.run_dir}",
