@@ -246,7 +246,7 @@ class Trainer(Loop):
         return self.objective(label_dropout=label_dropout, to_input=to_input)
 
     @cached_property
-    def update(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def update(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         c = self.config
         step = partial(
             training_step.update,

@@ -97,7 +97,8 @@ def test_autoencoder_beside_torch(cache):
 def test_startup(cache):
     flags = ["--model", "DiT-Ti/8", "--rounds", 1, "--peer", "false"]
     rows, _ = benchmark("startup.py", *flags, cache=cache)
-    assert rows["warm"]["median_s"] < rows["cold"]["median_s"]
+    # Of the stages: the others do not depend on the cache, and vary with what else runs.
+    assert rows["warm"]["compile"] < rows["cold"]["compile"]
 
 
 @pytest.mark.slow
