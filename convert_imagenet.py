@@ -84,9 +84,10 @@ def check_flags(config: ConvertConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < minimum:
             raise UserError(f"--{name} {value}: must be at least {minimum}")
-    if config.batch_size and config.batch_size % parallel.devices().count:
+    n_devices = parallel.devices().count
+    if config.batch_size and config.batch_size % n_devices:
         raise UserError(
-            f"--batch_size {config.batch_size} is not divisible by the {parallel.devices().count} devices"
+            f"--batch_size {config.batch_size} is not divisible by the {n_devices} devices"
         )
 
 

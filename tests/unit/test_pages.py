@@ -64,7 +64,7 @@ def test_an_objective_is_what_it_says():
     made = run_recipe("An objective", rectified_flow, Trainer=train.Trainer, optax=optax)
     assert issubclass(made["Robust"], train.Trainer)
     options = {"label_dropout": 0.1, "to_input": rectified_flow.pixels_to_input}
-    loss = made["Robust"].objective(None, **options)
+    loss = made["Robust"].objective(None, **options)  # pyright: ignore[reportArgumentType]
     image = jax.random.randint(jax.random.key(0), (64, 8, 8, 1), 0, 256).astype(jnp.uint8)
     batch = SimpleNamespace(row=jnp.arange(64), image=image, label=jnp.zeros(64, int))
     seen = []
