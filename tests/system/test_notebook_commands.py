@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from commands import ROOT, run
 
-PATH = ROOT / "notebooks" / "quickstart.ipynb"
+PATH = ROOT / "docs" / "quickstart.ipynb"
 MOST_BYTES = 600_000
 
 
@@ -68,14 +68,14 @@ def test_the_notebook_runs_from_a_clean_kernel(clone, cache):
 
 
 CELLS = {
-    "mistake": "from errors import UserError\nraise UserError('no such thing')",
-    "failed": "from errors import RunError\nraise RunError('it burst')",
+    "mistake": "from runtime.errors import UserError\nraise UserError('no such thing')",
+    "failed": "from runtime.errors import RunError\nraise RunError('it burst')",
     "interrupted": """
 import os, signal
-from interrupts import stopping
+from runtime.signals import catch_stop_signals
 
 before = signal.getsignal(signal.SIGINT)
-with stopping() as stop:
+with catch_stop_signals() as stop:
     os.kill(os.getpid(), signal.SIGINT)
     print("the step is finished")
 stop.raise_exit()
@@ -85,7 +85,7 @@ stop.raise_exit()
 
 
 @pytest.mark.slow
-def test_a_kernel_is_told_in_a_line(tmp_path, cache):
+def test_a_kernel_shows_a_mistake_in_one_line(tmp_path, cache):
     """And its own handler of interruptions is back."""
     start = f"import sys\nsys.path.insert(0, {str(ROOT)!r})"
     cells = [nbformat.v4.new_code_cell(source) for source in (start, *CELLS.values())]
