@@ -92,14 +92,18 @@ class Checkpoints:
             self.close()
 
     def close(self) -> None:
-        """Close the folder without waiting for the last write. `with` calls it."""
-        with self._silence:
-            self.manager.close()
-            if self.save_failed:
-                self._wait_for_failed_save()
-            if self._read_failed:
-                time.sleep(READ_STRAGGLER_SECONDS)
-                release_failed_calls(None)
+        """Close the folder without waiting for the last write. `with` calls it.
+
+        After a failure Orbax stays silenced: its threads report it until the process ends.
+        """
+        self.manager.close()
+        if self.save_failed:
+            self._wait_for_failed_save()
+        if self._read_failed:
+            time.sleep(READ_STRAGGLER_SECONDS)
+            release_failed_calls(None)
+        if not (self.save_failed or self._read_failed):
+            self._silence.close()
 
     def latest_step(self) -> int | None:
         """Newest complete step, or None."""

@@ -2,8 +2,8 @@
 
 A read or write that Orbax gives up leaves threads, futures and coroutines behind. Each prints a
 traceback of its own: at once, when its event loop has been closed, or when it is garbage-collected.
-The hooks that they print through belong to the whole process, so they are replaced only while a
-checkpoint folder is open, and let everything through that is not Orbax's.
+The hooks that they print through belong to the whole process, so they are replaced at the
+first use of a checkpoint folder, and let everything through that is not Orbax's.
 """
 
 import gc
@@ -21,24 +21,24 @@ NEVER_AWAITED = f"coroutine '({COROUTINES})' was never awaited"
 
 _lock = threading.Lock()
 _n_users = 0
+_installed: list[bool] = []
 _hooks = ExitStack()
 
 
 @contextmanager
 def silence_orbax() -> Generator[None]:
-    """Silence Orbax inside. Uses may overlap; the last to end restores the previous hooks."""
+    """Silence Orbax from now on: its threads report a failure until the process ends."""
     global _n_users
     with _lock:
-        if not _n_users:
+        if not _installed:
             _install_hooks(_hooks)
+            _installed.append(True)
         _n_users += 1
     try:
         yield
     finally:
         with _lock:
             _n_users -= 1
-            if not _n_users:
-                _hooks.close()
 
 
 def release_failed_calls(error: BaseException | None) -> None:

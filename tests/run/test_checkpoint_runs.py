@@ -8,7 +8,6 @@ import re
 import shutil
 import sys
 import threading
-import warnings
 from types import SimpleNamespace
 
 import jax
@@ -282,22 +281,6 @@ def test_asyncio_reports_all_exceptions_but_those_of_orbax(tmp_path, subject, ca
     with Checkpoints(tmp_path):
         logging.getLogger("asyncio").error("Future exception was never retrieved: %s", subject)
     assert len(caplog.records) == (subject == "a tensor of mine")
-
-
-def test_the_hooks_are_those_from_before_once_no_checkpoints_are_open(tmp_path):
-    def hooks():
-        asyncio, absl = logging.getLogger("asyncio"), logging.getLogger("absl")
-        loggers = (list(asyncio.filters), absl.level)
-        return sys.unraisablehook, threading.excepthook, *loggers, list(warnings.filters)
-
-    before = hooks()
-    first, second = Checkpoints(tmp_path / "a"), Checkpoints(tmp_path / "b")
-    silenced = hooks()
-    assert all(now != then for now, then in zip(silenced, before, strict=True))
-    first.close()
-    assert hooks() == silenced
-    second.close()
-    assert hooks() == before
 
 
 # --- a full disk ----------------------------------------------------------------------------------
