@@ -20,7 +20,6 @@ COROUTINES = r"Store\._get_array_metadatas|_read_array_\S+|async_serialize_\S+"
 NEVER_AWAITED = f"coroutine '({COROUTINES})' was never awaited"
 
 _lock = threading.Lock()
-_n_users = 0
 _installed: list[bool] = []
 _hooks = ExitStack()
 
@@ -28,17 +27,11 @@ _hooks = ExitStack()
 @contextmanager
 def silence_orbax() -> Generator[None]:
     """Silence Orbax from now on: its threads report a failure until the process ends."""
-    global _n_users
     with _lock:
         if not _installed:
             _install_hooks(_hooks)
             _installed.append(True)
-        _n_users += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _n_users -= 1
+    yield
 
 
 def release_failed_calls(error: BaseException | None) -> None:
