@@ -14,10 +14,10 @@ import sys
 import textwrap
 import time
 import zlib
-from collections.abc import Iterable
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,9 @@ DAMAGE_ERRORS = (ValueError, LookupError, OSError, AttributeError, TypeError, As
 # Threads of a failed save or read cannot be joined; they end within these times.
 SAVE_STRAGGLER_SECONDS = 1.0
 READ_STRAGGLER_SECONDS = 0.2
+LISTING_ATTEMPTS = 10
+
+T = TypeVar("T")
 
 
 class DamageError(UserError):
@@ -50,8 +53,8 @@ class DiskFullError(UserError):
 class Checkpoints:
     """The folder `checkpoints/` of a run, with one folder per saved step.
 
-    Use it as a context manager: leaving waits for the last write. While it is open, Orbax prints
-    nothing; what goes wrong is raised.
+    Use it as a context manager: leaving waits for the last write. Orbax prints nothing from then
+    on; what goes wrong is raised.
     """
 
     def __init__(self, run_dir: Path, *, keep: int | None = None, read_only: bool = False):
@@ -65,17 +68,17 @@ class Checkpoints:
         self.folder = run_dir.resolve() / CHECKPOINTS_FOLDER
         self.save_failed = False  # the last one
         self._read_failed = False  # any one
+        silence_orbax()
         items = (*ARRAY_ITEMS, *METADATA_ITEMS, CHECKSUMS_ITEM)
-        with ExitStack() as silence:
-            silence.enter_context(silence_orbax())
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                cleanup_tmp_directories=not read_only,
-                create=not read_only,
-                read_only=read_only,
-            )
-            self.manager = ocp.CheckpointManager(self.folder, item_names=items, options=options)
-            self._silence = silence.pop_all()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
+        )
+        self.manager = _list_steps(
+            lambda: ocp.CheckpointManager(self.folder, item_names=items, options=options)
+        )
 
     @staticmethod
     def exist(run_dir: Path) -> bool:
@@ -92,18 +95,13 @@ class Checkpoints:
             self.close()
 
     def close(self) -> None:
-        """Close the folder without waiting for the last write. `with` calls it.
-
-        After a failure Orbax stays silenced: its threads report it until the process ends.
-        """
+        """Close the folder without waiting for the last write. `with` calls it."""
         self.manager.close()
         if self.save_failed:
             self._wait_for_failed_save()
         if self._read_failed:
             time.sleep(READ_STRAGGLER_SECONDS)
             release_failed_calls(None)
-        if not (self.save_failed or self._read_failed):
-            self._silence.close()
 
     def latest_step(self) -> int | None:
         """Newest complete step, or None."""
@@ -186,7 +184,7 @@ class Checkpoints:
         A step with damaged metadata counts as damaged.
 
         Returns:
-            The step, its items, and the damaged steps after it.
+            The step, its items with the metadata, and the damaged steps after it.
 
         Raises:
             UserError: there is no checkpoint.
@@ -199,11 +197,10 @@ class Checkpoints:
         for step in steps:
             try:
                 items = self.restore(step, like)
-                for name in METADATA_ITEMS:
-                    self.read_metadata(step, name)
-                return step, items, damaged
+                metadata = {name: self.read_metadata(step, name) for name in METADATA_ITEMS}
+                return step, items | metadata, damaged
             except DamageError as error:
-                self.manager.reload()
+                _list_steps(self.manager.reload)
                 if sorted(self.manager.all_steps(), reverse=True) != steps:
                     # The run is training: new steps have arrived and old ones are deleted.
                     return self.restore_newest(like)
@@ -318,6 +315,16 @@ class Checkpoints:
             "there is none yet" if latest is None else f"the last complete one is step {latest}"
         )
         return DiskFullError(f"no space left for {self.folder}: {reason}; {intact}")
+
+
+def _list_steps(call: Callable[[], T]) -> T:
+    """Call what lists a folder of checkpoints, again if a run that is training deletes one then."""
+    for _ in range(LISTING_ATTEMPTS - 1):
+        try:
+            return call()
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+    return call()
 
 
 def _local_shards(tree: Any) -> Iterable[Any]:

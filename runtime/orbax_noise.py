@@ -6,32 +6,28 @@ The hooks that they print through belong to the whole process, so they are repla
 first use of a checkpoint folder, and let everything through that is not Orbax's.
 """
 
+import functools
 import gc
 import logging
 import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 COROUTINES = r"Store\._get_array_metadatas|_read_array_\S+|async_serialize_\S+"
 NEVER_AWAITED = f"coroutine '({COROUTINES})' was never awaited"
 
-_lock = threading.Lock()
-_installed: list[bool] = []
-_hooks = ExitStack()
 
-
-@contextmanager
-def silence_orbax() -> Generator[None]:
-    """Silence Orbax from now on: its threads report a failure until the process ends."""
-    with _lock:
-        if not _installed:
-            _install_hooks(_hooks)
-            _installed.append(True)
-    yield
+@functools.cache  # once in a process
+def silence_orbax() -> None:
+    """Silence Orbax until the process ends, which is how long its threads report a failure."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").addFilter(_is_not_of_orbax)
+    warnings.filterwarnings("ignore", NEVER_AWAITED, RuntimeWarning)
+    for module, name in ((sys, "unraisablehook"), (threading, "excepthook")):
+        setattr(module, name, _pass_others(getattr(module, name)))
 
 
 def release_failed_calls(error: BaseException | None) -> None:
@@ -43,21 +39,6 @@ def release_failed_calls(error: BaseException | None) -> None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
     gc.collect()
-
-
-def _install_hooks(stack: ExitStack) -> None:
-    absl = logging.getLogger("absl")
-    asyncio = logging.getLogger("asyncio")
-    stack.callback(absl.setLevel, absl.level)
-    absl.setLevel(logging.CRITICAL)
-    stack.callback(asyncio.removeFilter, _is_not_of_orbax)
-    asyncio.addFilter(_is_not_of_orbax)
-    stack.enter_context(warnings.catch_warnings())
-    warnings.filterwarnings("ignore", NEVER_AWAITED, RuntimeWarning)
-    for module, name in ((sys, "unraisablehook"), (threading, "excepthook")):
-        hook = getattr(module, name)
-        stack.callback(setattr, module, name, hook)
-        setattr(module, name, _pass_others(hook))
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:

@@ -35,9 +35,9 @@ UNIT_BUDGET = 480  # seconds of all unit tests together, whatever the number of 
 COMPILING = {"seconds": 0.0}  # of this process so far
 
 
-def add_compiling(event: str, seconds: float, **_: object) -> None:
+def add_compiling(event: str, duration_secs: float, **_: str | int) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
-        COMPILING["seconds"] += seconds
+        COMPILING["seconds"] += duration_secs
 
 
 jax.monitoring.register_event_duration_secs_listener(add_compiling)

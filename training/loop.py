@@ -316,7 +316,8 @@ class Loop(Run):
                 step, items, self.damaged = checkpoints.restore_newest(self._abstract_items())
             else:
                 items = checkpoints.restore(checkpoints.resolve_step(step), self._abstract_items())
-            saved_rows = checkpoints.read_metadata(step, "data")["n_rows"]
+                items["data"] = checkpoints.read_metadata(step, "data")
+        saved_rows = items["data"]["n_rows"]
         n_rows = len(self.source.train)
         if saved_rows != n_rows:
             raise UserError(

@@ -27,10 +27,12 @@ from checkpoint_cases import (
     truncate,
 )
 from commands import fill, small_disk
+from orbax.checkpoint._src.path.step import Metadata
 
 from runtime import parallel
 from runtime.checkpoint import Checkpoints, DiskFullError
 from runtime.errors import UserError
+from runtime.orbax_noise import silence_orbax
 
 ONE = parallel.make_mesh(devices=jax.devices()[:1])
 
@@ -221,9 +223,10 @@ def test_metadata_with_a_changed_bit_is_refused_and_the_step_before_it_restored(
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         with pytest.raises(UserError, match=rf"checkpoints/8: '{name}' is not what was saved$"):
             checkpoints.read_metadata(8, name)
-        step, arrays, damaged = checkpoints.restore_newest(abstract_arrays(DDP))
+        step, items, damaged = checkpoints.restore_newest(abstract_arrays(DDP))
     assert (step, damaged) == (4, [8])
-    assert_same(arrays, first)
+    assert {name: items.pop(name) for name in METADATA} == METADATA
+    assert_same(items, first)
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -235,10 +238,28 @@ def test_checkpoints_saved_and_deleted_during_a_restore_are_not_damaged(
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         shutil.move(tmp_path / "checkpoints/4", tmp_path / "gone")
         save(tmp_path, (8, second))
-        step, arrays, damaged = checkpoints.restore_newest(abstract_arrays(DDP))
+        step, items, damaged = checkpoints.restore_newest(abstract_arrays(DDP))
     assert (step, damaged) == (8, [])
-    assert_same(arrays, second)
+    assert {name: items.pop(name) for name in METADATA} == METADATA
+    assert_same(items, second)
     assert capsys.readouterr().err == ""
+
+
+def test_a_step_deleted_while_the_folder_is_listed_is_no_error(
+    tmp_path, first, second, monkeypatch
+):
+    """Orbax lists the names first and then asks each step for its time."""
+    save(tmp_path, (4, first), (8, second))
+    time_of_step = Metadata.commit_timestamp
+
+    def delete_first(metadata):
+        shutil.rmtree(tmp_path / "checkpoints/4", ignore_errors=True)
+        assert time_of_step.fget
+        return time_of_step.fget(metadata)
+
+    monkeypatch.setattr(Metadata, "commit_timestamp", property(delete_first))
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.resolve_step() == 8
 
 
 def test_a_reason_is_one_short_line(tmp_path, first):
@@ -251,29 +272,29 @@ def test_a_reason_is_one_short_line(tmp_path, first):
     assert 20 < len(reason) <= 200 and "\n" not in reason
 
 
-def test_only_uncaught_exceptions_of_orbax_are_silenced(tmp_path, monkeypatch):
+def test_only_uncaught_exceptions_of_orbax_are_silenced(monkeypatch):
     """In a thread, or in a coroutine that is garbage-collected."""
     reported = []
     monkeypatch.setattr(sys, "unraisablehook", reported.append)
     monkeypatch.setattr(threading, "excepthook", reported.append)
+    silence_orbax.__wrapped__()  # over the hooks of this test
     code = "async def forgotten(): pass\ncoroutine = forgotten()"
-    with Checkpoints(tmp_path):
-        for file in ("/site-packages/orbax/checkpoint/serialization.py", "/home/me/notebook.py"):
-            names = {}
-            exec(compile(code, file, "exec"), names)
-            unraisable = SimpleNamespace(
-                exc_value=RuntimeWarning("never awaited"),
-                exc_traceback=None,
-                object=names["coroutine"],
-            )
-            sys.unraisablehook(unraisable)  # pyright: ignore
-            names["coroutine"].close()
-        assert [unraisable.object.cr_code.co_filename for unraisable in reported] == [file]
-        closed = SimpleNamespace(exc_value=RuntimeError("Event loop is closed"), exc_traceback=None)
-        other = SimpleNamespace(exc_value=RuntimeError("something else"), exc_traceback=None)
-        for error in (closed, other):
-            threading.excepthook(error)  # pyright: ignore
-        assert reported[1:] == [other]
+    for file in ("/site-packages/orbax/checkpoint/serialization.py", "/home/me/notebook.py"):
+        names = {}
+        exec(compile(code, file, "exec"), names)
+        unraisable = SimpleNamespace(
+            exc_value=RuntimeWarning("never awaited"),
+            exc_traceback=None,
+            object=names["coroutine"],
+        )
+        sys.unraisablehook(unraisable)  # pyright: ignore
+        names["coroutine"].close()
+    assert [unraisable.object.cr_code.co_filename for unraisable in reported] == [file]
+    closed = SimpleNamespace(exc_value=RuntimeError("Event loop is closed"), exc_traceback=None)
+    other = SimpleNamespace(exc_value=RuntimeError("something else"), exc_traceback=None)
+    for error in (closed, other):
+        threading.excepthook(error)  # pyright: ignore
+    assert reported[1:] == [other]
 
 
 @pytest.mark.parametrize("subject", ["a tensor of OCDBT", "a tensor of mine"])
