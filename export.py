@@ -17,6 +17,7 @@ import numpy as np
 
 from datasets_config import LatentEncoding
 from inference.trained_model import TrainedModel
+from methods.registry import method_of
 from model import ModelConfig
 from pretrained import sd3, transformer
 from runtime import cli, parallel
@@ -28,7 +29,7 @@ CARD_FILE = "README.md"
 # Settings of the run that sampling needs, or a reader of the folder may want to know.
 EXPORTED_SETTINGS = (
     *("dataset_name", "dataset", "model", "vae", "text_towers", "text_revisions", "text_length"),
-    *("fsdp", "objective", "prediction", "learned_sigma", "solver", "n_sample_steps"),
+    *("fsdp", "objective", "method", "prediction", "learned_sigma", "solver", "n_sample_steps"),
     *("sample_shift", "cfg_scale", "ema_decay"),
 )
 # Flags that the card leaves out: they do not shape the weights, and some are paths of this machine.
@@ -175,21 +176,7 @@ def describe_model(run: dict[str, Any], model: ModelConfig, encoding: LatentEnco
         )
     else:
         conditioning = "It is unconditional."
-    return f"{samples} {conditioning}\n{describe_objective(run, model)}"
-
-
-def describe_objective(run: dict[str, Any], model: ModelConfig) -> str:
-    """Return a sentence about the meaning of the model's time and output."""
-    if not run.get("prediction"):
-        return (
-            "Rectified flow: x_t = (1 − t)·data + t·noise. It predicts the velocity noise − data; "
-            "t = 1 is noise."
-        )
-    sigma = ", then the variance of each step" if model.out_channels > model.channels else ""
-    return (
-        f"DDPM with 1,000 steps, β from 1e-4 to 0.02. It predicts {run['prediction']}{sigma}; t is "
-        "the step divided by 1,000."
-    )
+    return f"{samples} {conditioning}\n{method_of(run).describe()}"
 
 
 def diffusers_section(layout: str, model: ModelConfig) -> str:

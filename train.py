@@ -13,9 +13,9 @@ Start reading here. `Trainer.__init__` opens a run in the order of time: dataset
 devices, state. The run itself is `training.loop.Loop.fit`; one step is `training.step.update`.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -37,7 +37,8 @@ from inference import grids
 from inference.codec import Codec
 from inference.labels import label_ids
 from inference.sampler import Labels, SamplerConfig, sample_images
-from methods import rectified_flow
+from methods.method import Loss
+from methods.registry import class_path
 from model import ModelConfig, init_model_params, model_graphdef
 from runtime import cli, parallel, processes, run_folder
 from training import display, flops, optim, warm_start
@@ -47,7 +48,6 @@ from training.loop import Loop, flags_as_json, initialize_jax
 from training.lr_range_test import N_STEPS, range_test
 from training.profiling import profile
 from training.resolve import (
-    loss_function,
     merge_saved,
     model_input_reader,
     network_config,
@@ -55,6 +55,8 @@ from training.resolve import (
     require_even_batches,
     require_same_latents,
     resolve_train_config,
+    sampler_config,
+    training_method,
     with_dataset_and_latents,
 )
 from training.session import RunRecord
@@ -95,6 +97,7 @@ class Trainer(Loop):
         self.run_dir = run_dir or self._new_run_dir(c.dataset_name, c.model)
         self.encoded = self._encode_captions(saved.get("text_revisions"))
         record = saved.get("model_config") or (vars(weights.config) if weights else {})
+        self.method = training_method(c)
         self.model_config = self._network_config(record)
         self._open_devices()
         self.init_key, self.train_key, self.eval_key = jax.random.split(jax.random.key(c.seed), 3)
@@ -153,7 +156,7 @@ class Trainer(Loop):
         if self.config.init_from:
             config = warm_start.keep_fields_without_flag(config, record)
         if self.encoded:
-            config = dataclasses.replace(
+            config = replace(
                 config,
                 text_length=self.encoded.length,
                 text_width=self.encoded.width,
@@ -186,7 +189,7 @@ class Trainer(Loop):
 
     def initial_state(self) -> TrainState:
         params = init_model_params(self.model_config, self.init_key)
-        loss = self._loss_function(label_dropout=self.config.label_dropout)
+        loss = self.loss(label_dropout=self.config.label_dropout)
         model = nnx.merge(model_graphdef(self.model_config), params)
         metrics = jax.eval_shape(lambda b: loss(model, b, self.train_key)[1], self.blank_batch())
         scaled = self.model_config.dtype == "float16"
@@ -211,11 +214,11 @@ class Trainer(Loop):
         for notice in notices if processes.is_first() else ():
             print(f"--init_from: {notice}")
         # Free the fresh weights first: devices then never hold more than while training.
-        state = dataclasses.replace(state, params=None, ema=None)
+        state = replace(state, params=None, ema=None)
         params = parallel.shard_params(params, self.mesh)
         # Copies, because host memory cannot be donated, nor one buffer in two places.
         params = jax.tree.map(jnp.copy, params)
-        return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
+        return replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
 
     def blank_batch(self) -> Batch:
         n, m = self.config.batch_size // processes.count(), self.model_config
@@ -228,22 +231,15 @@ class Trainer(Loop):
 
     # --- one step ---------------------------------------------------------------------------------
 
-    def objective(
-        self, *, label_dropout: float, to_input: rectified_flow.ToModelInput
-    ) -> rectified_flow.Objective:
-        """The loss function of this config: `loss(model, batch, key) -> (loss, metrics)`. Override
-        it to train with another objective.
+    def loss(self, *, label_dropout: float) -> Loss:
+        """The method's loss of this config: `loss(model, batch, key) -> (loss, metrics)`.
 
         Args:
             label_dropout: the probability of replacing a label by the null label; 0 in an
                 evaluation.
-            to_input: makes the model's input of a batch's images or latents.
         """
-        return loss_function(self.config, label_dropout=label_dropout, to_input=to_input)
-
-    def _loss_function(self, *, label_dropout: float) -> rectified_flow.Objective:
         to_input = model_input_reader(self.dataset.encoding)
-        return self.objective(label_dropout=label_dropout, to_input=to_input)
+        return partial(self.method.loss, label_dropout=label_dropout, to_input=to_input)
 
     @cached_property
     def update(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -252,7 +248,7 @@ class Trainer(Loop):
             training_step.update,
             read_batch=self.read_batch(),
             value_and_grad=parallel.value_and_grad(
-                self._loss_function(label_dropout=c.label_dropout),
+                self.loss(label_dropout=c.label_dropout),
                 model_graphdef(self.model_config),
                 self.mesh,
                 accumulate_steps=c.accumulate_steps,
@@ -268,7 +264,7 @@ class Trainer(Loop):
     @cached_property
     def eval_loss(self) -> Callable[..., Any]:
         """The compiled `eval_loss(params, batch, key)`."""
-        loss = self._loss_function(label_dropout=0.0)
+        loss = self.loss(label_dropout=0.0)
         model = partial(nnx.merge, model_graphdef(self.model_config))
         return jax.jit(lambda params, batch, key: loss(model(params), batch, key)[0])
 
@@ -382,14 +378,8 @@ class Trainer(Loop):
 
     def sampler(self, n_steps: int | None = None) -> SamplerConfig:
         """The solver of this config, with `n_steps` in place of the configured number."""
-        c = self.config
-        return SamplerConfig(
-            c.solver,
-            c.n_sample_steps if n_steps is None else n_steps,
-            shift=c.sample_shift or 1.0,
-            prediction=c.prediction,
-            clip=not self.dataset.encoding,
-        )
+        c = self.config if n_steps is None else replace(self.config, n_sample_steps=n_steps)
+        return sampler_config(c, clip=not self.dataset.encoding)
 
     def _encode_labels(self, labels: Sequence[int | str] | str) -> Labels:
         """The model's conditioning for these labels or captions."""
@@ -469,6 +459,7 @@ class Trainer(Loop):
             self.dataset,
             extra={
                 "given_flags": self.given_flags,
+                "method": class_path(type(self.method)),
                 "text_revisions": self.encoded.revisions if self.encoded else (),
                 "yardstick": fid.card if fid else None,
             },
@@ -480,7 +471,7 @@ def _merge(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
     if saved:
         if config.fsdp is None:
             fsdp = math.gcd(saved["fsdp"], parallel.devices().count)
-            config = dataclasses.replace(config, fsdp=fsdp)
+            config = replace(config, fsdp=fsdp)
         config = merge_saved(config, saved)
     return with_dataset_and_latents(config)
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,7 +30,7 @@ from flax import nnx
 import model
 from benchmarks import planner
 from data.batch import Batch
-from methods.rectified_flow import logit_normal, rectified_flow_loss
+from methods.rectified_flow import RectifiedFlow
 from model import init_model_params, model_config, model_graphdef
 from runtime import cli, parallel
 from train import Trainer
@@ -37,7 +38,7 @@ from training import profiling
 from training.config import TrainConfig
 
 MESHES = {"DDP": (8, 1), "hybrid": (2, 4), "FSDP": (1, 8)}
-LOSS = rectified_flow_loss(density=logit_normal(), label_dropout=0.1)
+LOSS = partial(RectifiedFlow().loss, label_dropout=0.1)
 LATENTS: dict[str, Any] = {"image_size": 32, "channels": 3, "profile": True}  # no images are read
 # The width of DiT-S in two depths, for compile times.
 DEPTH_PRESETS = {

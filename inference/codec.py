@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float16, UInt8
 
 from datasets_config import LatentEncoding
-from methods.rectified_flow import to_float
+from methods.method import to_float
 from networks import autoencoder
 from networks.autoencoder import AutoencoderConfig
 from pretrained import autoencoder as pretrained

@@ -150,7 +150,7 @@ def compare_denoising(
         )
         assert samples.trajectory is not None
         rows += [samples.trajectory[0], samples.x]
-        names += [f"noised, t = {plan.sampler.nearest_start(t):.3g}", "sampled from it"]
+        names += [f"noised, t = {plan.sampler.state_times(t)[0]:.3g}", "sampled from it"]
     images = grids.to_uint8(decode_images(trained, np.stack(rows)))
     return grids.comparison_grid(grids.shrink_images(images, side), rows=names, columns=real.names)
 

@@ -7,7 +7,6 @@ A batch is one compiled program. Where weights come from and where images go is 
 `trained_model.py` and `sample_files.py`.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,12 +20,13 @@ from jaxtyping import Array, Float, Int
 
 from data.batch import EncodedCaption
 from inference.codec import Codec
-from methods import ddpm, rectified_flow
-from methods.ddpm import DDPM_SOLVERS, NoiseSchedule
+from methods.method import Method, TimeSteps
+from methods.rectified_flow import RectifiedFlow
+from methods.registry import METHODS
 from model import Label, ModelConfig, model_graphdef
 from runtime import parallel
 from runtime.errors import UserError, unknown_name
-from sampling import SOLVERS, Solution, Velocity, guided, initial_noise, step_noise, time_grid
+from sampling import Solution, Velocity, guided, initial_noise, step_noise
 
 Labels = Sequence[int] | Int[np.ndarray, "n"] | EncodedCaption
 MAX_SEED = 2**31 - 1
@@ -37,88 +37,48 @@ class SamplerConfig:
     """Settings of a sampler; hashable and static under `jax.jit`: each combination compiles once.
 
     Args:
-        solver: euler or heun; ddpm or ddim for a model trained by DDPM.
+        solver: one of the method's.
         n_steps: solver steps.
+        method: how the model was trained, which says what its output means.
         shift: shift of the time grid; above 1 spends more steps near the noise.
         interval: guidance interval: the two times between which guidance acts.
-        prediction: a key of `ddpm.PREDICTIONS`; None if the model predicts a velocity.
         eta: fresh noise of ddim, from 0 (none) to 1 (as much as ddpm).
         guided_channels: guide only the first so many channels; by default all.
-        clip: clip the x0 prediction of ddpm and ddim to −1 … 1, the range of pixels.
+        clip: the data lie in −1 … 1, as pixels do.
 
     Raises:
-        UserError: an unknown solver or prediction, or a number out of range.
+        UserError: an unknown solver, or a number out of range.
     """
 
     solver: str = "euler"
     n_steps: int = 50
+    method: Method = RectifiedFlow()  # noqa: RUF009  (immutable)
     shift: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
-    prediction: str | None = None
     eta: float = 0.0
     guided_channels: int | None = None
     clip: bool = False
 
     def __post_init__(self):
-        allowed_solvers = DDPM_SOLVERS if self.prediction else SOLVERS
-        if self.solver not in SOLVERS | DDPM_SOLVERS:
-            raise unknown_name("solver", self.solver, SOLVERS | DDPM_SOLVERS)
-        if self.prediction not in (None, *ddpm.PREDICTIONS):
-            raise unknown_name("prediction", self.prediction, ddpm.PREDICTIONS)
-        if self.solver not in allowed_solvers:
-            method = "DDPM" if self.prediction else "rectified flow"
-            raise UserError(
-                f"--solver {self.solver} is not for a model trained by {method}, which takes one "
-                f"of: {', '.join(allowed_solvers)}"
-            )
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        if self.n_steps < 1:
-            raise UserError(
-                f"the number of sampling steps is {self.n_steps}; it must be at least 1"
-            )
-        if self.prediction and self.n_steps > ddpm.N_STEPS:
-            raise UserError(
-                f"the number of sampling steps is {self.n_steps}; DDPM has {ddpm.N_STEPS}"
-            )
-        if self.prediction and self.shift != 1:
-            raise UserError(
-                f"--shift {self.shift:g} is for rectified flow; DDPM's steps are evenly spaced"
-            )
-        if not 0 < self.shift < math.inf:
-            raise UserError(f"--shift {self.shift:g}: must be above 0")
-        if self.eta and self.solver != "ddim":
-            raise UserError(f"--eta {self.eta} is for --solver ddim")
-        if not 0 <= self.eta <= 1:
-            raise UserError(f"--eta {self.eta}: must be between 0 and 1")
+        known = [name for method in (*METHODS.values(), self.method) for name in method.solvers]
+        if self.solver not in known:
+            raise unknown_name("solver", self.solver, dict.fromkeys(known))
+        self.method.check_sampler(
+            solver=self.solver, n_steps=self.n_steps, shift=self.shift, eta=self.eta
+        )
         low, high = self.interval
         if not 0 <= low < high <= 1:
             raise UserError(
                 f"--interval {low:g} {high:g}: must be two times in 0 … 1, the lower first"
             )
 
-    def time_steps(self, start: float = 1.0) -> Float[Array, "times"] | NoiseSchedule:
-        """Discretize time from `start` to the data: times of a flow, or the part of DDPM's noise
-        schedule that begins at the step nearest to `start`.
-        """
-        if self.prediction is None:
-            return time_grid(self.n_steps, shift=self.shift, start=start)
-        return ddpm.truncate_schedule(ddpm.noise_schedule(self.n_steps), start)
+    def time_steps(self, start: float = 1.0) -> TimeSteps:
+        """Discretize time from `start` to the data."""
+        return self.method.time_steps(self.n_steps, shift=self.shift, start=start)
 
-    def state_times(self) -> Float[np.ndarray, "times"]:
-        """The time of each state of a trajectory, from pure noise (1) to the data (0)."""
-        time_steps = self.time_steps()
-        if isinstance(time_steps, NoiseSchedule):
-            return np.append(time_steps.step[::-1] / ddpm.N_STEPS, 0.0)
-        return np.asarray(time_steps)
-
-    def nearest_start(self, t: float) -> float:
-        """The time at which `time_steps(t)` begins: t itself, or that of DDPM's nearest step."""
-        if self.prediction is None:
-            return t
-        schedule = ddpm.truncate_schedule(ddpm.noise_schedule(self.n_steps), t)
-        return float(schedule.step[-1]) / ddpm.N_STEPS
+    def state_times(self, start: float = 1.0) -> Float[np.ndarray, "times"]:
+        """The time of each state of a trajectory, from `start` or a step near it to the data."""
+        return self.method.state_times(self.time_steps(start))
 
 
 class StartFrom(NamedTuple):
@@ -192,32 +152,21 @@ def integrate_from_noise(
     sampler: SamplerConfig,
     trajectory: bool,
 ) -> Solution:
-    """Integrate from noise to images. `predict(x, t)` returns a velocity (rectified flow) or the
-    raw output of the network (DDPM).
-    """
+    """Integrate from noise to images. `predict(x, t)` returns the network's output."""
     x = initial_noise(seed, index, shape)
-    time_steps: Any = start_from.time_steps if start_from else sampler.time_steps()
-    if sampler.prediction is None:
-        if start_from:
-            t = jnp.full(len(x), time_steps[0])
-            x, _ = rectified_flow.interpolate(start_from.data, x, t)
-        return SOLVERS[sampler.solver](predict, x, time_steps, trajectory=trajectory)
-
-    prediction = sampler.prediction
-
-    def denoise(x: Array, schedule: Any) -> Any:
-        output = predict(x, ddpm.model_time(schedule.step))
-        return ddpm.interpret_output(output, x, schedule, prediction=prediction, clip=sampler.clip)
-
+    time_steps = start_from.time_steps if start_from else sampler.time_steps()
     if start_from:
-        last_step = jax.tree.map(lambda table: table[-1], time_steps)
-        x = ddpm.diffuse(start_from.data, x, last_step)
-    fresh_noise = step_noise(seed, index, shape)
-    if sampler.solver == "ddim":
-        return ddpm.ddim(
-            denoise, x, time_steps, fresh_noise, eta=sampler.eta, trajectory=trajectory
-        )
-    return DDPM_SOLVERS[sampler.solver](denoise, x, time_steps, fresh_noise, trajectory=trajectory)
+        x = sampler.method.add_noise(start_from.data, x, time_steps)
+    return sampler.method.solve(
+        predict,
+        x,
+        time_steps,
+        step_noise(seed, index, shape),
+        solver=sampler.solver,
+        eta=sampler.eta,
+        clip=sampler.clip,
+        trajectory=trajectory,
+    )
 
 
 class Samples(NamedTuple):

@@ -27,6 +27,8 @@ from inference.sampler import (
     check_guidance,
     sample_images,
 )
+from methods.method import Method
+from methods.registry import method_of
 from model import ModelConfig, init_model_params
 from pretrained import transformer
 from runtime import parallel
@@ -211,6 +213,15 @@ class TrainedModel:
         return LatentEncoding.from_record(record) if record else None
 
     @cached_property
+    def method(self) -> Method:
+        """The method that the model was trained by.
+
+        Raises:
+            UserError: it is not known here.
+        """
+        return method_of(self.settings)
+
+    @cached_property
     def codec(self) -> Codec | None:
         """The VAE that decodes the model's latents; None for a model of pixels.
 
@@ -284,7 +295,7 @@ class TrainedModel:
             n_steps=n_steps,
             shift=own_shift if overrides.shift is None else overrides.shift,
             interval=(low, high),
-            prediction=settings.get("prediction"),  # rectified flow has none
+            method=self.method,
             eta=overrides.eta or 0.0,
             guided_channels=guided_channels,
             clip=not self.encoding,

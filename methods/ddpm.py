@@ -1,31 +1,34 @@
 """Denoising diffusion in discrete steps (Ho et al. 2020).
 
 Read in this order: the noise schedule, one step in closed form, what a model predicts, the
-variational bound, the solvers, the loss. At a step x = √ᾱ·data + √(1 − ᾱ)·noise: step 0 is almost
-data, the last step almost noise. Steps map to the model's t by `model_time`, so here too t = 1 is
-noise.
+variational bound, the solvers, the method with its loss. At a step x = √ᾱ·data + √(1 − ᾱ)·noise:
+step 0 is almost data, the last step almost noise. Steps map to the model's t by `model_time`, so
+here too t = 1 is noise.
 
-The inputs of the loss are those of `methods/rectified_flow.py`. Nothing here knows of networks or
-of guidance: a solver sees only `denoise(x, schedule)`.
+The inputs of the loss are those of `methods/method.py`. A solver sees only `denoise(x, schedule)`.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
-from methods.rectified_flow import (
-    Objective,
+from methods.method import (
+    Method,
+    Metrics,
     ToModelInput,
     loss_by_time,
     pixels_to_input,
     sample_loss_inputs,
 )
-from sampling import FreshNoise, Solution, scan_steps
+from runtime.errors import UserError
+from runtime.flags import setting
+from sampling import FreshNoise, Solution, Velocity, scan_steps
 
 N_STEPS = 1000
 BETAS = 1e-4, 2e-2  # of the first step and the last, linear in between (Ho et al. 2020, §4)
@@ -312,54 +315,118 @@ def ddim(
 DDPM_SOLVERS = {"ddpm": ancestral, "ddim": ddim}
 
 
-# --- the loss -------------------------------------------------------------------------------------
+# --- the method -----------------------------------------------------------------------------------
 
 
-def ddpm_loss(
-    *,
-    prediction: str = "epsilon",
-    learned_sigma: bool = False,
-    min_snr_gamma: float = 0.0,
-    label_dropout: float = 0.0,
-    to_input: ToModelInput = pixels_to_input,
-) -> Objective:
+@dataclass(frozen=True)
+class DDPMFlags:
+    """DDPM."""
+
+    prediction: str = setting(
+        "epsilon", "output of a ddpm model: epsilon, x0 or v", choices=PREDICTIONS
+    )
+    learned_sigma: bool = setting(False, "learn the variance of the reverse process too (ddpm)")
+    min_snr_gamma: float = setting(
+        0.0, "γ of min-SNR loss weighting (ddpm), usually 5; 0 disables it", at_least=0
+    )
+
+
+@dataclass(frozen=True)
+class DDPM(DDPMFlags, Method):
     """Match the noise at a uniformly random step: E |model(x, t, label) − noise|² (Ho et al. 2020,
-    eq. 14).
+    eq. 14), or another target of `PREDICTIONS`.
 
-    Args:
-        prediction: the target, a key of `PREDICTIONS`.
-        learned_sigma: the model has twice the channels, and the second half learns each step's
-            variance from the variational bound, whose gradient does not reach the first half
-            (Nichol & Dhariwal 2021, eq. 16 with λ = 0.001, in bits per dimension as in their code;
-            with latents the first step counts as one of bytes, as in DiT's).
-        min_snr_gamma: γ of `min_snr_weight`; 0 weighs all steps alike.
-        label_dropout, to_input: as in `rectified_flow_loss`.
+    With `learned_sigma` the model has twice the channels, and the second half learns each step's
+    variance from the variational bound, whose gradient does not reach the first half (Nichol &
+    Dhariwal 2021, eq. 16 with λ = 0.001, in bits per dimension as in their code; with latents the
+    first step counts as one of bytes, as in DiT's).
     """
-    schedule = noise_schedule()
-    target = PREDICTIONS[prediction].target
 
-    def loss(model: Any, batch: Any, key: Any) -> Any:
+    title = "DDPM"
+    solvers = DDPM_SOLVERS
+    output_flags = ("prediction", "learned_sigma")
+    max_steps = N_STEPS
+
+    def out_channels(self, channels: int) -> int:
+        return channels * (2 if self.learned_sigma else 1)
+
+    def loss(
+        self,
+        model: Any,
+        batch: Any,
+        key: Key[Array, ""],
+        *,
+        label_dropout: float = 0.0,
+        to_input: ToModelInput | None = None,
+    ) -> tuple[Float[Array, ""], Metrics]:
         keys, data, noise, label = sample_loss_inputs(
             batch,
             key,
             n_classes=model.config.n_classes,
             label_dropout=label_dropout,
-            to_input=to_input,
+            to_input=to_input or pixels_to_input,
         )
         k = jax.vmap(lambda key: jax.random.randint(key, (), 0, N_STEPS))(keys.time)
         t = model_time(k)
-        steps = gather_steps(schedule, k, data.ndim)
+        steps = gather_steps(noise_schedule(), k, data.ndim)
 
         x = diffuse(data, noise, steps)
         output, var_output = jnp.split(model(x, t, label), [data.shape[-1]], axis=-1)
-        squares = jnp.square(output - target(data, noise, steps))
-        if min_snr_gamma:
-            squares *= min_snr_weight(prediction, min_snr_gamma, steps)
+        squares = jnp.square(output - PREDICTIONS[self.prediction].target(data, noise, steps))
+        if self.min_snr_gamma:
+            squares *= min_snr_weight(self.prediction, self.min_snr_gamma, steps)
         error = squares.mean((1, 2, 3))
-        if learned_sigma:
+        if self.learned_sigma:
             output = jnp.concatenate([jax.lax.stop_gradient(output), var_output], axis=-1)
-            estimate = interpret_output(output, x, steps, prediction=prediction)
+            estimate = interpret_output(output, x, steps, prediction=self.prediction)
             error += BOUND_WEIGHT * N_STEPS * bound_in_bits(estimate, data, x, steps)
         return error.mean(), loss_by_time(t, error)
 
-    return loss
+    def describe(self) -> str:
+        sigma = ", then the variance of each step" if self.learned_sigma else ""
+        return (
+            f"DDPM with 1,000 steps, β from 1e-4 to 0.02. It predicts {self.prediction}{sigma}; t "
+            "is the step divided by 1,000."
+        )
+
+    def check_sampler(self, *, solver: str, n_steps: int, shift: float, eta: float) -> None:
+        super().check_sampler(solver=solver, n_steps=n_steps, shift=shift, eta=eta)
+        if shift != 1:
+            raise UserError(
+                f"--shift {shift:g} is for rectified flow; DDPM's steps are evenly spaced"
+            )
+        if eta and solver != "ddim":
+            raise UserError(f"--eta {eta} is for --solver ddim")
+        if not 0 <= eta <= 1:
+            raise UserError(f"--eta {eta}: must be between 0 and 1")
+
+    def time_steps(self, n_steps: int, *, shift: float = 1.0, start: float = 1.0) -> NoiseSchedule:
+        return truncate_schedule(noise_schedule(n_steps), start)
+
+    def state_times(self, steps: NoiseSchedule) -> Float[np.ndarray, "times"]:
+        return np.append(steps.step[::-1] / N_STEPS, 0.0)
+
+    def add_noise(
+        self, data: Float[Array, "b *s"], noise: Float[Array, "b *s"], steps: NoiseSchedule
+    ) -> Float[Array, "b *s"]:
+        return diffuse(data, noise, jax.tree.map(lambda table: table[-1], steps))
+
+    def solve(
+        self,
+        predict: Velocity,
+        noise: Float[Array, "b *s"],
+        steps: NoiseSchedule,
+        fresh_noise: FreshNoise,
+        *,
+        solver: str,
+        eta: float = 0.0,
+        clip: bool = False,
+        trajectory: bool = False,
+    ) -> Solution:
+        def denoise(x: Array, schedule: NoiseSchedule) -> Estimate:
+            output = predict(x, model_time(schedule.step))
+            return interpret_output(output, x, schedule, prediction=self.prediction, clip=clip)
+
+        if solver == "ddim":
+            return ddim(denoise, noise, steps, fresh_noise, eta=eta, trajectory=trajectory)
+        return self.solvers[solver](denoise, noise, steps, fresh_noise, trajectory=trajectory)

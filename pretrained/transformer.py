@@ -23,6 +23,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from datasets_config import LatentEncoding
+from methods.registry import method_of
 from model import JOINT, MODELS, ModelConfig, init_model_params, model_graphdef
 from pretrained import autoencoder, dit, sd3, weight_files
 from runtime.errors import UserError, unknown_name
@@ -42,13 +43,20 @@ DIFFUSERS_CLASSES = (*dit.CLASSES, sd3.CLASS)
 
 # Sampling defaults of the published models.
 FLOW: dict[str, Any] = {
+    "objective": "rectified_flow",
     "prediction": None,
     "solver": "euler",
     "n_sample_steps": 50,
     "sample_shift": 1.0,
 }
 SAMPLING_DEFAULTS: dict[str, dict[str, Any]] = {
-    "dit": {"prediction": "epsilon", "solver": "ddpm", "n_sample_steps": 250, "sample_shift": None},
+    "dit": {
+        "objective": "ddpm",
+        "prediction": "epsilon",
+        "solver": "ddpm",
+        "n_sample_steps": 250,
+        "sample_shift": None,
+    },
     "sit": FLOW,
     "sd3": FLOW | {"n_sample_steps": 28, "sample_shift": 3.0, "cfg_scale": 7.0},
 }
@@ -260,7 +268,8 @@ def _read_pipeline_settings(
         sampling = SAMPLING_DEFAULTS["dit"] | _default_guidance(config)
     if scheduler:
         sampling = sampling | _read_scheduler(scheduler, network.id)
-    if sampling["prediction"] is None and config.out_channels != config.channels:
+    method = method_of(sampling | {"learned_sigma": config.out_channels > config.channels})
+    if method.out_channels(config.channels) != config.out_channels:
         raise UserError(
             f"'{network.id}': its scheduler is of a flow, which has no variance to predict, and "
             "its network predicts one"
@@ -292,6 +301,7 @@ def _read_scheduler(facts: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Read from a scheduler's config how a model was trained."""
     if str(facts.get("_class_name")).startswith("FlowMatch"):
         return {
+            "objective": FLOW["objective"],
             "prediction": FLOW["prediction"],
             "solver": FLOW["solver"],
             "sample_shift": float(facts.get("shift", 1.0)),
@@ -308,7 +318,7 @@ def _read_scheduler(facts: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise unknown_name(
             f"prediction_type of the scheduler of '{where}':", prediction, PREDICTIONS
         )
-    return {"prediction": PREDICTIONS[prediction]}
+    return {"objective": "ddpm", "prediction": PREDICTIONS[prediction]}
 
 
 def _read_encoding(config: ModelConfig, facts: dict[str, Any], where: str) -> LatentEncoding:
@@ -397,6 +407,7 @@ def _make_settings(
         "text_revisions": [],
         "fsdp": 1,
         **FLOW,
+        "learned_sigma": config.out_channels > config.channels,
         "cfg_scale": 1.0,
         **sampling,
     }

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import sampling
-from methods import ddpm, rectified_flow
 from runtime.cli import FreeText
 
 UNSET: Any = None  # a flag left out; `training.resolve` fills it in
@@ -263,14 +261,6 @@ MAY_CHANGE_ON_RESUME = {
 # Flags of a single start, which a resumed run does not inherit.
 CLUSTER_FLAGS = ("distributed", "coordinator", "n_processes", "process_index")
 FLAGS_OF_ONE_START = {"run_dir", "resume", "profile", "lr_range_test", *CLUSTER_FLAGS}
-# Flags that only one objective reads; None in a run with the other.
-FLAGS_OF_OBJECTIVE = {
-    "rectified_flow": (
-        *("time_density", "logit_mean", "logit_std", "mode_scale"),
-        *("time_shift", "sample_shift"),
-    ),
-    "ddpm": ("prediction", "learned_sigma", "min_snr_gamma"),
-}
 # Flags that are read only if another flag has this value; None: any value but False and 0.
 REQUIRED_FLAG = {
     "logit_mean": ("time_density", "logit_normal"),
@@ -323,11 +313,3 @@ RANGES = {
 }
 # Values of --half_precision → the dtype of the computation.
 PRECISIONS = {False: "float32", True: "bfloat16", "bf16": "bfloat16", "fp16": "float16"}
-# Values of --solver, by --objective; the first is the default.
-SOLVERS = {"rectified_flow": sampling.SOLVERS, "ddpm": ddpm.DDPM_SOLVERS}
-# Values of --time_density → the density, with the flags that shape it.
-TIME_DENSITIES = {
-    "uniform": lambda config: rectified_flow.uniform(),
-    "logit_normal": lambda config: rectified_flow.logit_normal(config.logit_mean, config.logit_std),
-    "mode": lambda config: rectified_flow.heavy_tailed_mode(config.mode_scale),
-}

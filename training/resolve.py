@@ -11,18 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import sampling
 from data import latents
 from datasets_config import DATASET_CONFIGS, DatasetConfig, LatentEncoding
-from methods import ddpm, rectified_flow
+from inference.sampler import SamplerConfig
+from methods.method import Method, ToModelInput, pixels_to_input
+from methods.registry import METHODS, find_method
 from model import BLOCKS, JOINT, MODELS, ModelConfig, model_config
 from networks import autoencoder
 from runtime.errors import UserError, unknown_name
+from runtime.flags import flags_of
 from training import optim, wandb_sink
 from training.config import (
     DEFAULT_FROM_PRESET,
     DEFAULTS,
-    FLAGS_OF_OBJECTIVE,
     FLAGS_OF_ONE_START,
     MAY_CHANGE_ON_RESUME,
     NON_NEGATIVE,
@@ -31,8 +32,6 @@ from training.config import (
     RANGES,
     RECOMMENDED_BY_DATASET,
     REQUIRED_FLAG,
-    SOLVERS,
-    TIME_DENSITIES,
     AnyConfig,
     TrainConfig,
 )
@@ -175,7 +174,7 @@ def resolve_train_config(
             if given.get(name):
                 raise UserError(f"--{name} is for captions; pass --caption_column or --caption too")
         values["text_towers"] = ()
-    values = drop_flags_of_other_objectives(values, given)
+    values = drop_flags_of_other_methods(values, given)
     check_ranges(values)
     if not config.resume:  # a resumed run may have inherited flags that are no longer read
         reject_unused_flags(values, given)
@@ -186,25 +185,29 @@ def resolve_train_config(
     return resolved
 
 
-def drop_flags_of_other_objectives(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return `values` without the flags that only the other objective reads.
+def drop_flags_of_other_methods(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return `values` without the flags that only other methods read.
 
     Raises:
-        UserError: such a flag is given, or the objective is unknown.
+        UserError: such a flag is given, or there is no such method.
     """
     objective = values["objective"]
-    if objective not in FLAGS_OF_OBJECTIVE:
-        raise unknown_name("objective", objective, FLAGS_OF_OBJECTIVE)
+    read = method_flags(find_method(objective))
     unread = {
-        name: other
-        for other, names in FLAGS_OF_OBJECTIVE.items()
-        for name in names
-        if other != objective
+        flag: other
+        for other, method in METHODS.items()
+        for flag in method_flags(method)
+        if flag not in read
     }
-    for name, other in unread.items():
-        if name in given:
-            raise UserError(f"--{name} is for --objective {other}; this is {objective}")
+    for flag, other in unread.items():
+        if flag in given:
+            raise UserError(f"--{flag} is for --objective {other}; this is {objective}")
     return {name: value for name, value in values.items() if name not in unread}
+
+
+def method_flags(method: type[Method]) -> set[str]:
+    """Return the names of the flags that a method reads, and not all methods do."""
+    return {*flags_of(method), *method.sampling_flags}
 
 
 def derived_defaults(values: dict[str, Any], platform: str) -> dict[str, Any]:
@@ -217,7 +220,7 @@ def derived_defaults(values: dict[str, Any], platform: str) -> dict[str, Any]:
         },
         "remat": "DiT-L/" in values["model"] or "DiT-XL/" in values["model"],
         "half_precision": platform != "cpu",
-        "solver": next(iter(SOLVERS[values["objective"]])),
+        "solver": next(iter(find_method(values["objective"]).solvers)),
         "warmup_steps": min(1000, values["n_steps"] // 20),
         "eval_save_steps": quarter,
         "sample_every_n": quarter,
@@ -276,10 +279,7 @@ def validate_train_config(config: TrainConfig, n_devices: int) -> None:
 def _validate_choices(config: TrainConfig) -> None:
     choices = {
         "model": MODELS,
-        "prediction": ddpm.PREDICTIONS,
-        "time_density": TIME_DENSITIES,
         "schedule": optim.SCHEDULES,
-        "solver": sampling.SOLVERS | ddpm.DDPM_SOLVERS,
     }
     for name, table in choices.items():
         if getattr(config, name) not in (None, *table):
@@ -287,14 +287,7 @@ def _validate_choices(config: TrainConfig) -> None:
 
 
 def _validate_model_and_sampling(config: TrainConfig) -> None:
-    solvers = SOLVERS[config.objective]
-    if config.solver not in solvers:
-        raise UserError(
-            f"--solver {config.solver} does not fit --objective {config.objective}, which takes "
-            f"one of: {', '.join(solvers)}"
-        )
-    if config.objective == "ddpm" and config.n_sample_steps > ddpm.N_STEPS:
-        raise UserError(f"--n_sample_steps {config.n_sample_steps}: ddpm has {ddpm.N_STEPS} steps")
+    sampler_config(config)
     is_joint = MODELS[config.model].get("block") == JOINT
     if is_joint != (config.block == JOINT):
         allowed = "joint blocks only" if is_joint else f"one of: {', '.join(BLOCKS)}"
@@ -376,7 +369,7 @@ def network_config(config: TrainConfig, dataset: DatasetConfig) -> ModelConfig:
         patch_size=config.patch_size,
         image_size=config.image_size,
         channels=config.channels,
-        out_channels=config.channels * (2 if config.learned_sigma else 1),
+        out_channels=training_method(config).out_channels(config.channels),
         n_classes=dataset.n_classes if config.conditioning == "class" else 0,
         block=config.block,
         position=config.position,
@@ -389,12 +382,12 @@ def network_config(config: TrainConfig, dataset: DatasetConfig) -> ModelConfig:
     )
 
 
-def model_input_reader(encoding: LatentEncoding | None) -> rectified_flow.ToModelInput:
+def model_input_reader(encoding: LatentEncoding | None) -> ToModelInput:
     """Return the function from a batch's rows to model inputs: images are scaled to −1 … 1, latents
     are sampled from their means and log-variances.
     """
     if not encoding:
-        return rectified_flow.pixels_to_input
+        return pixels_to_input
     return partial(
         autoencoder.sample_scaled_latents,
         scaling_factor=encoding.scaling_factor,
@@ -402,29 +395,24 @@ def model_input_reader(encoding: LatentEncoding | None) -> rectified_flow.ToMode
     )
 
 
-def loss_function(
-    config: TrainConfig,
-    *,
-    label_dropout: float,
-    to_input: rectified_flow.ToModelInput = rectified_flow.pixels_to_input,
-) -> rectified_flow.Objective:
-    """Return the loss of a resolved `config`: `loss(model, batch, key) -> (loss, metrics)`.
+def training_method(config: TrainConfig) -> Method:
+    """Return the method of a resolved `config`, which makes the loss and knows how to sample."""
+    return find_method(config.objective).from_flags(vars(config))
+
+
+def sampler_config(config: TrainConfig, *, clip: bool = False) -> SamplerConfig:
+    """Return the sampler of a resolved `config`.
 
     Args:
-        label_dropout: 0 in an evaluation.
-        to_input: from `model_input_reader`.
+        clip: the data lie in −1 … 1.
+
+    Raises:
+        UserError: the solver is not one of the method's, or has not so many steps.
     """
-    if config.objective == "ddpm":
-        return ddpm.ddpm_loss(
-            prediction=config.prediction,
-            learned_sigma=config.learned_sigma,
-            min_snr_gamma=config.min_snr_gamma,
-            label_dropout=label_dropout,
-            to_input=to_input,
-        )
-    return rectified_flow.rectified_flow_loss(
-        density=TIME_DENSITIES[config.time_density](config),
-        shift=config.time_shift,
-        label_dropout=label_dropout,
-        to_input=to_input,
+    return SamplerConfig(
+        config.solver,
+        config.n_sample_steps,
+        training_method(config),
+        shift=config.sample_shift or 1.0,
+        clip=clip,
     )

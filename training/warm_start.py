@@ -18,6 +18,7 @@ from jaxtyping import Float
 
 from datasets_config import DATASET_CONFIGS, DatasetConfig, LatentEncoding
 from inference.trained_model import TrainedModel
+from methods.registry import DEFAULT_METHOD, method_of
 from model import ModelConfig
 from pretrained import transformer
 from runtime import parallel, processes
@@ -94,13 +95,11 @@ def with_source_flags(config: TrainConfig, source: StartingWeights) -> TrainConf
         inherited["patch_size"] = s.patch_size
     if _size_of_preset(given.get("model", preset)) == _size_of_preset(preset):
         inherited |= {flag: getattr(s, flag) for flag in MODEL_FLAGS}
-    prediction = source.settings.get("prediction")
-    objective = "ddpm" if prediction else "rectified_flow"
+    objective = source.settings.get("objective") or DEFAULT_METHOD
     if given.get("objective", objective) == objective:
+        method = method_of(source.settings)
         inherited["objective"] = objective
-        if prediction:
-            inherited["prediction"] = prediction
-            inherited["learned_sigma"] = s.out_channels > s.channels
+        inherited |= {flag: getattr(method, flag) for flag in method.output_flags}
     if s.text_width and _has_captions(config):
         inherited["text_towers"] = tuple(source.settings["text_towers"])
     return replace(config, **inherited | given)

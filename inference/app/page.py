@@ -26,10 +26,8 @@ from inference.app import service
 from inference.app.service import MAX_IMAGES, ModelLibrary, SampleJob
 from inference.sampler import MAX_SEED
 from inference.trained_model import TrainedModel
-from methods.ddpm import DDPM_SOLVERS
 from runtime.errors import UserError
 from runtime.run_folder import read_config
-from sampling import SOLVERS
 
 MAX_QUEUED = 20  # jobs that wait for the device; more are refused
 MAX_GRIDS = 24  # of a run's samples during training
@@ -187,7 +185,7 @@ def add_request_fields() -> list[Any]:
     labels = gr.Dropdown([], label="Class", multiselect=True, elem_id="labels", visible=False)
     prompt = gr.Textbox(label="Prompt", lines=3, elem_id="prompt", visible=False)
     negative = gr.Textbox(label="Negative prompt", elem_id="negative", visible=False)
-    solver = gr.Dropdown(list(SOLVERS), label="Sampler", elem_id="solver")
+    solver = gr.Dropdown([], label="Sampler", elem_id="solver")
     with gr.Row():
         low = gr.Number(0, label="Guidance from t", step=0.1, min_width=80, elem_id="low")
         high = gr.Number(1, label="to t (1 is noise)", step=0.1, min_width=80, elem_id="high")
@@ -204,14 +202,13 @@ def fields_for_model(model: TrainedModel) -> list[Any]:
     classes = model.label_names or [str(i) for i in range(config.n_classes)]
     if has_captions:
         classes = []
-    solvers = list(DDPM_SOLVERS if model.settings.get("prediction") else SOLVERS)
     prompt = gr.update(visible=True) if has_captions else gr.update(visible=False, value="")
     cfg_scale = model.settings["cfg_scale"]
     return [
         gr.update(choices=classes, value=[], visible=bool(classes), info="empty: all classes"),
         prompt,
         prompt,
-        gr.update(choices=solvers, value=model.settings["solver"]),
+        gr.update(choices=list(model.method.solvers), value=model.settings["solver"]),
         gr.skip(),
         gr.skip(),
         gr.skip(),
@@ -259,9 +256,8 @@ def describe_model(model: TrainedModel) -> str:
     conditioning = f"{config.n_classes} classes" if config.n_classes else "unconditional"
     if config.text_width:
         conditioning = "captions"
-    method = "DDPM" if settings.get("prediction") else "rectified flow"
     heading = f"{architecture} trained on {dataset}" if dataset else str(architecture)
-    return f"# {heading}\n{side} × {side} pixels · {conditioning} · {method}"
+    return f"# {heading}\n{side} × {side} pixels · {conditioning} · {model.method.title}"
 
 
 # --- tabs -----------------------------------------------------------------------------------------
@@ -273,7 +269,7 @@ def add_generate_tab(
     """Add the tab of samples and their trajectory. Returns the guidance scale and the steps."""
     with gr.Row():
         n_images = add_slider("Number of images", "n", value=16, maximum=MAX_IMAGES)
-        n_steps = add_slider("Steps", "steps", maximum=service.MAX_FLOW_STEPS)
+        n_steps = add_slider("Steps", "steps", maximum=service.MAX_STEPS)
         cfg_scale = add_slider("Guidance scale", "scale", maximum=MAX_CFG_SCALE, step=0.1)
     with gr.Row(equal_height=True):
         generate = gr.Button("Generate", variant="primary", elem_id="generate")

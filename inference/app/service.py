@@ -21,13 +21,12 @@ from PIL import Image
 from inference import grids, sample_files, sampler
 from inference.labels import SampleRequest, request_labels, request_prompts
 from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
-from methods import ddpm
 from runtime.errors import UserError, unknown_name
 from runtime.run_folder import CONFIG_FILE, RUNS, read_config
 
 # Limits of one job, so that no visitor keeps the device from the others for long.
 MAX_IMAGES = 64
-MAX_FLOW_STEPS = 250
+MAX_STEPS = 250
 MAX_PROMPT_CHARACTERS = 300
 MAX_GRID_CELLS = 36
 # Limits of a trajectory: every state of every image is in memory.
@@ -159,8 +158,8 @@ def is_training_run(folder: Path) -> bool:
 
 
 def max_steps(model: TrainedModel) -> int:
-    """Return the most sampling steps a job may take: the length of DDPM's chain, or a limit."""
-    return ddpm.N_STEPS if model.settings.get("prediction") else MAX_FLOW_STEPS
+    """Return the most sampling steps a job may take: that of the method's chain, or a limit."""
+    return model.method.max_steps or MAX_STEPS
 
 
 def check_job(model: TrainedModel, job: SampleJob) -> None:

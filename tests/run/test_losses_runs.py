@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from losses_cases import Spy, gaussian_images, key, predict_mean_and_variance
 
-from methods.ddpm import ddpm_loss
+from methods.ddpm import DDPM
 
 
 def sigma_loss(weights, learned):
     batch, _ = gaussian_images(0.3)
     spy = Spy(10, partial(predict_mean_and_variance, weights))
-    return ddpm_loss(learned_sigma=learned)(spy, batch, key)[0]
+    return DDPM(learned_sigma=learned).loss(spy, batch, key)[0]
 
 
 def test_the_bound_teaches_the_variance_and_leaves_the_mean_alone():

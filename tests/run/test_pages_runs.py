@@ -1,5 +1,6 @@
 """A recipe of docs/extending.md that needs a trainer."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,21 +10,37 @@ import pytest
 from flax import nnx
 from pages import run_recipe
 
+import generate
 import model
-import train
-from methods import rectified_flow
-from training import config as training_config
+from generate import GenerateConfig
+from inference.trained_model import TrainedModel
+from methods import rectified_flow, registry
+from runtime.errors import UserError
+from train import TrainConfig, Trainer
 
 
 @pytest.mark.slow
-def test_a_trainer_asks_itself_for_its_objective(tmp_path):
+def test_a_method_trains_samples_resumes_and_is_refused_where_it_is_not_known(
+    tmp_path, monkeypatch
+):
     """Of the untrained model, which says 0, Huber's loss is below half of the squares'."""
-    robust = run_recipe("An objective", rectified_flow, Trainer=train.Trainer, optax=optax)[
-        "Robust"
-    ]
-    config = training_config.TrainConfig(model="DiT-Ti/4", batch_size=64, n_eval_batches=1)
-    small, large = (kind(config).evaluate()["eval_loss"] for kind in (robust, train.Trainer))
+    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
+    made = run_recipe("A method", rectified_flow, registry, optax=optax)
+    config = TrainConfig(model="DiT-Ti/4", batch_size=64, n_eval_batches=1, n_steps=2)
+    robust = Trainer(replace(config, objective="robust", run_dir=tmp_path / "run"))
+    small, large = (trainer.evaluate()["eval_loss"] for trainer in (robust, Trainer(config)))
     assert 0.2 * large < small < 0.5 * large
+
+    robust.fit()
+    assert robust.sample([3, 7], n_steps=2).shape == (2, 8, 8, 1)
+    resumed = Trainer.from_run(tmp_path / "run")
+    assert resumed.step == 2 and resumed.evaluate() == robust.evaluate()
+    trained = TrainedModel.from_run(tmp_path / "run")
+    assert trained.method == made["Robust"]()
+
+    del registry.METHODS["robust"]
+    with pytest.raises(UserError, match="trained with --objective robust, which is not known here"):
+        generate.main(GenerateConfig(run=tmp_path / "run", out=tmp_path / "samples.png"))
 
 
 def test_a_block_is_chosen_by_its_name_and_sees_its_condition(monkeypatch):

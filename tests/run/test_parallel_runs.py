@@ -1,6 +1,7 @@
 """The numbers are the same on any number of devices and for any sharding of the weights."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from parallel_cases import (
 )
 
 from inference import sampler as inference_sampler
-from methods.ddpm import ddpm_loss
+from methods.ddpm import DDPM
 from model import BLOCKS, JOINT, init_model_params, model_graphdef
 from runtime import parallel
 
@@ -39,7 +40,7 @@ def test_twenty_clipped_steps_of_an_mmdit_report_what_one_device_reports():
 @pytest.mark.slow
 def test_steps_of_ddpm_report_what_one_device_reports():
     """With the variational bound, whose gradient is stopped in part."""
-    loss = ddpm_loss(learned_sigma=True, min_snr_gamma=5.0, label_dropout=0.3)
+    loss = partial(DDPM(learned_sigma=True, min_snr_gamma=5.0).loss, label_dropout=0.3)
     config = replace(TINY, out_channels=2)
     expected = steps(config, MESHES["1 device"], n=4, loss=loss)["reports"]
     for name in ("DDP 8", "hybrid 2x4"):

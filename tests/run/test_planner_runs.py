@@ -6,6 +6,7 @@ import math
 import re
 import time
 from dataclasses import replace
+from functools import partial
 
 import jax
 import pytest
@@ -15,7 +16,7 @@ import model
 from benchmarks import planner
 from benchmarks.planner import Plan
 from data.batch import Batch
-from methods.rectified_flow import logit_normal, rectified_flow_loss
+from methods.rectified_flow import RectifiedFlow
 from model import init_model_params, model_config, model_graphdef
 from runtime import parallel
 from train import Trainer
@@ -61,7 +62,7 @@ def test_bytes_of_collectives_are_those_of_the_compiled_program(name, mesh):
     config, (data, fsdp) = CONFIGS[name], MESHES[mesh]
     devices = parallel.make_mesh(fsdp)
     params = parallel.abstract_state(lambda: init_model_params(config, jax.random.key(0)), devices)
-    loss = rectified_flow_loss(density=logit_normal(), label_dropout=0.1)
+    loss = partial(RectifiedFlow().loss, label_dropout=0.1)
     gradient = jax.jit(parallel.value_and_grad(loss, model_graphdef(config), devices))
     side = config.image_size
     batch = Batch(

@@ -20,7 +20,7 @@ from methods import ddpm
 from model import model_config
 from runtime import parallel
 
-DDIM = SamplerConfig("ddim", 3, prediction="v", eta=0.5)
+DDIM = SamplerConfig("ddim", 3, ddpm.DDPM("v"), eta=0.5)
 
 
 def test_batches_and_devices_do_not_change_a_sample(params):
@@ -106,7 +106,7 @@ def test_ddpm_starts_at_the_nearest_step(sigma_params):
     assert plain.trajectory is not None
     schedule = ddpm.noise_schedule()
     for t, step, n_states in ((1.0, 999, 5), (0.6, 666, 4), (0.2, 333, 3)):
-        assert sampler.nearest_start(t) == step / 1000
+        assert sampler.state_times(t)[0] == step / 1000
         result = sample_with(start_from=StartFrom(data, sampler.time_steps(t)), trajectory=True)
         noised = schedule.signal[step] * data + schedule.noise[step] * plain.trajectory[0]
         assert result.trajectory is not None and len(result.trajectory) == n_states

@@ -19,7 +19,7 @@ from train_vae_cases import (
 )
 
 from data.batch import Batch
-from methods.rectified_flow import to_float
+from methods.method import to_float
 from networks import perceptual
 from networks.autoencoder import AutoencoderConfig, most_likely_latents, sample_latents
 from pretrained import autoencoder

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from data.batch import Batch, EncodedCaption
-from methods.rectified_flow import logit_normal, rectified_flow_loss
+from methods.rectified_flow import RectifiedFlow
 from model import JOINT, ModelConfig, init_model_params, model_graphdef
 from runtime import parallel
 from training import optim
@@ -39,7 +39,7 @@ OPTIMIZER = optim.clipped_adamw(
 )
 # Four meshes are compiled: that takes longer than anything that is run.
 quickly_compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-LOSS = rectified_flow_loss(density=logit_normal(), label_dropout=0.3)
+LOSS = partial(RectifiedFlow().loss, label_dropout=0.3)
 
 
 def weights(config):

@@ -4,9 +4,10 @@ import pytest
 from tiny_models import CLASSES, SIGMA, weights
 
 from inference.sampler import SamplerConfig, sample_images
+from methods import ddpm
 from runtime import parallel
 
-DDPM = SamplerConfig("ddpm", 3, prediction="epsilon", clip=True)
+DDPM = SamplerConfig("ddpm", 3, ddpm.DDPM(), clip=True)
 
 
 @pytest.fixture(scope="module")

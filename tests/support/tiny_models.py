@@ -16,7 +16,8 @@ CLASSES = model_config("DiT-Nano/4", **SHAPE, out_channels=1, n_classes=10)
 SIGMA = model_config("DiT-Nano/4", **SHAPE, out_channels=2, n_classes=10)  # learned variance
 UNCONDITIONAL = model_config("DiT-Nano/4", **SHAPE, out_channels=1, n_classes=0)  # unconditional
 FLOW = {"solver": "euler", "n_sample_steps": 3, "sample_shift": 1.0, "cfg_scale": 2.0}
-DDPM = FLOW | {"solver": "ddpm", "sample_shift": None, "prediction": "epsilon"}
+DDPM = FLOW | {"solver": "ddpm", "sample_shift": None}
+DDPM |= {"objective": "ddpm", "prediction": "epsilon"}
 
 
 @lru_cache

@@ -21,9 +21,8 @@ from pages import PAGES, RECIPES, recipe, run_recipe
 import datasets_config
 import model
 import sampling
-import train
 from data.load import open_dataset
-from methods import rectified_flow
+from methods import rectified_flow, registry
 from runtime import cli
 
 MAX_LINES = 8  # of a recipe
@@ -59,12 +58,11 @@ def test_a_dataset_is_opened_by_its_entry(tmp_path, monkeypatch):
     assert entry.model in model.MODELS
 
 
-def test_an_objective_is_what_it_says():
+def test_a_method_is_what_it_says(monkeypatch):
     """Of a model that says 0, Huber's loss of the velocity itself."""
-    made = run_recipe("An objective", rectified_flow, Trainer=train.Trainer, optax=optax)
-    assert issubclass(made["Robust"], train.Trainer)
-    options = {"label_dropout": 0.1, "to_input": rectified_flow.pixels_to_input}
-    loss = made["Robust"].objective(None, **options)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
+    robust = run_recipe("A method", rectified_flow, registry, optax=optax)["Robust"]
+    assert registry.METHODS["robust"] is robust
     image = jax.random.randint(jax.random.key(0), (64, 8, 8, 1), 0, 256).astype(jnp.uint8)
     batch = SimpleNamespace(row=jnp.arange(64), image=image, label=jnp.zeros(64, int))
     seen = []
@@ -75,7 +73,7 @@ def test_an_objective_is_what_it_says():
 
     says_nothing.config = SimpleNamespace(n_classes=10)
     key = jax.random.key(1)
-    found, _ = loss(says_nothing, batch, key)
+    found, _ = robust().loss(says_nothing, batch, key, label_dropout=0.1)
     rows = rectified_flow.sample_loss_inputs(batch, key, n_classes=10, label_dropout=0.1)
     v = jnp.abs(rows.noise - rows.data)
     np.testing.assert_allclose(found, jnp.where(v < 1, v**2 / 2, v - 0.5).mean(), rtol=1e-5)

@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from methods.rectified_flow import to_float
+from methods.method import to_float
 from networks import perceptual
 from networks.autoencoder import AutoencoderConfig, AutoencoderKL, sample_latents
 from training.autoencoder.config import VaeConfig

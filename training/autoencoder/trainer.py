@@ -20,7 +20,7 @@ from PIL import Image
 from data.batch import Batch
 from data.load import open_dataset
 from inference import grids
-from methods.rectified_flow import to_float
+from methods.method import to_float
 from networks import perceptual
 from networks.autoencoder import AutoencoderKL, Moments, autoencoder_graphdef, most_likely_latents
 from pretrained import autoencoder as pretrained_autoencoder

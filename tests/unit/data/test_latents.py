@@ -14,7 +14,8 @@ from latents_cases import ENCODING, moments
 from data import latents
 from data.latents import MomentSums
 from datasets_config import LatentEncoding
-from methods import rectified_flow
+from methods import method
+from methods.rectified_flow import RectifiedFlow
 from networks import autoencoder
 from runtime.errors import UserError
 
@@ -130,15 +131,14 @@ def test_the_key_of_latents_is_none_of_the_others():
     batch = SimpleNamespace(
         row=jnp.arange(4), image=jnp.asarray(moments(4)), label=jnp.zeros(4, jnp.int32)
     )
-    loss = rectified_flow.rectified_flow_loss(density=rectified_flow.uniform(), to_input=read)
     losses, all_keys = [], []
     for step in range(3):
         key = jax.random.key(step)
-        losses.append(loss(Model(), batch, key)[0].item())
-        named = rectified_flow.derive_row_keys(key, batch.row)
+        losses.append(RectifiedFlow("uniform").loss(Model(), batch, key, to_input=read)[0].item())
+        named = method.derive_row_keys(key, batch.row)
         assert (jax.random.key_data(seen[-1]) == jax.random.key_data(named.data)).all()
         all_keys += [tuple(k) for part in named for k in jax.random.key_data(part).tolist()]
-    assert len(set(all_keys)) == 3 * 4 * len(rectified_flow.RowKeys._fields)
+    assert len(set(all_keys)) == 3 * 4 * len(method.RowKeys._fields)
     assert len(set(losses)) == 3
 
 

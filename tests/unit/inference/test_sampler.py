@@ -14,7 +14,10 @@ from tiny_models import DIGITS, SIGMA
 
 from inference.labels import label_ids, spread_evenly
 from inference.sampler import SamplerConfig
+from methods import ddpm
 from runtime.errors import UserError
+
+DDPM_V = ddpm.DDPM("v")
 
 
 def test_a_sample_with_its_own_seed_does_not_depend_on_the_others(params, sigma_params):
@@ -98,21 +101,25 @@ def test_a_sampler_that_does_not_exist_is_named():
     "arguments, message",
     [
         ({"solver": "ddpm"}, "--solver ddpm is not for a model trained by rectified flow"),
-        ({"prediction": "v"}, "--solver euler is not for a model trained by DDPM, which takes"),
-        ({"solver": "ddpm", "prediction": "v", "n_steps": 1001}, "1001; DDPM has 1000"),
-        ({"solver": "ddpm", "prediction": "v", "eta": 0.5}, "--eta 0.5 is for --solver ddim"),
+        ({"method": DDPM_V}, "--solver euler is not for a model trained by DDPM, which takes"),
+        ({"solver": "ddpm", "method": DDPM_V, "n_steps": 1001}, "1001; DDPM has 1000"),
+        ({"solver": "ddpm", "method": DDPM_V, "eta": 0.5}, "--eta 0.5 is for --solver ddim"),
         ({"eta": 0.5}, "--eta 0.5 is for --solver ddim"),
-        ({"solver": "ddpm", "prediction": "eps"}, "unknown prediction 'eps'"),
         ({"shift": 0.0}, "--shift 0: must be above 0"),
-        ({"solver": "ddpm", "prediction": "v", "shift": 3.0}, "--shift 3 is for rectified flow"),
+        ({"solver": "ddpm", "method": DDPM_V, "shift": 3.0}, "--shift 3 is for rectified flow"),
         ({"interval": (0.7, 0.3)}, "--interval 0.7 0.3: must be two times in 0 … 1"),
         ({"interval": (0.7, 1.3)}, "--interval 0.7 1.3: must be two times in 0 … 1"),
-        ({"solver": "ddim", "prediction": "v", "eta": 1.5}, "--eta 1.5: must be between 0 and 1"),
+        ({"solver": "ddim", "method": DDPM_V, "eta": 1.5}, "--eta 1.5: must be between 0 and 1"),
     ],
 )
 def test_a_sampler_that_does_not_fit_is_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         SamplerConfig(**arguments)
+
+
+def test_a_prediction_that_does_not_exist_is_named():
+    with pytest.raises(UserError, match="unknown prediction 'eps'"):
+        ddpm.DDPM(prediction="eps")
 
 
 def test_unfit_guidance_is_refused(params):

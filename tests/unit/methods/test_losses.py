@@ -9,13 +9,13 @@ import pytest
 from losses_cases import N, Spy, batch_of, gaussian_images, key, predict_mean_and_variance
 
 from data.batch import EncodedCaption
-from methods import ddpm, rectified_flow
-from methods.ddpm import ddpm_loss
+from methods import ddpm, method
+from methods.ddpm import DDPM
 from methods.rectified_flow import (
+    RectifiedFlow,
     heavy_tailed_mode,
     interpolate,
     logit_normal,
-    rectified_flow_loss,
     shift_time,
     uniform,
 )
@@ -26,12 +26,12 @@ u = jnp.linspace(0, 1, 20_001)[1:-1]
 
 def test_dropping_makes_the_null_class_or_the_empty_caption():
     drop = jnp.asarray([True, False, True])
-    label = rectified_flow.drop_labels(jnp.asarray([3, 4, 5]), drop, 10)
+    label = method.drop_labels(jnp.asarray([3, 4, 5]), drop, 10)
     assert label.tolist() == [10, 4, 10]
     caption = EncodedCaption(
         jnp.ones((3, 2, 4), jnp.float16), jnp.ones((3, 2), bool), jnp.ones((3, 5))
     )
-    dropped = rectified_flow.drop_labels(caption, drop, 0)
+    dropped = method.drop_labels(caption, drop, 0)
     for part, whole in zip(dropped, caption, strict=True):
         assert (part[0] == 0).all() and (part[2] == 0).all() and (part[1] == whole[1]).all()
         assert part.dtype == whole.dtype
@@ -41,7 +41,7 @@ def test_dropping_makes_the_null_class_or_the_empty_caption():
 def model_inputs(batch, key, n_classes, label_dropout):
     """The inputs x_t, t and label that the objective gives a model."""
     spy = Spy(n_classes)
-    rectified_flow_loss(density=uniform(), label_dropout=label_dropout)(spy, batch, key)
+    RectifiedFlow("uniform").loss(spy, batch, key, label_dropout=label_dropout)
     return spy.x, spy.t, spy.label
 
 
@@ -64,7 +64,7 @@ def correlation(a, b):
 
 
 def test_bytes_become_minus_one_to_one():
-    ends = rectified_flow.to_float(jnp.asarray([0, 255], jnp.uint8).reshape(2, 1, 1, 1))
+    ends = method.to_float(jnp.asarray([0, 255], jnp.uint8).reshape(2, 1, 1, 1))
     assert ends.ravel().tolist() == [-1, 1]
 
 
@@ -199,11 +199,17 @@ def test_the_null_label_is_the_number_of_classes(n_classes):
 TIMES = (np.arange(N) + 0.5) / N
 
 
+class EvenTimes(RectifiedFlow):
+    """Rectified flow with times spread evenly instead of sampled."""
+
+    density = property(lambda self: lambda u: jnp.asarray(TIMES))
+
+
 @jax.jit
 def linear_loss(batch, slope):
-    """The loss of the predictor slope(t)·x, with times spread evenly instead of sampled."""
+    """The loss of the predictor slope(t)·x."""
     model = Spy(10, lambda x, t: slope.reshape(-1, 1, 1, 1) * x)
-    return rectified_flow_loss(density=lambda u: jnp.asarray(TIMES))(model, batch, key)
+    return EvenTimes().loss(model, batch, key)
 
 
 def best_slope(s):
@@ -235,7 +241,7 @@ def test_another_predictor_is_worse_by_its_distance_from_the_best(error):
 def test_the_times_bins_give_the_loss_back():
     t, error = jax.random.uniform(key, (1000,)), jax.random.exponential(key, (1000,))
     t = t.at[:2].set(jnp.asarray([0.0, 1.0]))
-    metrics = rectified_flow.loss_by_time(t, error)
+    metrics = method.loss_by_time(t, error)
     np.testing.assert_allclose(metrics["binned_loss"].sum(), error.mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["bin_share"].sum(), 1, rtol=1e-5)
     third = (t >= 0.3) & (t < 0.4)
@@ -249,10 +255,10 @@ BETA = np.linspace(1e-4, 2e-2, 1000)
 ALPHA_BAR = np.cumprod(1 - BETA)
 
 
-def run_ddpm_loss(batch, *, predict=lambda x, t: 0 * x, key=key, **options):
+def run_ddpm_loss(batch, *, predict=lambda x, t: 0 * x, label_dropout=0.0, **flags):
     """The inputs that DDPM gives a model, and the loss and metrics of its predictions."""
     spy = Spy(10, predict)
-    loss, metrics = ddpm_loss(**options)(spy, batch, key)
+    loss, metrics = DDPM(**flags).loss(spy, batch, key, label_dropout=label_dropout)
     return jax.device_get((spy.x, spy.t, spy.label, loss, metrics))
 
 

@@ -223,7 +223,7 @@ def test_samples_are_those_of_diffusers(tmp_path):
 def test_files_of_the_original_are_sampled_as_published(tmp_path):
     theirs = example("small")
     loaded = TrainedModel.from_pretrained(f"dit:heads=4:{saved(tmp_path / 'a.pt', theirs)}")
-    sampler = SamplerConfig("ddpm", 250, prediction="epsilon", guided_channels=3)
+    sampler = SamplerConfig("ddpm", 250, DDPM(), guided_channels=3)
     assert loaded.plan(SamplingOverrides()) == (sampler, 4.0)
     assert loaded.encoding is not None
     assert (loaded.encoding.vae, loaded.encoding.image_size) == ("stabilityai/sd-vae-ft-ema", 64)

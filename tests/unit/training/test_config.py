@@ -16,16 +16,19 @@ import pytest
 from commands import ROOT
 
 from datasets_config import DATASET_CONFIGS
-from methods.rectified_flow import logit_normal
+from methods.ddpm import DDPM
+from methods.rectified_flow import RectifiedFlow, logit_normal
+from methods.registry import METHODS
 from model import MODELS
 from runtime.errors import UserError
+from runtime.flags import flags_of
 from training.config import DEFAULTS, TrainConfig
 from training.resolve import (
-    loss_function,
     merge_saved,
     network_config,
     recorded_flags,
     resolve_train_config,
+    training_method,
 )
 
 FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
@@ -351,25 +354,21 @@ def test_large_models_rematerialise_by_default():
     assert not network_config(resolved(model="DiT-XL/2", remat=False), DIGITS).remat
 
 
-def test_every_flag_of_rectified_flow_reaches_the_loss(monkeypatch):
-    arguments = {}
-    monkeypatch.setattr(
-        "methods.rectified_flow.rectified_flow_loss", lambda **kwargs: arguments.update(kwargs)
-    )
-    config = resolved(time_density="logit_normal", logit_mean=-0.5, logit_std=0.7, time_shift=3.0)
-    loss_function(config, label_dropout=0.25)
+def test_every_flag_of_rectified_flow_reaches_the_method():
+    flags: dict[str, Any] = {"logit_mean": -0.5, "logit_std": 0.7, "time_shift": 3.0}
+    method = training_method(resolved(time_density="logit_normal", **flags))
+    assert method == RectifiedFlow("logit_normal", **flags)
     u = jnp.linspace(0.1, 0.9, 9)
-    assert (arguments["density"](u) == logit_normal(-0.5, 0.7)(u)).all()
-    assert arguments["shift"] == 3.0 and arguments["label_dropout"] == 0.25
+    assert (RectifiedFlow("logit_normal", **flags).density(u) == logit_normal(-0.5, 0.7)(u)).all()
+    assert training_method(resolved(time_density="mode", mode_scale=0.5)) == RectifiedFlow(
+        "mode", mode_scale=0.5
+    )
 
 
-def test_every_flag_of_ddpm_reaches_the_loss(monkeypatch):
-    arguments = {}
-    monkeypatch.setattr("methods.ddpm.ddpm_loss", lambda **kwargs: arguments.update(kwargs))
+def test_every_flag_of_ddpm_reaches_the_method():
     flags: dict[str, Any] = {"prediction": "v", "learned_sigma": True, "min_snr_gamma": 5.0}
     config = resolved(objective="ddpm", **flags)
-    loss_function(config, label_dropout=0.25)
-    assert {name: arguments[name] for name in flags} == flags and arguments["label_dropout"] == 0.25
+    assert training_method(config) == DDPM(**flags)
     assert (
         network_config(config, DIGITS).channels,
         network_config(config, DIGITS).out_channels,
@@ -386,9 +385,9 @@ def test_each_objective_has_its_own_solvers():
         "ddpm, ddim": {"solver": "heun", "objective": "ddpm"},
     }
     for takes, flags in wrong.items():
-        with pytest.raises(UserError, match=rf"--solver \w+ does not fit .*one of: {takes}$"):
+        with pytest.raises(UserError, match=rf"--solver \w+ is not for .*one of: {takes}$"):
             resolved(**flags)
-    with pytest.raises(UserError, match="--n_sample_steps 1001: ddpm has 1000 steps"):
+    with pytest.raises(UserError, match="sampling steps is 1001; DDPM has 1000"):
         resolved(objective="ddpm", n_sample_steps=1001)
     with pytest.raises(UserError, match="unknown prediction 'eps'"):
         resolved(objective="ddpm", prediction="eps")
@@ -510,4 +509,5 @@ def test_every_field_is_read():
     modules = ["train.py"]
     modules += [f"training/{name}.py" for name in ("config", "resolve", "loop", "session")]
     read = {name for module in modules for name in read_fields(module)}
+    read |= {name for method in METHODS.values() for name in flags_of(method)}
     assert set(FIELDS) - read == set()

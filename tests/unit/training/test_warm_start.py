@@ -19,6 +19,8 @@ from runtime.errors import UserError
 from training import warm_start
 from training.warm_start import StartingWeights, fit_weights, match_classes
 
+DDPM_V = {"objective": "ddpm", "prediction": "v", "learned_sigma": True}
+
 
 def fit(start, config, names=(), encoding=None):
     data = replace(DATASET_CONFIGS["digits"], label_names=tuple(names), encoding=encoding)
@@ -37,7 +39,7 @@ def predictor(config):
 
 
 def test_the_objective_is_the_sources_unless_given():
-    start = source(replace(CONFIG, out_channels=2), prediction="v")
+    start = source(replace(CONFIG, out_channels=2), **DDPM_V)
     found = warm_start.with_source_flags(TINY, start)
     assert (found.objective, found.prediction, found.learned_sigma) == ("ddpm", "v", True)
     found = warm_start.with_source_flags(replace(TINY, objective="rectified_flow"), start)
