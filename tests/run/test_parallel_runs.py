@@ -20,6 +20,7 @@ from parallel_cases import (
     quickly_compiled,
     results,  # noqa: F401  # noqa: F401
     steps,
+    tapped_loss,
     weights,
 )
 
@@ -72,6 +73,28 @@ def test_every_design_has_one_devices_gradient_on_all(block, conditioning):
         assert distance(*map(list, zip(*alive, strict=True))) < 1e-4
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"block": JOINT, "n_dual": 3, "remat": True}],
+    ids=["DiT", "MMDiT, dual, remat"],
+)
+def test_taps_have_one_devices_gradient_on_all(fields):
+    config = replace(TINY, depth=6, **fields)
+    batch = batch_of(16, config)
+
+    def plain(params):
+        batch_on_one = jax.tree.map(jnp.asarray, batch)
+        return tapped_loss(nnx.merge(model_graphdef(config), params), batch_on_one, key)[0]
+
+    loss, expected = quickly_compiled(jax.value_and_grad(plain))(weights(config))
+    for mesh in (MESHES["FSDP 8"], MESHES["hybrid 2x4"]):
+        step = quickly_compiled(parallel.value_and_grad(tapped_loss, model_graphdef(config), mesh))
+        params = jax.device_put(weights(config), parallel.named_shardings(weights(config), mesh))
+        (got, _), grads = step(params, parallel.shard_batch(batch, mesh), key)
+        np.testing.assert_allclose(got, loss, rtol=1e-5)
+        assert distance(grads, expected) < 1e-4
+
+
 @pytest.mark.parametrize("name", list(MESHES)[1:])
 def test_twenty_clipped_steps_of_a_dit_report_what_one_device_reports(results, name):
     assert_same_reports(results[name]["reports"], results["1 device"]["reports"])
@@ -105,7 +128,8 @@ def test_a_scale_leaves_the_gradient_as_it_is():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("remat", [True, False])
-def test_fsdp_never_holds_the_whole_model(remat, dtype):
+@pytest.mark.parametrize("loss", [LOSS, tapped_loss], ids=["", "taps"])
+def test_fsdp_never_holds_the_whole_model(loss, remat, dtype):
     """Blocks are gathered one by one, and again in the backward pass, where activations are kept
     too: temporaries stay below what gathering all would take.
     """
@@ -113,7 +137,7 @@ def test_fsdp_never_holds_the_whole_model(remat, dtype):
     batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch_of(8, config)))
     mesh = MESHES["FSDP 8"]
     params = parallel.abstract_state(lambda: init_model_params(config, key), mesh)
-    value_and_grad = jax.jit(parallel.value_and_grad(LOSS, model_graphdef(config), mesh))
+    value_and_grad = jax.jit(parallel.value_and_grad(loss, model_graphdef(config), mesh))
     memory = value_and_grad.lower(params, batch, key).compile().memory_analysis()
     assert memory
     whole = sum(4 * x.size for x in jax.tree.leaves(params))

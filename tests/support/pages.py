@@ -5,7 +5,7 @@ import re
 from commands import ROOT
 
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
-RECIPES = ("A dataset", "A block", "An objective", "A solver")
+RECIPES = ("A dataset", "A block", "An objective", "A solver", "A loss of hidden states")
 
 
 def recipe(title: str) -> str:

@@ -7,6 +7,7 @@ import re
 import runpy
 import shlex
 import subprocess
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -16,6 +17,8 @@ import optax
 import pytest
 from commands import ROOT
 from datasets import ClassLabel, Dataset, Features, Image
+from flax import nnx
+from model_cases import TINY, build_with_params, label, t, with_random_weights, x
 from pages import PAGES, RECIPES, recipe, run_recipe
 
 import datasets_config
@@ -96,6 +99,24 @@ def test_a_solver_is_of_second_order(monkeypatch):
             return abs(x.item() - math.exp(-0.5))
 
     assert error(64) / error(128) == pytest.approx(4, rel=0.05)
+
+
+def test_a_loss_of_hidden_states_trains_the_blocks_before_the_first():
+    config = replace(TINY, depth=4)
+    params = nnx.to_pure_dict(nnx.split(with_random_weights(config))[1])
+    alignment = run_recipe("A loss of hidden states", jax=jax, optax=optax)["alignment"]
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        return alignment(build_with_params(config, params), x, t, label)
+
+    value, grads = loss(params)
+    early, late = build_with_params(config, params)(x, t, label, taps=(2, 4))[1]
+    norms = (jnp.linalg.norm(h, axis=-1) for h in (early, late))
+    np.testing.assert_allclose(value, 1 - ((early * late).sum(-1) / math.prod(norms)).mean(), 1e-5)
+    for g in jax.tree.leaves(grads["blocks"]):
+        assert g[:2].any() and not g[2:].any()
 
 
 # --- commands -------------------------------------------------------------------------------------
