@@ -27,6 +27,7 @@ import sampling
 import train
 from data.load import open_dataset
 from methods import rectified_flow
+from networks.layers import unpatchify
 from runtime import cli
 
 MAX_LINES = 8  # of a recipe
@@ -117,6 +118,20 @@ def test_a_loss_of_hidden_states_trains_the_blocks_before_the_first():
     np.testing.assert_allclose(value, 1 - ((early * late).sum(-1) / math.prod(norms)).mean(), 1e-5)
     for g in jax.tree.leaves(grads["blocks"]):
         assert g[:2].any() and not g[2:].any()
+
+
+def test_a_guidance_extrapolates_from_a_head_of_hidden_states_to_the_prediction():
+    model = with_random_weights(replace(TINY, depth=4))
+
+    def head(hidden):
+        return unpatchify(hidden[..., :12], 2, 4)
+
+    guided_by_depth = run_recipe("A guidance", sampling)["guided_by_depth"]
+    v = jax.jit(guided_by_depth(model, head, label, 1.9, (0.3, 1.0)))
+    for time, scale in ((0.5, 1.9), (0.2, 1.0)):
+        strong, (hidden,) = model(x, jnp.full(4, time), label, taps=(2,))
+        expected = head(hidden) + scale * (strong - head(hidden))
+        np.testing.assert_allclose(v(x, time), expected, rtol=1e-4, atol=1e-4)
 
 
 # --- commands -------------------------------------------------------------------------------------
