@@ -146,6 +146,61 @@ def test_fsdp_never_holds_the_whole_model(loss, remat, dtype):
     assert memory.temp_size_in_bytes < whole / 2
 
 
+def distillation_loss(model, batch, key, teacher):
+    x, t = batch.image.astype(jnp.float32) / 255, batch.row / 16
+    return jnp.square(model(x, t, batch.label) - teacher(x, t, batch.label)).mean(), {}
+
+
+def test_a_frozen_transformer_is_gathered_block_by_block():
+    """A teacher of another kind adds its shards, and a gathered block while it is called."""
+    config, mesh = replace(WIDE, remat=False), MESHES["FSDP 8"]
+    teacher = replace(WIDE, block=JOINT, depth=8, n_dual=2)
+    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch_of(8, config)))
+    params, frozen = (
+        parallel.abstract_state(lambda c=c: init_model_params(c, key), mesh)
+        for c in (config, teacher)
+    )
+    run = parallel.value_and_grad(
+        distillation_loss, model_graphdef(config), mesh, frozen_graphdef=model_graphdef(teacher)
+    )
+    step = jax.jit(lambda params, frozen, batch, key: run(params, batch, key, frozen=frozen))
+    memory = step.lower(params, frozen, batch, key).compile().memory_analysis()
+    assert memory
+    whole, whole_teacher = (
+        sum(4 * x.size for x in jax.tree.leaves(tree)) for tree in (params, frozen)
+    )
+    assert memory.argument_size_in_bytes < 1.3 / 8 * (whole + whole_teacher)
+    assert memory.output_size_in_bytes < 1.3 / 8 * whole
+    assert memory.temp_size_in_bytes < whole / 2 + whole_teacher / 6
+
+
+@pytest.mark.parametrize("accumulate_steps", [1, 2])
+def test_a_transformer_distilled_on_all_devices_has_one_devices_gradient(accumulate_steps):
+    config, teacher = TINY, replace(TINY, block=JOINT, n_dual=1, depth=3, remat=True)
+    batch = batch_of(32, config)
+
+    def plain(params, frozen):
+        batch_on_one = jax.tree.map(jnp.asarray, batch)
+        models = (nnx.merge(model_graphdef(c), p) for c, p in ((config, params), (teacher, frozen)))
+        model, frozen_model = models
+        return distillation_loss(model, batch_on_one, key, frozen_model)[0]
+
+    loss, expected = quickly_compiled(jax.value_and_grad(plain))(weights(config), weights(teacher))
+    mesh = MESHES["hybrid 2x4"]
+    run = parallel.value_and_grad(
+        distillation_loss,
+        model_graphdef(config),
+        mesh,
+        frozen_graphdef=model_graphdef(teacher),
+        accumulate_steps=accumulate_steps,
+    )
+    step = quickly_compiled(lambda params, frozen, batch: run(params, batch, key, frozen=frozen))
+    params, frozen = (parallel.shard_params(weights(c), mesh) for c in (config, teacher))
+    (got, _), grads = step(params, frozen, parallel.shard_batch(batch, mesh))
+    np.testing.assert_allclose(got, loss, rtol=1e-5)
+    assert distance(grads, expected) < 1e-4
+
+
 def test_sampling_and_evaluation_never_hold_the_whole_model():
     """They are plain `jit` over sharded weights, which XLA gathers one block at a time."""
     mesh, config = MESHES["FSDP 8"], replace(WIDE, depth=12, remat=False)

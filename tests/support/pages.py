@@ -6,7 +6,7 @@ from commands import ROOT
 
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 RECIPES = ("A dataset", "A block", "An objective", "A solver", "A loss of hidden states")
-RECIPES += ("A guidance",)
+RECIPES += ("A guidance", "A teacher")
 
 
 def recipe(title: str) -> str:

@@ -8,6 +8,7 @@ import runpy
 import shlex
 import subprocess
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -28,7 +29,7 @@ import train
 from data.load import open_dataset
 from methods import rectified_flow
 from networks.layers import unpatchify
-from runtime import cli
+from runtime import cli, parallel
 
 MAX_LINES = 8  # of a recipe
 MAX_README_BYTES, MAX_README_LINES = 9 * 1024, 150
@@ -132,6 +133,20 @@ def test_a_guidance_extrapolates_from_a_head_of_hidden_states_to_the_prediction(
         strong, (hidden,) = model(x, jnp.full(4, time), label, taps=(2,))
         expected = head(hidden) + scale * (strong - head(hidden))
         np.testing.assert_allclose(v(x, time), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_teacher_teaches_on_any_mesh():
+    """The gradient is 0 for a student that is its teacher, and no other."""
+    config = replace(TINY, depth=1)
+    params = nnx.to_pure_dict(nnx.split(with_random_weights(config))[1])
+    distill = run_recipe("A teacher", parallel, model)["distill"]
+    mesh, graphs = parallel.make_mesh(4, devices=jax.devices()[:4]), [model.model_graphdef(config)]
+    step = jax.jit(partial(distill, graphs=2 * graphs, mesh=mesh))
+    for factor in (1.0, 0.9):
+        student = jax.tree.map(lambda p, factor=factor: factor * p, params)
+        (loss, _), grads = step(student, params, (x, t, label), jax.random.key(0))
+        learns = [bool(g.any()) for g in jax.tree.leaves(grads)]
+        assert (loss > 1e-3 and all(learns)) if factor < 1 else (loss == 0 and not any(learns))
 
 
 # --- commands -------------------------------------------------------------------------------------
