@@ -8,7 +8,7 @@ A model knows nothing of noise, losses, guidance or devices, takes no random key
 flag. A label that it should not see arrives as the null class or as the empty caption.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ from networks.layers import (
     modulate,
     patchify,
     rms_norm,
-    scan_blocks,
+    scan_with_taps,
     small_normal,
     stack_blocks,
     unpatchify,
@@ -410,6 +410,18 @@ class PlainFinalLayer(nnx.Module):
 
 # --- DiT ------------------------------------------------------------------------------------------
 
+# With taps: the prediction, and the image's tokens after each tapped block.
+Tapped = tuple[Float[Array, "b h w o"], tuple[Float[Array, "b n d"], ...]]
+
+
+def check_taps(taps: Sequence[int], depth: int) -> None:
+    """Raises UserError unless `taps` are ascending numbers of blocks, from 1 to `depth`."""
+    if list(taps) != sorted({tap for tap in taps if 1 <= tap <= depth}):
+        raise UserError(
+            f"taps {', '.join(map(str, taps))}: must be numbers of blocks in 1 … {depth}, "
+            "ascending and without repeats"
+        )
+
 
 class Design(NamedTuple):
     """A block, the layer after the last block, and whether the condition's tokens stand before the
@@ -453,17 +465,33 @@ class DiT(nnx.Module):
         self.final = design.final(c, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b h w c"], t: Float[Array, "b"], label: Label
-    ) -> Float[Array, "b h w o"]:
-        """Predict at x_t, in float32. A class is in 0 … n_classes; n_classes is the null class."""
+        self,
+        x: Float[Array, "b h w c"],
+        t: Float[Array, "b"],
+        label: Label,
+        *,
+        taps: Sequence[int] = (),
+    ) -> Float[Array, "b h w o"] | Tapped:
+        """Predict at x_t, in float32. A class is in 0 … n_classes; n_classes is the null class.
+
+        Args:
+            taps: numbers of blocks, ascending, from 1 to `depth`. With them the result is the
+                prediction and the image's tokens after so many blocks, (b n d) in `dtype`, in the
+                order of `taps`.
+
+        Raises:
+            UserError: taps out of range, or not ascending.
+        """
         c = self.config
+        check_taps(taps, c.depth)
         cond = add_time(self.time(t), self.label(label))
         x = self.position(self.patch(patchify(x, c.patch_size)))
         n = x.shape[1]
         x = jnp.concatenate([cond.tokens[:, : self.n_joining], x], axis=1)
-        x = scan_blocks(self.blocks, x, cond, remat=c.remat, unroll=c.unroll)
+        x, states = scan_with_taps(self.blocks, x, cond, taps=taps, remat=c.remat, unroll=c.unroll)
         x = self.final(x[:, -n:], cond)
-        return unpatchify(x, c.patch_size, c.grid[0]).astype(jnp.float32)
+        prediction = unpatchify(x, c.patch_size, c.grid[0]).astype(jnp.float32)
+        return (prediction, tuple(state[:, -n:] for state in states)) if taps else prediction
 
 
 # --- MMDiT: two streams with one attention (Esser et al. 2024, §4 and fig. 2b) --------------------
@@ -633,17 +661,42 @@ class MMDiT(nnx.Module):
         self.final = AdaptiveFinalLayer(c, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b h w c"], t: Float[Array, "b"], label: Label
-    ) -> Float[Array, "b h w o"]:
-        """Predict at x_t, in float32. A class is in 0 … n_classes; n_classes is the null class."""
+        self,
+        x: Float[Array, "b h w c"],
+        t: Float[Array, "b"],
+        label: Label,
+        *,
+        taps: Sequence[int] = (),
+    ) -> Float[Array, "b h w o"] | Tapped:
+        """Predict at x_t, in float32. A class is in 0 … n_classes; n_classes is the null class.
+
+        Args:
+            taps: as of a `DiT`. Dual blocks come first, then the joint ones, then the last block.
+
+        Raises:
+            UserError: taps out of range, or not ascending.
+        """
         c = self.config
+        check_taps(taps, c.depth)
         cond = self.label(label)
         cond = cond._replace(vector=self.time(t) + cond.vector)
         streams = Streams(self.position(self.patch(patchify(x, c.patch_size))), cond.tokens)
-        for blocks in (self.dual_blocks, self.blocks):
-            streams = scan_blocks(blocks, streams, cond, remat=c.remat, unroll=c.unroll)
-        image = self.final(self.last(streams, cond), cond)
-        return unpatchify(image, c.patch_size, c.grid[0]).astype(jnp.float32)
+        hidden: list[Array] = []
+        for blocks, first, end in (
+            (self.dual_blocks, 0, c.n_dual),
+            (self.blocks, c.n_dual, c.depth - 1),
+        ):
+            own_taps = [tap - first for tap in taps if first < tap <= end]
+            streams, states = scan_with_taps(
+                blocks, streams, cond, taps=own_taps, remat=c.remat, unroll=c.unroll
+            )
+            hidden += [state.image for state in states]
+        image = self.last(streams, cond)
+        if c.depth in taps:
+            hidden.append(image)
+        image = self.final(image, cond)
+        prediction = unpatchify(image, c.patch_size, c.grid[0]).astype(jnp.float32)
+        return (prediction, tuple(hidden)) if taps else prediction
 
 
 # --- presets --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Solvers from noise to data, and classifier-free guidance.
+"""Solvers from noise to data, and guidance of one prediction by another.
 
 A solver of a flow's differential equation sees only `velocity(x, t)` and integrates it from t = 1
 (noise) to t = 0 (data). The whole batch shares one t. The solvers of DDPM, in `methods/ddpm.py`,
@@ -16,6 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 Velocity = Callable[[Float[Array, "b *s"], Float[Array, ""]], Float[Array, "b *s"]]
+# The weak and the strong prediction at (x, t).
+PredictionPair = Callable[
+    [Float[Array, "b *s"], Float[Array, ""]], tuple[Float[Array, "b *s"], Float[Array, "b *s"]]
+]
 FreshNoise = Callable[[Int[Array, ""]], Float[Array, "b *s"]]  # step index → its noise
 # Folded into a seed's key where initial noise folds the image's index: no image has this index.
 STEP_NOISE_TAG = 2**32 - 1
@@ -155,6 +159,61 @@ def step_noise(
 # --- guidance -------------------------------------------------------------------------------------
 
 
+def extrapolate(
+    weak: Velocity,
+    strong: Velocity,
+    scale: Float[Array, ""] | float,
+    *,
+    interval: tuple[float, float] = (0.0, 1.0),
+    channels: int | None = None,
+) -> Velocity:
+    """Guidance away from a weaker prediction: weak + scale·(strong − weak) (Karras et al. 2024).
+
+    Scale 1 is the strong prediction, up to rounding. Guidance nests: either prediction may itself
+    be a result of this function, which then acts first.
+
+    Args:
+        weak, strong: predictions as functions of (x, t): of a velocity, or of the target of
+            DDPM. They may be two models, two labels or two depths of one model.
+        scale: the guidance scale w.
+        interval: the two times, both inclusive, between which guidance acts; outside the scale is 1
+            (Kynkäänniemi et al. 2024).
+        channels: number of channels to guide; the rest are the strong prediction's. By default all.
+    """
+
+    def both(x: Array, t: Any) -> tuple[Array, Array]:
+        return weak(x, t), strong(x, t)
+
+    return extrapolate_pair(both, scale, interval=interval, channels=channels)
+
+
+def extrapolate_pair(
+    both: PredictionPair,
+    scale: Float[Array, ""] | float,
+    *,
+    interval: tuple[float, float] = (0.0, 1.0),
+    channels: int | None = None,
+) -> Velocity:
+    """`extrapolate`, where one function returns (weak, strong): one call of a model can give both.
+
+    Args:
+        both: the weak and the strong prediction at (x, t).
+        scale, interval, channels: as of `extrapolate`.
+    """
+    # The grid's times are float32: without room for rounding they miss the ends they are meant for.
+    low, high = interval[0] - 1e-6, interval[1] + 1e-6
+
+    def extrapolated(x: Array, t: Any) -> Array:
+        weak, strong = both(x, t)
+        w = jnp.where((low <= t) & (t <= high), scale, 1.0)
+        v = weak + w * (strong - weak)
+        if channels is None:
+            return v
+        return jnp.concatenate([v[..., :channels], strong[..., channels:]], axis=-1)
+
+    return extrapolated
+
+
 def guided(
     velocity: Callable[..., Float[Array, "b *s"]],
     cond: PyTree[Array],
@@ -167,30 +226,23 @@ def guided(
 ) -> Velocity:
     """Classifier-free guidance as a velocity: v_null + scale·(v_cond − v_null).
 
-    Ho & Salimans 2022, eq. 6 with scale = 1 + w; scale 1 is the conditional velocity. Outside
-    `interval`, which is in t and closed, the scale is 1 (Kynkäänniemi et al. 2024).
+    Ho & Salimans 2022, eq. 6 with scale = 1 + w: `extrapolate` from the unconditional velocity to
+    the conditional one.
 
     Args:
         velocity: `velocity(x, t, cond)` of the model, or the output of a DDPM.
         cond, null: conditional and unconditional label: trees of arrays with a leading batch axis.
-        scale: the guidance scale.
-        channels: number of channels to guide; the rest stays conditional. By default all.
+        scale, interval, channels: as of `extrapolate`.
         one_call: evaluate both halves in one call of `velocity`, which fills a GPU better. A CPU's
             caches prefer two calls.
     """
-    both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null)
-    # The grid's times are float32: without room for rounding they miss the ends they are meant for.
-    low, high = interval[0] - 1e-6, interval[1] + 1e-6
+    labels = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null)
 
-    def combined(x: Array, t: Any) -> Array:
+    def both(x: Array, t: Any) -> tuple[Array, Array]:
         if one_call:
-            v_cond, v_null = jnp.split(velocity(jnp.concatenate([x, x]), t, both), 2)
+            v_cond, v_null = jnp.split(velocity(jnp.concatenate([x, x]), t, labels), 2)
         else:
             v_cond, v_null = velocity(x, t, cond), velocity(x, t, null)
-        w = jnp.where((low <= t) & (t <= high), scale, 1.0)
-        v = v_null + w * (v_cond - v_null)
-        if channels is None:
-            return v
-        return jnp.concatenate([v[..., :channels], v_cond[..., channels:]], axis=-1)
+        return v_null, v_cond
 
-    return combined
+    return extrapolate_pair(both, scale, interval=interval, channels=channels)

@@ -9,7 +9,7 @@ Functions with hand-written derivatives are in `networks/ops.py`, whole models i
 Nothing here knows of a loss or a mesh.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -441,3 +441,37 @@ def scan_blocks(blocks: nnx.Module | None, x: Any, *args: Any, remat: bool, unro
         return nnx.merge(graphdef, weights)(x, *args), None
 
     return jax.lax.scan(jax.checkpoint(body) if remat else body, x, weights, unroll=unroll)[0]
+
+
+def scan_with_taps(
+    blocks: nnx.Module | None, x: Any, *args: Any, taps: Sequence[int], remat: bool, unroll: int
+) -> tuple[Any, list[Any]]:
+    """`scan_blocks`, and the state after each number of blocks in `taps`.
+
+    The stack is cut at the taps and its pieces are scanned one after the other: a tapped state that
+    was carried through one scan would be saved for the backward pass once per block. The pieces are
+    copies of the weights; without a tap before the end nothing is cut.
+
+    Args:
+        taps: ascending numbers of blocks, from 1 to all of them.
+    """
+    states: list[Any] = []
+    for piece in split_blocks(blocks, taps):
+        x = scan_blocks(piece, x, *args, remat=remat, unroll=unroll)
+        states.append(x)
+    return x, states[: len(taps)]
+
+
+def split_blocks(blocks: nnx.Module | None, cuts: Sequence[int]) -> list[Any]:
+    """Cut stacked blocks after each number of blocks in `cuts`, which ascend."""
+    if blocks is None or not cuts:
+        return [blocks]
+    graphdef, weights = nnx.split(blocks)
+    depth = len(jax.tree.leaves(weights)[0])
+    inner = [cut for cut in cuts if cut < depth]
+    if not inner:
+        return [blocks]
+    # Not slices: the transpose of a split is one concatenation, that of a slice a padded copy.
+    leaves, treedef = jax.tree.flatten(weights)
+    pieces = zip(*(jnp.split(leaf, inner) for leaf in leaves), strict=True)
+    return [nnx.merge(graphdef, jax.tree.unflatten(treedef, piece)) for piece in pieces]

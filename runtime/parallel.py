@@ -284,49 +284,61 @@ def merge_sharded_model(graphdef: Any, params: Any, specs: Any) -> nnx.Module:
 
 
 def value_and_grad(
-    loss: Callable[..., Any], graphdef: Any, mesh: Mesh, *, accumulate_steps: int = 1
+    loss: Callable[..., Any],
+    graphdef: Any,
+    mesh: Mesh,
+    *,
+    frozen_graphdef: Any = None,
+    accumulate_steps: int = 1,
 ) -> Callable[..., Any]:
     """`jax.value_and_grad` of `loss(model, batch, key)`, averaged over the rows of all devices.
 
-    Returns `run(params, batch, key, scale=None) -> ((loss, metrics), grads)`: the first two
-    replicated, gradients sharded as `params`. The loss is multiplied by `scale` before it is
-    differentiated and the gradients are divided by it, so that small ones survive float16. Every
+    Returns `run(params, batch, key, scale=None, *, frozen=None) -> ((loss, metrics), grads)`: the
+    first two replicated, gradients sharded as `params`. The loss is multiplied by `scale` before it
+    is differentiated and the gradients are divided by it, so that small ones survive float16. Every
     device must hold the same number of rows.
 
     Args:
+        frozen_graphdef: of a second model, such as a teacher, that the loss takes and that is not
+            trained: `loss(model, batch, key, frozen_model)`. `run` then needs its weights `frozen`,
+            sharded as `partition_specs` says, as `params` are. Gradients pass through its inputs.
         accumulate_steps: microbatches that a device's rows are cut into. Their gradients are summed
             one after the other, which takes the memory of one and gives the gradient of all.
     """
 
-    def run(params: Any, batch: Any, key: Any, scale: Any = None) -> Any:
-        specs = partition_specs(params, mesh)
+    def run(params: Any, batch: Any, key: Any, scale: Any = None, *, frozen: Any = None) -> Any:
+        if (frozen is None) != (frozen_graphdef is None):
+            raise ValueError("`frozen` and `frozen_graphdef` belong together: one of them is None")
+        frozen = {} if frozen is None else frozen
+        specs, frozen_specs = (partition_specs(tree, mesh) for tree in (params, frozen))
         share = (1 if scale is None else scale) / (mesh.size * accumulate_steps)
 
-        def local(params: Any, batch: Any, key: Any, share: Any) -> Any:
+        def local(params: Any, frozen: Any, batch: Any, key: Any, share: Any) -> Any:
+            frozen_model: list[nnx.Module] = []
+            if frozen_graphdef is not None:
+                frozen = _mark_own(frozen, frozen_specs)
+                frozen_model = [merge_sharded_model(frozen_graphdef, frozen, frozen_specs)]
+
             def scaled_loss(params: Any, rows: Any) -> Any:
-                value, metrics = loss(merge_sharded_model(graphdef, params, specs), rows, key)
+                model = merge_sharded_model(graphdef, params, specs)
+                value, metrics = loss(model, rows, key, *frozen_model)
                 return value * share, (value, metrics)
 
             # Each device differentiates by weights of its own, and the sum over devices that hold
             # the same weights comes last: scattered gradients are summed as shards, and
             # microbatches only once.
-            own = jax.tree.map(
-                lambda x, spec: _mark_varying(x, _replicated_axes(spec)), params, specs
-            )
             gradient = _accumulate(jax.grad(scaled_loss, has_aux=True), accumulate_steps)
-            grads, sums = gradient(own, batch)
-            grads = jax.tree.map(
-                lambda g, spec: jax.lax.psum(g, _replicated_axes(spec)), grads, specs
-            )
+            grads, sums = gradient(_mark_own(params, specs), batch)
+            grads = _sum_over_copies(grads, specs)
             means = jax.tree.map(lambda x: x / accumulate_steps, sums)
             return jax.lax.pmean(means, AXES), grads
 
         means, grads = jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(specs, P(AXES), P(), P()),
+            in_specs=(specs, frozen_specs, P(AXES), P(), P()),
             out_specs=((P(), P()), specs),
-        )(params, batch, key, share)
+        )(params, frozen, batch, key, share)
         return means, grads if scale is None else jax.tree.map(lambda g: g / scale, grads)
 
     return run
@@ -343,6 +355,16 @@ def mean_over_devices(tree: Any) -> Any:
 def _replicated_axes(spec: P) -> tuple[str, ...]:
     """Mesh axes along which devices hold the same values."""
     return tuple(axis for axis in AXES if axis not in spec)
+
+
+def _mark_own(tree: Any, specs: Any) -> Any:
+    """Type a device's shards as different on all devices, those that are the same too."""
+    return jax.tree.map(lambda x, spec: _mark_varying(x, _replicated_axes(spec)), tree, specs)
+
+
+def _sum_over_copies(grads: Any, specs: Any) -> Any:
+    """Sum a device's gradients over the devices that hold the same weights."""
+    return jax.tree.map(lambda g, spec: jax.lax.psum(g, _replicated_axes(spec)), grads, specs)
 
 
 def _mark_varying(x: Any, axes: tuple[str, ...]) -> Any:

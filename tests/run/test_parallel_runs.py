@@ -21,6 +21,7 @@ from parallel_cases import (
     quickly_compiled,
     results,  # noqa: F401  # noqa: F401
     steps,
+    tapped_loss,
     weights,
 )
 
@@ -73,6 +74,28 @@ def test_every_design_has_one_devices_gradient_on_all(block, conditioning):
         assert distance(*map(list, zip(*alive, strict=True))) < 1e-4
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"block": JOINT, "n_dual": 3, "remat": True}],
+    ids=["DiT", "MMDiT, dual, remat"],
+)
+def test_taps_have_one_devices_gradient_on_all(fields):
+    config = replace(TINY, depth=6, **fields)
+    batch = batch_of(16, config)
+
+    def plain(params):
+        batch_on_one = jax.tree.map(jnp.asarray, batch)
+        return tapped_loss(nnx.merge(model_graphdef(config), params), batch_on_one, key)[0]
+
+    loss, expected = quickly_compiled(jax.value_and_grad(plain))(weights(config))
+    for mesh in (MESHES["FSDP 8"], MESHES["hybrid 2x4"]):
+        step = quickly_compiled(parallel.value_and_grad(tapped_loss, model_graphdef(config), mesh))
+        params = jax.device_put(weights(config), parallel.named_shardings(weights(config), mesh))
+        (got, _), grads = step(params, parallel.shard_batch(batch, mesh), key)
+        np.testing.assert_allclose(got, loss, rtol=1e-5)
+        assert distance(grads, expected) < 1e-4
+
+
 @pytest.mark.parametrize("name", list(MESHES)[1:])
 def test_twenty_clipped_steps_of_a_dit_report_what_one_device_reports(results, name):
     assert_same_reports(results[name]["reports"], results["1 device"]["reports"])
@@ -106,7 +129,8 @@ def test_a_scale_leaves_the_gradient_as_it_is():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("remat", [True, False])
-def test_fsdp_never_holds_the_whole_model(remat, dtype):
+@pytest.mark.parametrize("loss", [LOSS, tapped_loss], ids=["", "taps"])
+def test_fsdp_never_holds_the_whole_model(loss, remat, dtype):
     """Blocks are gathered one by one, and again in the backward pass, where activations are kept
     too: temporaries stay below what gathering all would take.
     """
@@ -114,13 +138,68 @@ def test_fsdp_never_holds_the_whole_model(remat, dtype):
     batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch_of(8, config)))
     mesh = MESHES["FSDP 8"]
     params = parallel.abstract_state(lambda: init_model_params(config, key), mesh)
-    value_and_grad = jax.jit(parallel.value_and_grad(LOSS, model_graphdef(config), mesh))
+    value_and_grad = jax.jit(parallel.value_and_grad(loss, model_graphdef(config), mesh))
     memory = value_and_grad.lower(params, batch, key).compile().memory_analysis()
     assert memory
     whole = sum(4 * x.size for x in jax.tree.leaves(params))
     assert memory.argument_size_in_bytes < 1.3 / 8 * whole
     assert memory.output_size_in_bytes < 1.3 / 8 * whole
     assert memory.temp_size_in_bytes < whole / 2
+
+
+def distillation_loss(model, batch, key, teacher):
+    x, t = batch.image.astype(jnp.float32) / 255, batch.row / 16
+    return jnp.square(model(x, t, batch.label) - teacher(x, t, batch.label)).mean(), {}
+
+
+def test_a_frozen_transformer_is_gathered_block_by_block():
+    """A teacher of another kind adds its shards, and a gathered block while it is called."""
+    config, mesh = replace(WIDE, remat=False), MESHES["FSDP 8"]
+    teacher = replace(WIDE, block=JOINT, depth=8, n_dual=2)
+    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch_of(8, config)))
+    params, frozen = (
+        parallel.abstract_state(lambda c=c: init_model_params(c, key), mesh)
+        for c in (config, teacher)
+    )
+    run = parallel.value_and_grad(
+        distillation_loss, model_graphdef(config), mesh, frozen_graphdef=model_graphdef(teacher)
+    )
+    step = jax.jit(lambda params, frozen, batch, key: run(params, batch, key, frozen=frozen))
+    memory = step.lower(params, frozen, batch, key).compile().memory_analysis()
+    assert memory
+    whole, whole_teacher = (
+        sum(4 * x.size for x in jax.tree.leaves(tree)) for tree in (params, frozen)
+    )
+    assert memory.argument_size_in_bytes < 1.3 / 8 * (whole + whole_teacher)
+    assert memory.output_size_in_bytes < 1.3 / 8 * whole
+    assert memory.temp_size_in_bytes < whole / 2 + whole_teacher / 6
+
+
+@pytest.mark.parametrize("accumulate_steps", [1, 2])
+def test_a_transformer_distilled_on_all_devices_has_one_devices_gradient(accumulate_steps):
+    config, teacher = TINY, replace(TINY, block=JOINT, n_dual=1, depth=3, remat=True)
+    batch = batch_of(32, config)
+
+    def plain(params, frozen):
+        batch_on_one = jax.tree.map(jnp.asarray, batch)
+        models = (nnx.merge(model_graphdef(c), p) for c, p in ((config, params), (teacher, frozen)))
+        model, frozen_model = models
+        return distillation_loss(model, batch_on_one, key, frozen_model)[0]
+
+    loss, expected = quickly_compiled(jax.value_and_grad(plain))(weights(config), weights(teacher))
+    mesh = MESHES["hybrid 2x4"]
+    run = parallel.value_and_grad(
+        distillation_loss,
+        model_graphdef(config),
+        mesh,
+        frozen_graphdef=model_graphdef(teacher),
+        accumulate_steps=accumulate_steps,
+    )
+    step = quickly_compiled(lambda params, frozen, batch: run(params, batch, key, frozen=frozen))
+    params, frozen = (parallel.shard_params(weights(c), mesh) for c in (config, teacher))
+    (got, _), grads = step(params, frozen, parallel.shard_batch(batch, mesh))
+    np.testing.assert_allclose(got, loss, rtol=1e-5)
+    assert distance(grads, expected) < 1e-4
 
 
 def test_sampling_and_evaluation_never_hold_the_whole_model():

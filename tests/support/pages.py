@@ -5,7 +5,8 @@ import re
 from commands import ROOT
 
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
-RECIPES = ("A dataset", "A block", "A method", "A solver")
+RECIPES = ("A dataset", "A block", "A method", "A solver", "A loss of hidden states")
+RECIPES += ("A guidance", "A teacher")
 
 
 def recipe(title: str) -> str:

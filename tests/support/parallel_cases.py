@@ -63,6 +63,13 @@ def batch_of(n, config, seed=0):
     return Batch(np.arange(n, dtype=np.int32), image, label)
 
 
+def tapped_loss(model, batch, key):
+    """A loss of the prediction and of two taps, as of deep supervision."""
+    x, t = batch.image.astype(jnp.float32) / 255, batch.row / 16
+    y, hidden = model(x, t, batch.label, taps=(2, 4))
+    return jnp.square(y).mean() + sum(jnp.square(h.astype(jnp.float32)).mean() for h in hidden), {}
+
+
 # --- the same numbers -----------------------------------------------------------------------------
 
 

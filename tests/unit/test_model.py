@@ -15,6 +15,7 @@ from model_cases import (
     caption,
     key,
     label,
+    labels_for,
     t,
     with_random_weights,
     x,
@@ -25,9 +26,11 @@ from model import (
     MODELS,
     Condition,
     Streams,
+    add_time,
     init_model_params,
     model_config,
 )
+from networks.layers import patchify
 from runtime.errors import UserError
 
 SHAPES = (4, 16, 32), (4, 6, 32), (4, 32)  # image tokens, label tokens, label vector
@@ -108,6 +111,90 @@ def test_positions_tell_tokens_apart():
         "joint, rope",
     ):
         assert moves(VARIANTS[name]) > 1e-2
+
+
+# --- taps -----------------------------------------------------------------------------------------
+
+TAPPED = {
+    "adaln_zero": replace(TINY, depth=4),
+    "in_context": replace(VARIANTS["in_context, captions"], depth=4),
+    "joint": replace(VARIANTS["joint, rope"], depth=4, unroll=1),
+    "joint, SD3.5": VARIANTS["joint, SD3.5"],
+    "bfloat16": replace(TINY, depth=4, dtype="bfloat16"),
+}
+
+
+def run_block_by_block(model, x, t, label):
+    """The image's tokens after each block, by a loop that knows neither scans nor taps."""
+    c, cond, joint = model.config, model.label(label), model.config.block == JOINT
+    image = model.position(model.patch(patchify(x, c.patch_size)))
+    n = image.shape[1]
+    if joint:
+        cond = cond._replace(vector=model.time(t) + cond.vector)
+        state = Streams(image, cond.tokens)
+    else:
+        cond = add_time(model.time(t), cond)
+        state = image
+        if c.block == "in_context":
+            state = jnp.concatenate([cond.tokens, image], axis=1)
+    stacks = [(model.dual_blocks, c.n_dual), (model.blocks, 3 - c.n_dual)] if joint else []
+    for stack, depth in stacks or [(model.blocks, 4)]:
+        for i in range(depth):
+            block = nnx.merge(*jax.tree.map(lambda w, i=i: w[i], nnx.split(stack)))
+            state = block(state, cond)
+            yield state.image if joint else state[:, -n:]
+    if joint:
+        yield model.last(state, cond)
+
+
+@pytest.mark.parametrize("config", TAPPED.values(), ids=TAPPED)
+def test_taps_are_the_states_after_so_many_blocks_beside_the_same_prediction(config):
+    model, label = with_random_weights(config), labels_for(config)
+    plain, expected = model(x, t, label), list(run_block_by_block(model, x, t, label))
+    for taps in [(1, 3), (4,)]:
+        y, hidden = model(x, t, label, taps=taps)
+        assert (y == plain).all()
+        for k, state in zip(taps, hidden, strict=True):
+            # The compiled body of a scan rounds otherwise than operations one by one.
+            error = jnp.abs(jnp.float32(state) - expected[k - 1]).max()
+            assert error < (0.02 if config.dtype == "bfloat16" else 1e-5) * jnp.abs(state).max()
+            assert state.dtype == config.dtype
+
+
+def gradient_by_a_tap(config):
+    params = nnx.to_pure_dict(nnx.split(with_random_weights(config))[1])
+
+    @jax.jit
+    def gradient(params):
+        def loss(params):
+            model = build_with_params(config, params)
+            return jnp.sin(model(x, t, labels_for(config), taps=(3,))[1][0]).mean()
+
+        return jax.grad(loss)(params)
+
+    return gradient(params)
+
+
+def test_a_tap_has_a_gradient_by_the_blocks_before_it_alone():
+    grads = gradient_by_a_tap(TAPPED["adaln_zero"])
+    for g in jax.tree.leaves(grads["blocks"]):
+        assert (jnp.abs(g[:3]).reshape(3, -1).max(1) > 0).all() and (g[3:] == 0).all()
+    assert not any(jnp.any(g) for g in jax.tree.leaves(grads["final"]))
+    assert jnp.abs(grads["patch"]["kernel"]).max() > 0
+    recomputed = gradient_by_a_tap(replace(TAPPED["adaln_zero"], remat=True))
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(recomputed), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6 * float(jnp.abs(a).max()))
+
+
+@pytest.mark.parametrize("name", ["adaln_zero", "joint"])
+def test_taps_that_are_no_ascending_blocks_are_refused(name):
+    model = with_random_weights(TAPPED[name])
+    for taps in [(0,), (5,), (-1,), (2, 2), (3, 1)]:
+        with pytest.raises(UserError, match=f"^taps {', '.join(map(str, taps))}: .* in 1 … 4"):
+            model(x, t, label, taps=taps)
+
+
+# --- sizes ----------------------------------------------------------------------------------------
 
 
 def count_params(config):

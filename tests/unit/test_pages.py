@@ -7,6 +7,8 @@ import re
 import runpy
 import shlex
 import subprocess
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -16,6 +18,8 @@ import optax
 import pytest
 from commands import ROOT
 from datasets import ClassLabel, Dataset, Features, Image
+from flax import nnx
+from model_cases import TINY, build_with_params, label, t, with_random_weights, x
 from pages import PAGES, RECIPES, recipe, run_recipe
 
 import datasets_config
@@ -23,7 +27,8 @@ import model
 import sampling
 from data.load import open_dataset
 from methods import rectified_flow, registry
-from runtime import cli
+from networks.layers import unpatchify
+from runtime import cli, parallel
 
 MAX_LINES = 8  # of a recipe
 MAX_README_BYTES, MAX_README_LINES = 9 * 1024, 150
@@ -94,6 +99,52 @@ def test_a_solver_is_of_second_order(monkeypatch):
             return abs(x.item() - math.exp(-0.5))
 
     assert error(64) / error(128) == pytest.approx(4, rel=0.05)
+
+
+def test_a_loss_of_hidden_states_trains_the_blocks_before_the_first():
+    config = replace(TINY, depth=4)
+    params = nnx.to_pure_dict(nnx.split(with_random_weights(config))[1])
+    alignment = run_recipe("A loss of hidden states", jax=jax, optax=optax)["alignment"]
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        return alignment(build_with_params(config, params), x, t, label)
+
+    value, grads = loss(params)
+    early, late = build_with_params(config, params)(x, t, label, taps=(2, 4))[1]
+    norms = (jnp.linalg.norm(h, axis=-1) for h in (early, late))
+    np.testing.assert_allclose(value, 1 - ((early * late).sum(-1) / math.prod(norms)).mean(), 1e-5)
+    for g in jax.tree.leaves(grads["blocks"]):
+        assert g[:2].any() and not g[2:].any()
+
+
+def test_a_guidance_extrapolates_from_a_head_of_hidden_states_to_the_prediction():
+    model = with_random_weights(replace(TINY, depth=4))
+
+    def head(hidden):
+        return unpatchify(hidden[..., :12], 2, 4)
+
+    guided_by_depth = run_recipe("A guidance", sampling)["guided_by_depth"]
+    v = jax.jit(guided_by_depth(model, head, label, 1.9, (0.3, 1.0)))
+    for time, scale in ((0.5, 1.9), (0.2, 1.0)):
+        strong, (hidden,) = model(x, jnp.full(4, time), label, taps=(2,))
+        expected = head(hidden) + scale * (strong - head(hidden))
+        np.testing.assert_allclose(v(x, time), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_teacher_teaches_on_any_mesh():
+    """The gradient is 0 for a student that is its teacher, and no other."""
+    config = replace(TINY, depth=1)
+    params = nnx.to_pure_dict(nnx.split(with_random_weights(config))[1])
+    distill = run_recipe("A teacher", parallel, model)["distill"]
+    mesh, graphs = parallel.make_mesh(4, devices=jax.devices()[:4]), [model.model_graphdef(config)]
+    step = jax.jit(partial(distill, graphs=2 * graphs, mesh=mesh))
+    for factor in (1.0, 0.9):
+        student = jax.tree.map(lambda p, factor=factor: factor * p, params)
+        (loss, _), grads = step(student, params, (x, t, label), jax.random.key(0))
+        learns = [bool(g.any()) for g in jax.tree.leaves(grads)]
+        assert (loss > 1e-3 and all(learns)) if factor < 1 else (loss == 0 and not any(learns))
 
 
 # --- commands -------------------------------------------------------------------------------------

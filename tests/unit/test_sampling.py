@@ -4,6 +4,8 @@ solvers of DDPM equal an independent implementation of the papers' algorithms.
 
 import math
 from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,16 @@ from sampling_cases import MEAN, STD, noise, optimal_denoise, sample_ancestral, 
 
 from methods import ddpm
 from methods.ddpm import ancestral, ddim
-from sampling import SOLVERS, euler, guided, initial_noise, step_noise, time_grid
+from sampling import (
+    SOLVERS,
+    euler,
+    extrapolate,
+    extrapolate_pair,
+    guided,
+    initial_noise,
+    step_noise,
+    time_grid,
+)
 
 
 def velocity(x, t):
@@ -321,6 +332,65 @@ def test_the_condition_may_be_a_tree():
     nothing = {"label": null, "tokens": jnp.zeros((8, 3))}
     result = guided(velocity, tree, nothing, 2.0)(noise, jnp.asarray(0.5))
     np.testing.assert_allclose(result[:, 0], -1 + 2 * (cond + 3 + 1), rtol=1e-6)
+
+
+def weak(x, t):
+    """A worse model than `velocity`: that of data as wide as the noise."""
+    return -MEAN + (2 * t - 1) / ((1 - t) ** 2 + t**2) * (x - (1 - t) * MEAN)
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.25, 0.75)])
+@pytest.mark.parametrize("scale", [1.0, 1.5, 3.0])
+def test_a_weak_model_guides_a_strong_one_along_the_guidance_law(scale, interval):
+    """Both velocities are affine in x, so Euler's steps are a product, here in float64."""
+    times = time_grid(40)
+    guided_velocity = extrapolate(weak, velocity, scale, interval=interval)
+    x = jax.jit(lambda z: euler(guided_velocity, z, times).x)(noise)
+    expected = np.float64(noise)
+    for t, s in pairwise(np.asarray(times, np.float64)):
+        w = scale if interval[0] - 1e-6 <= t <= interval[1] + 1e-6 else 1.0
+        rates = [(t - (1 - t) * std**2) / ((1 - t) ** 2 * std**2 + t**2) for std in (1.0, STD)]
+        rate = rates[0] + w * (rates[1] - rates[0])
+        expected = expected + (s - t) * (-MEAN + rate * (expected - (1 - t) * MEAN))
+    np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-5)
+    # The strong model at scale 1; away from the weak model, samples are less spread beyond it.
+    plain = jax.jit(lambda z: euler(velocity, z, times).x)(noise)
+    if scale == 1:
+        np.testing.assert_allclose(x, plain, rtol=1e-5, atol=1e-5)
+    else:
+        assert jnp.std(x) < 0.95 * jnp.std(plain)
+
+
+def test_guidance_by_labels_is_guidance_of_a_weak_model():
+    weak, strong = (partial(conditional, c=c) for c in (null, cond))
+    cases: list[dict[str, Any]] = [{}, {"channels": 3}, {"interval": (0.2, 0.4)}]
+    for options in cases:
+        v = extrapolate(weak, strong, 2.5, **options)(noise, jnp.asarray(0.5))
+        by_labels = guided_at(2.5, one_call=False, **options)
+        np.testing.assert_array_equal(v, by_labels)
+        one_call = extrapolate_pair(lambda x, t: (weak(x, t), strong(x, t)), 2.5, **options)
+        np.testing.assert_array_equal(one_call(noise, jnp.asarray(0.5)), by_labels)
+
+
+def test_guidance_nests_and_the_inner_acts_first():
+    """In both branches of the labels, then between them, each in an interval of its own."""
+
+    def inner(x, t, c):
+        return extrapolate(
+            lambda x, t: jnp.sin(conditional(x, t, c)),
+            lambda x, t: conditional(x, t, c),
+            1.5,
+            interval=(0.5, 1.0),
+        )(x, t)
+
+    outer = guided(inner, cond, null, 3.0, interval=(0.0, 0.7))
+    for t, inner_scale, outer_scale in [(0.2, 1, 3), (0.6, 1.5, 3), (0.9, 1.5, 1)]:
+        v_cond, v_null = (
+            np.sin(v) + inner_scale * (v - np.sin(v))
+            for v in (np.asarray(conditional(noise, t, c)) for c in (cond, null))
+        )
+        expected = v_null + outer_scale * (v_cond - v_null)
+        np.testing.assert_allclose(outer(noise, jnp.asarray(t)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_solving_runs_the_times_it_is_given():

@@ -182,6 +182,28 @@ def test_scan_equals_a_loop_over_the_blocks(remat, unroll):
     np.testing.assert_allclose(jax.tree.leaves(grad)[0], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("taps", [(), (1,), (4,), (1, 4), (2, 3), (1, 2, 3, 4)])
+def test_taps_cut_a_scan_into_pieces_of_the_stack(taps):
+    blocks = layers.stack_blocks(lambda rngs: Affine(rngs), 4, nnx.Rngs(0))
+    x, bias = jnp.ones((2, 3)), jnp.full((2, 3), 0.5)
+
+    def scan(x):
+        return layers.scan_with_taps(blocks, x, bias, taps=taps, remat=True, unroll=1)
+
+    end, states = scan(x)
+    whole = layers.scan_blocks(blocks, x, bias, remat=True, unroll=1)
+    np.testing.assert_array_equal(end, whole)
+    for tap, state in zip(taps, states, strict=True):
+        first = layers.split_blocks(blocks, [tap])[0]
+        expected = layers.scan_blocks(first, x, bias, remat=True, unroll=1)
+        np.testing.assert_array_equal(state, expected)
+    # Each scan hands on its last state, and no state of every block.
+    scans = [e for e in jax.make_jaxpr(scan)(x).eqns if e.primitive.name == "scan"]
+    lengths = np.diff([0, *taps] + [4] * (taps[-1:] != (4,))).tolist()
+    assert [e.params["length"] for e in scans] == lengths
+    assert all([v.aval.shape for v in e.outvars] == [(2, 3)] for e in scans)
+
+
 def plain_swiglu(gate, x):
     return gate / (1 + jnp.exp(-gate)) * x
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 from parallel_cases import (
     MESHES,
@@ -42,6 +43,70 @@ def test_gradients_are_sharded_as_the_weights(results):
         for p, g in zip(jax.tree.leaves(params), jax.tree.leaves(grads), strict=True):
             assert g.sharding.is_equivalent_to(p.sharding, g.ndim)
         assert any(not p.sharding.is_fully_replicated for p in jax.tree.leaves(params))
+
+
+# --- a frozen model ------------------------------------------------------------------------------
+
+
+class Toy(nnx.Module):
+    """A perceptron: large kernels are sharded, biases are not."""
+
+    def __init__(self, width, *, rngs):
+        self.hidden = nnx.Linear(64, width, rngs=rngs)
+        self.out = nnx.Linear(width, 64, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(jnp.tanh(self.hidden(x)))
+
+
+STUDENT, TEACHER = (nnx.split(Toy(width, rngs=nnx.Rngs(width))) for width in (32, 128))
+
+
+def distill(model, rows, key, teacher):
+    """Equal the teacher, and see the student through it."""
+    y = model(rows)
+    loss = jnp.square(y - teacher(rows)).mean() + jnp.square(teacher(y)).mean()
+    return loss, {"teacher": teacher(rows).mean()}
+
+
+@pytest.mark.parametrize("accumulate_steps", [1, 2])
+@pytest.mark.parametrize("name", MESHES)
+def test_a_student_learns_from_a_frozen_teacher(name, accumulate_steps):
+    x, mesh = jax.random.normal(key, (16, 64)), MESHES[name]
+    params, frozen = (nnx.to_pure_dict(model[1]) for model in (STUDENT, TEACHER))
+
+    def plain(params):
+        return distill(nnx.merge(STUDENT[0], params), x, key, nnx.merge(*TEACHER))
+
+    (loss, metrics), expected = jax.value_and_grad(plain, has_aux=True)(params)
+    run = parallel.value_and_grad(
+        distill,
+        STUDENT[0],
+        mesh,
+        frozen_graphdef=TEACHER[0],
+        accumulate_steps=accumulate_steps,
+    )
+    step = jax.jit(lambda params, frozen, x: run(params, x, key, frozen=frozen), donate_argnums=0)
+    params, frozen = (parallel.shard_params(tree, mesh) for tree in (params, frozen))
+    if mesh.shape["fsdp"] > 1:
+        assert not frozen["hidden"]["kernel"].sharding.is_fully_replicated
+    (got, reported), grads = step(params, frozen, parallel.shard_batch(np.asarray(x), mesh))
+    np.testing.assert_allclose(got, loss, rtol=1e-5)
+    np.testing.assert_allclose(reported["teacher"], metrics["teacher"], rtol=1e-4)
+    assert distance(grads, expected) < 1e-5
+    # The teacher has no gradient, and stays where and as it was; the student was donated.
+    assert all(x.is_deleted() for x in jax.tree.leaves(params))
+    jax.tree.map(np.testing.assert_array_equal, frozen, nnx.to_pure_dict(TEACHER[1]))
+
+
+def test_a_frozen_model_needs_its_weights_and_they_need_their_model():
+    frozen, x = nnx.to_pure_dict(TEACHER[1]), jnp.zeros((16, 64))
+    for graphdef, weights in ((TEACHER[0], None), (None, frozen)):
+        run = parallel.value_and_grad(
+            distill, STUDENT[0], MESHES["1 device"], frozen_graphdef=graphdef
+        )
+        with pytest.raises(ValueError, match="belong together"):
+            run(nnx.to_pure_dict(STUDENT[1]), x, key, frozen=weights)
 
 
 # --- memory ---------------------------------------------------------------------------------------
