@@ -12,10 +12,8 @@ from typing import Any
 from runtime.flags import flags_of, groups_of
 
 WIDTH = 100
-CONFIG_HELP = (
-    "YAML or JSON file of flags, one `name: value` each, or the config.json of a training run to "
-    "start once more; flags on the command line take precedence"
-)
+CONFIG_HELP = "YAML or JSON file of flags, one `name: value` each; flags on the command line win"
+RUN_HELP = "; or a run's config.json, to start its training once more"
 
 
 def help_page(config: type[Any], types: Mapping[str, str]) -> str:
@@ -29,17 +27,14 @@ def help_page(config: type[Any], types: Mapping[str, str]) -> str:
     parts = [f"usage: python {os.path.basename(sys.argv[0])} [--flag value …]"]
     parts.append(inspect.getdoc(config) or "")
     for title, names in groups_of(config).items():
+        texts = {name: known[name].help if name in known else "" for name in names}
         entries = [
-            _entry(
-                name,
-                types[name],
-                shown_default(config, name),
-                known[name].help if name in known else "",
-            )
-            for name in names
+            _entry(name, types[name], shown_default(config, name), text)
+            for name, text in texts.items()
         ]
         parts.append("\n".join([title, *entries]))
-    parts.append("\n".join(["Flags from a file", _entry("config", "a path", "none", CONFIG_HELP)]))
+    text = CONFIG_HELP + (RUN_HELP if hasattr(config, "flags_of_run") else "")
+    parts.append("\n".join(["Flags from a file", _entry("config", "a path", "none", text)]))
     return "\n\n".join(parts)
 
 

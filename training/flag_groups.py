@@ -211,7 +211,7 @@ class RunFlags:
                 pinned.append("model")
             values = {name: saved[name] for name in pinned} | given
         left_out = {
-            name for name, flag in known.items() if not flag.inherited or flag.is_unread(saved)
+            name for name, rules in known.items() if not rules.inherited or rules.is_unread(saved)
         }
         return {name: value for name, value in values.items() if name not in left_out}
 
