@@ -20,70 +20,51 @@ from inference.latent_writer import convert_dataset, make_encoding
 from runtime import cli, parallel
 from runtime.errors import UserError
 from runtime.files import remove_leftovers
+from runtime.flags import Derived, again, check_values, flag
 from runtime.run_folder import create_run_folder, exclusive_writer
-
-
-@dataclass(frozen=True)
-class ConvertConfig:
-    """Make latents of a dataset's images, in a folder that training and `load_dataset` open.
-
-    Args:
-        dataset_name: a key of DATASET_CONFIGS, folder:PATH or hf:owner/name.
-        data_dir: a local copy of the dataset.
-        image_column: where to find images in folder: and hf: data.
-        label_column: where to find classes in folder: and hf: data.
-        caption_column: where to find captions.
-        image_size: pixels to a side after centre crop and resize.
-        streaming: read images from Parquet files, here or on the hub, as they are needed.
-        vae: a folder in diffusers' layout, or an id on the hub; with --doctor, where the VAE of the
-            latents is now, if it has moved.
-        out: the folder to write.
-        mirror: make latents of the mirrored images too.
-        half_precision: run the VAE in bfloat16.
-        batch_size: images at a time, on all devices together.
-        rows_per_file: rows of the dataset per file; at most one file's work is lost when stopped.
-        n_workers: processes that decode; 0 for threads.
-        verify: afterwards, decode so many rows and compare them with the images.
-        doctor: only check whether this folder's latents are sound.
-    """
-
-    dataset_name: str = "imagenet"
-    data_dir: Path | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    caption_column: str | None = None
-    image_size: int | None = None
-    streaming: bool = False
-    vae: str | None = None
-    out: Path | None = None
-    mirror: bool | None = None
-    half_precision: bool | None = None
-    batch_size: int | None = None
-    rows_per_file: int = 10_000
-    n_workers: int | None = None
-    verify: int = 0
-    doctor: Path | None = None
-
+from training.flag_groups import DatasetFlags, DeviceFlags, ImageFlags, LabelFlags, LoadingFlags
 
 DEFAULT_VAE = "stabilityai/sdxl-vae"
-HELP_DEFAULTS = {
-    "vae": DEFAULT_VAE,
-    "image_size": "as the dataset recommends",
-    "out": "latents/<dataset>",
-    "mirror": "where the dataset allows flips",
-    "half_precision": "except on a CPU",
-    "batch_size": "64 a device, 16 on a CPU",
-    "n_workers": "half of the CPUs",
-}
-MINIMA = {"rows_per_file": 1, "batch_size": 1, "image_size": 1, "n_workers": 0, "verify": 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentFlags:
+    """Latents."""
+
+    image_size: int | None = again(ImageFlags, "image_size", above=None, at_least=1)
+    vae: str | None = flag(
+        Derived(DEFAULT_VAE),
+        "a folder in diffusers' layout, or an id on the hub; with --doctor, where the VAE of the "
+        "latents is now, if it has moved",
+    )
+    out: Path | None = flag(Derived("latents/<dataset>"), "the folder to write")
+    mirror: bool | None = flag(
+        Derived("where the dataset allows flips"), "make latents of the mirrored images too"
+    )
+    half_precision: bool | None = flag(Derived("except on a CPU"), "run the VAE in bfloat16")
+    batch_size: int | None = again(DeviceFlags, "batch_size")
+    rows_per_file: int = flag(
+        10_000,
+        "rows of the dataset per file; at most one file's work is lost when stopped",
+        at_least=1,
+    )
+    verify: int = flag(
+        0, "afterwards, decode so many rows and compare them with the images", at_least=0
+    )
+    doctor: Path | None = flag(None, "only check whether this folder's latents are sound")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(DatasetFlags, LabelFlags, LoadingFlags, LatentFlags):
+    """Make latents of a dataset's images, in a folder that training and `load_dataset` open."""
+
+    dataset_name: str = again(DatasetFlags, "dataset_name", default="imagenet", is_setting=False)
+    streaming: bool = again(LoadingFlags, "streaming", is_setting=False)
 
 
 def check_flags(config: ConvertConfig) -> None:
     """Raises UserError for flags that cannot work, before anything is loaded."""
-    for name, minimum in MINIMA.items():
-        value = getattr(config, name)
-        if value is not None and value < minimum:
-            raise UserError(f"--{name} {value}: must be at least {minimum}")
+    check_values(config, vars(config))
     n_devices = parallel.devices().count
     if config.batch_size and config.batch_size % n_devices:
         raise UserError(
@@ -93,7 +74,7 @@ def check_flags(config: ConvertConfig) -> None:
 
 def main() -> None:
     """Open the VAE and the dataset, convert, and print what to do next."""
-    config = cli.parse_flags(ConvertConfig, shown_defaults=HELP_DEFAULTS)
+    config = cli.parse_flags(ConvertConfig)
     check_flags(config)
     parallel.enable_compilation_cache()
     mesh = parallel.make_mesh()

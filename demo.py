@@ -21,32 +21,35 @@ from typing import NoReturn
 from inference.app.service import ModelLibrary
 from runtime import cli, parallel
 from runtime.errors import UserError
+from runtime.flags import Derived, check_values, flag
 from runtime.run_folder import RUNS
+from training.flag_groups import MovedFlags, SourceFlags
 
 
-@dataclass(frozen=True)
-class DemoConfig:
-    """Open a web page to sample from trained models.
+@dataclass(frozen=True, kw_only=True)
+class LibraryFlags(SourceFlags):
+    """Model."""
 
-    Args:
-        run: a run's folder.
-        runs: a folder of runs; the page offers them all.
-        pretrained: a published model instead: an id on the hub, a folder or a file.
-        vae: where the VAE of a latent model is now, if it has moved.
-        text_towers: where its text encoders are now, if they have moved.
-        port: port of the page; defaults to the first free one from 7860.
-        host: who can open the page: 127.0.0.1 this machine only, 0.0.0.0 its whole network.
-        share: also request a public address from gradio.live; needs the network.
-    """
+    runs: Path | None = flag(Derived(RUNS), "a folder of runs; the page offers them all")
 
-    run: Path | None = None
-    runs: Path | None = None
-    pretrained: str | None = None
-    vae: str | None = None
-    text_towers: tuple[str, ...] = ()
-    port: int | None = None
-    host: str = "127.0.0.1"
-    share: bool = False
+
+@dataclass(frozen=True, kw_only=True)
+class PageFlags:
+    """Page."""
+
+    port: int | None = flag(
+        Derived("the first free one from 7860"), "port of the page", at_least=1, at_most=65535
+    )
+    host: str = flag(
+        "127.0.0.1",
+        "who can open the page: 127.0.0.1 this machine only, 0.0.0.0 its whole network",
+    )
+    share: bool = flag(False, "also request a public address from gradio.live; needs the network")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(LibraryFlags, MovedFlags, PageFlags):
+    """Open a web page to sample from trained models."""
 
 
 def main(config: DemoConfig) -> None:
@@ -81,8 +84,7 @@ def check_flags(config: DemoConfig) -> None:
     sources = [n for n in ("run", "runs", "pretrained") if getattr(config, n) is not None]
     if len(sources) > 1:
         raise UserError(f"--{sources[0]} and --{sources[1]} are mutually exclusive")
-    if config.port is not None and not 1 <= config.port <= 65535:
-        raise UserError(f"--port {config.port}: must be in 1 … 65535")
+    check_values(config, vars(config))
     if (config.vae or config.text_towers) and not (config.run or config.pretrained):
         raise UserError("--vae and --text_towers belong to one model: name it by --run")
 
@@ -118,5 +120,4 @@ def import_page(files: Path) -> ModuleType:
 
 
 if __name__ == "__main__":
-    help_defaults = {"runs": RUNS, "port": "the first free"}
-    cli.run_command(lambda: main(cli.parse_flags(DemoConfig, shown_defaults=help_defaults)))
+    cli.run_command(lambda: main(cli.parse_flags(DemoConfig)))

@@ -41,6 +41,19 @@ from inference.trained_model import SamplingOverrides, TrainedModel
 from runtime import cli, parallel, processes
 from runtime.errors import UserError
 from runtime.files import check_distinct_paths, report_unwritable
+from runtime.flags import Derived, again, check_values, flag
+from training.flag_groups import (
+    CheckpointFlags,
+    ClusterFlags,
+    DatasetFlags,
+    DeviceFlags,
+    ImageFlags,
+    InceptionFlags,
+    MovedFlags,
+    RequestFlags,
+    SamplingFlags,
+    SourceFlags,
+)
 
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 RECORD_FILE = "evaluations.jsonl"
@@ -54,102 +67,83 @@ METRIC_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
+@dataclass(frozen=True, kw_only=True)
+class ImageSourceFlags(SourceFlags):
+    """Images to evaluate."""
+
+    images: Path | None = flag(None, "evaluate a folder of images")
+    npz: Path | None = flag(
+        None, "evaluate an .npz of images (arr_0), as generate.py and --samples write it"
+    )
+    dataset_name: str | None = again(DatasetFlags, "dataset_name", default=None, is_setting=False)
+    data_dir: Path | None = again(DatasetFlags, "data_dir")
+    image_column: str | None = again(DatasetFlags, "image_column")
+    split: str | None = flag(Derived(DEFAULT_SPLIT), "split of the dataset")
+    image_size: int | None = again(ImageFlags, "image_size", above=None, at_least=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreFlags(InceptionFlags):
+    """FID."""
+
+    reference: Path | None = flag(
+        None,
+        "statistics of real images: of --make_reference, pytorch-fid, clean-fid or the ADM suite",
+    )
+    make_reference: Path | None = flag(
+        None, "write such statistics to this .npz, and compare nothing"
+    )
+    features: Literal["inception", "pixels"] = flag(
+        "inception", "inception, or pixels, which need no weights. A distance in pixels is not FID"
+    )
+    preparation: str | None = flag(
+        Derived("the reference's"),
+        "how images are resized for Inception: pytorch_fid, adm or clean_fid; by default, for "
+        "references of other tools, adm if they hold spatial statistics, else pytorch_fid",
+    )
+    n_features: int = flag(
+        10_000,
+        "images of each side that KID, precision and recall compare; 0 disables them",
+        at_least=0,
+    )
+    out: Path | None = flag(
+        Derived(f"{RECORD_FILE} of the run, or here"), "file to which one line of JSON is appended"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleFlags(SamplingFlags):
+    """Samples of a model."""
+
+    n: int | None = flag(
+        Derived(DEFAULT_N_SAMPLES),
+        "number of samples to generate, as many of each class",
+        at_least=2,
+    )
+    seed: int = again(
+        RequestFlags,
+        "seed",
+        default=0,
+        help="seed of the noise, and of the random subsets of KID and the Inception Score",
+        at_least=0,
+    )
+    samples: Path | None = flag(
+        None, "also write the samples to this .npz, in the ADM suite's layout"
+    )
+    step: int | None = again(CheckpointFlags, "step")
+    ema: bool | None = again(CheckpointFlags, "ema", default=Derived("True"))
+    vae: str | None = again(MovedFlags, "vae")
+    batch_size: int | None = again(DeviceFlags, "batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(ImageSourceFlags, ScoreFlags, SampleFlags, ClusterFlags):
     """Compare images with the statistics of real ones, or compute such statistics.
 
-    Args:
-        run: evaluate a run: its folder. Samples are generated here, as many of each class.
-        pretrained: evaluate a published model, named as for generate.py.
-        images: evaluate a folder of images.
-        npz: evaluate an .npz of images (arr_0), as generate.py and --samples write it.
-        dataset_name: evaluate a dataset: a key of DATASET_CONFIGS, folder:PATH or hf:owner/name.
-        data_dir: a local copy of the dataset.
-        image_column: the image column of folder: and hf: datasets.
-        split: split of the dataset.
-        image_size: crop and resize images of folders and datasets to this many pixels.
-        reference: statistics of real images: of --make_reference, pytorch-fid, clean-fid or the
-            ADM suite.
-        make_reference: write such statistics to this .npz, and compare nothing.
-        inception: weights of FID's Inception network: a file, a folder or an id on the hub.
-        features: inception, or pixels, which need no weights. A distance in pixels is not FID.
-        preparation: how images are resized for Inception: pytorch_fid, adm or clean_fid. Defaults
-            to the reference's; for references of other tools to adm if they hold spatial
-            statistics, else to pytorch_fid.
-        n: number of samples to generate.
-        step: step of the run's checkpoint; defaults to the newest.
-        ema: use a run's averaged weights; False uses the raw ones.
-        cfg_scale: guidance scale; 1 disables guidance.
-        n_steps: solver steps.
-        solver: euler or heun; ddpm or ddim for models trained by DDPM.
-        shift: of rectified flow's time grid; above 1 spends more steps near the noise.
-        interval: guide between two times only, such as 0.2 0.8; 1 is noise.
-        eta: fresh noise of ddim, from 0 (none) to 1 (as much as ddpm).
-        guided_channels: guide only the first so many channels; defaults to all. Published DiTs
-            guide 3.
-        seed: of the noise, and of the random subsets of KID and the Inception Score.
-        vae: where the VAE of a latent model is, if not where its config says.
-        samples: also write the samples to this .npz, in the ADM suite's layout.
-        n_features: images of each side that KID, precision and recall compare; 0 disables them.
-        batch_size: images sampled and evaluated at a time.
-        out: file to which one line of JSON is appended.
-        distributed: join the other processes of a cluster job, as train.py does.
-        coordinator: host:port of process 0, where no cluster is detected.
-        n_processes: number of processes, where no cluster is detected.
-        process_index: index of this process from 0, where no cluster is detected.
+    The images are those of a run, a published model, a folder, an .npz or a dataset.
     """
 
-    run: Path | None = None
-    pretrained: str | None = None
-    images: Path | None = None
-    npz: Path | None = None
-    dataset_name: str | None = None
-    data_dir: Path | None = None
-    image_column: str | None = None
-    split: str | None = None
-    image_size: int | None = None
-    reference: Path | None = None
-    make_reference: Path | None = None
-    inception: str | None = None
-    features: Literal["inception", "pixels"] = "inception"
-    preparation: str | None = None
-    n: int | None = None
-    step: int | None = None
-    ema: bool | None = None
-    cfg_scale: float | None = None
-    n_steps: int | None = None
-    solver: str | None = None
-    shift: float | None = None
-    interval: tuple[float, ...] | None = None
-    eta: float | None = None
-    guided_channels: int | None = None
-    seed: int = 0
-    vae: str | None = None
-    samples: Path | None = None
-    n_features: int = 10_000
-    batch_size: int | None = None
-    out: Path | None = None
-    distributed: bool = False
-    coordinator: str | None = None
-    n_processes: int | None = None
-    process_index: int | None = None
 
-
-HELP_DEFAULTS = {  # shown by --help for flags whose default is None
-    "n": str(DEFAULT_N_SAMPLES),
-    "cfg_scale": "the model's own",
-    "n_steps": "the model's own",
-    "solver": "the model's own",
-    "shift": "the model's own",
-    "eta": 0,
-    "interval": "0 1",
-    "preparation": "the reference's",
-    "batch_size": "64 a device, 16 on a CPU",
-    "out": f"{RECORD_FILE} of the run, or here",
-    "image_size": "as the dataset recommends",
-    "split": DEFAULT_SPLIT,
-    "ema": True,
-}
 IMAGE_SOURCES = ("run", "pretrained", "images", "npz", "dataset_name")
 # Flags that only some sources take.
 MODEL_FLAGS = ("n", "vae", "samples", *(field.name for field in fields(SamplingOverrides)))
@@ -214,11 +208,7 @@ def _check_files(config: EvaluateConfig) -> None:
 
 
 def _check_numbers(config: EvaluateConfig) -> None:
-    minimums = {"n": 2, "n_features": 0, "batch_size": 1, "image_size": 2, "seed": 0}
-    for name, minimum in minimums.items():
-        value = getattr(config, name)
-        if value is not None and value < minimum:
-            raise UserError(f"--{name} {value}: must be at least {minimum}")
+    check_values(config, vars(config))
     if 0 < config.n_features < 2:
         raise UserError("--n_features 1: must be 0 or at least 2")
 
@@ -450,6 +440,6 @@ def report_scores(config: EvaluateConfig, scores: dict[str, float], card: dict[s
 
 if __name__ == "__main__":
     cli.run_command(
-        lambda: main(cli.parse_flags(EvaluateConfig, shown_defaults=HELP_DEFAULTS)),
+        lambda: main(cli.parse_flags(EvaluateConfig)),
         processes.exit_process,
     )

@@ -23,7 +23,9 @@ from pretrained import sd3, transformer
 from runtime import cli, parallel
 from runtime.errors import UserError
 from runtime.files import atomic_file, atomic_folder
-from training.config import MAY_CHANGE_ON_RESUME
+from runtime.flags import Derived, flag, flags_of, required
+from training.config import TrainConfig
+from training.flag_groups import CheckpointFlags, RunSourceFlags
 
 CARD_FILE = "README.md"
 # Settings of the run that sampling needs, or a reader of the folder may want to know.
@@ -33,26 +35,19 @@ EXPORTED_SETTINGS = (
     *("sample_shift", "cfg_scale", "ema_decay"),
 )
 # Flags that the card leaves out: they do not shape the weights, and some are paths of this machine.
-HIDDEN_FLAGS = MAY_CHANGE_ON_RESUME - {"n_steps", "n_epochs", "accumulate_steps", "latents"}
+HIDDEN_FLAGS = {name for name, known in flags_of(TrainConfig).items() if known.may_change} - {
+    *("n_steps", "n_epochs", "accumulate_steps", "latents"),
+}
 
 
-@dataclass(frozen=True)
-class ExportConfig:
-    """Export a run's weights for other people and programs.
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(RunSourceFlags, CheckpointFlags):
+    """Export a run's weights for other people and programs."""
 
-    Args:
-        run: the run folder.
-        out: a new folder.
-        ema: export the averaged weights (EMA); false exports the raw ones.
-        step: step of the checkpoint; by default the newest.
-        layout: diffusers or own; by default diffusers if it can compute the model.
-    """
-
-    run: Path
-    out: Path
-    ema: bool = True
-    step: int | None = None
-    layout: Literal["diffusers", "own"] | None = None
+    out: Path = required("a new folder")
+    layout: Literal["diffusers", "own"] | None = flag(
+        Derived("diffusers if it can compute the model"), "format of the folder"
+    )
 
 
 def main(config: ExportConfig) -> None:

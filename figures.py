@@ -19,9 +19,17 @@ from inference.grids import MAX_GRID_IMAGES
 from inference.labels import SampleRequest, label_ids, request_labels, request_prompts
 from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
 from runtime import cli, parallel
-from runtime.cli import FreeText
 from runtime.errors import UserError
 from runtime.files import report_unwritable
+from runtime.flags import Derived, again, flag
+from training.flag_groups import (
+    CheckpointFlags,
+    DeviceFlags,
+    MovedFlags,
+    RequestFlags,
+    RunSourceFlags,
+    SamplingFlags,
+)
 from training.session import FIGURES
 
 # Images of a row: as many as a page shows at a size at which their names can be read.
@@ -35,53 +43,26 @@ MAX_FRAMES = 51
 # --- flags ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class FiguresConfig:
+@dataclass(frozen=True, kw_only=True)
+class FigureFlags:
+    """Figures."""
+
+    out: Path | None = flag(Derived("figures/ of the run"), "a folder for them")
+    records_only: bool = flag(False, "only those that need no weights: curves.png and progress.gif")
+    cfg_scale: float | None = again(SamplingFlags, "cfg_scale")
+    n_steps: int | None = again(SamplingFlags, "n_steps")
+    fsdp: int | None = again(DeviceFlags, "fsdp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FiguresConfig(RunSourceFlags, CheckpointFlags, MovedFlags, RequestFlags, FigureFlags):
     """Make the figures of a trained run: curves.png, progress.gif, trajectory.gif, x0.png,
     cfg_sweep.png and denoising.png.
-
-    Args:
-        run: the run's folder.
-        out: a folder for them; by default figures/ in the run's.
-        records_only: only those that need no weights: curves.png and progress.gif.
-        labels: class names or numbers; by default up to ten, evenly spaced among all.
-        prompts: captions, for a run that was trained on them, each in quotes; by default the first
-            ones of its evaluation split.
-        cfg_sweep: guidance scales, the rows of cfg_sweep.png.
-        denoise: times in 0 … 1, up to which real images are noised for denoising.png.
-        cfg_scale: guidance scale of the other figures; 1 is none.
-        n_steps: solver steps.
-        seed: of the noise.
-        ema: use the averaged weights; False uses the raw ones.
-        step: of the checkpoint; the newest if not given.
-        vae: where the VAE of a run on latents is now, if it has moved.
-        text_towers: where the run's text encoders are now, if they have moved.
-        fsdp: devices that share one copy of the weights.
     """
 
-    run: Path
-    out: Path | None = None
-    records_only: bool = False
-    labels: tuple[str, ...] = ()
-    prompts: tuple[FreeText, ...] = ()
-    cfg_sweep: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
-    denoise: tuple[float, ...] = (0.25, 0.5, 0.75)
-    cfg_scale: float | None = None
-    n_steps: int | None = None
-    seed: int = 0
-    ema: bool = True
-    step: int | None = None
-    vae: str | None = None
-    text_towers: tuple[str, ...] = ()
-    fsdp: int | None = None
-
-
-HELP_DEFAULTS = {
-    "out": "figures/ of the run",
-    "cfg_scale": "the run's own",
-    "n_steps": "the run's own",
-    "fsdp": "the run's own, as far as there are so many",
-}
+    cfg_sweep: tuple[float, ...] = again(RequestFlags, "cfg_sweep", default=(1.0, 2.0, 4.0, 8.0))
+    denoise: tuple[float, ...] = again(RequestFlags, "denoise", default=(0.25, 0.5, 0.75))
+    seed: int = again(RequestFlags, "seed", default=0)
 
 
 def check_flags(config: FiguresConfig) -> None:
@@ -297,4 +278,4 @@ FIGURES_OF_WEIGHTS = {
 }
 
 if __name__ == "__main__":
-    cli.run_command(lambda: main(cli.parse_flags(FiguresConfig, shown_defaults=HELP_DEFAULTS)))
+    cli.run_command(lambda: main(cli.parse_flags(FiguresConfig)))

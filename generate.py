@@ -28,6 +28,15 @@ from runtime import cli, parallel
 from runtime.cli import FreeText
 from runtime.errors import UserError
 from runtime.files import check_distinct_paths, report_unwritable
+from runtime.flags import Derived, again, check_values, flag
+from training.flag_groups import (
+    CheckpointFlags,
+    DeviceFlags,
+    MovedFlags,
+    RequestFlags,
+    SamplingFlags,
+    SourceFlags,
+)
 
 DEFAULT_N = 16
 MAX_DEFAULT_COLUMNS = 10  # of a comparison grid
@@ -36,73 +45,48 @@ MAX_DEFAULT_COLUMNS = 10  # of a comparison grid
 # --- flags ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class GenerateConfig:
-    """Sample images from a trained run, or from a published model.
+@dataclass(frozen=True, kw_only=True)
+class SampleFlags(RequestFlags):
+    """Samples."""
 
-    Args:
-        run: the run's folder.
-        pretrained: instead of a run: DiT or SD3 of the hub or of a folder, as diffusers has them or
-            export.py writes them; or a file of the original DiT or SiT, such as
-            dit:DiT-XL-2-256x256.pt.
-        labels: class names or numbers; all classes if not given. Each gets an equal share of n.
-        prompts: captions, for a model that was trained on them; each in quotes.
-        negative_prompt: a caption to guide away from, in place of the empty one.
-        text_towers: where the model's text encoders are now, if they have moved.
-        vae: where the VAE of a latent diffusion model is now, if it has moved.
-        n: number of images; of a comparison grid, of columns: by default one for each label, up to
-            10.
-        seed: of the noise. The same seed gives the same images.
-        seeds: one for each image, in place of n and seed: an image is then independent of the
-            others, and the same as with --seed and n 1.
-        out: output: .png is a grid with class names or prompts; .npz holds arr_0 (uint8 images,
-            n h w c) and arr_1 (class numbers, or the prompts' places); a folder gets a file for
-            each, and card.json with all that they depend on. An interrupted .npz or folder is
-            resumed.
-        trajectory: a .gif of the trajectory from noise to images.
-        x0: a .gif of the x0 prediction at each step of the trajectory.
-        cfg_sweep: guidance scales: a comparison grid with a row for each, from the same noise.
-        denoise: times in 0 … 1: a comparison grid of real images of the evaluation split, noised
-            up to each time, and sampled from there. --labels chooses classes.
-        cfg_scale: guidance scale; 1 is none.
-        interval: guidance interval: two times to guide between, such as 0.2 0.8; 1 is noise.
-        guided_channels: guide the first so many; by default all. Published DiTs are for 3.
-        solver: euler or heun, or ddpm or ddim after training by DDPM.
-        n_steps: solver steps.
-        shift: of rectified flow's time grid; above 1 spends more steps near the noise.
-        eta: fresh noise of ddim, from 0 (none) to 1 (as much as ddpm).
-        ema: use a run's averaged weights; False uses the raw ones.
-        step: of a run's checkpoint; the newest if not given.
-        batch_size: images sampled at a time, on all devices together.
-        fsdp: devices that share one copy of the weights.
-    """
+    negative_prompt: FreeText | None = flag(
+        None, "a caption to guide away from, in place of the empty one"
+    )
+    n: int | None = flag(
+        Derived(DEFAULT_N),
+        "number of images; of a comparison grid, of columns: by default one for each label, up to "
+        "10",
+        at_least=1,
+    )
+    seeds: tuple[int, ...] = flag(
+        (),
+        "one for each image, in place of n and seed: an image is then independent of the others, "
+        "and the same as with --seed and n 1",
+    )
 
-    run: Path | None = None
-    pretrained: str | None = None
-    labels: tuple[str, ...] = ()
-    prompts: tuple[FreeText, ...] = ()
-    negative_prompt: FreeText | None = None
-    text_towers: tuple[str, ...] = ()
-    vae: str | None = None
-    n: int | None = None
-    seed: int | None = None
-    seeds: tuple[int, ...] = ()
-    out: Path = Path("samples.png")
-    trajectory: Path | None = None
-    x0: Path | None = None
-    cfg_sweep: tuple[float, ...] = ()
-    denoise: tuple[float, ...] = ()
-    cfg_scale: float | None = None
-    interval: tuple[float, ...] | None = None
-    guided_channels: int | None = None
-    solver: str | None = None
-    n_steps: int | None = None
-    shift: float | None = None
-    eta: float | None = None
-    ema: bool = True
-    step: int | None = None
-    batch_size: int = 256
-    fsdp: int | None = None
+
+@dataclass(frozen=True, kw_only=True)
+class OutputFlags:
+    """Output."""
+
+    out: Path = flag(
+        Path("samples.png"),
+        "output: .png is a grid with class names or prompts; .npz holds arr_0 (uint8 images, "
+        "n h w c) and arr_1 (class numbers, or the prompts' places); a folder gets a file for "
+        "each, and card.json with all that they depend on. An interrupted .npz or folder is "
+        "resumed",
+    )
+    trajectory: Path | None = flag(None, "a .gif of the trajectory from noise to images")
+    x0: Path | None = flag(None, "a .gif of the x0 prediction at each step of the trajectory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(
+    SourceFlags, CheckpointFlags, MovedFlags, SampleFlags, OutputFlags, SamplingFlags, DeviceFlags
+):
+    """Sample images from a trained run, or from a published model."""
+
+    batch_size: int = again(DeviceFlags, "batch_size", default=256)
 
     @property
     def grid_flag(self) -> str | None:
@@ -110,17 +94,6 @@ class GenerateConfig:
         return next((name for name in ("cfg_sweep", "denoise") if getattr(self, name)), None)
 
 
-HELP_DEFAULTS = {
-    "cfg_scale": "the model's own",
-    "solver": "the model's own",
-    "n_steps": "the model's own",
-    "shift": "the model's own",
-    "seed": 0,
-    "eta": 0,
-    "interval": "0 1",
-    "n": DEFAULT_N,
-    "fsdp": "the run's own, as far as there are so many",
-}
 # Flags that do not go with a comparison grid.
 UNUSED_BY_GRID = {
     "cfg_sweep": ("denoise", "cfg_scale", "trajectory", "x0"),
@@ -136,10 +109,7 @@ def check_flags(config: GenerateConfig) -> None:
         raise UserError(
             "--step and --ema choose among a run's weights; --pretrained has only one version"
         )
-    for name in ("n", "batch_size"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
+    check_values(config, vars(config))
     if config.fsdp is not None and (config.fsdp < 1 or parallel.devices().count % config.fsdp):
         raise UserError(
             f"--fsdp {config.fsdp} does not divide the {parallel.devices().count} devices"
@@ -400,4 +370,4 @@ def write_gif(
 
 
 if __name__ == "__main__":
-    cli.run_command(lambda: main(cli.parse_flags(GenerateConfig, shown_defaults=HELP_DEFAULTS)))
+    cli.run_command(lambda: main(cli.parse_flags(GenerateConfig)))

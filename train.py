@@ -43,7 +43,7 @@ from model import ModelConfig, init_model_params, model_graphdef
 from runtime import cli, parallel, processes, run_folder
 from training import display, flops, optim, warm_start
 from training import step as training_step
-from training.config import DEFAULTS, HELP_DEFAULTS, TrainConfig
+from training.config import TrainConfig
 from training.loop import Loop, flags_as_json, initialize_jax
 from training.lr_range_test import N_STEPS, range_test
 from training.profiling import profile
@@ -487,13 +487,13 @@ def _open_source(c: TrainConfig) -> Source:
         templates=c.caption or (),
         image_size=c.image_size,
         channels=None if c.profile else c.channels,  # a profile reads no images
-        streaming=c.streaming or DEFAULTS["streaming"],
+        streaming=bool(c.streaming),
         latents_dir=c.latents,
     )
 
 
 def main() -> None:
-    config = cli.parse_flags(TrainConfig, shown_defaults=HELP_DEFAULTS)
+    config = cli.parse_flags(TrainConfig)
     initialize_jax(config)
     trainer = Trainer(config)
     if config.lr_range_test:

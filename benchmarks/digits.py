@@ -25,27 +25,20 @@ from evaluation.metrics import RunningStatistics, frechet_distance
 from inference import grids
 from inference.labels import spread_evenly
 from runtime import cli
+from runtime.flags import flag, required
 from train import Trainer
 from training.config import TrainConfig
 
 
 @dataclass(frozen=True)
 class DigitsConfig:
-    """Judge the digits that a run samples.
+    """Judge the digits that a run samples."""
 
-    Args:
-        run: the run's folder.
-        n: the number of samples, 100 of each digit by default.
-        cfg_scale: guidance scale; the run's own by default.
-        n_steps: solver steps; the run's own by default.
-        solver: the run's own by default.
-    """
-
-    run: Path
-    n: int = 1000
-    cfg_scale: float | None = None
-    n_steps: int | None = None
-    solver: str | None = None
+    run: Path = required("the run's folder")
+    n: int = flag(1000, "the number of samples, 100 of each digit by default")
+    cfg_scale: float | None = flag(None, "guidance scale; the run's own by default")
+    n_steps: int | None = flag(None, "solver steps; the run's own by default")
+    solver: str | None = flag(None, "the run's own by default")
 
 
 @dataclass(frozen=True)

@@ -25,21 +25,17 @@ from datasets import ClassLabel, Dataset, Features, Image, disable_progress_bars
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from runtime import cli, parallel
+from runtime.flags import flag
 from train import Trainer
 from training.config import TrainConfig
 
 
 @dataclass(frozen=True)
 class InputConfig:
-    """Measure how fast batches are made, and how fast they are used.
+    """Measure how fast batches are made, and how fast they are used."""
 
-    Args:
-        seconds: about how long each of a row's measurements takes.
-        rounds: of each measurement; their median is reported.
-    """
-
-    seconds: float = 2.0
-    rounds: int = 3
+    seconds: float = flag(2.0, "about how long each of a row's measurements takes")
+    rounds: int = flag(3, "of each measurement; their median is reported")
 
 
 SMALL = {"model": "DiT-Ti/8", "batch_size": 64, "image_size": 32}

@@ -33,6 +33,7 @@ from benchmarks.timing import (
 )
 from model import ModelConfig
 from runtime import cli
+from runtime.flags import flag
 from train import Trainer
 from training import flops as training_flops
 from training import profiling
@@ -43,27 +44,19 @@ CFG_SCALE = 2.0
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Time guided sampling.
+    """Time guided sampling."""
 
-    Args:
-        model: presets such as DiT-S/2.
-        n: images, sampled as one batch.
-        n_steps: of Euler's method.
-        precision: of matrix products: fp32, bf16.
-        image_size: pixels, or latents, to a side.
-        channels: of the images.
-        rounds: measured rounds, after one for warming up.
-        peer: torch, as fp32, autocast, fp32+compile or autocast+compile; none for no peer.
-    """
-
-    model: tuple[str, ...] = ("DiT-S/2",)
-    n: int = 16
-    n_steps: int = 50
-    precision: tuple[str, ...] = ("fp32", "bf16")
-    image_size: int = 32
-    channels: int = 4
-    rounds: int = 4
-    peer: tuple[str, ...] | None = ("fp32", "autocast")
+    model: tuple[str, ...] = flag(("DiT-S/2",), "presets such as DiT-S/2")
+    n: int = flag(16, "images, sampled as one batch")
+    n_steps: int = flag(50, "of Euler's method")
+    precision: tuple[str, ...] = flag(("fp32", "bf16"), "of matrix products: fp32, bf16")
+    image_size: int = flag(32, "pixels, or latents, to a side")
+    channels: int = flag(4, "of the images")
+    rounds: int = flag(4, "measured rounds, after one for warming up")
+    peer: tuple[str, ...] | None = flag(
+        ("fp32", "autocast"),
+        "torch, as fp32, autocast, fp32+compile or autocast+compile; none for no peer",
+    )
 
 
 def compile_our_sampling(trainer: Trainer, config: SampleConfig, precision: str) -> Contestant:

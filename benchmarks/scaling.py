@@ -33,6 +33,7 @@ from data.batch import Batch
 from methods.rectified_flow import RectifiedFlow
 from model import init_model_params, model_config, model_graphdef
 from runtime import cli, parallel
+from runtime.flags import flag
 from train import Trainer
 from training import profiling
 from training.config import TrainConfig
@@ -49,15 +50,10 @@ model.MODELS |= DEPTH_PRESETS
 
 @dataclass(frozen=True)
 class ScalingConfig:
-    """Measure the cost of scaling.
+    """Measure the cost of scaling."""
 
-    Args:
-        n_rounds: measured rounds, after one for warming up; compared steps take turns.
-        n_compiles: compilations of each depth.
-    """
-
-    n_rounds: int = 5
-    n_compiles: int = 2
+    n_rounds: int = flag(5, "measured rounds, after one for warming up; compared steps take turns")
+    n_compiles: int = flag(2, "compilations of each depth")
 
 
 def lower_step(trainer: Trainer) -> Any:

@@ -34,6 +34,7 @@ from benchmarks.timing import (
     skip_if_impossible,
 )
 from runtime import cli
+from runtime.flags import flag
 from train import Trainer
 from training.config import TrainConfig
 
@@ -43,17 +44,11 @@ MAX_SECONDS = {"cold": 25.0, "warm": 12.0}  # goals on two cores
 
 @dataclass(frozen=True)
 class StartupConfig:
-    """Time the start of the default run.
+    """Time the start of the default run."""
 
-    Args:
-        model: instead of the default run's.
-        rounds: measured rounds, after one for warming up.
-        peer: time torch too.
-    """
-
-    model: str | None = None
-    rounds: int = 4
-    peer: bool = True
+    model: str | None = flag(None, "instead of the default run's")
+    rounds: int = flag(4, "measured rounds, after one for warming up")
+    peer: bool = flag(True, "time torch too")
 
 
 def start_process(cache: Path, model: str | None) -> dict[str, float]:

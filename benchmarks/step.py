@@ -41,6 +41,7 @@ from benchmarks.timing import (
 )
 from model import ModelConfig
 from runtime import cli, parallel
+from runtime.flags import flag
 from train import Trainer
 from training import flops as training_flops
 from training import profiling
@@ -59,35 +60,33 @@ PRECISIONS = {"fp32": Precision(False, jnp.float32), "bf16": Precision("bf16", j
 
 @dataclass(frozen=True)
 class StepConfig:
-    """Time the train step.
+    """Time the train step."""
 
-    Args:
-        model: presets such as DiT-S/2.
-        batch_size: images of a step.
-        precision: of matrix products: fp32, bf16.
-        remat: recompute blocks in the backward pass, of ours and of the peer; by default as in
-            training.
-        unroll: blocks compiled side by side; by default as in training.
-        image_size: pixels, or latents, to a side.
-        channels: of the images.
-        rounds: measured rounds, after one for warming up.
-        steps_per_turn: dispatched one after the other before waiting; on a GPU more than one.
-        peer: torch, as fp32, autocast, fp32+compile or autocast+compile; none for no peer.
-        plan_only: compile and take no step, without weights or peers, so that models may be larger
-            than this machine.
-    """
-
-    model: tuple[str, ...] = ("DiT-S/2",)
-    batch_size: tuple[int, ...] = (16,)
-    precision: tuple[str, ...] = ("fp32", "bf16")
-    remat: tuple[bool, ...] | None = None
-    unroll: tuple[int, ...] | None = None
-    image_size: int = 32
-    channels: int = 4
-    rounds: int = 4
-    steps_per_turn: int = 1
-    peer: tuple[str, ...] | None = ("fp32", "autocast")
-    plan_only: bool = False
+    model: tuple[str, ...] = flag(("DiT-S/2",), "presets such as DiT-S/2")
+    batch_size: tuple[int, ...] = flag((16,), "images of a step")
+    precision: tuple[str, ...] = flag(("fp32", "bf16"), "of matrix products: fp32, bf16")
+    remat: tuple[bool, ...] | None = flag(
+        None,
+        "recompute blocks in the backward pass, of ours and of the peer; by default as in training",
+    )
+    unroll: tuple[int, ...] | None = flag(
+        None, "blocks compiled side by side; by default as in training"
+    )
+    image_size: int = flag(32, "pixels, or latents, to a side")
+    channels: int = flag(4, "of the images")
+    rounds: int = flag(4, "measured rounds, after one for warming up")
+    steps_per_turn: int = flag(
+        1, "dispatched one after the other before waiting; on a GPU more than one"
+    )
+    peer: tuple[str, ...] | None = flag(
+        ("fp32", "autocast"),
+        "torch, as fp32, autocast, fp32+compile or autocast+compile; none for no peer",
+    )
+    plan_only: bool = flag(
+        False,
+        "compile and take no step, without weights or peers, so that models may be larger than "
+        "this machine",
+    )
 
 
 class Contestant(NamedTuple):

@@ -1,16 +1,15 @@
 """The command line: flags → a flat, frozen dataclass; the end of a command → its exit status.
 
-Fire binds the flags and prints the help. By itself it runs first, complains later and guesses types
-from values; so names are checked before Fire sees them, values travel through it as JSON, and types
-come from the annotations alone. Whether a value makes sense is checked elsewhere.
+Fire binds the flags. By itself it runs first, complains later and guesses types from values; so
+names are checked before Fire sees them, values travel through it as JSON, and types come from the
+annotations alone. Whether a value makes sense is checked elsewhere. `runtime.help_page` prints the
+help, and `runtime.config_file` reads the flags of `--config FILE`.
 """
 
 import contextlib
 import dataclasses
 import difflib
 import errno
-import inspect
-import io
 import json
 import os
 import re
@@ -18,7 +17,7 @@ import select
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
@@ -26,25 +25,23 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 import fire
 from fire.decorators import SetParseFn
 
+from runtime.config_file import read_config_file
 from runtime.errors import RunError, UserError, unknown_name
+from runtime.help_page import help_page
 
 T = TypeVar("T")
+CONFIG_FLAG = "config"  # of every command, besides the fields of its dataclass
 FreeText = Annotated[str, "may hold commas"]  # tuples of it are not split at commas
 
 
-def parse_flags(
-    config: type[T],
-    argv: Sequence[str] | None = None,
-    *,
-    shown_defaults: Mapping[str, Any] | None = None,
-) -> T:
+def parse_flags(config: type[T], argv: Sequence[str] | None = None) -> T:
     """Make the dataclass `config` from command-line flags.
 
-    `-h` or `--help` prints a page made from the docstring's `Args:` and exits with 0.
+    `--config FILE` reads flags from a file; those on the line take precedence. `-h` or `--help`
+    prints a page and exits with 0.
 
     Args:
         argv: by default the words after the command's name.
-        shown_defaults: by field, what the help page shows in place of a default of None.
 
     Raises:
         UserError: an unknown, repeated or missing flag, a stray word, a value of the wrong type.
@@ -53,24 +50,48 @@ def parse_flags(
     fields = {field.name: field for field in dataclasses.fields(config)}  # type: ignore
     hints = typing.get_type_hints(config, include_extras=True)
     kinds = {name: hints[name] for name in fields}
-    received: dict[str, list[str]] = {}
-
-    def receive(**words: list[str]) -> None:
-        received.update(words)
-
-    receive.__doc__ = config.__doc__
-    receive.__signature__ = _signature(fields, kinds, shown_defaults or {})  # type: ignore
     if "-h" in argv or "--help" in argv:
-        print(_help_page(receive))
+        print(help_page(config, {name: describe_type(kinds[name]) for name in fields}))
         sys.exit(0)
-    words = _split_flags(argv, kinds)
-    missing = [f"--{name}" for name in fields if _is_required(fields[name]) and name not in words]
+    words = _split_flags(argv, kinds | {CONFIG_FLAG: Path})
+    values = _read_file(config, words.pop(CONFIG_FLAG, None), kinds)
+    missing = [
+        f"--{name}"
+        for name in fields
+        if _is_required(fields[name]) and name not in words and name not in values
+    ]
     if missing:
         raise UserError(f"missing {', '.join(missing)}; see --help")
+    received = _bind(words)
+    return config(
+        **values | {name: _convert(name, received[name], kinds[name]) for name in received}
+    )
+
+
+def _read_file(config: type[Any], words: list[str] | None, kinds: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of the flags in the file that `--config` names, if it is given."""
+    if words is None:
+        return {}
+    path = _convert(CONFIG_FLAG, words, Path)
+    values: dict[str, Any] = {}
+    for name, read in read_config_file(path, config).items():
+        try:
+            values[name] = _convert(name, read.words, kinds[name], is_list=read.is_list)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    return values
+
+
+def _bind(words: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Bind the words to a function by Fire, and return what it received."""
+    received: dict[str, list[str]] = {}
+
+    def receive(**flags: list[str]) -> None:
+        received.update(flags)
+
     flags = [f"--{name}={json.dumps(words[name])}" for name in words]
     fire.Fire(SetParseFn(json.loads)(receive), flags)
-    values = {name: _convert(name, received[name], kinds[name]) for name in received}
-    return config(**values)
+    return received
 
 
 def run_command(
@@ -142,7 +163,7 @@ def _split_flags(argv: Sequence[str], kinds: dict[str, Any]) -> dict[str, list[s
             words[name], name = ["false"], ""
     for name in words:
         if not words[name] and not _allows(kinds[name], bool):
-            raise UserError(f"--{name} needs a value: expected {_describe_type(kinds[name])}")
+            raise UserError(f"--{name} needs a value: expected {describe_type(kinds[name])}")
     return {name: values or ["true"] for name, values in words.items()}
 
 
@@ -162,17 +183,22 @@ def _find_field(flag: str, kinds: dict[str, Any]) -> tuple[str, bool]:
 # --- words → values -------------------------------------------------------------------------------
 
 
-def _convert(name: str, words: Sequence[str], kind: Any) -> Any:
-    """Convert the words of a flag to the first member of its annotation that accepts them."""
+def _convert(name: str, words: Sequence[str], kind: Any, *, is_list: bool = False) -> Any:
+    """Convert the words of a flag to the first member of its annotation that accepts them.
+
+    Args:
+        is_list: the words are the items of a list, so that a single one is not split at commas.
+    """
     for member in _union_members(kind):
-        if member is type(None) and len(words) > 1:
+        is_tuple = typing.get_origin(member) is tuple
+        if (is_list and not is_tuple) or (member is type(None) and len(words) > 1):
             continue
         with contextlib.suppress(ValueError, KeyError):
-            return _parse_value(words, member)
+            return _parse_items(words, member) if is_list else _parse_value(words, member)
     literals = [member for member in _union_members(kind) if typing.get_origin(member) is Literal]
-    if literals:
+    if literals and not is_list:
         raise unknown_name(name, words[0], map(str, typing.get_args(literals[0])))
-    raise UserError(f"--{name} '{' '.join(words)}': expected {_describe_type(kind)}")
+    raise UserError(f"--{name} '{' '.join(words)}': expected {describe_type(kind)}")
 
 
 def _parse_value(words: Sequence[str], kind: Any) -> Any:
@@ -186,10 +212,18 @@ def _parse_value(words: Sequence[str], kind: Any) -> Any:
         return tuple(words)
     if typing.get_origin(kind) is tuple:  # one word may hold several values, split by commas
         parts = words[0].split(",") if len(words) == 1 else words
-        return tuple(_parse_value([_require_nonempty(part.strip())], inner[0]) for part in parts)
+        return _parse_items([part.strip() for part in parts], kind)
     if typing.get_origin(kind) is Literal:
         return {str(choice): choice for choice in inner}[words[0]]
     return SCALARS[kind][1](words[0])
+
+
+def _parse_items(words: Sequence[str], kind: Any) -> tuple[Any, ...]:
+    """Parse each word as one item of a tuple."""
+    (item, _) = typing.get_args(kind)
+    if item == FreeText:
+        return tuple(words)
+    return tuple(_parse_value([_require_nonempty(word)], item) for word in words)
 
 
 def _require_nonempty(word: str) -> str:
@@ -242,51 +276,16 @@ def _allows(kind: Any, member_type: type) -> bool:
     )
 
 
-def _describe_type(kind: Any) -> str:
+def describe_type(kind: Any) -> str:
     """Describe an annotation in words."""
     inner = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         return " or ".join(map(str, inner))
     if typing.get_origin(kind) is tuple:
-        return f"{_describe_type(inner[0])} (or several)"
+        return f"{describe_type(inner[0])} (or several)"
     members = _union_members(kind)[::-1]
-    return " or ".join(_describe_type(m) for m in members) if len(members) > 1 else SCALARS[kind][0]
+    return " or ".join(describe_type(m) for m in members) if len(members) > 1 else SCALARS[kind][0]
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is MISSING and field.default_factory is MISSING
-
-
-# --- help -----------------------------------------------------------------------------------------
-
-
-def _signature(
-    fields: dict[str, dataclasses.Field[Any]],
-    kinds: dict[str, Any],
-    shown_defaults: Mapping[str, Any],
-) -> inspect.Signature:
-    """Signature for Fire's help page: types in words, and each default as one would type it."""
-
-    def parameter(name: str, field: dataclasses.Field[Any]) -> inspect.Parameter:
-        factory = field.default_factory
-        default = field.default if factory is MISSING else factory()
-        default = shown_defaults.get(name) if default is None else default
-        text = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        shown = type("Default", (), {"__repr__": lambda _: "none" if text == "None" else text})()
-        return inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if _is_required(field) else shown,
-            annotation=types.SimpleNamespace(__qualname__=_describe_type(kinds[name])),
-        )
-
-    return inspect.Signature([parameter(name, field) for name, field in fields.items()])
-
-
-def _help_page(function: Callable[..., Any]) -> str:
-    """Fire's help page without its pager and its one-letter flags, which are not accepted."""
-    page = io.StringIO()
-    with contextlib.redirect_stdout(page), contextlib.redirect_stderr(page):  # noqa: SIM117
-        with contextlib.suppress(SystemExit):
-            fire.Fire(function, ["--", "--help"])
-    return re.sub(r"(?m)^( *)-\w, --", r"\1--", page.getvalue()).rstrip()

@@ -6,10 +6,11 @@ the trainer reads the result: every other module takes plain arguments.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data import latents
 from datasets_config import DATASET_CONFIGS, DatasetConfig, LatentEncoding
@@ -18,23 +19,17 @@ from methods.method import Method, ToModelInput, pixels_to_input
 from methods.registry import METHODS, find_method
 from model import BLOCKS, JOINT, MODELS, ModelConfig, model_config
 from networks import autoencoder
-from runtime.errors import UserError, unknown_name
-from runtime.flags import flags_of
-from training import optim, wandb_sink
+from runtime.errors import UserError
+from runtime.flags import check_values, defaults_of, flags_of, paths_of, reject_unused
+from training import wandb_sink
 from training.config import (
-    DEFAULT_FROM_PRESET,
-    DEFAULTS,
-    FLAGS_OF_ONE_START,
-    MAY_CHANGE_ON_RESUME,
-    NON_NEGATIVE,
-    POSITIVE,
+    BY_PRESET,
     PRECISIONS,
-    RANGES,
-    RECOMMENDED_BY_DATASET,
-    REQUIRED_FLAG,
-    AnyConfig,
     TrainConfig,
 )
+from training.flag_groups import BY_DATASET, DEFAULT_DATASET
+
+AnyConfig = TypeVar("AnyConfig")  # TrainConfig, or the config of another command that trains
 
 # --- the flags that were given, now and in the run to resume --------------------------------------
 
@@ -43,7 +38,8 @@ def given_flags(config: Any) -> dict[str, Any]:
     """Return the flags that are set. Local text encoders and initial weights become absolute paths,
     so that a resumed run finds them from any directory.
     """
-    given = {name: value for name, value in vars(config).items() if value is not None}
+    values = {name: getattr(config, name) for name in flags_of(config)}
+    given = {name: value for name, value in values.items() if value is not None}
     if (start := given.get("init_from")) and Path(start).expanduser().exists():
         given["init_from"] = str(Path(start).expanduser().resolve())
     if encoders := given.get("text_towers"):
@@ -67,10 +63,11 @@ def recorded_flags(config: Any, saved: dict[str, Any] | None) -> dict[str, Any] 
     earlier = saved.get("given_flags") if saved else {}
     if earlier is None:
         return None
+    known = flags_of(config)
     given = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in given_flags(config).items()
-        if name not in FLAGS_OF_ONE_START
+        if known[name].inherited
     }
     given = {
         name: str(value) if isinstance(value, Path) else value for name, value in given.items()
@@ -86,24 +83,24 @@ def merge_saved(config: AnyConfig, saved: dict[str, Any]) -> AnyConfig:
     Raises:
         UserError: flags that may not change have another value than in the run; names all of them.
     """
-    given = given_flags(config)
+    known, given = flags_of(config), given_flags(config)
     # JSON has no tuples.
     saved = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
     changed = [
         f"{name} was {saved.get(name)}, not {value}"
         for name, value in given.items()
-        if name not in MAY_CHANGE_ON_RESUME
+        if not known[name].may_change
         and _canonical(name, saved.get(name)) != _canonical(name, value)
     ]
     if changed:
         raise UserError(f"cannot resume: {'; '.join(changed)}")
     # A flag that is newer than the run is not in its config.json.
-    inherited = vars(config).keys() & saved.keys() - FLAGS_OF_ONE_START
+    inherited = {name for name, flag in known.items() if flag.inherited} & saved.keys()
     values: dict[str, Any] = {name: saved[name] for name in inherited}
     if "n_epochs" in given:
         values["n_steps"] = None
-    for name in ("data_dir", "latents", "caption_cache", "fid_reference"):
-        if values.get(name):
+    for name in paths_of(config) & values.keys():
+        if values[name]:
             values[name] = Path(values[name])
     return type(config)(**values | given)
 
@@ -142,7 +139,7 @@ def with_dataset_and_latents(config: TrainConfig) -> TrainConfig:
     name = config.dataset_name
     if config.latents and not name:
         name = latents.read_latent_dataset(config.latents).encoding.dataset_name
-    name = name or DEFAULTS["dataset_name"]
+    name = name or DEFAULT_DATASET
     dataset = DATASET_CONFIGS.get(name)
     folder = config.latents
     if not folder and dataset and dataset.latents_dir:
@@ -164,9 +161,8 @@ def resolve_train_config(
     Raises:
         UserError: a value is impossible, or contradicts another.
     """
+    values = known_values(config, dataset)
     given = given_flags(config)
-    recommended = {name: getattr(dataset, name) for name in RECOMMENDED_BY_DATASET}
-    values = DEFAULTS | recommended | given
     if values["conditioning"] == "none":
         values["cfg_scale"] = given.get("cfg_scale", 1.0)
     if values["conditioning"] != "text":
@@ -175,14 +171,49 @@ def resolve_train_config(
                 raise UserError(f"--{name} is for captions; pass --caption_column or --caption too")
         values["text_towers"] = ()
     values = drop_flags_of_other_methods(values, given)
-    check_ranges(values)
-    if not config.resume:  # a resumed run may have inherited flags that are no longer read
-        reject_unused_flags(values, given)
-    if config.n_epochs is not None and config.n_steps is None:
-        values["n_steps"] = math.ceil(config.n_epochs * n_rows / values["batch_size"])
+    check_given(config, values)
+    values["n_steps"] = length_of_training(config, values, n_rows)
     resolved = TrainConfig(**derived_defaults(values, platform) | values)
     validate_train_config(resolved, n_devices)
     return resolved
+
+
+def known_values(config: Any, dataset: DatasetConfig) -> dict[str, Any]:
+    """Return the value of each flag that is given, has a default or is recommended by the dataset,
+    in the order of precedence from last to first.
+    """
+    by_dataset = [name for name, flag in flags_of(config).items() if flag.default is BY_DATASET]
+    recommended = {name: getattr(dataset, name) for name in by_dataset}
+    return defaults_of(config) | recommended | given_flags(config)
+
+
+def check_given(config: Any, values: Mapping[str, Any]) -> None:
+    """Reject impossible values, before anything is computed from them, and given flags that others
+    leave unread.
+
+    Raises:
+        UserError: the first one found.
+    """
+    check_values(config, values)
+    if not config.resume:  # a resumed run may have inherited flags that are no longer read
+        reject_unused(config, values, given_flags(config))
+
+
+def length_of_training(config: Any, values: Mapping[str, Any], n_rows: int) -> int:
+    """Return the number of updates, of `n_epochs` if no `n_steps` are given."""
+    if config.n_epochs is not None and config.n_steps is None:
+        return math.ceil(config.n_epochs * n_rows / values["batch_size"])
+    return values["n_steps"]
+
+
+def defaults_of_length(n_steps: int) -> dict[str, int]:
+    """Return the defaults that follow from the number of updates."""
+    quarter = max(1, min(1000, n_steps // 4))
+    return {
+        "warmup_steps": min(1000, n_steps // 20),
+        "eval_save_steps": quarter,
+        "sample_every_n": quarter,
+    }
 
 
 def drop_flags_of_other_methods(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -212,53 +243,18 @@ def method_flags(method: type[Method]) -> set[str]:
 
 def derived_defaults(values: dict[str, Any], platform: str) -> dict[str, Any]:
     """Return the defaults that follow from the model, the objective, the length and the device."""
-    quarter = max(1, min(1000, values["n_steps"] // 4))
     preset = MODELS.get(values["model"], {})
+    by_preset = [name for name, flag in flags_of(TrainConfig).items() if flag.default is BY_PRESET]
     return {
-        **{
-            name: preset.get(name, getattr(ModelConfig, name, None)) for name in DEFAULT_FROM_PRESET
-        },
+        **{name: preset.get(name, getattr(ModelConfig, name, None)) for name in by_preset},
         "remat": "DiT-L/" in values["model"] or "DiT-XL/" in values["model"],
         "half_precision": platform != "cpu",
         "solver": next(iter(find_method(values["objective"]).solvers)),
-        "warmup_steps": min(1000, values["n_steps"] // 20),
-        "eval_save_steps": quarter,
-        "sample_every_n": quarter,
+        **defaults_of_length(values["n_steps"]),
     }
 
 
 # --- checks ---------------------------------------------------------------------------------------
-
-
-def reject_unused_flags(values: dict[str, Any], given: dict[str, Any]) -> None:
-    """Reject a given flag that is read only with another flag, if that one is off.
-
-    Raises:
-        UserError: there is such a flag.
-    """
-    for name, (other, required) in REQUIRED_FLAG.items():
-        actual = values.get(other)
-        is_read = actual == required if required else actual
-        if name in given and not is_read:
-            raise UserError(f"--{name} is for --{other}{f' {required}' if required else ''}")
-
-
-def check_ranges(values: dict[str, Any]) -> None:
-    """Reject impossible numbers, before anything is computed from them.
-
-    Raises:
-        UserError: a number is not finite or outside its range.
-    """
-    for name, value in values.items():
-        low, high = RANGES.get(name, (-math.inf, math.inf))
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{name} {value}: must be finite")
-        if name in POSITIVE and value <= 0:
-            raise UserError(f"--{name} {value}: must be above 0")
-        if name in NON_NEGATIVE and value < 0:
-            raise UserError(f"--{name} {value}: must not be below 0")
-        if name in RANGES and not low <= value <= high:
-            raise UserError(f"--{name} {value}: must be between {low} and {high}")
 
 
 def validate_train_config(config: TrainConfig, n_devices: int) -> None:
@@ -267,23 +263,12 @@ def validate_train_config(config: TrainConfig, n_devices: int) -> None:
     Raises:
         UserError: the first one found.
     """
-    _validate_choices(config)
     _validate_model_and_sampling(config)
     if n_devices % config.fsdp:
         raise UserError(f"--fsdp {config.fsdp} does not divide the {n_devices} devices")
     _reject_conflicting_modes(config)
     _reject_conflicting_storage(config)
     _validate_fid_flags(config)
-
-
-def _validate_choices(config: TrainConfig) -> None:
-    choices = {
-        "model": MODELS,
-        "schedule": optim.SCHEDULES,
-    }
-    for name, table in choices.items():
-        if getattr(config, name) not in (None, *table):
-            raise unknown_name(name, getattr(config, name), table)
 
 
 def _validate_model_and_sampling(config: TrainConfig) -> None:

@@ -146,7 +146,7 @@ def test_a_stop_request_interrupts_the_measurement(measured, tmp_path, capsys, m
         ({"fid_reference": None}, "--fid_every needs --fid_reference FILE.npz"),
         ({"fid_reference": Path("nowhere.npz")}, "reference nowhere.npz: No such file"),
         ({"fid_every": None}, "--fid_reference is for --fid_every"),
-        ({"fid_every": -1}, "--fid_every -1: must not be below 0"),
+        ({"fid_every": -1}, "--fid_every -1: must be at least 0"),
         ({"fid_n": 1}, "--fid_n 1: statistics need at least 2"),
         ({"fid_features": None}, "--fid_every needs Inception's weights: pass --inception"),
         ({"fid_features": None, "inception": "x.pth"}, "holds features 'pixels', not 'incep"),

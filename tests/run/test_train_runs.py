@@ -357,7 +357,7 @@ def test_fsdp_trains_like_replicas(tmp_path):
         ({"nan_patience": 0}, "--nan_patience 0: must be above 0"),
         ({"fsdp": 3}, "--fsdp 3 does not divide the 8 devices"),
         ({"learning_rate": 0.0}, "--learning_rate 0.0: must be above 0"),
-        ({"seed": -1}, "--seed -1: must not be below 0"),
+        ({"seed": -1}, "--seed -1: must be at least 0"),
         ({"solver": "rk4"}, "unknown solver 'rk4'"),
         ({"data_dir": Path("/nowhere")}, "/nowhere"),
     ],

@@ -123,7 +123,7 @@ def test_interrupted_and_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"kl_weight": -1.0}, "--kl_weight -1.0: must not be below 0"),
+        ({"kl_weight": -1.0}, "--kl_weight -1.0: must be at least 0"),
         ({"latent_channels": 0}, "--latent_channels 0: must be above 0"),
         ({"shuffle_buffer": 9}, "--shuffle_buffer is for --streaming"),
         (

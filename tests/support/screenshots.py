@@ -13,19 +13,18 @@ from browser import Visitor, open_browser  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from runtime import cli  # noqa: E402
+from runtime.flags import flag, required  # noqa: E402
 
 
 @dataclass(frozen=True)
 class ScreenshotConfig:
-    """Take screenshots of the page.
+    """Take screenshots of the page."""
 
-    Args:
-        run: the run to show, of the digits.
-        out: the folder for demo-generate.png, demo-comparison.png and demo-run.png.
-    """
-
-    run: Path
-    out: Path = ROOT / "docs/images"
+    run: Path = required("the run to show, of the digits")
+    out: Path = flag(
+        ROOT / "docs/images",
+        "the folder for demo-generate.png, demo-comparison.png and demo-run.png",
+    )
 
 
 def main(config: ScreenshotConfig) -> None:

@@ -29,7 +29,6 @@ from runtime import files, parallel, processes, run_folder
 from training import optim
 from training import step as training_step
 from training.autoencoder.config import (
-    DEFAULTS,
     VaeConfig,
     autoencoder_config,
     requested_image_size,
@@ -43,12 +42,13 @@ from training.autoencoder.losses import (
     separate_optimizers,
     without_critic,
 )
+from training.flag_groups import DEFAULT_DATASET
 from training.loop import Loop, flags_as_json
 from training.resolve import merge_saved
 from training.session import RunRecord
 from training.step import StepReport, TrainState
 
-COMMAND = "train_vae.py"
+COMMAND = VaeConfig.COMMAND
 MODEL_NAME = "vae"  # in config.json and in the name of a new run folder
 EXPORT_FOLDER = "vae"  # in the run folder
 GRID_IMAGES = 16  # images in a grid of reconstructions
@@ -76,20 +76,20 @@ class VaeTrainer(Loop):
             config = dataclasses.replace(
                 config, lpips=str(Path(config.lpips).expanduser().resolve())
             )
-        dataset_name = config.dataset_name or DEFAULTS["dataset_name"]
+        dataset_name = config.dataset_name or DEFAULT_DATASET
         run_dir = self._find_run_dir(dataset_name, MODEL_NAME)
         saved = None
         if run_dir and config.resume:
             saved = run_folder.read_config(run_dir, command=COMMAND)
             config = merge_saved(config, saved)
         self.source = open_dataset(
-            config.dataset_name or DEFAULTS["dataset_name"],
+            config.dataset_name or DEFAULT_DATASET,
             data_dir=config.data_dir,
             image_column=config.image_column,
             conditioning="none",
             image_size=requested_image_size(config),
             channels=config.channels,
-            streaming=config.streaming or DEFAULTS["streaming"],
+            streaming=bool(config.streaming),
         )
         self.dataset = self.source.config
         c = self.config = resolve_vae_config(

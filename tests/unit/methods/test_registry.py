@@ -41,7 +41,8 @@ def test_the_method_of_a_model_is_the_recorded_one():
     flags = {"objective": "ddpm", "prediction": "v", "learned_sigma": True, "seed": 3}
     assert method_of(flags) == DDPM("v", learned_sigma=True)
     assert method_of({}) == RectifiedFlow()
-    assert method_of({"objective": "rectified_flow", "time_shift": 3.0}).time_shift == 3
+    flags = {"objective": "rectified_flow", "time_shift": 3.0}
+    assert method_of(flags) == RectifiedFlow(time_shift=3.0)
     assert method_of({"objective": "mine", "method": class_path(Mine), "power": 3.0}) == Mine(
         power=3.0
     )

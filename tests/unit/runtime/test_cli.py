@@ -1,5 +1,7 @@
 """A flag has the type of its annotation, or one clear error before anything runs."""
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,22 +10,34 @@ import pytest
 
 from runtime import cli
 from runtime.errors import UserError
+from runtime.flags import Derived, again, flag, setting
 
 
 @dataclass(frozen=True)
-class Config:
+class DoughFlags:
+    """Dough."""
+
+    n_steps: int = setting(Derived("as the recipe says"), "stirs")
+    rate: float = flag(0.5, "sugar per flour, " + "which the recipe may leave to your taste, " * 3)
+
+
+@dataclass(frozen=True)
+class OvenFlags:
+    """Oven."""
+
+    noisy: bool = flag(False, "ring at the end")
+
+
+@dataclass(frozen=True)
+class Config(DoughFlags, OvenFlags):
     """Bake a cake.
 
-    Args:
-        n_steps: stirs, as the recipe says if it is not given.
-        labels: what to write on it.
+    The oven is preheated.
     """
 
-    n_steps: int = None  # type: ignore[assignment]
-    rate: float = 0.5
+    rate: float = again(DoughFlags, "rate", default=0.5)
     clip: float | None = 1.0
     ema: bool = True
-    noisy: bool = False
     half_precision: bool | None = None
     name: str = "plain"
     model: str | None = None
@@ -132,23 +146,128 @@ def test_a_flag_without_default_is_required():
     assert cli.parse_flags(Required, ["--run", "a b"]) == Required(Path("a b"))
 
 
+# --- help -----------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("line", ["-h", "--help", "--stepz 3 --help"])
 def test_help_goes_to_stdout(line, capsys):
     with pytest.raises(SystemExit) as end:
         parse(line)
     out, err = capsys.readouterr()
     assert (end.value.code, err) == (0, "")
-    for words in ("Bake a cake.", "--n_steps=N_STEPS", "stirs, as the recipe", "Default: 1 2"):
+    assert "\n\nBake a cake.\n\nThe oven is preheated.\n\n" in out
+    assert "\n  --n_steps  (a whole number, default: as the recipe says)\n      stirs\n" in out
+    for words in ("mlp  (gelu or swiglu, default: gelu)", "widths  (a whole number (or several), "):
         assert words in out
-    assert "Default: none" in out and "gelu or swiglu" in out
-    assert "FIRE_METADATA" not in out and "-n, " not in out
+    assert "default: 1 2)" in out and "folder  (a path, default: none)" in out
+    assert max(map(len, out.splitlines())) <= 100
 
 
-def test_help_shows_the_defaults_given_for_none(capsys):
+def test_help_lists_each_flag_once_under_its_group(capsys):
+    """Groups are in the order of inheritance, and a flag declared again stays in its group."""
     with pytest.raises(SystemExit):
-        cli.parse_flags(
-            Config, ["--help"], shown_defaults={"n_steps": "as the recipe says", "rate": "unseen"}
-        )
+        parse("--help")
     page = capsys.readouterr().out
-    assert "Default: as the recipe says" in page and "Default: 0.5" in page
-    assert "unseen" not in page
+    headings = re.findall(r"(?m)^(\w[\w ]*)\n  --", page)
+    assert headings == ["Dough", "Oven", "Flags", "Flags from a file"]
+    names = re.findall(r"(?m)^  --(\w+)  \(", page)
+    assert names[:3] == ["n_steps", "rate", "noisy"] and names[-1] == "config"
+    assert sorted(names) == sorted([*Config.__dataclass_fields__, "config"])
+
+
+def test_help_says_what_is_required(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse_flags(Required, ["--help"])
+    assert "--run  (a path, required)" in capsys.readouterr().out
+
+
+# --- flags from a file ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(content, name="flags.yaml"):
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+        return str(tmp_path / name)
+
+    return write
+
+
+VALUES = {
+    "n_steps": (1000, 1000),
+    "rate": (1e-05, 1e-05),
+    "clip": ("none", None),
+    "ema": (False, False),
+    "half_precision": (True, True),
+    "name": (123, "123"),
+    "mlp": ("swiglu", "swiglu"),
+    "size": (4, 4),
+    "labels": (["a,b"], ("a,b",)),
+    "prompts": (["a, b", "none"], ("a, b", "none")),
+    "several": (["none"], ("none",)),
+    "widths": ([8, -1], (8, -1)),
+    "folder": ("~/x", Path.home() / "x"),
+}
+
+
+@pytest.mark.parametrize("name", ["flags.yaml", "flags.json"])
+def test_values_of_a_file_become_those_of_the_line(file, name):
+    path = file({key: given for key, (given, _) in VALUES.items()} | {"model": None}, name)
+    config = cli.parse_flags(Config, ["--config", path])
+    assert config == Config(**{key: value for key, (_, value) in VALUES.items()})
+
+
+def test_yaml_is_read_as_people_write_it(file):
+    path = file("# a comment\nn-steps: 1e3\nnoisy: yes\nlabels: 3,7\nwidths: []\n")
+    config = cli.parse_flags(Config, [f"--config={path}"])
+    assert config == Config(n_steps=1000, noisy=True, labels=("3", "7"), widths=())
+    assert cli.parse_flags(Config, ["--config", file("")]) == Config()
+
+
+def test_flags_on_the_line_take_precedence(file):
+    path = file({"ema": True, "rate": 3, "labels": ["1", "2"], "name": "x"})
+    for line in (["--noema", "--config", path], ["--config", path, "--noema"]):
+        config = cli.parse_flags(Config, [*line, "--labels", "7"])
+        assert config == Config(ema=False, rate=3.0, labels=("7",), name="x")
+
+
+def test_a_file_may_hold_a_required_flag(file):
+    assert cli.parse_flags(Required, ["--config", file({"run": "a b"})]) == Required(Path("a b"))
+
+
+RUN = {"dataset_name": "digits", "model": "DiT-S/2", "model_config": {}, "dataset": {}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"stepz": 3}, "{path}: unknown flag 'stepz'; did you mean 'n_steps'? (one of: n_steps, "),
+        ({"config": "x"}, "{path}: unknown flag 'config' (one of: "),
+        ({"n_steps": "abc"}, "{path}: --n_steps 'abc': expected a whole number"),
+        ({"n_steps": True}, "{path}: --n_steps 'true': expected a whole number"),
+        ({"n_steps": [3]}, "{path}: --n_steps '3': expected a whole number"),
+        ({"mlp": "gleu"}, "{path}: unknown mlp 'gleu'; did you mean 'gelu'? (one of: gelu, "),
+        ({"mlp": ["gelu"]}, "{path}: --mlp 'gelu': expected gelu or swiglu"),
+        ({"widths": [8, "b"]}, "{path}: --widths '8 b': expected a whole number (or several)"),
+        ({"name": {"a": 1}}, "{path}: name {{'a': 1}}: expected a value or a list of values"),
+        ({"labels": [["a"]]}, "{path}: labels [['a']]: expected a value or a list of values"),
+        ([1, 2], "--config {path}: expected one 'name: value' for each flag"),
+        ("n_steps: [", "--config {path} is damaged: "),
+        (RUN, "{path} is of a training run, whose flags this command does not take"),
+    ],
+)
+def test_mistakes_in_a_file_name_it_and_the_flag(file, content, message):
+    path = file(content)
+    with pytest.raises(UserError) as error:
+        cli.parse_flags(Config, ["--config", path])
+    assert str(error.value).startswith(message.format(path=path))
+
+
+def test_a_file_that_cannot_be_read_is_one_line(file, tmp_path):
+    with pytest.raises(UserError, match=r"cannot read --config .*nowhere: No such file"):
+        cli.parse_flags(Config, ["--config", str(tmp_path / "nowhere")])
+    with pytest.raises(UserError, match=r"flags\.json is damaged: "):
+        cli.parse_flags(Config, ["--config", file("{", "flags.json")])
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"binary\.yaml is damaged: "):
+        cli.parse_flags(Config, ["--config", str(tmp_path / "binary.yaml")])

@@ -4,9 +4,7 @@ impossible value is named, and no flag is ignored.
 
 import ast
 import dataclasses
-import inspect
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,13 @@ from methods.ddpm import DDPM
 from methods.rectified_flow import RectifiedFlow, logit_normal
 from methods.registry import METHODS
 from model import MODELS
+from runtime import run_folder
+from runtime.cli import parse_flags
 from runtime.errors import UserError
 from runtime.flags import flags_of
-from training.config import DEFAULTS, TrainConfig
+from training.autoencoder.config import VaeConfig, resolve_vae_config
+from training.config import TrainConfig
+from training.loop import flags_as_json
 from training.resolve import (
     merge_saved,
     network_config,
@@ -30,6 +32,7 @@ from training.resolve import (
     resolve_train_config,
     training_method,
 )
+from training.session import RunRecord
 
 FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
 DIGITS = DATASET_CONFIGS["digits"]
@@ -58,7 +61,7 @@ def test_the_flag_wins_over_the_dataset_and_the_dataset_over_the_default():
     assert (
         resolved(recommends).batch_size == 24 and resolved(recommends, batch_size=8).batch_size == 8
     )
-    assert resolved(recommends).schedule == DEFAULTS["schedule"]
+    assert resolved(recommends).schedule == "cosine"
     assert resolved(recommends, schedule="linear").schedule == "linear"
     # 0 and False are given, not left out.
     assert resolved(recommends, cfg_scale=0.0).cfg_scale == 0
@@ -391,7 +394,7 @@ def test_each_objective_has_its_own_solvers():
         resolved(objective="ddpm", n_sample_steps=1001)
     with pytest.raises(UserError, match="unknown prediction 'eps'"):
         resolved(objective="ddpm", prediction="eps")
-    with pytest.raises(UserError, match=r"--min_snr_gamma -1\.0: must not be below 0"):
+    with pytest.raises(UserError, match=r"--min_snr_gamma -1\.0: must be at least 0"):
         resolved(objective="ddpm", min_snr_gamma=-1.0)
 
 
@@ -481,12 +484,89 @@ def test_flags_of_a_run_without_a_record_stay_unknown():
     assert recorded_flags(TrainConfig(resume=True, n_steps=12), saved()) is None
 
 
+# --- starting a run once more ---------------------------------------------------------------------
+
+RUNS: dict[str, dict[str, Any]] = {
+    "no flags": {},
+    "another length": {"n_epochs": 3.0, "batch_size": 16, "learning_rate": 1e-5},
+    "a density": {"time_density": "uniform", "time_shift": 3.0, "seed": 7},
+    "ddpm": {"objective": "ddpm", "learned_sigma": True, "solver": "ddim"},
+    "captions": {"caption": ("a {label}, drawn", "none"), "text_towers": ("a/b", "c/d")},
+    "a place": {"run_dir": Path("runs/x"), "resume": True, "profile": True, "distributed": True},
+    "fid": {"fid_every": 9, "fid_reference": Path("x.npz"), "fid_features": "pixels"},
+}
+
+
+def write_run(path: Path, config: TrainConfig, given: dict[str, Any] | None) -> list[str]:
+    """Write the `config.json` of a run, and return the words that start it once more."""
+    record = RunRecord(flags_as_json(config), path, network_config(config, DIGITS), DIGITS)
+    extra = {"text_revisions": (), "yardstick": None}
+    run_folder.write_config(path, record.as_json() | extra | {"given_flags": given})
+    return ["--config", str(path / "config.json")]
+
+
+@pytest.mark.parametrize("has_record", [True, False])
+@pytest.mark.parametrize("name", RUNS)
+def test_the_config_of_a_run_starts_the_same_training(tmp_path, name, has_record):
+    """From the flags given, or in a run of a version that did not record them from all values."""
+    captions = {"templates": ("a {label}",)} if "caption" in RUNS[name] else {}
+    dataset = replace(DIGITS, **captions)
+    first = TrainConfig(**RUNS[name])
+
+    def resolve(config):
+        return resolve_train_config(config, dataset, n_rows=1000, n_devices=8, platform="cpu")
+
+    given = recorded_flags(first, {}) if has_record else None
+    words = write_run(tmp_path, resolve(first), given)
+    again = parse_flags(TrainConfig, words)
+    of_one_start = {name: getattr(TrainConfig(), name) for name in ("run_dir", "resume", "profile")}
+    of_one_start["distributed"] = False
+    assert resolve(again) == replace(resolve(first), **of_one_start)
+    shorter = resolve(parse_flags(TrainConfig, [*words, "--n_steps", "8", "--seed", "5"]))
+    assert (shorter.n_steps, shorter.seed) == (8, 5)
+
+
+def test_flags_that_a_resumed_run_no_longer_reads_are_left_out(tmp_path):
+    config = replace(resolved(time_density="uniform"), logit_mean=0.5, fid_n=9)
+    words = write_run(tmp_path, config, {"time_density": "uniform", "logit_mean": 0.5, "fid_n": 9})
+    assert parse_flags(TrainConfig, words).logit_mean is None
+    resolve_train_config(
+        parse_flags(TrainConfig, words), DIGITS, n_rows=1000, n_devices=8, platform="cpu"
+    )
+
+
+def test_weights_to_start_from_have_the_model(tmp_path):
+    """With a model given, the patch size would be the preset's and not the source's."""
+    config = resolved(model="DiT-S/2", init_from="us/dit", patch_size=4)
+    words = write_run(tmp_path, config, {"init_from": "us/dit"})
+    again = parse_flags(TrainConfig, words)
+    assert (again.init_from, again.model, again.dataset_name) == ("us/dit", None, "digits")
+
+
+def test_the_run_of_another_command_is_refused(tmp_path):
+    words = write_run(tmp_path, resolved(), None)
+    with pytest.raises(UserError, match=r"config\.json: this is a run of train.py, not of train_v"):
+        parse_flags(VaeConfig, words)
+
+
+def test_the_config_of_an_autoencoder_starts_the_same_training(tmp_path):
+    def resolve(config):
+        dataset = replace(DIGITS, image_size=16)
+        return resolve_vae_config(config, dataset, n_rows=99, n_devices=8, platform="cpu")
+
+    first = resolve(VaeConfig(kl_weight=1e-4, block_out_channels=(8, 8), n_epochs=2.0))
+    record = flags_as_json(first) | {"command": "train_vae.py", "model": "vae"}
+    run_folder.write_config(tmp_path, record | {"model_config": {}, "dataset": {}})
+    again = parse_flags(VaeConfig, ["--config", str(tmp_path / "config.json")])
+    assert resolve(again) == first
+
+
 # --- no field is ignored --------------------------------------------------------------------------
 
 
 def test_every_field_is_documented():
-    documented = re.findall(r"^ {4}(\w+):", inspect.getdoc(TrainConfig) or "", re.MULTILINE)
-    assert documented == FIELDS
+    assert sorted(flags_of(TrainConfig)) == sorted(FIELDS)
+    assert all(known.help for known in flags_of(TrainConfig).values())
 
 
 def read_fields(path):
