@@ -179,8 +179,8 @@ def resolve_train_config(
 
 
 def known_values(config: Any, dataset: DatasetConfig) -> dict[str, Any]:
-    """Return the value of each flag that is given, has a default or is recommended by the dataset,
-    in the order of precedence from last to first.
+    """Return the value of each flag that is given, recommended by the dataset or has a default, in
+    this order of precedence.
     """
     by_dataset = [name for name, flag in flags_of(config).items() if flag.default is BY_DATASET]
     recommended = {name: getattr(dataset, name) for name in by_dataset}
