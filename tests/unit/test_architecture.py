@@ -107,12 +107,17 @@ def test_data_and_records_know_nothing_of_jax():
     assert {name: libraries for name, libraries in found.items() if libraries} == {}
 
 
+METHOD_NEEDS = {"methods.method", "sampling", "runtime.flags", "runtime.errors"}
+
+
 @pytest.mark.parametrize(
     ("name", "others"),
     [
         ("sampling", set()),
-        ("methods.rectified_flow", set()),
-        ("methods.ddpm", {"methods.rectified_flow", "sampling"}),
+        ("methods.method", METHOD_NEEDS),
+        ("methods.rectified_flow", METHOD_NEEDS),
+        ("methods.ddpm", METHOD_NEEDS),
+        ("runtime.flags", {"runtime.errors"}),
         ("networks.ops", set()),
         ("networks.layers", {"networks.ops"}),
         ("training.optim", set()),

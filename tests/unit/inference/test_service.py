@@ -146,7 +146,7 @@ def test_missing_models_are_reported(tmp_path):
     ("flags", "message"),
     [
         ({"run": Path("a"), "runs": Path("b")}, "--run and --runs are mutually exclusive"),
-        ({"port": 0}, r"--port 0: must be in"),
+        ({"port": 0}, r"--port 0: must be between"),
         ({"vae": "somewhere"}, "name it by --run"),
     ],
 )

@@ -24,6 +24,7 @@ from torch_transformers import CONFIGS, SMALL, inputs, original_names, torch_dit
 from datasets_config import LatentEncoding
 from inference.sampler import SamplerConfig
 from inference.trained_model import SamplingOverrides, TrainedModel
+from methods.ddpm import DDPM
 from model import init_model_params, model_config, model_graphdef
 from pretrained import dit, transformer, weight_files
 from pretrained.autoencoder import config_to_diffusers as write_vae_config
@@ -223,7 +224,7 @@ def test_samples_are_those_of_diffusers(tmp_path):
 def test_files_of_the_original_are_sampled_as_published(tmp_path):
     theirs = example("small")
     loaded = TrainedModel.from_pretrained(f"dit:heads=4:{saved(tmp_path / 'a.pt', theirs)}")
-    sampler = SamplerConfig("ddpm", 250, DDPM(), guided_channels=3)
+    sampler = SamplerConfig("ddpm", 250, DDPM(learned_sigma=True), guided_channels=3)
     assert loaded.plan(SamplingOverrides()) == (sampler, 4.0)
     assert loaded.encoding is not None
     assert (loaded.encoding.vae, loaded.encoding.image_size) == ("stabilityai/sd-vae-ft-ema", 64)
