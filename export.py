@@ -15,9 +15,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from datasets_config import LatentEncoding
 from inference.trained_model import TrainedModel
-from methods.registry import method_of
 from model import ModelConfig
 from pretrained import sd3, transformer
 from runtime import cli, parallel
@@ -65,7 +63,7 @@ def main(config: ExportConfig) -> None:
     settings = {name: run[name] for name in EXPORTED_SETTINGS if name in run}
     settings |= {"step": step, "ema": c.ema}
     n_params = sum(np.size(x) for x in jax.tree.leaves(params))
-    card = model_card(c.out.name, run | settings, trained.model, layout, n_params)
+    card = model_card(c.out.name, run | settings, trained, layout, n_params)
     try:
         with atomic_folder(c.out) as folder:
             transformer.save_transformer(folder, trained.model, params, settings, layout=layout)
@@ -94,7 +92,7 @@ def select_layout(config: ExportConfig, model: ModelConfig) -> tuple[str, str]:
 
 
 def model_card(
-    name: str, run: dict[str, Any], model: ModelConfig, layout: str, n_params: int
+    name: str, run: dict[str, Any], trained: TrainedModel, layout: str, n_params: int
 ) -> str:
     """Return the Markdown text of the folder's page on the hub.
 
@@ -102,9 +100,9 @@ def model_card(
         run: `config.json` of the run, with the exported `step` and `ema`.
         layout: the name of the class, of diffusers or of this project.
     """
+    model = trained.model
     diffusers = "" if layout in transformer.OWN_CLASSES else f"\n{diffusers_section(layout, model)}"
     library = "diffusers" if diffusers else "jax"
-    encoding = run["dataset"]["encoding"]
     params = f"{n_params / 1e6:.3g} M parameters"
     weights = "averaged (EMA)" if run["ema"] else "raw"
     return f"""---
@@ -119,7 +117,8 @@ tags:
 
 {run["model"]} trained on {run["dataset_name"]}: {params}, the {weights} weights of step \
 {run["step"]}.
-{describe_model(run, model, LatentEncoding.from_record(encoding) if encoding else None)}
+{trained.space.describe(model)} {trained.conditioning.describe()}
+{trained.method.describe()}
 
 It was trained by
 
@@ -130,7 +129,7 @@ It was trained by
 ## Here
 
 ```sh
-python generate.py --pretrained PATH_OR_ID {"--prompts …" if model.text_width else "--n 16"}
+python generate.py --pretrained PATH_OR_ID {trained.conditioning.example or "--n 16"}
 python train.py --init_from PATH_OR_ID …    # also on other classes
 ```
 
@@ -147,31 +146,6 @@ model = exported.model()  # model(x, t, label): x is b h w c, t in 0 … 1
 
 Not chosen yet by the owner. The training data have their own terms.
 """
-
-
-def describe_model(run: dict[str, Any], model: ModelConfig, encoding: LatentEncoding | None) -> str:
-    """Return sentences about the model's samples, its conditioning and its output."""
-    size = f"{model.image_size}×{model.image_size}×{model.channels}"
-    if encoding:
-        samples = (
-            f"It generates latents of {size}, which the VAE `{encoding.vae}` decodes to images of "
-            f"{encoding.image_size}×{encoding.image_size}\n(SHA-256 of its weights: "
-            f"{encoding.vae_hash or 'not known'}). The VAE's input is x / {encoding.scaling_factor}"
-            f" + {encoding.shift_factor}."
-        )
-    else:
-        samples = f"It generates images of {size} in −1 … 1."
-    if model.text_width:
-        encoders = ", ".join(f"`{encoder}`" for encoder in run["text_towers"])
-        conditioning = f"It is conditioned on captions, encoded by {encoders}."
-    elif model.n_classes:
-        conditioning = (
-            f"It is conditioned on one of {model.n_classes} classes; {model.n_classes} is the null "
-            "label."
-        )
-    else:
-        conditioning = "It is unconditional."
-    return f"{samples} {conditioning}\n{method_of(run).describe()}"
 
 
 def diffusers_section(layout: str, model: ModelConfig) -> str:

@@ -9,6 +9,7 @@ loaded too. A figure that cannot be made is left out, with a line that says why.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from inference import comparisons, curves, grids, progress
 from inference.grids import MAX_GRID_IMAGES
-from inference.labels import SampleRequest, label_ids, request_labels, request_prompts
+from inference.labels import SampleRequest
 from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
 from runtime import cli, parallel
 from runtime.errors import UserError
@@ -86,10 +87,12 @@ class FigureInputs(NamedTuple):
     """Inputs of the figures that need weights.
 
     Args:
+        words: labels or prompts of a row.
         row: the samples of one row of a grid.
     """
 
     trained: TrainedModel
+    words: list[str]
     row: SampleRequest
     plan: SamplingPlan
     config: FiguresConfig
@@ -108,7 +111,7 @@ def main(config: FiguresConfig) -> None:
         fsdp=config.fsdp,
     )
     plan = trained.plan(SamplingOverrides(cfg_scale=config.cfg_scale, n_steps=config.n_steps))
-    names = choose_labels(config, trained)
+    trained.conditioning.check(labels=config.labels, prompts=config.prompts)
     if config.step is not None and not config.records_only:
         trained.load_weights()  # a checkpoint that is named must exist; without one, see below
     out = config.out or config.run / FIGURES
@@ -119,7 +122,9 @@ def main(config: FiguresConfig) -> None:
     if config.records_only:
         return
     try:
-        inputs = FigureInputs(trained, make_row(config, trained, names), plan, config)
+        words = choose_words(config, trained)
+        row = make_row(config, trained, words)
+        inputs = FigureInputs(trained, words, row, plan, config)
         trained.load_weights()
     except UserError as error:
         print(f"{', '.join(FIGURES_OF_WEIGHTS)} are left out: {error}", flush=True)
@@ -146,52 +151,30 @@ def save_or_explain(path: Path, save: Callable[[Path], None]) -> None:
 # --- labels ---------------------------------------------------------------------------------------
 
 
-def choose_labels(config: FiguresConfig, trained: TrainedModel) -> list[str]:
-    """Return the class names or prompts of a row; none for a model without classes, or for captions
-    if no prompts are given.
-
-    Raises:
-        UserError: labels or prompts do not fit the model.
-    """
-    names, n_classes = trained.label_names, trained.model.n_classes
-    if trained.model.text_width:
-        if config.labels:
-            raise UserError('this run was trained on captions; name them by --prompts "…"')
-        return list(config.prompts)
-    if config.prompts:
-        raise UserError("this run was trained without captions; choose classes by --labels")
-    label_ids(config.labels, names, n_classes)
-    if config.labels:
-        return list(config.labels)
-    if not n_classes:
-        return []
-    class_ids = comparisons.evenly_spaced(n_classes, count_columns(trained)).tolist()
-    return [names[i] if names else str(i) for i in class_ids]
-
-
 def count_columns(trained: TrainedModel) -> int:
     """Return the number of images in a row if no more are named."""
-    encoding = trained.encoding
-    side = encoding.image_size if encoding else trained.model.image_size
+    side = trained.space.image_side(trained.model)
     return COLUMNS if side <= MAX_SMALL_SIDE else COLUMNS_OF_LARGE
 
 
-def make_row(config: FiguresConfig, trained: TrainedModel, names: list[str]) -> SampleRequest:
-    """Request one sample of each label, or as many as fill a row.
+def choose_words(config: FiguresConfig, trained: TrainedModel) -> list[str]:
+    """Return the labels or prompts of a row; none for an unconditional model."""
+    given = list(config.labels or config.prompts)
+    open_split = partial(comparisons.open_eval_split, trained)
+    return given or trained.conditioning.examples(count_columns(trained), open_split)
+
+
+def make_row(config: FiguresConfig, trained: TrainedModel, words: list[str]) -> SampleRequest:
+    """Request one sample of each label or prompt, or as many as fill a row.
 
     Raises:
-        UserError: captions cannot be read or encoded.
+        UserError: captions cannot be encoded.
     """
-    n = count_columns(trained)
-    has_captions = bool(trained.model.text_width)
-    if has_captions and not names:
-        captions = comparisons.open_eval_split(trained).captions
-        names = list(dict.fromkeys(of_image[0] for of_image in captions))[:n]
-    if names:
-        n = max(1, n // len(names)) * len(names)
-    if has_captions:
-        return request_prompts(trained, names, n, seed=config.seed)
-    return request_labels(trained, names, n, seed=config.seed)
+    n, conditioning = count_columns(trained), trained.conditioning
+    if words:
+        n = max(1, n // len(words)) * len(words)
+    labels, prompts = ((), words) if conditioning.takes_prompts else (words, ())
+    return conditioning.request(n, labels=labels, prompts=prompts, seed=config.seed)
 
 
 # --- figures of records ---------------------------------------------------------------------------
@@ -209,7 +192,7 @@ def save_progress(run: Path, path: Path) -> None:
 
 def save_trajectory(inputs: FigureInputs, path: Path) -> None:
     """Make a GIF of the trajectory from noise, a frame per step."""
-    trained, row, plan, _ = inputs
+    trained, row, plan = inputs.trained, inputs.row, inputs.plan
     request = row._replace(label_index=np.tile(row.label_index, GIF_ROWS))
     rows = request.rows(0, len(request.label_index))
     states = trained.sample(
@@ -225,7 +208,7 @@ def save_trajectory(inputs: FigureInputs, path: Path) -> None:
     times = plan.sampler.state_times()
     frames = []
     for i in comparisons.evenly_spaced(len(states), MAX_FRAMES):
-        images = grids.to_uint8(comparisons.decode_images(trained, states[i]))
+        images = grids.to_uint8(trained.space.to_images(states[i]))
         grid = grids.image_grid(
             grids.shrink_images(images, MAX_SIDE),
             columns=len(row.label_index),
@@ -246,8 +229,8 @@ def save_x0(inputs: FigureInputs, path: Path) -> None:
 
 def save_cfg_sweep(inputs: FigureInputs, path: Path) -> None:
     """Make a grid of the same noise at several guidance scales."""
-    trained, row, plan, config = inputs
-    if not (trained.model.n_classes or trained.model.text_width):
+    trained, row, plan, config = inputs.trained, inputs.row, inputs.plan, inputs.config
+    if not trained.model.is_conditional:
         raise UserError("an unconditional model cannot be guided")
     grid = comparisons.compare_scales(trained, row, plan, config.cfg_sweep, side=MAX_SIDE)
     grids.save_png(grid, path)
@@ -255,10 +238,8 @@ def save_cfg_sweep(inputs: FigureInputs, path: Path) -> None:
 
 def save_denoising(inputs: FigureInputs, path: Path) -> None:
     """Make a grid of real images, noised more or less and sampled from there."""
-    trained, row, plan, config = inputs
-    class_ids = []
-    if trained.model.n_classes:
-        class_ids = np.asarray(row.labels)[row.label_index].tolist()
+    trained, row, plan, config = inputs.trained, inputs.row, inputs.plan, inputs.config
+    class_ids = trained.conditioning.class_ids(inputs.words)
     real = comparisons.load_real_images(trained, class_ids, len(row.label_index))
     grid = comparisons.compare_denoising(
         trained, real, plan, config.denoise, seed=config.seed, side=MAX_SIDE

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from inference import comparisons, grids, sample_files
 from inference.grids import MAX_GRID_IMAGES
-from inference.labels import SampleRequest, label_ids, request_labels, request_prompts
+from inference.labels import SampleRequest
 from inference.sample_files import BatchSampler
 from inference.sampler import Samples, check_guidance, check_seeds
 from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
@@ -243,7 +243,8 @@ def count_images(config: GenerateConfig, trained: TrainedModel) -> int:
     n_named = len(config.prompts or config.labels)
     n = len(config.seeds) or config.n or DEFAULT_N
     if config.grid_flag and not (config.seeds or config.n):
-        n = n_named or min(trained.model.n_classes, MAX_DEFAULT_COLUMNS) or MAX_DEFAULT_COLUMNS
+        n_choices = len(trained.conditioning.choices)
+        n = n_named or min(n_choices, MAX_DEFAULT_COLUMNS) or MAX_DEFAULT_COLUMNS
     if n < n_named:
         given = f"--seeds has {n}, which" if config.seeds else f"--n {n}"
         raise UserError(f"{given} is fewer than the {n_named} labels or prompts")
@@ -258,9 +259,13 @@ def make_request(config: GenerateConfig, trained: TrainedModel) -> SampleRequest
     """
     n = count_images(config, trained)
     seed = config.seeds or config.seed or 0
-    if not config.prompts and config.negative_prompt is None:
-        return request_labels(trained, config.labels, n, seed=seed)
-    return request_prompts(trained, config.prompts, n, seed=seed, negative=config.negative_prompt)
+    return trained.conditioning.request(
+        n,
+        labels=config.labels,
+        prompts=config.prompts,
+        negative=config.negative_prompt,
+        seed=seed,
+    )
 
 
 # --- comparison grids -----------------------------------------------------------------------------
@@ -283,7 +288,8 @@ def grid_of_real_images(
     n = count_images(config, trained)
     seed = config.seeds or config.seed or 0
     check_seeds(seed)
-    class_ids = label_ids(config.labels, trained.label_names, trained.model.n_classes)
+    trained.conditioning.check(labels=config.labels)
+    class_ids = trained.conditioning.class_ids(config.labels)
     real = comparisons.load_real_images(trained, class_ids, n)
     return comparisons.compare_denoising(
         trained, real, plan, config.denoise, seed=seed, batch_size=config.batch_size

@@ -136,6 +136,11 @@ class ModelConfig:
             )
 
     @property
+    def is_conditional(self) -> bool:
+        """Whether the model can be guided: it takes classes or captions."""
+        return bool(self.n_classes or self.text_width)
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         side = self.image_size // self.patch_size

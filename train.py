@@ -27,7 +27,7 @@ from flax import nnx
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from data import caption_cache, text_encoders
+from data import caption_cache
 from data.batch import Batch
 from data.caption_cache import CaptionStore
 from data.load import open_dataset
@@ -35,8 +35,9 @@ from data.rows import Source
 from evaluation.during_training import TrainingFID
 from inference import grids
 from inference.codec import Codec
-from inference.labels import label_ids
-from inference.sampler import Labels, SamplerConfig, sample_images
+from inference.conditioning import Conditioning, StoredCaptions, class_conditioning
+from inference.sampler import SamplerConfig, sample_images
+from inference.spaces import space_of
 from methods.method import Loss
 from methods.registry import class_path
 from model import ModelConfig, init_model_params, model_graphdef
@@ -49,11 +50,10 @@ from training.lr_range_test import N_STEPS, range_test
 from training.profiling import profile
 from training.resolve import (
     merge_saved,
-    model_input_reader,
     network_config,
     recorded_flags,
     require_even_batches,
-    require_same_latents,
+    require_same_space,
     resolve_train_config,
     sampler_config,
     training_method,
@@ -95,7 +95,7 @@ class Trainer(Loop):
         self._open_dataset(config, saved)
         c = self.config
         self.run_dir = run_dir or self._new_run_dir(c.dataset_name, c.model)
-        self.encoded = self._encode_captions(saved.get("text_revisions"))
+        self.conditioning = self._open_conditioning(saved.get("text_revisions"))
         record = saved.get("model_config") or (vars(weights.config) if weights else {})
         self.method = training_method(c)
         self.model_config = self._network_config(record)
@@ -115,7 +115,7 @@ class Trainer(Loop):
         self.source = _open_source(config)
         self.dataset = self.source.config
         if saved:
-            require_same_latents(self.dataset.encoding, saved)
+            require_same_space(space_of(self.dataset.encoding), saved)
         n_devices = parallel.devices().count
         self.config: TrainConfig = resolve_train_config(
             config,
@@ -127,24 +127,26 @@ class Trainer(Loop):
         if not saved:  # a finished run may be sampled on any number of devices
             require_even_batches(self.config, n_devices)
 
-    def _encode_captions(self, revisions: Sequence[str] | None) -> CaptionStore | None:
-        """Open the cache of encoded captions, and encode what it lacks.
+    def _open_conditioning(self, revisions: Sequence[str] | None) -> Conditioning:
+        """Open the cache of encoded captions and encode what it lacks, for a run on captions.
 
         Args:
             revisions: those of the text encoders that a resumed run was trained with.
         """
         c = self.config
         if c.conditioning != "text":
-            return None
+            n_classes = self.dataset.n_classes if c.conditioning == "class" else 0
+            return class_conditioning(n_classes, self.dataset.label_names)
         folder = c.caption_cache or caption_cache.default_cache_folder(c.dataset_name, c.data_dir)
         splits = (self.source.train, self.source.eval)
         captions = [text for split in splits for texts in split.captions for text in texts]
         if c.profile:
             captions = captions[: caption_cache.CAPTIONS_PER_SHARD]  # a profile reads none of them
         with processes.first_then_others():
-            return CaptionStore.open(
+            self.encoded = CaptionStore.open(
                 folder, captions, c.text_towers, revisions=revisions, max_length=c.text_length
             )
+        return StoredCaptions(self.encoded, c.text_towers)
 
     def _network_config(self, record: Mapping[str, Any]) -> ModelConfig:
         """The shape of the network to train.
@@ -155,14 +157,7 @@ class Trainer(Loop):
         config = network_config(self.config, self.dataset)
         if self.config.init_from:
             config = warm_start.keep_fields_without_flag(config, record)
-        if self.encoded:
-            config = replace(
-                config,
-                text_length=self.encoded.length,
-                text_width=self.encoded.width,
-                pooled_width=self.encoded.pooled,
-            )
-        return config
+        return replace(config, **self.conditioning.fields)
 
     def _open_devices(self) -> None:
         """Make the mesh, and load the codec of latents onto it."""
@@ -171,10 +166,11 @@ class Trainer(Loop):
             parallel.devices().kind, self.model_config.dtype, peak_tflops=c.peak_tflops
         )
         self.mesh = parallel.make_mesh(c.fsdp)
-        self.codec: Codec | None = None
-        if self.dataset.encoding and not c.profile:
+        load = partial(Codec.from_encoding, mesh=self.mesh, vae=c.vae)
+        self.space = space_of(self.dataset.encoding, load)
+        if not c.profile:
             with processes.first_then_others():
-                self.codec = Codec.from_encoding(self.dataset.encoding, self.mesh, vae=c.vae)
+                self.space.open()
         self._fid: TrainingFID | None = None
 
     def make_optimizer(self, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
@@ -222,12 +218,8 @@ class Trainer(Loop):
 
     def blank_batch(self) -> Batch:
         n, m = self.config.batch_size // processes.count(), self.model_config
-        shape = (n, m.image_size, m.image_size, m.channels)
-        image = np.zeros(shape, np.uint8)
-        if self.dataset.encoding:  # means and log-variances
-            image = np.zeros((*shape[:3], 2 * m.channels), np.float16)
-        label = self.encoded.null_captions(n) if self.encoded else np.zeros(n, np.int32)
-        return Batch(row=np.arange(n, dtype=np.int32), image=image, label=label)
+        row, image = np.arange(n, dtype=np.int32), self.space.blank_rows(n, m)
+        return Batch(row=row, image=image, label=self.conditioning.blank(n))
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -238,8 +230,7 @@ class Trainer(Loop):
             label_dropout: the probability of replacing a label by the null label; 0 in an
                 evaluation.
         """
-        to_input = model_input_reader(self.dataset.encoding)
-        return partial(self.method.loss, label_dropout=label_dropout, to_input=to_input)
+        return partial(self.method.loss, label_dropout=label_dropout, to_input=self.space.read)
 
     @cached_property
     def update(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -290,19 +281,17 @@ class Trainer(Loop):
         Raises:
             UserError: the reference or Inception's weights are missing, or do not fit.
         """
-        c, encoding = self.config, self.dataset.encoding
+        c = self.config
         if not c.fid_every or not c.fid_reference or c.profile:
             return None
         if self._fid is None:
-            side = encoding.image_size if encoding else c.image_size
-            channels = self.codec.config.out_channels if self.codec else c.channels
             self._fid = TrainingFID.load(
                 c.fid_reference,
                 self.mesh,
                 space=c.fid_features,
                 weights=c.inception,
                 n_samples=c.fid_n,
-                image_shape=(side, side, channels),
+                image_shape=self.space.image_shape(self.model_config),
             )
         return self._fid
 
@@ -326,9 +315,7 @@ class Trainer(Loop):
         """Sample n images in batches, cycling through all classes (or through the captions of the
         evaluation split): the samples that `evaluate.py` makes from a checkpoint of this step.
         """
-        labels: Sequence[int | str] = range(max(1, self.model_config.n_classes))
-        if self.encoded:
-            labels = [texts[0] for texts in self.source.eval.captions]
+        labels = self.conditioning.all_words(self.source.eval)
         for start in range(0, n, batch_size):
             # The last batch is filled up, so that all batches share one compiled program.
             places = np.minimum(np.arange(start, start + batch_size), n - 1) % len(labels)
@@ -365,33 +352,21 @@ class Trainer(Loop):
         samples = sample_images(
             self.state.ema if ema else self.state.params,
             self.model_config,
-            self._encode_labels(labels),
+            self.conditioning.encode([labels] if isinstance(labels, str) else labels),
             sampler=self.sampler(n_steps),
             mesh=self.mesh,
             cfg_scale=float(scale),
             seed=seed,
             first_index=first_index,
             trajectory=trajectory,
-            codec=self.codec,
+            to_images=self.space.to_images,
         )
         return samples.x if samples.trajectory is None else samples.trajectory
 
     def sampler(self, n_steps: int | None = None) -> SamplerConfig:
         """The solver of this config, with `n_steps` in place of the configured number."""
         c = self.config if n_steps is None else replace(self.config, n_sample_steps=n_steps)
-        return sampler_config(c, clip=not self.dataset.encoding)
-
-    def _encode_labels(self, labels: Sequence[int | str] | str) -> Labels:
-        """The model's conditioning for these labels or captions."""
-        labels = [labels] if isinstance(labels, str) else labels
-        if not self.encoded or not len(labels):
-            return label_ids(labels, self.dataset.label_names, self.model_config.n_classes)
-        captions = [str(label) for label in labels]
-        if all(caption in self.encoded for caption in captions):
-            return self.encoded(self.encoded.caption_ids(captions))
-        return text_encoders.encode_captions(
-            captions, self.config.text_towers, self.encoded.revisions, length=self.encoded.length
-        )
+        return sampler_config(c, clip=self.space.is_bounded)
 
     def model(self, ema: bool = True) -> nnx.Module:
         """The live model, `model(x, t, label)`, with averaged or raw weights."""
@@ -414,21 +389,21 @@ class Trainer(Loop):
             return {}
         labels = self._grid_labels()
         stored = self.data.first_rows(0, len(labels)).image
-        x = display.decode_rows(stored, self.dataset.encoding, self.codec)
+        x = self.space.to_images(self.space.means(stored))
         return {"batch.png": display.sample_grid(x, labels, self.dataset.label_names)}
 
     def _grid_labels(self) -> list[int] | list[str]:
         if self.config.overfit_batch:
             return self.data.batch_labels(0)[: display.ROWS * display.COLUMNS]
-        captions = self.source.eval.captions if self.encoded else None
-        return display.grid_labels(self.model_config.n_classes, captions)
+        return self.conditioning.grid_words(display.COLUMNS, self.source.eval) * display.ROWS
 
     def start_message(self, last: int) -> str:
         return display.start_message(
             self.config,
             self.model_config,
             self.source,
-            self.encoded,
+            self.space,
+            self.conditioning,
             n_params=sum(x.size for x in jax.tree.leaves(self.state.params)),
             step=self.step,
             last=last,
@@ -436,7 +411,7 @@ class Trainer(Loop):
         )
 
     def end_message(self) -> str:
-        return display.end_message(self.run_dir, self.step, has_captions=bool(self.encoded))
+        return display.end_message(self.run_dir, self.step, example=self.conditioning.example)
 
     @cached_property
     def flops_per_image(self) -> float | None:
@@ -460,7 +435,7 @@ class Trainer(Loop):
             extra={
                 "given_flags": self.given_flags,
                 "method": class_path(type(self.method)),
-                "text_revisions": self.encoded.revisions if self.encoded else (),
+                "text_revisions": self.conditioning.revisions,
                 "yardstick": fid.card if fid else None,
             },
         )

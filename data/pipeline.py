@@ -100,7 +100,7 @@ class Pipeline:
             n_readers = n_processes * max(1, self.n_workers)
             stream.max_open_groups = self.grouped_shuffle.open_groups(n_readers)
         if in_memory is None:
-            row_bytes = math.prod(source.train.row_shape) * source.train.row_dtype.itemsize
+            row_bytes = math.prod(source.train.format.shape) * source.train.format.dtype.itemsize
             n_rows = len(source.train) + len(source.eval)
             is_small = n_rows * row_bytes <= MAX_IN_MEMORY_BYTES
             in_memory = is_small and not self.grouped_shuffle
@@ -285,12 +285,7 @@ class Decoder:
 
     def __call__(self, plan: BatchPlan) -> Batch:
         image = self.decode_rows(plan.split_row)
-        encoding = self.split.config.encoding
-        if encoding and encoding.mirrored:  # a row holds both views
-            original, mirrored = np.split(image, 2, axis=-1)
-            image = np.where(plan.mirrored[:, None, None, None], mirrored, original)
-        elif plan.mirrored.any():
-            image[plan.mirrored] = image[plan.mirrored, :, ::-1]
+        image = self.split.format.mirror(image, plan.mirrored)
         label = self.caption_store(plan.label) if self.caption_store else plan.label
         return Batch(plan.row, image, label)
 
@@ -336,7 +331,7 @@ def _plan_grouped_shuffle(split: Split, batch_size: int, shuffle_buffer: int) ->
 
 def _decode_all(split: Split) -> Images:
     """Decode the whole split in threads: Pillow decodes without the interpreter's lock."""
-    decoded = np.empty((len(split), *split.row_shape), split.row_dtype)
+    decoded = np.empty((len(split), *split.format.shape), split.format.dtype)
 
     def fill(rows: Int64[np.ndarray, "b"]) -> None:
         decoded[rows] = split.decode(rows)

@@ -16,6 +16,7 @@ from jaxtyping import Float16, Int32, Int64, UInt8
 from data import images, latents
 from data.arrow import ArrowSplit
 from data.parquet import ParquetSplit
+from data.row_formats import LatentRows, PixelRows, row_format
 from datasets_config import DatasetConfig
 from runtime.errors import UserError
 
@@ -48,17 +49,9 @@ class Split:
         return len(self.rows)
 
     @property
-    def row_shape(self) -> tuple[int, int, int]:
-        """Shape of a decoded row: (height, width, channels) of an image or of moments."""
-        c = self.config
-        if c.encoding:
-            return c.encoding.moments_shape
-        return (c.image_size, c.image_size, c.channels)
-
-    @property
-    def row_dtype(self) -> np.dtype[Any]:
-        """Type of a decoded row: uint8 for an image, float16 for moments."""
-        return np.dtype(np.float16 if self.config.encoding else np.uint8)
+    def format(self) -> PixelRows | LatentRows:
+        """The format of a decoded row."""
+        return row_format(self.config)
 
     def images_only(self) -> "Split":
         """Return the same rows without labels and captions, to be pickled for worker processes."""

@@ -15,10 +15,9 @@ from data.batch import EncodedCaption
 from data.load import open_dataset
 from data.rows import Split
 from inference import grids
-from inference.labels import SampleRequest, label_texts, spread_evenly
+from inference.labels import SampleRequest, spread_evenly
 from inference.sampler import StartFrom
 from inference.trained_model import SamplingPlan, TrainedModel
-from networks.autoencoder import scale_latents
 from runtime.errors import UserError
 
 
@@ -85,19 +84,12 @@ def compare_steps(
     # Rows alternate: the state, its x0 prediction, the next state, …
     states = np.stack([samples.trajectory[steps], samples.estimates[steps]], axis=1)
     times = plan.sampler.state_times()[steps]
-    x = decode_images(trained, states.reshape(-1, *states.shape[2:]))
+    x = trained.space.to_images(states.reshape(-1, *states.shape[2:]))
     return grids.comparison_grid(
         grids.shrink_images(grids.to_uint8(x), side),
         rows=[name for t in times for name in (f"x at t = {t:.2f}", "x0 prediction")],
         columns=request.captions or (),
     )
-
-
-def decode_images(
-    trained: TrainedModel, x: Float[np.ndarray, "*n h w c"]
-) -> Float[np.ndarray, "*n H W C"]:
-    """Decode a model's output to images in −1 … 1; the identity for a model of pixels."""
-    return trained.codec.decode(x) if trained.codec else x
 
 
 def evenly_spaced(n: int, max_n: int) -> Int[np.ndarray, "m"]:
@@ -151,7 +143,7 @@ def compare_denoising(
         assert samples.trajectory is not None
         rows += [samples.trajectory[0], samples.x]
         names += [f"noised, t = {plan.sampler.state_times(t)[0]:.3g}", "sampled from it"]
-    images = grids.to_uint8(decode_images(trained, np.stack(rows)))
+    images = grids.to_uint8(trained.space.to_images(np.stack(rows)))
     return grids.comparison_grid(grids.shrink_images(images, side), rows=names, columns=real.names)
 
 
@@ -166,22 +158,9 @@ def load_real_images(trained: TrainedModel, class_ids: Sequence[int], n: int) ->
     """
     split = open_eval_split(trained)
     rows = choose_rows(split, class_ids, n)
-    x = np.asarray(split.decode(rows), np.float32)
-    if encoding := trained.encoding:
-        data = scale_latents(
-            x[..., : encoding.shape[-1]],
-            scaling_factor=encoding.scaling_factor,
-            shift_factor=encoding.shift_factor,
-        )
-    else:
-        data = x / 127.5 - 1
-    if trained.model.text_width:
-        captions = [split.captions[row][0] for row in rows]
-        return RealImages(data, trained.encode_captions(captions), captions)
-    if not trained.model.n_classes:
-        return RealImages(data, np.zeros(n, np.int32), ())
-    labels = split.labels[rows]
-    return RealImages(data, labels, label_texts(labels, trained.label_names) or ())
+    data = trained.space.means(split.decode(rows))
+    labels, names = trained.conditioning.of_rows(split, rows)
+    return RealImages(data, labels, names)
 
 
 def open_eval_split(trained: TrainedModel) -> Split:

@@ -11,9 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from data.batch import EncodedCaption
-from inference.sampler import Labels, check_seeds
-from inference.trained_model import TrainedModel
-from model import ModelConfig
+from inference.sampler import Labels
 from runtime.errors import UserError, unknown_name
 
 Seeds = int | Sequence[int]  # one for all samples, or one for each
@@ -72,77 +70,6 @@ class SampleRequest(NamedTuple):
         )
 
 
-def request_labels(
-    trained: TrainedModel, words: Sequence[str], n: int, *, seed: Seeds = 0
-) -> SampleRequest:
-    """Request n samples of classes, equal shares of each, the samples of a class side by side.
-
-    Args:
-        words: class names or numbers; all classes if empty.
-
-    Raises:
-        UserError: the model was trained on captions, there is no such class, or a seed is out of
-            range.
-    """
-    model, names = trained.model, trained.label_names
-    if model.text_width:
-        raise UserError('this model was trained on captions; name them by --prompts "…"')
-    check_seeds(seed)
-    ids = label_ids(words, names, model.n_classes) or all_labels(model).tolist()
-    return SampleRequest(spread_evenly(ids, n), names, all_labels(model), seed)
-
-
-def request_prompts(
-    trained: TrainedModel,
-    prompts: Sequence[str],
-    n: int,
-    *,
-    seed: Seeds = 0,
-    negative: str | None = None,
-) -> SampleRequest:
-    """Request n samples of prompts, equal shares of each, the samples of a prompt side by side.
-
-    Args:
-        negative: a caption in place of the null label of guidance. The null caption of the
-            published SD3 is the empty one.
-
-    Raises:
-        UserError: the model was not trained on captions, there are no prompts, they cannot be
-            encoded, or a seed is out of range.
-    """
-    if not trained.model.text_width:
-        raise UserError("this model was trained without captions; choose classes by --labels")
-    if not prompts:
-        raise UserError('this model was trained on captions; name them by --prompts "…"')
-    check_seeds(seed)
-    if negative is None and trained.full_width:
-        negative = ""
-    if negative is None:
-        encoded, encoded_negative = trained.encode_captions([*prompts]), None
-    else:
-        # In one call, so that all have the same number of tokens.
-        encoded = trained.encode_captions([*prompts, negative])
-        encoded_negative = jax.tree.map(lambda x: x[-1:], encoded)
-    label_index = spread_evenly(range(len(prompts)), n)
-    return SampleRequest(label_index, prompts, encoded, seed, encoded_negative)
-
-
-def request_round_robin(trained: TrainedModel, n: int, *, seed: int = 0) -> SampleRequest:
-    """Request n samples of one class after the other, so that any stretch of them is balanced.
-
-    Raises:
-        UserError: the model was trained on captions.
-    """
-    model = trained.model
-    if model.text_width:
-        raise UserError(
-            "this model was trained on captions, and which to sample is not known here: let "
-            "generate.py write an .npz, and pass it by --npz"
-        )
-    label_index = np.arange(n, dtype=np.int32) % max(1, model.n_classes)
-    return SampleRequest(label_index, trained.label_names, all_labels(model), seed)
-
-
 # --- class ids and names --------------------------------------------------------------------------
 
 
@@ -160,11 +87,6 @@ def label_ids(words: Sequence[int | str], names: Sequence[str], n_classes: int) 
         if str(word) not in ids:
             raise unknown_name("label", word, names or [f"0 … {n_classes - 1}"])
     return [ids[str(word)] for word in words]
-
-
-def all_labels(model: ModelConfig) -> Int[np.ndarray, "k"]:
-    """The label of each class; without classes, the null label."""
-    return np.arange(max(1, model.n_classes), dtype=np.int32)
 
 
 def spread_evenly(ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:

@@ -16,7 +16,7 @@ from data.load import open_dataset
 from data.rows import Source
 from inference import grids
 from inference.codec import Codec
-from networks.autoencoder import scale_latents
+from inference.spaces import latent_means
 from runtime import parallel
 from runtime.errors import UserError
 
@@ -56,10 +56,7 @@ def mean_latents(
     encoding = dataset.encoding
     source = open_dataset(encoding.dataset_name, latents_dir=folder)
     moments = source.full_splits()["train"].decode(rows)
-    mean = moments[..., : encoding.shape[-1]].astype(np.float32)
-    return scale_latents(
-        mean, scaling_factor=encoding.scaling_factor, shift_factor=encoding.shift_factor
-    )
+    return latent_means(moments, encoding)
 
 
 def check_latents_with_vae(folder: Path, mesh: parallel.Mesh, vae: str | None = None) -> str:
@@ -83,11 +80,7 @@ def check_latents_with_vae(folder: Path, mesh: parallel.Mesh, vae: str | None = 
     n = -(-GRID_COLUMNS // mesh.size) * mesh.size  # the devices take equal shares
     x = mean_latents(folder, dataset, np.arange(n) % dataset.n_rows["train"])
     encoded = codec.encode(grids.to_uint8(codec.decode(x)))
-    x_again = scale_latents(
-        np.asarray(parallel.fetch_to_host(encoded))[..., : encoding.shape[-1]].astype(np.float32),
-        scaling_factor=encoding.scaling_factor,
-        shift_factor=encoding.shift_factor,
-    )
+    x_again = latent_means(np.asarray(parallel.fetch_to_host(encoded)), encoding)
     lost = float(np.square(x_again - x).mean() / x.var())
     if lost > MAX_LOST_VARIANCE:
         raise UserError(

@@ -20,7 +20,7 @@ from jaxtyping import Int
 
 from data.image_sets import ImageBatch, ImageSet, copy_to_npz
 from inference import grids
-from inference.labels import SampleRequest, request_round_robin
+from inference.labels import SampleRequest
 from inference.sampler import Samples
 from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
 from runtime.errors import UserError
@@ -58,7 +58,7 @@ def open_image_set(
         UserError: the model was trained on captions, or the config does not fit it.
     """
     n, size = config.n, min(config.batch_size, config.n)
-    request = request_round_robin(trained, n, seed=config.seed)
+    request = trained.conditioning.request_balanced(n, seed=config.seed)
     plan = trained.plan(config)
     sample_at = make_batch_sampler(trained, request, plan, size)
     starts = range(0, n, size)

@@ -7,7 +7,7 @@ A batch is one compiled program. Where weights come from and where images go is 
 `trained_model.py` and `sample_files.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,7 +19,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from data.batch import EncodedCaption
-from inference.codec import Codec
 from methods.method import Method, TimeSteps
 from methods.rectified_flow import RectifiedFlow
 from methods.registry import METHODS
@@ -30,6 +29,7 @@ from sampling import Solution, Velocity, guided, initial_noise, step_noise
 
 Labels = Sequence[int] | Int[np.ndarray, "n"] | EncodedCaption
 MAX_SEED = 2**31 - 1
+ToImages = Callable[[Float[np.ndarray, "*b h w c"]], Float[np.ndarray, "*b H W C"]]
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,8 @@ def sample_images(
     batch_size: int = 256,
     trajectory: bool = False,
     estimates: bool = False,
-    codec: Codec | None = None,
+    to_images: Callable[[Float[np.ndarray, "*b h w c"]], Float[np.ndarray, "*b H W C"]]
+    | None = None,
 ) -> Samples:
     """Sample an image for each label: class ids, or encoded captions.
 
@@ -214,7 +215,7 @@ def sample_images(
         batch_size: samples at a time, on all devices together.
         trajectory: return all states too.
         estimates: return the x0 prediction of each step too.
-        codec: decodes the latents of a latent diffusion model; None returns the model's output.
+        to_images: converts the model's output; by default it is returned as it is.
 
     Raises:
         UserError: there are no labels, a seed is out of range, or guidance does not fit the model.
@@ -258,7 +259,7 @@ def sample_images(
     def join_batches(field: str, axis: int) -> Float[np.ndarray, "..."]:
         x = np.concatenate([getattr(batch, field) for batch in batches], axis=axis)
         x = np.take(x, range(n), axis=axis)
-        return codec.decode(x) if codec else x
+        return to_images(x) if to_images else x
 
     return Samples(
         x=join_batches("x", 0),
@@ -299,7 +300,7 @@ def check_guidance(
     if not abs(cfg_scale) <= float(np.finfo(np.float32).max):
         raise UserError(f"cfg_scale {cfg_scale}: must be finite in float32")
     guide = cfg_scale != 1
-    if guide and not (config.n_classes or config.text_width):
+    if guide and not config.is_conditional:
         raise UserError(
             f"cfg_scale {cfg_scale}: an unconditional model cannot be guided; leave it at 1"
         )

@@ -17,8 +17,8 @@ import jax
 
 from data import text_encoders
 from data.batch import EncodedCaption
-from datasets_config import LatentEncoding
 from inference.codec import Codec
+from inference.conditioning import Captions, Conditioning, conditioning_of
 from inference.sampler import (
     Labels,
     SamplerConfig,
@@ -27,6 +27,7 @@ from inference.sampler import (
     check_guidance,
     sample_images,
 )
+from inference.spaces import Space, space_of
 from methods.method import Method
 from methods.registry import method_of
 from model import ModelConfig, init_model_params
@@ -102,8 +103,8 @@ class TrainedModel:
     revision: str | None = None
 
     def __post_init__(self):
-        if self.vae and not self.encoding:
-            raise UserError(f"--vae {self.vae}: the model is of pixels, not of latents")
+        if self.vae:
+            self.space.check_vae(self.vae)
         n_given = len(self.text_encoders)
         n_trained = len(self.settings.get("text_revisions") or ())
         # The published SD3 does without the last of its text encoders, T5.
@@ -206,11 +207,24 @@ class TrainedModel:
         """The training step that the weights are of, if known."""
         return self._loaded[0]
 
-    @property
-    def encoding(self) -> LatentEncoding | None:
-        """Facts of the encoding of images to latents, for a latent diffusion model."""
-        record = self.settings["dataset"].get("encoding")
-        return LatentEncoding.from_record(record) if record else None
+    @cached_property
+    def space(self) -> Space:
+        """The space that the model works in. A VAE is read at its first use.
+
+        Raises:
+            UserError: the VAE cannot be read, or has other weights than that of the latents.
+        """
+        vae = self.vae or self.settings.get("vae")
+        load = partial(Codec.from_encoding, mesh=self.mesh, vae=vae)
+        return space_of(self.settings["dataset"].get("encoding"), load)
+
+    @cached_property
+    def conditioning(self) -> Conditioning:
+        """What the model is conditioned on."""
+        captions = Captions(
+            self.encode_captions, self.text_encoder_paths, null_is_empty=bool(self.full_width)
+        )
+        return conditioning_of(self.model, self.label_names, captions)
 
     @cached_property
     def method(self) -> Method:
@@ -220,17 +234,6 @@ class TrainedModel:
             UserError: it is not known here.
         """
         return method_of(self.settings)
-
-    @cached_property
-    def codec(self) -> Codec | None:
-        """The VAE that decodes the model's latents; None for a model of pixels.
-
-        Raises:
-            UserError: the VAE cannot be read, or has other weights than that of the latents.
-        """
-        if not (encoding := self.encoding):
-            return None
-        return Codec.from_encoding(encoding, self.mesh, vae=self.vae or self.settings.get("vae"))
 
     @property
     def full_width(self) -> int | None:
@@ -298,7 +301,7 @@ class TrainedModel:
             method=self.method,
             eta=overrides.eta or 0.0,
             guided_channels=guided_channels,
-            clip=not self.encoding,
+            clip=self.space.is_bounded,
         )
         check_guidance(sampler, self.model, cfg_scale)
         return SamplingPlan(sampler, float(cfg_scale))
@@ -326,7 +329,8 @@ class TrainedModel:
         Raises:
             UserError: weights or VAE cannot be read, or the request does not fit the model.
         """
-        codec = self.codec if decode else None  # a missing VAE is reported before weights are read
+        if decode:
+            self.space.open()  # a missing VAE is reported before weights are read
         return sample_images(
             self.params,
             self.model,
@@ -341,13 +345,14 @@ class TrainedModel:
             batch_size=batch_size,
             trajectory=trajectory,
             estimates=estimates,
-            codec=codec,
+            to_images=self.space.to_images if decode else None,
         )
 
     @property
     def card(self) -> dict[str, Any]:
         """All that the model's samples depend on, for the record beside them."""
-        step, codec = self.step, self.codec
+        step = self.step
+        self.space.open()
         return {
             "run": self.name,
             "step": step,
@@ -358,7 +363,7 @@ class TrainedModel:
             "revision": self.revision,
             "dtype": self.model.dtype,
             "text_towers": self.text_encoder_paths,
-            "vae": {"id": codec.id, "hash": codec.hash} if codec else None,
+            "vae": self.space.card,
         }
 
 

@@ -42,10 +42,7 @@ def batches(data: Pipeline, mesh: parallel.Mesh, start: int, stop: int) -> Gener
     image, label = data.decode_split("train")
     n, size = len(label), data.batch_size
     n_epochs = 2 + size // n  # those that a batch can lie in, and one more
-    encoding = data.source.config.encoding
-    mirrored = None
-    if encoding and encoding.mirrored:
-        image, mirrored = np.split(image, 2, axis=-1)
+    image, mirrored = data.source.train.format.split_views(image)
     image, mirrored, label = parallel.replicate((image, mirrored, label), mesh)
     epochs, current = range(0), None
     for step in range(start, stop):

@@ -77,7 +77,7 @@ def _profile_sampling(
 ) -> "StepProfile":
     """Profile one step of the solver, guided if the model is conditional."""
     model = loop.model_config
-    guide = bool(model.n_classes or model.text_width)
+    guide = model.is_conditional
     step = partial(
         sampler.sample_batch,
         config=model,

@@ -8,17 +8,16 @@ the trainer reads the result: every other module takes plain arguments.
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from data import latents
-from datasets_config import DATASET_CONFIGS, DatasetConfig, LatentEncoding
+from datasets_config import DATASET_CONFIGS, DatasetConfig
 from inference.sampler import SamplerConfig
-from methods.method import Method, ToModelInput, pixels_to_input
+from inference.spaces import Space, space_of
+from methods.method import Method
 from methods.registry import METHODS, find_method
 from model import BLOCKS, JOINT, MODELS, ModelConfig, model_config
-from networks import autoencoder
 from runtime.errors import UserError
 from runtime.flags import check_values, defaults_of, flags_of, paths_of, reject_unused
 from training import wandb_sink
@@ -110,21 +109,18 @@ def _canonical(name: str, value: Any) -> Any:
     return PRECISIONS.get(value, value) if name == "half_precision" else value
 
 
-def require_same_latents(encoding: LatentEncoding | None, saved: dict[str, Any]) -> None:
-    """Reject resuming on latents of another encoding. The locations of the VAE and of the images
-    may differ.
+def require_same_space(space: Space, saved: dict[str, Any]) -> None:
+    """Reject resuming in another space. The locations of the VAE and of the images may differ.
 
     Args:
-        encoding: of the dataset that is open; None for images.
+        space: of the dataset that is open.
         saved: `config.json` of the run to resume.
 
     Raises:
-        UserError: a fact of the encoding differs.
+        UserError: a fact of the space differs.
     """
-    record = saved["dataset"]["encoding"]
-    before = vars(LatentEncoding.from_record(record)) if record else {}
-    now = vars(encoding) if encoding else {}
-    for name in (now or before).keys() - {"vae", "source"}:
+    before, now = space_of(saved["dataset"]["encoding"]).facts, space.facts
+    for name in now or before:
         if before.get(name) != now.get(name):
             raise UserError(
                 f"cannot resume: {name} of the latents was {before.get(name)}, not {now.get(name)}"
@@ -364,19 +360,6 @@ def network_config(config: TrainConfig, dataset: DatasetConfig) -> ModelConfig:
         norm=config.norm,
         dtype=PRECISIONS[config.half_precision],
         remat=config.remat,
-    )
-
-
-def model_input_reader(encoding: LatentEncoding | None) -> ToModelInput:
-    """Return the function from a batch's rows to model inputs: images are scaled to −1 … 1, latents
-    are sampled from their means and log-variances.
-    """
-    if not encoding:
-        return pixels_to_input
-    return partial(
-        autoencoder.sample_scaled_latents,
-        scaling_factor=encoding.scaling_factor,
-        shift_factor=encoding.shift_factor,
     )
 
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from datasets_config import DATASET_CONFIGS, DatasetConfig, LatentEncoding
+from datasets_config import DATASET_CONFIGS, DatasetConfig
+from inference.spaces import compare_spaces, space_of
 from inference.trained_model import TrainedModel
 from methods.registry import DEFAULT_METHOD, method_of
 from model import ModelConfig
@@ -151,26 +152,8 @@ def fit_weights(
         changed, notice = _fit_classes(source, config, dataset.label_names, fresh)
         params |= changed
         notices += notice
-    return params, notices + _compare_latents(source, dataset.encoding)
-
-
-def _compare_latents(source: StartingWeights, encoding: LatentEncoding | None) -> list[str]:
-    record = source.settings["dataset"].get("encoding")
-    theirs = LatentEncoding.from_record(record) if record else None
-    if theirs is None and encoding is None:
-        return []
-    if theirs is None:
-        return ["this run trains on latents, the source on images"]
-    if encoding is None:
-        return ["this run trains on images, the source on latents"]
-    scales = [(e.scaling_factor, e.shift_factor) for e in (theirs, encoding)]
-    hashes = {e.vae_hash for e in (theirs, encoding)} - {""}
-    if scales[0] == scales[1] and len(hashes) < 2:
-        return []
-    return [
-        f"this run trains on latents of {encoding.vae}, scaled by {encoding.scaling_factor:g}; the "
-        f"source on latents of {theirs.vae}, scaled by {theirs.scaling_factor:g}"
-    ]
+    theirs = space_of(source.settings["dataset"].get("encoding"))
+    return params, notices + compare_spaces(space_of(dataset.encoding), theirs)
 
 
 def _patches_differ(source: ModelConfig, config: ModelConfig) -> bool:

@@ -197,11 +197,7 @@ def add_request_fields() -> list[Any]:
 
 def fields_for_model(model: TrainedModel) -> list[Any]:
     """Update the fields of `add_request_fields`, the guidance scale and the steps for a model."""
-    config = model.model
-    has_captions = bool(config.text_width)
-    classes = model.label_names or [str(i) for i in range(config.n_classes)]
-    if has_captions:
-        classes = []
+    has_captions, classes = model.conditioning.takes_prompts, list(model.conditioning.choices)
     prompt = gr.update(visible=True) if has_captions else gr.update(visible=False, value="")
     cfg_scale = model.settings["cfg_scale"]
     return [
@@ -249,13 +245,11 @@ def read_job(
 
 def describe_model(model: TrainedModel) -> str:
     """Describe a model in Markdown: its architecture, dataset, image size and conditioning."""
-    settings, config = model.settings, model.model
+    settings = model.settings
     architecture = settings.get("model") or model.name
     dataset = settings.get("dataset_name")
-    side = model.encoding.image_size if model.encoding else config.image_size
-    conditioning = f"{config.n_classes} classes" if config.n_classes else "unconditional"
-    if config.text_width:
-        conditioning = "captions"
+    side = model.space.image_side(model.model)
+    conditioning = model.conditioning.title
     heading = f"{architecture} trained on {dataset}" if dataset else str(architecture)
     return f"# {heading}\n{side} × {side} pixels · {conditioning} · {model.method.title}"
 

@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from inference import grids, sample_files, sampler
-from inference.labels import SampleRequest, request_labels, request_prompts
+from inference.labels import SampleRequest
 from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
 from runtime.errors import UserError, unknown_name
 from runtime.run_folder import CONFIG_FILE, RUNS, read_config
@@ -198,16 +198,15 @@ def request_samples(model: TrainedModel, job: SampleJob) -> SampleRequest:
     Raises:
         UserError: unknown class, or no prompt for a model of captions.
     """
-    if not model.model.text_width:
-        return request_labels(model, job.labels, job.n_images, seed=job.seed)
-    if not job.prompt.strip():
+    takes_prompts = model.conditioning.takes_prompts
+    if takes_prompts and not job.prompt.strip():
         raise UserError("this model was trained on captions: write a prompt")
-    return request_prompts(
-        model,
-        [job.prompt.strip()],
+    return model.conditioning.request(
         job.n_images,
+        labels=job.labels,
+        prompts=[job.prompt.strip()] if takes_prompts else (),
+        negative=job.negative_prompt.strip() or None if takes_prompts else None,
         seed=job.seed,
-        negative=job.negative_prompt.strip() or None,
     )
 
 
@@ -271,9 +270,7 @@ def sample_trajectory_frames(model: TrainedModel, job: SampleJob) -> list[Image.
     assert states is not None
     n_frames = min(len(states), MAX_FRAMES)
     steps = np.linspace(0, len(states) - 1, n_frames).round().astype(int)
-    frames = states[steps, : job.n_images]
-    if model.codec:
-        frames = model.codec.decode(frames)
+    frames = model.space.to_images(states[steps, : job.n_images])
     return [grids.image_grid(grids.to_uint8(frame), captions=request.captions) for frame in frames]
 
 

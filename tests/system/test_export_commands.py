@@ -8,7 +8,9 @@ from commands import run
 from export_cases import trained  # noqa: F401
 
 import export
+from inference.trained_model import TrainedModel
 from model import model_config
+from runtime import parallel
 
 
 def test_the_card_names_the_vae_of_latents():
@@ -26,7 +28,8 @@ def test_the_card_names_the_vae_of_latents():
     run = {"dataset": {"encoding": encoding}, "model": "DiT-B/2", "dataset_name": "imagenet"}
     run |= {"ema": True, "step": 7, "n_steps": 7, "objective": "rectified_flow"}
     config = model_config("DiT-B/2", image_size=32, channels=4, out_channels=4, n_classes=1000)
-    card = export.model_card("my-dit", run, config, "DiT", 10**6)
+    trained = TrainedModel("my-dit", run, config, parallel.make_mesh(), lambda: (7, None))
+    card = export.model_card("my-dit", run, trained, "DiT", 10**6)
     assert "latents of 32×32×4, which the VAE `us/vae` decodes to images of 256×256" in card
     assert "(SHA-256 of its weights: abc). The VAE's input is x / 0.5 + 0.1." in card
 

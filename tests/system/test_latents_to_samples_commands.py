@@ -30,13 +30,14 @@ from data.load import open_dataset
 from generate import GenerateConfig
 from inference import comparisons, sampler
 from inference.sampler import SamplerConfig
+from inference.spaces import space_of
 from inference.trained_model import TrainedModel
 from networks.autoencoder import AutoencoderConfig, init_autoencoder_params
 from pretrained import autoencoder as pretrained
 from runtime.errors import UserError
 from train import Trainer
 from training.config import TrainConfig
-from training.resolve import require_same_latents, with_dataset_and_latents
+from training.resolve import require_same_space, with_dataset_and_latents
 
 N_STEPS = 18
 EVERY = ["--n_steps", N_STEPS, "--eval_save_steps", 6, "--sample_every_n", 100]
@@ -219,8 +220,8 @@ def test_another_conversion_is_refused(forks, whole, latent_digits, vae, tmp_pat
 def test_what_may_change_of_latents_is_where_things_lie(latent_digits):
     encoding = latents.read_latent_dataset(latent_digits).encoding
     saved = json.loads(json.dumps({"dataset": {"encoding": vars(encoding)}}))
-    require_same_latents(replace(encoding, vae="elsewhere", source="moved"), saved)
-    require_same_latents(None, {"dataset": {"encoding": None}})
+    require_same_space(space_of(replace(encoding, vae="elsewhere", source="moved")), saved)
+    require_same_space(space_of(None), {"dataset": {"encoding": None}})
     others: list[dict[str, Any]] = [
         {"image_size": 32},
         {"shape": (8, 8, 4)},
@@ -235,10 +236,10 @@ def test_what_may_change_of_latents_is_where_things_lie(latent_digits):
     for other in others:
         (name,) = other
         with pytest.raises(UserError, match=f"cannot resume: {name} of the latents was"):
-            require_same_latents(replace(encoding, **other), saved)
+            require_same_space(space_of(replace(encoding, **other)), saved)
     for now, before in ((None, saved), (encoding, {"dataset": {"encoding": None}})):
         with pytest.raises(UserError, match="cannot resume: "):
-            require_same_latents(now, before)
+            require_same_space(space_of(now), before)
 
 
 @pytest.mark.slow
@@ -271,12 +272,12 @@ def test_samples_are_decoded_by_the_vae_wherever_it_is(whole, vae, tmp_path, cap
 @pytest.mark.slow
 def test_real_latents_are_decoded_to_images(whole, tmp_path, capsys):
     run = TrainedModel.from_run(whole[0])
-    real, codec = comparisons.load_real_images(run, [], 5), run.codec
+    real = comparisons.load_real_images(run, [], 5)
     split = open_dataset("digits", image_size=16).eval
     images = split.decode(np.linspace(0, len(split) - 1, 5).astype(int))
-    assert real.data.shape == (5, 8, 8, 2) and codec
+    assert real.data.shape == (5, 8, 8, 2)
     means = averaging.decode_means(averaging.encode_means(images))
-    np.testing.assert_allclose(codec.decode(real.data), means, atol=2e-2)
+    np.testing.assert_allclose(run.space.to_images(real.data), means, atol=2e-2)
     config = GenerateConfig(
         run=whole[0], n=3, n_steps=2, denoise=(0.3, 1.0), out=tmp_path / "a.png"
     )

@@ -17,7 +17,6 @@ import figures
 from data.batch import EncodedCaption
 from figures import FiguresConfig
 from inference import comparisons, grids
-from inference import labels as inference_labels
 from inference.sampler import SamplerConfig
 from inference.trained_model import SamplingOverrides, TrainedModel
 from methods.rectified_flow import RectifiedFlow
@@ -106,10 +105,10 @@ def test_captions_are_those_named_or_of_the_evaluation_split(monkeypatch):
         (tuple("abcdefg"), list("abcdefg")),
     ):
         config = FiguresConfig(run=Path("run"), prompts=prompts)
-        row = figures.make_row(config, trained, figures.choose_labels(config, trained))
+        row = figures.make_row(config, trained, figures.choose_words(config, trained))
         assert row.captions == names
     with pytest.raises(UserError, match=r"name them by --prompts"):
-        figures.choose_labels(FiguresConfig(run=Path("run"), labels=("3",)), trained)
+        trained.conditioning.check(labels=("3",))
 
 
 def test_captions_that_cannot_be_encoded_leave_the_curves(command, monkeypatch):
@@ -161,7 +160,7 @@ def test_the_times_are_those_of_the_states(config, settings):
 
 def test_a_grid_of_steps_has_the_states_and_their_x0_predictions(monkeypatch):
     trained, inputs = tiny_model(), {}
-    row = inference_labels.request_labels(trained, ["3", "7"], 2, seed=5)
+    row = trained.conditioning.request(2, labels=["3", "7"], seed=5)
     plan = trained.plan(SamplingOverrides(n_steps=5))
 
     def recorded_grid(x, *, rows, columns):

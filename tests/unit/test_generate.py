@@ -20,7 +20,6 @@ from tiny_models import CLASSES, DDPM, DIGITS, SIGMA, UNCONDITIONAL, tiny_model
 import generate
 from generate import GenerateConfig
 from inference import comparisons, grids, sample_files
-from inference import labels as inference_labels
 from inference.sampler import StartFrom
 from inference.trained_model import SamplingOverrides, TrainedModel
 from pretrained import transformer
@@ -213,7 +212,7 @@ def test_real_images_are_noised_and_sampled_from_there(
     near, far = (np.abs(row.astype(int) - rows[0]).mean() for row in rows[[1, 3]])
     assert near < 10 < 50 < far
     plan = trained.plan(SamplingOverrides())
-    request = inference_labels.request_labels(trained, ["3", "7"], 4, seed=5).rows(0, 4)
+    request = trained.conditioning.request(4, labels=["3", "7"], seed=5).rows(0, 4)
     start_from = StartFrom(real / np.float32(127.5) - 1, plan.sampler.time_steps(1.0))
     plain = trained.sample(
         request.labels,

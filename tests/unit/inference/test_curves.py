@@ -142,8 +142,8 @@ def test_no_figure_can_fail_a_run(tmp_path, monkeypatch):
 
 def test_the_end_message_lists_the_files_that_exist(tmp_path):
     write_grids(tmp_path / "figures", "progress.gif")
-    message = display.end_message(tmp_path, 15, has_captions=False)
+    message = display.end_message(tmp_path, 15)
     assert "figures/progress.gif" in message and "curves.png" not in message
     curves.save_curves(record(tmp_path), tmp_path / "figures" / curves.CURVES_FILE)
-    message = display.end_message(tmp_path, 15, has_captions=False)
+    message = display.end_message(tmp_path, 15)
     assert "figures/curves.png" in message

@@ -173,8 +173,8 @@ def test_a_pipeline_gives_class_names_and_sampling_settings(tmp_path):
     encoding = LatentEncoding.from_record(settings["dataset"]["encoding"])
     assert (encoding.scaling_factor, encoding.vae) == (0.25, str(folder))
     assert (encoding.image_size, encoding.shape) == (16, (8, 8, 4))
-    codec = TrainedModel.from_pretrained(str(folder)).codec
-    assert codec is not None and codec.decode(inputs(SMALL)[0]).shape == (3, 16, 16, 3)
+    space = TrainedModel.from_pretrained(str(folder)).space
+    assert space.to_images(inputs(SMALL)[0]).shape == (3, 16, 16, 3)
 
 
 def pipeline_of(folder, model, id2label):
@@ -226,8 +226,8 @@ def test_files_of_the_original_are_sampled_as_published(tmp_path):
     loaded = TrainedModel.from_pretrained(f"dit:heads=4:{saved(tmp_path / 'a.pt', theirs)}")
     sampler = SamplerConfig("ddpm", 250, DDPM(learned_sigma=True), guided_channels=3)
     assert loaded.plan(SamplingOverrides()) == (sampler, 4.0)
-    assert loaded.encoding is not None
-    assert (loaded.encoding.vae, loaded.encoding.image_size) == ("stabilityai/sd-vae-ft-ema", 64)
+    encoding = loaded.settings["dataset"]["encoding"]
+    assert (encoding["vae"], encoding["image_size"]) == ("stabilityai/sd-vae-ft-ema", 64)
     grey = transformer.load_transformer(
         f"dit:heads=1:{saved(tmp_path / 'grey.pt', example('grey'))}"
     ).settings

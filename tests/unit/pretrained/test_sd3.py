@@ -27,7 +27,6 @@ from torch_autoencoders import nchw, nhwc, quiet, tensors_of
 import sampling
 from data import text_encoders
 from data.batch import EncodedCaption
-from inference import labels as inference_labels
 from inference.trained_model import TrainedModel
 from model import init_model_params, model_config, model_graphdef
 from pretrained import sd3, transformer
@@ -320,7 +319,7 @@ def make_model(encoder_folders, *, full_width: int | None = 24, loaded_encoders=
 
 
 def test_sd3s_null_label_is_an_empty_prompt(encoder_folders):
-    request = inference_labels.request_prompts(make_model(encoder_folders), ("blue", "a red"), 4)
+    request = make_model(encoder_folders).conditioning.request(4, prompts=("blue", "a red"))
     assert (list(request.label_index), request.names) == ([0, 0, 1, 1], ("blue", "a red"))
     rows = request.rows(0, 4)
     labels = rows.labels
@@ -333,9 +332,7 @@ def test_sd3s_null_label_is_an_empty_prompt(encoder_folders):
     null = rows.negative
     np.testing.assert_array_equal(null.tokens[0, : len(nothing.tokens)], nothing.tokens)
     np.testing.assert_array_equal(null.pooled, nothing.pooled[None])
-    ours = inference_labels.request_prompts(
-        make_model(encoder_folders, full_width=None), ("blue",), 1
-    )
+    ours = make_model(encoder_folders, full_width=None).conditioning.request(1, prompts=("blue",))
     assert ours.negative is None
 
 

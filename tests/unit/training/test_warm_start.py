@@ -167,7 +167,7 @@ def test_latents_of_another_vae_are_reported():
             replace(theirs, scaling_factor=0.4),
             ["of us/vae, scaled by 0.4; the source on latents of us/vae, scaled by 0.5"],
         ),
-        (None, ["this run trains on images, the source on latents"]),
+        (None, ["this run trains on images; the source on latents of us/vae, scaled by 0.5"]),
     ):
         notices = fit(start, CONFIG, encoding=ours)[1][1:]
         assert len(notices) == len(endings)
