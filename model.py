@@ -137,7 +137,7 @@ class ModelConfig:
 
     @property
     def is_conditional(self) -> bool:
-        """Whether the model can be guided: it takes classes or captions."""
+        """True if the model takes classes or captions, so that it can be guided."""
         return bool(self.n_classes or self.text_width)
 
     @property

@@ -314,13 +314,13 @@ class Captions(Conditioning):
         return self._encode([str(word) for word in words])
 
     def examples(self, n: int, open_split: OpenSplit) -> list[str]:
-        return first_captions(open_split())[:n]
+        return first_captions(open_split().captions)[:n]
 
     def all_words(self, split: Split) -> Sequence[int | str]:
         return [texts[0] for texts in split.captions]
 
     def grid_words(self, n: int, split: Split) -> list[int] | list[str]:
-        return first_captions(split)[:n]
+        return first_captions(split.captions)[:n]
 
     def of_rows(
         self, split: Split, rows: Int[np.ndarray, "b"]
@@ -370,9 +370,9 @@ class StoredCaptions(Captions):
         return self.store.null_captions(n)
 
 
-def first_captions(split: Split) -> list[str]:
+def first_captions(captions: Sequence[Sequence[str]]) -> list[str]:
     """The first caption of each row, without repeats."""
-    return list(dict.fromkeys(texts[0] for texts in split.captions))
+    return list(dict.fromkeys(texts[0] for texts in captions))
 
 
 def class_conditioning(n_classes: int, names: Sequence[str] = ()) -> Classes:

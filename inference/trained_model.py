@@ -220,7 +220,7 @@ class TrainedModel:
 
     @cached_property
     def conditioning(self) -> Conditioning:
-        """What the model is conditioned on."""
+        """The conditioning of the model."""
         captions = Captions(
             self.encode_captions, self.text_encoder_paths, null_is_empty=bool(self.full_width)
         )
