@@ -9,12 +9,12 @@ or, in a notebook,
     trainer.fit()
     trainer.sample(labels=[3, 7])
 
-Start reading here. `Trainer.__init__` opens a run in the order of time: dataset, config, network,
-devices, state. The run itself is `training.loop.Loop.fit`; one step is `training.step.update`.
+Start reading here. `training.prepare.prepare` decides everything before a device is used; the
+trainer adds devices and the state. The run itself is `training.loop.Loop.fit`; one step is
+`training.step.update`.
 """
 
-import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -27,38 +27,24 @@ from flax import nnx
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from data import caption_cache
 from data.batch import Batch
-from data.caption_cache import CaptionStore
-from data.load import open_dataset
-from data.rows import Source
 from evaluation.during_training import TrainingFID
 from inference import grids
 from inference.codec import Codec
-from inference.conditioning import Conditioning, StoredCaptions, class_conditioning
 from inference.sampler import SamplerConfig, sample_images
 from inference.spaces import space_of
 from methods.method import Loss
 from methods.registry import class_path
-from model import ModelConfig, init_model_params, model_graphdef
+from model import init_model_params, model_graphdef
 from runtime import cli, parallel, processes, run_folder
 from training import display, flops, optim, warm_start
 from training import step as training_step
 from training.config import TrainConfig
 from training.loop import Loop, flags_as_json, initialize_jax
 from training.lr_range_test import N_STEPS, range_test
+from training.prepare import prepare
 from training.profiling import profile
-from training.resolve import (
-    merge_saved,
-    network_config,
-    recorded_flags,
-    require_even_batches,
-    require_same_space,
-    resolve_train_config,
-    sampler_config,
-    training_method,
-    with_dataset_and_latents,
-)
+from training.resolve import sampler_config
 from training.session import RunRecord
 from training.step import TrainState
 
@@ -83,81 +69,19 @@ class Trainer(Loop):
             UserError: flags or a dataset that cannot work.
         """
         super().__init__(config)
-        dataset_name = with_dataset_and_latents(config).dataset_name
-        run_dir = self._find_run_dir(dataset_name, config.model)
-        saved = run_folder.read_config(run_dir) if run_dir and config.resume else {}
-        self.given_flags = recorded_flags(config, saved)
-        config = _merge(config, saved)
-        weights = None
-        if config.init_from and not saved:
-            weights = warm_start.load_starting_weights(config.init_from)
-            config = warm_start.with_source_flags(config, weights)
-        self._open_dataset(config, saved)
-        c = self.config
-        self.run_dir = run_dir or self._new_run_dir(c.dataset_name, c.model)
-        self.conditioning = self._open_conditioning(saved.get("text_revisions"))
-        record = saved.get("model_config") or (vars(weights.config) if weights else {})
-        self.method = training_method(c)
-        self.model_config = self._network_config(record)
+        prepared = prepare(config, parallel.devices())
+        self.config: TrainConfig = prepared.config
+        self.given_flags, self.run_dir = prepared.given_flags, prepared.run_dir
+        self.source, self.dataset = prepared.source, prepared.source.config
+        self.method, self.conditioning = prepared.method, prepared.conditioning
+        self.encoded = prepared.conditioning.store
+        self.model_config = prepared.network
         self._open_devices()
-        self.init_key, self.train_key, self.eval_key = jax.random.split(jax.random.key(c.seed), 3)
-        self.set_schedule(
-            optim.learning_rate_schedule(
-                c.schedule, c.learning_rate, warmup_steps=c.warmup_steps, n_steps=c.n_steps
-            )
-        )
-        self._restore_or_create(partial(self.create_state, weights), resume=bool(saved))
-
-    # --- opening a run ----------------------------------------------------------------------------
-
-    def _open_dataset(self, config: TrainConfig, saved: dict[str, Any]) -> None:
-        """Open the dataset, and resolve the config by it."""
-        self.source = _open_source(config)
-        self.dataset = self.source.config
-        if saved:
-            require_same_space(space_of(self.dataset.encoding), saved)
-        n_devices = parallel.devices().count
-        self.config: TrainConfig = resolve_train_config(
-            config,
-            self.dataset,
-            n_rows=len(self.source.train),
-            n_devices=n_devices,
-            platform=parallel.devices().platform,
-        )
-        if not saved:  # a finished run may be sampled on any number of devices
-            require_even_batches(self.config, n_devices)
-
-    def _open_conditioning(self, revisions: Sequence[str] | None) -> Conditioning:
-        """Open the cache of encoded captions and encode what it lacks, for a run on captions.
-
-        Args:
-            revisions: those of the text encoders that a resumed run was trained with.
-        """
-        c = self.config
-        if c.conditioning != "text":
-            n_classes = self.dataset.n_classes if c.conditioning == "class" else 0
-            return class_conditioning(n_classes, self.dataset.label_names)
-        folder = c.caption_cache or caption_cache.default_cache_folder(c.dataset_name, c.data_dir)
-        splits = (self.source.train, self.source.eval)
-        captions = [text for split in splits for texts in split.captions for text in texts]
-        if c.profile:
-            captions = captions[: caption_cache.CAPTIONS_PER_SHARD]  # a profile reads none of them
-        with processes.first_then_others():
-            self.encoded = CaptionStore.open(
-                folder, captions, c.text_towers, revisions=revisions, max_length=c.text_length
-            )
-        return StoredCaptions(self.encoded, c.text_towers)
-
-    def _network_config(self, record: Mapping[str, Any]) -> ModelConfig:
-        """The shape of the network to train.
-
-        Args:
-            record: the ModelConfig of the resumed run, or of the weights to start from.
-        """
-        config = network_config(self.config, self.dataset)
-        if self.config.init_from:
-            config = warm_start.keep_fields_without_flag(config, record)
-        return replace(config, **self.conditioning.fields)
+        keys = jax.random.split(jax.random.key(self.config.seed), 3)
+        self.init_key, self.train_key, self.eval_key = keys
+        self.set_schedule(self.configured_schedule())
+        create = partial(self.create_state, prepared.weights)
+        self._restore_or_create(create, resume=bool(prepared.saved))
 
     def _open_devices(self) -> None:
         """Make the mesh, and load the codec of latents onto it."""
@@ -439,32 +363,6 @@ class Trainer(Loop):
                 "yardstick": fid.card if fid else None,
             },
         )
-
-
-def _merge(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
-    """Fill in the flags of the resumed run, if there is one, and the dataset's name."""
-    if saved:
-        if config.fsdp is None:
-            fsdp = math.gcd(saved["fsdp"], parallel.devices().count)
-            config = replace(config, fsdp=fsdp)
-        config = merge_saved(config, saved)
-    return with_dataset_and_latents(config)
-
-
-def _open_source(c: TrainConfig) -> Source:
-    return open_dataset(
-        c.dataset_name,
-        data_dir=c.data_dir,
-        image_column=c.image_column,
-        label_column=c.label_column,
-        conditioning=c.conditioning,
-        caption_column=c.caption_column,
-        templates=c.caption or (),
-        image_size=c.image_size,
-        channels=None if c.profile else c.channels,  # a profile reads no images
-        streaming=bool(c.streaming),
-        latents_dir=c.latents,
-    )
 
 
 def main() -> None:

@@ -45,6 +45,11 @@ class Conditioning(ABC):
     revisions: Sequence[str | None] = ()
 
     @property
+    def store(self) -> CaptionStore | None:
+        """The encoded captions of a dataset in training."""
+        return None
+
+    @property
     def fields(self) -> dict[str, Any]:
         """Fields of the `ModelConfig` that follow from it."""
         return {}
@@ -340,12 +345,16 @@ class StoredCaptions(Captions):
 
     def __init__(self, store: CaptionStore, encoders: Sequence[str]):
         super().__init__(self._encode_or_look_up, encoders)
-        self.store = store
+        self._store = store
         self.revisions = store.revisions
 
     @property
+    def store(self) -> CaptionStore:
+        return self._store
+
+    @property
     def fields(self) -> dict[str, Any]:
-        store = self.store
+        store = self._store
         return {
             "text_length": store.length,
             "text_width": store.width,

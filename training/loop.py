@@ -20,11 +20,11 @@ from data.caption_cache import CaptionStore
 from data.pipeline import Pipeline
 from data.rows import Source
 from datasets_config import DatasetConfig
-from runtime import parallel, processes, run_folder
+from runtime import parallel, processes
 from runtime.checkpoint import Checkpoints
 from runtime.errors import UserError
 from runtime.signals import catch_stop_signals
-from training import device_dataset
+from training import device_dataset, optim
 from training import step as training_step
 from training.resolve import require_even_batches
 from training.session import Run, open_session
@@ -139,32 +139,6 @@ class Loop(Run):
 
     # --- the run's folder, data and state ---------------------------------------------------------
 
-    def _find_run_dir(self, dataset_name: str, model: str | None) -> Path | None:
-        """The run's folder if it is given or exists; the same in all processes.
-
-        Raises:
-            UserError: there is no run to resume, or the folder of a new run is in use.
-        """
-        config = self.config
-
-        def find() -> str:
-            if config.resume and not config.run_dir:
-                return str(run_folder.newest_run(dataset_name, model, command=self.COMMAND))
-            if config.run_dir and not config.resume:
-                run_folder.require_unused(Path(config.run_dir))
-            return str(config.run_dir or "")
-
-        path = processes.broadcast_from_first(find)
-        return Path(path) if path else None
-
-    def _new_run_dir(self, dataset_name: str, model: str) -> Path:
-        """A folder's name for a new run; the same in all processes."""
-        return Path(
-            processes.broadcast_from_first(
-                lambda: str(run_folder.new_run_path(dataset_name, model))
-            )
-        )
-
     def prepare(self) -> None:
         """Open everything that only training needs. Called before a run writes anything.
 
@@ -210,6 +184,13 @@ class Loop(Run):
             return lambda batch, position: batch
         return partial(
             device_dataset.gather_batch, batch_size=self.config.batch_size, mesh=self.mesh
+        )
+
+    def configured_schedule(self) -> optax.Schedule:
+        """The schedule of the learning rate that the flags describe."""
+        c = self.config
+        return optim.learning_rate_schedule(
+            c.schedule, c.learning_rate, warmup_steps=c.warmup_steps, n_steps=c.n_steps
         )
 
     def set_schedule(self, schedule: optax.Schedule) -> None:

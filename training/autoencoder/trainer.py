@@ -44,6 +44,7 @@ from training.autoencoder.losses import (
 )
 from training.flag_groups import DEFAULT_DATASET
 from training.loop import Loop, flags_as_json
+from training.prepare import find_run_dir, new_run_dir
 from training.resolve import merge_saved
 from training.session import RunRecord
 from training.step import StepReport, TrainState
@@ -77,7 +78,7 @@ class VaeTrainer(Loop):
                 config, lpips=str(Path(config.lpips).expanduser().resolve())
             )
         dataset_name = config.dataset_name or DEFAULT_DATASET
-        run_dir = self._find_run_dir(dataset_name, MODEL_NAME)
+        run_dir = find_run_dir(config, dataset_name, MODEL_NAME)
         saved = None
         if run_dir and config.resume:
             saved = run_folder.read_config(run_dir, command=COMMAND)
@@ -99,18 +100,14 @@ class VaeTrainer(Loop):
             n_devices=parallel.devices().count,
             platform=parallel.devices().platform,
         )
-        self.run_dir = run_dir or self._new_run_dir(c.dataset_name, MODEL_NAME)
+        self.run_dir = run_dir or new_run_dir(c.dataset_name, MODEL_NAME)
         self.model_config = autoencoder_config(c)
         self.dtype = "bfloat16" if c.half_precision else "float32"
         self.mesh = parallel.make_mesh()
         weights = pretrained_lpips.load_lpips(c.lpips) if c.lpips else ()
         self.lpips = parallel.replicate(weights, self.mesh)
         self.init_key, self.train_key = jax.random.split(jax.random.key(c.seed))
-        self.set_schedule(
-            optim.learning_rate_schedule(
-                c.schedule, c.learning_rate, warmup_steps=c.warmup_steps, n_steps=c.n_steps
-            )
-        )
+        self.set_schedule(self.configured_schedule())
         self._restore_or_create(self.create_state, resume=bool(saved))
 
     def make_optimizer(self, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:

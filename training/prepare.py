@@ -1,0 +1,188 @@
+"""Everything of a run that is decided before a device is used: `prepare(config) -> Prepared`.
+
+In this order: the run's folder and what it recorded, the weights to start from, the dataset, every
+flag, the conditioning, the method, the network. Nothing is written but the cache of encoded
+captions, with a progress bar.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from data import caption_cache
+from data.caption_cache import CaptionStore
+from data.load import open_dataset
+from data.rows import Source
+from inference.conditioning import Conditioning, StoredCaptions, class_conditioning
+from inference.spaces import space_of
+from methods.method import Method
+from model import ModelConfig
+from runtime import processes, run_folder
+from runtime.parallel import Devices
+from training import warm_start
+from training.config import TrainConfig
+from training.resolve import (
+    merge_saved,
+    network_config,
+    recorded_flags,
+    require_even_batches,
+    require_same_space,
+    resolve_train_config,
+    training_method,
+    with_dataset_and_latents,
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before its first step.
+
+    Args:
+        config: every flag, resolved.
+        given_flags: those that were given, at all starts; None if they were not recorded.
+        run_dir: the run's folder, which may not exist yet.
+        saved: its `config.json`; empty for a new run.
+        weights: of another model, to start from.
+    """
+
+    config: TrainConfig
+    given_flags: dict[str, Any] | None
+    run_dir: Path
+    saved: Mapping[str, Any] = field(repr=False)
+    source: Source = field(repr=False)
+    conditioning: Conditioning
+    method: Method
+    network: ModelConfig
+    weights: warm_start.StartingWeights | None = field(repr=False)
+
+
+def prepare(config: TrainConfig, devices: Devices) -> Prepared:
+    """Open the run's folder and the dataset, and decide every flag.
+
+    Args:
+        devices: their number and kind; none is used, but to encode captions and to read a run
+            that the weights come from.
+
+    Raises:
+        UserError: flags or a dataset that cannot work.
+    """
+    run_dir = find_run_dir(config, with_dataset_and_latents(config).dataset_name, config.model)
+    saved = run_folder.read_config(run_dir) if run_dir and config.resume else {}
+    given = recorded_flags(config, saved)
+    config = _merge(config, saved, devices)
+    weights = None
+    if config.init_from and not saved:
+        weights = warm_start.load_starting_weights(config.init_from)
+        config = warm_start.with_source_flags(config, weights)
+    source = _open_source(config)
+    if saved:
+        require_same_space(space_of(source.config.encoding), saved)
+    config = resolve_train_config(
+        config,
+        source.config,
+        n_rows=len(source.train),
+        n_devices=devices.count,
+        platform=devices.platform,
+    )
+    if not saved:  # a finished run may be sampled on any number of devices
+        require_even_batches(config, devices.count)
+    conditioning = _open_conditioning(config, source, saved.get("text_revisions"))
+    network = network_config(config, source.config)
+    if config.init_from:
+        record = saved.get("model_config") or (vars(weights.config) if weights else {})
+        network = warm_start.keep_fields_without_flag(network, record)
+    return Prepared(
+        config=config,
+        given_flags=given,
+        run_dir=run_dir or new_run_dir(config.dataset_name, config.model),
+        saved=saved,
+        source=source,
+        conditioning=conditioning,
+        method=training_method(config),
+        network=replace(network, **conditioning.fields),
+        weights=weights,
+    )
+
+
+# --- the run's folder -----------------------------------------------------------------------------
+
+
+def find_run_dir(config: Any, dataset_name: str, model: str | None) -> Path | None:
+    """Return a run's folder if it is given or exists; the same in all processes.
+
+    Args:
+        config: of a command that trains.
+
+    Raises:
+        UserError: there is no run to resume, or the folder of a new run is in use.
+    """
+
+    def find() -> str:
+        if config.resume and not config.run_dir:
+            return str(run_folder.newest_run(dataset_name, model, command=config.COMMAND))
+        if config.run_dir and not config.resume:
+            run_folder.require_unused(Path(config.run_dir))
+        return str(config.run_dir or "")
+
+    path = processes.broadcast_from_first(find)
+    return Path(path) if path else None
+
+
+def new_run_dir(dataset_name: str, model: str) -> Path:
+    """Return a folder's name for a new run; the same in all processes."""
+    return Path(
+        processes.broadcast_from_first(lambda: str(run_folder.new_run_path(dataset_name, model)))
+    )
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def _merge(config: TrainConfig, saved: dict[str, Any], devices: Devices) -> TrainConfig:
+    """Fill in the flags of the resumed run, if there is one, and the dataset's name."""
+    if saved:
+        if config.fsdp is None:
+            config = replace(config, fsdp=math.gcd(saved["fsdp"], devices.count))
+        config = merge_saved(config, saved)
+    return with_dataset_and_latents(config)
+
+
+def _open_source(c: TrainConfig) -> Source:
+    return open_dataset(
+        c.dataset_name,
+        data_dir=c.data_dir,
+        image_column=c.image_column,
+        label_column=c.label_column,
+        conditioning=c.conditioning,
+        caption_column=c.caption_column,
+        templates=c.caption or (),
+        image_size=c.image_size,
+        channels=None if c.profile else c.channels,  # a profile reads no images
+        streaming=bool(c.streaming),
+        latents_dir=c.latents,
+    )
+
+
+def _open_conditioning(
+    c: TrainConfig, source: Source, revisions: Sequence[str] | None
+) -> Conditioning:
+    """Open the cache of encoded captions and encode what it lacks, for a run on captions.
+
+    Args:
+        revisions: those of the text encoders that a resumed run was trained with.
+    """
+    if c.conditioning != "text":
+        n_classes = source.config.n_classes if c.conditioning == "class" else 0
+        return class_conditioning(n_classes, source.config.label_names)
+    folder = c.caption_cache or caption_cache.default_cache_folder(c.dataset_name, c.data_dir)
+    splits = (source.train, source.eval)
+    captions = [text for split in splits for texts in split.captions for text in texts]
+    if c.profile:
+        captions = captions[: caption_cache.CAPTIONS_PER_SHARD]  # a profile reads none of them
+    with processes.first_then_others():
+        store = CaptionStore.open(
+            folder, captions, c.text_towers, revisions=revisions, max_length=c.text_length
+        )
+    return StoredCaptions(store, c.text_towers)
