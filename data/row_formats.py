@@ -7,7 +7,7 @@ from jaxtyping import Bool, Num
 
 from datasets_config import DatasetConfig, LatentEncoding
 
-Rows = Num[np.ndarray, "b h w k"]
+Rows = Num[np.ndarray, "b h w _"]  # one view of a latent, or two side by side
 
 
 @dataclass(frozen=True)

@@ -464,7 +464,7 @@ def test_a_prompt_is_encoded_by_the_text_encoder_of_the_training(on_captions, tm
     seen = on_captions.sample(["a drawing of 3", "number 7 in ink"])
     assert np.abs(seen[0] - seen[1]).max() > 0
     assert on_captions.sample("a drawing of 3").shape == (1, 8, 8, 1)
-    with pytest.raises(UserError, match="no labels to sample"):
+    with pytest.raises(UserError, match="no captions to sample"):
         on_captions.sample([])
     with pytest.raises(UserError, match="cannot load the text encoder"):
         on_captions.sample(["never said"])
