@@ -3,6 +3,7 @@
 Reading files is `data.arrow`'s and `data.parquet`'s; `data.load` decides which splits to open.
 """
 
+import dataclasses
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,45 @@ def choose_conditioning(
         return conditioning
     recommends_text = config.conditioning == "text" and not label_column
     return "text" if caption_column or templates or recommends_text else None
+
+
+def choose_columns(
+    entry: DatasetConfig,
+    data: ArrowSplit | ParquetSplit,
+    *,
+    conditioning: str | None,
+    image_column: str | None,
+    label_column: str | None,
+    caption_column: str | None,
+    templates: tuple[str, ...],
+) -> DatasetConfig:
+    """Fill in the columns, templates and classes of a dataset from the flags and its training data.
+
+    Raises:
+        UserError: a column is missing, is of the wrong type, or has to be named.
+    """
+    features = data.features
+    image_column = find_image_column(entry, features, image_column)
+    templates = templates or (() if caption_column else entry.templates)
+    if conditioning == "text" and not templates:
+        caption_column = find_caption_column(entry, features, caption_column)
+    if conditioning == "none" or caption_column:
+        label_column = ""
+    label_column = find_label_column(entry, features, label_column)
+    if conditioning in ("class", "text") and not (label_column or caption_column):
+        raise UserError(
+            f"dataset '{entry.name}' has no classes to condition a model on; pass --label_column"
+        )
+    class_names = read_class_names(entry, data, label_column)
+    return dataclasses.replace(
+        entry,
+        image_column=image_column,
+        label_column=label_column,
+        caption_column=caption_column,
+        templates=templates if conditioning == "text" else (),
+        n_classes=len(class_names),
+        label_names=class_names,
+    )
 
 
 def find_image_column(config: DatasetConfig, features: "Features", flag: str | None) -> str:

@@ -70,32 +70,19 @@ def open_dataset(
     )
     splits = _open_splits(entry, _local_folder(entry, data_dir), streaming)
     (train_name, train_rows), (eval_name, eval_rows) = _choose_splits(entry, splits)
-    train_data = splits[train_name]
-    features = train_data.features
-    image_column = columns.find_image_column(entry, features, image_column)
-    templates = templates or (() if caption_column else entry.templates)
-    if conditioning == "text" and not templates:
-        caption_column = columns.find_caption_column(entry, features, caption_column)
-    if conditioning == "none" or caption_column:
-        label_column = ""
-    label_column = columns.find_label_column(entry, features, label_column)
-    if conditioning in ("class", "text") and not (label_column or caption_column):
-        raise UserError(
-            f"dataset '{entry.name}' has no classes to condition a model on; pass --label_column"
-        )
-    class_names = columns.read_class_names(entry, train_data, label_column)
-    config = dataclasses.replace(
+    config = columns.choose_columns(
         entry,
+        splits[train_name],
+        conditioning=conditioning,
         image_column=image_column,
         label_column=label_column,
         caption_column=caption_column,
-        templates=templates if conditioning == "text" else (),
-        n_classes=len(class_names),
-        label_names=class_names,
-        image_size=image_size or entry.image_size,
-        channels=channels or entry.channels,
+        templates=templates,
     )
-    train = _make_split(config, train_name, train_data, train_rows)
+    config = dataclasses.replace(
+        config, image_size=image_size or entry.image_size, channels=channels or entry.channels
+    )
+    train = _make_split(config, train_name, splits[train_name], train_rows)
     if not entry.model:
         config = _measure_images(train)
         train = dataclasses.replace(train, config=config)

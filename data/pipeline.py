@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float64, Int32, Int64
 from data.batch import Batch, BatchPlan, concatenate_batches
 from data.caption_cache import CaptionStore
 from data.parquet import ParquetSplit
+from data.row_labels import CaptionIds, ClassIds
 from data.rows import Images, Source, Split
 from data.shuffle import (
     GroupedShuffle,
@@ -92,28 +93,29 @@ class Pipeline:
         self.n_processes = n_processes
         n_cpus = os.cpu_count() or 1
         self.n_workers = min(MAX_WORKERS, max(1, n_cpus // 2)) if n_workers is None else n_workers
-        self.grouped_shuffle: GroupedShuffle | None = None
-        stream = source.train.data
-        if isinstance(stream, ParquetSplit):
-            self.grouped_shuffle = _plan_grouped_shuffle(source.train, batch_size, shuffle_buffer)
-            self._eval_shuffle = _plan_grouped_shuffle(source.eval, EVAL_LANES, EVAL_LANES)
-            n_readers = n_processes * max(1, self.n_workers)
-            stream.max_open_groups = self.grouped_shuffle.open_groups(n_readers)
+        self.grouped_shuffle = self._plan_streaming(shuffle_buffer)
         if in_memory is None:
-            row_bytes = math.prod(source.train.format.shape) * source.train.format.dtype.itemsize
-            n_rows = len(source.train) + len(source.eval)
-            is_small = n_rows * row_bytes <= MAX_IN_MEMORY_BYTES
-            in_memory = is_small and not self.grouped_shuffle
-        self.caption_store = caption_store
-        splits = {"train": source.train, "eval": source.eval}
+            in_memory = _is_small(source) and not self.grouped_shuffle
         self._decoders = {
-            name: Decoder(split, caption_store, _decode_all(split) if in_memory else None)
-            for name, split in splits.items()
+            name: Decoder(
+                split,
+                CaptionIds(split.captions, caption_store)
+                if caption_store
+                else ClassIds(split.labels),
+                _decode_all(split) if in_memory else None,
+            )
+            for name, split in (("train", source.train), ("eval", source.eval))
         }
-        if caption_store:
-            self._captions = {
-                name: CaptionIds(split.captions, caption_store) for name, split in splits.items()
-            }
+
+    def _plan_streaming(self, shuffle_buffer: int) -> GroupedShuffle | None:
+        """Plan the order of a streamed source, and how many row groups are open at a time."""
+        stream = self.source.train.data
+        if not isinstance(stream, ParquetSplit):
+            return None
+        shuffle = _plan_grouped_shuffle(self.source.train, self.batch_size, shuffle_buffer)
+        self._eval_shuffle = _plan_grouped_shuffle(self.source.eval, EVAL_LANES, EVAL_LANES)
+        stream.max_open_groups = shuffle.open_groups(self.n_processes * max(1, self.n_workers))
+        return shuffle
 
     # --- the order of rows, their flips and labels ------------------------------------------------
 
@@ -139,13 +141,8 @@ class Pipeline:
 
     def batch_labels(self, step: int) -> list[int] | list[str]:
         """Return the class ids, or the captions, of the global batch of `step`."""
-        train = self.source.train
-        rows = self.batch_rows(step)
-        if not self.caption_store:
-            return train.labels[rows].tolist()
         uniforms = self._caption_uniforms(step, np.arange(self.batch_size))
-        choices = [train.captions[row] for row in rows]
-        return [captions[int(u * len(captions))] for captions, u in zip(choices, uniforms)]
+        return self._decoders["train"].labels.words(self.batch_rows(step), uniforms)
 
     def _epoch_positions(
         self, step: int, row: Int64[np.ndarray, "b"]
@@ -177,22 +174,8 @@ class Pipeline:
         epochs = list(self._epoch_positions(step, row))
         rows = np.concatenate([self.epoch_order(epoch)[positions] for epoch, positions in epochs])
         flips = np.concatenate([self.epoch_flips(epoch)[positions] for epoch, positions in epochs])
-        uniforms = np.zeros(len(row))
-        if self.caption_store:
-            uniforms = self._caption_uniforms(step, row)
-        labels = self._choose_labels("train", rows, uniforms)
+        labels = self._decoders["train"].labels.choose(rows, self._caption_uniforms(step, row))
         return BatchPlan(row.astype(np.int32), rows, flips, labels)
-
-    def _choose_labels(
-        self, split: SplitName, rows: Int64[np.ndarray, "b"], uniforms: Float64[np.ndarray, "b"]
-    ) -> np.ndarray:
-        """Return the ids of classes or captions of these rows."""
-        if self.caption_store:
-            return self._captions[split].choose(rows, uniforms)
-        return self._split(split).labels[rows]
-
-    def _split(self, name: SplitName) -> Split:
-        return self.source.train if name == "train" else self.source.eval
 
     # --- decoded batches --------------------------------------------------------------------------
 
@@ -244,6 +227,7 @@ class Pipeline:
         if self.one_batch:
             yield from itertools.repeat(self.train_batch(0), n)
             return
+        decoder = self._decoders["eval"]
         global_size = batch_size or self.batch_size
         row = self._local_rows(global_size)
         # Shuffled, because the first rows of a dataset are often all of one class.
@@ -255,9 +239,8 @@ class Pipeline:
         first_captions = np.zeros(len(row))
         for first in range(0, n * global_size, global_size):
             rows = order[(first + row) % len(order)]
-            labels = self._choose_labels("eval", rows, first_captions)
-            plan = BatchPlan(row.astype(np.int32), rows, not_mirrored, labels)
-            yield self._decoders["eval"](plan)
+            labels = decoder.labels.choose(rows, first_captions)
+            yield decoder(BatchPlan(row.astype(np.int32), rows, not_mirrored, labels))
 
     def decode_split(self, split: SplitName) -> tuple[Images, Int32[np.ndarray, "n"]]:
         """Return all images and labels of a split in the order of its rows.
@@ -265,7 +248,7 @@ class Pipeline:
         Those of latents are moments, with the moments of the mirrored images where there are any.
         """
         decoder = self._decoders[split]
-        labels = self._split(split).labels
+        labels = decoder.split.labels
         if decoder.decoded is not None:
             return decoder.decoded, labels
         return decoder.decode_rows(np.arange(len(labels))), labels
@@ -280,41 +263,31 @@ class Decoder:
     """
 
     split: Split
-    caption_store: CaptionStore | None
+    labels: ClassIds | CaptionIds
     decoded: Images | None = None  # the whole split, if it is held in memory
 
     def __call__(self, plan: BatchPlan) -> Batch:
         image = self.decode_rows(plan.split_row)
         image = self.split.format.mirror(image, plan.mirrored)
-        label = self.caption_store(plan.label) if self.caption_store else plan.label
-        return Batch(plan.row, image, label)
+        return Batch(plan.row, image, self.labels.encode(plan.label))
 
     def decode_rows(self, rows: Int64[np.ndarray, "b"]) -> Images:
         """Decode these rows of the split, or copy them out of memory."""
         return self.split.decode(rows) if self.decoded is None else self.decoded[rows]
 
     def __getstate__(self) -> dict[str, Any]:
-        store = self.caption_store.without_texts() if self.caption_store else None
-        return {"split": self.split.images_only(), "caption_store": store, "decoded": None}
+        return {
+            "split": self.split.images_only(),
+            "labels": self.labels.without_rows(),
+            "decoded": None,
+        }
 
 
-class CaptionIds:
-    """Ids, in a `CaptionStore`, of the captions of each row of a split."""
-
-    def __init__(self, captions: list[tuple[str, ...]], store: CaptionStore):
-        self.counts = np.array([len(row_captions) for row_captions in captions])
-        self.starts = np.cumsum(self.counts) - self.counts
-        self.ids = store.caption_ids(
-            [caption for row_captions in captions for caption in row_captions]
-        )
-
-    def choose(
-        self, rows: Int64[np.ndarray, "b"], uniforms: Float64[np.ndarray, "b"]
-    ) -> Int64[np.ndarray, "b"]:
-        """Choose one caption of each row by a number in [0, 1): the first for 0, all equally
-        likely.
-        """
-        return self.ids[self.starts[rows] + (uniforms * self.counts[rows]).astype(np.int64)]
+def _is_small(source: Source) -> bool:
+    """Return whether the decoded dataset fits into `MAX_IN_MEMORY_BYTES`."""
+    row = source.train.format
+    row_bytes = math.prod(row.shape) * row.dtype.itemsize
+    return (len(source.train) + len(source.eval)) * row_bytes <= MAX_IN_MEMORY_BYTES
 
 
 def _plan_grouped_shuffle(split: Split, batch_size: int, shuffle_buffer: int) -> GroupedShuffle:

@@ -10,7 +10,7 @@ A batch is one compiled program. Where weights come from and where images go is 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -255,17 +255,20 @@ def sample_images(
         return parallel.fetch_to_host(solution)
 
     batches = [sample_rows_from(start) for start in range(0, n, size)]
-
-    def join_batches(field: str, axis: int) -> Float[np.ndarray, "..."]:
-        x = np.concatenate([getattr(batch, field) for batch in batches], axis=axis)
-        x = np.take(x, range(n), axis=axis)
-        return to_images(x) if to_images else x
-
+    convert = to_images or (lambda x: x)
     return Samples(
-        x=join_batches("x", 0),
-        trajectory=join_batches("trajectory", 1) if trajectory else None,
-        estimates=join_batches("estimates", 1) if estimates else None,
+        x=convert(join_batches(batches, "x", n)),
+        trajectory=convert(join_batches(batches, "trajectory", n)) if trajectory else None,
+        estimates=convert(join_batches(batches, "estimates", n)) if estimates else None,
     )
+
+
+def join_batches(
+    batches: Sequence[Solution], field: Literal["x", "trajectory", "estimates"], n: int
+) -> Float[np.ndarray, "..."]:
+    """Join one field of the batches of n samples, without the rows that filled the last one up."""
+    axis = 0 if field == "x" else 1
+    return np.take(np.concatenate([getattr(b, field) for b in batches], axis), range(n), axis)
 
 
 def check_seeds(seed: int | Sequence[int]) -> None:

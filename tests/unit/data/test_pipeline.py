@@ -28,6 +28,7 @@ from data.batch import Batch
 from data.caption_cache import CaptionStore
 from data.load import open_dataset
 from data.pipeline import Pipeline
+from data.row_labels import CaptionIds
 from data.shuffle import FLIP_STREAM
 from datasets_config import DATASET_CONFIGS
 from runtime.errors import UserError
@@ -163,7 +164,7 @@ def test_workers_are_sent_neither_images_nor_texts(coco, tmp_path):
     store = CaptionStore.open(
         tmp_path, texts, ["us/it"], revisions=["0" * 12], load_encoders=FakeEncoders
     )
-    decoder = replace(in_memory._decoders["train"], caption_store=store)
+    decoder = replace(in_memory._decoders["train"], labels=CaptionIds(source.train.captions, store))
     assert texts[3].encode() not in pickle.dumps(decoder)
     copied = pickle.loads(pickle.dumps(decoder))
     plan = in_memory._plan_batch(5)
