@@ -1,6 +1,7 @@
 """Labels of a split's rows as batches hold them: class ids, or one of the captions of each row."""
 
 import copy
+
 import numpy as np
 from jaxtyping import Float64, Int, Int32, Int64
 
