@@ -59,6 +59,7 @@ class ConvertConfig(DatasetFlags, LabelFlags, LoadingFlags, LatentFlags):
     """Make latents of a dataset's images, in a folder that training and `load_dataset` open."""
 
     dataset_name: str = again(DatasetFlags, "dataset_name", default="imagenet", is_setting=False)
+    unlabelled: str = again(LabelFlags, "unlabelled", is_setting=False)
     streaming: bool = again(LoadingFlags, "streaming", is_setting=False)
 
 
@@ -95,7 +96,12 @@ def main() -> None:
         image_size=config.image_size,
         channels=codec.config.in_channels,
         streaming=config.streaming,
+        train_split=config.train_split,
+        eval_split=config.eval_split,
+        unlabelled=config.unlabelled,
     )
+    for notice in source.notices:
+        print(notice)
     encoding = make_encoding(source, codec, data_dir=config.data_dir, mirror=config.mirror)
     name = Path(config.dataset_name.partition(":")[2] or config.dataset_name).name
     folder = config.out or Path("latents") / name

@@ -284,5 +284,6 @@ def find_dataset(name: str) -> DatasetConfig:
         UserError: there is none. The message names the nearest one.
     """
     if name not in DATASET_CONFIGS:
-        raise errors.unknown_name("dataset", name, DATASET_CONFIGS)
+        error = errors.unknown_name("dataset", name, DATASET_CONFIGS)
+        raise errors.UserError(f"{error}; a folder is folder:PATH, one of the hub hf:owner/name")
     return DATASET_CONFIGS[name]

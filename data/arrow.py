@@ -32,14 +32,20 @@ class ArrowSplit:
         Raises:
             TypeError, ValueError, NotImplementedError: the column holds neither.
         """
-        from datasets import Image, Value
+        from datasets import Image, List, Value
 
         selected = self.data.select_columns([column])
-        if self.features[column] == Value("binary"):
+        feature = self.features[column]
+        if feature == Value("binary"):
             return ArrowSplit(selected)
-        return ArrowSplit(selected.cast_column(column, Image(decode=False)))
+        several = isinstance(feature, List) and isinstance(feature.feature, Image)
+        undecoded = List(Image(decode=False)) if several else Image(decode=False)
+        return ArrowSplit(selected.cast_column(column, undecoded))
 
-    def read_cells(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """Read the undecoded images of these rows, each as {"bytes": …, "path": …}."""
+    def read_cells(self, rows: Sequence[int]) -> list[dict[str, Any] | None]:
+        """Read the undecoded images of these rows, each as {"bytes": …, "path": …}; of a list of
+        images the first.
+        """
         (cells,) = self.data[rows].values()
-        return [{"bytes": c, "path": None} if isinstance(c, bytes) else c for c in cells]
+        first = (c[0] if isinstance(c, list) and c else c or None for c in cells)
+        return [{"bytes": c, "path": None} if isinstance(c, bytes) else c for c in first]

@@ -5,22 +5,25 @@ Reading files is `data.arrow`'s and `data.parquet`'s; `data.load` decides which 
 
 import dataclasses
 import re
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from data import images
 from data.arrow import ArrowSplit
 from data.parquet import ParquetSplit
 from data.rows import cell_error
 from datasets_config import DatasetConfig
-from runtime.errors import UserError, unknown_name
+from runtime.errors import UserError, some_of, unknown_name
 
 if TYPE_CHECKING:  # at run time they are imported where they are used: together they take a second
     import pyarrow
     from datasets import Features
 
 CONDITIONINGS = ("class", "text", "none")
+MIN_ROWS_OF_CLASSES = 100  # fewer rows may each have a class of their own
 
 
 # --- which columns --------------------------------------------------------------------------------
@@ -64,14 +67,18 @@ def choose_columns(
     label_column: str | None,
     caption_column: str | None,
     templates: tuple[str, ...],
+    class_order: Sequence[str] = (),
 ) -> DatasetConfig:
     """Fill in the columns, templates and classes of a dataset from the flags and its training data.
+
+    Args:
+        class_order: the classes of the run to resume, whose ids they keep.
 
     Raises:
         UserError: a column is missing, is of the wrong type, or has to be named.
     """
     features = data.features
-    image_column = find_image_column(entry, features, image_column)
+    image_column = find_image_column(entry, data, image_column)
     templates = templates or (() if caption_column else entry.templates)
     if conditioning == "text" and not templates:
         caption_column = find_caption_column(entry, features, caption_column)
@@ -83,6 +90,8 @@ def choose_columns(
             f"dataset '{entry.name}' has no classes to condition a model on; pass --label_column"
         )
     class_names = read_class_names(entry, data, label_column)
+    if class_order and sorted(class_order) == sorted(class_names):
+        class_names = tuple(class_order)
     return dataclasses.replace(
         entry,
         image_column=image_column,
@@ -94,11 +103,25 @@ def choose_columns(
     )
 
 
-def find_image_column(config: DatasetConfig, features: "Features", flag: str | None) -> str:
-    """Find the column of images. `flag` is the value of --image_column."""
-    from datasets import Image
+def find_image_column(
+    config: DatasetConfig, data: ArrowSplit | ParquetSplit, flag: str | None
+) -> str:
+    """Find the column of images. `flag` is the value of --image_column.
 
+    Without features of Hugging Face's, images are bytes, records of bytes and path, or paths.
+    """
+    from datasets import Image, List
+
+    features = data.features
     fitting = [name for name, feature in features.items() if isinstance(feature, Image)]
+    fitting = fitting or [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, List) and isinstance(feature.feature, Image)
+    ]
+    fitting = fitting or [
+        field.name for field in features.arrow_schema if _holds_images(data, field)
+    ]
     return _choose_column(
         features,
         fitting,
@@ -109,13 +132,24 @@ def find_image_column(config: DatasetConfig, features: "Features", flag: str | N
     )
 
 
+def _holds_images(data: ArrowSplit | ParquetSplit, field: "pyarrow.Field") -> bool:
+    """Return whether the first cell of a column is an image file, or a record of one."""
+    if not re.match(r"(large_)?binary|struct<.*bytes: ", str(field.type)):
+        return False
+    first = data.select_images(field.name).read_cells([0])[0] if len(data) else None
+    raw: bytes | None = first["bytes"] if first else None
+    return raw is not None and images.SIGNATURE.match(raw) is not None
+
+
 def find_label_column(config: DatasetConfig, features: "Features", flag: str | None) -> str | None:
     """Find the column of labels, None for no labels. `flag` is the value of --label_column."""
     from datasets import ClassLabel
 
     fitting = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    if not fitting and _label_type(features.get("label")):
+    if not fitting and "label" in features:
         fitting = ["label"]
+    if flag and flag.lower() == "none" and flag not in features:
+        flag = ""
     unlabelled = config.label_column is None or (config.label_column == "" and not fitting)
     if flag == "" or (flag is None and unlabelled):
         return None
@@ -170,9 +204,7 @@ def _choose_column(
     if flag is None and fitting and (recommended or len(fitting) == 1):
         return fitting[0]
     problem = f"has no column '{column}'" if column else "leaves open which column to take"
-    raise UserError(
-        f"dataset '{dataset}' {problem} (columns: {', '.join(features)}); pass --{name}"
-    )
+    raise UserError(f"dataset '{dataset}' {problem} (columns: {some_of(features)}); pass --{name}")
 
 
 # --- labels ---------------------------------------------------------------------------------------
@@ -196,51 +228,95 @@ def read_class_names(
         return tuple(feature.names)
     if label_type == "bool":
         return known_names or (f"not {column}", column)
-    values = [v for v in data.read_column(column).unique().to_pylist() if v is not None]
-    if label_type == "string":
-        return tuple(sorted(values))
-    if label_type == "int":
-        n_classes = config.n_classes if is_recommended else max(values, default=0) + 1
-        return known_names or tuple(str(i) for i in range(n_classes))
-    raise UserError(
-        f"dataset '{config.name}', column '{column}': labels must be classes, whole numbers,"
-        f" bools or strings, not {feature}; pass --label_column"
-    )
+    values: list[Any] = []
+    if label_type:
+        values = [v for v in data.read_column(column).unique().to_pylist() if v not in (None, "")]
+    if label_type == "float" and all(value != value or value.is_integer() for value in values):
+        values = [int(value) for value in values if value == value]
+        label_type = "int"
+    if label_type not in ("int", "string"):
+        raise UserError(
+            f"dataset '{config.name}', column '{column}': labels must be classes, whole numbers,"
+            f" bools or strings, not {_describe_feature(feature, values)}; pass --label_column"
+            ' NAME, or --label_column "" to train without classes'
+        )
+    if len(data) >= MIN_ROWS_OF_CLASSES and len(values) > len(data) / 2:
+        raise UserError(
+            f"dataset '{config.name}', column '{column}' has {len(values)} different values in"
+            f' {len(data)} rows: no classes; pass --label_column NAME, or --label_column "" to'
+            " train without"
+        )
+    if label_type == "int" and is_recommended and config.n_classes:
+        return known_names or tuple(str(i) for i in range(config.n_classes))
+    return tuple(in_order(map(str, values)))
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sort class names: whole numbers by value, else alphabetically."""
+    names = list(names)
+    if all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
 
 
 def read_label_ids(
-    config: DatasetConfig, split: str, column: "pyarrow.ChunkedArray"
+    config: DatasetConfig, split: str, data: ArrowSplit | ParquetSplit
 ) -> Int32[np.ndarray, "n"]:
-    """Convert the labels of a whole split to class ids: a name to its index in
-    `config.label_names`.
+    """Convert the labels of a whole split to class ids: a name or number to its index in
+    `config.label_names`, a null to −1.
 
     Raises:
         UserError: a label is none of the classes. The message names the first such row.
     """
+    label_column = str(config.label_column)
+    feature, column = data.features[label_column], data.read_column(label_column)
     names = config.label_names
-    if "string" in str(column.type):
-        id_of_name = {name: i for i, name in enumerate(names)}
-        ids = np.array([id_of_name.get(name, -1) for name in column.to_pylist()])
-    else:
+    id_of_name = {name: i for i, name in enumerate(names)}
+    # Numbers are names, except where the data or the dataset's entry name the classes.
+    by_name = _label_type(feature) == "string" or id_of_name.keys() == set(map(_integer, names))
+    unknown = len(names)
+    if _label_type(feature) in ("class", "bool") or not by_name:
         ids = column.cast("int64").fill_null(-1).to_numpy()
-    outside = (ids < 0) | (ids >= len(names))
+        ids = np.where((ids < -1) | (ids >= len(names)), unknown, ids)
+    else:
+        values, place = np.unique(_as_names(column), return_inverse=True)
+        ids = np.array([id_of_name.get(name, unknown) if name else -1 for name in values])[place]
+    outside = ids == unknown
     if outside.any():
         row = int(outside.argmax())
         label = column[row].as_py()
-        allowed = f"{names[0]} … {names[-1]}" if isinstance(label, str) else f"0 … {len(names) - 1}"
+        allowed = f"{names[0]} … {names[-1]}"
         problem = f"label {label!r} is none of the {len(names)} classes {allowed}"
-        raise cell_error(config, split, row, str(config.label_column), problem)
+        raise cell_error(config, split, row, label_column, problem)
     return ids.astype(np.int32)
 
 
+def _as_names(column: "pyarrow.ChunkedArray") -> np.ndarray:
+    """Return labels as strings, whole numbers without a decimal point, and nulls as ""."""
+    return np.array([_integer(value) for value in column.to_pylist()])
+
+
+def _integer(value: Any) -> str:
+    """Write a label as a class's name: 3 and 3.0 as "3", null and NaN as ""."""
+    if value is None or value != value:
+        return ""
+    return str(int(value)) if isinstance(value, int | float) else str(value)
+
+
+def _describe_feature(feature: Any, values: Sequence[Any]) -> str:
+    """Describe a column that holds no labels, by its type or by a value that is no class."""
+    fractions = [value for value in values if isinstance(value, float) and value % 1]
+    return f"fractions such as {fractions[0]}" if fractions else str(feature)[:60]
+
+
 def _label_type(feature: Any) -> str | None:
-    """Return how a column names its classes: "class", "bool", "int", "string", or None."""
+    """Return how a column names its classes: "class", "bool", "int", "float", "string", or None."""
     from datasets import ClassLabel, Value
 
     if isinstance(feature, ClassLabel):
         return "class"
     dtype = feature.dtype if isinstance(feature, Value) else ""
-    return next((name for name in ("bool", "int", "string") if name in dtype), None)
+    return next((name for name in ("bool", "int", "float", "string") if name in dtype), None)
 
 
 # --- captions -------------------------------------------------------------------------------------
@@ -254,16 +330,16 @@ def read_captions(
 ) -> list[tuple[str, ...]]:
     """Return the captions of each row, from a column or from templates and class names.
 
-    A row without a caption gets the empty one, which is the null caption. The list is empty for a
-    dataset without captions.
+    A row without any, or with blank ones only, gets the empty caption, which is the null caption.
+    The list is empty for a dataset without captions.
 
     Raises:
         UserError: a template cannot be filled in.
     """
     if config.caption_column:
         cells = data.read_column(config.caption_column).take(rows).to_pylist()
-        lists = ((cell,) if isinstance(cell, str) else cell for cell in cells)
-        return [tuple(text or "" for text in texts or ("",)) for texts in lists]
+        lists = ((cell,) if isinstance(cell, str) else cell or () for cell in cells)
+        return [tuple(text for text in texts if text and text.strip()) or ("",) for texts in lists]
     if not config.templates:
         return []
     if not any("{label}" in template for template in config.templates):

@@ -6,6 +6,7 @@ by a VAE, elsewhere; grids and image files that people look at are `inference.gr
 
 import io
 import math
+import re
 
 import numpy as np
 from jaxtyping import UInt8
@@ -13,6 +14,10 @@ from PIL import Image, ImageOps
 
 from runtime.errors import UserError
 
+# First bytes of the common formats.
+SIGNATURE = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n|GIF8|BM|II\*\0|MM\0\*|RIFF....WEBP|....ftypavif", re.DOTALL
+)
 # Pillow's modes.
 SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 OPAQUE_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")

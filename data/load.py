@@ -4,26 +4,27 @@ The result is a `Source`, whose splits decode their rows on demand. The order of
 `data.shuffle`'s, the making of batches `data.pipeline`'s.
 """
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Generator, Mapping
+import re
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 
-from data import columns, images, latents
+from data import columns, latents
 from data.arrow import ArrowSplit
+from data.headers import Headers, read_headers
 from data.parquet import ParquetSplit
-from data.rows import Source, Split, cell_error, image_bytes
+from data.rows import Source, Split, cell_error
+from data.sources import open_splits
 from datasets_config import DATASET_CONFIGS, DatasetConfig, find_dataset
-from runtime.errors import UserError
+from runtime.errors import UserError, some_of
 
 EVAL_SPLITS = ("validation", "valid", "val", "test")  # names of evaluation splits, best first
 MODEL_BY_MAX_SIDE = {16: "DiT-Ti/2", 32: "DiT-S/2", 64: "DiT-S/4", math.inf: "DiT-B/8"}
-N_MEASURED_IMAGES = 16  # images that are decoded to see whether a dataset has colours
 
 
 def open_dataset(
@@ -39,6 +40,10 @@ def open_dataset(
     channels: int | None = None,
     streaming: bool = False,
     latents_dir: Path | None = None,
+    train_split: str | None = None,
+    eval_split: str | None = None,
+    unlabelled: str = "stop",
+    class_order: Sequence[str] = (),
 ) -> Source:
     """Open a dataset and check every label.
 
@@ -54,6 +59,11 @@ def open_dataset(
         channels: 1 (grey) or 3 (RGB); by default the dataset's.
         streaming: read Parquet files where they lie, a row group at a time, whatever their size.
         latents_dir: what `convert_imagenet.py` made of the dataset, to be read instead of images.
+        train_split: by default the dataset's, or "train".
+        eval_split: by default the dataset's, or the first of `EVAL_SPLITS` that there is; "none" to
+            hold out training rows.
+        unlabelled: "skip" to leave out rows that have no class; they are an error otherwise.
+        class_order: the classes of the run to resume, whose ids they keep.
 
     Raises:
         UserError: the dataset cannot be opened, or its columns or labels do not fit. The message
@@ -68,25 +78,34 @@ def open_dataset(
     conditioning = columns.choose_conditioning(
         entry, conditioning, label_column, caption_column, templates
     )
-    splits = _open_splits(entry, _local_folder(entry, data_dir), streaming)
-    (train_name, train_rows), (eval_name, eval_rows) = _choose_splits(entry, splits)
+    opened = open_splits(entry, _local_folder(entry, data_dir), streaming, label_column)
+    (train_name, train_rows), (eval_name, eval_rows) = _choose_splits(
+        entry, opened.splits, train_split, eval_split
+    )
     config = columns.choose_columns(
         entry,
-        splits[train_name],
+        opened.splits[train_name],
         conditioning=conditioning,
         image_column=image_column,
         label_column=label_column,
         caption_column=caption_column,
         templates=templates,
+        class_order=class_order,
     )
     config = dataclasses.replace(
         config, image_size=image_size or entry.image_size, channels=channels or entry.channels
     )
-    train = _make_split(config, train_name, splits[train_name], train_rows)
+    notices = list(opened.notices)
+    skip = unlabelled == "skip"
+    train = _make_split(config, train_name, opened.splits[train_name], train_rows, skip)
     if not entry.model:
-        config = _measure_images(train)
+        headers = read_headers(train)
+        config = _measure_images(config, headers)
+        notices.append(headers.describe(config.image_size))
         train = dataclasses.replace(train, config=config)
-    return Source(config, train, _make_split(config, eval_name, splits[eval_name], eval_rows))
+    evaluation = _make_split(config, eval_name, opened.splits[eval_name], eval_rows, skip)
+    notices += _describe_rows(entry, opened.splits, train, evaluation)
+    return Source(config, train, evaluation, tuple(notices))
 
 
 # --- facts about the dataset ----------------------------------------------------------------------
@@ -95,7 +114,9 @@ def open_dataset(
 def _find_entry(name: str) -> DatasetConfig:
     """Return the table's entry, or one with zeros and empty names for the data to fill in."""
     kind, _, path = name.partition(":")
-    if kind not in ("folder", "hf"):
+    if kind not in ("folder", "hf") or path.startswith("//"):
+        if name not in DATASET_CONFIGS and (meant := _guess_name(name)):
+            raise UserError(f"unknown dataset '{name}': pass --dataset_name {shlex.quote(meant)}")
         return find_dataset(name)
     if not path:
         raise UserError(f"'{name}' names nothing; write folder:PATH or hf:owner/name")
@@ -116,6 +137,15 @@ def _find_entry(name: str) -> DatasetConfig:
         n_steps=20_000,
         flip=False,  # there may be letters in the images
     )
+
+
+def _guess_name(name: str) -> str | None:
+    """Return what a path, an address or an id without its prefix should have been, if it is one."""
+    if hub := re.fullmatch(r"(?:https?://huggingface\.co|hf:/)/datasets/([^/]+/[^/]+).*", name):
+        return f"hf:{hub[1]}"
+    if Path(name).expanduser().exists() or name.startswith((".", "/", "~")):
+        return f"folder:{name}"
+    return f"hf:{name}" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
 
 
 def _latents_entry(
@@ -163,122 +193,86 @@ def _model_for(side: int) -> str:
     return next(model for max_side, model in MODEL_BY_MAX_SIDE.items() if side <= max_side)
 
 
-def _measure_images(split: Split) -> DatasetConfig:
-    """Fill in size, channels and model of a dataset that is in no table, from a few images."""
-    config = split.config
-    if not config.image_size:
-        row = int(split.rows[0])
-        try:
-            cell = split.data.read_cells([row])[0]
-            side = min(images.open_upright(image_bytes(cell)).size)
-        except UserError as error:
-            raise cell_error(config, split.name, row, config.image_column, str(error)) from error
-        config = dataclasses.replace(config, image_size=min(64, max(8, side // 8 * 8)))
-    if not config.channels:
-        as_rgb = dataclasses.replace(split, config=dataclasses.replace(config, channels=3))
-        rows = np.linspace(0, len(split) - 1, N_MEASURED_IMAGES).astype(int)
-        measured = as_rgb.decode(rows)
-        is_grey = (measured == measured[..., :1]).all()
-        config = dataclasses.replace(config, channels=1 if is_grey else 3)
-    return dataclasses.replace(config, model=_model_for(config.image_size))
+def _measure_images(config: DatasetConfig, headers: Headers) -> DatasetConfig:
+    """Fill in size, channels and model of a dataset that is in no table: the median image decides
+    the size, and colour is kept if any image has it.
+    """
+    side = config.image_size or min(64, max(8, headers.median_side // 8 * 8))
+    channels = config.channels or (3 if headers.has_colour else 1)
+    return dataclasses.replace(config, image_size=side, channels=channels, model=_model_for(side))
+
+
+def _describe_rows(
+    entry: DatasetConfig,
+    splits: Mapping[str, ArrowSplit | ParquetSplit],
+    train: Split,
+    evaluation: Split,
+) -> list[str]:
+    """Tell what a person could be surprised by: numbering of classes, rows and splits left out."""
+    config, notices = train.config, list[str]()
+    n = config.n_classes
+    names = config.label_names
+    if names != tuple(map(str, range(n))) and all(re.fullmatch(r"-?\d+", name) for name in names):
+        notices.append(f"{n} classes: labels {names[0]} … {names[-1]} are numbered 0 … {n - 1}")
+    features = splits[train.name].features
+    others = [name for name in features if name != config.image_column]
+    if others and config.conditioning == "none" and not entry.model and "label" not in features:
+        notices.append(
+            f"no classes: no column is called 'label' (columns: {some_of(others)}); --label_column "
+            "NAME or --caption_column NAME takes one"
+        )
+    if str(features[config.image_column]).startswith("List("):
+        notices.append(f"column '{config.image_column}' holds several images: the first is taken")
+    for split in (train, evaluation):
+        n_empty = sum(captions == ("",) for captions in split.captions)
+        if n_empty:
+            notices.append(
+                f"{n_empty} of {len(split)} rows to {split.name} have no caption: the null caption"
+            )
+    used = len(train) + (len(evaluation) if evaluation.name == train.name else 0)
+    if n_left_out := len(splits[train.name]) - used:
+        notices.append(f"--unlabelled skip: {n_left_out} rows of '{train.name}' are left out")
+    unused = [name for name in splits if name not in (train.name, evaluation.name)]
+    if unused and not entry.model:
+        notices.append(f"splits that are not used: {some_of(unused)}")
+    return notices
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 
 def _local_folder(entry: DatasetConfig, data_dir: str | Path | None) -> Path | None:
-    """Return the dataset's folder on this machine; None for the hub."""
+    """Return the dataset's folder, or zip file, on this machine; None for the hub."""
     if data_dir is not None or entry.name.startswith("folder:"):
         return Path(data_dir or entry.path).expanduser()
     embedded = Path(__file__).parents[1] / entry.path
     return embedded if entry.name in DATASET_CONFIGS and embedded.is_dir() else None
 
 
-def _open_splits(
-    entry: DatasetConfig, folder: Path | None, streaming: bool
-) -> dict[str, ArrowSplit | ParquetSplit]:
-    """Open all splits of the dataset."""
-    if folder and not folder.is_dir():
-        raise UserError(f"dataset '{entry.name}': there is no folder '{folder}'")
-    try:
-        splits = _open_parquet(entry, folder) if streaming else _open_arrow(entry, folder)
-    except UserError:
-        raise
-    except Exception as error:  # datasets, pyarrow and the hub each raise their own kinds
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        place = f"folder '{folder}'" if folder else f"'{entry.path}' of the Hugging Face hub"
-        hint = "" if folder else "; --data_dir FOLDER opens a local copy"
-        raise UserError(f"dataset '{entry.name}': cannot open {place} ({reason}){hint}") from error
-    return {str(name): data for name, data in splits.items()}
-
-
-def _open_arrow(entry: DatasetConfig, folder: Path | None) -> dict[Any, ArrowSplit]:
-    """Open the dataset with `datasets`, which downloads and converts it where necessary."""
-    import datasets
-
-    if folder is None:
-        splits = datasets.load_dataset(entry.path, entry.config_name)
-    elif (folder / "dataset_dict.json").exists():
-        splits = datasets.DatasetDict.load_from_disk(folder)
-    elif (folder / "state.json").exists():
-        splits = {"train": datasets.Dataset.load_from_disk(folder)}
-    else:
-        with _without_progress_bars():
-            splits = datasets.load_dataset(str(folder))
-    return {name: ArrowSplit(data) for name, data in splits.items()}
-
-
-def _open_parquet(entry: DatasetConfig, folder: Path | None) -> dict[Any, ParquetSplit]:
-    """Open the dataset's Parquet files where they lie."""
-    import datasets
-    from datasets.packaged_modules.parquet.parquet import Parquet
-
-    saved = folder and any((folder / f).exists() for f in ("dataset_dict.json", "state.json"))
-    if saved:
-        builder = None
-    elif folder:
-        builder = datasets.load_dataset_builder(str(folder), None)
-    else:
-        builder = datasets.load_dataset_builder(entry.path, entry.config_name)
-    if not isinstance(builder, Parquet):
-        kind = "a folder of save_to_disk" if builder is None else f"of the kind '{builder.name}'"
-        raise UserError(
-            f"dataset '{entry.name}': --streaming reads Parquet files, and this is {kind}; "
-            "drop --streaming"
-        )
-    files = builder.config.data_files or {}
-    return {name: ParquetSplit(files[name], builder.info.features) for name in files}
-
-
-@contextlib.contextmanager
-def _without_progress_bars() -> Generator[None]:
-    import datasets
-
-    were_enabled = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if were_enabled:
-            datasets.enable_progress_bars()
-
-
 # --- splits ---------------------------------------------------------------------------------------
 
 
 def _choose_splits(
-    entry: DatasetConfig, splits: Mapping[str, ArrowSplit | ParquetSplit]
+    entry: DatasetConfig,
+    splits: Mapping[str, ArrowSplit | ParquetSplit],
+    train_split: str | None,
+    eval_split: str | None,
 ) -> list[tuple[str, Int64[np.ndarray, "n"]]]:
     """Choose name and rows of the training and the evaluation split.
 
     Without a split to evaluate on, some rows of the training split are held out.
     """
-    train: str = entry.train_split if len(splits) > 1 else next(iter(splits))
-    if train not in splits:
-        raise UserError(
-            f"dataset '{entry.name}' has no split '{train}' (splits: {', '.join(splits)})"
-        )
+    only = next(iter(splits)) if len(splits) == 1 else None
+    train = train_split or only or entry.train_split
+    hold_out = eval_split is not None and eval_split.lower() == "none"
+    for flag, name in (("train_split", train), ("eval_split", None if hold_out else eval_split)):
+        if name and name not in splits:
+            raise UserError(
+                f"dataset '{entry.name}' has no split '{name}' (splits: {some_of(splits)}); pass "
+                f"--{flag}"
+            )
     candidates = EVAL_SPLITS if entry.eval_split == "" else (entry.eval_split,)
+    candidates = (eval_split,) if eval_split else candidates
     names = [train, *(s for s in candidates if s in splits and s != train)][:2]
     if len(names) == 2:
         rows = [np.arange(len(splits[name])) for name in names]
@@ -310,25 +304,64 @@ def _hold_out_rows(
 
 
 def _make_split(
-    config: DatasetConfig, name: str, data: ArrowSplit | ParquetSplit, rows: Int64[np.ndarray, "n"]
+    config: DatasetConfig,
+    name: str,
+    data: ArrowSplit | ParquetSplit,
+    rows: Int64[np.ndarray, "n"],
+    skip_unlabelled: bool,
 ) -> Split:
     """Make a split with labels 0 … n_classes − 1; all 0, the null label, without classes."""
     used = (config.image_column, config.label_column, config.caption_column)
     needed = [column for column in used if column]
+    hint = "" if name == config.train_split else "; --eval_split none holds out training rows"
     if not set(needed) <= set(data.features):
         raise UserError(
             f"dataset '{config.name}', split '{name}' needs the columns {' and '.join(needed)}"
-            f" but has {', '.join(data.features)}"
+            f" but has {some_of(data.features)}{hint}"
         )
     try:
         image_data = data.select_images(config.image_column)
     except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's
         raise UserError(
             f"dataset '{config.name}', split '{name}': column '{config.image_column}' holds no"
-            f" images (columns: {', '.join(data.features)}); pass --image_column"
+            f" images (columns: {some_of(data.features)}); pass --image_column"
         ) from error
     labels = np.zeros(len(data), np.int32)
     if config.label_column is not None:
-        labels = columns.read_label_ids(config, name, data.read_column(config.label_column))
+        try:
+            labels = columns.read_label_ids(config, name, data)
+        except UserError as error:
+            raise UserError(f"{error}{hint}") from None
+        if not skip_unlabelled:
+            _require_labels(config, name, data, image_data, labels, hint)
+        rows = rows[labels[rows] >= 0]
+        if not len(rows):
+            raise UserError(f"dataset '{config.name}', split '{name}': no row has a class{hint}")
     captions = columns.read_captions(config, data, rows, labels[rows])
     return Split(config, name, image_data, rows, labels[rows], captions)
+
+
+def _require_labels(
+    config: DatasetConfig,
+    name: str,
+    data: ArrowSplit | ParquetSplit,
+    image_data: ArrowSplit | ParquetSplit,
+    labels: Int32[np.ndarray, "n"],
+    hint: str,
+) -> None:
+    """Raises UserError if a row has no class; names the first one, by its file if it has one."""
+    without = np.flatnonzero(labels < 0)
+    if not len(without):
+        return
+    column, row = str(config.label_column), int(without[0])
+    cell = image_data.read_cells([row])[0] or {}
+    file = f" ({cell['path']})" if cell.get("path") and not cell.get("bytes") else ""
+    label = data.read_column(column)[row].as_py()
+    raise cell_error(
+        config,
+        name,
+        row,
+        column,
+        f"label {label} is none of the {config.n_classes} classes{file}: {len(without)} of "
+        f"{len(labels)} rows have none; --unlabelled skip leaves them out{hint}",
+    )

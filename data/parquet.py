@@ -109,7 +109,7 @@ class ParquetSplit:
         selected.__setstate__(self.__getstate__() | {"image_column": column})
         return selected
 
-    def read_cells(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+    def read_cells(self, rows: Sequence[int]) -> list[dict[str, Any] | None]:
         """Read the undecoded images of these rows, each as {"bytes": …, "path": …}."""
         cells: list[Any] = [None] * len(rows)
         indices = np.asarray(rows, np.int64)

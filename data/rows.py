@@ -65,7 +65,7 @@ class Split:
         """
         rows = self.rows[indices].tolist()
         if self.config.encoding:
-            cells = [cell["bytes"] for cell in self.data.read_cells(rows)]
+            cells = [(cell or {})["bytes"] for cell in self.data.read_cells(rows)]
             return latents.unpack_moments(cells, self.config.encoding)
         size = self.config.image_size
         channels = self.config.channels
@@ -97,12 +97,13 @@ class Split:
 @dataclass(frozen=True, eq=False)
 class Source:
     """An opened dataset. Every field of `config` is set: columns, classes and sizes are the
-    data's.
+    data's. `notices` tell what there is, and what was left out.
     """
 
     config: DatasetConfig
     train: Split
     eval: Split
+    notices: tuple[str, ...] = ()
 
     def full_splits(self) -> dict[str, Split]:
         """Return the splits of the data by name, each with all of its rows.

@@ -188,6 +188,10 @@ def open_eval_split(trained: TrainedModel) -> Split:
             channels=settings.get("channels"),
             streaming=bool(settings.get("streaming")),
             latents_dir=Path(latents) if latents else None,
+            train_split=settings.get("train_split"),
+            eval_split=settings.get("eval_split"),
+            unlabelled=settings.get("unlabelled") or "stop",
+            class_order=settings.get("dataset", {}).get("label_names") or (),
         )
     except UserError as error:
         raise UserError(f"--denoise needs the run's real images: {error}") from None

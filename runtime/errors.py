@@ -26,3 +26,10 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
     hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
     rest = f", … {len(known) - 20} more" if len(known) > 20 else ""
     return UserError(f"unknown {kind} '{name}'{hint} (one of: {', '.join(known[:20])}{rest})")
+
+
+def some_of(names: Iterable[object], n: int = 8) -> str:
+    """List the first names, and how many more there are: a line stays a line."""
+    names = [str(name) for name in names]
+    rest = f", … {len(names) - n} more" if len(names) > n else ""
+    return ", ".join(names[:n]) + rest

@@ -15,6 +15,7 @@ from runtime.run_folder import TRAIN_COMMAND
 from training import optim
 
 DEFAULT_DATASET = "digits"
+UNLABELLED = ("stop", "skip")
 BY_DATASET = Derived("as the dataset recommends")  # in its entry in datasets_config.py
 QUARTER = Derived("n_steps / 4, at most 1000")
 
@@ -35,6 +36,10 @@ class DatasetFlags:
         may_change=True,
     )
     image_column: str | None = flag(None, "column of the images, for folder: and hf: datasets")
+    train_split: str | None = flag(Derived("train"), "split to train on")
+    eval_split: str | None = flag(
+        Derived("the dataset's"), "split to evaluate on; none holds out rows of the training split"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,11 @@ class LabelFlags:
     )
     caption_column: str | None = flag(
         None, "column of the captions, one or a list of them per image"
+    )
+    unlabelled: str = setting(
+        "stop",
+        "what to do about rows that have no class: stop, or skip to leave them out",
+        choices=UNLABELLED,
     )
 
 

@@ -229,6 +229,8 @@ class Loop(Run):
         require_even_batches(c, parallel.devices().count)
         self.prepare()
         with catch_stop_signals() as stop, open_session(self, last) as session:
+            for notice in self.source.notices:
+                session.tracker.message(notice)
             session.tracker.message(self.start_message(last))
             session.begin()
             for batch in session.batches():

@@ -76,7 +76,7 @@ def prepare(config: TrainConfig, devices: Devices) -> Prepared:
     if config.init_from and not saved:
         weights = warm_start.load_starting_weights(config.init_from)
         config = warm_start.with_source_flags(config, weights)
-    source = _open_source(config)
+    source = _open_source(config, saved)
     if saved:
         require_same_space(space_of(source.config.encoding), saved)
     config = resolve_train_config(
@@ -149,7 +149,7 @@ def _merge(config: TrainConfig, saved: dict[str, Any], devices: Devices) -> Trai
     return with_dataset_and_latents(config)
 
 
-def _open_source(c: TrainConfig) -> Source:
+def _open_source(c: TrainConfig, saved: Mapping[str, Any]) -> Source:
     return open_dataset(
         c.dataset_name,
         data_dir=c.data_dir,
@@ -162,6 +162,10 @@ def _open_source(c: TrainConfig) -> Source:
         channels=None if c.profile else c.channels,  # a profile reads no images
         streaming=bool(c.streaming),
         latents_dir=c.latents,
+        train_split=c.train_split,
+        eval_split=c.eval_split,
+        unlabelled=c.unlabelled or "stop",
+        class_order=saved.get("dataset", {}).get("label_names") or (),
     )
 
 

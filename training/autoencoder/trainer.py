@@ -91,6 +91,8 @@ class VaeTrainer(Loop):
             image_size=requested_image_size(config),
             channels=config.channels,
             streaming=bool(config.streaming),
+            train_split=config.train_split,
+            eval_split=config.eval_split,
         )
         self.dataset = self.source.config
         c = self.config = resolve_vae_config(

@@ -1,0 +1,172 @@
+"""Sizes of a split's images, and whether they have colour, from the headers of all files.
+
+Nothing is decoded. Headers of files are cached by path, size and time of change, so that a large
+folder is looked at once.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32, Int64, UInt8
+from PIL import Image
+
+from data.rows import Split
+from runtime.files import atomic_file
+
+UNREADABLE, GREY, COLOUR = range(3)
+GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+ROWS_AT_ONCE = 512
+KindsAndSides = tuple[UInt8[np.ndarray, "n"], Int32[np.ndarray, "n"]]
+MAX_ROWS_WITHOUT_FILES = 20_000  # of images inside tables: a header is read with its whole image
+
+
+@dataclass(frozen=True)
+class Headers:
+    """Kind and shorter side, in pixels, of each image that was looked at."""
+
+    kind: UInt8[np.ndarray, "n"]
+    side: Int32[np.ndarray, "n"]
+    n_rows: int  # of the split
+    paths: Sequence[str] = ()  # where images are files
+
+    @property
+    def has_colour(self) -> bool:
+        """True if any image has a mode with colours."""
+        return bool((self.kind == COLOUR).any())
+
+    @property
+    def median_side(self) -> int:
+        """The shorter side of the median image; 0 if no image can be read."""
+        readable = self.side[self.kind != UNREADABLE]
+        return int(np.median(readable)) if len(readable) else 0
+
+    def describe(self, image_size: int) -> str:
+        """Tell what there is in one line, and how many images are smaller than `image_size`."""
+        n_grey, n_colour, n_bad = ((self.kind == k).sum() for k in (GREY, COLOUR, UNREADABLE))
+        n = len(self.kind)
+        looked_at = f"{n} images" if n == self.n_rows else f"{n} of {self.n_rows} images"
+        kinds = [f"{n_grey} grey" if n_grey else "", f"{n_colour} in colour" if n_colour else ""]
+        if n_bad:
+            first = next((p for p, k in zip(self.paths, self.kind) if k == UNREADABLE), "")
+            kinds += [f"{n_bad} not readable{f' (first: {first})' if first else ''}"]
+        sides = self.side[self.kind != UNREADABLE]
+        parts = [f"{looked_at}: {', '.join(kind for kind in kinds if kind)}"]
+        if len(sides):
+            low, high = sides.min(), sides.max()
+            extent = f"{low}–{high} px, median {self.median_side}" if low < high else f"{low} px"
+            parts.append(f"shorter side {extent}")
+            if n_small := (sides < image_size).sum():
+                parts.append(f"{n_small} smaller than {image_size} px, which are enlarged")
+        return "; ".join(parts)
+
+
+def read_headers(split: Split) -> Headers:
+    """Read the headers of all images of a split.
+
+    Images inside tables are read with their headers: of those at most `MAX_ROWS_WITHOUT_FILES`,
+    spread over the split.
+    """
+    first = split.data.read_cells([int(split.rows[0])])[0]
+    if first is not None and first["bytes"] is None and first["path"] is not None:
+        cells = split.data.read_cells(split.rows.tolist())
+        paths = [str(cell["path"] or "") if cell else "" for cell in cells]
+        kind, side = _read_cached(paths)
+        return Headers(kind, side, len(split), paths)
+    places = np.linspace(0, len(split) - 1, min(len(split), MAX_ROWS_WITHOUT_FILES)).astype(int)
+    rows = split.rows[places]
+
+    def read(chunk: Int64[np.ndarray, "b"]) -> list[tuple[int, int]]:
+        return [_read_header(cell) for cell in split.data.read_cells(chunk.tolist())]
+
+    kind, side = _in_threads(read, np.array_split(rows, len(rows) // ROWS_AT_ONCE + 1))
+    return Headers(kind, side, len(split))
+
+
+def _read_header(cell: dict[str, Any] | None) -> tuple[int, int]:
+    """Return the kind and the shorter side of an undecoded image."""
+    if cell is None or (cell["bytes"] is None and not cell["path"]):
+        return UNREADABLE, 0
+    try:
+        source = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
+        with Image.open(source) as image:
+            is_grey = image.mode in GREY_MODES or (image.mode == "P" and _has_grey_palette(image))
+            return (GREY if is_grey else COLOUR), min(image.size)
+    except Exception:  # whatever Pillow's parsers raise: decoding the image will name the problem
+        return UNREADABLE, 0
+
+
+def _has_grey_palette(image: Image.Image) -> bool:
+    palette = np.array(image.getpalette("RGB") or [0, 0, 0]).reshape(-1, 3)
+    return bool((palette == palette[:, :1]).all())
+
+
+def _in_threads(
+    read: Callable[[Any], list[tuple[int, int]]], chunks: Iterable[Any]
+) -> KindsAndSides:
+    with ThreadPoolExecutor() as pool:
+        pairs = [pair for part in pool.map(read, chunks) for pair in part]
+    kind, side = np.array(pairs, np.int64).reshape(-1, 2).T
+    return kind.astype(np.uint8), side.astype(np.int32)
+
+
+# --- the cache of a folder's headers --------------------------------------------------------------
+
+ENTRY = np.dtype([("key", np.uint64), ("kind", np.uint8), ("side", np.int32)])
+
+
+def _read_cached(paths: Sequence[str]) -> KindsAndSides:
+    """Read the headers of files; those that are unchanged since the last time come from a cache."""
+    cache = _cache_file(paths)
+    entries = np.zeros(len(paths), ENTRY)
+    entries["key"] = [_file_key(path) for path in paths]
+    known = _load_cache(cache)
+    places = np.minimum(np.searchsorted(known["key"], entries["key"]), len(known) - 1)
+    is_known = known["key"][places] == entries["key"]
+    entries[is_known] = known[places[is_known]]
+    new = np.flatnonzero(~is_known)
+    if len(new):
+
+        def read(chunk: Int64[np.ndarray, "b"]) -> list[tuple[int, int]]:
+            return [_read_header({"bytes": None, "path": paths[i]}) for i in chunk]
+
+        chunks = np.array_split(new, len(new) // ROWS_AT_ONCE + 1)
+        entries["kind"][new], entries["side"][new] = _in_threads(read, chunks)
+        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(cache, sync=False) as file:
+                np.save(file, np.sort(entries, order="key"))
+    return entries["kind"], entries["side"]
+
+
+def _load_cache(cache: Path) -> np.ndarray:
+    """Load the entries of an earlier start, sorted by key; one of no file if there are none."""
+    try:
+        known = np.load(cache)
+    except (OSError, ValueError, EOFError):  # none yet, or damaged
+        known = np.zeros(0, ENTRY)
+    return known if len(known) and known.dtype == ENTRY else np.zeros(1, ENTRY)
+
+
+def _file_key(path: str) -> int:
+    """Hash path, size and time of change to 64 bits."""
+    try:
+        stat = os.stat(path)
+        fact = f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
+    except OSError:
+        fact = path
+    return int.from_bytes(hashlib.blake2b(fact.encode(), digest_size=8).digest(), "little")
+
+
+def _cache_file(paths: Sequence[str]) -> Path:
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    name = hashlib.blake2b(root.encode(), digest_size=12).hexdigest()
+    return cache / "dit-jax" / "headers" / f"{name}.npy"

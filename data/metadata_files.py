@@ -1,0 +1,249 @@
+"""Tables beside images, such as `metadata.csv` or `labels.jsonl`, joined to the images they name.
+
+The column that names the images may be called anything and hold paths, names or names without a
+suffix: it is the one whose values name most of the images.
+"""
+
+import csv
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from runtime.errors import UserError, some_of
+
+STANDARD_NAMES = re.compile(r"metadata\.(csv|tsv|jsonl)")
+FILE_COLUMN = re.compile(r"file|image|img|path|name|^id$|_id$", re.IGNORECASE)
+HAS_SUFFIX = re.compile(r".\.[A-Za-z]{3,4}$")
+INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.0+)?")
+DELIMITERS = ",\t;|"
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Lines of all tables by the image that they name.
+
+    Args:
+        files: the tables that were joined.
+        lines: of each image that is there.
+        missing: lines of images that are not there, by the path that they should have.
+    """
+
+    files: list[str]
+    lines: dict[str, list[Line]]
+    missing: dict[str, list[Line]]
+
+    def columns(self, paths: Sequence[str]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+        """Return the tables' columns for these images, null where no line names one, with the
+        features that `datasets` stores them by.
+
+        A column is a list where any image has several lines with different values in it.
+        """
+        known = self.lines | self.missing
+        names = dict.fromkeys(name for lines in known.values() for line in lines for name in line)
+        columns: dict[str, list[Any]] = {}
+        features: dict[str, Any] = {}
+        for name in names:
+            values = {path: _distinct(lines, name) for path, lines in known.items()}
+            kind = _kind(value for found in values.values() for value in found)
+            several = any(len(found) > 1 for found in values.values())
+            cells = [[_convert(v, kind) for v in values.get(path, ())] for path in paths]
+            columns[name] = cells if several else [cell[0] if cell else None for cell in cells]
+            features[name] = _feature(kind, several)
+        return columns, features
+
+
+def read_tables(root: Path, tables: Sequence[str], images: Sequence[str]) -> Tables:
+    """Join the tables of an image folder, and a `metadata` file one folder up, to its images.
+
+    Args:
+        root: the folder, below which `tables` and `images` are relative paths.
+
+    Raises:
+        UserError: a table cannot be read, or a `metadata` file names none of the images.
+    """
+    above = [
+        os.path.join("..", name)
+        for suffix in ("csv", "tsv", "jsonl")
+        for name in (f"metadata.{suffix}", f"{root.resolve().name}.{suffix}")
+        if (root / ".." / name).is_file()
+    ]
+    joined = Tables([], defaultdict(list), defaultdict(list))
+    if not tables and not above:
+        return joined
+    index = _index_by_tail(images)
+    for table in (*tables, *above):
+        lines = _read(root / table)
+        column = _find_file_column(lines, index)
+        if column is None:
+            if lines and STANDARD_NAMES.fullmatch(os.path.basename(table)) and table not in above:
+                raise UserError(
+                    f"'{root / table}' has no column that names images of its folder (columns: "
+                    f"{some_of(lines[0])})"
+                )
+            continue
+        joined.files.append(table)
+        folder = str(PurePosixPath(table).parent)
+        for line in lines:
+            name = str(line.get(column) or "")
+            path = _find(name, index, folder)
+            rest = {key: value for key, value in line.items() if key != column}
+            if path is not None:
+                joined.lines[path].append(rest)
+            elif name:
+                joined.missing[os.path.normpath(os.path.join(folder, name))].append(rest)
+    return joined
+
+
+# --- which column names the images ----------------------------------------------------------------
+
+
+def _index_by_tail(images: Sequence[str]) -> dict[str, str | None]:
+    """Map each ending of a path, with and without suffix, to the path; None if several end so."""
+    index: dict[str, str | None] = {}
+    for path in images:
+        parts = path.split("/")
+        for start in range(len(parts)):
+            tail = "/".join(parts[start:])
+            for key in (tail, os.path.splitext(tail)[0]):
+                index[key] = path if key == path or index.get(key, path) == path else None
+    for path in images:
+        index[path] = path
+    return index
+
+
+def _find(name: str, index: dict[str, str | None], folder: str = ".") -> str | None:
+    """Find the image that a cell names, from its table's folder or by the end of its path."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+    beside = os.path.normpath(os.path.join(folder, *parts)) if parts else ""
+    if found := index.get(beside):
+        return found
+    for start in range(len(parts)):
+        tail = "/".join(parts[start:])
+        if tail in index:
+            return index[tail]
+    return None
+
+
+def _find_file_column(lines: Sequence[Line], index: dict[str, str | None]) -> str | None:
+    """Find the column that names most different images; None if the table is about something
+    else. A column of classes 0 and 1 may name `0.png` and `1.png`, again and again.
+    """
+    names = dict.fromkeys(name for line in lines for name in line)
+    best, most = None, 0
+    for name in sorted(names, key=lambda name: not FILE_COLUMN.search(name)):
+        values = [line[name] for line in lines if isinstance(line.get(name), str | int)]
+        found = [path for value in values if (path := _find(str(value), index)) is not None]
+        file_like = sum(bool(HAS_SUFFIX.search(str(value))) for value in values)
+        if len(set(found)) > most and 2 * max(len(found), file_like) >= len(lines):
+            best, most = name, len(set(found))
+    return best
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> list[Line]:
+    """Read the lines of a table: of a CSV file as strings, null where a cell is empty."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix.lower() == ".jsonl":
+                return [
+                    _flatten(_parse(path, i, text))
+                    for i, text in enumerate(file, 1)
+                    if text.strip()
+                ]
+            header = file.readline()
+            file.seek(0)
+            delimiter = max(DELIMITERS, key=header.count)
+            rows = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True, restkey="")
+            return [
+                {key.strip(): value.strip() or None for key, value in row.items() if key and value}
+                | {key.strip(): None for key, value in row.items() if key and not value}
+                for row in rows
+            ]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"'{path}' cannot be read ({error})") from error
+
+
+def _parse(path: Path, line: int, text: str) -> Line:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"'{path}', line {line}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"'{path}', line {line}: not a JSON object")
+    return value
+
+
+def _flatten(line: Line, prefix: str = "") -> Line:
+    """Give the members of nested objects names such as "json.caption"."""
+    flat: Line = {}
+    for name, value in line.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def _distinct(lines: Iterable[Line], name: str) -> list[Any]:
+    """List the different values of one image in a column."""
+    values: list[Any] = []
+    for line in lines:
+        found = line.get(name)
+        for value in found if isinstance(found, list) else [found]:
+            if value is not None and value not in values:
+                values.append(value)
+    return values
+
+
+def _kind(values: Iterable[Any]) -> type:
+    """Return the narrowest of bool, int, float and str that holds all values."""
+    kinds: set[type] = set()
+    for value in values:
+        if isinstance(value, str) and INTEGER.fullmatch(value):
+            kinds.add(int)
+        elif isinstance(value, str) and _is_number(value):
+            kinds.add(float)
+        elif isinstance(value, bool | int | float):
+            kinds.add(type(value))
+        else:
+            return str
+    if not kinds:
+        return str
+    if len(kinds) == 1:
+        return kinds.pop()
+    return str if bool in kinds else float
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return not text.strip("-").startswith("0") or "." in text  # 007 is a name
+
+
+def _convert(value: Any, kind: type) -> Any:
+    if kind is int:
+        return int(float(value)) if isinstance(value, str) and "." in value else int(value)
+    if kind is str and not isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return kind(value)
+
+
+def _feature(kind: type, several: bool) -> Any:
+    from datasets import List, Value
+
+    value = Value({bool: "bool", int: "int64", float: "float64", str: "string"}[kind])
+    return List(value) if several else value

@@ -1,0 +1,237 @@
+"""Columns of tables as people have them: labels and captions of every kind, wrapped images."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data import columns
+from data.arrow import ArrowSplit
+from data.load import open_dataset
+from data.pipeline import Pipeline
+from datasets_config import DatasetConfig
+from runtime.errors import UserError
+
+
+def png(seed: int = 0) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (9, 9, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PNG = png()
+TABLE = DatasetConfig(
+    name="folder:x",
+    path="x",
+    image_column="",
+    label_column="label",
+    eval_split="",
+    n_classes=0,
+    channels=0,
+    image_size=0,
+    model="",
+    n_steps=1,
+)
+
+
+def write_table(folder, name="train.parquet", /, *, n: int = 12, **values) -> str:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"image": [PNG] * n} | values), folder / name)
+    return f"folder:{folder}"
+
+
+def all_labels(source) -> list[str]:
+    """Names of the classes of all rows, in the order of the data."""
+    labels = np.zeros(len(source.train) + len(source.eval), int)
+    for split in (source.train, source.eval):
+        labels[split.rows] = split.labels
+    return [source.config.label_names[label] for label in labels]
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ([1, 2, 3], ("1", "2", "3")),
+        ([5, 10**10, 7], ("5", "7", "10000000000")),
+        ([1.0, 0.0, 2.0], ("0", "1", "2")),
+        (["0", "10", "2"], ("0", "2", "10")),
+        (["ox", "ant", "bee"], ("ant", "bee", "ox")),
+        ([-1, 0, 1], ("-1", "0", "1")),
+    ],
+)
+def test_labels_become_classes_without_gaps(tmp_path, values, names):
+    source = open_dataset(write_table(tmp_path, label=values * 4))
+    assert source.config.label_names == names and source.config.n_classes == 3
+    expected = [str(int(v)) if isinstance(v, float) else str(v) for v in values * 4]
+    assert all_labels(source) == expected
+    assert set(source.train.labels.tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ([i / 7 for i in range(12)], "not fractions such as 0.14"),
+        ([[0, 1], [1, 0]] * 6, r"not List\(Value\('int64'\)\)"),
+        ([{"a": 1}] * 12, r"not {'a': Value\('int64'\)}"),
+    ],
+)
+def test_what_is_no_class_is_refused_by_name(tmp_path, label, message):
+    name = write_table(tmp_path, label=label)
+    with pytest.raises(UserError, match=f"column 'label': labels must be .*{message}") as caught:
+        open_dataset(name)
+    assert '--label_column ""' in str(caught.value) and len(str(caught.value)) < 300
+    assert open_dataset(name, label_column="").config.n_classes == 0
+    assert open_dataset(name, label_column="none").config.n_classes == 0
+
+
+def test_an_index_is_no_class(tmp_path):
+    name = write_table(tmp_path, n=120, label=list(range(120)))
+    with pytest.raises(UserError, match="has 120 different values in 120 rows: no classes"):
+        open_dataset(name)
+
+
+def test_rows_without_a_class_are_an_error_or_left_out(tmp_path):
+    name = write_table(tmp_path, label=[None, 1.0, 0.0, float("nan")] * 3)
+    with pytest.raises(UserError, match=r"row 0, .*: 6 of 12 rows have none; --unlabelled skip"):
+        open_dataset(name)
+    source = open_dataset(name, unlabelled="skip")
+    rows = sorted([*source.train.rows, *source.eval.rows])
+    assert rows == [1, 2, 5, 6, 9, 10]
+
+
+def test_a_test_split_without_labels_is_named_and_can_be_left_out(tmp_path):
+    write_table(tmp_path, "Train/a.parquet", label=[0, 1] * 6)
+    name = write_table(tmp_path, "Test/a.parquet", n=4, label=[-1] * 4)
+    with pytest.raises(UserError, match=r"split 'test', row 0, .*--eval_split none"):
+        open_dataset(name)
+    source = open_dataset(name, eval_split="none")
+    assert (source.train.name, source.eval.name, len(source.train)) == ("train", "train", 11)
+    assert "splits that are not used: test" in "\n".join(source.notices)
+    pq.write_table(pa.table({"image": [PNG] * 4}), tmp_path / "Test/a.parquet")
+    with pytest.raises(UserError, match=r"cannot open|--eval_split none"):
+        open_dataset(name)
+
+
+def test_splits_can_be_named(tmp_path):
+    for split, n in (("first", 12), ("second", 8)):
+        write_table(tmp_path, f"{split}.parquet", n=n, label=[0, 1] * (n // 2))
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: all\n  data_files:\n"
+        + "".join(f"  - split: {s}\n    path: {s}.parquet\n" for s in ("first", "second"))
+        + "- config_name: some\n  data_files: first.parquet\n---\n"
+    )
+    with pytest.raises(UserError, match=r"without a configuration .*'all', 'some'.*:NAME"):
+        open_dataset(f"folder:{tmp_path}")
+    name = f"folder:{tmp_path}:all"
+    with pytest.raises(UserError, match=r"no split 'train' .*--train_split"):
+        open_dataset(name)
+    source = open_dataset(name, train_split="second", eval_split="first")
+    assert (len(source.train), len(source.eval)) == (8, 12)
+
+
+def test_images_are_bytes_records_or_paths(tmp_path):
+    write_table(tmp_path / "bytes", label=[0, 1] * 6)
+    write_table(tmp_path / "records", image=[{"bytes": PNG, "path": "x"}] * 12, label=[0, 1] * 6)
+    (tmp_path / "paths" / "sub").mkdir(parents=True)
+    for i in range(12):
+        (tmp_path / "paths" / "sub" / f"{i}.png").write_bytes(png(i))
+    write_table(tmp_path / "paths", image=[f"sub/{i}.png" for i in range(12)], label=[0, 1] * 6)
+    for kind in ("bytes", "records", "paths"):
+        source = open_dataset(f"folder:{tmp_path / kind}")
+        assert source.config.n_classes == 2
+        assert Pipeline(source, batch_size=4, seed=0).train_batch(0).image.shape == (4, 8, 8, 3)
+    (tmp_path / "paths" / "sub" / "0.png").rename(tmp_path / "paths" / "0.png")
+    with pytest.raises(UserError, match=r"names the image 'sub/0.png', which does not lie there"):
+        open_dataset(f"folder:{tmp_path / 'paths'}")
+
+
+def test_of_several_images_the_first_is_taken(tmp_path):
+    cells = [[{"bytes": png(i), "path": None}, {"bytes": PNG, "path": None}] for i in range(1, 6)]
+    data = Dataset.from_dict({"views": cells}, features=Features(views=List(ImageFeature())))
+    data.to_parquet(tmp_path / "train.parquet")
+    source = open_dataset(f"folder:{tmp_path}")
+    assert "column 'views' holds several images: the first is taken" in source.notices
+    assert [(cell or {})["bytes"] for cell in source.train.data.read_cells([0, 4])] == [
+        png(1),
+        png(5),
+    ]
+
+
+def test_lines_stay_short_whatever_the_table_holds(tmp_path):
+    name = write_table(tmp_path, **{f"column_{i}": [1.5] * 12 for i in range(800)})
+    with pytest.raises(UserError, match="793 more") as caught:
+        open_dataset(name, label_column="kind")
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("owner/name", "hf:owner/name"),
+        ("https://huggingface.co/datasets/owner/name/tree/main", "hf:owner/name"),
+        ("./my pics", "'folder:./my pics'"),
+        ("hf://datasets/owner/name", "hf:owner/name"),
+    ],
+)
+def test_a_name_without_its_prefix_is_completed(name, meant):
+    with pytest.raises(UserError, match=f"pass --dataset_name {meant}$"):
+        open_dataset(name)
+
+
+labels = st.one_of(
+    st.lists(st.one_of(st.none(), st.integers(-(2**62), 2**62)), min_size=8, max_size=12),
+    st.lists(st.one_of(st.none(), st.floats(width=32)), min_size=8, max_size=12),
+    st.lists(st.one_of(st.none(), st.text(max_size=3)), min_size=8, max_size=12),
+    st.lists(st.one_of(st.none(), st.booleans()), min_size=8, max_size=12),
+    st.lists(st.lists(st.integers(0, 1), max_size=2), min_size=8, max_size=12),
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(labels)
+def test_any_labels_keep_their_meaning_or_are_refused_in_one_line(values):
+    data = ArrowSplit(Dataset.from_dict({"label": values}))
+    try:
+        names = columns.read_class_names(TABLE, data, "label")
+        config = dataclasses.replace(TABLE, label_names=names, n_classes=len(names))
+        ids = columns.read_label_ids(config, "train", data)
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) <= 300
+        return
+    assert set(ids.tolist()) - {-1} == set(range(len(names))) or bool in map(type, values)
+    for value, i in zip(values, ids, strict=True):
+        if value is None or value != value or value == "":
+            assert i == -1
+        elif isinstance(value, bool):
+            assert i == value
+        else:
+            assert names[i] == (value if isinstance(value, str) else str(int(value)))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(
+        st.one_of(st.none(), st.lists(st.one_of(st.none(), st.text(max_size=3)), max_size=3)),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_a_caption_says_something_or_is_the_null_caption(lists):
+    data = ArrowSplit(
+        Dataset.from_dict({"text": lists}, features=Features(text=List(Value("string"))))
+    )
+    config = dataclasses.replace(TABLE, caption_column="text")
+    rows = np.arange(len(lists))
+    captions = columns.read_captions(config, data, rows, np.zeros(len(lists), np.int32))
+    for given_texts, texts in zip(lists, captions, strict=True):
+        said = [text for text in given_texts or () if text and text.strip()]
+        assert texts == (tuple(said) or ("",))

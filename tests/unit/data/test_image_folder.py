@@ -1,0 +1,318 @@
+"""Folders as people have them: every image is a row with the right class and caption, or one line
+says what is wrong.
+"""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data.image_folder import list_files, open_image_folder
+from data.load import open_dataset
+from data.pipeline import Pipeline
+from runtime.errors import UserError
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def write_image(path: Path, *, mode: str = "RGB", size: tuple[int, int] = (8, 8)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = RNG.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    kind = Image.registered_extensions().get(path.suffix.lower(), "PNG")
+    Image.fromarray(pixels).convert(mode).save(path, format=kind)
+
+
+def write_images(folder: Path, *paths: str, **options) -> Path:
+    for path in paths:
+        write_image(folder / path, **options)
+    return folder
+
+
+def classes_by_file(source) -> dict[str, str]:
+    """The class of each row by the path of its image, of both splits."""
+    found = {}
+    for split in (source.train, source.eval):
+        cells = split.data.read_cells(split.rows.tolist())
+        for cell, label in zip(cells, split.labels, strict=True):
+            found[Path((cell or {})["path"]).name] = source.config.label_names[label]
+    return found
+
+
+def notices(source) -> str:
+    return "\n".join(source.notices)
+
+
+# --- splits and classes ---
+
+
+def test_a_stray_image_beside_class_folders_is_an_error_or_left_out(tmp_path):
+    folder = tmp_path / "pets"
+    write_images(folder, *(f"{kind}/{kind}{i}.png" for kind in ("cat", "dog") for i in range(4)))
+    write_images(folder, "stray.png")
+    with pytest.raises(UserError, match=r"stray\.png.*1 of 9 rows .*--unlabelled skip"):
+        open_dataset(f"folder:{folder}")
+    source = open_dataset(f"folder:{folder}", unlabelled="skip")
+    assert classes_by_file(source) == {
+        f"{kind}{i}.png": kind for kind in ("cat", "dog") for i in range(4)
+    }
+    assert "1 rows of 'train' are left out" in notices(source)
+    without = open_dataset(f"folder:{folder}", label_column="none")
+    assert (without.config.n_classes, len(without.train) + len(without.eval)) == (0, 9)
+
+
+def test_splits_are_found_whatever_their_case(tmp_path):
+    folder = write_images(
+        tmp_path / "x",
+        *(
+            f"{split}/{kind}/{i}.JPG"
+            for split in ("Train", "TEST")
+            for kind in "ab"
+            for i in (1, 2)
+        ),
+    )
+    source = open_dataset(f"folder:{folder}")
+    assert (source.train.name, source.eval.name, source.config.label_names) == (
+        *("train", "test"),
+        ("a", "b"),
+    )
+    assert (len(source.train), len(source.eval)) == (4, 4)
+    write_images(folder, "extra/a/1.png", "2.png")
+    with pytest.raises(
+        UserError, match=r"2 images \(2.png, extra/a/1.png\) lie beside the folders"
+    ):
+        open_dataset(f"folder:{folder}")
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path):
+    folder = write_images(
+        tmp_path / "x", *(f"{kind}/{i}.png" for kind in ("boat", "train", "car") for i in range(3))
+    )
+    assert open_dataset(f"folder:{folder}").config.label_names == ("boat", "car", "train")
+
+
+def test_classes_are_the_outermost_folders_that_differ(tmp_path):
+    folder = write_images(
+        tmp_path / "x",
+        "data/cats/a/1.png",
+        "data/cats/b/2.png",
+        "data/cats/3.png",
+        "data/dogs/4.png",
+    )
+    source = open_dataset(f"folder:{folder}")
+    assert classes_by_file(source) == {"1.png": "cats", "2.png": "cats"} | {
+        "3.png": "cats",
+        "4.png": "dogs",
+    }
+    by_innermost = open_dataset(f"folder:{folder}", label_column="folder").config
+    assert by_innermost.label_names == ("cats", "cats/a", "cats/b", "dogs")
+
+
+def test_numbers_are_in_the_order_of_numbers(tmp_path):
+    folder = write_images(tmp_path / "x", *(f"{k}/{i}.png" for k in (0, 1, 10, 2) for i in (1, 2)))
+    source = open_dataset(f"folder:{folder}")
+    assert source.config.label_names == ("0", "1", "2", "10")
+    assert "labels 0 … 10 are numbered 0 … 3" in notices(source)
+
+
+def test_a_resumed_run_keeps_its_classes(tmp_path):
+    folder = write_images(tmp_path / "x", *(f"{k}/{k}{i}.png" for k in (1, 10, 2) for i in (1, 2)))
+    source = open_dataset(f"folder:{folder}", class_order=["1", "10", "2"])
+    assert source.config.label_names == ("1", "10", "2")
+    assert classes_by_file(source)["101.png"] == "10"
+
+
+def test_hidden_files_broken_links_and_other_suffixes(tmp_path):
+    folder = write_images(
+        tmp_path / "x", "a.png", "b.TIF", "c.gif", "d.avif", "e.png_large", "photo", "sub/f.jfif"
+    )
+    for name in (".DS_Store", "._a.png", "Thumbs.db", ".git/x.png", "__MACOSX/a.png", "notes.pdf"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    os.symlink("/nowhere/at/all.png", folder / "gone.png")
+    os.symlink(folder, folder / "sub" / "loop")
+    source = open_dataset(f"folder:{folder}")
+    assert len(source.train) + len(source.eval) == 8
+    assert "left out, as no images: 1 (notes.pdf); 5 hidden" in notices(source)
+    assert "1 not readable (first: " in notices(source) and "gone.png)" in notices(source)
+    with pytest.raises(UserError, match=r"gone\.png|cannot be read"):
+        Pipeline(source, batch_size=1, seed=0)
+
+
+def test_a_zip_of_class_folders_is_opened(tmp_path):
+    folder = write_images(tmp_path / "x", *(f"{k}/{k}{i}.png" for k in "ab" for i in (1, 2)))
+    with zipfile.ZipFile(tmp_path / "pets.zip", "w") as archive:
+        for path in folder.rglob("*.png"):
+            archive.write(path, path.relative_to(tmp_path))
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "pets.zip").write_bytes((tmp_path / "pets.zip").read_bytes())
+    for place in ("pets.zip", "only"):
+        source = open_dataset(f"folder:{tmp_path / place}")
+        assert classes_by_file(source) == {f"{k}{i}.png": k for k in "ab" for i in (1, 2)}
+    (tmp_path / "broken.zip").write_bytes(b"PK nothing")
+    with pytest.raises(UserError, match=r"broken.zip' cannot be unpacked"):
+        open_dataset(f"folder:{tmp_path / 'broken.zip'}")
+
+
+def test_images_beside_parquet_files_ask_which_is_meant(tmp_path):
+    folder = write_images(tmp_path / "x", "a.png")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    cells = [(folder / "a.png").read_bytes()] * 4
+    pq.write_table(pa.table({"jpg": cells}), folder / "train.parquet")
+    with pytest.raises(UserError, match=r"holds train.parquet and 1 image files \(a.png\)"):
+        open_dataset(f"folder:{folder}")
+
+
+names = st.text(
+    st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=6
+).filter(
+    lambda name: not name.startswith(".") and name not in ("Thumbs.db", "desktop.ini", "__MACOSX")
+)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(
+        st.tuples(st.lists(st.sampled_from(["a", "b", "Train", "test"]), max_size=3), names),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_every_image_of_any_tree_is_a_row_or_the_tree_is_refused(tmp_path_factory, files):
+    root = tmp_path_factory.mktemp("tree")
+    paths = {"/".join([*folders, f"{name}.png"]) for folders, name in files}
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+    try:
+        opened = open_image_folder(list_files(root), label_column=None)
+    except UserError as error:
+        assert "lie beside the folders of splits" in str(error)
+        return
+    rows = [cell["path"] for split in opened.splits.values() for cell in split["image"]]
+    assert sorted(rows) == sorted(str(root / path) for path in paths)
+
+
+# --- captions and tables beside images ---
+
+
+def test_text_files_beside_images_are_captions(tmp_path):
+    folder = write_images(tmp_path / "x", *(f"{i}.jpg" for i in range(6)))
+    for i in range(5):
+        (folder / f"{i}.txt").write_text(f" photo\n {i} \n" if i else "  \n", encoding="utf-8")
+    source = open_dataset(f"folder:{folder}", conditioning="text")
+    captions = {
+        Path((cell or {})["path"]).name: text
+        for split in (source.train, source.eval)
+        for cell, text in zip(split.data.read_cells(split.rows.tolist()), split.captions)
+    }
+    assert captions == {f"{i}.jpg": (f"photo {i}",) for i in range(1, 5)} | {
+        "0.jpg": ("",),
+        "5.jpg": ("",),
+    }
+    assert "have no caption" in notices(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "cell"),
+    [
+        ("metadata.csv", "file_name,text", "images/{i:04}.jpg,caption {i}"),
+        ("captions.csv", "img;words;n", "{i:04};caption {i};3"),
+        ("labels.tsv", "path\ttext", "C:\\x\\images\\{i:04}.jpg\tcaption {i}"),
+        ("train.csv", "text,id", '"caption {i}",./{i:04}.jpg'),
+    ],
+)
+def test_a_table_names_images_in_any_column(tmp_path, name, header, cell):
+    folder = write_images(tmp_path / "x", *(f"images/{i:04}.jpg" for i in range(5)))
+    lines = [header, *(cell.format(i=i) for i in range(5))]
+    (folder / name).write_text("\n".join(lines), encoding="utf-8-sig")
+    column = "words" if "words" in header else "text"
+    source = open_dataset(f"folder:{folder}", caption_column=column)
+    assert {text for split in (source.train, source.eval) for (text,) in split.captions} == {
+        f"caption {i}" for i in range(5)
+    }
+    assert f"columns from {name}" in notices(source)
+
+
+def test_a_table_one_folder_up_is_read(tmp_path):
+    folder = write_images(tmp_path / "x", *(f"images/{i}.jpg" for i in range(4)))
+    lines = [json.dumps({"image": f"{i}.jpg", "label": 5 + i % 2}) for i in range(4)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    source = open_dataset(f"folder:{folder / 'images'}")
+    assert classes_by_file(source) == {f"{i}.jpg": str(5 + i % 2) for i in range(4)}
+
+
+def test_lines_that_are_missing_and_images_that_are_missing(tmp_path):
+    folder = write_images(tmp_path / "x", *(f"{i}.png" for i in range(6)))
+    lines = ["file_name,label", *(f"{i}.png,{i % 2}" for i in range(4)), "gone.png,1"]
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"4\.png.*2 of 7 rows .*--unlabelled skip"):
+        open_dataset(f"folder:{folder}")
+    source = open_dataset(f"folder:{folder}", unlabelled="skip")
+    assert len(source.train) + len(source.eval) == 5
+    with pytest.raises(UserError, match=r"gone\.png|cannot be read"):
+        Pipeline(source, batch_size=1, seed=0)
+
+
+def test_several_lines_for_an_image_are_several_captions(tmp_path):
+    folder = write_images(tmp_path / "x", "a.jpg", "b.jpg", "c.jpg")
+    lines = ["image,caption", *(f'{name}.jpg,"{name}, {i}"' for name in "abc" for i in (1, 2))]
+    (folder / "captions.csv").write_text("\n".join(lines))
+    source = open_dataset(f"folder:{folder}", caption_column="caption")
+    assert source.train.captions[0] == ("a, 1", "a, 2")
+
+
+def test_a_table_that_cannot_be_used_is_named(tmp_path):
+    folder = write_images(tmp_path / "x", "a.jpg", "b.jpg")
+    (folder / "metadata.csv").write_text("file_name,text\nq.jpg,x\n")
+    with pytest.raises(UserError, match=r"metadata.csv' has no column that names images"):
+        open_dataset(f"folder:{folder}")
+    (folder / "metadata.csv").unlink()
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.jpg"}\nnot json\n')
+    with pytest.raises(UserError, match=r"metadata.jsonl', line 2: not JSON"):
+        open_dataset(f"folder:{folder}")
+    (folder / "metadata.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"metadata.jsonl' cannot be read"):
+        open_dataset(f"folder:{folder}")
+
+
+# --- colour and size ---
+
+
+def test_colour_is_kept_if_any_image_has_it_and_the_median_decides_the_size(tmp_path):
+    folder = write_images(tmp_path / "x", "000.png", mode="L", size=(4, 4))
+    write_images(folder, *(f"{i:03}.png" for i in range(1, 20)), mode="L", size=(30, 25))
+    assert open_dataset(f"folder:{folder}").config.channels == 1
+    write_images(folder, "012.png", mode="RGB", size=(60, 50))
+    write_images(folder, "013.gif", mode="P")
+    config = (source := open_dataset(f"folder:{folder}")).config
+    assert (config.channels, config.image_size) == (3, 24)
+    assert "shorter side 4–50 px, median 25; " in notices(source)
+    assert "smaller than 24 px" in notices(source)
+
+
+def test_headers_are_cached_until_a_file_changes(tmp_path, monkeypatch):
+    folder = write_images(tmp_path / "x", *(f"{i}.png" for i in range(8)), mode="L")
+    open_dataset(f"folder:{folder}")
+    opened = []
+    original = Image.open
+    monkeypatch.setattr(Image, "open", lambda file: opened.append(file) or original(file))
+    assert open_dataset(f"folder:{folder}").config.channels == 1 and not opened
+    write_images(folder, "3.png", mode="RGB")
+    os.utime(folder / "3.png", ns=(1, 1))
+    assert open_dataset(f"folder:{folder}").config.channels == 3 and len(opened) == 1
+    for file in (tmp_path / "cache").rglob("*.npy"):
+        file.write_bytes(b"damaged")
+    assert open_dataset(f"folder:{folder}").config.channels == 3
