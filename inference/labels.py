@@ -3,6 +3,7 @@
 Knows nothing of sampling itself: a `SampleRequest` says what to sample, `SamplingPlan` how.
 """
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -74,19 +75,26 @@ class SampleRequest(NamedTuple):
 
 
 def label_ids(words: Sequence[int | str], names: Sequence[str], n_classes: int) -> list[int]:
-    """Look up class ids by name or number. A name wins over a number that is spelled the same.
+    """Look up class ids: a string is a name, or a number where no class is named by a number; an
+    integer is an id.
 
     Raises:
         UserError: there is no such class.
     """
     # Without classes there is one label, the null label 0.
-    ids = {str(i): i for i in range(n_classes or 1)} | {name: i for i, name in enumerate(names)}
+    numbers = {str(i): i for i in range(n_classes or 1)}
+    by_name = {name: i for i, name in enumerate(names)}
+    if not any(re.fullmatch(r"-?\d+", name) for name in names):
+        by_name |= numbers
+    ids: list[int] = []
     for word in words:
-        if str(word) not in ids and not n_classes:
+        known = by_name if isinstance(word, str) else numbers
+        if str(word) not in known and not n_classes:
             raise UserError(f"label '{word}': the model has no classes")
-        if str(word) not in ids:
+        if str(word) not in known:
             raise unknown_name("label", word, names or [f"0 … {n_classes - 1}"])
-    return [ids[str(word)] for word in words]
+        ids.append(known[str(word)])
+    return ids
 
 
 def spread_evenly(ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:

@@ -30,6 +30,7 @@ from runtime.errors import RunError, UserError, unknown_name
 from runtime.help_page import help_page
 
 T = TypeVar("T")
+MAX_ERROR = 300  # characters of a line that says what is wrong
 CONFIG_FLAG = "config"  # of every command, besides the fields of its dataclass
 FreeText = Annotated[str, "may hold commas"]  # tuples of it are not split at commas
 
@@ -126,7 +127,10 @@ def run_command(
 
 
 def _print_error(message: str) -> None:
-    print("error:", " ".join(message.splitlines()), file=sys.stderr)
+    line = " ".join(message.splitlines())
+    if len(line) > MAX_ERROR:  # the way out stands at the end
+        line = f"{line[: MAX_ERROR - 120]} … {line[-117:]}"
+    print("error:", line, file=sys.stderr)
 
 
 def _stdout_is_closed() -> bool:

@@ -6,6 +6,7 @@ captions, with a progress bar.
 """
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -116,8 +117,16 @@ def find_run_dir(config: Any, dataset_name: str, model: str | None) -> Path | No
         config: of a command that trains.
 
     Raises:
-        UserError: there is no run to resume, or the folder of a new run is in use.
+        UserError: there is no run to resume, the folder of a new run is in use, or `data_dir` is
+            of no dataset.
     """
+
+    if config.data_dir and not (config.dataset_name or config.resume):
+        raise UserError(
+            f"--data_dir {config.data_dir}: of which dataset? Pass --dataset_name "
+            f"{shlex.quote(f'folder:{config.data_dir}')} to train on a folder of your own, or the "
+            "name of the dataset that it is a copy of"
+        )
 
     def find() -> str:
         if config.resume and not config.run_dir:

@@ -56,7 +56,8 @@ def test_the_trajectory_ends_in_the_sample(params):
     [
         ([3, "7"], DIGITS, [3, 7]),
         (["ship", "0"], ["cat", "ship"], [1, 0]),
-        (["1"], ["1", "0"], [0]),  # a name wins over a number
+        (["1", 1], ["1", "0"], [0, 1]),  # a name is a string, an id an integer
+        (["3", "10"], ["1", "3", "10"], [1, 2]),
         (["2"], [], [2]),
     ],
 )
@@ -67,6 +68,8 @@ def test_labels_are_names_or_numbers(words, names, ids):
 def test_a_label_that_does_not_exist_is_named():
     with pytest.raises(UserError, match="unknown label 'catt'; did you mean 'cat'"):
         label_ids(["catt"], ["cat", "ship"], 2)
+    with pytest.raises(UserError, match="unknown label '2'"):  # never the class 10
+        label_ids(["2"], ["1", "3", "10"], 3)
     with pytest.raises(UserError, match="unknown label '10'"):
         label_ids([10], DIGITS, 10)
     with pytest.raises(UserError, match="label '3': the model has no classes"):

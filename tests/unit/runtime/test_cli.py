@@ -271,3 +271,14 @@ def test_a_file_that_cannot_be_read_is_one_line(file, tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"binary\.yaml is damaged: "):
         cli.parse_flags(Config, ["--config", str(tmp_path / "binary.yaml")])
+
+
+def test_a_line_of_an_error_is_short_and_keeps_its_end(capsys):
+    def fail():
+        raise UserError(f"column {'x' * 5000} is no image; pass --image_column")
+
+    with pytest.raises(SystemExit, match="2"):
+        cli.run_command(fail)
+    line = capsys.readouterr().err
+    assert len(line) <= 310 and line.startswith("error: column xxx")
+    assert line.endswith("is no image; pass --image_column\n")
