@@ -21,6 +21,7 @@ from inference.spaces import space_of
 from methods.method import Method
 from model import ModelConfig
 from runtime import processes, run_folder
+from runtime.errors import UserError
 from runtime.parallel import Devices
 from training import warm_start
 from training.config import TrainConfig
@@ -121,7 +122,8 @@ def find_run_dir(config: Any, dataset_name: str, model: str | None) -> Path | No
             of no dataset.
     """
 
-    if config.data_dir and not (config.dataset_name or config.resume):
+    named = config.dataset_name or getattr(config, "latents", None)
+    if config.data_dir and not (named or config.resume):
         raise UserError(
             f"--data_dir {config.data_dir}: of which dataset? Pass --dataset_name "
             f"{shlex.quote(f'folder:{config.data_dir}')} to train on a folder of your own, or the "
