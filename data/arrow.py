@@ -43,8 +43,8 @@ class ArrowSplit:
         return ArrowSplit(selected.cast_column(column, undecoded))
 
     def read_cells(self, rows: Sequence[int]) -> list[dict[str, Any] | None]:
-        """Read the undecoded images of these rows, each as {"bytes": …, "path": …}; of a list of
-        images the first.
+        """Read the undecoded images of these rows, as {"bytes": …, "path": …}; None if empty. Of a
+        list of images the first is read.
         """
         (cells,) = self.data[rows].values()
         first = (c[0] if isinstance(c, list) and c else c or None for c in cells)

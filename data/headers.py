@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Int32, Int64, UInt8
 from PIL import Image
 
-from data.rows import Split
+from data.rows import Split, file_name
+from runtime.errors import UserError
 from runtime.files import atomic_file
 
 UNREADABLE, GREY, COLOUR = range(3)
@@ -74,25 +75,24 @@ def read_headers(split: Split) -> Headers:
     Images inside tables are read with their headers: of those at most `MAX_ROWS_WITHOUT_FILES`,
     spread over the split.
     """
-    first = split.data.read_cells([int(split.rows[0])])[0]
-    if first is not None and first["bytes"] is None and first["path"] is not None:
-        cells = split.data.read_cells(split.rows.tolist())
-        paths = [str(cell["path"] or "") if cell else "" for cell in cells]
+    first = split.read_cells([int(split.rows[0])])[0]
+    if isinstance(first, Mapping) and first["bytes"] is None and first["path"] is not None:
+        paths = [file_name(cell) for cell in split.read_cells(split.rows.tolist())]
         kind, side = _read_cached(paths)
         return Headers(kind, side, len(split), paths)
     places = np.linspace(0, len(split) - 1, min(len(split), MAX_ROWS_WITHOUT_FILES)).astype(int)
     rows = split.rows[places]
 
     def read(chunk: Int64[np.ndarray, "b"]) -> list[tuple[int, int]]:
-        return [_read_header(cell) for cell in split.data.read_cells(chunk.tolist())]
+        return [_read_header(cell) for cell in split.read_cells(chunk.tolist())]
 
     kind, side = _in_threads(read, np.array_split(rows, len(rows) // ROWS_AT_ONCE + 1))
     return Headers(kind, side, len(split))
 
 
-def _read_header(cell: dict[str, Any] | None) -> tuple[int, int]:
+def _read_header(cell: Mapping[str, Any] | UserError | None) -> tuple[int, int]:
     """Return the kind and the shorter side of an undecoded image."""
-    if cell is None or (cell["bytes"] is None and not cell["path"]):
+    if cell is None or isinstance(cell, UserError) or (cell["bytes"] is None and not cell["path"]):
         return UNREADABLE, 0
     try:
         source = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])

@@ -21,6 +21,23 @@ SIGNATURE = re.compile(
 # Pillow's modes.
 SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 OPAQUE_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
+# Files that have the name of an image and are none, by their first bytes (or those from the fifth).
+OTHER_CONTENT = {
+    b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull`",
+    b"/annex/objects/": "a git-annex pointer: run `git annex get`",
+    b"%PDF": "a PDF",
+    b"ftyphei": "HEIC, which Pillow does not open: convert it to JPEG",
+    b"ftypmif1": "HEIC, which Pillow does not open: convert it to JPEG",
+    b"ftypavi": "",  # AVIF: Pillow says what is wrong with it
+    b"ftyp": "a video",
+}
+MARKUP = {
+    b"<!doctype html": "an HTML page: download the image again",
+    b"<html": "an HTML page: download the image again",
+    b"<svg": "SVG: convert it to PNG",
+}
+MAX_REASON = 60  # characters of Pillow's own words
+MAX_QUOTE = 40  # characters of a text that are shown
 
 
 def decode_image(
@@ -67,7 +84,29 @@ def open_upright(raw: bytes | Image.Image) -> Image.Image:
     except (Exception, Image.DecompressionBombWarning) as error:
         # Pillow's parsers raise anything from SyntaxError to struct.error on a damaged file.
         reason = str(error).partition("<")[0].strip()  # Pillow names the buffer it read from
-        raise UserError(f"the image cannot be read ({reason or type(error).__name__})") from error
+        reason = reason[:MAX_REASON] or type(error).__name__
+        if isinstance(raw, bytes):
+            reason = name_content(raw) or reason
+        raise UserError(f"the image cannot be read ({reason})") from error
+
+
+def name_content(raw: bytes) -> str:
+    """Say what a file holds that is no image of a known format; "" if that is not known."""
+    if raw.count(0) == len(raw):
+        return "nothing but zeros" if raw else "the file is empty"
+    start = raw[:1000].lstrip(b"\xef\xbb\xbf \t\r\n")
+    for mark, content in OTHER_CONTENT.items():
+        if start.startswith(mark) or raw[4:].startswith(mark):
+            return content
+    is_markup = start.startswith(b"<")
+    for tag, content in MARKUP.items():
+        if is_markup and tag in start.lower():
+            return content
+    text = start.decode(errors="replace").rstrip("\ufffd")  # a character cut in two
+    words = " ".join(text.split())
+    if words.isprintable() and "\ufffd" not in words:
+        return f"text: '{words[:MAX_QUOTE]}'"
+    return ""
 
 
 def _check_size(image: Image.Image) -> None:

@@ -66,8 +66,7 @@ def open_dataset(
         class_order: the classes of the run to resume, whose ids they keep.
 
     Raises:
-        UserError: the dataset cannot be opened, or its columns or labels do not fit. The message
-            says what to pass.
+        UserError: the dataset cannot be opened or does not fit; the message says what to pass.
     """
     entry = _find_entry(name)
     if latents_dir:
@@ -100,6 +99,8 @@ def open_dataset(
     train = _make_split(config, train_name, opened.splits[train_name], train_rows, skip)
     if not entry.model:
         headers = read_headers(train)
+        if not headers.median_side:
+            train.decode(np.arange(1))  # raises: it names the first image, and what is wrong
         config = _measure_images(config, headers)
         notices.append(headers.describe(config.image_size))
         train = dataclasses.replace(train, config=config)

@@ -27,6 +27,10 @@ RETRY_SECONDS = (1, 4, 16, 60)  # pauses before a remote file is tried again
 DEFAULT_OPEN_GROUPS = 16
 
 
+class UnreachableError(UserError):
+    """A remote file stays out of reach: the fault of the network and not of the file."""
+
+
 class ParquetSplit:
     """All rows of a split in Parquet files, given by path or by address (`hf://…`).
 
@@ -64,6 +68,7 @@ class ParquetSplit:
     def _reset_caches(self) -> None:
         self._lock = threading.Lock()
         self._open_groups: OrderedDict[int, pyarrow.ChunkedArray] = OrderedDict()
+        self._damaged_groups: dict[int, str] = {}  # why each cannot be read
         self._columns: dict[str, pyarrow.ChunkedArray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,7 +115,7 @@ class ParquetSplit:
         return selected
 
     def read_cells(self, rows: Sequence[int]) -> list[dict[str, Any] | None]:
-        """Read the undecoded images of these rows, each as {"bytes": …, "path": …}."""
+        """Read the undecoded images of these rows, as {"bytes": …, "path": …}; None if empty."""
         cells: list[Any] = [None] * len(rows)
         indices = np.asarray(rows, np.int64)
         groups = self.find_groups(indices)
@@ -124,17 +129,28 @@ class ParquetSplit:
     def _read_group(self, group: int) -> "pyarrow.ChunkedArray":
         """Read the images of a row group, through a cache of the `max_open_groups` used last."""
         with self._lock:
+            if group in self._damaged_groups:  # it would take as long again, for each of its rows
+                raise UserError(self._damaged_groups[group])
             if group not in self._open_groups:
-                file_index, group_index = self.group_locations[group]
-                name = self.image_column
-                column = self._read_file(
-                    file_index, lambda file: file.read_row_group(group_index, columns=[name])[name]
-                )
+                column = self._read_images(group)
                 while len(self._open_groups) >= self.max_open_groups:
                     self._open_groups.popitem(last=False)
                 self._open_groups[group] = column
             self._open_groups.move_to_end(group)
             return self._open_groups[group]
+
+    def _read_images(self, group: int) -> "pyarrow.ChunkedArray":
+        file_index, group_index = self.group_locations[group]
+        name = self.image_column
+        try:
+            return self._read_file(
+                file_index, lambda file: file.read_row_group(group_index, columns=[name])[name]
+            )
+        except UnreachableError:
+            raise
+        except UserError as error:
+            self._damaged_groups[group] = str(error)
+            raise
 
     def _read_file(
         self, file_index: int, read: Callable[["pyarrow.parquet.ParquetFile"], Any]
@@ -157,7 +173,8 @@ class ParquetSplit:
                 reason = str(error).partition("\n")[0] or type(error).__name__
                 problem = f"cannot read {path} ({reason})"
                 if pause is None:
-                    raise UserError(problem) from error
+                    is_damaged = isinstance(error, lasting) or "://" not in path
+                    raise (UserError if is_damaged else UnreachableError)(problem) from error
             print(f"warning: {problem}; trying again in {pause} s", file=sys.stderr)
             time.sleep(pause)
 

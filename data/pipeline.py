@@ -19,7 +19,7 @@ from data.batch import Batch, BatchPlan, concatenate_batches
 from data.caption_cache import CaptionStore
 from data.parquet import ParquetSplit
 from data.row_labels import CaptionIds, ClassIds
-from data.rows import Images, Source, Split
+from data.rows import BadRow, Images, Source, Split
 from data.shuffle import (
     GroupedShuffle,
     sample_caption_uniforms,
@@ -78,8 +78,8 @@ class Pipeline:
                 in an evaluation.
 
         Raises:
-            UserError: `batch_size` is not a multiple of the processes, or an image cannot be
-                decoded.
+            UserError: `batch_size` is not a multiple of the processes, or images cannot be
+                decoded; counts them.
         """
         if batch_size < 1 or batch_size % n_processes:
             raise UserError(
@@ -303,15 +303,22 @@ def _plan_grouped_shuffle(split: Split, batch_size: int, shuffle_buffer: int) ->
 
 
 def _decode_all(split: Split) -> Images:
-    """Decode the whole split in threads: Pillow decodes without the interpreter's lock."""
+    """Decode the whole split in threads: Pillow decodes without the interpreter's lock.
+
+    Raises:
+        BadRowError: some rows cannot be decoded; it counts them all.
+    """
     decoded = np.empty((len(split), *split.format.shape), split.format.dtype)
 
-    def fill(rows: Int64[np.ndarray, "b"]) -> None:
-        decoded[rows] = split.decode(rows)
+    def fill(rows: Int64[np.ndarray, "b"]) -> list[BadRow]:
+        readable = split.decode_readable(rows)
+        decoded[readable.rows] = readable.images
+        return readable.bad
 
     tasks = np.array_split(np.arange(len(split)), len(split) // ROWS_PER_TASK + 1)
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(fill, tasks):
-            pass  # an error comes out here, and ends the pool
+        bad = [row for bad_rows in pool.map(fill, tasks) for row in bad_rows]
+    if bad:
+        raise split.error_of(bad)
     decoded.flags.writeable = False  # callers share it
     return decoded

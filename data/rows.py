@@ -5,33 +5,45 @@ Opening and checking a dataset is `data.load`'s; the order of rows and the makin
 """
 
 import dataclasses
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float16, Int32, Int64, UInt8
+from jaxtyping import Float16, Int32, Int64, Num, UInt8
 
 from data import images, latents
 from data.arrow import ArrowSplit
-from data.parquet import ParquetSplit
+from data.parquet import ParquetSplit, UnreachableError
 from data.row_formats import LatentRows, PixelRows, row_format
 from datasets_config import DatasetConfig
 from runtime.errors import UserError
 
+FIND_BAD_ROWS = "`python -m data.check` lists all, --bad_rows skip trains without them"
+MAX_NAME = 40  # characters of a dataset's or a file's name in an error line
 Images = UInt8[np.ndarray, "b h w c"] | Float16[np.ndarray, "b h w k"]
 
 
-class DecodedRows(NamedTuple):
-    """The rows of a batch that could be decoded, and the problem of each one that could not.
+class BadRowError(UserError):
+    """A row cannot be decoded. The message names dataset, split and row, and the file if any."""
 
-    `problems` is keyed by the row of the data, not of the split.
-    """
+
+class BadRow(NamedTuple):
+    """A row that cannot be decoded, numbered in the data and not in the split."""
+
+    row: int
+    file: str  # "" where the row names none
+    problem: str
+
+
+class DecodedRows(NamedTuple):
+    """The rows of a batch that could be decoded, and those that could not."""
 
     rows: Int64[np.ndarray, "b"]
-    images: UInt8[np.ndarray, "b h w c"]
-    problems: dict[int, str]
+    images: Images
+    bad: list[BadRow]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +56,7 @@ class Split:
     rows: Int64[np.ndarray, "n"]  # rows of the data that belong to this split
     labels: Int32[np.ndarray, "labels"]  # of each row
     captions: list[tuple[str, ...]]  # of each row; empty for a dataset without captions
+    advice: str = FIND_BAD_ROWS  # what to do about a row that cannot be decoded
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -61,49 +74,93 @@ class Split:
         """Decode these rows of the split; rows of latents are moments.
 
         Raises:
-            UserError: an image cannot be decoded. The message names dataset, split, row and column.
+            BadRowError: a row cannot be decoded.
         """
-        rows = self.rows[indices].tolist()
-        if self.config.encoding:
-            cells = [(cell or {})["bytes"] for cell in self.data.read_cells(rows)]
-            return latents.unpack_moments(cells, self.config.encoding)
-        size = self.config.image_size
-        channels = self.config.channels
-        decoded = np.empty((len(indices), size, size, channels), np.uint8)
-        for i, cell in enumerate(self.data.read_cells(rows)):
-            try:
-                decoded[i] = images.decode_image(image_bytes(cell), channels=channels, size=size)
-            except UserError as error:
-                column = self.config.image_column
-                raise cell_error(self.config, self.name, rows[i], column, str(error)) from error
-        return decoded
+        decoded = self.decode_readable(indices)
+        if decoded.bad:
+            raise self.error_of(decoded.bad)
+        return decoded.images
 
     def decode_readable(self, indices: Int64[np.ndarray, "b"]) -> DecodedRows:
-        """Decode those of these rows that can be decoded."""
+        """Decode those of these rows that can be decoded.
+
+        Raises:
+            UnreachableError: the files are out of reach, which is no fault of the rows.
+        """
+        rows = self.rows[indices].tolist()
+        decoded = np.empty((len(rows), *self.format.shape), self.format.dtype)
+        good: list[int] = []
+        bad: list[BadRow] = []
+        for i, cell in enumerate(self.read_cells(rows)):
+            try:
+                decoded[i] = self._decode_cell(cell)
+                good.append(i)
+            except UserError as error:
+                bad.append(BadRow(rows[i], file_name(cell), str(error)))
+        if not bad:
+            return DecodedRows(indices, decoded, bad)
+        return DecodedRows(indices[good], decoded[good], bad)
+
+    def error_of(self, bad: Sequence[BadRow]) -> BadRowError:
+        """Make the error of rows that cannot be decoded. It names the first and counts the rest."""
+        others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        return BadRowError(f"{self.describe(bad[0])}{others}; {self.advice}")
+
+    def describe(self, bad: BadRow) -> str:
+        """Describe a row that cannot be decoded in one line."""
+        name = _keep_end(self.config.name, MAX_NAME)
+        file = f"file '{self._short_name(bad.file)}', " if bad.file else ""
+        place = f"{file}row {bad.row}, column '{self.config.image_column}'"
+        return f"dataset '{name}', split '{self.name}', {place}: {bad.problem}"
+
+    def _short_name(self, file: str) -> str:
+        """Return a file's path within the folder of the dataset, at most `MAX_NAME` characters."""
+        folder = os.path.expanduser(self.config.path)
+        if self.config.name.startswith("folder:") and os.path.isabs(file):
+            within = os.path.relpath(file, folder)
+            file = file if within.startswith("..") else within
+        return _keep_end(file, MAX_NAME)
+
+    def read_cells(self, rows: list[int]) -> list[Mapping[str, Any] | UserError | None]:
+        """Read these rows of the data; an error stands for each that lies in a damaged file."""
         try:
-            return DecodedRows(indices, self.decode(indices), {})
-        except UserError:  # it names the first bad row only: find all of them, one at a time
-            good: list[int] = []
-            problems: dict[int, str] = {}
-            for position, index in enumerate(indices):
-                try:
-                    self.decode(indices[position : position + 1])
-                    good.append(position)
-                except UserError as error:
-                    problems[int(self.rows[index])] = str(error)
-            return DecodedRows(indices[good], self.decode(indices[good]), problems)
+            return list(self.data.read_cells(rows))
+        except UnreachableError:
+            raise
+        except UserError as error:
+            if len(rows) == 1:
+                return [error]
+            return [self.read_cells([row])[0] for row in rows]
+
+    def _decode_cell(self, cell: Mapping[str, Any] | UserError | None) -> Num[np.ndarray, "h w _"]:
+        if isinstance(cell, UserError):
+            raise cell
+        content = image_bytes(cell)
+        c = self.config
+        if c.encoding:
+            return latents.unpack_moments([content], c.encoding)[0]
+        return images.decode_image(content, channels=c.channels, size=c.image_size)
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """An opened dataset. Every field of `config` is set: columns, classes and sizes are the
     data's. `notices` tell what there is, and what was left out.
+
+    `bad_rows` are those that were left out of each split, "train" and "eval"; None if the rows were
+    not looked through.
     """
 
     config: DatasetConfig
     train: Split
     eval: Split
     notices: tuple[str, ...] = ()
+    bad_rows: Mapping[str, Sequence[BadRow]] | None = None
+
+    @property
+    def n_train_rows(self) -> int:
+        """Number of training rows, with those that were left out."""
+        return len(self.train) + len((self.bad_rows or {}).get("train", ()))
 
     def full_splits(self) -> dict[str, Split]:
         """Return the splits of the data by name, each with all of its rows.
@@ -133,8 +190,19 @@ def image_bytes(cell: Mapping[str, Any] | None) -> bytes:
         return cell["bytes"]
     try:
         return Path(cell["path"]).read_bytes()
-    except OSError as error:
-        raise UserError(f"the file cannot be read ({error})") from error
+    except (OSError, ValueError) as error:  # a path with a zero byte is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"the file cannot be read ({reason})") from error
+
+
+def file_name(cell: Mapping[str, Any] | UserError | None) -> str:
+    """Return the name of the file that a cell holds or refers to; "" if it has none."""
+    return "" if cell is None or isinstance(cell, UserError) else cell["path"] or ""
+
+
+def _keep_end(text: str, n: int) -> str:
+    """Shorten a text to its last n characters."""
+    return text if len(text) <= n else f"…{text[1 - n :]}"
 
 
 def cell_error(config: DatasetConfig, split: str, row: int, column: str, problem: str) -> UserError:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
+from data import bad_rows
 from data.batch import EncodedCaption
 from data.load import open_dataset
 from data.rows import Split
@@ -193,6 +194,9 @@ def open_eval_split(trained: TrainedModel) -> Split:
             unlabelled=settings.get("unlabelled") or "stop",
             class_order=settings.get("dataset", {}).get("label_names") or (),
         )
+        run_dir = settings.get("run_dir")
+        if run_dir and (record := bad_rows.read_record(Path(run_dir))):
+            source = bad_rows.leave_out(source, bad_rows.from_json(record, source))
     except UserError as error:
         raise UserError(f"--denoise needs the run's real images: {error}") from None
     return source.eval

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from data import latents
 from data.latents import LatentDataset, MomentSums
-from data.rows import DecodedRows, Source, Split
+from data.rows import BadRow, DecodedRows, Source, Split
 from datasets_config import LatentEncoding
 from inference.codec import Codec
 from runtime import parallel, workers
@@ -50,11 +51,11 @@ class LatentFile(NamedTuple):
 
 
 class EncodedBatch(NamedTuple):
-    """Moments of the rows of a batch that could be decoded, and the problems of the others."""
+    """Moments of the rows of a batch that could be decoded, and the others."""
 
     rows: Int64[np.ndarray, "b"]
     moments: Float16[np.ndarray, "b h w k"]
-    problems: dict[int, str]
+    bad: list[BadRow]
 
 
 def plan_files(folder: Path, split: str, n_rows: int, rows_per_file: int) -> list[LatentFile]:
@@ -109,7 +110,7 @@ def write_latent_file(
     record = {
         "encoding": dataclasses.asdict(encoding),
         "rows": [file.start, file.stop],
-        "skipped": sorted(row for batch in batches for row in batch.problems),
+        "skipped": sorted(bad.row for batch in batches for bad in batch.bad),
         "sums": latents.add_moment_sums(
             MomentSums.of_moments(batch.moments, channels) for batch in batches
         ).to_record(),
@@ -159,9 +160,9 @@ def encode_split(
         return batch, [codec.encode(view) for view in views]
 
     def read(dispatched: tuple[DecodedRows, list[jax.Array]]) -> EncodedBatch:
-        (rows, _, problems), views = dispatched
+        (rows, _, bad), views = dispatched
         moments = [parallel.fetch_to_host(view)[: len(rows)] for view in views]
-        return EncodedBatch(rows, np.concatenate(moments, axis=-1), problems)
+        return EncodedBatch(rows, np.concatenate(moments, axis=-1), bad)
 
     with closing(workers.run_ahead(callers, steps)) as answers:
         dispatched = map(dispatch, name_undecodable_rows(answers))
@@ -178,9 +179,8 @@ def name_undecodable_rows(answers: Generator[list[DecodedRows]]) -> Generator[li
 
 def join_parts(parts: Sequence[DecodedRows]) -> DecodedRows:
     """Join the parts of a batch that several workers decoded."""
-    rows, images, problems = zip(*parts)
-    all_problems = {row: problem for part in problems for row, problem in part.items()}
-    return DecodedRows(np.concatenate(rows), np.concatenate(images), all_problems)
+    rows, images, bad = zip(*parts)
+    return DecodedRows(np.concatenate(rows), np.concatenate(images), list(chain(*bad)))
 
 
 def convert_dataset(
@@ -235,8 +235,9 @@ def convert_dataset(
                     for rows in file.batches(size):
                         batches.append(next(encoded_batches))
                         bar.update(len(rows))
-                        for problem in batches[-1].problems.values():
-                            bar.write(f"warning: {problem}; it is left out", file=sys.stderr)
+                        for bad in batches[-1].bad:
+                            warning = f"warning: {split.describe(bad)}; it is left out"
+                            bar.write(warning, file=sys.stderr)
                     write_latent_file(file, batches, split, encoding)
     return write_manifest(folder, encoding, files)
 

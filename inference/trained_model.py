@@ -136,6 +136,7 @@ class TrainedModel:
             UserError: the folder is not a run, or `config.json` does not describe one.
         """
         settings = read_config(folder)
+        settings["run_dir"] = str(folder)  # it may have moved
         try:
             model = ModelConfig(**settings["model_config"])
         except TypeError as error:

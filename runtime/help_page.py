@@ -24,7 +24,7 @@ def help_page(config: type[Any], types: Mapping[str, str]) -> str:
         types: what each flag takes, in words.
     """
     known = flags_of(config)
-    parts = [f"usage: python {os.path.basename(sys.argv[0])} [--flag value …]"]
+    parts = [f"usage: python {command_name()} [--flag value …]"]
     parts.append(inspect.getdoc(config) or "")
     for title, names in groups_of(config).items():
         texts = {name: known[name].help if name in known else "" for name in names}
@@ -36,6 +36,13 @@ def help_page(config: type[Any], types: Mapping[str, str]) -> str:
     text = CONFIG_HELP + (RUN_HELP if hasattr(config, "flags_of_run") else "")
     parts.append("\n".join(["Flags from a file", _entry("config", "a path", "none", text)]))
     return "\n\n".join(parts)
+
+
+def command_name() -> str:
+    """Return what follows `python` on the command line: a file, or -m and a module."""
+    spec = sys.modules["__main__"].__spec__
+    is_module = spec is not None and spec.origin == sys.argv[0]
+    return f"-m {spec.name}" if is_module else os.path.basename(sys.argv[0])
 
 
 def shown_default(config: type[Any], name: str) -> str | None:

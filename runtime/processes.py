@@ -110,6 +110,28 @@ def broadcast_from_first(function: Callable[[], str]) -> str:
     return message[1:]
 
 
+def broadcast_text(function: Callable[[], str]) -> str:
+    """Call `function` in process 0 and return its result, of any length, in all processes.
+
+    Raises:
+        UserError: in all processes, if `function` raised one in process 0.
+    """
+    text = b""
+
+    def call_and_measure() -> str:
+        nonlocal text
+        text = function().encode()
+        return str(len(text))
+
+    size = int(broadcast_from_first(call_and_measure))
+    if is_distributed() and size:
+        from jax.experimental import multihost_utils
+
+        buffer = np.frombuffer(text, np.uint8) if is_first() else np.zeros(size, np.uint8)
+        text = bytes(multihost_utils.broadcast_one_to_all(buffer))
+    return text.decode()
+
+
 @contextmanager
 def first_then_others() -> Generator[None]:
     """Run the body in process 0 alone, then in all other processes."""

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from data import bad_rows
 from data.rows import Source
 from inference import grids
 from inference.conditioning import Conditioning
@@ -53,6 +54,7 @@ def start_message(
         f"{space.title} of "
         f"{model.image_size}×{model.image_size}×{model.channels}, "
         f"{conditioning.title}\n"
+        f"{bad_rows.summary(source)}"
         f"{begin}: {last} steps of {config.batch_size} images, into {run_dir}"
     )
 

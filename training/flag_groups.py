@@ -6,7 +6,7 @@ command stand beside it: those of `train.py` in `training.config`.
 
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from runtime.cli import FreeText
 from runtime.errors import UserError
@@ -101,6 +101,20 @@ class StorageFlags(LoadingFlags):
     )
     cache_on_device: bool = setting(
         False, "keep the dataset in device memory and sample batches there", may_change=True
+    )
+    bad_rows: Literal["stop", "skip"] = setting(
+        "stop",
+        "rows that cannot be decoded: stop at the first, or skip them all, which decodes every row "
+        "once before a new run and names them in bad_rows.json",
+        may_change=True,
+    )
+    bad_rows_at_most: float = setting(
+        0.01,
+        "share of the training rows that may be skipped",
+        at_least=0,
+        at_most=1,
+        only_with=("bad_rows", "skip"),
+        may_change=True,
     )
 
 

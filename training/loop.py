@@ -274,7 +274,7 @@ class Loop(Run):
 
     def checkpoint_items(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The arrays of a checkpoint, and the notes beside them."""
-        notes = {"config": self.describe().as_json(), "data": {"n_rows": len(self.source.train)}}
+        notes = {"config": self.describe().as_json(), "data": {"n_rows": self.source.n_train_rows}}
         return training_step.as_items(self.state), notes
 
     def _abstract_items(self) -> dict[str, Any]:
@@ -301,7 +301,7 @@ class Loop(Run):
                 items = checkpoints.restore(checkpoints.resolve_step(step), self._abstract_items())
                 items["data"] = checkpoints.read_metadata(step, "data")
         saved_rows = items["data"]["n_rows"]
-        n_rows = len(self.source.train)
+        n_rows = self.source.n_train_rows
         if saved_rows != n_rows:
             raise UserError(
                 f"cannot resume: {self.dataset.name} had {saved_rows} training rows, "

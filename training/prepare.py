@@ -9,10 +9,11 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data import caption_cache
+from data import bad_rows, caption_cache
 from data.caption_cache import CaptionStore
 from data.load import open_dataset
 from data.rows import Source
@@ -81,15 +82,19 @@ def prepare(config: TrainConfig, devices: Devices) -> Prepared:
     source = _open_source(config, saved)
     if saved:
         require_same_space(space_of(source.config.encoding), saved)
-    config = resolve_train_config(
+    resolve = partial(
+        resolve_train_config,
         config,
         source.config,
-        n_rows=len(source.train),
         n_devices=devices.count,
         platform=devices.platform,
     )
+    config = resolve(n_rows=len(source.train))
     if not saved:  # a finished run may be sampled on any number of devices
         require_even_batches(config, devices.count)
+    if not config.profile:  # it reads no images
+        source = leave_out_bad_rows(config, source, run_dir)
+        config = resolve(n_rows=len(source.train))  # fewer rows make shorter epochs
     conditioning = _open_conditioning(config, source, saved.get("text_revisions"))
     network = network_config(config, source.config)
     if config.init_from:
@@ -178,6 +183,40 @@ def _open_source(c: TrainConfig, saved: Mapping[str, Any]) -> Source:
         unlabelled=c.unlabelled or "stop",
         class_order=saved.get("dataset", {}).get("label_names") or (),
     )
+
+
+def leave_out_bad_rows(config: Any, source: Source, run_dir: Path | None) -> Source:
+    """Leave out the rows that cannot be decoded, if they are to be skipped: those that the resumed
+    run left out, or all that process 0 finds now.
+
+    Args:
+        config: of a command that trains, resolved.
+        source: the dataset with all its rows.
+
+    Raises:
+        UserError: they are too many, or a resumed run that left out rows is not to skip any.
+    """
+    if config.bad_rows == "stop" and not config.resume:
+        return source
+
+    def find() -> str:
+        record = bad_rows.read_record(run_dir) if run_dir and config.resume else ""
+        if config.bad_rows == "stop" and record:
+            raise UserError(
+                f"cannot resume: the run left out the rows in {run_dir}/{bad_rows.RECORD_FILE}; "
+                "drop --bad_rows stop"
+            )
+        if config.bad_rows == "stop" or record:
+            return record
+        found = {
+            "train": bad_rows.find_bad_rows(source.train),
+            "eval": bad_rows.find_bad_rows(source.eval),
+        }
+        bad_rows.require_few_bad_rows(source, found, config.bad_rows_at_most)
+        return bad_rows.to_json(bad_rows.leave_out(source, found))
+
+    record = processes.broadcast_text(find)
+    return bad_rows.leave_out(source, bad_rows.from_json(record, source)) if record else source
 
 
 def _open_conditioning(

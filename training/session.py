@@ -18,7 +18,9 @@ import jax
 from jaxtyping import Array, Bool
 from PIL import Image
 
+from data import bad_rows
 from data.pipeline import Pipeline
+from data.rows import Source
 from datasets_config import DatasetConfig
 from inference import curves, grids, progress
 from runtime import files, parallel, processes, run_folder
@@ -67,6 +69,7 @@ class Run(ABC):
 
     Attributes:
         config: every flag, resolved.
+        source: the opened dataset.
         step: updates so far.
         position: batches so far; more than steps after a rollback.
         damaged: steps of checkpoints that could not be restored.
@@ -75,6 +78,7 @@ class Run(ABC):
     GRID_FOLDER: ClassVar[str]  # of image grids in the run's folder, and their TensorBoard tag
 
     config: Any
+    source: Source
     run_dir: Path
     mesh: parallel.Mesh
     step: int
@@ -160,6 +164,8 @@ def _claim_folder(run: Run, stack: ExitStack) -> str:
     run_folder.create_run_folder(run.run_dir)
     stack.enter_context(run_folder.exclusive_writer(run.run_dir))
     files.remove_leftovers(run.run_dir)
+    if run.source.bad_rows is not None:
+        bad_rows.write_record(run.run_dir, run.source)
     run_folder.write_config(run.run_dir, run.describe().as_json())
     return ""
 

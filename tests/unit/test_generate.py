@@ -18,6 +18,9 @@ from PIL import Image, ImageSequence
 from tiny_models import CLASSES, DDPM, DIGITS, SIGMA, UNCONDITIONAL, tiny_model
 
 import generate
+from data import bad_rows
+from data.load import open_dataset
+from data.rows import BadRow
 from generate import GenerateConfig
 from inference import comparisons, grids, sample_files
 from inference.sampler import StartFrom
@@ -235,6 +238,16 @@ def test_real_images_come_from_all_over_the_data_or_are_refused(digits):
         comparisons.load_real_images(tiny_model(data_dir="gone"), [], 5)
     with pytest.raises(UserError, match="the dataset of digits is not known"):
         comparisons.load_real_images(tiny_model(dataset_name=None), [], 5)
+
+
+def test_real_images_are_not_those_that_the_run_left_out(tmp_path):
+    source = open_dataset("digits")
+    left_out = {"train": [], "eval": [BadRow(0, "", "the file is empty")]}
+    bad_rows.write_record(tmp_path, bad_rows.leave_out(source, left_out))
+    eval_split = comparisons.open_eval_split(tiny_model(run_dir=str(tmp_path)))
+    assert eval_split.rows.tolist() == source.eval.rows[1:].tolist()
+    other = comparisons.open_eval_split(tiny_model(run_dir=str(tmp_path / "none")))
+    assert len(other) == len(source.eval)
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ The run itself is `training.loop.Loop.fit`; the losses are in `training.autoenco
 
 import dataclasses
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, UInt8
 from PIL import Image
 
+from data import bad_rows
 from data.batch import Batch
 from data.load import open_dataset
 from inference import grids
@@ -44,7 +45,7 @@ from training.autoencoder.losses import (
 )
 from training.flag_groups import DEFAULT_DATASET
 from training.loop import Loop, flags_as_json
-from training.prepare import find_run_dir, new_run_dir
+from training.prepare import find_run_dir, leave_out_bad_rows, new_run_dir
 from training.resolve import merge_saved
 from training.session import RunRecord
 from training.step import StepReport, TrainState
@@ -95,13 +96,16 @@ class VaeTrainer(Loop):
             eval_split=config.eval_split,
         )
         self.dataset = self.source.config
-        c = self.config = resolve_vae_config(
+        resolve = partial(
+            resolve_vae_config,
             config,
             self.dataset,
-            n_rows=len(self.source.train),
             n_devices=parallel.devices().count,
             platform=parallel.devices().platform,
         )
+        checked = resolve(n_rows=len(self.source.train))
+        self.source = leave_out_bad_rows(checked, self.source, run_dir)
+        c = self.config = resolve(n_rows=len(self.source.train))  # without the bad rows
         self.run_dir = run_dir or new_run_dir(c.dataset_name, MODEL_NAME)
         self.model_config = autoencoder_config(c)
         self.dtype = "bfloat16" if c.half_precision else "float32"
@@ -284,7 +288,8 @@ class VaeTrainer(Loop):
             f"{parallel.devices().count} × {parallel.devices().kind}",
             f"{self.dataset.name}: {len(self.source.train)} training images of {c.image_size}×"
             f"{c.image_size}×{c.channels}, as latents of {side}×{side}×{m.latent_channels}",
-            f"{begin}: {last} steps of {c.batch_size} images, into {self.run_dir}",
+            f"{bad_rows.summary(self.source)}{begin}: {last} steps of {c.batch_size} images, into "
+            f"{self.run_dir}",
         ]
         if not c.lpips:
             losses = f"{c.pixel_loss.upper()} and image gradients"
