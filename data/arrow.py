@@ -47,5 +47,10 @@ class ArrowSplit:
         list of images the first is read.
         """
         (cells,) = self.data[rows].values()
-        first = (c[0] if isinstance(c, list) and c else c or None for c in cells)
-        return [{"bytes": c, "path": None} if isinstance(c, bytes) else c for c in first]
+        return [_undecoded(cell) for cell in cells]
+
+
+def _undecoded(cell: Any) -> dict[str, Any] | None:
+    if isinstance(cell, list):
+        return _undecoded(cell[0] if cell else None)
+    return {"bytes": cell, "path": None} if isinstance(cell, bytes) else cell

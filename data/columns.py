@@ -232,7 +232,7 @@ def read_class_names(
     if label_type:
         values = [v for v in data.read_column(column).unique().to_pylist() if v not in (None, "")]
     if label_type == "float" and all(value != value or value.is_integer() for value in values):
-        values = [int(value) for value in values if value == value]
+        values = list({int(value) for value in values if value == value})  # 0.0 and −0.0 are one
         label_type = "int"
     if label_type not in ("int", "string"):
         raise UserError(

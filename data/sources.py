@@ -80,7 +80,7 @@ def _find_folder(entry: DatasetConfig, path: Path) -> tuple[Path, str | None]:
             raise UserError(f"dataset '{entry.name}': there is no folder '{path}'")
         path = Path(before)
     if path.is_dir():
-        return path, config_name
+        return path.absolute(), config_name
     if path.suffix.lower() != ".zip":
         raise UserError(
             f"dataset '{entry.name}': '{path}' is a file; pass the folder that it lies in"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -167,7 +168,8 @@ def test_of_several_images_the_first_is_taken(tmp_path):
 
 
 def test_lines_stay_short_whatever_the_table_holds(tmp_path):
-    name = write_table(tmp_path, **{f"column_{i}": [1.5] * 12 for i in range(800)})
+    values: dict[str, Any] = {f"column_{i}": [1.5] * 12 for i in range(800)}
+    name = write_table(tmp_path, **values)
     with pytest.raises(UserError, match="793 more") as caught:
         open_dataset(name, label_column="kind")
     assert len(str(caught.value)) < 300
