@@ -279,8 +279,8 @@ def read_label_ids(
         ids = column.cast("int64").fill_null(-1).to_numpy()
         ids = np.where((ids < -1) | (ids >= len(names)), unknown, ids)
     else:
-        values, place = np.unique(_as_names(column), return_inverse=True)
-        ids = np.array([id_of_name.get(name, unknown) if name else -1 for name in values])[place]
+        labels = map(_integer, column.to_pylist())
+        ids = np.array([id_of_name.get(name, unknown) if name else -1 for name in labels])
     outside = ids == unknown
     if outside.any():
         row = int(outside.argmax())
@@ -289,11 +289,6 @@ def read_label_ids(
         problem = f"label {label!r} is none of the {len(names)} classes {allowed}"
         raise cell_error(config, split, row, label_column, problem)
     return ids.astype(np.int32)
-
-
-def _as_names(column: "pyarrow.ChunkedArray") -> np.ndarray:
-    """Return labels as strings, whole numbers without a decimal point, and nulls as ""."""
-    return np.array([_integer(value) for value in column.to_pylist()])
 
 
 def _integer(value: Any) -> str:
