@@ -40,9 +40,10 @@ def help_page(config: type[Any], types: Mapping[str, str]) -> str:
 
 def command_name() -> str:
     """Return what follows `python` on the command line: a file, or -m and a module."""
-    spec = sys.modules["__main__"].__spec__
-    is_module = spec is not None and spec.origin == sys.argv[0]
-    return f"-m {spec.name}" if is_module else os.path.basename(sys.argv[0])
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.origin == sys.argv[0]:
+        return f"-m {spec.name}"
+    return os.path.basename(sys.argv[0])
 
 
 def shown_default(config: type[Any], name: str) -> str | None:
