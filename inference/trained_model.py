@@ -17,6 +17,7 @@ import jax
 
 from data import text_encoders
 from data.batch import EncodedCaption
+from inference import guidance
 from inference.codec import Codec
 from inference.conditioning import Captions, Conditioning, conditioning_of
 from inference.sampler import (
@@ -253,6 +254,26 @@ class TrainedModel:
         """Folders or hub ids of the text encoders; empty for a model without captions."""
         return list(self.text_encoders or self.settings.get("text_towers") or ())
 
+    @property
+    def null_is_trained(self) -> bool:
+        """False if no label was dropped in training: there is then nothing to guide by."""
+        return guidance.null_is_trained(self.settings)
+
+    @property
+    def default_cfg_scale(self) -> float:
+        """The guidance scale to sample with if none is given."""
+        return guidance.default_scale(self.settings)
+
+    def check_null(self, cfg_scale: float, *, negative: bool = False) -> None:
+        """Raise UserError for guidance by a null label that was never trained.
+
+        Args:
+            negative: a negative prompt stands in for the null label.
+        """
+        is_guided = cfg_scale != 1 and self.model.is_conditional and not negative
+        if is_guided and not self.null_is_trained:
+            raise guidance.untrained_null_error(self.name, cfg_scale)
+
     def encode_captions(self, captions: Sequence[str]) -> EncodedCaption:
         """Encode captions with the model's text encoders.
 
@@ -278,8 +299,11 @@ class TrainedModel:
             )
         return encoded
 
-    def plan(self, overrides: SamplingOverrides) -> SamplingPlan:
+    def plan(self, overrides: SamplingOverrides, *, negative: bool = False) -> SamplingPlan:
         """Complete the overrides with the model's own settings.
+
+        Args:
+            negative: a negative prompt is given.
 
         Raises:
             UserError: a value is out of range, or does not fit the model.
@@ -288,7 +312,8 @@ class TrainedModel:
         if overrides.interval is not None and len(overrides.interval) != 2:
             raise UserError("--interval takes two times: the lowest and the highest")
         low, high = overrides.interval or (0.0, 1.0)
-        cfg_scale = settings["cfg_scale"] if overrides.cfg_scale is None else overrides.cfg_scale
+        cfg_scale = self.default_cfg_scale if overrides.cfg_scale is None else overrides.cfg_scale
+        self.check_null(cfg_scale, negative=negative)
         n_steps = settings["n_sample_steps"] if overrides.n_steps is None else overrides.n_steps
         own_shift = settings.get("sample_shift") or 1.0
         guided_channels = overrides.guided_channels
@@ -330,6 +355,7 @@ class TrainedModel:
         Raises:
             UserError: weights or VAE cannot be read, or the request does not fit the model.
         """
+        self.check_null(plan.cfg_scale, negative=negative is not None)
         if decode:
             self.space.open()  # a missing VAE is reported before weights are read
         return sample_images(

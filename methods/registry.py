@@ -51,6 +51,18 @@ def method_of(settings: Mapping[str, Any]) -> Method:
         return find_method(settings.get("method") or name).from_flags(settings)
     except UserError as error:
         raise UserError(
-            f"the model was trained with --objective {name}, which is not known here: {error}; "
-            "train with --objective MODULE:CLASS to sample from anywhere"
+            f"the model was trained with --objective {name}, which is not known here: {error}; add "
+            "it to METHODS first, or train with --objective MODULE:CLASS to sample from anywhere"
         ) from None
+
+
+def recorded_name(settings: Mapping[str, Any]) -> str:
+    """Return the name by which `find_method` finds the method of a trained model here.
+
+    Raises:
+        UserError: it was trained by a method that is not known here and cannot be imported.
+    """
+    name = settings.get("objective") or DEFAULT_METHOD
+    if name in METHODS:
+        return name
+    return class_path(type(method_of(settings)))

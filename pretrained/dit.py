@@ -44,6 +44,8 @@ LINEAR = {
 }
 TABLE = "y_embedder.embedding_table.weight"  # the embedding of each class
 PATCH = "x_embedder.proj.weight"
+DIFFUSERS_PATCH = "pos_embed.proj.weight"
+DIFFUSERS_TABLE_ENDING = ".class_embedder.embedding_table.weight"
 PARTS = {"kernel": "weight", "bias": "bias"}
 
 # The original's names to diffusers', the first that fits. The embedders of t and of the class are
@@ -105,8 +107,23 @@ WRITTEN_FACTS = ("activation_fn", "norm_type", "norm_elementwise_affine", "atten
 # --- the shape ------------------------------------------------------------------------------------
 
 
+def append_null_row(tensors: MutableMapping[str, np.ndarray], n_classes: int) -> bool:
+    """Append a row of zeros to a table that has one for each class and none for the null label.
+
+    Returns True if there was such a table. Our models have the row; it must not be used.
+    """
+    names = [n for n in tensors if n == TABLE or n.endswith(DIFFUSERS_TABLE_ENDING)]
+    short = [name for name in names if n_classes and len(tensors[name]) == n_classes]
+    for name in short:
+        x = tensors[name]
+        tensors[name] = np.concatenate([x, np.zeros_like(x[:1])])
+    return bool(short)
+
+
 def infer_config(tensors: Mapping[str, np.ndarray], where: str, n_heads: int | None) -> ModelConfig:
     """Infer the shape of an original DiT, which comes without a config, from its tensors.
+
+    The last row of its table of labels is taken for the null label, which `dit_file` decides.
 
     Heads leave no trace in the weights: they follow from the width and depth of the published
     sizes.
@@ -297,6 +314,12 @@ def original_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: x.shape for name, x in params_to_original(_make_zeros(config), config).items()}
 
 
+def diffusers_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each of diffusers' weights by its name."""
+    zeros = params_to_diffusers(_make_zeros(config), config)
+    return {name: x.shape for name, x in zeros.items()}
+
+
 def _make_zeros(config: ModelConfig) -> dict[str, Any]:
     """Make weights that are all views of one zero, and so need no memory."""
     zeros = {path: np.broadcast_to(np.float32(0), s) for path, s in _our_shapes(config).items()}
@@ -307,7 +330,9 @@ def require_sincos_positions(table: np.ndarray, config: ModelConfig, where: str)
     """Raise UserError if a stored table of positions is not the one that is computed here."""
     places = [np.arange(side, dtype=float) for side in config.grid]
     ours = sincos_table(config.width, *places)[None]
-    if table.shape != ours.shape or not np.allclose(table, ours, rtol=0, atol=1e-3):
+    # Half precision, of either kind, is off by less than 2⁻⁸.
+    table = np.asarray(table, np.float32)
+    if table.shape != ours.shape or not np.allclose(table, ours, rtol=0, atol=2**-8):
         raise UserError(f"'{where}': its {POSITIONS} is not the sine-cosine table of DiT")
 
 
@@ -366,8 +391,7 @@ def rename_from_diffusers(
     """Return diffusers' weights under the original's names, popped from `tensors`."""
     if (table := tensors.pop("pos_embed.pos_embed", None)) is not None:  # in old files
         require_sincos_positions(table, config, where)
-    shapes = {name: x.shape for name, x in params_to_diffusers(_make_zeros(config), config).items()}
-    weight_files.require_shapes(where, tensors, shapes)
+    weight_files.require_shapes(where, tensors, diffusers_shapes(config))
     renamed: Tensors = {}
     for name in original_shapes(config):
         theirs = diffusers_name(name)

@@ -1,8 +1,10 @@
 """Files of `torch.save` without torch: their tensors as NumPy arrays, and nothing else.
 
-Such a file is a pickle, and a pickle can name any function to be called. This reader knows the few
-names that tensors in dictionaries need and refuses every other, so that a file from a stranger can
-do no harm. It reads zip files (torch 1.6 and later) and the older format, of CPU or GPU tensors.
+Such a file is a pickle, and a pickle can name any function to be called. This reader calls none: it
+knows the few names that tensors need, puts an inert stand-in in the place of every other class (the
+paths, NumPy scalars and configs that scripts save beside the weights), and refuses names that only
+an attack asks for. It reads zip files (torch 1.6 and later) and the older format, of CPU or GPU
+tensors.
 """
 
 import collections
@@ -10,11 +12,11 @@ import io
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -36,31 +38,63 @@ DTYPES: dict[str, Any] = {
 OLD_MAGIC = 0x1950A86A20F9469CFC6C
 
 
-def read_torch_file(path: Path, *, within: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """Read the tensors of a file by their names; those of nested dictionaries are joined by dots.
+# Every name of these modules is refused, though an inert stand-in could do no harm.
+REFUSED_MODULES = {
+    *("builtins", "__builtin__", "os", "posix", "nt", "sys", "subprocess", "shutil", "socket"),
+    *("runpy", "pty", "ctypes", "code", "importlib", "operator", "pickle", "functools", "types"),
+}
+HARMLESS_BUILTINS = {
+    *("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "long"),
+    *("object", "range", "set", "slice", "str", "tuple"),
+}
+HARMLESS = {("functools", "partial"), ("types", "SimpleNamespace")}
+# A pickled module keeps its tensors in these dictionaries, which are no part of their names.
+MODULE_PARTS = ("_parameters", "_buffers", "_modules")
+Select = Callable[["TorchContents"], Mapping[str, str]]
+
+
+class TorchContents(NamedTuple):
+    """The contents of a file, flattened: names of nested containers are joined by dots.
+
+    Args:
+        shapes: of the tensors by name, in the order of the file.
+        facts: its other numbers and texts, such as the arguments of the training script.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    facts: dict[str, Any]
+
+
+def read_torch_file(path: Path, *, select: Select | None = None) -> dict[str, np.ndarray]:
+    """Read the tensors of a file by their names; those of nested containers are joined by dots.
 
     Anything but tensors is left out. Of a zip file, only the storages of returned tensors are read.
 
     Args:
-        within: if the file's dictionary has one of these names, only the tensors under the first of
-            them are returned.
+        select: chooses tensors by their names in the file, and gives the names to return them
+            under. By default all are returned.
 
     Raises:
-        UserError: it is no such file, is damaged, or holds anything but tensors, numbers, text and
-            containers of them.
+        UserError: it is no such file, is damaged, or names what no file of weights needs.
     """
     try:
         with path.open("rb") as file:
             tree = _read_zip(file) if zipfile.is_zipfile(file) else _read_old(file)
-            if isinstance(tree, dict):
-                tree = next((tree[name] for name in within if name in tree), tree)
-            return {name: tensor.to_array() for name, tensor in _iterate_tensors(tree, "")}
+            leaves = dict(_iterate_leaves(tree, "", ()))
+            tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, _Tensor)}
+            names = {name: name for name in tensors}
+            if select:
+                facts = {name: leaf for name, leaf in leaves.items() if name not in tensors}
+                shapes = {name: tensor.shape for name, tensor in tensors.items()}
+                names = select(TorchContents(shapes, facts))
+            return {ours: tensors[name].to_array() for name, ours in names.items()}
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        text = str(error)
+        raise UserError(text if str(path) in text else f"{path}: {text}") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # a damaged pickle raises anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path} is damaged or no file of torch.save: {reason}") from error
 
 
@@ -107,12 +141,23 @@ class _Tensor:
         return np.ascontiguousarray(view).reshape(self.shape)
 
 
-def _iterate_tensors(tree: Any, prefix: str) -> Iterator[tuple[str, _Tensor]]:
-    if isinstance(tree, _Tensor):
+def _iterate_leaves(tree: Any, prefix: str, parents: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
+    """Yield tensors, numbers and texts by their names. `parents` ends cycles of objects."""
+    if isinstance(tree, (_Tensor, bool, int, float, str)):
         yield prefix, tree
-    elif isinstance(tree, dict):
-        for name, value in tree.items():
-            yield from _iterate_tensors(value, f"{prefix}.{name}" if prefix else str(name))
+    if id(tree) in parents:
+        return
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, (list, tuple)):
+        items = enumerate(tree)
+    for name, value in items:
+        if isinstance(tree, _Inert) and name in MODULE_PARTS:
+            place = prefix
+        else:
+            place = f"{prefix}.{name}" if prefix else str(name)
+        yield from _iterate_leaves(value, place, (*parents, id(tree)))
 
 
 # --- the pickle -----------------------------------------------------------------------------------
@@ -128,23 +173,54 @@ def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
-class _IgnoredObject:
-    """An object that a pickle may fill with attributes, which are never read."""
+def _rebuild_subclass(rebuild: Any, _type: Any, args: Any, *_: Any) -> Any:
+    return rebuild(*args)
+
+
+class _Inert(dict[Any, Any]):
+    """A stand-in for an object of any class: it keeps the items and attributes that a pickle gives
+    it, whatever they are, and does nothing.
+    """
+
+    def __new__(cls, *_: Any, **__: Any):
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any):
+        super().__init__()
+
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __setstate__(self, state: Any) -> None:
+        for part in state if isinstance(state, tuple) else (state,):  # attributes, and slots
+            if isinstance(part, dict):
+                self.update(part)
+
+    def append(self, value: Any) -> None:
+        self[len(self)] = value
+
+    def extend(self, values: Iterable[Any]) -> None:
+        for value in values:
+            self.append(value)
+
+    add = append
 
 
 ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
-    # Training scripts keep their flags beside the weights.
-    ("argparse", "Namespace"): _IgnoredObject,
     ("torch", "Size"): tuple,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_subclass,
     **{("torch", name): DTYPES[name] for name in DTYPES},
 }
 
 
 class _Unpickler(pickle.Unpickler):
-    """An unpickler that refuses every name but those in `ALLOWED`.
+    """An unpickler that calls nothing but what is in `ALLOWED`: see the module's docstring.
 
     Args:
         make_storage: makes a storage of the fields of its reference; None where none may occur.
@@ -157,10 +233,16 @@ class _Unpickler(pickle.Unpickler):
         self.make_storage = make_storage
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        if (module_name, global_name) not in ALLOWED:
-            name = f"{module_name}.{global_name}"
+        name = f"{module_name}.{global_name}"
+        if (module_name, global_name) in ALLOWED:
+            return ALLOWED[module_name, global_name]
+        if module_name.startswith("torch") and "_rebuild" in global_name:
+            raise UserError(f"it has tensors of a kind that is not supported: '{name}'")
+        is_builtin = module_name in ("builtins", "__builtin__") and global_name in HARMLESS_BUILTINS
+        is_harmless = is_builtin or (module_name, global_name) in HARMLESS
+        if module_name.split(".")[0] in REFUSED_MODULES and not is_harmless:
             raise UserError(f"refused: it asks for '{name}', which no tensor needs")
-        return ALLOWED[module_name, global_name]
+        return type(global_name, (_Inert,), {})
 
     def persistent_load(self, pid: Any) -> _Storage:
         if self.make_storage is None or not isinstance(pid, tuple) or pid[0] != "storage":

@@ -10,11 +10,11 @@ that others can load.
 """
 
 import json
-import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,9 @@ from datasets_config import LatentEncoding
 from methods.registry import method_of
 from model import JOINT, MODELS, ModelConfig, init_model_params, model_graphdef
 from pretrained import autoencoder, dit, sd3, weight_files
+from pretrained.dit_file import FILE_SUFFIXES, Reference, parse_reference, read_dit_file
+from pretrained.state_dicts import find_weights, pop_heads
+from runtime import processes
 from runtime.errors import UserError, unknown_name
 from runtime.files import atomic_file
 
@@ -37,7 +40,6 @@ SETTINGS_KEYS = {
     "image_size": "trained_size",
     "text_length": "trained_length",
 }
-FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 OWN_CLASSES = {"DiT": False, "MMDiT": True}  # our classes: whether their blocks are joint
 DIFFUSERS_CLASSES = (*dit.CLASSES, sd3.CLASS)
 
@@ -66,6 +68,7 @@ SD3_TEXT_ENCODERS = [
     "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
     "google/t5-v1_1-xxl",
 ]
+OWN_PATCH = "patch.kernel"  # a weight of our own layout
 # Facts of a scheduler of diffusers that are supported, which are also its defaults. They are the
 # chain of `methods.ddpm`.
 SUPPORTED_SCHEDULE = {
@@ -88,6 +91,7 @@ class PretrainedTransformer:
         settings: the part of a run's `config.json` that sampling needs.
         id: of the hub, or an absolute path.
         revision: the hub's commit.
+        notices: lines for a person on how the weights were found, which are printed.
     """
 
     config: ModelConfig
@@ -95,6 +99,7 @@ class PretrainedTransformer:
     settings: dict[str, Any]
     id: str
     revision: str | None = None
+    notices: tuple[str, ...] = ()
 
     def model(self) -> nnx.Module:
         """Build a live module, `model(x, t, label)`."""
@@ -108,9 +113,10 @@ def load_transformer(
 
     In a folder or a repository it lies by itself, or in a pipeline's `transformer/`.
 
-    DiT and SiT files share a layout. The file's name may say which it is (`DiT-XL-2-256x256.pt`);
-    otherwise prefix the path with `dit:` or `sit:`. A size that was not published also needs its
-    number of heads: `dit:heads=6:PATH`.
+    DiT and SiT files share a layout. The file's name may say which it is (`DiT-XL-2-256x256.pt`),
+    or the arguments in it; otherwise prefix the path with `dit:` or `sit:`. A size that was not
+    published also needs its number of heads: `dit:heads=6:PATH`. A model that was trained without a
+    null label may need its number of classes, `dit:classes=10:PATH`.
 
     Args:
         dtype: of matrix products.
@@ -120,7 +126,7 @@ def load_transformer(
         UserError: it cannot be had, is damaged, or holds something that this project cannot
             compute, which the message names.
     """
-    reference = _parse_reference(str(path_or_id))
+    reference = parse_reference(str(path_or_id))
     path = Path(reference.place).expanduser()
     if path.is_file() or path.suffix in FILE_SUFFIXES:
         pretrained = _load_file(path, reference)
@@ -128,6 +134,8 @@ def load_transformer(
         raise UserError(f"'{path_or_id}': {reference.family}: is for a file of weights")
     else:
         pretrained = _load_folder_or_hub(reference.place, revision)
+    for notice in pretrained.notices if processes.is_first() else ():
+        print(f"{pretrained.id}: {notice}", file=sys.stderr)
     config = replace(pretrained.config, dtype=dtype)
     settings = pretrained.settings | {"model_config": asdict(config)}
     return replace(pretrained, config=config, settings=settings)
@@ -148,55 +156,12 @@ def find_preset(config: ModelConfig) -> str | None:
     return names[0] if names else None
 
 
-# --- a file ---------------------------------------------------------------------------------------
-
-
-class Reference(NamedTuple):
-    """A path or hub id, with the facts that may stand before a file's path."""
-
-    family: str | None
-    n_heads: int | None
-    place: str
-
-
-def _parse_reference(text: str) -> Reference:
-    match = re.fullmatch(r"(dit|sit):(?:heads=(\d+):)?(.+)", text, re.IGNORECASE)
-    if not match:
-        return Reference(None, None, text)
-    family, n_heads, place = match.groups()
-    return Reference(family.lower(), int(n_heads) if n_heads else None, place)
-
-
 def _load_file(path: Path, reference: Reference) -> PretrainedTransformer:
-    where = str(path)
-    family = reference.family or _infer_family(path)
-    tensors = weight_files.read_tensor_file(
-        path, within=("ema", "model"), dtypes=weight_files.FLOAT_DTYPES
-    )
-    config = dit.infer_config(tensors, where, reference.n_heads)
-    if config.width % config.n_heads:
-        raise UserError(f"'{where}': width {config.width} is not divisible by {config.n_heads}")
-    params = dit.params_from_original(tensors, config, where)
-    if family == "sit":
-        params, config = dit.convert_sit(params, config)
-    place = str(path.resolve())
-    sampling = SAMPLING_DEFAULTS[family] | _default_guidance(config)
+    file = read_dit_file(path, reference)
+    config, place = file.config, str(path.resolve())
+    sampling = SAMPLING_DEFAULTS[file.family] | _default_guidance(config, has_null=file.has_null)
     settings = _make_settings(config, place, sampling, _default_encoding(config, place))
-    return PretrainedTransformer(config, params, settings, place)
-
-
-def _infer_family(path: Path) -> str:
-    families = [
-        family
-        for family in ("dit", "sit")
-        if re.search(rf"(?<![a-z]){family}(?![a-z])", path.name.lower())
-    ]
-    if len(families) != 1:
-        raise UserError(
-            f"'{path}' may be a DiT or a SiT: their files share a layout but run time in opposite "
-            f"directions; name it as dit:{path} or sit:{path}"
-        )
-    return families[0]
+    return PretrainedTransformer(config, file.params, settings, place, notices=file.notices)
 
 
 # --- a folder, or the hub -------------------------------------------------------------------------
@@ -205,7 +170,10 @@ def _infer_family(path: Path) -> str:
 def _load_folder_or_hub(place: str, revision: str | None) -> PretrainedTransformer:
     if Path(place).expanduser().is_dir():
         _refuse_run(place)
-    network = weight_files.read_network(place, subfolder="transformer", revision=revision)
+        _refuse_bare_files(Path(place).expanduser())
+    network = weight_files.read_network(
+        place, subfolder="transformer", revision=revision, dtypes=weight_files.WEIGHT_DTYPES
+    )
     class_name = network.config.get("_class_name")
     if class_name not in (*DIFFUSERS_CLASSES, *OWN_CLASSES):
         raise UserError(
@@ -217,43 +185,81 @@ def _load_folder_or_hub(place: str, revision: str | None) -> PretrainedTransform
     )
     if settings and not isinstance(settings.get("dataset", {}), dict):
         raise UserError(f"the {SETTINGS} of '{network.id}' is damaged: it has no dataset")
-    config, params = _convert_network(network, settings or {})
+    network, notices = _unwrap_network(network)
+    config = _read_config(network, settings or {})
+    has_null = not dit.append_null_row(network.tensors, config.n_classes)
+    params, heads = _read_params(network, config)
     if settings:
         settings = _make_settings(config, network.id, {}, None) | settings
     else:
-        settings = _read_pipeline_settings(place, network, config)
-    return PretrainedTransformer(config, params, settings, network.id, network.revision)
+        settings = _read_pipeline_settings(place, network, config, has_null=has_null)
+    return PretrainedTransformer(
+        config, params, settings, network.id, network.revision, (*notices, *heads)
+    )
+
+
+def _unwrap_network(
+    network: weight_files.PublishedNetwork,
+) -> tuple[weight_files.PublishedNetwork, tuple[str, ...]]:
+    """Take the prefixes off the names of weights, and choose the average if there is one."""
+    shapes = {name: x.shape for name, x in network.tensors.items()}
+    found = find_weights(shapes, (dit.DIFFUSERS_PATCH, OWN_PATCH), network.id)
+    tensors = {ours: network.tensors[name] for name, ours in found.names.items()}
+    return network._replace(tensors=tensors), found.notices
 
 
 def _refuse_run(folder: str) -> None:
     config = weight_files.read_optional_json(folder, weight_files.CONFIG) or {}
     if "model_config" in config:
         raise UserError(
-            f"'{folder}' is a run of this project: export it by export.py, and load the export"
+            f"'{folder}' is a run of this project: name it by --run, or export it by export.py and "
+            "load the export"
         )
 
 
-def _convert_network(
+def _refuse_bare_files(folder: Path) -> None:
+    """Refuse a folder of weight files without a config, such as a training script's."""
+    if any((folder / part / weight_files.CONFIG).is_file() for part in ("", "transformer")):
+        return
+    files = sorted(path for path in folder.iterdir() if path.suffix in FILE_SUFFIXES)
+    if files:
+        raise UserError(
+            f"'{folder}' holds no {weight_files.CONFIG}: name one of its files, such as "
+            f"dit:{files[-1]} or sit:{files[-1]}"
+        )
+
+
+def _read_config(
     network: weight_files.PublishedNetwork, settings: Mapping[str, Any]
-) -> tuple[ModelConfig, dict[str, Any]]:
-    """Convert a config and weights to ours, by the family that the config names."""
+) -> ModelConfig:
+    """Convert a config to ours, by the family that it names."""
     class_name = network.config["_class_name"]
     if class_name in OWN_CLASSES:
-        config = _read_own_config(network.config, network.id)
-        return config, _read_own_params(network.tensors, config, network.id)
+        return _read_own_config(network.config, network.id)
     if class_name == sd3.CLASS:
         # Only SD3's table of positions tells how they are counted.
         config = sd3.config_from_diffusers(network.config, network.id, network.tensors)
-        params = sd3.params_from_diffusers(network.tensors, config, network.id)
     else:
         config = dit.config_from_diffusers(network.config, network.id)
-        params = dit.params_from_diffusers(network.tensors, config, network.id)
     fields = {name: settings[key] for name, key in SETTINGS_KEYS.items() if key in settings}
-    return replace(config, **fields), params
+    return replace(config, **fields)
+
+
+def _read_params(
+    network: weight_files.PublishedNetwork, config: ModelConfig
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Convert weights to ours. Returns them, and a notice of heads that are ignored."""
+    class_name, tensors = network.config["_class_name"], network.tensors
+    if class_name in OWN_CLASSES:
+        heads = pop_heads(tensors, _own_shapes(config))
+        return _read_own_params(tensors, config, network.id), heads
+    family = sd3 if class_name == sd3.CLASS else dit
+    heads = pop_heads(tensors, family.diffusers_shapes(config))
+    return family.params_from_diffusers(tensors, config, network.id), heads
 
 
 def _read_pipeline_settings(
-    place: str, network: weight_files.PublishedNetwork, config: ModelConfig
+    place: str, network: weight_files.PublishedNetwork, config: ModelConfig, *, has_null: bool
 ) -> dict[str, Any]:
     """Derive the settings from the rest of a pipeline, if there is one."""
 
@@ -265,7 +271,7 @@ def _read_pipeline_settings(
     if config.text_width:
         sampling = SAMPLING_DEFAULTS["sd3"]
     else:
-        sampling = SAMPLING_DEFAULTS["dit"] | _default_guidance(config)
+        sampling = SAMPLING_DEFAULTS["dit"] | _default_guidance(config, has_null=has_null)
     if scheduler:
         sampling = sampling | _read_scheduler(scheduler, network.id)
     method = method_of(sampling | {"learned_sigma": config.out_channels > config.channels})
@@ -359,11 +365,13 @@ def _make_encoding(
     )
 
 
-def _default_guidance(config: ModelConfig) -> dict[str, Any]:
-    """Return the guidance of models on classes.
+def _default_guidance(config: ModelConfig, *, has_null: bool) -> dict[str, Any]:
+    """Return the guidance of models on classes, and their label dropout if there was none.
 
     The sampling scripts of DiT and SiT guide three of their four channels.
     """
+    if not has_null:
+        return {"cfg_scale": 1.0, "label_dropout": 0.0}
     if not config.n_classes:
         return {"cfg_scale": 1.0}
     if config.channels == 4:
@@ -478,16 +486,19 @@ def _read_own_config(facts: Mapping[str, Any], where: str) -> ModelConfig:
     return config
 
 
+def _own_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each of our weights by its name in a file."""
+    leaves = _flatten_leaves(jax.eval_shape(lambda: init_model_params(config, jax.random.key(0))))
+    return {".".join(path): leaf.shape for path, leaf in leaves.items()}
+
+
 def _read_own_params(
     tensors: Mapping[str, np.ndarray], config: ModelConfig, where: str
 ) -> dict[str, Any]:
-    leaves = _flatten_leaves(jax.eval_shape(lambda: init_model_params(config, jax.random.key(0))))
-    paths = {".".join(path): path for path in leaves}
-    weight_files.require_shapes(
-        where, tensors, {name: leaves[path].shape for name, path in paths.items()}
-    )
+    shapes = _own_shapes(config)
+    weight_files.require_shapes(where, tensors, shapes)
     return unflatten_dict(
-        {path: np.array(tensors[name], np.float32) for name, path in paths.items()}
+        {tuple(name.split(".")): np.array(tensors[name], np.float32) for name in shapes}
     )
 
 

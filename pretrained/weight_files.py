@@ -7,7 +7,7 @@ Their meaning is known by the module of each family. Nothing here needs torch.
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -16,7 +16,8 @@ import numpy as np
 import safetensors
 
 from pretrained import hub
-from pretrained.torch_file import read_torch_file
+from pretrained.state_dicts import find_weights
+from pretrained.torch_file import Select, TorchContents, read_torch_file
 from runtime.errors import UserError
 from runtime.files import atomic_file
 
@@ -29,13 +30,17 @@ WEIGHT_FILES = (
     WEIGHTS,
     INDEX,
     "diffusion_pytorch_model.fp16.safetensors",
+    f"{WEIGHTS}.index.fp16.json",
     "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.fp16.bin",
+    "diffusion_pytorch_model.bin.index.fp16.json",
 )
 BARE_PATTERNS = ("*.pth", "*.pt", "*.bin", "*.safetensors")  # of weights without a config
 # NumPy has no bfloat16 of its own, and safetensors' reader for it does not know one.
 FLOAT_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-DTYPES = FLOAT_DTYPES | {
-    "F64": np.float64,
+WEIGHT_DTYPES = FLOAT_DTYPES | {"F64": np.float64}
+DTYPES = WEIGHT_DTYPES | {
     "I64": np.int64,
     "I32": np.int32,
     "I16": np.int16,
@@ -54,14 +59,33 @@ class PublishedNetwork(NamedTuple):
     tensors: dict[str, np.ndarray]
 
 
+class FileWeights(NamedTuple):
+    """The weights of one network in a file.
+
+    Args:
+        tensors: by the network's names.
+        facts: other numbers and texts in the file: see `TorchContents`.
+        notices: lines for a person on how they were found.
+    """
+
+    tensors: dict[str, np.ndarray]
+    facts: dict[str, Any]
+    notices: tuple[str, ...]
+
+
 def read_network(
-    path_or_id: str, *, subfolder: str, revision: str | None = None
+    path_or_id: str,
+    *,
+    subfolder: str,
+    revision: str | None = None,
+    dtypes: Mapping[str, Any] = FLOAT_DTYPES,
 ) -> PublishedNetwork:
     """Read a network's config and weights from a folder if there is one, else from the hub.
 
     Args:
         subfolder: where the network lies in a whole pipeline, such as vae.
         revision: of the hub: a branch, tag or commit. Ignored for folders.
+        dtypes: of safetensors, the number formats that are accepted.
 
     Raises:
         UserError: it cannot be had, or its files are damaged.
@@ -70,13 +94,13 @@ def read_network(
     if folder.is_dir():
         place = _find_network_folder(folder, subfolder)
         config = _read_json_object(place / CONFIG)
-        tensors = _read_tensor_files(_find_weight_files(place), FLOAT_DTYPES)
+        tensors = _read_tensor_files(_find_weight_files(place), dtypes)
         return PublishedNetwork(str(folder.resolve()), None, config, tensors)
     required = f"{CONFIG} with {WEIGHTS}, nor a {subfolder}/"
     with hub.explain_failures(path_or_id, required=required, revision=revision):
         config, commit, place = hub.download_config(path_or_id, subfolder, revision, file=CONFIG)
         files = _download_weight_files(path_or_id, place, commit or revision)
-    tensors = _read_tensor_files(files, FLOAT_DTYPES)
+    tensors = _read_tensor_files(files, dtypes)
     return PublishedNetwork(path_or_id, commit, config, tensors)
 
 
@@ -193,20 +217,60 @@ def _list_some(names: list[str], n: int = 3) -> str:
 
 
 def read_tensor_file(
-    path: Path, *, within: tuple[str, ...] = (), dtypes: Mapping[str, Any] = DTYPES
+    path: Path, *, select: Select | None = None, dtypes: Mapping[str, Any] = DTYPES
 ) -> dict[str, np.ndarray]:
     """Read the tensors of a file of safetensors or of torch.save, by its suffix.
 
     Args:
-        within: of a torch file, see `read_torch_file`.
+        select: see `read_torch_file`.
         dtypes: of safetensors, the number formats that are accepted.
 
     Raises:
         UserError: it cannot be read, is damaged, or holds anything but such tensors.
     """
-    if path.suffix == ".safetensors":
-        return read_safetensors(path, dtypes)
-    return read_torch_file(path, within=within)
+    if path.suffix != ".safetensors":
+        return read_torch_file(path, select=select)
+    tensors = read_safetensors(path, dtypes)
+    if select is None:
+        return tensors
+    names = select(TorchContents({name: x.shape for name, x in tensors.items()}, {}))
+    return {ours: tensors[name] for name, ours in names.items()}
+
+
+def read_file_weights(
+    path: Path, anchors: Iterable[str], *, fixed: Collection[str] = ()
+) -> FileWeights:
+    """Read the weights of one network from a file, however they are wrapped: see `state_dicts`.
+
+    Args:
+        anchors: tensors that such a network has; the first that occurs is used.
+        fixed: tensors that are never trained, which an average may lack.
+
+    Raises:
+        UserError: the file cannot be read, holds several copies of the weights, or weights that
+            are no floating-point numbers.
+    """
+    facts: dict[str, Any] = {}
+    notices: list[str] = []
+
+    def select(contents: TorchContents) -> dict[str, str]:
+        found = find_weights(contents.shapes, anchors, str(path), fixed=fixed)
+        facts.update(contents.facts)
+        notices.extend(found.notices)
+        return found.names
+
+    tensors = read_tensor_file(path, select=select)
+    require_floats(tensors, str(path))
+    return FileWeights(tensors, facts, tuple(notices))
+
+
+def require_floats(tensors: Mapping[str, np.ndarray], where: str) -> None:
+    """Raise UserError for weights that are quantized, whose scales are not read."""
+    for name, x in tensors.items():
+        if x.dtype not in [np.dtype(dtype) for dtype in WEIGHT_DTYPES.values()]:
+            raise UserError(
+                f"'{where}': {name} is {x.dtype}; weights are {', '.join(WEIGHT_DTYPES)}"
+            )
 
 
 def _read_tensor_files(files: Iterable[Path], dtypes: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -279,7 +343,7 @@ def _find_weight_files(folder: Path) -> list[Path]:
             files = [folder / part for part in _list_parts(folder / name)]
             missing = [path.name for path in files if not path.is_file()]
             if missing:
-                raise UserError(f"'{folder}' lacks {_list_some(missing)}, which its {INDEX} names")
+                raise UserError(f"'{folder}' lacks {_list_some(missing)}, which its {name} names")
             return files
     raise UserError(f"'{folder}' holds no {WEIGHTS}")
 
@@ -301,7 +365,7 @@ def _download_weight_files(name: str, subfolder: str | None, revision: str | Non
 
 def _list_parts(file: Path) -> list[str]:
     """List the files that hold the weights: the file itself, or those that an index names."""
-    if file.name != INDEX:
+    if file.suffix != ".json":
         return [file.name]
     file_by_tensor = _read_json_object(file).get("weight_map")
     if not isinstance(file_by_tensor, dict) or not all(

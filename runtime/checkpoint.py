@@ -9,6 +9,7 @@ checkpoint that does not match its checksums is refused. What the items mean is 
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -44,6 +45,10 @@ T = TypeVar("T")
 
 class DamageError(UserError):
     """A checkpoint that cannot be read, or whose bits are not those that were saved."""
+
+
+class OtherContentsError(UserError):
+    """A checkpoint of sound arrays that are not those that were asked for."""
 
 
 class DiskFullError(UserError):
@@ -163,20 +168,59 @@ class Checkpoints:
                 of devices need not be the one that saved.
 
         Raises:
-            DamageError: the checkpoint is damaged or was written by another configuration.
+            OtherContentsError: it holds arrays of other names or shapes.
+            DamageError: the checkpoint is damaged.
         """
         items: dict[str, Any] = {}
         for name, tree in like.items():
             items[name] = ocp.args.StandardRestore(tree)
         items[CHECKSUMS_ITEM] = ocp.args.JsonRestore()
-        with self._raise_damage(step):
-            restored = self.manager.restore(step, args=ocp.args.Composite(**items))
-            for name in like:
-                saved = restored[CHECKSUMS_ITEM][name]
-                changed = array_checksums(restored[name]).items() ^ saved.items()
-                if changed:
-                    raise ValueError(f"bits of {name}{min(changed)[0]} are not those saved")
+        try:
+            with self._raise_damage(step):
+                restored = self.manager.restore(step, args=ocp.args.Composite(**items))
+                for name in like:
+                    saved = restored[CHECKSUMS_ITEM][name]
+                    changed = array_checksums(restored[name]).items() ^ saved.items()
+                    if changed:
+                        raise ValueError(f"bits of {name}{min(changed)[0]} are not those saved")
+        except DamageError as error:
+            differences = [self._describe_difference(step, *item) for item in like.items()]
+            if text := "; ".join(filter(None, differences)):
+                raise OtherContentsError(
+                    f"{self.folder / str(step)} is sound, but of another trainer or model: {text}"
+                ) from error
+            raise
         return {name: restored[name] for name in like}
+
+    def _describe_difference(self, step: int, name: str, tree: Any) -> str:
+        """Say how an item's arrays differ from a tree in names or shapes; empty if they do not, or
+        if the item is too damaged to tell.
+        """
+        try:
+            metadata = ocp.StandardCheckpointer().metadata(self.folder / str(step) / name)
+            contents = metadata.item_metadata
+            checksums = self.manager.restore(
+                step, args=ocp.args.Composite(**{CHECKSUMS_ITEM: ocp.args.JsonRestore()})
+            )
+            saved = _shapes_by_name(contents.tree if contents else {})
+            named_twice = {_plain_name(key) for key in checksums[CHECKSUMS_ITEM][name]}
+        except Exception as error:  # the damage is reported by the caller
+            release_failed_calls(error)
+            return ""
+        wanted = _shapes_by_name(tree)
+        if {*saved} != named_twice or saved == wanted:
+            return ""
+        parts = {
+            "lacks": sorted({*wanted} - {*saved}),
+            "also has": sorted({*saved} - {*wanted}),
+            "differs in": [
+                f"{key} {saved[key]}, not {shape}"
+                for key, shape in wanted.items()
+                if saved.get(key, shape) != shape
+            ],
+        }
+        texts = [f"{verb} {', '.join(keys[:2])}" for verb, keys in parts.items() if keys]
+        return f"{name} {' and '.join(texts)}"
 
     def restore_newest(self, like: dict[str, Any]) -> tuple[int, dict[str, Any], list[int]]:
         """Read the newest step that is not damaged, with a warning for each that is.
@@ -354,6 +398,16 @@ def _sum_words(tree: Any) -> Any:
         return jnp.sum(jax.lax.bitcast_convert_type(x, words), dtype=jnp.uint32)
 
     return jax.tree.map(sum_array, tree)
+
+
+def _plain_name(key: str) -> str:
+    """Return a `keystr` without punctuation: ['opt_state'][1].mu → opt_state.1.mu."""
+    return ".".join(re.findall(r"[^\[\]'.]+", key))
+
+
+def _shapes_by_name(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {_plain_name(jax.tree_util.keystr(path)): tuple(x.shape) for path, x in leaves}
 
 
 def json_checksum(record: dict[str, Any]) -> int:

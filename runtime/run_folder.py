@@ -20,6 +20,7 @@ RUNS = Path("runs")
 CONFIG_FILE = "config.json"
 TRAIN_COMMAND = "train.py"  # a config.json without "command" is of this one
 MEASUREMENT_FOLDERS = ("profile", "lr_range_test")  # of measurements that need no run
+PUBLISHED = "a published model is named by --pretrained, or by --init_from to start from"
 REQUIRED_KEYS = ("dataset_name", "model", "model_config", "dataset")
 
 
@@ -109,10 +110,13 @@ def read_config(run_dir: Path, *, command: str = TRAIN_COMMAND) -> dict[str, Any
     try:
         config = json.loads((run_dir / CONFIG_FILE).read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"'{run_dir}' is not a run: it has no {CONFIG_FILE}") from None
+        way_out = _suggest_run(run_dir)
+        raise UserError(f"'{run_dir}' is not a run: it has no {CONFIG_FILE}{way_out}") from None
     except ValueError as error:  # not JSON, or not even text
         raise UserError(f"{run_dir / CONFIG_FILE} is damaged: {error}") from None
     known_keys = config if isinstance(config, dict) else {}
+    if class_name := known_keys.get("_class_name"):
+        raise UserError(f"'{run_dir}' is not a run, but {class_name} as published: {PUBLISHED}")
     missing = [key for key in REQUIRED_KEYS if key not in known_keys]
     if missing:
         raise UserError(f"{run_dir / CONFIG_FILE} is damaged: it lacks {', '.join(missing)}")
@@ -120,6 +124,15 @@ def read_config(run_dir: Path, *, command: str = TRAIN_COMMAND) -> dict[str, Any
     if run_command != command:
         raise UserError(f"'{run_dir}' is a run of {run_command}, not of {command}")
     return config
+
+
+def _suggest_run(path: Path) -> str:
+    """Suggest what a path without config.json may be instead of a run; empty if unknown."""
+    if path.is_file() or (path / "model_index.json").is_file():
+        return f"; {PUBLISHED}"
+    runs = [folder for folder in path.parents[:2] if (folder / CONFIG_FILE).is_file()]
+    runs += sorted(config.parent for config in path.glob(f"*/{CONFIG_FILE}"))
+    return f"; name the run's folder, such as '{runs[0]}'" if runs else ""
 
 
 def write_config(run_dir: Path, config: dict[str, Any]) -> None:

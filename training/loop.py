@@ -30,6 +30,8 @@ from training.resolve import require_even_batches
 from training.session import Run, open_session
 from training.step import StepReport, TrainState
 
+# A subclass that overrides one of these trains something else, or keeps another state.
+TRAINING_METHODS = ("loss", "update", "train_step", "initial_state", "make_optimizer")
 LoopType = TypeVar("LoopType", bound="Loop")
 
 
@@ -87,6 +89,14 @@ class Loop(Run):
         self.position = 0
         self.damaged: list[int] = []
         self._pipeline: Pipeline | None = None
+
+    @classmethod
+    def trainer_path(cls) -> str:
+        """Return `module:class` of the class that decides what is trained: the last of its bases,
+        or itself, that overrides one of `TRAINING_METHODS`.
+        """
+        deciding = next(base for base in cls.__mro__ if {*TRAINING_METHODS} & {*vars(base)})
+        return f"{deciding.__module__}:{deciding.__qualname__}"
 
     @classmethod
     def from_run(cls: type[LoopType], run_dir: str | Path) -> LoopType:

@@ -20,6 +20,7 @@ from data.rows import Source
 from inference.conditioning import Conditioning, StoredCaptions, class_conditioning
 from inference.spaces import space_of
 from methods.method import Method
+from methods.registry import recorded_name
 from model import ModelConfig
 from runtime import processes, run_folder
 from runtime.errors import UserError
@@ -161,7 +162,7 @@ def _merge(config: TrainConfig, saved: dict[str, Any], devices: Devices) -> Trai
     if saved:
         if config.fsdp is None:
             config = replace(config, fsdp=math.gcd(saved["fsdp"], devices.count))
-        config = merge_saved(config, saved)
+        config = replace(merge_saved(config, saved), objective=recorded_name(saved))
     return with_dataset_and_latents(config)
 
 

@@ -109,6 +109,27 @@ def _canonical(name: str, value: Any) -> Any:
     return PRECISIONS.get(value, value) if name == "half_precision" else value
 
 
+def require_recorded_class(run_dir: Path, saved: Mapping[str, Any], key: str, now: str) -> None:
+    """Reject resuming with another class than the run was trained by.
+
+    Args:
+        saved: `config.json` of the run to resume; an old one does not say.
+        key: trainer or method.
+        now: `module:class`. Modules may differ: a script's is __main__ until it is imported.
+
+    Raises:
+        UserError: the classes differ.
+    """
+    before = saved.get(key) or now
+    name = before.rpartition(":")[2]
+    if name != now.rpartition(":")[2]:
+        opened = f"{name}.from_run(…)" if key == "trainer" else f"{name} in METHODS"
+        raise UserError(
+            f"'{run_dir}' was trained by the {key} {before}, not by {now}: resume it with "
+            f"{opened}; generate.py --run samples from it"
+        )
+
+
 def require_same_space(space: Space, saved: dict[str, Any]) -> None:
     """Reject resuming in another space. The locations of the VAE and of the images may differ.
 

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from datasets_config import DATASET_CONFIGS, DatasetConfig
+from inference.guidance import null_is_trained
 from inference.spaces import compare_spaces, space_of
 from inference.trained_model import TrainedModel
 from methods.registry import DEFAULT_METHOD, method_of
@@ -217,12 +218,15 @@ def resize_position_table(
 def _fit_classes(
     source: StartingWeights, config: ModelConfig, label_names: Sequence[str], fresh: FreshPart
 ) -> PartsAndNotices:
-    """Keep the embeddings of classes that both models have; the null label stays last."""
+    """Keep the embeddings of classes that both models have; the null label stays last. It starts
+    fresh if the source was trained without label dropout.
+    """
     n, m = source.config.n_classes, config.n_classes
     rows = match_classes(source.label_names, n, label_names, m)
-    if rows == list(range(n)):
+    null_is_fresh = bool(n and m) and not null_is_trained(source.settings)
+    if rows == list(range(n)) and not null_is_fresh:
         return {}, []
-    rows_and_null = np.array([*rows, n])
+    rows_and_null = np.array([*rows, -1 if null_is_fresh else n])
     fresh_label = fresh("label")
     label = {
         name: np.where(
@@ -230,10 +234,12 @@ def _fit_classes(
         )
         for name, x in source.params["label"].items()
     }
-    n_kept = sum(row >= 0 for row in rows)
-    return {"label": label}, [
-        f"{n_kept} of {m} classes are among the source's {n}; the others start fresh"
-    ]
+    notices = ["the source has no trained null label: it starts fresh"] if null_is_fresh else []
+    if rows != list(range(n)):
+        n_kept = sum(row >= 0 for row in rows)
+        start = f"{n_kept} of {m} classes are among the source's {n}; the others start fresh"
+        notices.insert(0, start)
+    return {"label": label}, notices
 
 
 def _as_column(x: np.ndarray, like: Any) -> np.ndarray:

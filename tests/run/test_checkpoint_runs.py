@@ -30,7 +30,7 @@ from commands import fill, small_disk
 from orbax.checkpoint._src.path.step import Metadata
 
 from runtime import parallel
-from runtime.checkpoint import Checkpoints, DiskFullError
+from runtime.checkpoint import Checkpoints, DiskFullError, OtherContentsError
 from runtime.errors import UserError
 from runtime.orbax_noise import silence_orbax
 
@@ -175,6 +175,23 @@ def test_another_models_weights_are_refused(tmp_path, first):
     with Checkpoints(tmp_path, read_only=True) as checkpoints, refused:
         checkpoints.restore(4, other)
     gc.collect()  # they complain now, not in a later test
+
+
+def test_sound_checkpoints_of_other_arrays_are_not_called_damaged(tmp_path, first, capsys):
+    save(tmp_path, (2, first), (4, first))
+    other = abstract_arrays(DDP)
+    other["params"]["label"]["table"] = jax.ShapeDtypeStruct((34, 65), jnp.float32)
+    other["optimizer"]["mine"] = other["optimizer"].pop("step")
+    refused = pytest.raises(OtherContentsError)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints, refused as error:
+        checkpoints.restore_newest(other)
+    assert str(error.value) == (
+        f"{tmp_path / 'checkpoints' / '4'} is sound, but of another trainer or model: "
+        "optimizer lacks mine and also has step; params differs in label.table (33, 65), not "
+        "(34, 65)"
+    )
+    assert capsys.readouterr().err == ""
+    gc.collect()
 
 
 @pytest.mark.parametrize("share", [0, 0.5])

@@ -46,7 +46,7 @@ from training.autoencoder.losses import (
 from training.flag_groups import DEFAULT_DATASET
 from training.loop import Loop, flags_as_json
 from training.prepare import find_run_dir, leave_out_bad_rows, new_run_dir
-from training.resolve import merge_saved
+from training.resolve import merge_saved, require_recorded_class
 from training.session import RunRecord
 from training.step import StepReport, TrainState
 
@@ -83,6 +83,7 @@ class VaeTrainer(Loop):
         saved = None
         if run_dir and config.resume:
             saved = run_folder.read_config(run_dir, command=COMMAND)
+            require_recorded_class(run_dir, saved, "trainer", self.trainer_path())
             config = merge_saved(config, saved)
         self.source = open_dataset(
             config.dataset_name or DEFAULT_DATASET,
@@ -311,7 +312,8 @@ Next:
 
     def describe(self) -> RunRecord:
         flags = {**flags_as_json(self.config), "command": COMMAND, "model": MODEL_NAME}
-        return RunRecord(flags, self.run_dir, self.model_config, self.dataset)
+        extra = {"trainer": self.trainer_path()}
+        return RunRecord(flags, self.run_dir, self.model_config, self.dataset, extra)
 
 
 @jax.jit

@@ -6,7 +6,7 @@ import pytest
 
 from methods.ddpm import DDPM
 from methods.rectified_flow import RectifiedFlow
-from methods.registry import METHODS, class_path, find_method, method_of
+from methods.registry import METHODS, class_path, find_method, method_of, recorded_name
 from runtime.errors import UserError
 from runtime.flags import setting
 
@@ -48,6 +48,14 @@ def test_the_method_of_a_model_is_the_recorded_one():
     )
     with pytest.raises(UserError, match=r"with --objective mine, which is not known here: .*Other"):
         method_of({"objective": "mine", "method": class_path(Mine).replace("Mine", "Other")})
+
+
+def test_a_method_that_was_added_in_another_session_is_found_by_its_class():
+    assert recorded_name({"objective": "ddpm"}) == "ddpm" and recorded_name({}) == "rectified_flow"
+    flags = {"objective": "mine", "method": class_path(Mine), "power": 3.0}
+    assert find_method(recorded_name(flags)) is Mine
+    with pytest.raises(UserError, match=r"not known here: .* add it to METHODS first, or train"):
+        recorded_name({"objective": "mine", "method": "__main__:NotHere"})
 
 
 def test_a_field_left_out_has_its_default_and_one_out_of_range_is_refused():

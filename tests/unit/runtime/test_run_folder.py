@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import threading
 
@@ -85,6 +86,28 @@ def test_a_folder_without_config_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "nowhere", tmp_path / "file"):
         with pytest.raises(UserError, match="is not a run: it has no config"):
+            run_folder.read_config(path)
+
+
+def test_what_is_no_run_is_named_for_what_it_is(tmp_path):
+    run, export, pipeline = (tmp_path / name for name in ("runs/a", "export", "pipeline"))
+    for folder in (run / "checkpoints" / "12", export, pipeline):
+        folder.mkdir(parents=True)
+    run_folder.write_config(run, dict.fromkeys(run_folder.REQUIRED_KEYS, ""))
+    run_folder.write_config(export, {"_class_name": "DiTTransformer2DModel"})
+    (pipeline / "model_index.json").write_text("{}")
+    (tmp_path / "DiT-XL-2.pt").touch()
+    way_out = "a published model is named by --pretrained, or by --init_from to start from"
+    parts = {
+        export: f"is not a run, but DiTTransformer2DModel as published: {way_out}",
+        pipeline: f"it has no config.json; {way_out}",
+        tmp_path / "DiT-XL-2.pt": f"it has no config.json; {way_out}",
+        run / "checkpoints": f"name the run's folder, such as '{run}'",
+        run / "checkpoints" / "12": f"name the run's folder, such as '{run}'",
+        run.parent: f"name the run's folder, such as '{run}'",
+    }
+    for path, part in parts.items():
+        with pytest.raises(UserError, match=re.escape(part)):
             run_folder.read_config(path)
 
 

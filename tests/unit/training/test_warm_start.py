@@ -75,6 +75,19 @@ def test_shared_classes_keep_their_embeddings_and_the_null_label_stays_last(bloc
         np.testing.assert_allclose(found, predicted(start.config, start.params, theirs), atol=1e-6)
 
 
+@pytest.mark.parametrize("n_classes", [10, 4])
+def test_a_null_label_that_was_never_trained_starts_fresh(n_classes):
+    start = source(CONFIG, label_dropout=0.0)
+    config = replace(CONFIG, n_classes=n_classes)
+    params, notices = fit(start, config)
+    fresh = weights(config, seed=1)["label"]["table"]
+    np.testing.assert_array_equal(params["label"]["table"][-1], fresh[-1])
+    if n_classes == 10:
+        assert_same(params["label"]["table"][:-1], start.params["label"]["table"][:-1])
+    assert notices[-1] == "the source has no trained null label: it starts fresh"
+    assert len(notices) == (2 if n_classes == 10 else 3)
+
+
 @pytest.mark.parametrize(
     "source_names, names, rows",
     [
