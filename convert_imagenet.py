@@ -9,6 +9,7 @@ the same, byte for byte. `data/latents.py` describes the folder, `inference/late
 it, and `inference/latent_check.py` is --doctor.
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,7 +131,7 @@ def closing_words(dataset: LatentDataset, folder: Path) -> str:
     shape = "×".join(map(str, dataset.encoding.shape))
     return (
         f"{dataset.row_summary}{skipped} of {shape} in {folder}/\n"
-        f"Next:\n  python train.py --latents {folder}"
+        f"Next:\n  python train.py --latents {shlex.quote(str(folder))}"
     )
 
 

@@ -164,7 +164,9 @@ def check_flags(config: EvaluateConfig) -> None:
         )
     if config.make_reference and config.out:
         raise UserError("--out needs --reference: --make_reference compares nothing")
-    _check_numbers(config)
+    check_values(config, vars(config))
+    if 0 < config.n_features < 2:
+        raise UserError("--n_features 1: must be 0 or at least 2")
     _check_files(config)
     if config.features == "pixels" and (config.inception or config.preparation):
         raise UserError("--features pixels takes neither --inception nor --preparation")
@@ -205,12 +207,6 @@ def _check_files(config: EvaluateConfig) -> None:
         if path.suffix != ".npz" and path != config.out:
             raise UserError(f"{path}: the name must end in .npz")
     check_distinct_paths(config, written=written, read=("npz", "reference"))
-
-
-def _check_numbers(config: EvaluateConfig) -> None:
-    check_values(config, vars(config))
-    if 0 < config.n_features < 2:
-        raise UserError("--n_features 1: must be 0 or at least 2")
 
 
 # --- images ---------------------------------------------------------------------------------------
@@ -382,10 +378,17 @@ def main(config: EvaluateConfig) -> None:
         preparation=config.preparation,
     )
     images = open_images(config, model, batch_size)
+    if processes.is_first():
+        print(images.describe())
+        if reference and (warning := reference.compare_sizes(images.shape)):
+            print(warning)
     summary = extract_features(config, extractor, images, batch_size, reference)
     if reference:
         reference_features = load_reference_features(config, reference, extractor, batch_size)
         if processes.is_first():
+            n, m = (0 if x is None else len(x) for x in (summary.features, reference_features))
+            if m and n != m:
+                print(f"KID, precision and recall compare {n} images with {m} of the reference")
             scores = compute_scores(config, summary, reference, reference_features)
             report_scores(config, scores, build_card(images, extractor, reference, config))
     elif config.make_reference and processes.is_first():
@@ -409,7 +412,7 @@ def build_card(
     Its keys are a file format: programs read them from evaluations.jsonl and from references.
     """
     card = {
-        "pictures": images.card | {"count": images.count},
+        "pictures": images.card | {"count": images.count, "shape": list(images.shape)},
         "features": extractor.card,
         "command": shlex.join(sys.argv),
         "jax": jax.__version__,

@@ -60,6 +60,8 @@ def main(config: ExportConfig) -> None:
     if c.out.exists() and not (c.out.is_dir() and not any(c.out.iterdir())):
         raise UserError(f"'{c.out}' already exists; name a new folder by --out")
     run, step, params = trained.settings, trained.step, parallel.fetch_to_host(trained.params)
+    if not parallel.is_finite(params):
+        raise UserError(f"the weights of step {step} of {c.run} hold NaN or infinity; pass --step")
     settings = {name: run[name] for name in EXPORTED_SETTINGS if name in run}
     settings |= {"step": step, "ema": c.ema}
     n_params = sum(np.size(x) for x in jax.tree.leaves(params))

@@ -208,11 +208,11 @@ def save_trajectory(inputs: FigureInputs, path: Path) -> None:
     times = plan.sampler.state_times()
     frames = []
     for i in comparisons.evenly_spaced(len(states), MAX_FRAMES):
-        images = grids.to_uint8(trained.space.to_images(states[i]))
+        images = trained.to_uint8(trained.space.to_images(states[i]))
         grid = grids.image_grid(
             grids.shrink_images(images, MAX_SIDE),
             columns=len(row.label_index),
-            captions=request.captions,
+            captions=request.grid_captions,
         )
         t = float(times[i])
         frames.append(grids.add_header(grid, f"t = {t:.2f}", progress=1 - t))

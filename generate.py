@@ -321,7 +321,7 @@ def write_samples(
         )
 
     if config.trajectory or config.x0:
-        sample_at = sample_files.slice_samples(sample_all, size)
+        sample_at = sample_files.slice_samples(trained, sample_all, size)
     else:
         sample_at = sample_files.make_batch_sampler(trained, request, plan, size)
     card = sample_files.describe_samples(trained, request, plan) | {
@@ -332,9 +332,10 @@ def write_samples(
     write_images(config.out, sample_at, range(0, n, size), request, card)
     # GIFs come last, as a folder of other samples is refused by the line above.
     if config.trajectory:
-        write_gif(config.trajectory, sample_all().trajectory, request, "the trajectory")
+        states = sample_all().trajectory
+        write_gif(config.trajectory, trained, states, request, "the trajectory")
     if config.x0:
-        write_gif(config.x0, sample_all().estimates, request, "the x0 predictions")
+        write_gif(config.x0, trained, sample_all().estimates, request, "the x0 predictions")
 
 
 def write_images(
@@ -355,7 +356,7 @@ def write_images(
                 batches.append(sample_at(start))
                 bar.update(len(batches[-1]))
             with report_unwritable(out):
-                grid = grids.image_grid(np.concatenate(batches), captions=request.captions)
+                grid = grids.image_grid(np.concatenate(batches), captions=request.grid_captions)
                 grids.save_png(grid, out)
         else:
             for n_written in sample_files.write_folder(
@@ -365,11 +366,15 @@ def write_images(
 
 
 def write_gif(
-    out: Path, states: np.ndarray | None, request: SampleRequest, description: str
+    out: Path,
+    trained: TrainedModel,
+    states: np.ndarray | None,
+    request: SampleRequest,
+    description: str,
 ) -> None:
     """Write images in −1 … 1 of each step as a .gif of grids."""
     assert states is not None
-    frames = [grids.image_grid(grids.to_uint8(x), captions=request.captions) for x in states]
+    frames = [grids.image_grid(trained.to_uint8(x), captions=request.grid_captions) for x in states]
     with report_unwritable(out):
         grids.save_gif(frames, out)
     print(f"{description}: {out}")

@@ -248,7 +248,7 @@ class Trainer(Loop):
             # The last batch is filled up, so that all batches share one compiled program.
             places = np.minimum(np.arange(start, start + batch_size), n - 1) % len(labels)
             x = self.sample([labels[i] for i in places], first_index=start)
-            yield grids.to_uint8(x[: n - start])
+            yield grids.to_uint8(x[: n - start], first=start)
 
     # --- samples ----------------------------------------------------------------------------------
 

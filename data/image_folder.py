@@ -13,19 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from data import images, metadata_files
+from data import metadata_files
 from data.columns import in_order
+from data.image_files import Listing
 from runtime.errors import UserError, some_of
 
 if TYPE_CHECKING:  # at run time it is imported where it is used
     from datasets import Dataset
 
-# fmt: off
-IMAGE_SUFFIXES = frozenset((
-    ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm",
-    ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
-))
-# fmt: on
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 CAPTION_SUFFIXES = (".txt", ".caption")
 DATA_SUFFIXES = (".parquet", ".arrow", ".tar", ".zip")
@@ -40,7 +35,7 @@ CAPTION_COLUMN = "text"
 
 
 @dataclass(frozen=True)
-class Listing:
+class FolderFiles:
     """The files of a tree by kind, as paths relative to `root`, sorted."""
 
     root: Path
@@ -60,57 +55,29 @@ class ImageFolder:
     notices: list[str]
 
 
-def list_files(root: Path) -> Listing:
-    """List a tree, following links. Hidden files and folders are only counted.
-
-    Raises:
-        UserError: a folder cannot be read.
-    """
-    found: list[str] = []
-    texts: list[str] = []
+def sort_files(listing: Listing) -> FolderFiles:
+    """Sort the files that are no images into captions, tables and data."""
+    stems = {_stem(path) for path in listing.images}
+    captions: dict[str, str] = {}
     tables: list[str] = []
     data: list[str] = []
     others: list[str] = []
-    n_hidden = 0
-
-    def fail(error: OSError) -> None:
-        raise UserError(f"cannot read folder '{error.filename}': {error.strerror}")
-
-    visited: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=fail):
-        real = os.path.realpath(folder)
-        if real in visited:  # a link to a folder above
-            folders.clear()
-            continue
-        visited.add(real)
-        visible = [name for name in folders if not _is_hidden(name)]
-        n_hidden += len(folders) - len(visible)
-        folders[:] = sorted(visible)
-        prefix = PurePosixPath(Path(folder).relative_to(root).as_posix())
-        for name in files:
-            path, suffix = str(prefix / name), os.path.splitext(name)[1].lower()
-            if _is_hidden(name):
-                n_hidden += 1
-            elif suffix in IMAGE_SUFFIXES:
-                found.append(path)
-            elif suffix in TABLE_SUFFIXES:
-                tables.append(path)
-            elif suffix in DATA_SUFFIXES:
-                data.append(path)
-            elif suffix in CAPTION_SUFFIXES:
-                texts.append(path)
-            else:
-                (found if _is_image(root / path) else others).append(path)
-    stems = {os.path.splitext(path)[0] for path in found}
-    captions = {os.path.splitext(path)[0]: path for path in sorted(texts, reverse=True)}
-    others += [path for path in texts if os.path.splitext(path)[0] not in stems]
-    captions = {stem: path for stem, path in captions.items() if stem in stems}
-    return Listing(
-        root, sorted(found), captions, sorted(tables), sorted(data), sorted(others), n_hidden
+    for path in listing.others:
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix in CAPTION_SUFFIXES and _stem(path) in stems and _stem(path) not in captions:
+            captions[_stem(path)] = path
+        elif suffix in TABLE_SUFFIXES:
+            tables.append(path)
+        elif suffix in DATA_SUFFIXES:
+            data.append(path)
+        else:
+            others.append(path)
+    return FolderFiles(
+        listing.root, listing.images, captions, tables, data, others, listing.n_hidden
     )
 
 
-def open_image_folder(listing: Listing, *, label_column: str | None) -> ImageFolder:
+def open_image_folder(files: FolderFiles, *, label_column: str | None) -> ImageFolder:
     """Make a table of each split: image, label, caption, and columns of tables beside the images.
 
     The class of an image is the name of the folder below its split that it lies in, at any depth;
@@ -125,50 +92,50 @@ def open_image_folder(listing: Listing, *, label_column: str | None) -> ImageFol
     """
     from datasets import Dataset, Features, Image, Value
 
-    folders = {split: _below(split_images) for split, split_images in _splits(listing).items()}
+    folders = {split: _below(split_images) for split, split_images in _splits(files).items()}
     by_innermost = label_column == FOLDER_COLUMN
     classes = {
         split: {path: _class_of(parts, by_innermost) for path, parts in rows.items()}
         for split, rows in folders.items()
     }
     names = {name for rows in classes.values() for name in rows.values() if name is not None}
-    table = metadata_files.read_tables(listing.root, listing.tables, listing.images)
-    notices = [_describe_files(listing, classes, table.files)]
+    table = metadata_files.read_tables(files.root, files.tables, files.images)
+    notices = [_describe_files(files, classes, table.files)]
     splits: dict[str, Dataset] = {}
     for split, rows in classes.items():
         paths = list(rows)
         columns: dict[str, list[Any]] = {
-            "image": [{"bytes": None, "path": str(listing.root / path)} for path in paths]
+            "image": [{"bytes": None, "path": str(files.root / path)} for path in paths]
         }
         features: dict[str, Any] = {"image": Image(decode=False)}
         if len(names) > 1:
             name = FOLDER_COLUMN if by_innermost else LABEL_COLUMN
             columns[name] = list(rows.values())
             features[name] = Value("string")
-        if listing.captions:
-            columns[CAPTION_COLUMN] = [_read_caption(listing, path) for path in paths]
+        if files.captions:
+            columns[CAPTION_COLUMN] = [_read_caption(files, path) for path in paths]
             features[CAPTION_COLUMN] = Value("string")
         from_tables, kinds = table.columns(paths)
         splits[split] = Dataset.from_dict(
             columns | from_tables, features=Features(features | kinds)
         )
     if table.missing and splits:
-        splits = _add_missing(splits, table, listing.root)
+        splits = _add_missing(splits, table, files.root)
     return ImageFolder(splits, notices)
 
 
 # --- splits and classes ---------------------------------------------------------------------------
 
 
-def _splits(listing: Listing) -> dict[str, list[str]]:
+def _splits(files: FolderFiles) -> dict[str, list[str]]:
     """Divide images into splits by the outermost folder that has more than one entry."""
-    parts = _below(listing.images)
+    parts = _below(files.images)
     tops = sorted({p[0] for p in parts.values() if p})
     split_of = {top: split_name(top) for top in tops}
     found = set(split_of.values()) - {None}
     if "train" not in found or len(found) < 2:
         # A single folder of a split, or folders of which one happens to be called "test".
-        return {"train": listing.images}
+        return {"train": files.images}
     splits: dict[str, list[str]] = {}
     rest: list[str] = []
     for path, folders in parts.items():
@@ -177,7 +144,7 @@ def _splits(listing: Listing) -> dict[str, list[str]]:
     if rest:
         named = some_of([top for top in tops if split_of[top]])
         raise UserError(
-            f"folder '{listing.root}': {len(rest)} images ({some_of(rest, 3)}) lie beside the "
+            f"folder '{files.root}': {len(rest)} images ({some_of(rest, 3)}) lie beside the "
             f"folders of splits ({named}); move them, or pass one of those folders as "
             "--dataset_name folder:PATH"
         )
@@ -209,51 +176,42 @@ def _class_of(folders: tuple[str, ...], by_innermost: bool) -> str | None:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def _is_hidden(name: str) -> bool:
-    """Return whether a file or folder is a system's own: a Mac's `._x`, thumbnails, `__MACOSX`."""
-    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+def _stem(path: str) -> str:
+    return os.path.splitext(path)[0]
 
 
-def _is_image(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return bool(images.SIGNATURE.match(file.read(16)))
-    except OSError:  # not to be read: it has no image's suffix either
-        return False
-
-
-def _read_caption(listing: Listing, image: str) -> str | None:
+def _read_caption(files: FolderFiles, image: str) -> str | None:
     """Read the text file beside an image, in one line; None without one."""
-    file = listing.captions.get(os.path.splitext(image)[0])
+    file = files.captions.get(_stem(image))
     if file is None:
         return None
     try:
-        return " ".join((listing.root / file).read_text(encoding="utf-8-sig").split()) or None
+        return " ".join((files.root / file).read_text(encoding="utf-8-sig").split()) or None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the caption '{listing.root / file}' cannot be read ({error})") from error
+        raise UserError(f"the caption '{files.root / file}' cannot be read ({error})") from error
 
 
 def _describe_files(
-    listing: Listing, classes: dict[str, dict[str, str | None]], tables: Sequence[str]
+    files: FolderFiles, classes: dict[str, dict[str, str | None]], tables: Sequence[str]
 ) -> str:
     """Tell how many images each split and class has, and which files are left out."""
     parts = [f"{len(rows)} images to {split}" for split, rows in classes.items()]
     if len(classes) == 1:
-        parts = [f"{len(listing.images)} images"]
+        parts = [f"{len(files.images)} images"]
     counts = Counter(name for rows in classes.values() for name in rows.values() if name)
     if len(counts) > 1:
         some = [f"{name} ({counts[name]})" for name in in_order(counts)]
         parts.append(f"{len(counts)} classes by folder: {some_of(some)}")
-    if listing.captions:
-        parts.append(f"{len(listing.captions)} captions in text files")
+    if files.captions:
+        parts.append(f"{len(files.captions)} captions in text files")
     parts += [f"columns from {name}" for name in tables]
-    others = listing.others + [name for name in listing.tables if name not in tables]
-    others += listing.data
+    others = files.others + [name for name in files.tables if name not in tables]
+    others += files.data
     if others:
         parts.append(f"left out, as no images: {len(others)} ({some_of(others)})")
-    if listing.n_hidden:
-        parts.append(f"{listing.n_hidden} hidden")
-    return f"folder '{listing.root}': {'; '.join(parts)}"
+    if files.n_hidden:
+        parts.append(f"{files.n_hidden} hidden")
+    return f"folder '{files.root}': {'; '.join(parts)}"
 
 
 def _add_missing(

@@ -4,24 +4,29 @@ All images are uint8 and come in batches; a set is never in memory as a whole. F
 are `evaluation`'s.
 """
 
+import io
+import math
 import zipfile
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt8
+from PIL import Image
 
 from data import images
+from data.image_files import Listing, list_files
 from data.load import open_dataset
 from runtime.errors import UserError, unknown_name
 from runtime.files import atomic_file
 
 ImageBatch = UInt8[np.ndarray, "b h w c"]
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+GREY_MODES = ("1", "L", "LA", "La", *images.SIXTEEN_BIT_MODES)  # Pillow's
 IMAGES_ENTRY = "arr_0.npy"
 LABELS_ENTRY = "arr_1.npy"
 
@@ -34,11 +39,22 @@ class ImageSet:
         count: of images.
         batches: reads all images, so many at a time; may be called repeatedly.
         card: where they are from, for the record of an evaluation.
+        shape: (height, width, channels) of each image.
+        notice: how they differ and what was left out, for a person to read.
     """
 
     count: int
     batches: Callable[[int], Iterator[ImageBatch]] = field(repr=False)
     card: dict[str, Any]
+    shape: tuple[int, int, int]
+    notice: str = ""
+
+    def describe(self) -> str:
+        """Describe the images in a line."""
+        height, width, channels = self.shape
+        kind = "grey" if channels == 1 else "RGB"
+        size = format_size((width, height))
+        return f"{self.count} images of {size} pixels, {kind}{self.notice}"
 
 
 def image_set_from_split(
@@ -70,32 +86,54 @@ def image_set_from_split(
         for start in range(0, len(rows), n):
             yield rows.decode(np.arange(start, min(start + n, len(rows))))
 
-    card = {"dataset_name": name, "split": split, "image_size": source.config.image_size}
-    return ImageSet(len(rows), batches, card)
+    side = source.config.image_size
+    card = {"dataset_name": name, "split": split, "image_size": side}
+    shape = (side, side, source.config.channels)
+    notice = f" (split '{split}' of {name}, cropped and resized to that)"
+    return ImageSet(len(rows), batches, card, shape, notice)
 
 
 # --- folders --------------------------------------------------------------------------------------
 
 
-def image_set_from_folder(folder: Path, *, image_size: int | None = None) -> ImageSet:
-    """Open all images in a folder and its subfolders, in the order of their names.
+class ImageHeader(NamedTuple):
+    """Facts about an image file that need no decoding.
 
     Args:
-        folder: of image files.
+        size: (width, height), before a camera's turn is undone.
+        several: it holds more than one image, of which the first is used.
+    """
+
+    is_grey: bool
+    size: tuple[int, int]
+    several: bool
+
+
+def image_set_from_folder(folder: Path, *, image_size: int | None = None) -> ImageSet:
+    """Open all images in a folder and its subfolders, in the order of their names. They are RGB
+    unless all of them are grey.
+
+    Args:
+        folder: of image files. Hidden files are left out, as in training.
         image_size: crop and resize them; otherwise all must have one size.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, one cannot be read, or their sizes differ.
     """
+    if folder.is_file():
+        raise UserError(f"'{folder}' is a file, not a folder of images; --npz takes an .npz")
     if not folder.is_dir():
         raise UserError(f"there is no folder '{folder}'")
-    files = sorted(
-        f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()
-    )
+    listing = list_files(folder)
+    files = [folder / path for path in listing.images]
     if not files:
-        raise UserError(f"'{folder}' holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    first = _read_image(files[0], image_size)
-    channels = first.shape[-1]
+        raise UserError(f"'{folder}' holds no images{_describe_left_out(listing)}")
+    with ThreadPoolExecutor() as pool:
+        headers = list(pool.map(_read_header, files))
+    if not image_size:
+        _check_sizes(files, headers)
+    channels = 1 if all(header.is_grey for header in headers) else 3
+    first = _read_image(files[0], image_size, channels)
 
     def batches(n: int) -> Iterator[ImageBatch]:
         for start in range(0, len(files), n):
@@ -103,23 +141,72 @@ def image_set_from_folder(folder: Path, *, image_size: int | None = None) -> Ima
             for file in files[start : start + n]:
                 image = _read_image(file, image_size, channels)
                 if image.shape != first.shape:
-                    raise UserError(
-                        f"{file} has {_format_size(image)} pixels, and {files[0]} "
-                        f"{_format_size(first)}; --image_size makes them equal"
-                    )
+                    raise _different_sizes(file, image.shape[1::-1], files[0], first.shape[1::-1])
                 batch.append(image)
             yield np.stack(batch)
 
-    return ImageSet(len(files), batches, {"images": str(folder), "image_size": image_size})
+    card = {"images": str(folder), "image_size": image_size}
+    notice = _describe_headers(headers) + _describe_left_out(listing)
+    return ImageSet(len(files), batches, card, first.shape, notice)
 
 
-def _read_image(
-    file: Path, image_size: int | None, channels: int | None = None
-) -> UInt8[np.ndarray, "h w c"]:
-    """Read an image file. Unless `channels` is given, a grey image has one."""
+def _read_header(file: Path) -> ImageHeader:
+    try:
+        with Image.open(file) as image:
+            is_grey = image.mode in GREY_MODES or (image.mode == "P" and _has_grey_palette(image))
+            return ImageHeader(is_grey, image.size, bool(getattr(image, "is_animated", False)))
+    except OSError as error:
+        missing = "a link to a file that is gone" if file.is_symlink() else error.strerror
+        raise UserError(f"{file}: {missing or 'the image cannot be read'}") from None
+    except Exception as error:  # Pillow's parsers raise anything on a damaged file
+        raise UserError(f"{file}: the image cannot be read ({error})") from None
+
+
+def _has_grey_palette(image: Image.Image) -> bool:
+    palette = np.array(image.getpalette("RGB") or [0, 0, 0]).reshape(-1, 3)
+    return bool((palette == palette[:, :1]).all())
+
+
+def _check_sizes(files: Sequence[Path], headers: Sequence[ImageHeader]) -> None:
+    """Raise UserError if sizes differ in more than their order, which a camera's turn changes."""
+    first = headers[0].size
+    for file, header in zip(files, headers):
+        if sorted(header.size) != sorted(first):
+            raise _different_sizes(file, header.size, files[0], first)
+
+
+def _different_sizes(
+    file: Path, size: Sequence[int], other: Path, other_size: Sequence[int]
+) -> UserError:
+    return UserError(
+        f"{file} has {format_size(size)} pixels, and {other} {format_size(other_size)}; "
+        "--image_size makes them equal"
+    )
+
+
+def _describe_headers(headers: Sequence[ImageHeader]) -> str:
+    """Count grey images, if not all are of a kind, and files of several images."""
+    n_grey = sum(header.is_grey for header in headers)
+    n_several = sum(header.several for header in headers)
+    mixed = f"{n_grey} grey, {len(headers) - n_grey} in colour, all as RGB"
+    parts = [mixed] if 0 < n_grey < len(headers) else []
+    if n_several:
+        parts.append(f"the first image of each of {n_several} files that hold several")
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def _describe_left_out(listing: Listing) -> str:
+    n_hidden, others = listing.n_hidden, listing.others
+    parts = [f"{n_hidden} hidden files or folders"] if n_hidden else []
+    if others:
+        more = f" and {len(others) - 1} more that are no images" if len(others) > 1 else ""
+        parts.append(f"{shorten(others[0])}{more}")
+    return f"; left out: {', '.join(parts)}" if parts else ""
+
+
+def _read_image(file: Path, image_size: int | None, channels: int) -> UInt8[np.ndarray, "h w c"]:
     try:
         image = images.open_upright(file.read_bytes())
-        channels = channels or (1 if image.mode in ("1", "L") else 3)
         if image_size:
             return images.decode_image(image, channels=channels, size=image_size)
         array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
@@ -130,9 +217,15 @@ def _read_image(
         raise UserError(f"{file}: {error}") from None
 
 
-def _format_size(image: UInt8[np.ndarray, "h w c"]) -> str:
-    height, width, _ = image.shape
+def format_size(size: Sequence[int]) -> str:
+    """Write (width, height) as text."""
+    width, height = size
     return f"{width} × {height}"
+
+
+def shorten(text: str) -> str:
+    """Cut the middle out of a text, to 60 letters."""
+    return text if len(text) <= 60 else f"{text[:29]}…{text[-30:]}"
 
 
 # --- .npz -----------------------------------------------------------------------------------------
@@ -144,6 +237,8 @@ def image_set_from_npz(path: Path) -> ImageSet:
     Raises:
         UserError: the file is missing, damaged or holds something else.
     """
+    if path.is_dir():
+        raise UserError(f"'{path}' is a folder, not an .npz; --images takes a folder of images")
     with _open_npz_images(path) as (_, shape):
         pass  # checked now, read later
 
@@ -157,11 +252,11 @@ def image_set_from_npz(path: Path) -> ImageSet:
                     raise UserError("its images are incomplete")
                 yield np.frombuffer(content, np.uint8).reshape(size, *shape[1:])
 
-    return ImageSet(shape[0], batches, {"npz": str(path)})
+    return ImageSet(shape[0], batches, {"npz": str(path)}, shape[1:])
 
 
 @contextmanager
-def _open_npz_images(path: Path) -> Generator[tuple[IO[bytes], tuple[int, ...]]]:
+def _open_npz_images(path: Path) -> Generator[tuple[IO[bytes], tuple[int, int, int, int]]]:
     """Open an .npz at the first byte of its images. Yields the file and the shape of the images.
 
     Errors of the block are those of the file as well.
@@ -178,16 +273,28 @@ def _open_npz_images(path: Path) -> Generator[tuple[IO[bytes], tuple[int, ...]]]
                     else np.lib.format.read_array_header_2_0
                 )
                 shape, fortran_order, dtype = read_header(file)
-                is_images = len(shape) == 4 and shape[-1] in (1, 3) and not fortran_order
-                if dtype != np.uint8 or not is_images:
+                if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3):
                     raise UserError(f"arr_0 is {dtype} {shape}, not uint8 (n, h, w, 3 or 1)")
-                yield file, shape
+                yield (
+                    (io.BytesIO(_in_c_order(file.read(), shape)) if fortran_order else file),
+                    shape,
+                )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
         raise UserError(f"{path} is damaged or no .npz file: {error}") from None
+
+
+def _in_c_order(content: bytes, shape: tuple[int, int, int, int]) -> memoryview:
+    """Reorder the bytes of an array in Fortran's order. Its images lie spread over all of it, so
+    that it has to be in memory as a whole.
+    """
+    if len(content) < math.prod(shape):
+        raise UserError("its images are incomplete")
+    array = np.frombuffer(content, np.uint8).reshape(shape, order="F")
+    return np.ascontiguousarray(array).data
 
 
 def copy_to_npz(

@@ -285,6 +285,10 @@ def _find_wrong_files(
 def _find_wrong_statistics(
     dataset: LatentDataset, records: dict[Path, dict[str, Any]]
 ) -> Iterator[str]:
+    for file, record in records.items():
+        if not np.isfinite((record["sums"].first, record["sums"].second)).all():
+            yield f"{file.name} holds latents that are not finite; make them again"
+            return
     sums = add_moment_sums(record["sums"] for record in records.values())
     recorded = (dataset.channel_mean, dataset.channel_std)
     if not np.allclose((sums.mean, sums.std), recorded, rtol=1e-6, atol=1e-12):

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.arrow import ArrowSplit
-from data.image_folder import IMAGE_SUFFIXES, Listing, list_files, open_image_folder, split_name
+from data.image_files import IMAGE_SUFFIXES, list_files
+from data.image_folder import FolderFiles, open_image_folder, sort_files, split_name
 from data.parquet import ParquetSplit
 from datasets_config import DatasetConfig
 from runtime.errors import UserError, some_of
@@ -124,30 +125,30 @@ def _open_folder(
     entry: DatasetConfig, folder: Path, config_name: str | None, label_column: str | None
 ) -> OpenedSplits:
     """Open a folder by what lies in it."""
-    listing = list_files(folder)
+    files = sort_files(list_files(folder))
     if _has_configs(folder):  # its author says what belongs to which split
         return OpenedSplits(_load(folder, config_name), [])
-    archives = [path for path in listing.data if path.lower().endswith(".zip")]
-    if len(archives) == 1 and listing.data == archives and not listing.images:
+    archives = [path for path in files.data if path.lower().endswith(".zip")]
+    if len(archives) == 1 and files.data == archives and not files.images:
         return _open_folder(entry, _unzip(folder / archives[0]), None, label_column)
-    if listing.images and not listing.data:
-        opened = open_image_folder(listing, label_column=label_column)
+    if files.images and not files.data:
+        opened = open_image_folder(files, label_column=label_column)
         return OpenedSplits(
             {name: ArrowSplit(data) for name, data in opened.splits.items()}, opened.notices
         )
-    if not listing.images and not listing.data and not listing.tables:
-        found = listing.others or [f"{listing.n_hidden} hidden files"] * bool(listing.n_hidden)
+    if not files.images and not files.data and not files.tables:
+        found = files.others or [f"{files.n_hidden} hidden files"] * bool(files.n_hidden)
         what = f"it holds {some_of(found)}" if found else "it is empty"
         raise UserError(
             f"dataset '{entry.name}': cannot open folder '{folder}': no images or Parquet files"
             f" ({what})"
         )
-    splits = _load(folder, config_name, _parquet_of_splits(listing))
+    splits = _load(folder, config_name, _parquet_of_splits(files))
     splits = {name: _resolve_paths(data, folder) for name, data in splits.items()}
-    if listing.images and not any(_has_paths(data) for data in splits.values()):
+    if files.images and not any(_has_paths(data) for data in splits.values()):
         raise UserError(
-            f"dataset '{entry.name}': folder '{folder}' holds {some_of(listing.data, 2)} and "
-            f"{len(listing.images)} image files ({some_of(listing.images, 2)}); pass the folder of "
+            f"dataset '{entry.name}': folder '{folder}' holds {some_of(files.data, 2)} and "
+            f"{len(files.images)} image files ({some_of(files.images, 2)}); pass the folder of "
             "one of them"
         )
     return OpenedSplits(splits, [])
@@ -163,18 +164,18 @@ def _has_configs(folder: Path) -> bool:
     return bool(header and re.search(r"^configs:", header[1], re.MULTILINE))
 
 
-def _parquet_of_splits(listing: Listing) -> dict[str, list[str]] | None:
+def _parquet_of_splits(files: FolderFiles) -> dict[str, list[str]] | None:
     """Divide Parquet files by folders or names such as Train and TEST; None to leave it to
     `datasets`, which knows the names in lower case.
     """
     splits: dict[str, list[str]] = {}
     names: list[str] = []
-    for path in listing.data:
+    for path in files.data:
         parts = [*Path(path).parts[:-1], Path(path).stem]
         part = next(filter(split_name, parts), None)
         if part is None or not path.lower().endswith(".parquet"):
             return None
-        splits.setdefault(str(split_name(part)), []).append(str(listing.root / path))
+        splits.setdefault(str(split_name(part)), []).append(str(files.root / path))
         names.append(part)
     return splits if any(name != name.lower() for name in names) else None
 

@@ -221,6 +221,9 @@ def summarize_features(
         n_features: images whose pool features are kept. The choice depends on `count` and `seed`
             only.
         keep_logits: keep the logits of all images.
+
+    Raises:
+        UserError: features are not finite.
     """
     selected = np.zeros(count, bool)
     selected[np.random.default_rng(seed).permutation(count)[:n_features]] = True
@@ -240,9 +243,12 @@ def summarize_features(
         if keep_logits and batch.logits is not None:
             logits.append(batch.logits)
     assert pool and start == count, f"{start} images of {count}"
+    statistics = pool.statistics()
+    if not np.isfinite(statistics.mean).all():
+        raise UserError("features of the images are not finite: the network's weights are damaged")
     return FeatureSummary(
         count=count,
-        pool=pool.statistics(),
+        pool=statistics,
         spatial=spatial.statistics() if spatial else None,
         features=np.concatenate(features),
         logits=np.concatenate(logits) if logits else None,

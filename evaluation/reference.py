@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from data import image_sets
 from evaluation.metrics import FeatureStatistics
 from runtime.errors import UserError
 from runtime.files import atomic_file
@@ -52,6 +53,27 @@ class Reference:
         is_adm = self.spatial is not None or self.has_images
         foreign = {"space": "inception", "preparation": "adm" if is_adm else "pytorch_fid"}
         return self.card.get("features", foreign)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """(height, width, channels) of its images, if they are in the file or on record."""
+        if self.has_images:
+            return image_sets.image_set_from_npz(self.path).shape
+        shape = self.card.get("pictures", {}).get("shape")
+        return tuple(shape) if shape else None
+
+    def compare_sizes(self, shape: tuple[int, int, int]) -> str:
+        """Return a warning if images of another size are to be compared with the reference; ""
+        if they are not, or if its size is not known.
+        """
+        own = self.image_shape
+        if own is None or own[:2] == shape[:2]:
+            return ""
+        theirs, size = (image_sets.format_size((s[1], s[0])) for s in (own, shape))
+        return (
+            f"warning: these images have {size} pixels, those of the reference {theirs}; all are "
+            "resized before features are computed, and the score counts the difference"
+        )
 
 
 def read_reference(path: Path) -> Reference:

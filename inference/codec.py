@@ -133,7 +133,10 @@ class Codec:
         def encode(params: Any, image: Array) -> Array:
             vae = nnx.merge(self._graphdef, params)
             moments = jnp.concatenate(vae.encode(to_float(image)), axis=-1)
-            return jnp.clip(moments, -MAX_FLOAT16, MAX_FLOAT16).astype(jnp.float16)
+            # Infinity is no large number: it stays recognisable, and whoever writes it refuses it.
+            is_finite = jnp.isfinite(moments)
+            clipped = jnp.clip(moments, -MAX_FLOAT16, MAX_FLOAT16)
+            return jnp.where(is_finite, clipped, jnp.nan).astype(jnp.float16)
 
         return jax.jit(encode)
 

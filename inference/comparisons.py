@@ -16,7 +16,7 @@ from data.batch import EncodedCaption
 from data.load import open_dataset
 from data.rows import Split
 from inference import grids
-from inference.labels import SampleRequest, spread_evenly
+from inference.labels import SampleRequest, drawable_texts, spread_evenly
 from inference.sampler import StartFrom
 from inference.trained_model import SamplingPlan, TrainedModel
 from runtime.errors import UserError
@@ -49,9 +49,9 @@ def compare_scales(
         for scale in scales
     ]
     return grids.comparison_grid(
-        grids.shrink_images(grids.to_uint8(np.stack(rows)), side),
+        grids.shrink_images(trained.to_uint8(np.stack(rows)), side),
         rows=[f"cfg {scale:g}" for scale in scales],
-        columns=request.captions or (),
+        columns=request.grid_captions or (),
     )
 
 
@@ -87,9 +87,9 @@ def compare_steps(
     times = plan.sampler.state_times()[steps]
     x = trained.space.to_images(states.reshape(-1, *states.shape[2:]))
     return grids.comparison_grid(
-        grids.shrink_images(grids.to_uint8(x), side),
+        grids.shrink_images(trained.to_uint8(x), side),
         rows=[name for t in times for name in (f"x at t = {t:.2f}", "x0 prediction")],
-        columns=request.captions or (),
+        columns=request.grid_captions or (),
     )
 
 
@@ -144,8 +144,10 @@ def compare_denoising(
         assert samples.trajectory is not None
         rows += [samples.trajectory[0], samples.x]
         names += [f"noised, t = {plan.sampler.state_times(t)[0]:.3g}", "sampled from it"]
-    images = grids.to_uint8(trained.space.to_images(np.stack(rows)))
-    return grids.comparison_grid(grids.shrink_images(images, side), rows=names, columns=real.names)
+    images = trained.to_uint8(trained.space.to_images(np.stack(rows)))
+    numbers = real.labels if isinstance(real.labels, np.ndarray) else range(len(real.names))
+    columns = drawable_texts(real.names, map(int, numbers))
+    return grids.comparison_grid(grids.shrink_images(images, side), rows=names, columns=columns)
 
 
 def load_real_images(trained: TrainedModel, class_ids: Sequence[int], n: int) -> RealImages:
@@ -164,17 +166,20 @@ def load_real_images(trained: TrainedModel, class_ids: Sequence[int], n: int) ->
     return RealImages(data, labels, names)
 
 
-def open_eval_split(trained: TrainedModel) -> Split:
+def open_eval_split(
+    trained: TrainedModel, *, need: str = "--denoise needs the run's real images"
+) -> Split:
     """Open the evaluation split of the dataset that a model was trained on.
+
+    Args:
+        need: what needs the split, to begin a message with.
 
     Raises:
         UserError: the dataset is not known, or cannot be opened.
     """
     settings = trained.settings
     if not settings.get("dataset_name"):
-        raise UserError(
-            f"--denoise needs real images, and the dataset of {trained.name} is not known"
-        )
+        raise UserError(f"{need}, and the dataset of {trained.name} is not known")
     latents = settings.get("latents")
     try:
         source = open_dataset(
@@ -198,7 +203,7 @@ def open_eval_split(trained: TrainedModel) -> Split:
         if run_dir and (record := bad_rows.read_record(Path(run_dir))):
             source = bad_rows.leave_out(source, bad_rows.from_json(record, source))
     except UserError as error:
-        raise UserError(f"--denoise needs the run's real images: {error}") from None
+        raise UserError(f"{need}: {error}") from None
     return source.eval
 
 

@@ -93,11 +93,12 @@ class Conditioning(ABC):
         """
 
     @abstractmethod
-    def request_balanced(self, n: int, *, seed: int = 0) -> SampleRequest:
-        """Request n samples of one class after the other, so that any stretch of them is balanced.
+    def request_balanced(self, n: int, open_split: OpenSplit, *, seed: int = 0) -> SampleRequest:
+        """Request n samples of one class after the other, so that any stretch of them is balanced,
+        or of the first caption of each row of a split.
 
         Raises:
-            UserError: the model was trained on captions.
+            UserError: the model was trained on captions, and they cannot be read or encoded.
         """
 
     @abstractmethod
@@ -191,7 +192,7 @@ class Classes(Conditioning):
         ids = self.encode(labels) or self.all.tolist()
         return SampleRequest(spread_evenly(ids, n), self.names, self.all, seed)
 
-    def request_balanced(self, n: int, *, seed: int = 0) -> SampleRequest:
+    def request_balanced(self, n: int, open_split: OpenSplit, *, seed: int = 0) -> SampleRequest:
         label_index = np.arange(n, dtype=np.int32) % len(self.all)
         return SampleRequest(label_index, self.names, self.all, seed)
 
@@ -253,6 +254,7 @@ class Captions(Conditioning):
         encode: encodes captions as the model takes them.
         encoders: folders or hub ids of the text encoders.
         null_is_empty: guidance is by the encoded "" (the published SD3), not by zeros.
+        open_store: opens the encoded captions of a dataset, and encodes what is missing.
     """
 
     takes_prompts = True
@@ -263,9 +265,11 @@ class Captions(Conditioning):
         encode: Callable[[Sequence[str]], EncodedCaption],
         encoders: Sequence[str],
         *,
+        open_store: Callable[[Sequence[str]], CaptionStore],
         null_is_empty: bool = False,
     ):
         self._encode = encode
+        self._open_store = open_store
         self.encoders = encoders
         self.null_is_empty = null_is_empty
 
@@ -307,10 +311,21 @@ class Captions(Conditioning):
         label_index = spread_evenly(range(len(prompts)), n)
         return SampleRequest(label_index, prompts, encoded, seed, encoded_negative)
 
-    def request_balanced(self, n: int, *, seed: int = 0) -> SampleRequest:
-        raise UserError(
-            "this model was trained on captions, and which to sample is not known here: let "
-            "generate.py write an .npz, and pass it by --npz"
+    def request_balanced(self, n: int, open_split: OpenSplit, *, seed: int = 0) -> SampleRequest:
+        try:
+            captions = [str(word) for word in self.all_words(open_split())][:n]
+            store = self._open_store(captions)
+        except UserError as error:
+            raise UserError(
+                f"{error}; or let generate.py write an .npz of --prompts, and pass it by --npz"
+            ) from None
+        ids = store.caption_ids(captions)
+        # Thousands of captions may be gigabytes: each batch reads its own.
+        return SampleRequest(
+            np.arange(n, dtype=np.int32) % len(captions),
+            captions,
+            lambda rows: store(ids[rows]),
+            seed,
         )
 
     def encode(self, words: Sequence[int | str]) -> EncodedCaption:
@@ -344,7 +359,7 @@ class StoredCaptions(Captions):
     """Captions of a dataset in training, encoded once; new ones are encoded when they come."""
 
     def __init__(self, store: CaptionStore, encoders: Sequence[str]):
-        super().__init__(self._encode_or_look_up, encoders)
+        super().__init__(self._encode_or_look_up, encoders, open_store=lambda _: store)
         self._store = store
         self.revisions = store.revisions
 

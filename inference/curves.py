@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float64
 
+from inference import fonts
 from runtime.errors import UserError
 from runtime.files import atomic_file
 
@@ -127,8 +128,17 @@ def _plot_losses(ax: "Axes", record: Record, title: str) -> None:
             ax.plot(steps, values, color=color, marker=marker, ms=3, lw=1.4, label=label)
     lines = ax.get_lines()
     _set_log_scale(ax, [line.get_ydata() for line in lines])
-    ax.set_title(f"Loss of {title}" if title else "Loss")
+    _set_run_title(ax, title)
     ax.legend(loc="upper right")
+
+
+def _set_run_title(ax: "Axes", name: str) -> None:
+    """Name the run above its losses, if there are fonts for the characters of its name."""
+    families = fonts.matplotlib_families(name)
+    if name and families:
+        ax.set_title(f"Loss of {name}", parse_math=False, family=families)
+    else:
+        ax.set_title("Loss")
 
 
 def _plot_loss_by_t(figure: "Figure", ax: "Axes", record: Record) -> None:

@@ -5,31 +5,59 @@ Takes uint8 pixels and text, and knows nothing of models. What is compared is ch
 """
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from inference import fonts
+from inference.fonts import FONT_SIZE
+from runtime.errors import UserError
 from runtime.files import atomic_file
 
 MAX_GRID_IMAGES = 400
 MAX_CAPTION_LINES = 3
 
 GAP = 4  # pixels between the images of a grid
-FONT_SIZE = 13
 LINE_HEIGHT = FONT_SIZE + GAP // 2
 BAR_COLOR, BAR_BACKGROUND = "#2a6fbb", "#dddddd"
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+# A word and the space before it, or one Chinese or Japanese character.
+UNSPACED = "\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+BREAKABLE = re.compile(rf" ?(?:[{UNSPACED}]|[^ {UNSPACED}]+)")
 
 
 # --- pixels ---------------------------------------------------------------------------------------
 
 
-def to_uint8(x: Float[np.ndarray, "*n h w c"]) -> UInt8[np.ndarray, "*n h w c"]:
-    """[-1, 1] to 0 … 255, clipped and rounded to the nearest; the inverse of v / 127.5 − 1."""
+class NotFiniteError(UserError):
+    """Images with NaN or infinity in them: as bytes they would be black, and look like a result."""
+
+
+def to_uint8(
+    x: Float[np.ndarray, "*n h w c"], *, first: int = 0, kind: str = "sample"
+) -> UInt8[np.ndarray, "*n h w c"]:
+    """[-1, 1] to 0 … 255, clipped and rounded to the nearest; the inverse of v / 127.5 − 1.
+
+    Args:
+        first: the index of the first image, for the error.
+        kind: noun for an image in the error.
+
+    Raises:
+        NotFiniteError: an image holds NaN or infinity.
+    """
     x = np.asarray(x, np.float32)
+    is_bad = np.atleast_1d(~np.isfinite(x).all(axis=(-3, -2, -1)))
+    if is_bad.any():
+        n = is_bad.shape[-1]
+        # Axes before that of the samples are steps or guidance scales.
+        bad = np.flatnonzero(is_bad.reshape(-1, n).any(axis=0))
+        raise NotFiniteError(
+            f"{kind} {first + bad[0]} (counted from 0) is not finite: NaN or infinity in "
+            f"{len(bad)} of {n} images"
+        )
     return np.rint(np.clip((x + 1) * 127.5, 0, 255)).astype(np.uint8)
 
 
@@ -80,25 +108,23 @@ def image_grid(
             " decode latents first"
         )
     columns = columns or math.ceil(math.sqrt(n))
-    font = ImageFont.load_default(size=FONT_SIZE)
     if min_side is None:
-        min_side = _side_for_captions(captions or (), font)
+        min_side = _side_for_captions(captions or ())
     scale = max(1, math.ceil(min_side / min(height, width)))
     cell_width, cell_height = width * scale, height * scale
     # Two pixels are left free, as glyphs overhang.
-    lines = [_wrap(text, width=cell_width - 2, font=font) for text in captions or ()]
+    lines = [_wrap(text, width=cell_width - 2) for text in captions or ()]
     caption_height = max(map(len, lines)) * LINE_HEIGHT + GAP // 2 if lines else 0
     step_x, step_y = cell_width + GAP, cell_height + GAP + caption_height
     rows = math.ceil(n / columns)
     canvas = Image.new("RGB", (GAP + columns * step_x, GAP + rows * step_y), "white")
-    draw = ImageDraw.Draw(canvas)
     for i, image in enumerate(images):
         x, y = GAP + i % columns * step_x, GAP + i // columns * step_y
         enlarged = to_pillow(image).resize((cell_width, cell_height), Image.Resampling.NEAREST)
         canvas.paste(enlarged, (x, y))
         for line_number, line in enumerate(lines[i] if lines else ()):
             top_middle = (x + cell_width / 2, y + cell_height + GAP / 2 + line_number * LINE_HEIGHT)
-            draw.text(top_middle, line, fill="black", font=font, anchor="ma")
+            fonts.draw_text(canvas, top_middle, line, anchor="ma")
     return canvas
 
 
@@ -114,25 +140,23 @@ def comparison_grid(
         rows: the name before each row.
         columns: the text above each column, in up to `MAX_CAPTION_LINES` lines.
     """
-    font = ImageFont.load_default(size=FONT_SIZE)
     n_rows, n_columns = images.shape[:2]
-    min_side = _side_for_captions(columns, font)
+    min_side = _side_for_captions(columns)
     cells = image_grid(np.concatenate(list(images)), columns=n_columns, min_side=min_side)
     step_x, step_y = (cells.width - GAP) // n_columns, (cells.height - GAP) // n_rows
-    lines = [_wrap(text, width=step_x - GAP - 2, font=font) for text in columns]
-    left = GAP + math.ceil(max(map(font.getlength, rows)))
+    lines = [_wrap(text, width=step_x - GAP - 2) for text in columns]
+    left = GAP + math.ceil(max(map(fonts.text_length, rows)))
     top = max(map(len, lines)) * LINE_HEIGHT + GAP if lines else 0
     canvas = Image.new("RGB", (left + cells.width, top + cells.height), "white")
     canvas.paste(cells, (left, top))
-    draw = ImageDraw.Draw(canvas)
     for i, name in enumerate(rows):
         middle = top + GAP + i * step_y + (step_y - GAP) / 2
-        draw.text((left, middle), name, fill="black", font=font, anchor="rm")
+        fonts.draw_text(canvas, (left, middle), name, anchor="rm")
     for i, column_lines in enumerate(lines):
         middle = left + GAP + i * step_x + (step_x - GAP) / 2
         for n_below, line in enumerate(reversed(column_lines)):
             bottom = top - n_below * LINE_HEIGHT
-            draw.text((middle, bottom), line, fill="black", font=font, anchor="md")
+            fonts.draw_text(canvas, (middle, bottom), line, anchor="md")
     return canvas
 
 
@@ -142,13 +166,12 @@ def add_header(image: Image.Image, text: str, *, progress: float | None = None) 
     Args:
         progress: in 0 … 1, the filled part of a progress bar below the text.
     """
-    font = ImageFont.load_default(size=FONT_SIZE)
     top = FONT_SIZE + 3 * GAP
     canvas = Image.new("RGB", (image.width, top + image.height), "white")
     canvas.paste(image, (0, top))
     draw = ImageDraw.Draw(canvas)
     length = image.width - 2 * GAP
-    draw.text((GAP, GAP), _truncate(text, width=length, font=font), "black", font=font)
+    fonts.draw_text(canvas, (GAP, GAP), _truncate(text, width=length), anchor="la")
     if progress is not None:
         for part, color in ((1.0, BAR_BACKGROUND), (progress, BAR_COLOR)):
             right = GAP + round(length * part) - 1
@@ -197,30 +220,32 @@ def save_gif(
 # --- text -----------------------------------------------------------------------------------------
 
 
-def _side_for_captions(captions: Sequence[str], font: Font) -> int:
+def _side_for_captions(captions: Sequence[str]) -> int:
     """Pixels to an image's side that leave room for its caption, in 64 … 128."""
     words = [word for caption in captions for word in caption.split()]
-    needed = [font.getlength(text) / 2 for text in captions]
-    needed += [font.getlength(word) + 2 for word in words]
+    needed = [fonts.text_length(text) / 2 for text in captions]
+    needed += [fonts.text_length(word) + 2 for word in words]
     return math.ceil(np.clip(max(needed, default=0), 64, 128))
 
 
-def _wrap(text: str, *, width: int, font: Font) -> list[str]:
-    """Break a text between words into at most `MAX_CAPTION_LINES` lines, and truncate each."""
+def _wrap(text: str, *, width: int) -> list[str]:
+    """Break a text between words, or between characters of scripts that write no spaces, into at
+    most `MAX_CAPTION_LINES` lines, and truncate each.
+    """
     lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if not lines[-1] or len(lines) == MAX_CAPTION_LINES or font.getlength(longer) <= width:
-            lines[-1] = longer
+    for piece in BREAKABLE.findall(" ".join(text.split())):
+        longer = lines[-1] + piece
+        if len(lines) < MAX_CAPTION_LINES and lines[-1] and fonts.text_length(longer) > width:
+            lines.append(piece.lstrip())
         else:
-            lines.append(word)
-    return [_truncate(line, width=width, font=font) for line in lines]
+            lines[-1] = longer
+    return [_truncate(line, width=width) for line in lines]
 
 
-def _truncate(text: str, *, width: int, font: Font) -> str:
+def _truncate(text: str, *, width: int) -> str:
     """Cut a text so that it and an ellipsis fit: neighbouring captions must not run together."""
     shortened = text
-    while shortened and font.getlength(shortened) > width:
+    while shortened and fonts.text_length(shortened) > width:
         text = text[:-1]
         shortened = text + "…"
     return shortened

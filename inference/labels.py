@@ -4,7 +4,7 @@ Knows nothing of sampling itself: a `SampleRequest` says what to sample, `Sampli
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,10 +12,12 @@ import numpy as np
 from jaxtyping import Int
 
 from data.batch import EncodedCaption
+from inference import fonts
 from inference.sampler import Labels
 from runtime.errors import UserError, unknown_name
 
 Seeds = int | Sequence[int]  # one for all samples, or one for each
+ReadCaptions = Callable[[Int[np.ndarray, "b"]], EncodedCaption]
 DisplayLabels = Sequence[int | str] | Int[np.ndarray, "n"]
 
 
@@ -37,14 +39,15 @@ class SampleRequest(NamedTuple):
     Args:
         label_index: for each sample, the row of its label in `labels`, and in `names` if any.
         names: class names, or prompts; empty for classes without names.
-        labels: the distinct labels: class ids, or encoded captions.
+        labels: the distinct labels: class ids, or encoded captions; or a function from rows to
+            them, which reads them when they are sampled.
         seed: one for all samples, or one for each.
         negative: one caption in place of the null label of guidance.
     """
 
     label_index: Int[np.ndarray, "n"]
     names: Sequence[str]
-    labels: Int[np.ndarray, "k"] | EncodedCaption
+    labels: Int[np.ndarray, "k"] | EncodedCaption | ReadCaptions
     seed: Seeds = 0
     negative: EncodedCaption | None = None
 
@@ -54,17 +57,25 @@ class SampleRequest(NamedTuple):
         return label_texts(self.label_index, self.names)
 
     @property
+    def grid_captions(self) -> list[str] | None:
+        """The same for a grid, or numbers where no font here has the characters."""
+        return grid_texts(self.label_index, self.names)
+
+    @property
     def file_labels(self) -> list[str]:
         """The label in each image's file name: its caption or number; empty if all are alike."""
+        if self.captions:
+            return self.captions
         alike = len(jax.tree.leaves(self.labels)[0]) == 1
-        return self.captions or ["" if alike else str(i) for i in self.label_index]
+        return ["" if alike else str(i) for i in self.label_index]
 
     def rows(self, start: int, stop: int) -> RequestRows:
         """Samples `start` … `stop` − 1. Beyond the last one, that is repeated."""
         places = np.minimum(np.arange(start, stop), len(self.label_index) - 1)
         rows = self.label_index[places]
+        labels = self.labels
         return RequestRows(
-            labels=jax.tree.map(lambda x: x[rows], self.labels),
+            labels=labels(rows) if callable(labels) else jax.tree.map(lambda x: x[rows], labels),
             seed=self.seed if isinstance(self.seed, int) else [self.seed[i] for i in places],
             first_index=start,
             negative=self.negative,
@@ -101,6 +112,25 @@ def spread_evenly(ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:
     """Repeat ids to n labels: equal shares, equal ids side by side."""
     share, rest = divmod(n, len(ids))
     return np.repeat(np.asarray(ids, np.int32), [share + (i < rest) for i in range(len(ids))])
+
+
+def grid_texts(labels: DisplayLabels, names: Sequence[str]) -> list[str] | None:
+    """The text below each image of a grid: as `label_texts`, or the number of the class or of the
+    caption where no font here has the text's characters.
+    """
+    texts = label_texts(labels, names)
+    if texts is None:
+        return None
+    captions = list(dict.fromkeys(label for label in labels if isinstance(label, str)))
+    numbers = [captions.index(i) if isinstance(i, str) else int(i) for i in labels]
+    return drawable_texts(texts, numbers)
+
+
+def drawable_texts(texts: Sequence[str], numbers: Iterable[int]) -> list[str]:
+    """Replace texts that no font here can draw by their numbers."""
+    return [
+        text if fonts.is_drawable(text) else str(number) for text, number in zip(texts, numbers)
+    ]
 
 
 def label_texts(labels: DisplayLabels, names: Sequence[str]) -> list[str] | None:

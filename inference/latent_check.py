@@ -8,7 +8,7 @@ The checks that need no VAE are in `data/latents.py`. Nothing here changes the l
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 
 from data import latents
 from data.latents import LatentDataset
@@ -16,6 +16,7 @@ from data.load import open_dataset
 from data.rows import Source
 from inference import grids
 from inference.codec import Codec
+from inference.grids import NotFiniteError
 from inference.spaces import latent_means
 from runtime import parallel
 from runtime.errors import UserError
@@ -37,7 +38,7 @@ def compare_with_images(
     converted = np.flatnonzero([row not in skipped for row in split.rows.tolist()])
     rows = np.unique(np.linspace(0, len(converted) - 1, min(n, len(converted))).astype(int))
     images = split.decode(converted[rows])
-    decoded = grids.to_uint8(codec.decode(mean_latents(folder, dataset, rows)))
+    decoded = decode_to_uint8(folder, codec, mean_latents(folder, dataset, rows))
     errors = np.square(decoded.astype(np.float64) - images).mean((1, 2, 3)) / 255**2
     psnr = -10 * np.log10(np.maximum(errors, 1e-10))
     both = np.concatenate([images[:GRID_COLUMNS], decoded[:GRID_COLUMNS]])
@@ -57,6 +58,22 @@ def mean_latents(
     source = open_dataset(encoding.dataset_name, latents_dir=folder)
     moments = source.full_splits()["train"].decode(rows)
     return latent_means(moments, encoding)
+
+
+def decode_to_uint8(
+    folder: Path, codec: Codec, x: Float[np.ndarray, "n h w z"]
+) -> UInt8[np.ndarray, "n H W c"]:
+    """Decode latents of a folder to images.
+
+    Raises:
+        UserError: latents or images are not finite.
+    """
+    if not np.isfinite(x).all():
+        raise UserError(f"latents in '{folder}' are not finite; make them again")
+    try:
+        return grids.to_uint8(codec.decode(x), kind="image")
+    except NotFiniteError as error:
+        raise UserError(f"latents in '{folder}', decoded by {codec.id}: {error}") from None
 
 
 def check_latents_with_vae(folder: Path, mesh: parallel.Mesh, vae: str | None = None) -> str:
@@ -79,10 +96,10 @@ def check_latents_with_vae(folder: Path, mesh: parallel.Mesh, vae: str | None = 
             )
     n = -(-GRID_COLUMNS // mesh.size) * mesh.size  # the devices take equal shares
     x = mean_latents(folder, dataset, np.arange(n) % dataset.n_rows["train"])
-    encoded = codec.encode(grids.to_uint8(codec.decode(x)))
+    encoded = codec.encode(decode_to_uint8(folder, codec, x))
     x_again = latent_means(np.asarray(parallel.fetch_to_host(encoded)), encoding)
     lost = float(np.square(x_again - x).mean() / x.var())
-    if lost > MAX_LOST_VARIANCE:
+    if not lost <= MAX_LOST_VARIANCE:  # NaN neither
         raise UserError(
             f"latents in '{folder}': decoding and encoding them again changes {lost:.0%} of their "
             "variance; they are not of this VAE, or it was never trained"

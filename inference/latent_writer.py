@@ -161,8 +161,17 @@ def encode_split(
 
     def read(dispatched: tuple[DecodedRows, list[jax.Array]]) -> EncodedBatch:
         (rows, _, bad), views = dispatched
-        moments = [parallel.fetch_to_host(view)[: len(rows)] for view in views]
-        return EncodedBatch(rows, np.concatenate(moments, axis=-1), bad)
+        moments = np.concatenate(
+            [parallel.fetch_to_host(view)[: len(rows)] for view in views], axis=-1
+        )
+        not_finite = ~np.isfinite(moments).all(axis=(1, 2, 3))
+        if not_finite.any():
+            raise UserError(
+                f"the VAE {codec.id} encodes row {split.rows[rows[not_finite][0]]} of split "
+                f"'{split.name}' to numbers that are not finite; {codec.dtype} may be too narrow "
+                "for it (--nohalf_precision), or its weights are damaged"
+            )
+        return EncodedBatch(rows, moments, bad)
 
     with closing(workers.run_ahead(callers, steps)) as answers:
         dispatched = map(dispatch, name_undecodable_rows(answers))

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from jaxtyping import Int
 
 from data.image_sets import ImageBatch, ImageSet, copy_to_npz
 from inference import grids
+from inference.comparisons import open_eval_split
 from inference.labels import SampleRequest
 from inference.sampler import Samples
 from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
@@ -55,10 +57,13 @@ def open_image_set(
         samples: an .npz to write them to. Until it is complete, batches are in a folder beside it.
 
     Raises:
-        UserError: the model was trained on captions, or the config does not fit it.
+        UserError: the config does not fit the model, or it was trained on captions and its dataset
+            cannot be opened.
     """
     n, size = config.n, min(config.batch_size, config.n)
-    request = trained.conditioning.request_balanced(n, seed=config.seed)
+    need = "evaluating a model of captions needs those of its dataset"
+    open_split = partial(open_eval_split, trained, need=need)
+    request = trained.conditioning.request_balanced(n, open_split, seed=config.seed)
     plan = trained.plan(config)
     sample_at = make_batch_sampler(trained, request, plan, size)
     starts = range(0, n, size)
@@ -69,7 +74,8 @@ def open_image_set(
             return map(sample_at, starts)
         return write_npz(sample_at, starts, samples, request.label_index, card)
 
-    return ImageSet(n, batches, card)
+    shape = trained.space.image_shape(trained.model)
+    return ImageSet(n, batches, card, shape, f", sampled from {trained.name}")
 
 
 def make_batch_sampler(
@@ -89,16 +95,18 @@ def make_batch_sampler(
             negative=rows.negative,
             batch_size=size,
         )
-        return grids.to_uint8(samples.x[: n - start])
+        return trained.to_uint8(samples.x[: n - start], first=start)
 
     return sample_at
 
 
-def slice_samples(sample_all: Callable[[], Samples], size: int) -> BatchSampler:
+def slice_samples(
+    trained: TrainedModel, sample_all: Callable[[], Samples], size: int
+) -> BatchSampler:
     """Make the function that cuts batches of `size` images out of samples made all at once. They
     are made when the first batch is needed; `sample_all` should cache its result.
     """
-    return lambda start: grids.to_uint8(sample_all().x[start : start + size])
+    return lambda start: trained.to_uint8(sample_all().x[start : start + size], first=start)
 
 
 def describe_samples(

@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jaxtyping import Float, UInt8
 
-from data import text_encoders
+from data import caption_cache, text_encoders
 from data.batch import EncodedCaption
-from inference import guidance
+from data.caption_cache import CaptionStore
+from inference import grids, guidance
 from inference.codec import Codec
 from inference.conditioning import Captions, Conditioning, conditioning_of
+from inference.grids import NotFiniteError
 from inference.sampler import (
     Labels,
     SamplerConfig,
@@ -224,7 +228,10 @@ class TrainedModel:
     def conditioning(self) -> Conditioning:
         """The conditioning of the model."""
         captions = Captions(
-            self.encode_captions, self.text_encoder_paths, null_is_empty=bool(self.full_width)
+            self.encode_captions,
+            self.text_encoder_paths,
+            open_store=self.open_caption_store,
+            null_is_empty=bool(self.full_width),
         )
         return conditioning_of(self.model, self.label_names, captions)
 
@@ -298,6 +305,29 @@ class TrainedModel:
                 f"{model.pooled_width}"
             )
         return encoded
+
+    def open_caption_store(self, captions: Sequence[str]) -> CaptionStore:
+        """Open the encoded captions of the run's dataset, cut and padded as in training. What was
+        encoded for training is not encoded again.
+
+        Raises:
+            UserError: a text encoder is needed and cannot be read, or is not the one that was
+                trained with.
+        """
+        settings, paths = self.settings, self.text_encoder_paths
+        data_dir = settings.get("data_dir")
+        folder = settings.get("caption_cache") or caption_cache.default_cache_folder(
+            settings["dataset_name"], Path(data_dir) if data_dir else None
+        )
+        store = CaptionStore.open(
+            Path(folder),
+            captions,
+            paths,
+            revisions=settings["text_revisions"][: len(paths)],
+            max_length=self.model.text_length,
+        )
+        store.length = self.model.text_length
+        return store
 
     def plan(self, overrides: SamplingOverrides, *, negative: bool = False) -> SamplingPlan:
         """Complete the overrides with the model's own settings.
@@ -374,6 +404,24 @@ class TrainedModel:
             estimates=estimates,
             to_images=self.space.to_images if decode else None,
         )
+
+    def to_uint8(
+        self, x: Float[np.ndarray, "*n h w c"], *, first: int = 0
+    ) -> UInt8[np.ndarray, "*n h w c"]:
+        """Convert decoded samples in −1 … 1 to bytes, as `grids.to_uint8` does.
+
+        Raises:
+            NotFiniteError: a sample holds NaN or infinity. The message names it, the model and the
+                step, and says whether the weights are the reason.
+        """
+        try:
+            return grids.to_uint8(x, first=first)
+        except NotFiniteError as error:
+            step = "" if self.step is None else f", step {self.step}"
+            reason = "its weights are finite: lower --cfg_scale, raise --n_steps, or check the VAE"
+            if not parallel.is_finite(self.params):
+                reason = "its weights are not finite either: use another checkpoint"
+            raise NotFiniteError(f"{self.name}{step}: {error}; {reason}") from None
 
     @property
     def card(self) -> dict[str, Any]:

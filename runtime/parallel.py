@@ -169,6 +169,11 @@ def fetch_to_host(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
+def is_finite(tree: Any) -> bool:
+    """Return True if no array of a tree holds NaN or infinity."""
+    return all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(tree))
+
+
 def any_across_processes(flag: bool, mesh: Mesh) -> Any:
     """Combine a flag of every process with "or". Every process must call this.
 

@@ -3,6 +3,7 @@
 Plain values in, texts and images out. It neither samples nor writes files.
 """
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from data import bad_rows
 from data.rows import Source
 from inference import grids
 from inference.conditioning import Conditioning
-from inference.labels import DisplayLabels, label_texts
+from inference.labels import DisplayLabels, grid_texts
 from inference.spaces import Space
 from model import ModelConfig
 from runtime import parallel
@@ -29,7 +30,7 @@ def sample_grid(
 ) -> Image.Image:
     """Arrange samples in −1 … 1 in four rows, with their labels below."""
     columns = len(labels) // ROWS
-    return grids.image_grid(grids.to_uint8(x), columns=columns, captions=label_texts(labels, names))
+    return grids.image_grid(grids.to_uint8(x), columns=columns, captions=grid_texts(labels, names))
 
 
 def start_message(
@@ -61,7 +62,7 @@ def start_message(
 
 def end_message(run_dir: Path, step: int, *, example: str = "") -> str:
     """List the files of a finished run, and commands to run next."""
-    checkpoint = f"checkpoints/{step}/"
+    checkpoint, run = f"checkpoints/{step}/", shlex.quote(str(run_dir))
     words = f" {example}" if example else ""
     files = {
         "samples/final.png": "samples; samples/trajectory.gif shows them emerge from noise",
@@ -75,6 +76,6 @@ Done: step {step}. Everything is in {run_dir}/
 {"".join(lines)}  {"metrics.jsonl":24} the metrics; TensorBoard reads them from the same folder
   {checkpoint:24} weights, their average and the optimizer's state
 Next:
-  python generate.py --run {run_dir}{words} --n 64 --out samples.png
-  python figures.py --run {run_dir}
-  python train.py --resume --run_dir {run_dir} --n_steps {2 * step}"""
+  python generate.py --run {run}{words} --n 64 --out samples.png
+  python figures.py --run {run}
+  python train.py --resume --run_dir {run} --n_steps {2 * step}"""

@@ -22,7 +22,7 @@ from data.rows import Source
 from datasets_config import DatasetConfig
 from runtime import parallel, processes
 from runtime.checkpoint import Checkpoints
-from runtime.errors import UserError
+from runtime.errors import RunError, UserError
 from runtime.signals import catch_stop_signals
 from training import device_dataset, optim
 from training import step as training_step
@@ -231,7 +231,8 @@ class Loop(Run):
         checkpoints in the run's folder.
 
         Raises:
-            RunError: the loss stays non-finite after several rollbacks.
+            RunError: the loss stays non-finite after several rollbacks, or images of the trained
+                model are not finite.
             KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, once a checkpoint is written.
         """
         c = self.config
@@ -272,6 +273,10 @@ class Loop(Run):
             else:
                 session.save_image_grid("final.png", trajectory=True)
                 session.save_figures()
+                if session.not_finite:
+                    raise RunError(
+                        f"the run has ended, but its model is broken: {session.not_finite}"
+                    )
                 session.tracker.message(self.end_message())
         stop.raise_exit()
 

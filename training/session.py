@@ -23,6 +23,7 @@ from data.pipeline import Pipeline
 from data.rows import Source
 from datasets_config import DatasetConfig
 from inference import curves, grids, progress
+from inference.grids import NotFiniteError
 from runtime import files, parallel, processes, run_folder
 from runtime.checkpoint import Checkpoints, DiskFullError
 from runtime.errors import RunError, UserError
@@ -211,6 +212,7 @@ class RunSession:
         stop_signalled: whether any process had been signalled to stop by then.
         saving: the step of the last checkpoint, which may still be being written.
         rollbacks: one entry for each, for the error message.
+        not_finite: why the last grid of images was not saved, if it was not.
     """
 
     run: Run
@@ -223,6 +225,7 @@ class RunSession:
     stop_signalled: bool = False
     saving: int = 0
     rollbacks: list[str] = field(default_factory=list)
+    not_finite: str = ""
 
     # --- steps ------------------------------------------------------------------------------------
 
@@ -355,11 +358,18 @@ class RunSession:
 
     def save_image_grid(self, name: str, *, trajectory: bool = False) -> None:
         """Save a grid of the run's images into their folder and TensorBoard and, with
-        `trajectory`, a GIF of the states that lead there.
+        `trajectory`, a GIF of the states that lead there. Images that are not finite are reported
+        and not saved: a model may be too young for its guidance, and become sound later.
         """
         run = self.run
-        images = run.image_grids(trajectory=trajectory)
         folder = run.run_dir / run.GRID_FOLDER
+        try:
+            images = run.image_grids(trajectory=trajectory)
+        except NotFiniteError as error:
+            self.not_finite = f"step {run.step}: {run.GRID_FOLDER}/{name} is not saved: {error}"
+            self.tracker.message(self.not_finite)
+            return
+        self.not_finite = ""
         if not processes.is_first():
             return
         with self._reporting_full_disk(folder / name):
@@ -369,8 +379,14 @@ class RunSession:
             self.tracker.image(run.step, run.GRID_FOLDER, images[-1])
 
     def measure(self, stop: StopRequest) -> None:
-        """Log the run's slow metrics. If it is signalled to stop meanwhile, they are left out."""
-        metrics = self.run.measure(partial(self._until_stopped, stop=stop))
+        """Log the run's slow metrics. If it is signalled to stop meanwhile, or its images are not
+        finite, they are left out.
+        """
+        try:
+            metrics = self.run.measure(partial(self._until_stopped, stop=stop))
+        except NotFiniteError as error:
+            self.tracker.message(f"step {self.run.step} is not measured: {error}")
+            return
         if metrics is None:
             self.tracker.message(f"step {self.run.step} is not measured: the run is stopping")
             return

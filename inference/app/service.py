@@ -271,7 +271,9 @@ def sample_trajectory_frames(model: TrainedModel, job: SampleJob) -> list[Image.
     n_frames = min(len(states), MAX_FRAMES)
     steps = np.linspace(0, len(states) - 1, n_frames).round().astype(int)
     frames = model.space.to_images(states[steps, : job.n_images])
-    return [grids.image_grid(grids.to_uint8(frame), captions=request.captions) for frame in frames]
+    return [
+        grids.image_grid(model.to_uint8(frame), captions=request.grid_captions) for frame in frames
+    ]
 
 
 def sample_comparison_grid(
@@ -301,7 +303,7 @@ def sample_comparison_grid(
             first_index=request.first_index,
             negative=request.negative,
         )
-        image = grids.to_uint8(sample.x[0])
+        image = model.to_uint8(sample.x)[0]
         if images is None:
             images = np.full((len(cfg_scales), len(n_steps), *image.shape), 255, np.uint8)
         images[row, column] = image

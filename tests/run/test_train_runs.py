@@ -54,6 +54,21 @@ def test_a_run_leaves_what_it_promises(whole, capsys):
         assert min(grid.size) > 256  # large enough for a person to see
 
 
+def test_a_run_whose_samples_are_not_finite_fails_when_it_is_trained(tmp_path, capsys):
+    trainer = Trainer(replace(TINY, n_steps=2, sample_every_n=1, run_dir=tmp_path / "run"))
+    broken = jax.tree.map(lambda x: x * np.nan, trainer.state.ema)
+    trainer.state = replace(trainer.state, ema=broken)
+    with pytest.raises(RunError, match=r"step 2: samples/final\.png is not saved: sample 0 "):
+        trainer.fit()
+    printed = capsys.readouterr().out
+    assert "step 1: samples/0000001.png is not saved: sample 0 " in printed
+    assert not list(tmp_path.glob("run/samples/*"))
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["2"]
+    with pytest.raises(UserError, match=r"run, step 2: sample 0 .* its weights are not finite"):
+        generate.main(generate.GenerateConfig(run=tmp_path / "run", out=tmp_path / "a.png", n=3))
+    assert not (tmp_path / "a.png").exists()
+
+
 @pytest.mark.slow
 def test_the_loss_is_the_mean_since_the_last_line(whole, tmp_path):
     """Not the last step's: with one line per step, five lines average to one of five steps."""

@@ -37,7 +37,10 @@ def test_the_command_evaluates_a_run(trained, tmp_path, cache):
     words = ["--make_reference", real, "--dataset_name", "digits", "--features", "pixels"]
     made = run("evaluate.py", *words, cache=cache)
     assert made.returncode == 0, made.stderr
-    assert made.stdout == f"statistics of 1437 images: {real}\n"
+    assert made.stdout.splitlines() == [
+        "1437 images of 8 × 8 pixels, grey (split 'train' of digits, cropped and resized to that)",
+        f"statistics of 1437 images: {real}",
+    ]
 
     words = ["--run", trained, "--reference", real, "--features", "pixels", "--n", 30]
     words += ["--samples", samples, "--batch_size", 7, "--cfg_scale", 2, "--seed", 3]

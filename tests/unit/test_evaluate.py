@@ -5,6 +5,7 @@ from pathlib import Path
 import nano  # noqa: F401  (its sizes)
 import numpy as np
 import pytest
+from caption_cache_cases import ENCODERS, REVISIONS, FakeEncoders, open_store
 from evaluate_cases import (
     PIXELS,
     digits,  # noqa: F401
@@ -16,18 +17,32 @@ from tiny_models import tiny_model
 
 import evaluate
 from data import image_sets
+from data.load import open_dataset
 from evaluate import EvaluateConfig
 from evaluation.features import build_pixel_extractor
 from evaluation.reference import read_reference
 from inference import sample_files
 from inference.sample_files import EvaluationSamplesConfig
+from inference.sampler import Samples
 from inference.trained_model import TrainedModel
+from model import model_config
 from runtime import parallel
 from runtime.errors import UserError
 
 rng = np.random.default_rng(0)
 MAKE = {"npz": Path("a.npz"), "reference": None, "make_reference": Path("x.npz")}
 REFERENCE = Path("r.npz").absolute()
+CAPTIONS = model_config(
+    "DiT-Nano/8",
+    image_size=8,
+    channels=1,
+    out_channels=1,
+    n_classes=0,
+    block="cross_attention",
+    text_length=24,
+    text_width=6,
+    pooled_width=4,
+)
 
 
 @pytest.mark.parametrize(
@@ -207,3 +222,72 @@ def test_interrupted_sampling_resumes_with_the_same_settings_only(some, tmp_path
     with np.load(samples) as arrays:
         np.testing.assert_array_equal(arrays["arr_0"], some)
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+
+
+# --- sizes and counts that differ -----------------------------------------------------------------
+
+
+def test_images_of_another_size_than_the_reference_are_reported(some, digits, tmp_path, capsys):
+    """Pixels of all sizes above 16 shrink to 16, so that the features alone would fit."""
+    for side in (32, 64):
+        large = rng.integers(0, 256, (12, side, side, 3)).astype(np.uint8)
+        np.savez(tmp_path / f"{side}.npz", arr_0=large)
+    reference = tmp_path / "real.npz"
+    evaluate.main(
+        EvaluateConfig(npz=tmp_path / "32.npz", make_reference=reference, features="pixels")
+    )
+    for side, is_other in ((32, False), (64, True)):
+        capsys.readouterr()
+        record = evaluate_pixels(tmp_path / "a", npz=tmp_path / f"{side}.npz", reference=reference)
+        printed = capsys.readouterr().out
+        assert f"12 images of {side} × {side} pixels, RGB\n" in printed
+        warning = "warning: these images have 64 × 64 pixels, those of the reference 32 × 32"
+        assert (warning in printed) == is_other
+        assert record["card"]["pictures"]["shape"] == [side, side, 3]
+        assert record["card"]["reference"]["pictures"]["pictures"]["shape"] == [32, 32, 3]
+
+
+def test_a_reference_with_fewer_features_than_images_is_reported(some, tmp_path, capsys):
+    np.savez(tmp_path / "all.npz", arr_0=some)
+    np.savez(tmp_path / "few.npz", arr_0=some[:20])
+    flags = {"npz": tmp_path / "few.npz", "make_reference": tmp_path / "real.npz"}
+    evaluate.main(EvaluateConfig(features="pixels", **flags))
+    evaluate_pixels(tmp_path / "a", npz=tmp_path / "all.npz", reference=tmp_path / "real.npz")
+    expected = "KID, precision and recall compare 40 images with 20 of the reference\n"
+    assert expected in capsys.readouterr().out
+
+
+# --- a model of captions --------------------------------------------------------------------------
+
+
+def test_a_model_of_captions_is_sampled_with_those_of_its_evaluation_split(tmp_path, monkeypatch):
+    """They are padded as in training and read batch by batch, from what training has encoded."""
+    sampled = []
+
+    def sample(_, labels, plan, *, first_index, batch_size, **__):
+        sampled.append(labels)
+        return Samples(np.zeros((batch_size, 8, 8, 1), np.float32), None, None)
+
+    monkeypatch.setattr(TrainedModel, "sample", sample)
+    monkeypatch.setattr(TrainedModel, "card", {})
+    split = open_dataset("digits", conditioning="text", templates=("the digit {label}",)).eval
+    captions = [texts[0] for texts in split.captions[:7]]
+    encoders = FakeEncoders()
+    open_store(tmp_path, captions, encoders)
+    settings = {"text_towers": ENCODERS, "text_revisions": REVISIONS, "caption_cache": tmp_path}
+    settings |= {"caption": ["the digit {label}"]}
+    model = tiny_model(CAPTIONS, conditioning="text", **settings)
+    images = sample_files.open_image_set(model, EvaluationSamplesConfig(n=7, batch_size=4))
+    assert sum(map(len, images.batches(4))) == 7
+    tokens = np.concatenate([labels.tokens for labels in sampled])
+    assert tokens.shape == (8, 24, 6)
+    for caption, shown in zip(captions, tokens):
+        np.testing.assert_array_equal(shown[: len(caption)], encoders.embedding(caption).tokens)
+
+
+def test_a_model_of_captions_without_its_dataset_names_the_way_out():
+    settings = {"dataset_name": None, "text_towers": ENCODERS, "text_revisions": REVISIONS}
+    model = tiny_model(CAPTIONS, conditioning="text", **settings)
+    message = "needs those of its dataset, and the dataset of digits is not known; .* by --npz"
+    with pytest.raises(UserError, match=message):
+        sample_files.open_image_set(model, EvaluationSamplesConfig(n=7))

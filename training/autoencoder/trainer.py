@@ -4,6 +4,7 @@ The run itself is `training.loop.Loop.fit`; the losses are in `training.autoenco
 """
 
 import dataclasses
+import shlex
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from networks.autoencoder import AutoencoderKL, Moments, autoencoder_graphdef, m
 from pretrained import autoencoder as pretrained_autoencoder
 from pretrained import lpips as pretrained_lpips
 from runtime import files, parallel, processes, run_folder
+from runtime.errors import UserError
 from training import optim
 from training import step as training_step
 from training.autoencoder.config import (
@@ -231,7 +233,7 @@ class VaeTrainer(Loop):
         """Encode images to their most likely latents and decode them, with the averaged weights."""
         params = without_critic(self.state.ema)
         reconstruction, _ = self._reconstruct(params, parallel.replicate(image, self.mesh))
-        return grids.to_uint8(parallel.fetch_to_host(reconstruction))
+        return grids.to_uint8(parallel.fetch_to_host(reconstruction), kind="reconstruction")
 
     def evaluate(self) -> dict[str, float]:
         """Compute the mean PSNR of the averaged weights on the evaluation split, in dB."""
@@ -259,6 +261,8 @@ class VaeTrainer(Loop):
         and shift give the latents zero mean and unit variance (Rombach et al. 2022, appendix G).
         """
         mean, std = self.latent_statistics()
+        if not np.isfinite((mean, std)).all():
+            raise UserError(f"step {self.step} is not exported: its latents are not finite")
         if not processes.is_first():
             return
         config = dataclasses.replace(self.model_config, scaling_factor=1 / std, shift_factor=mean)
@@ -298,7 +302,11 @@ class VaeTrainer(Loop):
         return "\n".join(lines)
 
     def end_message(self) -> str:
-        run_dir, step = self.run_dir, self.step
+        c, run_dir, step = self.config, self.run_dir, self.step
+        dataset = ["--dataset_name", c.dataset_name]
+        dataset += ["--data_dir", str(c.data_dir)] if c.data_dir else []
+        dataset += ["--image_column", c.image_column] if c.image_column else []
+        vae, run = (shlex.quote(str(path)) for path in (run_dir / EXPORT_FOLDER, run_dir))
         return f"""
 Done: step {step}. Everything is in {run_dir}/
   {"vae/":26} the autoencoder, in the format of diffusers
@@ -306,9 +314,9 @@ Done: step {step}. Everything is in {run_dir}/
   {"metrics.jsonl":26} losses, PSNR, speed; TensorBoard reads them from the same folder
   {f"checkpoints/{step}/":26} weights, averaged weights and optimizer
 Next:
-  python convert_imagenet.py --dataset_name {self.config.dataset_name} \\
-      --image_size {self.config.image_size} --vae {run_dir / EXPORT_FOLDER}
-  python train_vae.py --resume --run_dir {run_dir} --n_steps {2 * step}"""
+  python convert_imagenet.py {shlex.join(dataset)} \\
+      --image_size {c.image_size} --vae {vae}
+  python train_vae.py --resume --run_dir {run} --n_steps {2 * step}"""
 
     def describe(self) -> RunRecord:
         flags = {**flags_as_json(self.config), "command": COMMAND, "model": MODEL_NAME}

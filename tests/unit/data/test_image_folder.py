@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.image_folder import list_files, open_image_folder
+from data.image_files import list_files
+from data.image_folder import open_image_folder, sort_files
 from data.load import open_dataset
 from data.pipeline import Pipeline
 from runtime.errors import UserError
@@ -197,7 +198,7 @@ def test_every_image_of_any_tree_is_a_row_or_the_tree_is_refused(tmp_path_factor
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).touch()
     try:
-        opened = open_image_folder(list_files(root), label_column=None)
+        opened = open_image_folder(sort_files(list_files(root)), label_column=None)
     except UserError as error:
         assert "lie beside the folders of splits" in str(error)
         return
