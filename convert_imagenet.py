@@ -18,7 +18,7 @@ from data.load import open_dataset
 from inference import latent_check
 from inference.codec import Codec
 from inference.latent_writer import convert_dataset, make_encoding
-from runtime import cli, parallel
+from runtime import cli, parallel, processes
 from runtime.errors import UserError
 from runtime.files import remove_leftovers
 from runtime.flags import Derived, again, check_values, flag
@@ -77,6 +77,7 @@ def check_flags(config: ConvertConfig) -> None:
 def main() -> None:
     """Open the VAE and the dataset, convert, and print what to do next."""
     config = cli.parse_flags(ConvertConfig)
+    processes.start_backend()
     check_flags(config)
     parallel.enable_compilation_cache()
     mesh = parallel.make_mesh()

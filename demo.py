@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from inference.app.service import ModelLibrary
-from runtime import cli, parallel
+from runtime import cli, parallel, processes
 from runtime.errors import UserError
 from runtime.flags import Derived, check_values, flag
 from runtime.run_folder import RUNS
@@ -55,6 +55,7 @@ class DemoConfig(LibraryFlags, MovedFlags, PageFlags):
 def main(config: DemoConfig) -> None:
     """Open the page and wait for Ctrl-C, SIGTERM or SIGHUP."""
     check_flags(config)
+    processes.start_backend()
     files = Path(tempfile.mkdtemp(prefix="dit-demo-"))
     tempfile.tempdir = str(files)  # every temporary file of this process is removed with the folder
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

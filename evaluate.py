@@ -354,6 +354,7 @@ def load_reference_features(
 # --- the command ----------------------------------------------------------------------------------
 
 
+@processes.explain_lost_process
 def main(config: EvaluateConfig) -> None:
     """Load the reference, compute the features of all images, write the scores or statistics."""
     check_flags(config)
@@ -363,6 +364,7 @@ def main(config: EvaluateConfig) -> None:
         n_processes=config.n_processes,
         process_index=config.process_index,
     )
+    processes.start_backend()
     parallel.enable_compilation_cache()
     if config.samples and processes.is_distributed():
         raise UserError("--samples needs a single process: drop it, or run without --distributed")

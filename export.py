@@ -18,7 +18,7 @@ import numpy as np
 from inference.trained_model import TrainedModel
 from model import ModelConfig
 from pretrained import sd3, transformer
-from runtime import cli, parallel
+from runtime import cli, parallel, processes
 from runtime.errors import UserError
 from runtime.files import atomic_file, atomic_folder
 from runtime.flags import Derived, flag, flags_of, required
@@ -30,7 +30,7 @@ CARD_FILE = "README.md"
 EXPORTED_SETTINGS = (
     *("dataset_name", "dataset", "model", "vae", "text_towers", "text_revisions", "text_length"),
     *("fsdp", "objective", "method", "prediction", "learned_sigma", "solver", "n_sample_steps"),
-    *("sample_shift", "cfg_scale", "ema_decay"),
+    *("sample_shift", "cfg_scale", "label_dropout", "null_is_trained", "ema_decay"),
 )
 # Flags that the card leaves out: they do not shape the weights, and some are paths of this machine.
 HIDDEN_FLAGS = {name for name, known in flags_of(TrainConfig).items() if known.may_change} - {
@@ -55,6 +55,7 @@ def main(config: ExportConfig) -> None:
         UserError: the run, the layout or the folder cannot be used.
     """
     c = config
+    processes.start_backend()
     trained = TrainedModel.from_run(c.run, ema=c.ema, step=c.step, fsdp=parallel.devices().count)
     layout, reason = select_layout(c, trained.model)
     if c.out.exists() and not (c.out.is_dir() and not any(c.out.iterdir())):
@@ -63,7 +64,7 @@ def main(config: ExportConfig) -> None:
     if not parallel.is_finite(params):
         raise UserError(f"the weights of step {step} of {c.run} hold NaN or infinity; pass --step")
     settings = {name: run[name] for name in EXPORTED_SETTINGS if name in run}
-    settings |= {"step": step, "ema": c.ema}
+    settings |= {"step": step, "ema": c.ema, "cfg_scale": trained.default_cfg_scale}
     n_params = sum(np.size(x) for x in jax.tree.leaves(params))
     card = model_card(c.out.name, run | settings, trained, layout, n_params)
     try:
@@ -119,7 +120,7 @@ tags:
 
 {run["model"]} trained on {run["dataset_name"]}: {params}, the {weights} weights of step \
 {run["step"]}.
-{trained.space.describe(model)} {trained.conditioning.describe()}
+{trained.space.describe(model)} {trained.conditioning.describe()}{untrained_null_note(trained)}
 {trained.method.describe()}
 
 It was trained by
@@ -148,6 +149,13 @@ model = exported.model()  # model(x, t, label): x is b h w c, t in 0 … 1
 
 Not chosen yet by the owner. The training data have their own terms.
 """
+
+
+def untrained_null_note(trained: TrainedModel) -> str:
+    """Return the sentence that warns of guidance, for a model that cannot be guided."""
+    if trained.null_is_trained or not trained.model.is_conditional:
+        return ""
+    return " No label was dropped in training: sample it without guidance (scale 1)."
 
 
 def diffusers_section(layout: str, model: ModelConfig) -> str:

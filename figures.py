@@ -19,7 +19,7 @@ from inference import comparisons, curves, grids, progress
 from inference.grids import MAX_GRID_IMAGES
 from inference.labels import SampleRequest
 from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
-from runtime import cli, parallel
+from runtime import cli, parallel, processes
 from runtime.errors import UserError
 from runtime.files import report_unwritable
 from runtime.flags import Derived, again, flag
@@ -101,6 +101,7 @@ class FigureInputs(NamedTuple):
 def main(config: FiguresConfig) -> None:
     """Make all figures that can be made."""
     check_flags(config)
+    processes.start_backend()
     parallel.enable_compilation_cache()
     trained = TrainedModel.from_run(
         config.run,
@@ -232,6 +233,8 @@ def save_cfg_sweep(inputs: FigureInputs, path: Path) -> None:
     trained, row, plan, config = inputs.trained, inputs.row, inputs.plan, inputs.config
     if not trained.model.is_conditional:
         raise UserError("an unconditional model cannot be guided")
+    for scale in config.cfg_sweep:
+        trained.check_null(scale)
     grid = comparisons.compare_scales(trained, row, plan, config.cfg_sweep, side=MAX_SIDE)
     grids.save_png(grid, path)
 

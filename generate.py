@@ -24,7 +24,7 @@ from inference.labels import SampleRequest
 from inference.sample_files import BatchSampler
 from inference.sampler import Samples, check_guidance, check_seeds
 from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
-from runtime import cli, parallel
+from runtime import cli, parallel, processes
 from runtime.cli import FreeText
 from runtime.errors import UserError
 from runtime.files import check_distinct_paths, report_unwritable
@@ -180,6 +180,7 @@ def _check_comparison_grid(config: GenerateConfig) -> None:
 
 def main(config: GenerateConfig) -> None:
     """Open the model, sample, write."""
+    processes.start_backend()
     check_flags(config)
     parallel.enable_compilation_cache()
     trained = open_model(config)
@@ -228,7 +229,7 @@ def make_plan(config: GenerateConfig, trained: TrainedModel) -> SamplingPlan:
     guided_scales = [scale for scale in config.cfg_sweep if scale != 1]
     if guided_scales:
         overrides = replace(overrides, cfg_scale=guided_scales[0])
-    plan = trained.plan(overrides)
+    plan = trained.plan(overrides, negative=negative)
     for scale in guided_scales or [plan.cfg_scale]:
         check_guidance(plan.sampler, trained.model, scale, negative=negative)
     return plan

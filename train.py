@@ -31,6 +31,7 @@ from data.batch import Batch
 from evaluation.during_training import TrainingFID
 from inference import grids
 from inference.codec import Codec
+from inference.guidance import untrained_null_error
 from inference.sampler import SamplerConfig, sample_images
 from inference.spaces import space_of
 from methods.method import Loss
@@ -80,6 +81,7 @@ class Trainer(Loop):
         self.method, self.conditioning = prepared.method, prepared.conditioning
         self.encoded = prepared.conditioning.store
         self.model_config = prepared.network
+        self.null_is_trained = prepared.null_is_trained
         self._open_devices()
         keys = jax.random.split(jax.random.key(self.config.seed), 3)
         self.init_key, self.train_key, self.eval_key = keys
@@ -274,16 +276,21 @@ class Trainer(Loop):
             first_index: index of the first image; an image's noise depends on seed and index.
             trajectory: return every state from the noise to the result.
 
+        Raises:
+            UserError: guidance does not fit the model, or there is no such class.
+
         Returns float32 (b, h, w, c) or, with `trajectory`, (n_steps + 1, b, h, w, c).
         """
-        scale = self.config.cfg_scale if cfg_scale is None else cfg_scale
+        scale = float(self.config.cfg_scale if cfg_scale is None else cfg_scale)
+        if scale != 1 and self.model_config.is_conditional and not self.null_is_trained:
+            raise untrained_null_error(str(self.run_dir), scale)
         samples = sample_images(
             self.state.ema if ema else self.state.params,
             self.model_config,
             self.conditioning.encode([labels] if isinstance(labels, str) else labels),
             sampler=self.sampler(n_steps),
             mesh=self.mesh,
-            cfg_scale=float(scale),
+            cfg_scale=scale,
             seed=seed,
             first_index=first_index,
             trajectory=trajectory,
@@ -365,11 +372,13 @@ class Trainer(Loop):
                 "method": class_path(type(self.method)),
                 "trainer": self.trainer_path(),
                 "text_revisions": self.conditioning.revisions,
+                "null_is_trained": self.null_is_trained,
                 "yardstick": fid.card if fid else None,
             },
         )
 
 
+@processes.explain_lost_process
 def main() -> None:
     config = cli.parse_flags(TrainConfig)
     initialize_jax(config)

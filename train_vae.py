@@ -15,6 +15,7 @@ from training.loop import initialize_jax
 __all__ = ["VaeConfig", "VaeTrainer"]
 
 
+@processes.explain_lost_process
 def main() -> None:
     config = cli.parse_flags(VaeConfig)
     initialize_jax(config)

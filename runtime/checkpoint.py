@@ -90,6 +90,12 @@ class Checkpoints:
         """Return True if the run has a complete checkpoint."""
         return any(path.name.isdecimal() for path in (run_dir / CHECKPOINTS_FOLDER).glob("*"))
 
+    @staticmethod
+    def newest_on_disk(run_dir: Path) -> int | None:
+        """Return the newest complete step of a run's folder without opening it, or None."""
+        names = [path.name for path in (run_dir / CHECKPOINTS_FOLDER).glob("*")]
+        return max((int(name) for name in names if name.isdecimal()), default=None)
+
     def __enter__(self):
         return self
 

@@ -8,7 +8,6 @@ help, and `runtime.config_file` reads the flags of `--config FILE`.
 
 import contextlib
 import dataclasses
-import difflib
 import errno
 import json
 import os
@@ -27,6 +26,7 @@ from fire.decorators import SetParseFn
 
 from runtime.config_file import read_config_file
 from runtime.errors import RunError, UserError, unknown_name
+from runtime.flag_names import hint_for
 from runtime.help_page import help_page
 
 T = TypeVar("T")
@@ -179,9 +179,7 @@ def _find_field(flag: str, kinds: dict[str, Any]) -> tuple[str, bool]:
         return name, False
     if flag.startswith("--no") and positive in kinds and _allows(kinds[positive], bool):
         return positive, True
-    nearest = difflib.get_close_matches(name, kinds, n=1)
-    hint = f"did you mean --{nearest[0]}?" if nearest else "--help lists them all"
-    raise UserError(f"unknown flag {flag}; {hint}")
+    raise UserError(f"unknown flag {flag}; {hint_for(name, kinds)}")
 
 
 # --- words → values -------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from runtime.errors import UserError, unknown_name
+from runtime.flag_names import hint_from_tables
 from runtime.flags import groups_of
 from runtime.run_folder import REQUIRED_KEYS
 
@@ -48,10 +49,17 @@ def read_config_file(path: Path, config: type[Any]) -> dict[str, FileWords]:
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in names:
-            raise UserError(f"{path}: {unknown_name('flag', key, names)}")
+            raise UserError(f"{path}: {_unknown_flag(key, name, names)}")
         if value is not None:
             words[name] = _as_words(path, name, value)
     return words
+
+
+def _unknown_flag(key: Any, name: str, names: list[str]) -> UserError:
+    hint = hint_from_tables(name, names)
+    if hint is None:
+        return unknown_name("flag", key, names)
+    return UserError(f"unknown flag '{key}'; {hint}")
 
 
 def _read_mapping(path: Path) -> dict[Any, Any]:

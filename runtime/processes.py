@@ -3,24 +3,32 @@
 With one process every function here returns at once. Devices and arrays belong to `parallel`.
 """
 
+import atexit
 import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import NoReturn
+from functools import cache, wraps
+from textwrap import shorten
+from typing import NoReturn, ParamSpec
 
 import jax
 import numpy as np
 
-from runtime.errors import UserError
+from runtime import launchers, peer_watch
+from runtime.errors import OneLineError, UserError
+from runtime.peer_watch import PeerWatch
 
 MESSAGE_BYTES = 4096  # of a broadcast text
 SHUTDOWN_SECONDS = 20
-HEARTBEAT_TIMEOUT_SECONDS = 45  # a process silent for so long counts as dead; the others exit
+HEARTBEAT_TIMEOUT_SECONDS = 45  # until JAX aborts a run; `peer_watch` is quicker
+
+P = ParamSpec("P")
+_watch: PeerWatch | None = None
 
 
 def join_cluster(
-    detect: bool = False,
+    detect: bool | None = None,
     *,
     coordinator: str | None = None,
     n_processes: int | None = None,
@@ -32,10 +40,12 @@ def join_cluster(
 
     Args:
         detect: take what is not given from the cluster (SLURM, Open MPI, Kubernetes, Cloud TPU).
+            False runs alone, also as one of several tasks of a launcher.
         coordinator: host:port of process 0.
 
     Raises:
-        UserError: some arguments are missing, no cluster is detected, or the others do not come.
+        UserError: some arguments are missing, no cluster is detected, or the others do not come;
+            or there is no argument, and a launcher has started several tasks.
     """
     flags = {
         "coordinator": coordinator,
@@ -44,33 +54,110 @@ def join_cluster(
     }
     missing = [f"--{name}" for name, value in flags.items() if value is None]
     if not detect and len(missing) == len(flags):
+        if detect is None:
+            launchers.require_single_task(os.environ)
         return
     if not detect and missing:
         raise UserError(f"{', '.join(missing)} must be given too, or --distributed to detect it")
     try:
-        # A process that fails does not wait long for the others; the coordinator tells them.
-        jax.distributed.initialize(
-            coordinator,
-            n_processes,
-            process_index,
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
-            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-        )
+        # A process that fails does not wait long for the others; the watch tells them.
+        with peer_watch.replaced_abort(_report_store_lost):
+            jax.distributed.initialize(
+                coordinator,
+                n_processes,
+                process_index,
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
+                shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+            )
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"cannot join the other processes: {reason} (where no cluster is detected, pass "
             "--coordinator HOST:PORT --n_processes N --process_index I)"
         ) from error
+    _start_watch()
+
+
+def _start_watch() -> None:
+    """Watch the other processes until this one leaves."""
+    from jax._src.distributed import global_state
+
+    global _watch
+    if global_state.client is None or (global_state.num_processes or 1) < 2:
+        return
+    _watch = PeerWatch(global_state.client, global_state.process_id, global_state.num_processes)
+    _watch.start()
+    atexit.register(_watch.stop)  # before JAX's own, which was registered earlier
+
+
+def _report_store_lost() -> NoReturn:
+    if _watch:
+        _watch.report_store_lost()
+    os.write(2, b"error: process 0 was lost before the run began; start all processes again\n")
+    os._exit(1)
+
+
+@contextmanager
+def recovery_advice(advise: Callable[[], str]) -> Generator[None]:
+    """Meanwhile, end the message about a lost process by what `advise` returns; also after an
+    exception, which the loss may have caused.
+    """
+    if _watch is None:
+        yield
+        return
+    before, _watch.advise = _watch.advise, advise
+    yield
+    _watch.advise = before
+
+
+def explain_lost_process(main: Callable[P, None]) -> Callable[P, None]:
+    """Wrap a command: if it fails because another process is lost, one line says so, and the
+    traceback of the failed collective is not printed.
+    """
+
+    @wraps(main)
+    def call(*args: P.args, **options: P.kwargs) -> None:
+        try:
+            main(*args, **options)
+        except Exception as error:
+            is_explained = isinstance(error, OneLineError)
+            if _watch and not is_explained and peer_watch.is_of_collective(error):
+                _watch.wait_for_verdict()  # which ends the process, if one is lost
+            raise
+
+    return call
+
+
+@cache
+def start_backend() -> None:
+    """Start JAX's devices, once in a process.
+
+    Raises:
+        UserError: JAX finds none of the platform that JAX_PLATFORMS asks for, or cannot start it.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # no plugin for CUDA: an assertion without text
+        reason = shorten(str(error).partition("(set JAX_PLATFORMS")[0], 120, placeholder=" …")
+        reason = f" ({reason})" if reason else ""
+        platforms = os.environ.get("JAX_PLATFORMS")
+        if not platforms:
+            raise UserError(f"JAX cannot start its devices{reason}") from error
+        raise UserError(
+            f"JAX_PLATFORMS={platforms}: JAX cannot use this platform here{reason}; unset it to "
+            "take the best that there is, or install JAX for it, such as jax[cuda13]"
+        ) from error
 
 
 def count() -> int:
     """Return how many processes the run has."""
+    start_backend()
     return jax.process_count()
 
 
 def index() -> int:
     """Return which of them this is, from 0."""
+    start_backend()
     return jax.process_index()
 
 

@@ -1,11 +1,14 @@
-"""SIGINT and SIGTERM as requests to stop soon, so that a run can save before it exits."""
+"""SIGINT, SIGTERM and SIGHUP as requests to stop soon, so that a run can save before it exits."""
 
+import contextlib
 import os
 import signal
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StoppedBySignal(KeyboardInterrupt):
@@ -37,20 +40,40 @@ class StopRequest:
             raise SystemExit(128 + self.signal)
 
 
+def _silence_lost(terminals: list[int]) -> None:
+    """Send the output to those that are gone nowhere: writing to them would fail."""
+    for descriptor in terminals:
+        if not os.isatty(descriptor):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+
+
 @contextmanager
 def catch_stop_signals() -> Generator[StopRequest]:
-    """Record the first SIGINT or SIGTERM in a `StopRequest`; a second one acts as usual."""
+    """Record the first SIGINT, SIGTERM or SIGHUP in a `StopRequest`; another one acts as usual.
+
+    SIGHUP says that the terminal is gone, as when ssh is cut off. It comes from the kernel and once
+    more from the shell, so that another one is ignored; under nohup all are.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request  # only the main thread receives signals
         return
-    old_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    old_handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    if old_handlers[signal.SIGHUP] == signal.SIG_IGN:
+        del old_handlers[signal.SIGHUP]
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def handle(number: int, frame: FrameType | None) -> None:
         request.signal = number
-        # Not `print`: the signal may have interrupted one, and it is not re-entrant.
-        os.write(2, b"\nstopping after this step; once more to exit at once\n")
+        _silence_lost(terminals)
+        with contextlib.suppress(OSError):  # the reader of stderr may be gone, too
+            # Not `print`: the signal may have interrupted one, and it is not re-entrant.
+            os.write(2, b"\nstopping after this step; once more to exit at once\n")
         restore()
+        if signal.SIGHUP in old_handlers:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def restore() -> None:
         for number, handler in old_handlers.items():

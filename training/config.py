@@ -116,7 +116,8 @@ class MethodFlags:
     )
     label_dropout: float = setting(
         0.1,
-        "fraction of labels or captions replaced by the null label, for classifier-free guidance",
+        "fraction of labels or captions replaced by the null label, for classifier-free guidance; "
+        "with 0 the model cannot be guided",
         at_least=0,
         at_most=1,
     )

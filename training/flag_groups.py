@@ -244,10 +244,10 @@ class RunFlags:
 class ClusterFlags:
     """Cluster."""
 
-    distributed: bool = flag(
-        False,
+    distributed: bool | None = flag(
+        Derived("to be chosen if a launcher started several tasks"),
         "join the other processes of a cluster job (SLURM, Open MPI, Kubernetes, Cloud TPU), as "
-        "JAX detects it",
+        "JAX detects it; false makes each task of a job a run of its own",
         may_change=True,
         inherited=False,
     )

@@ -40,7 +40,7 @@ def initialize_jax(config: Any) -> None:
     anything asks JAX for a device.
 
     Raises:
-        UserError: the other processes cannot be joined.
+        UserError: the other processes cannot be joined, or there are no devices.
     """
     processes.join_cluster(
         config.distributed,
@@ -48,6 +48,7 @@ def initialize_jax(config: Any) -> None:
         n_processes=config.n_processes,
         process_index=config.process_index,
     )
+    processes.start_backend()
     parallel.enable_compilation_cache()
 
 

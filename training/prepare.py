@@ -18,6 +18,7 @@ from data.caption_cache import CaptionStore
 from data.load import open_dataset
 from data.rows import Source
 from inference.conditioning import Conditioning, StoredCaptions, class_conditioning
+from inference.guidance import null_is_trained
 from inference.spaces import space_of
 from methods.method import Method
 from methods.registry import recorded_name
@@ -32,6 +33,7 @@ from training.resolve import (
     network_config,
     recorded_flags,
     require_even_batches,
+    require_same_classes,
     require_same_space,
     resolve_train_config,
     training_method,
@@ -49,6 +51,8 @@ class Prepared:
         run_dir: the run's folder, which may not exist yet.
         saved: its `config.json`; empty for a new run.
         weights: of another model, to start from.
+        null_is_trained: whether the model can be guided: labels are dropped, or the weights bring
+            a null label.
     """
 
     config: TrainConfig
@@ -60,6 +64,7 @@ class Prepared:
     method: Method
     network: ModelConfig
     weights: warm_start.StartingWeights | None = field(repr=False)
+    null_is_trained: bool
 
 
 def prepare(config: TrainConfig, devices: Devices) -> Prepared:
@@ -73,13 +78,15 @@ def prepare(config: TrainConfig, devices: Devices) -> Prepared:
         UserError: flags or a dataset that cannot work.
     """
     run_dir = find_run_dir(config, with_dataset_and_latents(config).dataset_name, config.model)
-    saved = run_folder.read_config(run_dir) if run_dir and config.resume else {}
+    saved = read_saved(run_dir) if run_dir and config.resume else {}
     given = recorded_flags(config, saved)
     config = _merge(config, saved, devices)
     weights = None
     if config.init_from and not saved:
         weights = warm_start.load_starting_weights(config.init_from)
         config = warm_start.with_source_flags(config, weights)
+    record = saved or (weights.settings if weights else {})
+    starts_with_null = bool(record) and null_is_trained(record)
     source = _open_source(config, saved)
     if saved:
         require_same_space(space_of(source.config.encoding), saved)
@@ -89,8 +96,11 @@ def prepare(config: TrainConfig, devices: Devices) -> Prepared:
         source.config,
         n_devices=devices.count,
         platform=devices.platform,
+        starts_with_null=starts_with_null,
     )
     config = resolve(n_rows=len(source.train))
+    if saved and config.conditioning == "class":
+        require_same_classes(source.config, saved)
     if not saved:  # a finished run may be sampled on any number of devices
         require_even_batches(config, devices.count)
     if not config.profile:  # it reads no images
@@ -111,10 +121,24 @@ def prepare(config: TrainConfig, devices: Devices) -> Prepared:
         method=training_method(config),
         network=replace(network, **conditioning.fields),
         weights=weights,
+        null_is_trained=(
+            config.conditioning == "none" or bool(config.label_dropout) or starts_with_null
+        ),
     )
 
 
 # --- the run's folder -----------------------------------------------------------------------------
+
+
+def read_saved(run_dir: Path) -> dict[str, Any]:
+    """Read the `config.json` of a run to resume. If the run cannot be guided, its scale is 1: older
+    versions recorded another one.
+
+    Raises:
+        UserError: the folder is not a run of train.py, or the file is damaged.
+    """
+    saved = run_folder.read_config(run_dir)
+    return saved if null_is_trained(saved) else saved | {"cfg_scale": 1.0}
 
 
 def find_run_dir(config: Any, dataset_name: str, model: str | None) -> Path | None:

@@ -6,7 +6,7 @@ the trainer reads the result: every other module takes plain arguments.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -148,6 +148,37 @@ def require_same_space(space: Space, saved: dict[str, Any]) -> None:
             )
 
 
+def require_same_classes(dataset: DatasetConfig, saved: Mapping[str, Any]) -> None:
+    """Reject resuming with other classes, whose numbers would mean something else.
+
+    Args:
+        dataset: of the dataset that is open.
+        saved: `config.json` of the run to resume.
+
+    Raises:
+        UserError: their number or their names differ.
+    """
+    n_before, n = saved["model_config"]["n_classes"], dataset.n_classes
+    before, names = saved["dataset"].get("label_names") or [], list(dataset.label_names)
+    if before and names and before != names:
+        changes = {"added": set(names) - set(before), "removed": set(before) - set(names)}
+        texts = [f"{what}: {_first_few(found)}" for what, found in changes.items() if found]
+        change = "; ".join(texts) or "in another order"
+    elif n != n_before:
+        change = "some were added" if n > n_before else "some were removed"
+    else:
+        return
+    raise UserError(
+        f"cannot resume: {dataset.name} had {n_before} classes, now it has {n} ({change}); put "
+        "them back, or start a new run from these weights by --init_from RUN"
+    )
+
+
+def _first_few(names: Collection[str]) -> str:
+    shown = [name[:30] for name in sorted(names)[:2]]
+    return ", ".join(shown) + (f", … {len(names) - 2} more" if len(names) > 2 else "")
+
+
 # --- filling in the flags left out ----------------------------------------------------------------
 
 
@@ -165,7 +196,13 @@ def with_dataset_and_latents(config: TrainConfig) -> TrainConfig:
 
 
 def resolve_train_config(
-    config: TrainConfig, dataset: DatasetConfig, *, n_rows: int, n_devices: int, platform: str
+    config: TrainConfig,
+    dataset: DatasetConfig,
+    *,
+    n_rows: int,
+    n_devices: int,
+    platform: str,
+    starts_with_null: bool = False,
 ) -> TrainConfig:
     """Fill in every flag left out, from the dataset's recommendation or the defaults, and check all
     values.
@@ -174,13 +211,15 @@ def resolve_train_config(
         n_rows: rows of the training split, for `n_epochs`.
         n_devices: devices that a batch is split over.
         platform: cpu, gpu or tpu; the default is bfloat16 except on a CPU.
+        starts_with_null: the weights to start from have a trained null label.
 
     Raises:
         UserError: a value is impossible, or contradicts another.
     """
     values = known_values(config, dataset)
     given = given_flags(config)
-    if values["conditioning"] == "none":
+    can_guide = bool(values["label_dropout"]) or starts_with_null
+    if values["conditioning"] == "none" or not can_guide:
         values["cfg_scale"] = given.get("cfg_scale", 1.0)
     if values["conditioning"] != "text":
         for name in ("text_towers", "text_length", "caption_cache"):
@@ -192,6 +231,11 @@ def resolve_train_config(
     values["n_steps"] = length_of_training(config, values, n_rows)
     resolved = TrainConfig(**derived_defaults(values, platform) | values)
     validate_train_config(resolved, n_devices)
+    if not can_guide and resolved.cfg_scale != 1:
+        raise UserError(
+            f"--cfg_scale {resolved.cfg_scale}: with --label_dropout 0 no null label is trained to "
+            "guide by; leave it at 1"
+        )
     return resolved
 
 

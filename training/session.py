@@ -151,6 +151,7 @@ def open_session(run: Run, last: int) -> Generator["RunSession"]:
         last: the step that the run ends at.
     """
     with ExitStack() as stack:
+        stack.enter_context(processes.recovery_advice(lambda: _how_to_resume(run.run_dir)))
         processes.broadcast_from_first(lambda: _claim_folder(run, stack))
         checkpoints = stack.enter_context(
             Checkpoints(run.run_dir, keep=run.config.keep_checkpoints)
@@ -159,6 +160,12 @@ def open_session(run: Run, last: int) -> Generator["RunSession"]:
         run.damaged = []
         tracker = stack.enter_context(_open_tracker(run, last))
         yield RunSession(run, last, tracker, checkpoints, Throughput())
+
+
+def _how_to_resume(run_dir: Path) -> str:
+    step = Checkpoints.newest_on_disk(run_dir)
+    found = "there is no checkpoint yet" if step is None else f"the last checkpoint is step {step}"
+    return f"{found}: start all processes again with --resume --run_dir {run_dir}"
 
 
 def _claim_folder(run: Run, stack: ExitStack) -> str:

@@ -199,7 +199,7 @@ def fields_for_model(model: TrainedModel) -> list[Any]:
     """Update the fields of `add_request_fields`, the guidance scale and the steps for a model."""
     has_captions, classes = model.conditioning.takes_prompts, list(model.conditioning.choices)
     prompt = gr.update(visible=True) if has_captions else gr.update(visible=False, value="")
-    cfg_scale = model.settings["cfg_scale"]
+    cfg_scale = model.default_cfg_scale
     return [
         gr.update(choices=classes, value=[], visible=bool(classes), info="empty: all classes"),
         prompt,

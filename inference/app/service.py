@@ -186,8 +186,8 @@ def plan_sampling(model: TrainedModel, job: SampleJob) -> SamplingPlan:
     check_job(model, job)
     if job.cfg_scale == 1:
         job = replace(job, interval=None, guided_channels=None)
-    plan = model.plan(SamplingOverrides.from_flags(job))
     has_negative = bool(job.negative_prompt.strip())
+    plan = model.plan(SamplingOverrides.from_flags(job), negative=has_negative)
     sampler.check_guidance(plan.sampler, model.model, plan.cfg_scale, negative=has_negative)
     return plan
 

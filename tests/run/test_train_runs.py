@@ -23,15 +23,18 @@ from train_cases import (
     whole,  # noqa: F401
 )
 
+import export
 import generate
 from datasets_config import DATASET_CONFIGS
 from inference import grids
+from inference.trained_model import SamplingOverrides, TrainedModel
 from runtime import parallel
 from runtime.checkpoint import Checkpoints, DiskFullError
 from runtime.errors import RunError, UserError
 from train import Trainer
 from training import optim
 from training.config import TrainConfig
+from training.prepare import prepare
 
 
 def test_a_run_leaves_what_it_promises(whole, capsys):
@@ -422,6 +425,33 @@ def test_guidance_of_an_unconditional_model_is_refused(tmp_path, capsys):
     assert trainer.config.cfg_scale == 1.0 and trainer.sample([0, 0]).shape == (2, 8, 8, 1)
     with pytest.raises(UserError, match=r"cfg_scale 2\.0: an unconditional model cannot be guided"):
         trainer.sample([0], cfg_scale=2)
+
+
+def test_a_run_that_drops_no_labels_is_sampled_and_exported_without_guidance(tmp_path, capsys):
+    run = tmp_path / "run"
+    config = replace(TINY, model="DiT-Nano/4", label_dropout=0.0, run_dir=run)
+    trainer = Trainer(config)
+    assert trainer.config.cfg_scale == 1 and trainer.sample([3]).shape == (1, 8, 8, 1)
+    with pytest.raises(UserError, match="has no null label to guide by"):
+        trainer.sample([3], cfg_scale=2)
+    trainer.save()
+    # Of a version that took the dataset's scale all the same.
+    saved = json.loads((run / "config.json").read_text())
+    assert saved.pop("null_is_trained") is False
+    (run / "config.json").write_text(json.dumps(saved | {"cfg_scale": 1.5}))
+    resumed = prepare(TrainConfig(run_dir=run, resume=True), parallel.devices())
+    assert resumed.config.cfg_scale == 1
+    export.main(export.ExportConfig(run=run, out=tmp_path / "out"))
+    assert "sample it without guidance" in (tmp_path / "out/README.md").read_text()
+    exported = TrainedModel.from_pretrained(str(tmp_path / "out"))
+    assert exported.plan(SamplingOverrides()).cfg_scale == 1
+    with pytest.raises(UserError, match="has no null label to guide by"):
+        exported.plan(SamplingOverrides(cfg_scale=2.0))
+    # Weights with a null label keep it.
+    (run / "config.json").write_text(json.dumps(saved | {"label_dropout": 0.1}))
+    started = replace(config, init_from=str(run), run_dir=tmp_path / "new")
+    prepared = prepare(started, parallel.devices())
+    assert prepared.null_is_trained and prepared.config.cfg_scale != 1
 
 
 # --- runs on captions -----------------------------------------------------------------------------

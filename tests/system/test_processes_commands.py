@@ -153,14 +153,20 @@ def test_a_mistake_ends_all_processes_with_one_line_each(tmp_path, cache):
 
 
 @pytest.mark.slow
-def test_the_death_of_one_process_ends_the_other(tmp_path, cache):
-    flags = [*SMALL, "--n_steps", 100_000, "--log_every", 1, "--run_dir", tmp_path / "run"]
-    pair = start_pair(*flags, cache=cache)
+@pytest.mark.parametrize("lost", [1, 0])  # 0 is the coordinator
+def test_the_death_of_one_process_ends_the_other_with_one_line(tmp_path, cache, lost):
+    folder = tmp_path / "run"
+    flags = [*SMALL, "--n_steps", 100_000, "--log_every", 1, "--eval_save_steps", 100_000]
+    flags += ["--sample_every_n", 100_000]
+    pair = start_pair(*flags, "--run_dir", folder, cache=cache, n_devices=1)
     wait_for_a_step(pair[0])
-    pair[1].kill()
-    pair[1].communicate()
-    pair[0].communicate(timeout=180)
-    assert pair[0].returncode != 0
+    pair[lost].kill()
+    killed = time.monotonic()
+    (status, _, err) = ends(pair, timeout=60)[1 - lost]
+    assert time.monotonic() - killed < 30
+    assert status == 1 and err.count("\n") == 0, err
+    assert err.startswith(f"error: process {lost} ") and "has not answered since" in err
+    assert f"no checkpoint yet: start all processes again with --resume --run_dir {folder}" in err
 
 
 def test_no_cluster_is_one_line(cache):

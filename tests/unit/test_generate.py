@@ -313,6 +313,14 @@ def test_flags_that_cannot_work_are_refused_before_it_starts(tmp_path, fields, m
             "cfg_scale 4.0: an unconditional model",
         ),
         ({"shift": 3.0, "model": SIGMA}, "--shift 3 is for rectified flow"),
+        (
+            {"cfg_scale": 4.0, "label_dropout": 0.0},
+            "cfg_scale 4: 'digits' was trained without label dropout",
+        ),
+        (
+            {"cfg_sweep": (1.0, 4.0), "label_dropout": 0.0},
+            "cfg_scale 4: 'digits' was trained without label dropout",
+        ),
     ],
 )
 def test_flags_that_do_not_fit_the_run_are_refused_before_weights_are_loaded(
@@ -322,6 +330,7 @@ def test_flags_that_do_not_fit_the_run_are_refused_before_weights_are_loaded(
         raise AssertionError("weights are loaded")
 
     config = fields.pop("model", CLASSES)
-    trained = tiny_model(config, **(DDPM if config is SIGMA else {}))
+    dropout = {"label_dropout": fields.pop("label_dropout", 0.1)}
+    trained = tiny_model(config, **dropout, **(DDPM if config is SIGMA else {}))
     with pytest.raises(UserError, match=message):
         command(replace(trained, load=load), **fields)

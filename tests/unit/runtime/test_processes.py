@@ -1,5 +1,6 @@
 """Missing flags of a cluster are refused; a single process never waits."""
 
+import jax
 import pytest
 
 from runtime import processes
@@ -19,3 +20,26 @@ def test_one_process_is_the_first_and_waits_for_nobody():
     assert processes.broadcast_from_first(lambda: "word") == "word"
     with processes.first_then_others():
         processes.wait_for_all("nobody")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (AssertionError(), "here; unset it"),  # what JAX raises without the plugin for CUDA
+        (RuntimeError("no libtpu.so (set JAX_PLATFORMS='' to choose)"), r"here \(no libtpu.so\);"),
+        (RuntimeError("a\nb " * 200), r"here \(a b .* …\)"),
+    ],
+)
+def test_a_platform_that_is_not_there_is_one_line(monkeypatch, error, reason):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    start = processes.start_backend.__wrapped__  # not the cached success of this process
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(UserError, match=f"JAX_PLATFORMS=cuda: .*{reason}") as one_line:
+        start()
+    assert len(str(one_line.value)) <= 300 and "\n" not in str(one_line.value)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    with pytest.raises(UserError, match="JAX cannot start its devices"):
+        start()

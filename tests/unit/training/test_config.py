@@ -319,6 +319,24 @@ def test_an_unconditional_model_is_not_guided():
         resolved(conditioning="none", cfg_scale=2.0)
 
 
+def test_a_run_that_drops_no_labels_is_not_guided():
+    assert resolved(label_dropout=0.0).cfg_scale == 1
+    assert resolved(label_dropout=0.0, cfg_scale=1.0).cfg_scale == 1
+    assert resolved(label_dropout=0.1).cfg_scale == DIGITS.cfg_scale != 1
+    with pytest.raises(UserError, match=r"--cfg_scale 2\.0: with --label_dropout 0 no null label"):
+        resolved(label_dropout=0.0, cfg_scale=2.0)
+    # The weights that it starts from may have a null label already.
+    kept = resolve_train_config(
+        TrainConfig(label_dropout=0.0),
+        DIGITS,
+        n_rows=1000,
+        n_devices=8,
+        platform="cpu",
+        starts_with_null=True,
+    )
+    assert kept.cfg_scale == DIGITS.cfg_scale
+
+
 @pytest.mark.parametrize(
     "platform, half_precision, dtype",
     [

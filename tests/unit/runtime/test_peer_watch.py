@@ -1,0 +1,108 @@
+"""The loss of a process is noticed by its silence, or by the store that was lost with it."""
+
+import pytest
+
+from runtime import peer_watch
+from runtime.peer_watch import GONE, PeerWatch, describe_lost, is_of_collective
+
+
+class Store:
+    """JAX's key-value store, in memory."""
+
+    def __init__(self):
+        self.values = {}
+
+    def key_value_set(self, key, value, *, allow_overwrite):
+        assert allow_overwrite
+        self.values[key] = value
+
+    def key_value_dir_get(self, prefix):
+        return [(key, value) for key, value in self.values.items() if key.startswith(prefix)]
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(peer_watch.time, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    """The texts that would have ended the process."""
+    found = []
+    monkeypatch.setattr(PeerWatch, "report", lambda self, text: found.append(text))
+    return found
+
+
+def test_a_process_whose_sign_stays_the_same_is_lost(monkeypatch, reports):
+    clock, watch = Clock(monkeypatch), PeerWatch(Store(), 0, 3)
+    for beat in range(20):
+        clock.now += 2
+        sign_of_two = "3 node-2" if beat > 3 else f"{beat} node-2"
+        watch._judge_signs({0: f"{beat} node-0", 1: f"{beat} node-1", 2: sign_of_two})
+        if reports:
+            break
+    assert clock.now - 100 < 30
+    assert reports[0].startswith("process 2 on node-2 has not answered since ")
+    assert watch.client.values[peer_watch.LOST + "2"] == reports[0]  # for the others
+
+
+def test_a_process_that_has_left_is_not_lost(monkeypatch, reports):
+    clock, watch = Clock(monkeypatch), PeerWatch(Store(), 0, 2)
+    for beat in range(100):
+        clock.now += 2
+        watch._judge_signs({0: f"{beat} node-0", 1: GONE})
+    assert reports == []
+
+
+def test_a_process_that_never_gave_a_sign_is_lost(monkeypatch, reports):
+    clock, watch = Clock(monkeypatch), PeerWatch(Store(), 0, 2)
+    clock.now += peer_watch.LOST_SECONDS + 1
+    watch._judge_signs({0: "1 node-0"})
+    assert reports[0].startswith("process 1 has not answered")
+
+
+def test_a_pause_of_the_whole_job_is_forgiven(monkeypatch, reports):
+    clock, watch = Clock(monkeypatch), PeerWatch(Store(), 0, 2)
+    watch._judge_signs({0: "1 node-0", 1: "1 node-1"})
+    clock.now += 3600
+    watch._forgive_pause()
+    watch._judge_signs({0: "2 node-0", 1: "1 node-1"})
+    assert reports == []
+
+
+def test_stopping_tells_the_others(reports):
+    watch = PeerWatch(Store(), 1, 2)
+    watch.stop()
+    assert watch.client.values == {peer_watch.ALIVE + "1": GONE}
+    watch.wait_for_verdict()  # returns at once
+    PeerWatch(None, 1, 2).stop()  # a store that is gone
+
+
+def test_a_report_is_one_line_with_the_advice(monkeypatch, capfd):
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(peer_watch.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(peer_watch.os, "_exit", leave)
+    watch = PeerWatch(Store(), 1, 2)
+    watch.advise = lambda: "the last checkpoint is step 40: start again"
+    with pytest.raises(SystemExit, match="1"):
+        watch.report(describe_lost(0, 5))
+    err = capfd.readouterr().err
+    assert err.startswith("error: process 0 has not answered since ")
+    assert err.endswith("the last checkpoint is step 40: start again\n") and err.count("\n") == 1
+    assert len(err) <= 300
+    watch.report("a second thread is silent")
+    assert capfd.readouterr().err == ""
+
+
+def test_only_errors_of_collectives_wait_for_a_verdict():
+    assert is_of_collective(ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"))
+    cause = RuntimeError("DEADLINE_EXCEEDED: barrier timed out")
+    wrapped = ValueError("a checkpoint failed")
+    wrapped.__cause__ = cause
+    assert is_of_collective(wrapped)
+    assert not is_of_collective(ValueError("operands could not be broadcast together"))
