@@ -65,5 +65,5 @@ def require_single_task(environ: Mapping[str, str]) -> None:
 def _error(task: str, flags: str) -> UserError:
     return UserError(
         f"this is {task}, and without a flag each would be a run of its own: pass {flags} for one "
-        "run of all, or --nodistributed for a run of each"
+        "run of all, or --n_processes 1 for a run of each"
     )

@@ -28,7 +28,7 @@ _watch: PeerWatch | None = None
 
 
 def join_cluster(
-    detect: bool | None = None,
+    detect: bool = False,
     *,
     coordinator: str | None = None,
     n_processes: int | None = None,
@@ -36,11 +36,10 @@ def join_cluster(
 ) -> None:
     """Connect to the other processes of the run. Must precede the first use of a device.
 
-    Without any argument the run is one process.
+    Without any argument, or with 1 as `n_processes` alone, the run is one process.
 
     Args:
         detect: take what is not given from the cluster (SLURM, Open MPI, Kubernetes, Cloud TPU).
-            False runs alone, also as one of several tasks of a launcher.
         coordinator: host:port of process 0.
 
     Raises:
@@ -54,8 +53,9 @@ def join_cluster(
     }
     missing = [f"--{name}" for name, value in flags.items() if value is None]
     if not detect and len(missing) == len(flags):
-        if detect is None:
-            launchers.require_single_task(os.environ)
+        launchers.require_single_task(os.environ)
+        return
+    if not detect and n_processes == 1 and coordinator is None:
         return
     if not detect and missing:
         raise UserError(f"{', '.join(missing)} must be given too, or --distributed to detect it")

@@ -244,10 +244,10 @@ class RunFlags:
 class ClusterFlags:
     """Cluster."""
 
-    distributed: bool | None = flag(
-        Derived("to be chosen if a launcher started several tasks"),
+    distributed: bool = flag(
+        False,
         "join the other processes of a cluster job (SLURM, Open MPI, Kubernetes, Cloud TPU), as "
-        "JAX detects it; false makes each task of a job a run of its own",
+        "JAX detects it",
         may_change=True,
         inherited=False,
     )
@@ -259,7 +259,8 @@ class ClusterFlags:
     )
     n_processes: int | None = flag(
         None,
-        "number of processes, if JAX detects no cluster",
+        "number of processes, if JAX detects no cluster; 1 alone makes each task of a job a run of "
+        "its own",
         may_change=True,
         inherited=False,
     )

@@ -26,7 +26,7 @@ TORCHRUN = {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "10.0.0.1"}
 def test_a_task_among_others_is_refused(environ, message):
     with pytest.raises(UserError, match=message) as error:
         launchers.require_single_task(environ)
-    assert "--nodistributed for a run of each" in str(error.value)
+    assert "--n_processes 1 for a run of each" in str(error.value)
     assert len(str(error.value)) <= 300
 
 
@@ -53,7 +53,7 @@ def test_the_flags_choose(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="task 1 of 2 of SLURM"):
         processes.join_cluster()
-    processes.join_cluster(False)
+    processes.join_cluster(n_processes=1)
     joined = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **_: joined.append(args))
     processes.join_cluster(True)

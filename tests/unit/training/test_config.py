@@ -92,7 +92,7 @@ def test_every_flag_is_filled_in():
     may_be_none |= {"run_dir", "peak_tflops", "caption_column", "caption", "caption_cache"}
     may_be_none |= {"latents", "vae", "prediction", "learned_sigma", "min_snr_gamma"}
     may_be_none |= {"fid_reference", "inception", "init_from"}
-    may_be_none |= {"wandb_project", "train_split", "eval_split", "distributed"}
+    may_be_none |= {"wandb_project", "train_split", "eval_split"}
     may_be_none |= {"text_length", "coordinator", "n_processes", "process_index"}
     config = resolved()
     assert {name for name in FIELDS if getattr(config, name) is None} == may_be_none
@@ -538,7 +538,7 @@ def test_the_config_of_a_run_starts_the_same_training(tmp_path, name, has_record
     words = write_run(tmp_path, resolve(first), given)
     again = parse_flags(TrainConfig, words)
     of_one_start = {name: getattr(TrainConfig(), name) for name in ("run_dir", "resume", "profile")}
-    of_one_start["distributed"] = None
+    of_one_start["distributed"] = False
     assert resolve(again) == replace(resolve(first), **of_one_start)
     shorter = resolve(parse_flags(TrainConfig, [*words, "--n_steps", "8", "--seed", "5"]))
     assert (shorter.n_steps, shorter.seed) == (8, 5)
