@@ -233,7 +233,7 @@ def test_a_row_that_cannot_be_decoded_is_named_and_costs_nothing(forks, tmp_path
     image.write_bytes(good[: len(good) // 2])
     status, _, err = forks.run(*flags, "--run_dir", folder)
     assert status == 2 and err.count("\n") == 1
-    assert err.startswith("error: ") and f"split 'train', row {row}, column 'image': " in err
+    assert err.startswith("error: ") and f"{row:03}.png', row {row}, column 'image': " in err
     assert newest(folder) == 5
     image.write_bytes(good)
     status, out, err = forks.run("--resume", "--run_dir", folder)
