@@ -99,7 +99,7 @@ def open_dataset(
     train = _make_split(config, train_name, opened.splits[train_name], train_rows, skip)
     if not entry.model:
         headers = read_headers(train)
-        if not headers.median_side:
+        if not headers.median_side and not config.image_size:
             train.decode(np.arange(1))  # raises: it names the first image, and what is wrong
         config = _measure_images(config, headers)
         notices.append(headers.describe(config.image_size))

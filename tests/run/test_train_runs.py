@@ -230,6 +230,7 @@ def test_training_overfits_eight_images(tmp_path, capsys):
     config = replace(
         TINY,
         model="DiT-Nano/4",
+        dataset_name="digits",
         data_dir=copy,
         n_steps=400,
         time_density="uniform",
