@@ -6,7 +6,7 @@ the trainer reads the result: every other module takes plain arguments.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from inference.spaces import Space, space_of
 from methods.method import Method
 from methods.registry import METHODS, find_method
 from model import BLOCKS, JOINT, MODELS, ModelConfig, model_config
-from runtime.errors import UserError
+from runtime.errors import UserError, some_of
 from runtime.flags import check_values, defaults_of, flags_of, paths_of, reject_unused
 from training import wandb_sink
 from training.config import (
@@ -162,7 +162,11 @@ def require_same_classes(dataset: DatasetConfig, saved: Mapping[str, Any]) -> No
     before, names = saved["dataset"].get("label_names") or [], list(dataset.label_names)
     if before and names and before != names:
         changes = {"added": set(names) - set(before), "removed": set(before) - set(names)}
-        texts = [f"{what}: {_first_few(found)}" for what, found in changes.items() if found]
+        texts = [
+            f"{what}: {some_of([name[:30] for name in sorted(found)], 2)}"
+            for what, found in changes.items()
+            if found
+        ]
         change = "; ".join(texts) or "in another order"
     elif n != n_before:
         change = "some were added" if n > n_before else "some were removed"
@@ -172,11 +176,6 @@ def require_same_classes(dataset: DatasetConfig, saved: Mapping[str, Any]) -> No
         f"cannot resume: {dataset.name} had {n_before} classes, now it has {n} ({change}); put "
         "them back, or start a new run from these weights by --init_from RUN"
     )
-
-
-def _first_few(names: Collection[str]) -> str:
-    shown = [name[:30] for name in sorted(names)[:2]]
-    return ", ".join(shown) + (f", … {len(names) - 2} more" if len(names) > 2 else "")
 
 
 # --- filling in the flags left out ----------------------------------------------------------------
