@@ -93,7 +93,8 @@ def require_few_bad_rows(source: Source, bad_rows: BadRows, at_most: float) -> N
     if len(bad) > at_most * n:
         raise UserError(
             f"{len(bad)} of {n} training rows are bad, more than --bad_rows_at_most {at_most:g}; "
-            f"`python -m data.check` lists all; the first: {source.train.describe(bad[0])}"
+            f"the first: {source.train.describe(bad[0])}",
+            how="`python -m data.check` lists all",
         )
 
 
@@ -127,7 +128,7 @@ def from_json(text: str, source: Source) -> BadRows:
         bad_rows = {name: [BadRow(**bad) for bad in record[name]["bad_rows"]] for name in splits}
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"the run's {RECORD_FILE} is damaged ({error}); delete it to check all rows again"
+            f"the run's {RECORD_FILE} is damaged ({error})", how="delete it to check all rows again"
         ) from None
     for name, split in splits.items():
         if n_rows[name] != len(split):

@@ -46,8 +46,8 @@ def parse_words(words: Sequence[str]) -> CheckConfig:
 
 def dataset_of(name: str) -> str:
     """Return a dataset's name for a name or the path of a folder; names that are known win."""
-    is_folder = name not in DATASET_CONFIGS and Path(name).expanduser().is_dir()
-    return f"folder:{name}" if is_folder else name
+    is_path = Path(name).expanduser().is_dir() or name.startswith((".", "/", "~"))
+    return f"folder:{name}" if is_path and name not in DATASET_CONFIGS else name
 
 
 def lines_of(split: str, bad_rows: Sequence[BadRow]) -> Iterator[str]:

@@ -87,7 +87,8 @@ def choose_columns(
     label_column = find_label_column(entry, features, label_column)
     if conditioning in ("class", "text") and not (label_column or caption_column):
         raise UserError(
-            f"dataset '{entry.name}' has no classes to condition a model on; pass --label_column"
+            f"dataset '{entry.name}' has no classes to condition a model on",
+            how="pass --label_column NAME",
         )
     class_names = read_class_names(entry, data, label_column)
     if class_order and sorted(class_order) == sorted(class_names):
@@ -179,7 +180,8 @@ def find_caption_column(config: DatasetConfig, features: "Features", flag: str |
     )
     if column not in texts:
         raise UserError(
-            f"dataset '{config.name}', column '{column}': holds no texts; pass --caption_column"
+            f"dataset '{config.name}', column '{column}': holds no texts",
+            how="pass --caption_column NAME",
         )
     return column
 
@@ -204,7 +206,10 @@ def _choose_column(
     if flag is None and fitting and (recommended or len(fitting) == 1):
         return fitting[0]
     problem = f"has no column '{column}'" if column else "leaves open which column to take"
-    raise UserError(f"dataset '{dataset}' {problem} (columns: {some_of(features)}); pass --{name}")
+    columns = some_of(features)
+    raise UserError(
+        f"dataset '{dataset}' {problem} (columns: {columns})", how=f"pass --{name} NAME"
+    )
 
 
 # --- labels ---------------------------------------------------------------------------------------
@@ -237,14 +242,14 @@ def read_class_names(
     if label_type not in ("int", "string"):
         raise UserError(
             f"dataset '{config.name}', column '{column}': labels must be classes, whole numbers,"
-            f" bools or strings, not {_describe_feature(feature, values)}; pass --label_column"
-            ' NAME, or --label_column "" to train without classes'
+            f" bools or strings, not {_describe_feature(feature, values)}",
+            how='pass --label_column NAME, or --label_column "" to train without classes',
         )
     if len(data) >= MIN_ROWS_OF_CLASSES and len(values) > len(data) / 2:
         raise UserError(
             f"dataset '{config.name}', column '{column}' has {len(values)} different values in"
-            f' {len(data)} rows: no classes; pass --label_column NAME, or --label_column "" to'
-            " train without"
+            f" {len(data)} rows: no classes",
+            how='pass --label_column NAME, or --label_column "" to train without classes',
         )
     if label_type == "int" and is_recommended and config.n_classes:
         return known_names or tuple(str(i) for i in range(config.n_classes))

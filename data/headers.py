@@ -19,7 +19,7 @@ from jaxtyping import Int32, Int64, UInt8
 from PIL import Image
 
 from data.rows import Split, file_name
-from runtime.errors import UserError
+from runtime.errors import UserError, count
 from runtime.files import atomic_file
 
 UNREADABLE, GREY, COLOUR = range(3)
@@ -53,7 +53,7 @@ class Headers:
         """Tell what there is in one line, and how many images are smaller than `image_size`."""
         n_grey, n_colour, n_bad = ((self.kind == k).sum() for k in (GREY, COLOUR, UNREADABLE))
         n = len(self.kind)
-        looked_at = f"{n} images" if n == self.n_rows else f"{n} of {self.n_rows} images"
+        looked_at = f"{n} of {self.n_rows} images" if n < self.n_rows else count(n, "image")
         kinds = [f"{n_grey} grey" if n_grey else "", f"{n_colour} in colour" if n_colour else ""]
         if n_bad:
             first = next((p for p, k in zip(self.paths, self.kind) if k == UNREADABLE), "")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from data import metadata_files
 from data.columns import in_order
 from data.image_files import Listing
-from runtime.errors import UserError, some_of
+from runtime.errors import UserError, count, some_of
 
 if TYPE_CHECKING:  # at run time it is imported where it is used
     from datasets import Dataset
@@ -145,8 +145,8 @@ def _splits(files: FolderFiles) -> dict[str, list[str]]:
         named = some_of([top for top in tops if split_of[top]])
         raise UserError(
             f"folder '{files.root}': {len(rest)} images ({some_of(rest, 3)}) lie beside the "
-            f"folders of splits ({named}); move them, or pass one of those folders as "
-            "--dataset_name folder:PATH"
+            f"folders of splits ({named})",
+            how="move them, or pass one of those folders as --dataset_name folder:PATH",
         )
     return splits
 
@@ -195,15 +195,15 @@ def _describe_files(
     files: FolderFiles, classes: dict[str, dict[str, str | None]], tables: Sequence[str]
 ) -> str:
     """Tell how many images each split and class has, and which files are left out."""
-    parts = [f"{len(rows)} images to {split}" for split, rows in classes.items()]
+    parts = [f"{count(len(rows), 'image')} to {split}" for split, rows in classes.items()]
     if len(classes) == 1:
-        parts = [f"{len(files.images)} images"]
+        parts = [count(len(files.images), "image")]
     counts = Counter(name for rows in classes.values() for name in rows.values() if name)
     if len(counts) > 1:
         some = [f"{name} ({counts[name]})" for name in in_order(counts)]
         parts.append(f"{len(counts)} classes by folder: {some_of(some)}")
     if files.captions:
-        parts.append(f"{len(files.captions)} captions in text files")
+        parts.append(f"{count(len(files.captions), 'caption')} in text files")
     parts += [f"columns from {name}" for name in tables]
     others = files.others + [name for name in files.tables if name not in tables]
     others += files.data

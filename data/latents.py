@@ -95,8 +95,8 @@ def read_latent_dataset(folder: Path) -> LatentDataset:
         return dataset
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"'{folder}' holds no finished latents: it has no {INFO_FILE}; "
-            "python convert_imagenet.py makes them"
+            f"'{folder}' holds no finished latents: it has no {INFO_FILE}",
+            how="python convert_imagenet.py makes them",
         ) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder / INFO_FILE} is damaged: {error}") from None

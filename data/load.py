@@ -21,7 +21,7 @@ from data.parquet import ParquetSplit
 from data.rows import Source, Split, cell_error
 from data.sources import open_splits
 from datasets_config import DATASET_CONFIGS, DatasetConfig, find_dataset
-from runtime.errors import UserError, some_of
+from runtime.errors import UserError, count, some_of
 
 EVAL_SPLITS = ("validation", "valid", "val", "test")  # names of evaluation splits, best first
 MODEL_BY_MAX_SIDE = {16: "DiT-Ti/2", 32: "DiT-S/2", 64: "DiT-S/4", math.inf: "DiT-B/8"}
@@ -117,10 +117,11 @@ def _find_entry(name: str) -> DatasetConfig:
     kind, _, path = name.partition(":")
     if kind not in ("folder", "hf") or path.startswith("//"):
         if name not in DATASET_CONFIGS and (meant := _guess_name(name)):
-            raise UserError(f"unknown dataset '{name}': pass --dataset_name {shlex.quote(meant)}")
+            how = f"pass --dataset_name {shlex.quote(meant)}"
+            raise UserError(f"unknown dataset '{name}'", how=how)
         return find_dataset(name)
     if not path:
-        raise UserError(f"'{name}' names nothing; write folder:PATH or hf:owner/name")
+        raise UserError(f"'{name}' names nothing", how="write folder:PATH or hf:owner/name")
     config_name = ""
     if kind == "hf":
         path, _, config_name = path.partition(":")
@@ -228,11 +229,12 @@ def _describe_rows(
         n_empty = sum(captions == ("",) for captions in split.captions)
         if n_empty:
             notices.append(
-                f"{n_empty} of {len(split)} rows to {split.name} have no caption: the null caption"
+                f"{n_empty} of {count(len(split), 'row')} of '{split.name}' without a caption:"
+                " the null caption"
             )
     used = len(train) + (len(evaluation) if evaluation.name == train.name else 0)
     if n_left_out := len(splits[train.name]) - used:
-        notices.append(f"--unlabelled skip: {n_left_out} rows of '{train.name}' are left out")
+        notices.append(f"--unlabelled skip: {count(n_left_out, 'row')} of '{train.name}' left out")
     unused = [name for name in splits if name not in (train.name, evaluation.name)]
     if unused and not entry.model:
         notices.append(f"splits that are not used: {some_of(unused)}")
@@ -269,8 +271,8 @@ def _choose_splits(
     for flag, name in (("train_split", train), ("eval_split", None if hold_out else eval_split)):
         if name and name not in splits:
             raise UserError(
-                f"dataset '{entry.name}' has no split '{name}' (splits: {some_of(splits)}); pass "
-                f"--{flag}"
+                f"dataset '{entry.name}' has no split '{name}' (splits: {some_of(splits)})",
+                how=f"pass --{flag} NAME",
             )
     candidates = EVAL_SPLITS if entry.eval_split == "" else (entry.eval_split,)
     candidates = (eval_split,) if eval_split else candidates
@@ -325,7 +327,8 @@ def _make_split(
     except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's
         raise UserError(
             f"dataset '{config.name}', split '{name}': column '{config.image_column}' holds no"
-            f" images (columns: {some_of(data.features)}); pass --image_column"
+            f" images (columns: {some_of(data.features)})",
+            how="pass --image_column NAME",
         ) from error
     labels = np.zeros(len(data), np.int32)
     if config.label_column is not None:

@@ -64,12 +64,13 @@ def open_splits(
         raise
     except Exception as error:  # datasets, pyarrow and the hub each raise their own kinds
         place = f"folder '{folder}'" if folder else f"'{entry.path}' of the Hugging Face hub"
-        hint = "" if folder else "; --data_dir FOLDER opens a local copy"
+        how = "" if folder else "--data_dir FOLDER opens a local copy"
         cause = _first_cause(error)
         if cause.startswith("Config name is missing"):
-            place, hint = f"{place} without a configuration", f"; write {entry.name}:NAME"
+            place, how = f"{place} without a configuration", f"write {entry.name}:NAME"
             cause = str(error).partition("available configs: ")[2].partition("\n")[0]
-        raise UserError(f"dataset '{entry.name}': cannot open {place} ({cause}){hint}") from error
+        problem = f"dataset '{entry.name}': cannot open {place} ({cause})"
+        raise UserError(problem, how=how) from error
 
 
 def _find_folder(entry: DatasetConfig, path: Path) -> tuple[Path, str | None]:
@@ -84,7 +85,7 @@ def _find_folder(entry: DatasetConfig, path: Path) -> tuple[Path, str | None]:
         return path.absolute(), config_name
     if path.suffix.lower() != ".zip":
         raise UserError(
-            f"dataset '{entry.name}': '{path}' is a file; pass the folder that it lies in"
+            f"dataset '{entry.name}': '{path}' is a file", how="pass the folder that it lies in"
         )
     return _unzip(path), config_name
 
@@ -148,8 +149,8 @@ def _open_folder(
     if files.images and not any(_has_paths(data) for data in splits.values()):
         raise UserError(
             f"dataset '{entry.name}': folder '{folder}' holds {some_of(files.data, 2)} and "
-            f"{len(files.images)} image files ({some_of(files.images, 2)}); pass the folder of "
-            "one of them"
+            f"{len(files.images)} image files ({some_of(files.images, 2)})",
+            how="pass the folder of one of them",
         )
     return OpenedSplits(splits, [])
 
@@ -273,8 +274,8 @@ def _open_parquet(
     if not isinstance(builder, Parquet):
         kind = "a folder of save_to_disk" if builder is None else f"of the kind '{builder.name}'"
         raise UserError(
-            f"dataset '{entry.name}': --streaming reads Parquet files, and this is {kind}; "
-            "drop --streaming"
+            f"dataset '{entry.name}': --streaming reads Parquet files, and this is {kind}",
+            how="drop --streaming",
         )
     files = builder.config.data_files or {}
     return {str(name): ParquetSplit(files[name], builder.info.features) for name in files}

@@ -96,12 +96,24 @@ def read_network(
         config = _read_json_object(place / CONFIG)
         tensors = _read_tensor_files(_find_weight_files(place), dtypes)
         return PublishedNetwork(str(folder.resolve()), None, config, tensors)
+    if folder.is_file():
+        raise _one_file(folder)
     required = f"{CONFIG} with {WEIGHTS}, nor a {subfolder}/"
     with hub.explain_failures(path_or_id, required=required, revision=revision):
         config, commit, place = hub.download_config(path_or_id, subfolder, revision, file=CONFIG)
         files = _download_weight_files(path_or_id, place, commit or revision)
     tensors = _read_tensor_files(files, dtypes)
     return PublishedNetwork(path_or_id, commit, config, tensors)
+
+
+def _one_file(file: Path) -> UserError:
+    if (file.parent / CONFIG).exists():
+        how = f"pass the folder '{file.parent}'"
+    else:
+        how = (
+            f"pass a folder that holds its {CONFIG} too, as save_pretrained of diffusers writes it"
+        )
+    return UserError(f"'{file}' is one file; a network is a folder with a {CONFIG}", how=how)
 
 
 def read_optional_json(

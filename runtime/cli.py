@@ -107,7 +107,7 @@ def run_command(
         main()
         sys.stdout.flush()
     except UserError as error:
-        _print_error(str(error))
+        _print_error(str(error), n_kept=len(error.how))
         exit_process(2)
     except RunError as error:
         _print_error(str(error))
@@ -126,10 +126,12 @@ def run_command(
     sys.exit(0)
 
 
-def _print_error(message: str) -> None:
+def _print_error(message: str, n_kept: int = 0) -> None:
+    """Print a message on one line, shortened in its middle: the way out stands at the end."""
     line = " ".join(message.splitlines())
-    if len(line) > MAX_ERROR:  # the way out stands at the end
-        line = f"{line[: MAX_ERROR - 120]} … {line[-117:]}"
+    n_end = max(n_kept, 117)
+    if len(line) > MAX_ERROR:
+        line = f"{line[: max(MAX_ERROR - n_end - 3, 40)]} … {line[-n_end:]}"
     print("error:", line, file=sys.stderr)
 
 

@@ -16,7 +16,16 @@ class RunError(OneLineError, RuntimeError):
 
 
 class UserError(OneLineError, ValueError):
-    """A mistake in the flags or in the data. `cli.run_command` prints one line and exits with 2."""
+    """A mistake in the flags or in the data. `cli.run_command` prints one line and exits with 2.
+
+    Args:
+        problem: the thing and its value.
+        how: the way out. A line that is too long loses the end of `problem`, never this.
+    """
+
+    def __init__(self, problem: object = "", *, how: str = "") -> None:
+        super().__init__(f"{problem}; {how}" if how else problem)
+        self.how = how
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
@@ -33,3 +42,8 @@ def some_of(names: Iterable[object], n: int = 8) -> str:
     names = [str(name) for name in names]
     rest = f", … {len(names) - n} more" if len(names) > n else ""
     return ", ".join(names[:n]) + rest
+
+
+def count(n: int, noun: str) -> str:
+    """Write "1 row", "2 rows"."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -64,3 +64,5 @@ def test_what_is_no_dataset_is_one_line(tmp_path):
         check.main([])
     with pytest.raises(UserError, match="unknown dataset 'pics'"):
         check.main(["pics"])
+    with pytest.raises(UserError, match="there is no folder"):
+        check.main([str(tmp_path / "missing")])

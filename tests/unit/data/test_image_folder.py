@@ -67,7 +67,7 @@ def test_a_stray_image_beside_class_folders_is_an_error_or_left_out(tmp_path):
     assert classes_by_file(source) == {
         f"{kind}{i}.png": kind for kind in ("cat", "dog") for i in range(4)
     }
-    assert "1 rows of 'train' are left out" in notices(source)
+    assert "1 row of 'train' left out" in notices(source)
     without = open_dataset(f"folder:{folder}", label_column="none")
     assert (without.config.n_classes, len(without.train) + len(without.eval)) == (0, 9)
 
@@ -223,7 +223,7 @@ def test_text_files_beside_images_are_captions(tmp_path):
         "0.jpg": ("",),
         "5.jpg": ("",),
     }
-    assert "have no caption" in notices(source)
+    assert "without a caption" in notices(source)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A flag has the type of its annotation, or one clear error before anything runs."""
 
 import json
+import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,12 +274,28 @@ def test_a_file_that_cannot_be_read_is_one_line(file, tmp_path):
         cli.parse_flags(Config, ["--config", str(tmp_path / "binary.yaml")])
 
 
-def test_a_line_of_an_error_is_short_and_keeps_its_end(capsys):
+@pytest.mark.parametrize(
+    ("error", "end"),
+    [
+        (UserError(f"column {'x' * 5000} is no image; pass --image_column"), "--image_column"),
+        (
+            UserError(f"column {'x' * 5000}", how="pass " + "--flag " * 30 + "!"),
+            "--flag " * 30 + "!",
+        ),
+    ],
+)
+def test_a_line_of_an_error_is_short_and_keeps_the_way_out(error, end, capsys):
     def fail():
-        raise UserError(f"column {'x' * 5000} is no image; pass --image_column")
+        raise error
 
     with pytest.raises(SystemExit, match="2"):
         cli.run_command(fail)
     line = capsys.readouterr().err
     assert len(line) <= 310 and line.startswith("error: column xxx")
-    assert line.endswith("is no image; pass --image_column\n")
+    assert line.endswith(f"{end}\n")
+
+
+def test_an_error_keeps_its_way_out_between_processes():
+    error = pickle.loads(pickle.dumps(UserError("no column 'x'", how="pass --image_column NAME")))
+    assert str(error) == "no column 'x'; pass --image_column NAME"
+    assert error.how == "pass --image_column NAME"
