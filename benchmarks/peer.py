@@ -39,6 +39,13 @@ PEERS = {
 }
 
 
+class Cost(NamedTuple):
+    """The time of one step: by the clock, and of all cores together."""
+
+    seconds: float
+    cpu_seconds: float
+
+
 class PeerMissing(Exception):
     """There is no peer, for the reason of the message."""
 
@@ -100,17 +107,17 @@ class Peer:
         }
         self.n_params = self._request(job)["n_params"]
         self.memory_bytes: float | None = None
-        self.first_seconds = self.turn()
+        self.first_seconds = self.turn().seconds
 
-    def turn(self) -> float:
-        """Take a turn; returns the seconds of one step, once the last is done.
+    def turn(self) -> Cost:
+        """Take a turn; returns the cost of one step, once the last is done.
 
         Raises:
             PeerMissing: it failed.
         """
         answer = self._request({})
         self.memory_bytes = answer["memory_bytes"]
-        return answer["seconds"]
+        return Cost(answer["seconds"], answer["cpu_seconds"])
 
     def _request(self, message: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin and self.process.stdout
@@ -307,13 +314,16 @@ def serve_turns() -> None:
     n_params = sum(p.numel() for p in model.parameters())
     print(json.dumps({"n_params": n_params}), file=answers, flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         for _ in range(job["n"]):
             run()
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds = (time.perf_counter() - start) / job["n"]
-        answer = {"seconds": seconds, "memory_bytes": read_peak_memory(device)}
+        answer = {
+            "seconds": (time.perf_counter() - start) / job["n"],
+            "cpu_seconds": (time.process_time() - cpu_start) / job["n"],
+            "memory_bytes": read_peak_memory(device),
+        }
         print(json.dumps(answer), file=answers, flush=True)
 
 

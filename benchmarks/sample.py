@@ -3,9 +3,8 @@
     python benchmarks/sample.py                # 50 steps: minutes a round on a CPU
     python benchmarks/sample.py --n_steps 5    # the same loop, a tenth as long
 
-Times `Trainer.sample`, from labels to images on the host, which is one compiled program. Each row
-is compared with torch in the same precision. On a GPU that a peer shares, set
-XLA_PYTHON_CLIENT_PREALLOCATE=false.
+Times `Trainer.sample`, from labels to images on the host, which is one compiled program. On a GPU
+that a peer shares, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """
 
 import contextlib
@@ -24,6 +23,7 @@ from benchmarks.step import PRECISIONS, Contestant, build_trainer
 from benchmarks.timing import (
     Times,
     format_number,
+    format_ratios,
     format_table,
     make_json_line,
     make_turn,
@@ -54,8 +54,7 @@ class SampleConfig:
     channels: int = flag(4, "of the images")
     rounds: int = flag(4, "measured rounds, after one for warming up")
     peer: tuple[str, ...] | None = flag(
-        ("fp32", "autocast"),
-        "torch, as fp32, autocast, fp32+compile or autocast+compile; none for no peer",
+        tuple(PEERS), f"torch, as some of {', '.join(PEERS)}; none for no peer"
     )
 
 
@@ -132,7 +131,7 @@ def summarize_sampling(
     times: dict[str, Times],
     config: SampleConfig,
 ) -> dict[str, Any]:
-    """Derive results from the times; peers are compared in the same precision only."""
+    """Derive results from the times."""
     own = times[contestant.facts["by"]]
     forward = sum(training_flops.flops_by_module(contestant.model).values())
     flops = 2 * forward * config.n * config.n_steps  # guidance calls the model twice
@@ -140,11 +139,12 @@ def summarize_sampling(
         "median_s": own.median,
         "min_s": own.min,
         "seconds": own.seconds,
+        "cpu_s": own.cpu_median,
         "flops_per_second": flops / own.median / jax.device_count(),
         "times_as_fast_as": {
             peer.facts["kind"]: own.times_as_fast_as(times[peer.facts["by"]])
             for peer in contestants
-            if "kind" in peer.facts and peer.facts["precision"] == contestant.facts["precision"]
+            if "kind" in peer.facts
         },
     }
 
@@ -156,10 +156,11 @@ def format_sampling_row(row: dict[str, Any], kinds: tuple[str, ...]) -> dict[str
         "by": row["by"],
         "s": format_number(row["median_s"]),
         "min": format_number(row["min_s"]),
+        "CPU s": format_number(row["cpu_s"]),
         "s / solver step": format_number(row["median_s"] / row["n_steps"]),
         "FLOP/s": profiling.format_si(row["flops_per_second"], ""),
         "first": profiling.format_si(row["first_s"], "s"),
-    } | {f"× {kind}": format_number(row["times_as_fast_as"].get(kind)) for kind in kinds}
+    } | format_ratios(row["times_as_fast_as"], kinds)
 
 
 def main() -> None:
@@ -168,7 +169,8 @@ def main() -> None:
     require_known("peer", config.peer, PEERS)
     rows = [row for model in config.model for row in time_sampling(config, model)]
     print(format_table([format_sampling_row(row, config.peer or ()) for row in rows]))
-    print("first: with compilation. × torch: times as fast, in the same precision.")
+    print("CPU s: of all cores together. first: with compilation.")
+    print("×: how many times as fast as this kind of torch.")
     print(make_json_line("sample", rows=rows))
 
 

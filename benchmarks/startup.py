@@ -11,6 +11,7 @@ beside it: the same model's first step in float32, without data, folder or compi
 import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ sys.path.insert(0, str(ROOT := Path(__file__).parents[1]))
 
 import jax
 
-from benchmarks.peer import Peer
+from benchmarks.peer import Cost, Peer
 from benchmarks.timing import (
     format_number,
     format_table,
@@ -81,21 +82,27 @@ def start_process(cache: Path, model: str | None) -> dict[str, float]:
 
 def make_start_turns(
     model: str | None, folder: Path, stages: dict[str, list[dict[str, float]]]
-) -> dict[str, Callable[[], float]]:
+) -> dict[str, Callable[[], Cost]]:
     """Make turns with a cold and with a warm cache, which append their stages to `stages`."""
 
-    def cold() -> float:
-        stages["cold"].append(start_process(Path(tempfile.mkdtemp(dir=folder)), model))
-        return sum(stages["cold"][-1].values())
+    def start(name: str, cache: Path) -> Cost:
+        cpu_start = cpu_seconds_of_children()
+        stages[name].append(start_process(cache, model))
+        return Cost(sum(stages[name][-1].values()), cpu_seconds_of_children() - cpu_start)
 
-    def warm() -> float:
-        stages["warm"].append(start_process(folder, model))
-        return sum(stages["warm"][-1].values())
+    return {
+        "cold": lambda: start("cold", Path(tempfile.mkdtemp(dir=folder))),
+        "warm": lambda: start("warm", folder),
+    }
 
-    return {"cold": cold, "warm": warm}
+
+def cpu_seconds_of_children() -> float:
+    """Return what all processes have used that were started from here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
-def make_torch_turn(model: str | None) -> Callable[[], float]:
+def make_torch_turn(model: str | None) -> Callable[[], Cost]:
     """Make a turn of the peer, which builds the default run's model and takes a step.
 
     Raises:
@@ -104,8 +111,8 @@ def make_torch_turn(model: str | None) -> Callable[[], float]:
     trainer = Trainer(TrainConfig(profile=True, model=model))  # pyright: ignore[reportArgumentType]
     m = trainer.model_config
 
-    def take_turn() -> float:
-        begin = time.time()
+    def take_turn() -> Cost:
+        begin, cpu_start = time.time(), cpu_seconds_of_children()
         peer = Peer(
             "fp32",
             "step",
@@ -115,7 +122,8 @@ def make_torch_turn(model: str | None) -> Callable[[], float]:
             remat=m.remat,
         )
         with contextlib.closing(peer):
-            return time.time() - begin
+            seconds = time.time() - begin
+        return Cost(seconds, cpu_seconds_of_children() - cpu_start)
 
     take_turn()  # raises PeerMissing before anything else is timed
     return take_turn

@@ -27,11 +27,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.peer import PEERS, Peer
+from benchmarks.peer import PEERS, Cost, Peer
 from benchmarks.timing import (
     Times,
     format_number,
     format_percent,
+    format_ratios,
     format_table,
     make_json_line,
     make_turn,
@@ -79,8 +80,7 @@ class StepConfig:
         1, "dispatched one after the other before waiting; on a GPU more than one"
     )
     peer: tuple[str, ...] | None = flag(
-        ("fp32", "autocast"),
-        "torch, as fp32, autocast, fp32+compile or autocast+compile; none for no peer",
+        tuple(PEERS), f"torch, as some of {', '.join(PEERS)}; none for no peer"
     )
     plan_only: bool = flag(
         False,
@@ -92,12 +92,12 @@ class StepConfig:
 class Contestant(NamedTuple):
     """One that takes turns, its model, and its results besides the times."""
 
-    turn: Callable[[], float]
+    turn: Callable[[], Cost]
     model: ModelConfig
     facts: dict[str, Any]
 
 
-def make_matmul_turn(precision: str) -> tuple[Callable[[], float], float]:
+def make_matmul_turn(precision: str) -> tuple[Callable[[], Cost], float]:
     """Make a turn of products of large random matrices; returns it and the FLOPs of one product.
 
     Results are float32.
@@ -261,7 +261,15 @@ def plan_training_step(config: StepConfig, model: str, batch_size: int) -> list[
     ):
         contestants = list_contestants(config, model, batch_size, stack)
     untimed = dict.fromkeys(
-        ["median_s", "min_s", "images_per_second", "flops_per_second", "of_matmul", "of_data_sheet"]
+        [
+            "median_s",
+            "min_s",
+            "cpu_s",
+            "images_per_second",
+            "flops_per_second",
+            "of_matmul",
+            "of_data_sheet",
+        ]
     )
     return [
         {"model": model, "batch_size": batch_size, "times_as_fast_as": {}}
@@ -294,6 +302,7 @@ def summarize_step(
         "median_s": times.median,
         "min_s": times.min,
         "seconds": times.seconds,
+        "cpu_s": times.cpu_median,
         "images_per_second": batch_size / times.median,
         "flops_per_second": rate,
         "matmul_flops_per_second": peaks[facts["precision"]],
@@ -310,6 +319,7 @@ def format_step_row(row: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, st
         "by": row["by"],
         "s / step": format_number(row["median_s"]),
         "min": format_number(row["min_s"]),
+        "CPU s": format_number(row["cpu_s"]),
         "images/s": format_number(row["images_per_second"]),
         "FLOP/s": si(row["flops_per_second"], ""),
         "of matmul": format_percent(row["of_matmul"]),
@@ -317,7 +327,7 @@ def format_step_row(row: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, st
         "plan": si(row["planned_bytes"], "B"),
         "peak": si(row["device_bytes"], "B"),
         "compile": si(row["compile_s"], "s"),
-    } | {f"× {kind}": format_number(row["times_as_fast_as"].get(kind)) for kind in kinds}
+    } | format_ratios(row["times_as_fast_as"], kinds)
 
 
 def main() -> None:
@@ -334,7 +344,7 @@ def main() -> None:
     print(format_table([format_step_row(row, config.peer or ()) for row in rows]))
     print("of matmul: of a large matrix product in the same rounds. plan: memory as XLA plans it.")
     print("peak: peak memory so far; of torch on a CPU, that of the whole process.")
-    print("× torch: speed relative to torch's.")
+    print("CPU s: of all cores together. ×: how many times as fast as this kind of torch.")
     print(make_json_line("step", rows=rows))
 
 

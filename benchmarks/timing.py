@@ -8,7 +8,6 @@ rest. Knows nothing about the steps.
 import contextlib
 import importlib.metadata
 import json
-import os
 import platform
 import shlex
 import sys
@@ -16,13 +15,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import jax
 
-from benchmarks.peer import PeerMissing
+from benchmarks.peer import Cost, PeerMissing
+from runtime import processor
 from runtime.errors import UserError, unknown_name
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "diffusers")
@@ -30,9 +29,10 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "diffusers")
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one step, in each round."""
+    """Seconds of one step, in each round: by the clock, and of all cores together."""
 
     seconds: tuple[float, ...]
+    cpu_seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
@@ -42,28 +42,33 @@ class Times:
     def min(self) -> float:
         return min(self.seconds)
 
+    @property
+    def cpu_median(self) -> float:
+        return median(self.cpu_seconds)
+
     def times_as_fast_as(self, other: "Times") -> float:
         """Return the median over rounds of the ratio of times: above 1, this one is faster."""
         return median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
-def make_turn(run: Callable[[], Any], *, n: int = 1) -> Callable[[], float]:
-    """Make a function that runs n steps and returns the seconds of one.
+def make_turn(run: Callable[[], Any], *, n: int = 1) -> Callable[[], Cost]:
+    """Make a function that runs n steps and returns the cost of one.
 
     Steps are dispatched one after the other; it waits for the last.
     """
 
-    def take_turn() -> float:
-        start = time.perf_counter()
+    def take_turn() -> Cost:
+        start, cpu_start = time.perf_counter(), time.process_time()
         for _ in range(n):
             result = run()
         jax.block_until_ready(result)
-        return (time.perf_counter() - start) / n
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+        return Cost(seconds / n, cpu_seconds / n)
 
     return take_turn
 
 
-def run_interleaved(turns: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Times]:
+def run_interleaved(turns: Mapping[str, Callable[[], Cost]], rounds: int) -> dict[str, Times]:
     """Take one turn of each in every round, after a round that is dropped.
 
     Each round starts with another one, so that none always follows the same.
@@ -74,12 +79,18 @@ def run_interleaved(turns: Mapping[str, Callable[[], float]], rounds: int) -> di
     if rounds < 1:
         raise UserError(f"--rounds {rounds}: must be at least 1")
     names = list(turns)
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    costs: dict[str, list[Cost]] = {name: [] for name in turns}
     for i in range(rounds + 1):
         first = i % max(1, len(names))
         for name in names[first:] + names[:first]:
-            seconds[name].append(turns[name]())
-    return {name: Times(tuple(values[1:])) for name, values in seconds.items()}
+            costs[name].append(turns[name]())
+    return {
+        name: Times(
+            seconds=tuple(cost.seconds for cost in measured[1:]),
+            cpu_seconds=tuple(cost.cpu_seconds for cost in measured[1:]),
+        )
+        for name, measured in costs.items()
+    }
 
 
 @contextlib.contextmanager
@@ -109,13 +120,7 @@ def describe_device() -> str:
     """Describe the accelerators, or the processor if there are none."""
     if jax.default_backend() != "cpu":
         return f"{jax.device_count()} × {jax.devices()[0].device_kind}"
-    cpuinfo = Path("/proc/cpuinfo")
-    name = platform.processor() or platform.machine()
-    if cpuinfo.exists():  # Linux, where `platform` says no more than x86_64
-        name = next(
-            (s.split(": ")[1] for s in cpuinfo.read_text().splitlines() if "model name" in s), name
-        )
-    return f"{os.cpu_count()} cores of {name}"
+    return processor.processor_name()
 
 
 def list_versions() -> dict[str, str]:
@@ -153,10 +158,18 @@ def make_json_line(benchmark: str, **results: Any) -> str:
         "benchmark": benchmark,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": describe_device(),
+        "processor": processor.processor_name(),
+        "instruction_sets": processor.instruction_sets(),
         "command": shlex.join(["python", *sys.argv]),
         "versions": list_versions(),
     }
     return json.dumps(facts | results)
+
+
+def format_ratios(ratios: Mapping[str, float], kinds: Iterable[str]) -> dict[str, str]:
+    """Format how many times as fast as each kind of torch, and as the fastest of them."""
+    cells = {f"× {kind}": format_number(ratios.get(kind)) for kind in kinds}
+    return cells | {"× fastest torch": format_number(min(ratios.values(), default=None))}
 
 
 def format_number(value: float | None, digits: int = 3) -> str:

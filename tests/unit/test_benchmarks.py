@@ -56,7 +56,7 @@ def test_turns_are_taken_in_rounds_without_counting_the_first():
     order = []
 
     def turn(name, seconds):
-        return lambda: order.append(name) or seconds.pop(0)
+        return lambda: order.append(name) or peer.Cost(seconds.pop(0), 8.0)
 
     times = timing.run_interleaved(
         {"a": turn("a", [100.0, 1.0, 2.0, 6.0]), "b": turn("b", [100.0, 3.0, 4.0, 6.0])}, 3
@@ -65,8 +65,19 @@ def test_turns_are_taken_in_rounds_without_counting_the_first():
     assert times["a"].seconds == (1.0, 2.0, 6.0)
     assert (times["a"].median, times["a"].min) == (2.0, 1.0)
     assert times["a"].times_as_fast_as(times["b"]) == 2.0  # of 3, 2 and 1
+    assert times["a"].cpu_median == 8.0
     with pytest.raises(UserError, match="--rounds 0"):
         timing.run_interleaved({}, 0)
+
+
+def test_the_fastest_torch_is_the_one_that_is_beaten_by_least():
+    cells = timing.format_ratios({"fp32": 1.5, "autocast": 0.9}, ["fp32", "autocast", "compiled"])
+    assert cells == {
+        "× fp32": "1.5",
+        "× autocast": "0.9",
+        "× compiled": "n/a",
+        "× fastest torch": "0.9",
+    }
 
 
 def test_a_table_leaves_out_empty_columns():
