@@ -101,7 +101,7 @@ class ModelFlags:
         may_change=True,
     )
     half_precision: bool | Literal["bf16", "fp16"] = setting(
-        Derived("except on a CPU"),
+        Derived("where the device multiplies bfloat16 faster"),
         "compute in bfloat16 (bf16 or true), or in float16 with loss scaling (fp16)",
     )
 

@@ -23,7 +23,7 @@ from inference.spaces import space_of
 from methods.method import Method
 from methods.registry import recorded_name
 from model import ModelConfig
-from runtime import processes, run_folder
+from runtime import processes, processor, run_folder
 from runtime.errors import UserError
 from runtime.parallel import Devices
 from training import warm_start
@@ -95,7 +95,7 @@ def prepare(config: TrainConfig, devices: Devices) -> Prepared:
         config,
         source.config,
         n_devices=devices.count,
-        platform=devices.platform,
+        fast_bf16=_has_fast_bf16(devices),
         starts_with_null=starts_with_null,
     )
     config = resolve(n_rows=len(source.train))
@@ -188,6 +188,15 @@ def _merge(config: TrainConfig, saved: dict[str, Any], devices: Devices) -> Trai
             config = replace(config, fsdp=math.gcd(saved["fsdp"], devices.count))
         config = replace(merge_saved(config, saved), objective=recorded_name(saved))
     return with_dataset_and_latents(config)
+
+
+def _has_fast_bf16(devices: Devices) -> bool:
+    """Return True if process 0 multiplies bfloat16 faster than float32.
+
+    Hosts may have different processors, and all must run one program.
+    """
+    fast = devices.platform != "cpu" or processor.multiplies_bf16()
+    return processes.broadcast_from_first(lambda: "fast" if fast else "") == "fast"
 
 
 def _open_source(c: TrainConfig, saved: Mapping[str, Any]) -> Source:

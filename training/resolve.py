@@ -200,7 +200,7 @@ def resolve_train_config(
     *,
     n_rows: int,
     n_devices: int,
-    platform: str,
+    fast_bf16: bool,
     starts_with_null: bool = False,
 ) -> TrainConfig:
     """Fill in every flag left out, from the dataset's recommendation or the defaults, and check all
@@ -209,7 +209,7 @@ def resolve_train_config(
     Args:
         n_rows: rows of the training split, for `n_epochs`.
         n_devices: devices that a batch is split over.
-        platform: cpu, gpu or tpu; the default is bfloat16 except on a CPU.
+        fast_bf16: the devices multiply bfloat16 faster than float32: it is the default then.
         starts_with_null: the weights to start from have a trained null label.
 
     Raises:
@@ -228,7 +228,7 @@ def resolve_train_config(
     values = drop_flags_of_other_methods(values, given)
     check_given(config, values)
     values["n_steps"] = length_of_training(config, values, n_rows)
-    resolved = TrainConfig(**derived_defaults(values, platform) | values)
+    resolved = TrainConfig(**derived_defaults(values, fast_bf16) | values)
     validate_train_config(resolved, n_devices)
     if not can_guide and resolved.cfg_scale != 1:
         raise UserError(
@@ -301,14 +301,14 @@ def method_flags(method: type[Method]) -> set[str]:
     return {*flags_of(method), *method.sampling_flags}
 
 
-def derived_defaults(values: dict[str, Any], platform: str) -> dict[str, Any]:
+def derived_defaults(values: dict[str, Any], fast_bf16: bool) -> dict[str, Any]:
     """Return the defaults that follow from the model, the objective, the length and the device."""
     preset = MODELS.get(values["model"], {})
     by_preset = [name for name, flag in flags_of(TrainConfig).items() if flag.default is BY_PRESET]
     return {
         **{name: preset.get(name, getattr(ModelConfig, name, None)) for name in by_preset},
         "remat": "DiT-L/" in values["model"] or "DiT-XL/" in values["model"],
-        "half_precision": platform != "cpu",
+        "half_precision": fast_bf16,
         "solver": next(iter(find_method(values["objective"]).solvers)),
         **defaults_of_length(values["n_steps"]),
     }

@@ -31,6 +31,7 @@ TINY = TrainConfig(
     sample_every_n=100,
     n_eval_batches=1,
     n_sample_steps=2,
+    half_precision=False,
 )
 
 

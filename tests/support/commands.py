@@ -15,7 +15,7 @@ from conftest import FAST
 ROOT = Path(__file__).parents[2]
 NANO = "tests/support/nano.py"
 SMALL = ["--model", "DiT-Nano/8", "--batch_size", "8", "--n_eval_batches", "1"]
-SMALL += ["--n_sample_steps", "2", "--warmup_steps", "2"]
+SMALL += ["--n_sample_steps", "2", "--warmup_steps", "2", "--nohalf_precision"]
 CONVERT = "convert_imagenet.py"
 DIGITS_AT_16 = ["--dataset_name", "digits", "--image_size", "16", "--rows_per_file", "500"]
 DIGITS_AT_16 += ["--n_workers", "0"]

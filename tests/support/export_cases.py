@@ -21,6 +21,7 @@ SMALL = TrainConfig(
     n_sample_steps=2,
     sample_every_n=100,
     weight_decay=0.1,
+    half_precision=False,
 )
 
 

@@ -103,7 +103,9 @@ def record(work: Path, inputs: Path) -> dict:
     command("convert_imagenet.py", *convert, "--mirror", "--out", work / "latent_set")
     for name in RUNS:
         run, flags = work / name, flags_of(name, work, inputs)
-        every = ["--log_every", 4, "--eval_save_steps", 12, "--sample_every_n", 20]
+        # In float32 on every processor, as before it followed from the processor.
+        every = ["--nohalf_precision", "--log_every", 4, "--eval_save_steps", 12]
+        every += ["--sample_every_n", 20]
         command("train.py", *flags, *every, "--n_steps", 24, "--run_dir", run)
         resumed = ["--n_steps", 40, "--run_dir", run, "--resume"]
         command("train.py", *flags, *every, *resumed)

@@ -22,6 +22,7 @@ TINY = TrainConfig(
     n_eval_batches=1,
     n_sample_steps=2,
     sample_every_n=100,
+    half_precision=False,
 )
 FLAGS = {"mlp": "swiglu", "position": "learned", "rope": True, "block": "adaln"}
 

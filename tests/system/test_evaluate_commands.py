@@ -23,7 +23,9 @@ from training.config import TrainConfig
 def trained(tmp_path_factory):
     """A tiny run on the digits."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    config = TrainConfig(model="DiT-Nano/8", batch_size=8, n_steps=2, eval_save_steps=2)
+    config = TrainConfig(
+        model="DiT-Nano/8", batch_size=8, n_steps=2, eval_save_steps=2, half_precision=False
+    )
     Trainer(replace(config, n_eval_batches=1, n_sample_steps=2, run_dir=folder)).fit()
     return folder
 

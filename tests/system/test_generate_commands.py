@@ -26,7 +26,9 @@ from training.config import TrainConfig
 @pytest.mark.slow
 def test_a_killed_command_resumes_to_the_same_bytes(forks, tmp_path):
     folder = tmp_path / "run"
-    config = TrainConfig(model="DiT-Nano/8", batch_size=8, n_steps=2, eval_save_steps=2)
+    config = TrainConfig(
+        model="DiT-Nano/8", batch_size=8, n_steps=2, eval_save_steps=2, half_precision=False
+    )
     Trainer(replace(config, n_eval_batches=1, n_sample_steps=2, run_dir=folder)).fit()
     flags = ["--run", folder, "--n", 200, "--batch_size", 1, "--n_steps", 2, "--out"]
 
@@ -58,7 +60,9 @@ def test_a_killed_command_resumes_to_the_same_bytes(forks, tmp_path):
 @pytest.mark.slow
 def test_the_command_samples_from_a_run(tmp_path, cache, capsys):
     folder = tmp_path / "run"
-    config = TrainConfig(model="DiT-Nano/8", batch_size=8, n_steps=4, eval_save_steps=2)
+    config = TrainConfig(
+        model="DiT-Nano/8", batch_size=8, n_steps=4, eval_save_steps=2, half_precision=False
+    )
     config = replace(config, n_eval_batches=1, n_sample_steps=2, run_dir=folder)
     Trainer(config).fit()
     before = sorted(folder.rglob("*"))

@@ -38,9 +38,9 @@ FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
 DIGITS = DATASET_CONFIGS["digits"]
 
 
-def resolved(dataset=DIGITS, *, n_rows=1000, platform="cpu", **flags: Any):
+def resolved(dataset=DIGITS, *, n_rows=1000, fast_bf16=False, **flags: Any):
     return resolve_train_config(
-        TrainConfig(**flags), dataset, n_rows=n_rows, n_devices=8, platform=platform
+        TrainConfig(**flags), dataset, n_rows=n_rows, n_devices=8, fast_bf16=fast_bf16
     )
 
 
@@ -65,7 +65,7 @@ def test_the_flag_wins_over_the_dataset_and_the_dataset_over_the_default():
     assert resolved(recommends, schedule="linear").schedule == "linear"
     # 0 and False are given, not left out.
     assert resolved(recommends, cfg_scale=0.0).cfg_scale == 0
-    assert resolved(platform="gpu", half_precision=False).half_precision is False
+    assert resolved(fast_bf16=True, half_precision=False).half_precision is False
 
 
 def test_the_flag_wins_over_the_resumed_run_and_the_run_over_the_dataset():
@@ -75,7 +75,7 @@ def test_the_flag_wins_over_the_resumed_run_and_the_run_over_the_dataset():
         DIGITS,
         n_rows=1000,
         n_devices=8,
-        platform="cpu",
+        fast_bf16=False,
     )
     assert (config.batch_size, config.learning_rate, config.solver) == (16, 1e-4, "euler")
 
@@ -83,7 +83,7 @@ def test_the_flag_wins_over_the_resumed_run_and_the_run_over_the_dataset():
 def test_a_run_resumed_without_flags_resolves_to_the_same_config():
     run = saved(batch_size=16, n_epochs=3.0, rope=True, half_precision=True, model="DiT-S/2")
     config = resumed(run)
-    again = resolve_train_config(config, DIGITS, n_rows=1000, n_devices=8, platform="gpu")
+    again = resolve_train_config(config, DIGITS, n_rows=1000, n_devices=8, fast_bf16=True)
     assert json.loads(json.dumps(vars(again), default=str)) == run | {"resume": True}
 
 
@@ -123,7 +123,7 @@ def test_n_steps_takes_precedence_over_n_epochs():
 def test_a_resumed_run_may_be_longer(first):
     for more, n_steps in (({"n_steps": 90}, 90), ({"n_epochs": 8.0}, 500)):
         config = resumed(saved(batch_size=16, **first), **more)
-        config = resolve_train_config(config, DIGITS, n_rows=1000, n_devices=8, platform="cpu")
+        config = resolve_train_config(config, DIGITS, n_rows=1000, n_devices=8, fast_bf16=False)
         assert config.n_steps == n_steps
 
 
@@ -331,24 +331,23 @@ def test_a_run_that_drops_no_labels_is_not_guided():
         DIGITS,
         n_rows=1000,
         n_devices=8,
-        platform="cpu",
+        fast_bf16=False,
         starts_with_null=True,
     )
     assert kept.cfg_scale == DIGITS.cfg_scale
 
 
 @pytest.mark.parametrize(
-    "platform, half_precision, dtype",
+    "fast_bf16, half_precision, dtype",
     [
-        ("cpu", None, "float32"),
-        ("gpu", None, "bfloat16"),
-        ("tpu", None, "bfloat16"),
-        ("cpu", True, "bfloat16"),
-        ("gpu", False, "float32"),
+        (False, None, "float32"),
+        (True, None, "bfloat16"),
+        (False, True, "bfloat16"),
+        (True, False, "float32"),
     ],
 )
-def test_half_precision_is_the_default_on_accelerators(platform, half_precision, dtype):
-    config = resolved(platform=platform, half_precision=half_precision)
+def test_half_precision_is_the_default_where_it_is_faster(fast_bf16, half_precision, dtype):
+    config = resolved(fast_bf16=fast_bf16, half_precision=half_precision)
     assert network_config(config, DIGITS).dtype == dtype
 
 
@@ -457,17 +456,17 @@ def test_a_flag_without_the_flag_it_needs_is_rejected(name, value, message):
 
 def test_a_resumed_run_may_keep_unread_flags():
     config = resumed(saved(time_density="uniform") | {"logit_mean": 0.5}, fid_n=9)
-    config = resolve_train_config(config, DIGITS, n_rows=1000, n_devices=8, platform="cpu")
+    config = resolve_train_config(config, DIGITS, n_rows=1000, n_devices=8, fast_bf16=False)
     assert (config.logit_mean, config.fid_n) == (0.5, 9)
 
 
 def test_a_ddpm_run_resumed_without_flags_resolves_to_the_same_config():
     run = saved(objective="ddpm", learned_sigma=True, solver="ddim")
-    again = resolve_train_config(resumed(run), DIGITS, n_rows=1000, n_devices=8, platform="cpu")
+    again = resolve_train_config(resumed(run), DIGITS, n_rows=1000, n_devices=8, fast_bf16=False)
     assert json.loads(json.dumps(vars(again), default=str)) == run | {"resume": True}
     config = resumed(run, solver="ddpm")
     assert (
-        resolve_train_config(config, DIGITS, n_rows=1000, n_devices=8, platform="cpu").solver
+        resolve_train_config(config, DIGITS, n_rows=1000, n_devices=8, fast_bf16=False).solver
         == "ddpm"
     )
 
@@ -532,7 +531,7 @@ def test_the_config_of_a_run_starts_the_same_training(tmp_path, name, has_record
     first = TrainConfig(**RUNS[name])
 
     def resolve(config):
-        return resolve_train_config(config, dataset, n_rows=1000, n_devices=8, platform="cpu")
+        return resolve_train_config(config, dataset, n_rows=1000, n_devices=8, fast_bf16=False)
 
     given = recorded_flags(first, {}) if has_record else None
     words = write_run(tmp_path, resolve(first), given)
@@ -549,7 +548,7 @@ def test_flags_that_a_resumed_run_no_longer_reads_are_left_out(tmp_path):
     words = write_run(tmp_path, config, {"time_density": "uniform", "logit_mean": 0.5, "fid_n": 9})
     assert parse_flags(TrainConfig, words).logit_mean is None
     resolve_train_config(
-        parse_flags(TrainConfig, words), DIGITS, n_rows=1000, n_devices=8, platform="cpu"
+        parse_flags(TrainConfig, words), DIGITS, n_rows=1000, n_devices=8, fast_bf16=False
     )
 
 

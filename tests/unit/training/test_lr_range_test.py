@@ -92,7 +92,7 @@ def test_resuming_and_profiling_are_refused(other):
     config = replace(TrainConfig(lr_range_test=50), **{other: True})
     with pytest.raises(UserError, match=f"trains no run: drop --{other}"):
         resolve.resolve_train_config(
-            config, DATASET_CONFIGS["digits"], n_rows=100, n_devices=1, platform="cpu"
+            config, DATASET_CONFIGS["digits"], n_rows=100, n_devices=1, fast_bf16=False
         )
 
 
