@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Int32, Int64, UInt8
 from PIL import Image
 
+from data.parquet import ParquetSplit
 from data.rows import Split, file_name
 from runtime.errors import UserError, count
 from runtime.files import atomic_file
@@ -27,6 +28,9 @@ GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 ROWS_AT_ONCE = 512
 KindsAndSides = tuple[UInt8[np.ndarray, "n"], Int32[np.ndarray, "n"]]
 MAX_ROWS_WITHOUT_FILES = 20_000  # of images inside tables: a header is read with its whole image
+MAX_STREAMED_GROUPS = (
+    16  # of Parquet files read where they lie: a header is read with its row group
+)
 
 
 @dataclass(frozen=True)
@@ -73,21 +77,28 @@ def read_headers(split: Split) -> Headers:
     """Read the headers of all images of a split.
 
     Images inside tables are read with their headers: of those at most `MAX_ROWS_WITHOUT_FILES`,
-    spread over the split.
+    spread over the split, and of a streamed split only those in `MAX_STREAMED_GROUPS` row groups.
     """
     first = split.read_cells([int(split.rows[0])])[0]
     if isinstance(first, Mapping) and first["bytes"] is None and first["path"] is not None:
         paths = [file_name(cell) for cell in split.read_cells(split.rows.tolist())]
         kind, side = _read_cached(paths)
         return Headers(kind, side, len(split), paths)
-    places = np.linspace(0, len(split) - 1, min(len(split), MAX_ROWS_WITHOUT_FILES)).astype(int)
-    rows = split.rows[places]
+    rows = _spread(split.rows, MAX_ROWS_WITHOUT_FILES)
+    if isinstance(split.data, ParquetSplit):
+        groups = split.data.find_groups(rows)
+        rows = rows[np.isin(groups, _spread(np.unique(groups), MAX_STREAMED_GROUPS))]
 
     def read(chunk: Int64[np.ndarray, "b"]) -> list[tuple[int, int]]:
         return [_read_header(cell) for cell in split.read_cells(chunk.tolist())]
 
     kind, side = _in_threads(read, np.array_split(rows, len(rows) // ROWS_AT_ONCE + 1))
     return Headers(kind, side, len(split))
+
+
+def _spread(values: Int64[np.ndarray, "n"], n: int) -> Int64[np.ndarray, "m"]:
+    """Choose at most n values, evenly spaced from the first to the last."""
+    return values[np.linspace(0, len(values) - 1, min(len(values), n)).astype(int)]
 
 
 def _read_header(cell: Mapping[str, Any] | UserError | None) -> tuple[int, int]:
