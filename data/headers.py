@@ -1,7 +1,7 @@
 """Sizes of a split's images, and whether they have colour, from the headers of all files.
 
 Nothing is decoded. Headers of files are cached by path, size and time of change, so that a large
-folder is looked at once.
+folder is looked at once; a file that could not be read is looked at again.
 """
 
 import contextlib
@@ -153,7 +153,7 @@ def _read_cached(paths: Sequence[str]) -> KindsAndSides:
         with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
             cache.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(cache, sync=False) as file:
-                np.save(file, np.sort(entries, order="key"))
+                np.save(file, np.sort(entries[entries["kind"] != UNREADABLE], order="key"))
     return entries["kind"], entries["side"]
 
 

@@ -317,3 +317,15 @@ def test_headers_are_cached_until_a_file_changes(tmp_path, monkeypatch):
     for file in (tmp_path / "cache").rglob("*.npy"):
         file.write_bytes(b"damaged")
     assert open_dataset(f"folder:{folder}").config.channels == 3
+
+
+def test_a_file_that_could_not_be_read_is_looked_at_again(tmp_path, monkeypatch):
+    folder = write_images(tmp_path / "x", *(f"{i}.png" for i in range(8)))
+
+    def fail(file):
+        raise PermissionError(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", fail)
+        open_dataset(f"folder:{folder}", image_size=8, channels=3)
+    assert "not readable" not in notices(open_dataset(f"folder:{folder}"))
