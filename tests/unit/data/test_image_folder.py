@@ -4,6 +4,7 @@ says what is wrong.
 
 import json
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from data import sources
 from data.image_files import list_files
 from data.image_folder import open_image_folder, sort_files
 from data.load import open_dataset
@@ -163,6 +165,24 @@ def test_a_zip_of_class_folders_is_opened(tmp_path):
     (tmp_path / "broken.zip").write_bytes(b"PK nothing")
     with pytest.raises(UserError, match=r"broken.zip' cannot be unpacked"):
         open_dataset(f"folder:{tmp_path / 'broken.zip'}")
+
+
+def test_a_zip_that_another_process_has_unpacked_meanwhile_is_left_to_it(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "pets.zip", "w") as archive:
+        archive.writestr("a.png", b"")
+    folder = sources._unzip(tmp_path / "pets.zip")
+    shutil.rmtree(folder)
+    extract = zipfile.ZipFile.extractall
+
+    def extract_twice(archive, place):
+        extract(archive, folder)
+        (folder / "by another process").touch()
+        extract(archive, place)
+
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", extract_twice)
+    assert sources._unzip(tmp_path / "pets.zip") == folder
+    assert (folder / "by another process").exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["pets"]
 
 
 def test_images_beside_parquet_files_ask_which_is_meant(tmp_path):
