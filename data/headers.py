@@ -18,13 +18,13 @@ import numpy as np
 from jaxtyping import Int32, Int64, UInt8
 from PIL import Image
 
+from data import images
 from data.parquet import ParquetSplit
 from data.rows import Split, file_name
 from runtime.errors import UserError, count
 from runtime.files import atomic_file
 
 UNREADABLE, GREY, COLOUR = range(3)
-GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 ROWS_AT_ONCE = 512
 KindsAndSides = tuple[UInt8[np.ndarray, "n"], Int32[np.ndarray, "n"]]
 MAX_ROWS_WITHOUT_FILES = 20_000  # of images inside tables: a header is read with its whole image
@@ -108,15 +108,9 @@ def _read_header(cell: Mapping[str, Any] | UserError | None) -> tuple[int, int]:
     try:
         source = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
         with Image.open(source) as image:
-            is_grey = image.mode in GREY_MODES or (image.mode == "P" and _has_grey_palette(image))
-            return (GREY if is_grey else COLOUR), min(image.size)
+            return (GREY if images.is_grey(image) else COLOUR), min(image.size)
     except Exception:  # whatever Pillow's parsers raise: decoding the image will name the problem
         return UNREADABLE, 0
-
-
-def _has_grey_palette(image: Image.Image) -> bool:
-    palette = np.array(image.getpalette("RGB") or [0, 0, 0]).reshape(-1, 3)
-    return bool((palette == palette[:, :1]).all())
 
 
 def _in_threads(
