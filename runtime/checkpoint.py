@@ -203,7 +203,8 @@ class Checkpoints:
         if the item is too damaged to tell.
         """
         try:
-            metadata = ocp.StandardCheckpointer().metadata(self.folder / str(step) / name)
+            with ocp.StandardCheckpointer() as checkpointer:
+                metadata = checkpointer.metadata(self.folder / str(step) / name)
             contents = metadata.item_metadata
             checksums = self.manager.restore(
                 step, args=ocp.args.Composite(**{CHECKSUMS_ITEM: ocp.args.JsonRestore()})
