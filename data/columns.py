@@ -283,6 +283,11 @@ def read_label_ids(
     if _label_type(feature) in ("class", "bool") or not by_name:
         ids = column.cast("int64").fill_null(-1).to_numpy()
         ids = np.where((ids < -1) | (ids >= len(names)), unknown, ids)
+        if _label_type(feature) == "class" and tuple(feature.names) != names:
+            # The run to resume has the classes in another order.
+            known = [id_of_name.get(name, unknown) for name in feature.names[:unknown]]
+            own_ids = np.array([*known, *[unknown] * (unknown + 1 - len(known)), -1])
+            ids = own_ids[ids]
     else:
         labels = map(_integer, column.to_pylist())
         ids = np.array([id_of_name.get(name, unknown) if name else -1 for name in labels])
