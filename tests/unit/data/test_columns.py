@@ -85,6 +85,16 @@ def test_a_resumed_run_keeps_the_ids_of_named_classes():
     assert ids.tolist() == [1, 0, -1, 2, 1]
 
 
+@pytest.mark.parametrize("kind", [int, float])
+def test_numbers_are_the_ids_of_classes_that_the_table_names_by_words(tmp_path, kind):
+    label = [kind(i) for i in range(10)] * 2
+    for split in ("train", "test"):
+        pq.write_table(pa.table({"img": [PNG] * 20, "label": label}), tmp_path / f"{split}.parquet")
+    source = open_dataset("cifar10", data_dir=tmp_path)
+    assert source.config.label_names[:2] == ("airplane", "automobile")
+    assert source.train.labels.tolist() == label
+
+
 @pytest.mark.parametrize(
     ("label", "message"),
     [
