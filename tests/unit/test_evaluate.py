@@ -13,7 +13,7 @@ from evaluate_cases import (
     scores,
 )
 from PIL import Image
-from tiny_models import tiny_model
+from tiny_models import CAPTIONS, tiny_model
 
 import evaluate
 from data import image_sets
@@ -25,24 +25,12 @@ from inference import sample_files
 from inference.sample_files import EvaluationSamplesConfig
 from inference.sampler import Samples
 from inference.trained_model import TrainedModel
-from model import model_config
 from runtime import parallel
 from runtime.errors import UserError
 
 rng = np.random.default_rng(0)
 MAKE = {"npz": Path("a.npz"), "reference": None, "make_reference": Path("x.npz")}
 REFERENCE = Path("r.npz").absolute()
-CAPTIONS = model_config(
-    "DiT-Nano/8",
-    image_size=8,
-    channels=1,
-    out_channels=1,
-    n_classes=0,
-    block="cross_attention",
-    text_length=24,
-    text_width=6,
-    pooled_width=4,
-)
 
 
 @pytest.mark.parametrize(
