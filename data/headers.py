@@ -54,7 +54,7 @@ class Headers:
         return int(np.median(readable)) if len(readable) else 0
 
     def describe(self, image_size: int) -> str:
-        """Tell what there is in one line, and how many images are smaller than `image_size`."""
+        """Describe kinds and sizes in one line, and count images smaller than `image_size`."""
         n_grey, n_colour, n_bad = ((self.kind == k).sum() for k in (GREY, COLOUR, UNREADABLE))
         n = len(self.kind)
         looked_at = f"{n} of {self.n_rows} images" if n < self.n_rows else count(n, "image")

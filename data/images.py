@@ -100,7 +100,7 @@ def is_grey(image: Image.Image) -> bool:
 
 
 def name_content(raw: bytes) -> str:
-    """Say what a file holds that is no image of a known format; "" if that is not known."""
+    """Name the content of a file that is no image of a known format; "" if it is not known."""
     if raw.count(0) == len(raw):
         return "nothing but zeros" if raw else "the file is empty"
     start = raw[:1000].lstrip(b"\xef\xbb\xbf \t\r\n")

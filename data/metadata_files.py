@@ -52,10 +52,10 @@ class Tables:
         for name in names:
             values = {path: _distinct(lines, name) for path, lines in known.items()}
             kind = _kind(value for found in values.values() for value in found)
-            several = any(len(found) > 1 for found in values.values())
+            is_list = any(len(found) > 1 for found in values.values())
             cells = [[_convert(v, kind) for v in values.get(path, ())] for path in paths]
-            columns[name] = cells if several else [cell[0] if cell else None for cell in cells]
-            features[name] = _feature(kind, several)
+            columns[name] = cells if is_list else [cell[0] if cell else None for cell in cells]
+            features[name] = _feature(kind, is_list)
         return columns, features
 
 
@@ -242,8 +242,8 @@ def _convert(value: Any, kind: type) -> Any:
     return kind(value)
 
 
-def _feature(kind: type, several: bool) -> Any:
+def _feature(kind: type, is_list: bool) -> Any:
     from datasets import List, Value
 
     value = Value({bool: "bool", int: "int64", float: "float64", str: "string"}[kind])
-    return List(value) if several else value
+    return List(value) if is_list else value

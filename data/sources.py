@@ -32,7 +32,7 @@ WEBDATASET_RECORD = "json"  # the column that `datasets` makes of a sample's .js
 
 @dataclass(frozen=True)
 class OpenedSplits:
-    """All splits of a dataset by name, and what a person should know of how they were read."""
+    """All splits of a dataset by name, and lines for a person on how they were read."""
 
     splits: dict[str, ArrowSplit | ParquetSplit]
     notices: list[str]

@@ -199,8 +199,8 @@ class Checkpoints:
         return {name: restored[name] for name in like}
 
     def _describe_difference(self, step: int, name: str, tree: Any) -> str:
-        """Say how an item's arrays differ from a tree in names or shapes; empty if they do not, or
-        if the item is too damaged to tell.
+        """Describe how an item's arrays differ from a tree in names or shapes; empty if they do
+        not, or if the item is too damaged to compare.
         """
         try:
             with ocp.StandardCheckpointer() as checkpointer:

@@ -50,7 +50,7 @@ def test_rows_without_files_are_named_by_split_and_row(tmp_path, capsys, streami
 def test_consecutive_rows_with_one_reason_share_a_line():
     bad = [BadRow(row, "", "cannot read x.parquet") for row in (5, 6, 7, 9)]
     bad += [BadRow(10, "", "the cell is empty"), BadRow(11, "a.png", "no"), BadRow(12, "/b", "no")]
-    assert list(check.lines_of("train", bad)) == [
+    assert list(check.describe_rows("train", bad)) == [
         "split 'train', rows 5–7: cannot read x.parquet",
         "split 'train', row 9: cannot read x.parquet",
         "split 'train', row 10: the cell is empty",
