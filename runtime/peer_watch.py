@@ -77,6 +77,8 @@ class PeerWatch:
     def wait_for_verdict(self) -> None:
         """Wait for as long as the loss of a process may take to be noticed, which ends this one."""
         self._stopped.wait(LOST_SECONDS + 3 * BEAT_SECONDS + GRACE_SECONDS)
+        while self._reporting.locked():  # by another thread, which ends this process
+            time.sleep(1)
 
     # --- threads ----------------------------------------------------------------------------------
 

@@ -125,6 +125,22 @@ def test_a_report_is_one_line_with_the_advice(monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_a_report_that_has_begun_is_awaited(monkeypatch):
+    """Process 0 stays for a while after its report, and must not print the failed collective."""
+    for name in ("LOST_SECONDS", "BEAT_SECONDS", "GRACE_SECONDS"):
+        monkeypatch.setattr(peer_watch, name, 0)
+    watch = PeerWatch(Store(), 0, 2)
+    watch.wait_for_verdict()  # nobody reports: it returns
+    watch._reporting.acquire()
+
+    def leave(seconds):
+        raise SystemExit
+
+    monkeypatch.setattr(peer_watch.time, "sleep", leave)
+    with pytest.raises(SystemExit):
+        watch.wait_for_verdict()
+
+
 def test_only_errors_of_collectives_wait_for_a_verdict():
     assert is_of_collective(ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"))
     cause = RuntimeError("DEADLINE_EXCEEDED: barrier timed out")
