@@ -19,7 +19,7 @@ from data.load import open_dataset
 from data.rows import BadRow
 from datasets_config import DATASET_CONFIGS
 from runtime import cli
-from runtime.flags import flag, required
+from runtime.flags import Derived, flag, required
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,10 @@ class CheckConfig:
     data_dir: Path | None = flag(None, "local copy of the dataset")
     image_column: str | None = flag(None, "column of the images")
     streaming: bool = flag(False, "read Parquet files where they lie")
+    train_split: str | None = flag(Derived("train"), "split to train on")
+    eval_split: str | None = flag(
+        Derived("the dataset's"), "split to evaluate on; none for the training split alone"
+    )
 
 
 def parse_words(words: Sequence[str]) -> CheckConfig:
@@ -75,6 +79,8 @@ def main(words: Sequence[str] | None = None) -> None:
         image_column=config.image_column,
         conditioning="none",
         streaming=config.streaming,
+        train_split=config.train_split,
+        eval_split=config.eval_split,
         # Given, so that a dataset opens of which no image can be read.
         image_size=8,
         channels=3,
