@@ -88,7 +88,7 @@ class Checkpoints:
     @staticmethod
     def exist(run_dir: Path) -> bool:
         """Return True if the run has a complete checkpoint."""
-        return any(path.name.isdecimal() for path in (run_dir / CHECKPOINTS_FOLDER).glob("*"))
+        return Checkpoints.newest_on_disk(run_dir) is not None
 
     @staticmethod
     def newest_on_disk(run_dir: Path) -> int | None:
