@@ -152,6 +152,17 @@ def test_hidden_files_broken_links_and_other_suffixes(tmp_path):
         Pipeline(source, batch_size=1, seed=0)
 
 
+def test_folders_that_are_links_to_one_place_are_all_there(tmp_path):
+    store = write_images(tmp_path / "store", "a.png", "b.png")
+    for split in ("train", "val"):
+        (tmp_path / "x" / split).mkdir(parents=True)
+        os.symlink(store, tmp_path / "x" / split / "cat")
+    os.symlink(tmp_path / "x", tmp_path / "x" / "val" / "loop")
+    source = open_dataset(f"folder:{tmp_path / 'x'}")
+    assert (source.train.name, len(source.train)) == ("train", 2)
+    assert (source.eval.name, len(source.eval)) == ("validation", 2)
+
+
 def test_a_zip_of_class_folders_is_opened(tmp_path):
     folder = write_images(tmp_path / "x", *(f"{k}/{k}{i}.png" for k in "ab" for i in (1, 2)))
     with zipfile.ZipFile(tmp_path / "pets.zip", "w") as archive:
