@@ -257,6 +257,37 @@ def test_text_files_beside_images_are_captions(tmp_path):
     assert "without a caption" in notices(source)
 
 
+@pytest.mark.parametrize("place", [".", "train"])
+def test_a_line_is_never_joined_to_an_image_of_another_folder(tmp_path, place):
+    """Nor is an image of the evaluation split ever a row to train on."""
+    folder = write_images(tmp_path / "x", "train/1.png", "train/2.png", "val/1.png", "val/7.png")
+    lines = ["file_name,text", "train/1.png,one", "val/1.png,a dog", "val/7.png,seven"]
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    listing = list_files(folder / place)
+    splits = open_image_folder(sort_files(listing), label_column=None).splits
+    train = splits["train"]
+    texts = {
+        os.path.relpath(image["path"], folder): text
+        for image, text in zip(train["image"], train["text"])
+    }
+    assert texts == {"train/1.png": "one", "train/2.png": None}
+
+
+@pytest.mark.parametrize("start", ["", "/on/another/machine/"])
+def test_a_line_whose_image_is_missing_is_not_of_another(tmp_path, start):
+    folder = write_images(tmp_path / "x", "train/2.png", "train/3.png", "val/1.png")
+    names = ["train/1.png", "train/2.png", "train/3.png", "val/1.png"]
+    lines = ["file_name,text", *(f"{start}{name},text of {name}" for name in names)]
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    splits = open_image_folder(sort_files(list_files(folder)), label_column=None).splits
+    texts = {
+        image["path"].removeprefix(f"{folder}/").removeprefix(start): text
+        for split in splits.values()
+        for image, text in zip(split["image"], split["text"])
+    }
+    assert texts == {name: f"text of {name}" for name in names}
+
+
 @pytest.mark.parametrize(
     ("name", "header", "cell"),
     [
