@@ -45,7 +45,7 @@ from training.loop import Loop, flags_as_json, initialize_jax
 from training.lr_range_test import N_STEPS, range_test
 from training.prepare import prepare
 from training.profiling import profile
-from training.resolve import require_recorded_class, sampler_config
+from training.resolve import require_same_implementation, sampler_config
 from training.session import RunRecord
 from training.step import TrainState
 
@@ -72,10 +72,9 @@ class Trainer(Loop):
         super().__init__(config)
         prepared = prepare(config, parallel.devices())
         self.config: TrainConfig = prepared.config
-        require_recorded_class(prepared.run_dir, prepared.saved, "trainer", self.trainer_path())
-        require_recorded_class(
-            prepared.run_dir, prepared.saved, "method", class_path(type(prepared.method))
-        )
+        now = {"trainer": self.trainer_path(), "method": class_path(type(prepared.method))}
+        for key, path in now.items():
+            require_same_implementation(prepared.run_dir, prepared.saved, key, path)
         self.given_flags, self.run_dir = prepared.given_flags, prepared.run_dir
         self.source, self.dataset = prepared.source, prepared.source.config
         self.method, self.conditioning = prepared.method, prepared.conditioning

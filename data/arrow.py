@@ -38,8 +38,8 @@ class ArrowSplit:
         feature = self.features[column]
         if feature == Value("binary"):
             return ArrowSplit(selected)
-        several = isinstance(feature, List) and isinstance(feature.feature, Image)
-        undecoded = List(Image(decode=False)) if several else Image(decode=False)
+        is_list = isinstance(feature, List) and isinstance(feature.feature, Image)
+        undecoded = List(Image(decode=False)) if is_list else Image(decode=False)
         return ArrowSplit(selected.cast_column(column, undecoded))
 
     def read_cells(self, rows: Sequence[int]) -> list[dict[str, Any] | None]:

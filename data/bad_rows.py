@@ -161,7 +161,7 @@ def write_record(folder: Path, source: Source) -> None:
 
 
 def summary(source: Source) -> str:
-    """Say how many rows were left out, as a line with its end; "" for none."""
+    """Count the rows that were left out, in a line with its newline; "" for none."""
     n_bad = {name: len(bad) for name, bad in (source.bad_rows or {}).items()}
     if not any(n_bad.values()):
         return ""

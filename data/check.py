@@ -19,7 +19,7 @@ from data.load import open_dataset
 from data.rows import BadRow
 from datasets_config import DATASET_CONFIGS
 from runtime import cli
-from runtime.flags import flag, required
+from runtime.flags import Derived, flag, required
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,10 @@ class CheckConfig:
     data_dir: Path | None = flag(None, "local copy of the dataset")
     image_column: str | None = flag(None, "column of the images")
     streaming: bool = flag(False, "read Parquet files where they lie")
+    train_split: str | None = flag(Derived("train"), "split to train on")
+    eval_split: str | None = flag(
+        Derived("the dataset's"), "split to evaluate on; none for the training split alone"
+    )
 
 
 def parse_words(words: Sequence[str]) -> CheckConfig:
@@ -44,13 +48,13 @@ def parse_words(words: Sequence[str]) -> CheckConfig:
     return cli.parse_flags(CheckConfig, ["--dataset_name", *words] if is_named else words)
 
 
-def dataset_of(name: str) -> str:
-    """Return a dataset's name for a name or the path of a folder; names that are known win."""
+def resolve_name(name: str) -> str:
+    """Return the name of a dataset, which may be given as the path of a folder."""
     is_path = Path(name).expanduser().is_dir() or name.startswith((".", "/", "~"))
     return f"folder:{name}" if is_path and name not in DATASET_CONFIGS else name
 
 
-def lines_of(split: str, bad_rows: Sequence[BadRow]) -> Iterator[str]:
+def describe_rows(split: str, bad_rows: Sequence[BadRow]) -> Iterator[str]:
     """Describe bad rows, one in a line, or consecutive rows without a file that share a reason."""
 
     def key(numbered: tuple[int, BadRow]) -> tuple[str, str, int]:
@@ -70,19 +74,21 @@ def main(words: Sequence[str] | None = None) -> None:
     """Check the splits that training uses."""
     config = parse_words(sys.argv[1:] if words is None else words)
     source = open_dataset(
-        dataset_of(config.dataset_name),
+        resolve_name(config.dataset_name),
         data_dir=config.data_dir,
         image_column=config.image_column,
         conditioning="none",
         streaming=config.streaming,
-        # Given, so that no image is measured; they do not decide what can be decoded.
+        train_split=config.train_split,
+        eval_split=config.eval_split,
+        # Given, so that a dataset opens of which no image can be read.
         image_size=8,
         channels=3,
     )
     n_bad = n_rows = 0
     for split in source.full_splits().values():
         bad_rows = find_bad_rows(split)
-        for line in lines_of(split.name, bad_rows):
+        for line in describe_rows(split.name, bad_rows):
             print(line)
         n_bad += len(bad_rows)
         n_rows += len(split)

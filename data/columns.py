@@ -275,17 +275,23 @@ def read_label_ids(
     """
     label_column = str(config.label_column)
     feature, column = data.features[label_column], data.read_column(label_column)
-    names = config.label_names
-    id_of_name = {name: i for i, name in enumerate(names)}
-    # Numbers are names, except where the data or the dataset's entry name the classes.
-    by_name = _label_type(feature) == "string" or id_of_name.keys() == set(map(_integer, names))
+    kind, names = _label_type(feature), config.label_names
+    id_of_label = {name: i for i, name in enumerate(names)}
     unknown = len(names)
-    if _label_type(feature) in ("class", "bool") or not by_name:
+    if kind in ("class", "bool"):
         ids = column.cast("int64").fill_null(-1).to_numpy()
         ids = np.where((ids < -1) | (ids >= len(names)), unknown, ids)
+        if kind == "class" and tuple(feature.names) != names:
+            # The run to resume has the classes in another order.
+            known = [id_of_label.get(name, unknown) for name in feature.names[:unknown]]
+            own_ids = np.array([*known, *[unknown] * (unknown + 1 - len(known)), -1])
+            ids = own_ids[ids]
     else:
+        if kind != "string" and not all(re.fullmatch(r"-?\d+", name) for name in names):
+            # Numbers are ids where the dataset's entry has words for the classes.
+            id_of_label = {str(i): i for i in range(-1, len(names))}
         labels = map(_integer, column.to_pylist())
-        ids = np.array([id_of_name.get(name, unknown) if name else -1 for name in labels])
+        ids = np.array([id_of_label.get(label, unknown) if label else -1 for label in labels])
     outside = ids == unknown
     if outside.any():
         row = int(outside.argmax())

@@ -1,7 +1,7 @@
 """Sizes of a split's images, and whether they have colour, from the headers of all files.
 
 Nothing is decoded. Headers of files are cached by path, size and time of change, so that a large
-folder is looked at once.
+folder is looked at once; a file that could not be read is looked at again.
 """
 
 import contextlib
@@ -18,15 +18,19 @@ import numpy as np
 from jaxtyping import Int32, Int64, UInt8
 from PIL import Image
 
+from data import images
+from data.parquet import ParquetSplit
 from data.rows import Split, file_name
 from runtime.errors import UserError, count
 from runtime.files import atomic_file
 
 UNREADABLE, GREY, COLOUR = range(3)
-GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 ROWS_AT_ONCE = 512
 KindsAndSides = tuple[UInt8[np.ndarray, "n"], Int32[np.ndarray, "n"]]
 MAX_ROWS_WITHOUT_FILES = 20_000  # of images inside tables: a header is read with its whole image
+MAX_STREAMED_GROUPS = (
+    16  # of Parquet files read where they lie: a header is read with its row group
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Headers:
         return int(np.median(readable)) if len(readable) else 0
 
     def describe(self, image_size: int) -> str:
-        """Tell what there is in one line, and how many images are smaller than `image_size`."""
+        """Describe kinds and sizes in one line, and count images smaller than `image_size`."""
         n_grey, n_colour, n_bad = ((self.kind == k).sum() for k in (GREY, COLOUR, UNREADABLE))
         n = len(self.kind)
         looked_at = f"{n} of {self.n_rows} images" if n < self.n_rows else count(n, "image")
@@ -73,21 +77,28 @@ def read_headers(split: Split) -> Headers:
     """Read the headers of all images of a split.
 
     Images inside tables are read with their headers: of those at most `MAX_ROWS_WITHOUT_FILES`,
-    spread over the split.
+    spread over the split, and of a streamed split only those in `MAX_STREAMED_GROUPS` row groups.
     """
     first = split.read_cells([int(split.rows[0])])[0]
     if isinstance(first, Mapping) and first["bytes"] is None and first["path"] is not None:
         paths = [file_name(cell) for cell in split.read_cells(split.rows.tolist())]
         kind, side = _read_cached(paths)
         return Headers(kind, side, len(split), paths)
-    places = np.linspace(0, len(split) - 1, min(len(split), MAX_ROWS_WITHOUT_FILES)).astype(int)
-    rows = split.rows[places]
+    rows = _spread(split.rows, MAX_ROWS_WITHOUT_FILES)
+    if isinstance(split.data, ParquetSplit):
+        groups = split.data.find_groups(rows)
+        rows = rows[np.isin(groups, _spread(np.unique(groups), MAX_STREAMED_GROUPS))]
 
     def read(chunk: Int64[np.ndarray, "b"]) -> list[tuple[int, int]]:
         return [_read_header(cell) for cell in split.read_cells(chunk.tolist())]
 
     kind, side = _in_threads(read, np.array_split(rows, len(rows) // ROWS_AT_ONCE + 1))
     return Headers(kind, side, len(split))
+
+
+def _spread(values: Int64[np.ndarray, "n"], n: int) -> Int64[np.ndarray, "m"]:
+    """Choose at most n values, evenly spaced from the first to the last."""
+    return values[np.linspace(0, len(values) - 1, min(len(values), n)).astype(int)]
 
 
 def _read_header(cell: Mapping[str, Any] | UserError | None) -> tuple[int, int]:
@@ -97,15 +108,9 @@ def _read_header(cell: Mapping[str, Any] | UserError | None) -> tuple[int, int]:
     try:
         source = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
         with Image.open(source) as image:
-            is_grey = image.mode in GREY_MODES or (image.mode == "P" and _has_grey_palette(image))
-            return (GREY if is_grey else COLOUR), min(image.size)
+            return (GREY if images.is_grey(image) else COLOUR), min(image.size)
     except Exception:  # whatever Pillow's parsers raise: decoding the image will name the problem
         return UNREADABLE, 0
-
-
-def _has_grey_palette(image: Image.Image) -> bool:
-    palette = np.array(image.getpalette("RGB") or [0, 0, 0]).reshape(-1, 3)
-    return bool((palette == palette[:, :1]).all())
 
 
 def _in_threads(
@@ -142,7 +147,7 @@ def _read_cached(paths: Sequence[str]) -> KindsAndSides:
         with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
             cache.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(cache, sync=False) as file:
-                np.save(file, np.sort(entries, order="key"))
+                np.save(file, np.sort(entries[entries["kind"] != UNREADABLE], order="key"))
     return entries["kind"], entries["side"]
 
 

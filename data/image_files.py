@@ -41,13 +41,14 @@ def list_files(root: Path) -> Listing:
     def fail(error: OSError) -> None:
         raise UserError(f"cannot read folder '{error.filename}': {error.strerror}")
 
-    visited: set[str] = set()
+    ancestors: dict[str, frozenset[str]] = {}
     for folder, folders, files in os.walk(root, followlinks=True, onerror=fail):
+        above = ancestors.get(os.path.dirname(folder), frozenset())
         real = os.path.realpath(folder)
-        if real in visited:  # a link to a folder above
+        if real in above:  # a link to a folder that it lies in
             folders.clear()
             continue
-        visited.add(real)
+        ancestors[folder] = above | {real}
         visible = [name for name in folders if not _is_hidden(name)]
         n_hidden += len(folders) - len(visible)
         folders[:] = sorted(visible)

@@ -49,7 +49,7 @@ class FolderFiles:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The splits of an image folder, and what a person should know of how it was read."""
+    """The splits of an image folder, and lines for a person on how it was read."""
 
     splits: "dict[str, Dataset]"
     notices: list[str]
@@ -194,7 +194,7 @@ def _read_caption(files: FolderFiles, image: str) -> str | None:
 def _describe_files(
     files: FolderFiles, classes: dict[str, dict[str, str | None]], tables: Sequence[str]
 ) -> str:
-    """Tell how many images each split and class has, and which files are left out."""
+    """Count the images of each split and class, and list the files that are left out."""
     parts = [f"{count(len(rows), 'image')} to {split}" for split, rows in classes.items()]
     if len(classes) == 1:
         parts = [count(len(files.images), "image")]

@@ -26,7 +26,6 @@ from runtime.errors import UserError, unknown_name
 from runtime.files import atomic_file
 
 ImageBatch = UInt8[np.ndarray, "b h w c"]
-GREY_MODES = ("1", "L", "LA", "La", *images.SIXTEEN_BIT_MODES)  # Pillow's
 IMAGES_ENTRY = "arr_0.npy"
 LABELS_ENTRY = "arr_1.npy"
 
@@ -153,18 +152,13 @@ def image_set_from_folder(folder: Path, *, image_size: int | None = None) -> Ima
 def _read_header(file: Path) -> ImageHeader:
     try:
         with Image.open(file) as image:
-            is_grey = image.mode in GREY_MODES or (image.mode == "P" and _has_grey_palette(image))
-            return ImageHeader(is_grey, image.size, bool(getattr(image, "is_animated", False)))
+            several = bool(getattr(image, "is_animated", False))
+            return ImageHeader(images.is_grey(image), image.size, several)
     except OSError as error:
         missing = "a link to a file that is gone" if file.is_symlink() else error.strerror
         raise UserError(f"{file}: {missing or 'the image cannot be read'}") from None
     except Exception as error:  # Pillow's parsers raise anything on a damaged file
         raise UserError(f"{file}: the image cannot be read ({error})") from None
-
-
-def _has_grey_palette(image: Image.Image) -> bool:
-    palette = np.array(image.getpalette("RGB") or [0, 0, 0]).reshape(-1, 3)
-    return bool((palette == palette[:, :1]).all())
 
 
 def _check_sizes(files: Sequence[Path], headers: Sequence[ImageHeader]) -> None:

@@ -20,6 +20,7 @@ SIGNATURE = re.compile(
 )
 # Pillow's modes.
 SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+GREY_MODES = ("1", "L", "LA", "La", "F", *SIXTEEN_BIT_MODES)
 OPAQUE_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
 # Files that have the name of an image and are none, by their first bytes (or those from the fifth).
 OTHER_CONTENT = {
@@ -90,8 +91,16 @@ def open_upright(raw: bytes | Image.Image) -> Image.Image:
         raise UserError(f"the image cannot be read ({reason})") from error
 
 
+def is_grey(image: Image.Image) -> bool:
+    """Return whether an opened image has no colours, by its mode or its palette."""
+    if image.mode != "P":
+        return image.mode in GREY_MODES
+    palette = np.array(image.getpalette("RGB") or [0, 0, 0]).reshape(-1, 3)
+    return bool((palette == palette[:, :1]).all())
+
+
 def name_content(raw: bytes) -> str:
-    """Say what a file holds that is no image of a known format; "" if that is not known."""
+    """Name the content of a file that is no image of a known format; "" if it is not known."""
     if raw.count(0) == len(raw):
         return "nothing but zeros" if raw else "the file is empty"
     start = raw[:1000].lstrip(b"\xef\xbb\xbf \t\r\n")

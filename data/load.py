@@ -210,7 +210,7 @@ def _describe_rows(
     train: Split,
     evaluation: Split,
 ) -> list[str]:
-    """Tell what a person could be surprised by: numbering of classes, rows and splits left out."""
+    """List what may surprise: how classes are numbered, rows and splits that are left out."""
     config, notices = train.config, list[str]()
     n = config.n_classes
     names = config.label_names

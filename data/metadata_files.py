@@ -52,10 +52,10 @@ class Tables:
         for name in names:
             values = {path: _distinct(lines, name) for path, lines in known.items()}
             kind = _kind(value for found in values.values() for value in found)
-            several = any(len(found) > 1 for found in values.values())
+            is_list = any(len(found) > 1 for found in values.values())
             cells = [[_convert(v, kind) for v in values.get(path, ())] for path in paths]
-            columns[name] = cells if several else [cell[0] if cell else None for cell in cells]
-            features[name] = _feature(kind, several)
+            columns[name] = cells if is_list else [cell[0] if cell else None for cell in cells]
+            features[name] = _feature(kind, is_list)
         return columns, features
 
 
@@ -68,10 +68,11 @@ def read_tables(root: Path, tables: Sequence[str], images: Sequence[str]) -> Tab
     Raises:
         UserError: a table cannot be read, or a `metadata` file names none of the images.
     """
+    root_name = root.resolve().name
     above = [
         os.path.join("..", name)
         for suffix in ("csv", "tsv", "jsonl")
-        for name in (f"metadata.{suffix}", f"{root.resolve().name}.{suffix}")
+        for name in (f"metadata.{suffix}", f"{root_name}.{suffix}")
         if (root / ".." / name).is_file()
     ]
     joined = Tables([], defaultdict(list), defaultdict(list))
@@ -89,16 +90,38 @@ def read_tables(root: Path, tables: Sequence[str], images: Sequence[str]) -> Tab
                 )
             continue
         joined.files.append(table)
-        folder = str(PurePosixPath(table).parent)
-        for line in lines:
-            name = str(line.get(column) or "")
-            path = _find(name, index, folder)
-            rest = {key: value for key, value in line.items() if key != column}
-            if path is not None:
-                joined.lines[path].append(rest)
-            elif name:
-                joined.missing[os.path.normpath(os.path.join(folder, name))].append(rest)
+        _join_lines(joined, lines, column, index, str(PurePosixPath(table).parent), root_name)
     return joined
+
+
+def _join_lines(
+    joined: Tables,
+    lines: Sequence[Line],
+    column: str,
+    index: dict[str, str | None],
+    folder: str,
+    root_name: str,
+) -> None:
+    """Add the lines of a table to the images that they name.
+
+    An image may lie elsewhere than its line says, but not if another line names it in full. A table
+    above the root may also be of folders beside the root: their lines are left out.
+    """
+    is_above = folder == ".."
+    prefix = f"{root_name}/" if is_above else ""
+    names = [str(line.get(column) or "") for line in lines]
+    paths = [_find(name, index, folder) for name in names]
+    in_full = {p for name, p in zip(names, paths) if p and _names_in_full(name, prefix + p)}
+    for line, name, path in zip(lines, names, paths):
+        rest = {key: value for key, value in line.items() if key != column}
+        folders = _parts(name)[:-1]
+        is_beside = is_above and bool(folders) and root_name not in folders
+        if path in in_full and not _names_in_full(name, f"{prefix}{path}"):
+            path = None
+        if path is not None and not (in_full and is_beside):
+            joined.lines[path].append(rest)
+        elif name and not is_beside:
+            joined.missing[os.path.normpath(os.path.join(folder, name))].append(rest)
 
 
 # --- which column names the images ----------------------------------------------------------------
@@ -120,7 +143,7 @@ def _index_by_tail(images: Sequence[str]) -> dict[str, str | None]:
 
 def _find(name: str, index: dict[str, str | None], folder: str = ".") -> str | None:
     """Find the image that a cell names, from its table's folder or by the end of its path."""
-    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+    parts = _parts(name)
     beside = os.path.normpath(os.path.join(folder, *parts)) if parts else ""
     if found := index.get(beside):
         return found
@@ -129,6 +152,20 @@ def _find(name: str, index: dict[str, str | None], folder: str = ".") -> str | N
         if tail in index:
             return index[tail]
     return None
+
+
+def _names_in_full(name: str, path: str) -> bool:
+    """Return whether a cell agrees with an image's path in all folders that both have."""
+    *folders, file = _parts(name)
+    *own_folders, own_file = path.split("/")
+    n = min(len(folders), len(own_folders))
+    is_same_place = folders[len(folders) - n :] == own_folders[len(own_folders) - n :]
+    return is_same_place and file in (own_file, os.path.splitext(own_file)[0])
+
+
+def _parts(name: str) -> list[str]:
+    """Split a path of any system into folders and a file."""
+    return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
 
 
 def _find_file_column(lines: Sequence[Line], index: dict[str, str | None]) -> str | None:
@@ -242,8 +279,8 @@ def _convert(value: Any, kind: type) -> Any:
     return kind(value)
 
 
-def _feature(kind: type, several: bool) -> Any:
+def _feature(kind: type, is_list: bool) -> Any:
     from datasets import List, Value
 
     value = Value({bool: "bool", int: "int64", float: "float64", str: "string"}[kind])
-    return List(value) if several else value
+    return List(value) if is_list else value

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from data.arrow import ArrowSplit
@@ -21,7 +22,6 @@ from data.image_folder import FolderFiles, open_image_folder, sort_files, split_
 from data.parquet import ParquetSplit
 from datasets_config import DatasetConfig
 from runtime.errors import UserError, some_of
-from runtime.files import atomic_folder
 
 if TYPE_CHECKING:  # at run time they are imported where they are used: together they take a second
     from datasets import Dataset
@@ -32,7 +32,7 @@ WEBDATASET_RECORD = "json"  # the column that `datasets` makes of a sample's .js
 
 @dataclass(frozen=True)
 class OpenedSplits:
-    """All splits of a dataset by name, and what a person should know of how they were read."""
+    """All splits of a dataset by name, and lines for a person on how they were read."""
 
     splits: dict[str, ArrowSplit | ParquetSplit]
     notices: list[str]
@@ -96,12 +96,22 @@ def _unzip(path: Path) -> Path:
     fact = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dit-jax" / "unzipped"
     folder = cache / hashlib.blake2b(fact.encode(), digest_size=12).hexdigest() / path.stem
-    if not folder.exists():
-        try:
-            with zipfile.ZipFile(path) as archive, atomic_folder(folder) as unfinished:
-                archive.extractall(unfinished)
-        except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-            raise UserError(f"'{path}' cannot be unpacked ({error})") from error
+    if folder.exists():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(path) as archive, TemporaryDirectory(dir=folder.parent) as unfinished:
+            unpacked = Path(unfinished, folder.name)
+            unpacked.mkdir()
+            archive.extractall(unpacked)
+            # Fails if another process of the run was faster: it may be reading its files already.
+            unpacked.rename(folder)
+    except OSError as error:
+        if not folder.exists():
+            reason = error.strerror or error
+            raise UserError(f"'{path}' cannot be unpacked ({reason})") from error
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"'{path}' cannot be unpacked ({error})") from error
     return folder
 
 

@@ -17,7 +17,6 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont, features
 
 FONT_SIZE = 13
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Point = tuple[float | int, float | int]
 # Sizes at which fonts of colour bitmaps can be had: Noto's and Apple's emoji.
 BITMAP_SIZES = (109, 136, 160, 128, 96, 64, 48, 40, 32, 20)
@@ -36,7 +35,7 @@ class Face(NamedTuple):
     """
 
     file: Path | None
-    font: Font
+    font: ImageFont.FreeTypeFont
     scale: float
     characters: frozenset[int]
 
@@ -47,7 +46,9 @@ class Face(NamedTuple):
 @cache
 def default_face() -> Face:
     """Return Pillow's own font, which has little more than ASCII."""
-    return Face(None, ImageFont.load_default(size=FONT_SIZE), 1.0, OWN_CHARACTERS)
+    font = ImageFont.load_default(size=FONT_SIZE)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # as a size was given
+    return Face(None, font, 1.0, OWN_CHARACTERS)
 
 
 @cache
@@ -110,7 +111,7 @@ def _has_glyph(face: Face, character: str) -> bool:
 
 
 def is_drawable(text: str) -> bool:
-    """Return whether every visible character of a text is in some font. If not, says so once."""
+    """Return whether every visible character of a text is in some font. If not, warn once."""
     if _runs(text) is None:
         _report_missing()
         return False
@@ -185,7 +186,7 @@ def _run_length(face: Face, text: str) -> float:
 
 
 def _drawable_runs(text: str) -> tuple[tuple[Face, str], ...]:
-    """The parts of a text; with question marks for what no font has."""
+    """Divide a text as `_runs`, with question marks for the characters that no font has."""
     known = "".join(c if _is_invisible(c) or find_face(c) else "?" for c in text)
     return _runs(text) or _runs(known) or ()
 
@@ -202,7 +203,7 @@ def draw_text(image: Image.Image, xy: Point, text: str, *, anchor: str) -> None:
         draw = ImageDraw.Draw(image)
         draw.text(xy, "".join(part for _, part in runs), "black", default_face().font, anchor)
         return
-    ascent, descent = default_face().font.getmetrics()  # pyright: ignore
+    ascent, descent = default_face().font.getmetrics()
     down = {"a": ascent, "m": (ascent - descent) / 2, "d": -descent}[anchor[1]]
     left = {"l": 0.0, "m": text_length(text) / 2, "r": text_length(text)}[anchor[0]]
     x, baseline = xy[0] - left, xy[1] + down
@@ -216,7 +217,7 @@ def draw_text(image: Image.Image, xy: Point, text: str, *, anchor: str) -> None:
 
 def _draw_scaled(image: Image.Image, xy: Point, text: str, face: Face) -> None:
     """Draw with a font that is too large, in its own colours, and shrink what was drawn."""
-    left, top, right, bottom = (round(n) for n in face.font.getbbox(text, anchor="ls"))  # pyright: ignore
+    left, top, right, bottom = (round(n) for n in face.font.getbbox(text, anchor="ls"))
     large = Image.new("RGBA", (max(1, right - left), max(1, bottom - top)), (255, 255, 255, 0))
     origin = (-left, -top)
     ImageDraw.Draw(large).text(origin, text, "black", face.font, "ls", embedded_color=True)

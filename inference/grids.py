@@ -39,7 +39,7 @@ class NotFiniteError(UserError):
 def to_uint8(
     x: Float[np.ndarray, "*n h w c"], *, first: int = 0, kind: str = "sample"
 ) -> UInt8[np.ndarray, "*n h w c"]:
-    """[-1, 1] to 0 … 255, clipped and rounded to the nearest; the inverse of v / 127.5 − 1.
+    """Convert [−1, 1] to 0 … 255, clipped and rounded; the inverse of v / 127.5 − 1.
 
     Args:
         first: the index of the first image, for the error.

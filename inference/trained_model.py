@@ -37,7 +37,7 @@ from methods.method import Method
 from methods.registry import method_of
 from model import ModelConfig, init_model_params
 from pretrained import transformer
-from runtime import parallel
+from runtime import parallel, processes
 from runtime.checkpoint import Checkpoints
 from runtime.errors import UserError
 from runtime.run_folder import read_config
@@ -319,13 +319,14 @@ class TrainedModel:
         folder = settings.get("caption_cache") or caption_cache.default_cache_folder(
             settings["dataset_name"], Path(data_dir) if data_dir else None
         )
-        store = CaptionStore.open(
-            Path(folder),
-            captions,
-            paths,
-            revisions=settings["text_revisions"][: len(paths)],
-            max_length=self.model.text_length,
-        )
+        with processes.first_then_others():  # each would load the text encoders
+            store = CaptionStore.open(
+                Path(folder),
+                captions,
+                paths,
+                revisions=settings["text_revisions"][: len(paths)],
+                max_length=self.model.text_length,
+            )
         store.length = self.model.text_length
         return store
 

@@ -146,7 +146,7 @@ class LabelTable(NamedTuple):
 def read_label_table(
     n_rows: int, where: str, *, n_classes: int | None = None, dropout: float | None = None
 ) -> LabelTable:
-    """Tell the classes of an original DiT's table of labels from its null label.
+    """Separate the classes from the null label in an original DiT's table of labels.
 
     Args:
         where: the file, for the messages of errors.

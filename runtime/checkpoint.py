@@ -88,7 +88,7 @@ class Checkpoints:
     @staticmethod
     def exist(run_dir: Path) -> bool:
         """Return True if the run has a complete checkpoint."""
-        return any(path.name.isdecimal() for path in (run_dir / CHECKPOINTS_FOLDER).glob("*"))
+        return Checkpoints.newest_on_disk(run_dir) is not None
 
     @staticmethod
     def newest_on_disk(run_dir: Path) -> int | None:
@@ -199,11 +199,12 @@ class Checkpoints:
         return {name: restored[name] for name in like}
 
     def _describe_difference(self, step: int, name: str, tree: Any) -> str:
-        """Say how an item's arrays differ from a tree in names or shapes; empty if they do not, or
-        if the item is too damaged to tell.
+        """Describe how an item's arrays differ from a tree in names or shapes; empty if they do
+        not, or if the item is too damaged to compare.
         """
         try:
-            metadata = ocp.StandardCheckpointer().metadata(self.folder / str(step) / name)
+            with ocp.StandardCheckpointer() as checkpointer:
+                metadata = checkpointer.metadata(self.folder / str(step) / name)
             contents = metadata.item_metadata
             checksums = self.manager.restore(
                 step, args=ocp.args.Composite(**{CHECKSUMS_ITEM: ocp.args.JsonRestore()})

@@ -381,10 +381,10 @@ def hint_from_tables(name: str, known: Collection[str]) -> str | None:
 
 
 def _keys_of(name: str) -> list[str]:
-    """The keys to look up, the most exact first: the name, and the name of a switch's subject."""
+    """Return the keys to look up, the most exact first: the name, and what a switch switches."""
     parts = [name, name.rpartition(".")[2]]
-    subjects = [re.sub(rf"^({'|'.join(SWITCHES)})[_-]?", "", part) for part in parts]
-    return list(dict.fromkeys(_normalize(part) for part in (*parts, *subjects)))
+    switched = [re.sub(rf"^({'|'.join(SWITCHES)})[_-]?", "", part) for part in parts]
+    return list(dict.fromkeys(_normalize(part) for part in (*parts, *switched)))
 
 
 def _flags_named(key: str, table: Mapping[str, str]) -> list[str]:
@@ -404,7 +404,7 @@ def _normalized(names: str) -> set[str]:
 
 
 def _spelled_alike(name: str, known: Collection[str]) -> str | None:
-    """The flag that differs by a typing error or two; "steps" is a spelling of "n_steps"."""
+    """Find the flag that differs by a typing error or two; "steps" is spelled like "n_steps"."""
     spellings = {flag.removeprefix("n_"): flag for flag in known} | {flag: flag for flag in known}
     nearest = difflib.get_close_matches(name, spellings, n=1, cutoff=0.75)
     return spellings[nearest[0]] if nearest else None

@@ -39,13 +39,13 @@ class PeerWatch:
         client: JAX's client of the key-value store.
         index: of this process.
         count: of all processes.
-        advise: says how to go on, for the end of the message.
     """
 
     def __init__(self, client: Any, index: int, count: int):
         self.client = client
         self.index = index
         self.count = count
+        # How to go on, for the end of the message.
         self.advise: Callable[[], str] = lambda: "start all processes again"
         self._awake = self._answered = time.monotonic()  # this process was; the store did
         self._signs: dict[int, tuple[str, float]] = {}
@@ -54,7 +54,16 @@ class PeerWatch:
         self._reporting = threading.Lock()
 
     def start(self) -> None:
-        """Start the threads of the watch. They end with the process."""
+        """Start the threads of the watch, which end with the process.
+
+        Starts none if JAX's client is not as it was: without a sign of life this process would be
+        taken for lost.
+        """
+        try:
+            self._set(f"{ALIVE}{self.index}", f"0 {socket.gethostname()}")
+            self.client.key_value_dir_get(LOST)
+        except (AttributeError, TypeError):
+            return
         for loop in (self._beat, self._judge_store):
             threading.Thread(target=loop, daemon=True).start()
 
@@ -62,12 +71,14 @@ class PeerWatch:
         """End the watch, because the process leaves as it should."""
         if not self._stopped.is_set():
             self._stopped.set()
-            with contextlib.suppress(Exception):  # the store may have left before
+            with contextlib.suppress(RuntimeError):  # the store may have left before
                 self._set(f"{ALIVE}{self.index}", GONE)
 
     def wait_for_verdict(self) -> None:
         """Wait for as long as the loss of a process may take to be noticed, which ends this one."""
         self._stopped.wait(LOST_SECONDS + 3 * BEAT_SECONDS + GRACE_SECONDS)
+        while self._reporting.locked():  # by another thread, which ends this process
+            time.sleep(1)
 
     # --- threads ----------------------------------------------------------------------------------
 
@@ -88,7 +99,7 @@ class PeerWatch:
             try:
                 self._set(f"{ALIVE}{self.index}", f"{n} {socket.gethostname()}")
                 signs = self.client.key_value_dir_get(LOST if self.index else ALIVE)
-            except Exception:  # of the store, which `_judge_store` judges
+            except RuntimeError:  # JAX's, of a store that does not answer: see `_judge_store`
                 continue
             self._answered = time.monotonic()
             if self.index:
@@ -113,7 +124,8 @@ class PeerWatch:
         for index, (sign, since) in self._signs.items():
             if sign != GONE and now - since > LOST_SECONDS:
                 text = describe_lost(index, now - since, host=sign.partition(" ")[2])
-                self._set(f"{LOST}{index}", text)
+                with contextlib.suppress(RuntimeError):
+                    self._set(f"{LOST}{index}", text)
                 self.report(text)
 
     def _set(self, key: str, value: str) -> None:

@@ -80,8 +80,10 @@ def join_cluster(
 
 def _start_watch() -> None:
     """Watch the other processes until this one leaves."""
-    from jax._src.distributed import global_state
-
+    try:
+        from jax._src.distributed import global_state
+    except ImportError:  # other internals of JAX, whose own abort remains
+        return
     global _watch
     if global_state.client is None or (global_state.num_processes or 1) < 2:
         return

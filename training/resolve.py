@@ -109,8 +109,10 @@ def _canonical(name: str, value: Any) -> Any:
     return PRECISIONS.get(value, value) if name == "half_precision" else value
 
 
-def require_recorded_class(run_dir: Path, saved: Mapping[str, Any], key: str, now: str) -> None:
-    """Reject resuming with another class than the run was trained by.
+def require_same_implementation(
+    run_dir: Path, saved: Mapping[str, Any], key: str, now: str
+) -> None:
+    """Reject resuming with another Python class than the one that trained the run.
 
     Args:
         saved: `config.json` of the run to resume; an old one does not say.
@@ -149,10 +151,10 @@ def require_same_space(space: Space, saved: dict[str, Any]) -> None:
 
 
 def require_same_classes(dataset: DatasetConfig, saved: Mapping[str, Any]) -> None:
-    """Reject resuming with other classes, whose numbers would mean something else.
+    """Reject resuming on other classes of images, whose ids would mean something else.
 
     Args:
-        dataset: of the dataset that is open.
+        dataset: the opened dataset.
         saved: `config.json` of the run to resume.
 
     Raises:

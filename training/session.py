@@ -5,6 +5,7 @@ A session trains nothing. Of several processes only process 0 writes metrics and
 
 import dataclasses
 import errno
+import shlex
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -165,7 +166,8 @@ def open_session(run: Run, last: int) -> Generator["RunSession"]:
 def _how_to_resume(run_dir: Path) -> str:
     step = Checkpoints.newest_on_disk(run_dir)
     found = "there is no checkpoint yet" if step is None else f"the last checkpoint is step {step}"
-    return f"{found}: start all processes again with --resume --run_dir {run_dir}"
+    run = shlex.quote(str(run_dir))
+    return f"{found}: start all processes again with --resume --run_dir {run}"
 
 
 def _claim_folder(run: Run, stack: ExitStack) -> str:

@@ -9,8 +9,8 @@ from codec_cases import (
     RANDOM,
     RNG,
     normal,
-    on_all,  # noqa: F401  # noqa: F401
-    random,  # noqa: F401  # noqa: F401
+    on_all,  # noqa: F401
+    random,  # noqa: F401
 )
 from flax import nnx
 

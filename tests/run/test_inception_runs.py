@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from inception_cases import (
     extracted,
-    file,  # noqa: F401  # noqa: F401  # noqa: F401
-    loaded,  # noqa: F401  # noqa: F401  # noqa: F401
-    of_torch,  # noqa: F401  # noqa: F401  # noqa: F401
-    ours,  # noqa: F401  # noqa: F401  # noqa: F401
-    state,  # noqa: F401  # noqa: F401  # noqa: F401
-    torch,  # noqa: F401  # noqa: F401  # noqa: F401
-    two_sets,  # noqa: F401  # noqa: F401  # noqa: F401
+    file,  # noqa: F401
+    loaded,  # noqa: F401
+    of_torch,  # noqa: F401
+    ours,  # noqa: F401
+    state,  # noqa: F401
+    torch,  # noqa: F401
+    two_sets,  # noqa: F401
     wave_images,
 )
 

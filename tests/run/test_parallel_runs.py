@@ -19,7 +19,7 @@ from parallel_cases import (
     distance,
     key,
     quickly_compiled,
-    results,  # noqa: F401  # noqa: F401
+    results,  # noqa: F401
     steps,
     tapped_loss,
     weights,

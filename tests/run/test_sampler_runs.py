@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from sampler_cases import (
     DDPM,
-    params,  # noqa: F401  # noqa: F401
+    params,  # noqa: F401
     sample,
-    sigma_params,  # noqa: F401  # noqa: F401
+    sigma_params,  # noqa: F401
 )
 from tiny_models import CLASSES, SIGMA, weights
 

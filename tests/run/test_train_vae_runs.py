@@ -15,7 +15,7 @@ from train_cases import assert_same, metrics
 from train_vae_cases import (
     COMMAND,
     TINY,
-    whole,  # noqa: F401  # noqa: F401  # noqa: F401
+    whole,  # noqa: F401
 )
 
 from data.batch import Batch

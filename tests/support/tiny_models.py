@@ -15,6 +15,16 @@ SHAPE = {"image_size": 8, "channels": 1}
 CLASSES = model_config("DiT-Nano/4", **SHAPE, out_channels=1, n_classes=10)
 SIGMA = model_config("DiT-Nano/4", **SHAPE, out_channels=2, n_classes=10)  # learned variance
 UNCONDITIONAL = model_config("DiT-Nano/4", **SHAPE, out_channels=1, n_classes=0)  # unconditional
+CAPTIONS = model_config(
+    "DiT-Nano/8",
+    **SHAPE,
+    out_channels=1,
+    n_classes=0,
+    block="cross_attention",
+    text_length=24,
+    text_width=6,
+    pooled_width=4,
+)
 FLOW = {"solver": "euler", "n_sample_steps": 3, "sample_shift": 1.0, "cfg_scale": 2.0}
 DDPM = FLOW | {"solver": "ddpm", "sample_shift": None}
 DDPM |= {"objective": "ddpm", "prediction": "epsilon"}

@@ -1,5 +1,6 @@
 """Flags of the command; the same scores for the same images from every source; sets of images."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import nano  # noqa: F401  (its sizes)
@@ -13,10 +14,11 @@ from evaluate_cases import (
     scores,
 )
 from PIL import Image
-from tiny_models import tiny_model
+from tiny_models import CAPTIONS, tiny_model
 
 import evaluate
 from data import image_sets
+from data.caption_cache import CaptionStore
 from data.load import open_dataset
 from evaluate import EvaluateConfig
 from evaluation.features import build_pixel_extractor
@@ -25,24 +27,12 @@ from inference import sample_files
 from inference.sample_files import EvaluationSamplesConfig
 from inference.sampler import Samples
 from inference.trained_model import TrainedModel
-from model import model_config
-from runtime import parallel
+from runtime import parallel, processes
 from runtime.errors import UserError
 
 rng = np.random.default_rng(0)
 MAKE = {"npz": Path("a.npz"), "reference": None, "make_reference": Path("x.npz")}
 REFERENCE = Path("r.npz").absolute()
-CAPTIONS = model_config(
-    "DiT-Nano/8",
-    image_size=8,
-    channels=1,
-    out_channels=1,
-    n_classes=0,
-    block="cross_attention",
-    text_length=24,
-    text_width=6,
-    pooled_width=4,
-)
 
 
 @pytest.mark.parametrize(
@@ -291,3 +281,24 @@ def test_a_model_of_captions_without_its_dataset_names_the_way_out():
     message = "needs those of its dataset, and the dataset of digits is not known; .* by --npz"
     with pytest.raises(UserError, match=message):
         sample_files.open_image_set(model, EvaluationSamplesConfig(n=7))
+
+
+def test_processes_encode_captions_one_after_the_other(tmp_path, monkeypatch):
+    """Text encoders fill a host's memory, and what the first one encodes the others find."""
+    events, store = [], open_store(tmp_path, ["a cat"], FakeEncoders())
+
+    @contextmanager
+    def first_then_others():
+        events.append("begin")
+        yield
+        events.append("end")
+
+    def open_caption_store(*_, **__):
+        events.append("encode")
+        return store
+
+    monkeypatch.setattr(processes, "first_then_others", first_then_others)
+    monkeypatch.setattr(CaptionStore, "open", open_caption_store)
+    settings = {"text_towers": ENCODERS, "text_revisions": REVISIONS, "caption_cache": tmp_path}
+    tiny_model(CAPTIONS, conditioning="text", **settings).open_caption_store(["a cat"])
+    assert events == ["begin", "encode", "end"]

@@ -11,7 +11,7 @@ from figures_cases import (
     command,  # noqa: F401
 )
 from PIL import Image
-from tiny_models import CLASSES, DDPM, SIGMA, tiny_model
+from tiny_models import CAPTIONS, CLASSES, DDPM, SIGMA, tiny_model
 
 import figures
 from data.batch import EncodedCaption
@@ -20,7 +20,6 @@ from inference import comparisons, grids
 from inference.sampler import SamplerConfig
 from inference.trained_model import SamplingOverrides, TrainedModel
 from methods.rectified_flow import RectifiedFlow
-from model import model_config
 from runtime.errors import UserError
 
 
@@ -75,28 +74,14 @@ def test_a_mistake_ends_before_anything_is_made(command, tmp_path, flags, messag
     assert not (tmp_path / "run" / "figures").exists()
 
 
-CAPTIONS = model_config(
-    "DiT-Nano/8",
-    image_size=8,
-    channels=1,
-    out_channels=1,
-    n_classes=0,
-    block="cross_attention",
-    text_length=4,
-    text_width=6,
-    pooled_width=4,
-)
-
-
 def test_captions_are_those_named_or_of_the_evaluation_split(monkeypatch):
     split = SimpleNamespace(captions=[("a cat",), ("a cat", "one cat"), ("two dogs",)])
     monkeypatch.setattr(comparisons, "open_eval_split", lambda _: split)
 
     def encode(_, captions):
-        n = len(captions)
-        return EncodedCaption(
-            np.ones((n, 4, 6), "f4"), np.ones((n, 4), bool), np.ones((n, 4), "f4")
-        )
+        n, length = len(captions), CAPTIONS.text_length
+        tokens, mask = np.ones((n, length, 6), "f4"), np.ones((n, length), bool)
+        return EncodedCaption(tokens, mask, np.ones((n, 4), "f4"))
 
     monkeypatch.setattr(TrainedModel, "encode_captions", encode)
     trained = tiny_model(CAPTIONS, conditioning="text")

@@ -48,7 +48,7 @@ from training.autoencoder.losses import (
 from training.flag_groups import DEFAULT_DATASET
 from training.loop import Loop, flags_as_json
 from training.prepare import find_run_dir, leave_out_bad_rows, new_run_dir
-from training.resolve import merge_saved, require_recorded_class
+from training.resolve import merge_saved, require_same_implementation
 from training.session import RunRecord
 from training.step import StepReport, TrainState
 
@@ -85,7 +85,7 @@ class VaeTrainer(Loop):
         saved = None
         if run_dir and config.resume:
             saved = run_folder.read_config(run_dir, command=COMMAND)
-            require_recorded_class(run_dir, saved, "trainer", self.trainer_path())
+            require_same_implementation(run_dir, saved, "trainer", self.trainer_path())
             config = merge_saved(config, saved)
         self.source = open_dataset(
             config.dataset_name or DEFAULT_DATASET,

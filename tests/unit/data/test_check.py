@@ -47,10 +47,22 @@ def test_rows_without_files_are_named_by_split_and_row(tmp_path, capsys, streami
     ]
 
 
+def test_splits_of_any_name_can_be_checked(tmp_path, capsys):
+    folder = write_dataset(tmp_path, 20, {4: b""})
+    for file, name in zip(sorted(folder.rglob("*.parquet")), ("night", "day"), strict=True):
+        (folder / name).mkdir()
+        file.rename(folder / name / "0.parquet")
+    card = "configs:\n- config_name: default\n  data_files:\n"
+    card += "".join(f"  - split: {name}\n    path: {name}/*\n" for name in ("night", "day"))
+    (folder / "README.md").write_text(f"---\n{card}---\n")
+    assert status_of(str(folder), "--train_split", "day", "--eval_split", "night") == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "1 of 28 rows are bad"
+
+
 def test_consecutive_rows_with_one_reason_share_a_line():
     bad = [BadRow(row, "", "cannot read x.parquet") for row in (5, 6, 7, 9)]
     bad += [BadRow(10, "", "the cell is empty"), BadRow(11, "a.png", "no"), BadRow(12, "/b", "no")]
-    assert list(check.lines_of("train", bad)) == [
+    assert list(check.describe_rows("train", bad)) == [
         "split 'train', rows 5–7: cannot read x.parquet",
         "split 'train', row 9: cannot read x.parquet",
         "split 'train', row 10: the cell is empty",

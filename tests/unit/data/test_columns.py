@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, Features, List, Value
+from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -75,6 +75,24 @@ def test_labels_become_classes_without_gaps(tmp_path, values, names):
     expected = [str(int(v)) if isinstance(v, float) else str(v) for v in values * 4]
     assert all_labels(source) == expected
     assert set(source.train.labels.tolist()) == {0, 1, 2}
+
+
+def test_a_resumed_run_keeps_the_ids_of_named_classes():
+    features = Features({"label": ClassLabel(names=["dog", "cat", "ox"])})
+    data = Dataset.from_dict({"label": [0, 1, None, 2, 0]}, features=features)
+    resumed = dataclasses.replace(TABLE, label_names=("cat", "dog", "ox"), n_classes=3)
+    ids = columns.read_label_ids(resumed, "train", ArrowSplit(data))
+    assert ids.tolist() == [1, 0, -1, 2, 1]
+
+
+@pytest.mark.parametrize("kind", [int, float])
+def test_numbers_are_the_ids_of_classes_that_the_table_names_by_words(tmp_path, kind):
+    label = [kind(i) for i in range(10)] * 2
+    for split in ("train", "test"):
+        pq.write_table(pa.table({"img": [PNG] * 20, "label": label}), tmp_path / f"{split}.parquet")
+    source = open_dataset("cifar10", data_dir=tmp_path)
+    assert source.config.label_names[:2] == ("airplane", "automobile")
+    assert source.train.labels.tolist() == label
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ says what is wrong.
 
 import json
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from data import sources
 from data.image_files import list_files
 from data.image_folder import open_image_folder, sort_files
 from data.load import open_dataset
@@ -150,6 +152,17 @@ def test_hidden_files_broken_links_and_other_suffixes(tmp_path):
         Pipeline(source, batch_size=1, seed=0)
 
 
+def test_folders_that_are_links_to_one_place_are_all_there(tmp_path):
+    store = write_images(tmp_path / "store", "a.png", "b.png")
+    for split in ("train", "val"):
+        (tmp_path / "x" / split).mkdir(parents=True)
+        os.symlink(store, tmp_path / "x" / split / "cat")
+    os.symlink(tmp_path / "x", tmp_path / "x" / "val" / "loop")
+    source = open_dataset(f"folder:{tmp_path / 'x'}")
+    assert (source.train.name, len(source.train)) == ("train", 2)
+    assert (source.eval.name, len(source.eval)) == ("validation", 2)
+
+
 def test_a_zip_of_class_folders_is_opened(tmp_path):
     folder = write_images(tmp_path / "x", *(f"{k}/{k}{i}.png" for k in "ab" for i in (1, 2)))
     with zipfile.ZipFile(tmp_path / "pets.zip", "w") as archive:
@@ -163,6 +176,24 @@ def test_a_zip_of_class_folders_is_opened(tmp_path):
     (tmp_path / "broken.zip").write_bytes(b"PK nothing")
     with pytest.raises(UserError, match=r"broken.zip' cannot be unpacked"):
         open_dataset(f"folder:{tmp_path / 'broken.zip'}")
+
+
+def test_a_zip_that_another_process_has_unpacked_meanwhile_is_left_to_it(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "pets.zip", "w") as archive:
+        archive.writestr("a.png", b"")
+    folder = sources._unzip(tmp_path / "pets.zip")
+    shutil.rmtree(folder)
+    extract = zipfile.ZipFile.extractall
+
+    def extract_twice(archive, place):
+        extract(archive, folder)
+        (folder / "by another process").touch()
+        extract(archive, place)
+
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", extract_twice)
+    assert sources._unzip(tmp_path / "pets.zip") == folder
+    assert (folder / "by another process").exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["pets"]
 
 
 def test_images_beside_parquet_files_ask_which_is_meant(tmp_path):
@@ -224,6 +255,37 @@ def test_text_files_beside_images_are_captions(tmp_path):
         "5.jpg": ("",),
     }
     assert "without a caption" in notices(source)
+
+
+@pytest.mark.parametrize("place", [".", "train"])
+def test_a_line_is_never_joined_to_an_image_of_another_folder(tmp_path, place):
+    """Nor is an image of the evaluation split ever a row to train on."""
+    folder = write_images(tmp_path / "x", "train/1.png", "train/2.png", "val/1.png", "val/7.png")
+    lines = ["file_name,text", "train/1.png,one", "val/1.png,a dog", "val/7.png,seven"]
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    listing = list_files(folder / place)
+    splits = open_image_folder(sort_files(listing), label_column=None).splits
+    train = splits["train"]
+    texts = {
+        os.path.relpath(image["path"], folder): text
+        for image, text in zip(train["image"], train["text"])
+    }
+    assert texts == {"train/1.png": "one", "train/2.png": None}
+
+
+@pytest.mark.parametrize("start", ["", "/on/another/machine/"])
+def test_a_line_whose_image_is_missing_is_not_of_another(tmp_path, start):
+    folder = write_images(tmp_path / "x", "train/2.png", "train/3.png", "val/1.png")
+    names = ["train/1.png", "train/2.png", "train/3.png", "val/1.png"]
+    lines = ["file_name,text", *(f"{start}{name},text of {name}" for name in names)]
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    splits = open_image_folder(sort_files(list_files(folder)), label_column=None).splits
+    texts = {
+        image["path"].removeprefix(f"{folder}/").removeprefix(start): text
+        for split in splits.values()
+        for image, text in zip(split["image"], split["text"])
+    }
+    assert texts == {name: f"text of {name}" for name in names}
 
 
 @pytest.mark.parametrize(
@@ -317,3 +379,15 @@ def test_headers_are_cached_until_a_file_changes(tmp_path, monkeypatch):
     for file in (tmp_path / "cache").rglob("*.npy"):
         file.write_bytes(b"damaged")
     assert open_dataset(f"folder:{folder}").config.channels == 3
+
+
+def test_a_file_that_could_not_be_read_is_looked_at_again(tmp_path, monkeypatch):
+    folder = write_images(tmp_path / "x", *(f"{i}.png" for i in range(8)))
+
+    def fail(file):
+        raise PermissionError(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", fail)
+        open_dataset(f"folder:{folder}", image_size=8, channels=3)
+    assert "not readable" not in notices(open_dataset(f"folder:{folder}"))

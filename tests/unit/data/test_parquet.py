@@ -19,7 +19,7 @@ from parquet_cases import (
     open_both,
 )
 
-from data import parquet
+from data import headers, parquet
 from data.batch import Batch
 from data.load import open_dataset
 from data.parquet import ParquetSplit
@@ -115,6 +115,23 @@ def test_only_parquet_streams(tmp_path):
 def test_a_column_without_images_is_named(folder):
     with pytest.raises(UserError, match="column 'label' holds no images"):
         open_dataset(f"folder:{folder}", streaming=True, image_column="label", label_column="")
+
+
+def test_opening_reads_few_of_many_row_groups(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    files = [{"bytes": image_file(RNG), "path": None} for _ in range(200)]
+    data = Dataset.from_dict({"img": files}, features=Features({"img": Image()}))
+    data.to_parquet(tmp_path / "data/train.parquet", batch_size=4)
+    read = []
+    read_images = ParquetSplit._read_images
+    monkeypatch.setattr(
+        ParquetSplit,
+        "_read_images",
+        lambda self, group: read.append(group) or read_images(self, group),
+    )
+    source = open_dataset(f"folder:{tmp_path}", streaming=True)
+    assert len(set(read)) <= headers.MAX_STREAMED_GROUPS < 45
+    assert source.notices[0].startswith("64 of 180 images: ")
 
 
 def test_an_image_that_cannot_be_decoded_is_named_by_its_row(tmp_path):

@@ -1,5 +1,7 @@
 """The loss of a process is noticed by its silence, or by the store that was lost with it."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from runtime import peer_watch
@@ -18,6 +20,13 @@ class Store:
 
     def key_value_dir_get(self, prefix):
         return [(key, value) for key, value in self.values.items() if key.startswith(prefix)]
+
+
+class LostStore(Store):
+    """A store that does not answer."""
+
+    def key_value_set(self, key, value, *, allow_overwrite):
+        raise RuntimeError("UNAVAILABLE")
 
 
 class Clock:
@@ -78,7 +87,24 @@ def test_stopping_tells_the_others(reports):
     watch.stop()
     assert watch.client.values == {peer_watch.ALIVE + "1": GONE}
     watch.wait_for_verdict()  # returns at once
-    PeerWatch(None, 1, 2).stop()  # a store that is gone
+    PeerWatch(LostStore(), 1, 2).stop()
+
+
+def test_a_loss_is_reported_though_the_store_is_lost_too(monkeypatch, reports):
+    clock, watch = Clock(monkeypatch), PeerWatch(LostStore(), 0, 2)
+    clock.now += peer_watch.LOST_SECONDS + 1
+    watch._judge_signs({0: "1 node-0"})
+    assert reports[0].startswith("process 1 has not answered")
+
+
+def test_without_the_store_as_it_is_known_there_is_no_watch(monkeypatch):
+    started = []
+    thread = SimpleNamespace(start=lambda: started.append(1))
+    monkeypatch.setattr(peer_watch.threading, "Thread", lambda **_: thread)
+    PeerWatch(object(), 0, 2).start()
+    assert not started
+    PeerWatch(Store(), 0, 2).start()
+    assert len(started) == 2
 
 
 def test_a_report_is_one_line_with_the_advice(monkeypatch, capfd):
@@ -97,6 +123,22 @@ def test_a_report_is_one_line_with_the_advice(monkeypatch, capfd):
     assert len(err) <= 300
     watch.report("a second thread is silent")
     assert capfd.readouterr().err == ""
+
+
+def test_a_report_that_has_begun_is_awaited(monkeypatch):
+    """Process 0 stays for a while after its report, and must not print the failed collective."""
+    for name in ("LOST_SECONDS", "BEAT_SECONDS", "GRACE_SECONDS"):
+        monkeypatch.setattr(peer_watch, name, 0)
+    watch = PeerWatch(Store(), 0, 2)
+    watch.wait_for_verdict()  # nobody reports: it returns
+    watch._reporting.acquire()
+
+    def leave(seconds):
+        raise SystemExit
+
+    monkeypatch.setattr(peer_watch.time, "sleep", leave)
+    with pytest.raises(SystemExit):
+        watch.wait_for_verdict()
 
 
 def test_only_errors_of_collectives_wait_for_a_verdict():

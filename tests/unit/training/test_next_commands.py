@@ -10,7 +10,7 @@ from latents_cases import ENCODING
 
 import convert_imagenet
 from data.latents import LatentDataset
-from training import display
+from training import display, session
 from training.autoencoder.trainer import VaeTrainer
 
 FOLDERS = ["runs/digits", "my runs/a b", "it's", "$HOME/x", "a;b", "猫"]
@@ -55,3 +55,9 @@ def test_a_folder_of_latents_is_quoted(folder):
     dataset = LatentDataset(ENCODING, numbers, numbers, {"train": 3}, {"train": 1}, {"train": []})
     (train,) = next_commands(convert_imagenet.closing_words(dataset, Path(folder)))
     assert train == ["python", "train.py", "--latents", folder]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_folder_to_resume_after_the_loss_of_a_process_is_quoted(folder, tmp_path):
+    advice = shlex.split(session._how_to_resume(tmp_path / folder))
+    assert advice[-3:] == ["--resume", "--run_dir", str(tmp_path / folder)]

@@ -7,7 +7,7 @@ import pytest
 from runtime.errors import UserError
 from train import Trainer
 from training.autoencoder.trainer import VaeTrainer
-from training.resolve import require_recorded_class
+from training.resolve import require_same_implementation
 
 
 class Logged(Trainer):
@@ -32,14 +32,14 @@ def test_a_subclass_counts_if_it_changes_what_is_trained():
 
 def test_a_run_of_another_class_is_named():
     run, saved = Path("runs/a"), {"trainer": "__main__:Mine", "method": "my_methods:Robust"}
-    require_recorded_class(run, {}, "trainer", "train:Trainer")
-    require_recorded_class(run, saved, "trainer", "mine:Mine")
-    require_recorded_class(run, saved, "method", "notebook:Robust")
+    require_same_implementation(run, {}, "trainer", "train:Trainer")
+    require_same_implementation(run, saved, "trainer", "mine:Mine")
+    require_same_implementation(run, saved, "method", "notebook:Robust")
     with pytest.raises(
         UserError,
         match=r"'runs/a' was trained by the trainer __main__:Mine, not by train:Trainer: resume it "
         r"with Mine\.from_run\(…\); generate\.py --run samples from it",
     ):
-        require_recorded_class(run, saved, "trainer", "train:Trainer")
+        require_same_implementation(run, saved, "trainer", "train:Trainer")
     with pytest.raises(UserError, match=r"by the method my_methods:Robust, .* Robust in METHODS"):
-        require_recorded_class(run, saved, "method", "methods.rectified_flow:RectifiedFlow")
+        require_same_implementation(run, saved, "method", "methods.rectified_flow:RectifiedFlow")
