@@ -34,6 +34,7 @@ from networks.layers import (
     add_gated,
     identity,
     modulate,
+    multiply_in_fp8,
     patchify,
     rms_norm,
     scan_with_taps,
@@ -75,6 +76,8 @@ class ModelConfig:
         norm: layer or rms.
         time_scale: factor of t in [0, 1] before its sinusoids.
         dtype: of matrix products and of the tokens between blocks. Weights are always float32.
+        fp8: blocks multiply tokens and weights in eight bits, in training; what is around the
+            blocks stays in `dtype`.
         remat: recompute each block in the backward pass.
         unroll: number of blocks compiled side by side.
 
@@ -107,6 +110,7 @@ class ModelConfig:
     norm: str = "layer"
     time_scale: float = 1000.0
     dtype: str = "float32"
+    fp8: bool = False
     remat: bool = False
     unroll: int = 1
 
@@ -739,7 +743,11 @@ def model_config(name: str, **fields: Any) -> ModelConfig:
 
 def build_model(config: ModelConfig, rngs: nnx.Rngs) -> DiT | MMDiT:
     """Build the network of a config, with fresh weights."""
-    return (MMDiT if config.block == JOINT else DiT)(config, rngs=rngs)
+    model = (MMDiT if config.block == JOINT else DiT)(config, rngs=rngs)
+    if config.fp8:
+        for blocks in ("dual_blocks", "blocks", "last"):
+            multiply_in_fp8(getattr(model, blocks, None))
+    return model
 
 
 @lru_cache

@@ -183,9 +183,9 @@ class Trainer(Loop):
 
     @cached_property
     def eval_loss(self) -> Callable[..., Any]:
-        """The compiled `eval_loss(params, batch, key)`."""
+        """The compiled `eval_loss(params, batch, key)`, in the precision of sampling."""
         loss = self.loss(label_dropout=0.0)
-        model = partial(nnx.merge, model_graphdef(self.model_config))
+        model = partial(nnx.merge, model_graphdef(replace(self.model_config, fp8=False)))
         return jax.jit(lambda params, batch, key: loss(model(params), batch, key)[0])
 
     def evaluate(self) -> dict[str, float]:
@@ -306,7 +306,7 @@ class Trainer(Loop):
         """The live model, `model(x, t, label)`, with averaged or raw weights."""
         # A copy, because the next update donates the buffers of the state.
         params = jax.tree.map(jnp.copy, self.state.ema if ema else self.state.params)
-        return nnx.merge(model_graphdef(self.model_config), params)
+        return nnx.merge(model_graphdef(replace(self.model_config, fp8=False)), params)
 
     # --- what a run shows and records -------------------------------------------------------------
 

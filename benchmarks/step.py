@@ -56,7 +56,11 @@ class Precision(NamedTuple):
     dtype: Any
 
 
-PRECISIONS = {"fp32": Precision(False, jnp.float32), "bf16": Precision("bf16", jnp.bfloat16)}
+PRECISIONS = {
+    "fp32": Precision(False, jnp.float32),
+    "bf16": Precision("bf16", jnp.bfloat16),
+    "fp8": Precision("fp8", jnp.bfloat16),  # what is not in eight bits
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class StepConfig:
 
     model: tuple[str, ...] = flag(("DiT-S/2",), "presets such as DiT-S/2")
     batch_size: tuple[int, ...] = flag((16,), "images of a step")
-    precision: tuple[str, ...] = flag(("fp32", "bf16"), "of matrix products: fp32, bf16")
+    precision: tuple[str, ...] = flag(("fp32", "bf16"), "of matrix products: fp32, bf16, fp8")
     remat: tuple[bool, ...] | None = flag(
         None,
         "recompute blocks in the backward pass, of ours and of the peer; by default as in training",

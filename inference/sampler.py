@@ -247,7 +247,8 @@ def sample_images(
             cfg_scale,
             negative_batch,
             StartFrom(batch_data, start_from.time_steps) if start_from else None,
-            config=replace(config, remat=False, unroll=1),
+            # In eight bits the largest number of a batch would touch all of its samples.
+            config=replace(config, fp8=False, remat=False, unroll=1),
             sampler=sampler,
             guide=cfg_scale != 1,
             trajectory=trajectory or estimates,

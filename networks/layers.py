@@ -19,7 +19,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from networks.ops import affine, attention, in_float32, save_for_backward
+from networks.ops import affine, affine_in_fp8, attention, in_float32, save_for_backward
 
 xavier_uniform = jax.nn.initializers.xavier_uniform()
 zeros = jax.nn.initializers.zeros
@@ -50,10 +50,22 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(n_out))
         self.dtype = dtype
         self.save_output = save_output
+        self.affine = affine
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        y = affine(x.astype(self.dtype), self.kernel[...], self.bias[...])
+        y = self.affine(x.astype(self.dtype), self.kernel[...], self.bias[...])
         return save_for_backward(y) if self.save_output else y
+
+
+def multiply_in_fp8(blocks: nnx.Module | None) -> None:
+    """Let the linear maps of the tokens take their operands in eight bits.
+
+    Modulations stay: they are of one vector an image, so that they cost nothing, and scale all of
+    its tokens.
+    """
+    for path, module in nnx.iter_graph(blocks):
+        if isinstance(module, Linear) and path[-1] != "modulation":
+            module.affine = affine_in_fp8
 
 
 # --- norms ----------------------------------------------------------------------------------------

@@ -48,16 +48,21 @@ class Devices:
         count: how many there are.
         platform: cpu, gpu or tpu.
         kind: JAX's name of one, such as "NVIDIA H200".
+        has_fp8: they multiply numbers of eight bits.
     """
 
     count: int
     platform: str
     kind: str
+    has_fp8: bool
 
 
 def devices() -> Devices:
     """Describe the devices. Starts JAX's backend."""
-    return Devices(jax.device_count(), jax.default_backend(), jax.devices()[0].device_kind)
+    device = jax.devices()[0]
+    # NVIDIA's from Ada on. Of other makers none was tried.
+    has_fp8 = "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.9
+    return Devices(jax.device_count(), jax.default_backend(), device.device_kind, has_fp8)
 
 
 def make_mesh(fsdp: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:

@@ -32,7 +32,13 @@ from training.flag_groups import (
 
 BY_PRESET = Derived("the model's")  # in its entry of MODELS, else in ModelConfig
 # Values of --half_precision → the dtype of the computation.
-PRECISIONS = {False: "float32", True: "bfloat16", "bf16": "bfloat16", "fp16": "float16"}
+PRECISIONS = {
+    False: "float32",
+    True: "bfloat16",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp8": "float8",  # of the products of the blocks; bfloat16 for all else
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +106,10 @@ class ModelFlags:
         "recompute activations in the backward pass to save memory",
         may_change=True,
     )
-    half_precision: bool | Literal["bf16", "fp16"] = setting(
+    half_precision: bool | Literal["bf16", "fp16", "fp8"] = setting(
         Derived("where the device multiplies bfloat16 faster"),
-        "compute in bfloat16 (bf16 or true), or in float16 with loss scaling (fp16)",
+        "compute in bfloat16 (bf16 or true), in float16 with loss scaling (fp16), or in bfloat16 "
+        "with the blocks' products in eight bits (fp8)",
     )
 
 

@@ -21,6 +21,7 @@ from model import ModelConfig
 from runtime import parallel
 from training.config import TrainConfig
 
+NO_FP8 = "this device has no units for fp8: the same numbers are computed, slowly\n"
 ROWS = 4
 COLUMNS = 10
 
@@ -49,8 +50,11 @@ def start_message(
     devices = f"{parallel.devices().count} × {parallel.devices().kind}"
     part = f"the first {config.batch_size} of " if config.overfit_batch else ""
     begin = f"resuming at step {step}" if step else "starting"
+    precision = f"{model.dtype} with blocks in fp8" if model.fp8 else model.dtype
+    is_emulated = model.fp8 and not parallel.devices().has_fp8
     return (
-        f"{config.model}, {n_params / 1e6:.3g} M parameters, {model.dtype}, on {devices}\n"
+        f"{config.model}, {n_params / 1e6:.3g} M parameters, {precision}, on {devices}\n"
+        f"{NO_FP8 if is_emulated else ''}"
         f"{source.config.name}: {part}{len(source.train)} training "
         f"{space.title} of "
         f"{model.image_size}×{model.image_size}×{model.channels}, "

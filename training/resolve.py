@@ -411,6 +411,7 @@ def require_even_batches(config: Any, n_devices: int) -> None:
 
 def network_config(config: TrainConfig, dataset: DatasetConfig) -> ModelConfig:
     """Return the model of a resolved `config`, without the widths of its text encoders."""
+    precision = PRECISIONS[config.half_precision]
     return model_config(
         config.model,
         patch_size=config.patch_size,
@@ -424,7 +425,8 @@ def network_config(config: TrainConfig, dataset: DatasetConfig) -> ModelConfig:
         qk_norm=config.qk_norm,
         mlp=config.mlp,
         norm=config.norm,
-        dtype=PRECISIONS[config.half_precision],
+        dtype="bfloat16" if precision == "float8" else precision,
+        fp8=precision == "float8",
         remat=config.remat,
     )
 

@@ -229,3 +229,18 @@ def test_one_devices_gradient_is_jax_grad(results):
     loss, grads = quickly_compiled(jax.value_and_grad(plain))(weights(TINY))
     np.testing.assert_allclose(results["1 device"]["reports"]["loss"][0], loss, rtol=1e-5)
     assert distance(results["1 device"]["grads"], grads) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_gradient_in_eight_bits_hardly_depends_on_the_number_of_devices():
+    """A device scales by the largest number that it sees, which moves only very small ones."""
+    config = replace(TINY, dtype="bfloat16")
+    in_bf16, on_one, on_all = (
+        jax.device_get(steps(c, MESHES[mesh], n=1)["grads"])
+        for c, mesh in (
+            (config, "1 device"),
+            (replace(config, fp8=True), "1 device"),
+            (replace(config, fp8=True), "DDP 8"),
+        )
+    )
+    assert distance(on_all, on_one) < 0.1 * distance(on_one, in_bf16)
