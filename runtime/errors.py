@@ -25,7 +25,7 @@ class UserError(OneLineError, ValueError):
 
     def __init__(self, problem: object = "", *, how: str = "") -> None:
         super().__init__(f"{problem}; {how}" if how else problem)
-        self.how = how
+        self.problem, self.how = str(problem), how
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:

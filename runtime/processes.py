@@ -20,6 +20,7 @@ from runtime.errors import OneLineError, UserError
 from runtime.peer_watch import PeerWatch
 
 MESSAGE_BYTES = 4096  # of a broadcast text
+SEPARATOR = "\x1f"  # of a broadcast error's problem and way out
 SHUTDOWN_SECONDS = 20
 HEARTBEAT_TIMEOUT_SECONDS = 45  # until JAX aborts a run; `peer_watch` is quicker
 
@@ -190,12 +191,13 @@ def broadcast_from_first(function: Callable[[], str]) -> str:
         try:
             text = b"+" + function().encode()
         except UserError as error:
-            text = b"-" + str(error).encode()
+            text = f"-{error.problem}{SEPARATOR}{error.how}".encode()
         buffer[: len(text)] = np.frombuffer(text[:MESSAGE_BYTES], np.uint8)
     received = bytes(multihost_utils.broadcast_one_to_all(buffer)).rstrip(b"\0")
     message = received.decode(errors="replace")
     if message.startswith("-"):
-        raise UserError(message[1:])
+        problem, _, how = message[1:].partition(SEPARATOR)
+        raise UserError(problem, how=how)
     return message[1:]
 
 

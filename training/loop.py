@@ -276,7 +276,8 @@ class Loop(Run):
                 session.save_figures()
                 if session.not_finite:
                     raise RunError(
-                        f"the run has ended, but its model is broken: {session.not_finite}"
+                        f"the run has ended, but its model is broken: {session.not_finite}; a "
+                        "lower --learning_rate may help"
                     )
                 session.tracker.message(self.end_message())
         stop.raise_exit()
