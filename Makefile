@@ -21,7 +21,9 @@ endif
 train: .venv/installed
 	$(BIN)/python train.py $(ARGS)
 
-PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+# One worker more than cores, for many tests wait: for a kill, a lost process, a browser.
+WORKERS = $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) < 4 ? $$(getconf _NPROCESSORS_ONLN) + 1 : 4 )))
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 test: .venv/installed-dev
 	$(PYTEST) tests/unit tests/system/test_golden_path.py $(ARGS)
 
