@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 from benchmarks_cases import needs_torch
-from commands import ROOT, run, settings
+from commands import ROOT, SMALL, run, settings
 
 TINY = ["--model", "DiT-Ti/8", "--image_size", 16, "--rounds", 1]
 
@@ -121,3 +121,13 @@ def test_the_gpu_script_without_a_gpu(cache):
 
 def test_the_gpu_script_is_well_formed():
     subprocess.run(["bash", "-n", "benchmarks/gpu.sh"], cwd=ROOT, check=True)
+
+
+@pytest.mark.slow
+def test_the_stages_of_a_run_add_up(cache, tmp_path):
+    flags = [*SMALL, "--n_steps", 4, "--run_dir", tmp_path / "run"]
+    stages, text = benchmark("default_run.py", "--model", "DiT-Ti/8", *flags[2:], cache=cache)
+    assert {"import", "first step, with its compilation", "samples", "leave"} <= stages.keys()
+    total = stages.pop("total")
+    assert sum(stages.values()) == pytest.approx(total) and min(stages.values()) >= 0
+    assert "Done: step 4" in text
