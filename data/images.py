@@ -32,8 +32,8 @@ OTHER_CONTENT = {
     b"ftyp": "a video",
 }
 MARKUP = {
-    b"<!doctype html": "an HTML page: download it again",
-    b"<html": "an HTML page: download it again",
+    b"<!doctype html": "an HTML page: download the image again",
+    b"<html": "an HTML page: download the image again",
     b"<svg": "SVG: convert it to PNG",
 }
 MAX_REASON = 60  # characters of Pillow's own words

@@ -256,7 +256,7 @@ def _require_content(path: Path) -> None:
     """Raise UserError for an LFS pointer, a web page or an empty file in place of weights."""
     with contextlib.suppress(OSError), path.open("rb") as file:  # reading it says what is wrong
         if content := name_content(file.read(1000)):
-            raise UserError(f"{path} holds no weights: {content}")
+            raise UserError(f"{path} holds no weights: {content.replace('the image', 'it')}")
 
 
 def read_file_weights(
