@@ -366,7 +366,9 @@ def _open_arrow(entry: DatasetConfig, folder: Path | None) -> OpenedSplits:
         splits = {name: datasets.Dataset.load_from_disk(folder / name) for name in full}
     else:
         splits = {"train": datasets.Dataset.load_from_disk(folder)}
-    opened = {str(name): ArrowSplit(_with_flat_columns(data)) for name, data in splits.items()}
+    opened: dict[str, ArrowSplit | ParquetSplit] = {
+        str(name): ArrowSplit(_with_flat_columns(data)) for name, data in splits.items()
+    }
     return OpenedSplits(opened, [f"splits without rows: {some_of(empty)}"] * bool(empty))
 
 
