@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # at run time they are imported where they are used: together
     from datasets import Features
 
 CONDITIONINGS = ("class", "text", "none")
+MAX_EMPTY_CELLS = 100  # at the start of a column, before it is given up
+WEBDATASET_COLUMNS = ("__key__", "__url__")  # which `datasets` adds
 MIN_ROWS_OF_CLASSES = 100  # fewer rows may each have a class of their own
 
 
@@ -123,6 +125,11 @@ def find_image_column(
     fitting = fitting or [
         field.name for field in features.arrow_schema if _holds_images(data, field)
     ]
+    if not fitting and flag is None and config.image_column not in features:
+        raise UserError(
+            f"dataset '{config.name}' has no column of images (columns: {some_of(features)})",
+            how="images are files, bytes of files, or paths of files in the folder",
+        )
     return _choose_column(
         features,
         fitting,
@@ -134,12 +141,24 @@ def find_image_column(
 
 
 def _holds_images(data: ArrowSplit | ParquetSplit, field: "pyarrow.Field") -> bool:
-    """Return whether the first cell of a column is an image file, or a record of one."""
+    """Return whether the cells of a column are image files, or records of one, by the first."""
     if not re.match(r"(large_)?binary|struct<.*bytes: ", str(field.type)):
         return False
-    first = data.select_images(field.name).read_cells([0])[0] if len(data) else None
+    first = first_cell(data, field.name)
     raw: bytes | None = first["bytes"] if first else None
     return raw is not None and images.SIGNATURE.match(raw) is not None
+
+
+def first_cell(data: ArrowSplit | ParquetSplit, column: str) -> dict[str, Any] | None:
+    """Return the first undecoded image of a column that is not empty; None if the first
+    `MAX_EMPTY_CELLS` are.
+    """
+    images_of_column = data.select_images(column)
+    for row in range(min(len(data), MAX_EMPTY_CELLS)):
+        cell = images_of_column.read_cells([row])[0]
+        if cell and (cell["bytes"] or cell["path"]):
+            return cell
+    return None
 
 
 def find_label_column(config: DatasetConfig, features: "Features", flag: str | None) -> str | None:
@@ -168,6 +187,7 @@ def find_caption_column(config: DatasetConfig, features: "Features", flag: str |
     """Find the column of captions. `flag` is the value of --caption_column."""
     pattern = re.compile(r"((large_)?list<\w+: )?(large_)?string>?")
     texts = [field.name for field in features.arrow_schema if pattern.fullmatch(str(field.type))]
+    texts = [name for name in texts if name not in WEBDATASET_COLUMNS]
     # Several columns of texts, such as file names: guessing would take the wrong one.
     fitting = texts if len(texts) == 1 else []
     column = _choose_column(

@@ -11,9 +11,10 @@ from data.images import SIGNATURE
 from runtime.errors import UserError
 
 # fmt: off
+# Pillow does not open the HEIC of phones nor JPEG XL: such an image is a bad row, and not left out.
 IMAGE_SUFFIXES = frozenset((
-    ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm",
-    ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+    ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
+    ".jxl", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
 ))
 # fmt: on
 
@@ -41,14 +42,13 @@ def list_files(root: Path) -> Listing:
     def fail(error: OSError) -> None:
         raise UserError(f"cannot read folder '{error.filename}': {error.strerror}")
 
-    ancestors: dict[str, frozenset[str]] = {}
+    above: dict[str, frozenset[str]] = {}  # real paths of the folders that a folder lies in
     for folder, folders, files in os.walk(root, followlinks=True, onerror=fail):
-        above = ancestors.get(os.path.dirname(folder), frozenset())
-        real = os.path.realpath(folder)
-        if real in above:  # a link to a folder that it lies in
+        real, outer = os.path.realpath(folder), above.pop(folder, frozenset())
+        if real in outer:  # a link to a folder above
             folders.clear()
             continue
-        ancestors[folder] = above | {real}
+        above |= {os.path.join(folder, name): outer | {real} for name in folders}
         visible = [name for name in folders if not _is_hidden(name)]
         n_hidden += len(folders) - len(visible)
         folders[:] = sorted(visible)

@@ -58,14 +58,16 @@ class ImageFolder:
 def sort_files(listing: Listing) -> FolderFiles:
     """Sort the files that are no images into captions, tables and data."""
     stems = {_stem(path) for path in listing.images}
+    stem_of = {path: _stem(path) for path in listing.images}
     captions: dict[str, str] = {}
     tables: list[str] = []
     data: list[str] = []
     others: list[str] = []
     for path in listing.others:
         suffix = os.path.splitext(path)[1].lower()
-        if suffix in CAPTION_SUFFIXES and _stem(path) in stems and _stem(path) not in captions:
-            captions[_stem(path)] = path
+        stem = stem_of.get(_stem(path), _stem(path))  # of a.txt and a.jpg.txt
+        if suffix in CAPTION_SUFFIXES and stem in stems and stem not in captions:
+            captions[stem] = path
         elif suffix in TABLE_SUFFIXES:
             tables.append(path)
         elif suffix in DATA_SUFFIXES:
@@ -99,8 +101,14 @@ def open_image_folder(files: FolderFiles, *, label_column: str | None) -> ImageF
         for split, rows in folders.items()
     }
     names = {name for rows in classes.values() for name in rows.values() if name is not None}
-    table = metadata_files.read_tables(files.root, files.tables, files.images)
+    taken = ["image", CAPTION_COLUMN] if files.captions else ["image"]
+    table = metadata_files.read_tables(files.root, files.tables, files.images, taken)
     notices = [_describe_files(files, classes, table.files)]
+    if len(names) > 1 and LABEL_COLUMN in table.names() and not by_innermost:
+        notices.append(
+            f"column '{LABEL_COLUMN}' of a table takes the place of the {len(names)} classes by "
+            f"folder; --label_column {FOLDER_COLUMN} takes the folders"
+        )
     splits: dict[str, Dataset] = {}
     for split, rows in classes.items():
         paths = list(rows)
@@ -133,9 +141,16 @@ def _splits(files: FolderFiles) -> dict[str, list[str]]:
     tops = sorted({p[0] for p in parts.values() if p})
     split_of = {top: split_name(top) for top in tops}
     found = set(split_of.values()) - {None}
-    if "train" not in found or len(found) < 2:
+    if len(found) < 2 or ("train" not in found and None in split_of.values()):
         # A single folder of a split, or folders of which one happens to be called "test".
         return {"train": files.images}
+    for split in found:
+        same = [top for top in tops if split_of[top] == split]
+        if len(same) > 1:
+            raise UserError(
+                f"folder '{files.root}': {some_of(same)} are all named after the split '{split}'",
+                how="move them into one folder, or all but one elsewhere",
+            )
     splits: dict[str, list[str]] = {}
     rest: list[str] = []
     for path, folders in parts.items():
@@ -188,7 +203,9 @@ def _read_caption(files: FolderFiles, image: str) -> str | None:
     try:
         return " ".join((files.root / file).read_text(encoding="utf-8-sig").split()) or None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the caption '{files.root / file}' cannot be read ({error})") from error
+        how = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        problem = f"the caption '{files.root / file}' cannot be read ({error})"
+        raise UserError(problem, how=how) from error
 
 
 def _describe_files(
@@ -220,7 +237,7 @@ def _add_missing(
     """Add a row for each image that a table names and that is not there: an unreadable image."""
     from datasets import Dataset, concatenate_datasets
 
-    first = next(iter(splits))
+    first = "train" if "train" in splits else next(iter(splits))
     paths = list(table.missing)
     columns: dict[str, list[Any]] = {name: [None] * len(paths) for name in splits[first].features}
     columns |= {"image": [{"bytes": None, "path": str(root / path)} for path in paths]}

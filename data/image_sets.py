@@ -155,10 +155,17 @@ def _read_header(file: Path) -> ImageHeader:
             several = bool(getattr(image, "is_animated", False))
             return ImageHeader(images.is_grey(image), image.size, several)
     except OSError as error:
-        missing = "a link to a file that is gone" if file.is_symlink() else error.strerror
-        raise UserError(f"{file}: {missing or 'the image cannot be read'}") from None
+        is_gone = file.is_symlink() and not file.exists()
+        reason = "a link to a file that is gone" if is_gone else error.strerror
+        raise UserError(f"{file}: {reason or _describe_content(file)}") from None
     except Exception as error:  # Pillow's parsers raise anything on a damaged file
         raise UserError(f"{file}: the image cannot be read ({error})") from None
+
+
+def _describe_content(file: Path) -> str:
+    with file.open("rb") as opened:
+        content = images.name_content(opened.read(1000))
+    return f"the image cannot be read ({content})" if content else "the image cannot be read"
 
 
 def _check_sizes(files: Sequence[Path], headers: Sequence[ImageHeader]) -> None:
@@ -269,6 +276,8 @@ def _open_npz_images(path: Path) -> Generator[tuple[IO[bytes], tuple[int, int, i
                 shape, fortran_order, dtype = read_header(file)
                 if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3):
                     raise UserError(f"arr_0 is {dtype} {shape}, not uint8 (n, h, w, 3 or 1)")
+                if not shape[0]:
+                    raise UserError("it holds no images")
                 yield (
                     (io.BytesIO(_in_c_order(file.read(), shape)) if fortran_order else file),
                     shape,
@@ -278,7 +287,9 @@ def _open_npz_images(path: Path) -> Generator[tuple[IO[bytes], tuple[int, int, i
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged or no .npz file: {error}") from None
+        with path.open("rb") as file:
+            reason = images.name_content(file.read(1000)) or error
+        raise UserError(f"{path} is damaged or no .npz file: {reason}") from None
 
 
 def _in_c_order(content: bytes, shape: tuple[int, int, int, int]) -> memoryview:

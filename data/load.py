@@ -17,6 +17,7 @@ from jaxtyping import Int32, Int64
 from data import columns, latents
 from data.arrow import ArrowSplit
 from data.headers import Headers, read_headers
+from data.image_folder import split_name
 from data.parquet import ParquetSplit
 from data.rows import Source, Split, cell_error
 from data.sources import open_splits
@@ -124,7 +125,7 @@ def _find_entry(name: str) -> DatasetConfig:
         raise UserError(f"'{name}' names nothing", how="write folder:PATH or hf:owner/name")
     config_name = ""
     if kind == "hf":
-        path, _, config_name = path.partition(":")
+        path, _, config_name = path.rstrip("/").partition(":")
     return DatasetConfig(
         name=name,
         path=path,
@@ -143,9 +144,11 @@ def _find_entry(name: str) -> DatasetConfig:
 
 def _guess_name(name: str) -> str | None:
     """Return what a path, an address or an id without its prefix should have been, if it is one."""
-    if hub := re.fullmatch(r"(?:https?://huggingface\.co|hf:/)/datasets/([^/]+/[^/]+).*", name):
+    if hub := re.fullmatch(
+        r"(?:(?:https?://)?huggingface\.co|hf:/)/datasets/([^/]+/[^/]+).*", name
+    ):
         return f"hf:{hub[1]}"
-    if Path(name).expanduser().exists() or name.startswith((".", "/", "~")):
+    if (name and Path(name).expanduser().exists()) or name.startswith((".", "/", "~")):
         return f"folder:{name}"
     return f"hf:{name}" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
 
@@ -266,8 +269,14 @@ def _choose_splits(
     Without a split to evaluate on, some rows of the training split are held out.
     """
     only = next(iter(splits)) if len(splits) == 1 else None
-    train = train_split or only or entry.train_split
+    train = _find_split(train_split, splits) or only or entry.train_split
+    eval_split = _find_split(eval_split, splits)
     hold_out = eval_split is not None and eval_split.lower() == "none"
+    if eval_split == train:
+        raise UserError(
+            f"--eval_split {eval_split} is the split to train on",
+            how="pass --eval_split none to hold out rows of it",
+        )
     for flag, name in (("train_split", train), ("eval_split", None if hold_out else eval_split)):
         if name and name not in splits:
             raise UserError(
@@ -285,6 +294,14 @@ def _choose_splits(
     if not all(len(r) for r in rows):
         raise UserError(f"dataset '{entry.name}' has too few rows to train on and to evaluate with")
     return list(zip(names, rows))
+
+
+def _find_split(flag: str | None, splits: Mapping[str, object]) -> str | None:
+    """Return the split that a flag names, as in the data or by a usual name: "val", "Train"."""
+    if not flag or flag in splits:
+        return flag
+    meant = split_name(flag)
+    return meant if meant in splits and flag.isalpha() else flag
 
 
 def _hold_out_rows(

@@ -46,10 +46,9 @@ class Tables:
         A column is a list where any image has several lines with different values in it.
         """
         known = self.lines | self.missing
-        names = dict.fromkeys(name for lines in known.values() for line in lines for name in line)
         columns: dict[str, list[Any]] = {}
         features: dict[str, Any] = {}
-        for name in names:
+        for name in self.names():
             values = {path: _distinct(lines, name) for path, lines in known.items()}
             kind = _kind(value for found in values.values() for value in found)
             is_list = any(len(found) > 1 for found in values.values())
@@ -58,12 +57,20 @@ class Tables:
             features[name] = _feature(kind, is_list)
         return columns, features
 
+    def names(self) -> list[str]:
+        """List the columns of all tables."""
+        known = self.lines | self.missing
+        return list(dict.fromkeys(n for lines in known.values() for line in lines for n in line))
 
-def read_tables(root: Path, tables: Sequence[str], images: Sequence[str]) -> Tables:
+
+def read_tables(
+    root: Path, tables: Sequence[str], images: Sequence[str], taken: Sequence[str] = ()
+) -> Tables:
     """Join the tables of an image folder, and a `metadata` file one folder up, to its images.
 
     Args:
         root: the folder, below which `tables` and `images` are relative paths.
+        taken: names of columns that the folder has itself; a table's "text" is then "table.text".
 
     Raises:
         UserError: a table cannot be read, or a `metadata` file names none of the images.
@@ -81,7 +88,8 @@ def read_tables(root: Path, tables: Sequence[str], images: Sequence[str]) -> Tab
     index = _index_by_tail(images)
     for table in (*tables, *above):
         lines = _read(root / table)
-        column = _find_file_column(lines, index)
+        folder = str(PurePosixPath(table).parent)
+        column = _find_file_column(lines, index, folder)
         if column is None:
             if lines and STANDARD_NAMES.fullmatch(os.path.basename(table)) and table not in above:
                 raise UserError(
@@ -89,8 +97,17 @@ def read_tables(root: Path, tables: Sequence[str], images: Sequence[str]) -> Tab
                     f"{some_of(lines[0])})"
                 )
             continue
+        if _find(column, index, folder):
+            raise UserError(
+                f"the first line of '{root / table}' names an image, and no columns",
+                how="write a line such as file_name,text above it",
+            )
         joined.files.append(table)
-        _join_lines(joined, lines, column, index, str(PurePosixPath(table).parent), root_name)
+        lines = [
+            {f"table.{key}" if key in taken and key != column else key: line[key] for key in line}
+            for line in lines
+        ]
+        _join_lines(joined, lines, column, index, folder, root_name)
     return joined
 
 
@@ -134,8 +151,9 @@ def _index_by_tail(images: Sequence[str]) -> dict[str, str | None]:
         parts = path.split("/")
         for start in range(len(parts)):
             tail = "/".join(parts[start:])
-            for key in (tail, os.path.splitext(tail)[0]):
-                index[key] = path if key == path or index.get(key, path) == path else None
+            for ending in (tail, os.path.splitext(tail)[0]):
+                for key in {ending, ending.casefold()}:
+                    index[key] = path if index.get(key, path) == path else None
     for path in images:
         index[path] = path
     return index
@@ -149,15 +167,16 @@ def _find(name: str, index: dict[str, str | None], folder: str = ".") -> str | N
         return found
     for start in range(len(parts)):
         tail = "/".join(parts[start:])
-        if tail in index:
-            return index[tail]
+        for key in (tail, tail.casefold()):  # Windows and Macs know no case
+            if key in index:
+                return index[key]
     return None
 
 
 def _names_in_full(name: str, path: str) -> bool:
     """Return whether a cell agrees with an image's path in all folders that both have."""
-    *folders, file = _parts(name)
-    *own_folders, own_file = path.split("/")
+    *folders, file = _parts(name.casefold())
+    *own_folders, own_file = path.casefold().split("/")
     n = min(len(folders), len(own_folders))
     is_same_place = folders[len(folders) - n :] == own_folders[len(own_folders) - n :]
     return is_same_place and file in (own_file, os.path.splitext(own_file)[0])
@@ -168,17 +187,26 @@ def _parts(name: str) -> list[str]:
     return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
 
 
-def _find_file_column(lines: Sequence[Line], index: dict[str, str | None]) -> str | None:
+def _find_file_column(
+    lines: Sequence[Line], index: dict[str, str | None], folder: str
+) -> str | None:
     """Find the column that names most different images; None if the table is about something
     else. A column of classes 0 and 1 may name `0.png` and `1.png`, again and again.
     """
     names = dict.fromkeys(name for line in lines for name in line)
+    values = {
+        name: [line[name] for line in lines if isinstance(line.get(name), str | int)]
+        for name in names
+    }
+    file_like = [
+        name
+        for name in names
+        if 2 * sum(bool(HAS_SUFFIX.search(str(value))) for value in values[name]) >= len(lines)
+    ]
     best, most = None, 0
-    for name in sorted(names, key=lambda name: not FILE_COLUMN.search(name)):
-        values = [line[name] for line in lines if isinstance(line.get(name), str | int)]
-        found = [path for value in values if (path := _find(str(value), index)) is not None]
-        file_like = sum(bool(HAS_SUFFIX.search(str(value))) for value in values)
-        if len(set(found)) > most and 2 * max(len(found), file_like) >= len(lines):
+    for name in sorted(file_like or names, key=lambda name: not FILE_COLUMN.search(name)):
+        found = [path for value in values[name] if (path := _find(str(value), index, folder))]
+        if len(set(found)) > most and (name in file_like or 2 * len(found) >= len(lines)):
             best, most = name, len(set(found))
     return best
 
@@ -205,7 +233,9 @@ def _read(path: Path) -> list[Line]:
                 | {key.strip(): None for key, value in row.items() if key and not value}
                 for row in rows
             ]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{path}' cannot be read ({error})", how="save it as UTF-8") from error
+    except (OSError, csv.Error) as error:
         raise UserError(f"'{path}' cannot be read ({error})") from error
 
 

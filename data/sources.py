@@ -7,6 +7,8 @@ and the hub's own layouts are opened by `datasets`. Which splits, columns and ro
 
 import contextlib
 import hashlib
+import json
+import logging
 import os
 import re
 import zipfile
@@ -17,16 +19,19 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from data.arrow import ArrowSplit
+from data.columns import MAX_EMPTY_CELLS, first_cell
 from data.image_files import IMAGE_SUFFIXES, list_files
 from data.image_folder import FolderFiles, open_image_folder, sort_files, split_name
+from data.images import name_content
 from data.parquet import ParquetSplit
 from datasets_config import DatasetConfig
-from runtime.errors import UserError, some_of
+from runtime.errors import UserError, count, some_of
 
 if TYPE_CHECKING:  # at run time they are imported where they are used: together they take a second
-    from datasets import Dataset
+    from datasets import Dataset, DatasetBuilder
 
 CARD = "README.md"
+ARCHIVE = re.compile(r"\.(7z|rar|tgz|tar\.\w+)$")  # which nothing here unpacks
 WEBDATASET_RECORD = "json"  # the column that `datasets` makes of a sample's .json file
 
 
@@ -59,7 +64,7 @@ def open_splits(
             return OpenedSplits(_open_parquet(entry, folder, config_name), [])
         if folder and not _is_saved(folder):
             return _open_folder(entry, folder, config_name, label_column)
-        return OpenedSplits(_open_arrow(entry, folder), [])
+        return _open_arrow(entry, folder)
     except UserError:
         raise
     except Exception as error:  # datasets, pyarrow and the hub each raise their own kinds
@@ -84,9 +89,9 @@ def _find_folder(entry: DatasetConfig, path: Path) -> tuple[Path, str | None]:
     if path.is_dir():
         return path.absolute(), config_name
     if path.suffix.lower() != ".zip":
-        raise UserError(
-            f"dataset '{entry.name}': '{path}' is a file", how="pass the folder that it lies in"
-        )
+        is_archive = ARCHIVE.search(path.name.lower())
+        how = "unpack it, and pass that folder" if is_archive else "pass the folder that it lies in"
+        raise UserError(f"dataset '{entry.name}': '{path}' is a file", how=how)
     return _unzip(path), config_name
 
 
@@ -136,10 +141,27 @@ def _open_folder(
     entry: DatasetConfig, folder: Path, config_name: str | None, label_column: str | None
 ) -> OpenedSplits:
     """Open a folder by what lies in it."""
+    import datasets
+
     files = sort_files(list_files(folder))
     if _has_configs(folder):  # its author says what belongs to which split
-        return OpenedSplits(_load(folder, config_name), [])
+        try:
+            return OpenedSplits(_load(folder, config_name), [])
+        except Exception:
+            _check_contents(files)
+            raise
+    if config_name:
+        raise UserError(
+            f"dataset '{entry.name}': the {CARD} of '{folder}' lists no configurations",
+            how=f"pass folder:{folder}",
+        )
     archives = [path for path in files.data if path.lower().endswith(".zip")]
+    if len(archives) > 1:
+        raise UserError(
+            f"dataset '{entry.name}': folder '{folder}' holds {len(archives)} zip files "
+            f"({some_of(archives, 3)})",
+            how="unpack them, or pass one as --dataset_name folder:PATH",
+        )
     if len(archives) == 1 and files.data == archives and not files.images:
         return _open_folder(entry, _unzip(folder / archives[0]), None, label_column)
     if files.images and not files.data:
@@ -148,13 +170,23 @@ def _open_folder(
             {name: ArrowSplit(data) for name, data in opened.splits.items()}, opened.notices
         )
     if not files.images and not files.data and not files.tables:
-        found = files.others or [f"{files.n_hidden} hidden files"] * bool(files.n_hidden)
+        found = files.others or ([f"{files.n_hidden} hidden files"] if files.n_hidden else [])
         what = f"it holds {some_of(found)}" if found else "it is empty"
         raise UserError(
             f"dataset '{entry.name}': cannot open folder '{folder}': no images or Parquet files"
-            f" ({what})"
+            f" ({what})",
+            how="unpack the archive first" if any(map(ARCHIVE.search, found)) else "",
         )
-    splits = _load(folder, config_name, _parquet_of_splits(files))
+    parquet = _parquet_of_splits(files)
+    try:
+        if not parquet:
+            _require_all_used(entry, files, datasets.load_dataset_builder(str(folder)))
+        splits = _load(folder, None, parquet)
+    except UserError:
+        raise
+    except Exception:
+        _check_contents(files)
+        raise
     splits = {name: _resolve_paths(data, folder) for name, data in splits.items()}
     if files.images and not any(_has_paths(data) for data in splits.values()):
         raise UserError(
@@ -162,7 +194,38 @@ def _open_folder(
             f"{len(files.images)} image files ({some_of(files.images, 2)})",
             how="pass the folder of one of them",
         )
-    return OpenedSplits(splits, [])
+    return OpenedSplits(splits, _describe_left_out(files, splits))
+
+
+def _check_contents(files: FolderFiles) -> None:
+    """Raise UserError for a data file that is a Git LFS pointer, a web page or without rows."""
+    import pyarrow.parquet
+
+    for path in (files.root / path for path in files.data):
+        with path.open("rb") as file:
+            content = name_content(file.read(1000))
+        if not content and path.suffix.lower() == ".parquet":
+            with contextlib.suppress(pyarrow.ArrowException, OSError):  # datasets says what it is
+                n_rows = pyarrow.parquet.read_metadata(path).num_rows
+                content = "" if n_rows else "an empty table, which can be removed"
+        if content:
+            raise UserError(f"'{path}' holds no rows: {content}")
+
+
+def _require_all_used(entry: DatasetConfig, files: FolderFiles, builder: "DatasetBuilder") -> None:
+    """Raise UserError if `datasets` leaves out data files, as those beside files of splits."""
+    used = {
+        os.path.normpath(file)
+        for split_files in (builder.config.data_files or {}).values()
+        for file in split_files
+    }
+    unused = [path for path in files.data if os.path.normpath(files.root / path) not in used]
+    if unused:
+        raise UserError(
+            f"dataset '{entry.name}': {some_of(unused, 3)} in '{files.root}' would not be used, as "
+            "other files are named after splits or of another kind",
+            how="rename or move them (train-extra.parquet is of the split train)",
+        )
 
 
 def _has_configs(folder: Path) -> bool:
@@ -188,7 +251,12 @@ def _parquet_of_splits(files: FolderFiles) -> dict[str, list[str]] | None:
             return None
         splits.setdefault(str(split_name(part)), []).append(str(files.root / path))
         names.append(part)
-    return splits if any(name != name.lower() for name in names) else None
+    has_capitals = any(name != name.lower() for name in [*names, *map(_suffix, files.data)])
+    return splits if has_capitals else None
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1]
 
 
 def _load(
@@ -196,7 +264,7 @@ def _load(
 ) -> dict[str, ArrowSplit | ParquetSplit]:
     import datasets
 
-    with _without_progress_bars():
+    with _quietly():
         if parquet:
             splits = datasets.load_dataset("parquet", data_files=parquet)
         else:
@@ -221,51 +289,97 @@ def _with_flat_columns(data: "Dataset") -> "Dataset":
 
 def _resolve_paths(split: ArrowSplit | ParquetSplit, folder: Path) -> ArrowSplit | ParquetSplit:
     """Turn a column of paths of image files, relative to the folder, into one of images."""
-    from datasets import Image
+    from datasets import Dataset, Features, Image, concatenate_datasets
 
     if not isinstance(split, ArrowSplit) or not len(split):
         return split
-    if any(isinstance(feature, Image) for feature in split.features.values()):
-        return split
-    first = split.data[0]
-    for name, value in first.items():
-        if not isinstance(value, str) or Path(value).suffix.lower() not in IMAGE_SUFFIXES:
+    image_columns = _image_columns(split)
+    for name in image_columns or split.features:
+        first = _first_path(split, name)
+        if first is None or Path(first).suffix.lower() not in IMAGE_SUFFIXES:
             continue
-        if not (folder / value).exists():
+        if not (folder / first).exists():
+            is_url = re.match(r"https?://", first)
             raise UserError(
-                f"folder '{folder}', column '{name}' names the image '{value}', which does not lie"
-                " there"
+                f"folder '{folder}', column '{name}' names the image '{first}', which does not lie"
+                " there",
+                how="download the images first, as with img2dataset" if is_url else "",
             )
-        paths = [str(folder / path) if path else None for path in split.data[name]]
-        cells = [{"bytes": None, "path": path} for path in paths]
-        resolved = split.data.remove_columns([name]).add_column(name, cells)
-        return ArrowSplit(resolved.cast_column(name, Image(decode=False)))
+        paths = _paths(split, name) if image_columns else split.data[name]
+        cells = [{"bytes": None, "path": str(folder / path)} if path else None for path in paths]
+        features = Features({name: Image(decode=False)})
+        images = Dataset.from_dict({name: cells}, features=features)
+        others = split.data.remove_columns([name])
+        parts = [images, others] if others.column_names else [images]
+        return ArrowSplit(concatenate_datasets(parts, axis=1))
     return split
+
+
+def _image_columns(split: ArrowSplit | ParquetSplit) -> list[str]:
+    from datasets import Image
+
+    return [name for name, feature in split.features.items() if isinstance(feature, Image)]
+
+
+def _first_path(split: ArrowSplit, name: str) -> str | None:
+    """Return the first path in a column of texts, or of images that are files of their own."""
+    if name in _image_columns(split):
+        cell = first_cell(split, name)
+        return cell["path"] if cell and cell["bytes"] is None else None
+    values = split.data[:MAX_EMPTY_CELLS][name]
+    return next((value for value in values if value and isinstance(value, str)), None)
+
+
+def _paths(split: ArrowSplit | ParquetSplit, name: str) -> list[str | None]:
+    cells = split.select_images(name).read_cells(list(range(len(split))))
+    return [cell["path"] if cell else None for cell in cells]
 
 
 def _has_paths(split: ArrowSplit | ParquetSplit) -> bool:
     """Return whether the images of a split are files of their own."""
-    from datasets import Image
+    names = _image_columns(split)
+    cell = first_cell(split, names[0]) if names else None
+    return cell is not None and cell["bytes"] is None
 
-    names = [name for name, feature in split.features.items() if isinstance(feature, Image)]
-    cells = split.select_images(names[0]).read_cells([0]) if names and len(split) else [None]
-    return bool(cells[0]) and cells[0]["bytes"] is None
+
+def _describe_left_out(
+    files: FolderFiles, splits: dict[str, ArrowSplit | ParquetSplit]
+) -> list[str]:
+    """Count the images that no row names, and the files that hold no rows."""
+    parts: list[str] = []
+    if files.images:
+        paths = [p for split in splits.values() for p in _paths(split, _image_columns(split)[0])]
+        named = {os.path.normpath(path) for path in paths if path}
+        unnamed = [path for path in files.images if str(files.root / path) not in named]
+        if unnamed:
+            parts.append(f"{count(len(unnamed), 'image')} that no row names ({some_of(unnamed)})")
+    others = [path for path in files.others if path != CARD] + files.tables * bool(files.data)
+    if others:
+        parts.append(f"{count(len(others), 'other file')} ({some_of(others)})")
+    return [f"folder '{files.root}': left out: {'; '.join(parts)}"] if parts else []
 
 
 # --- datasets of the hub and of save_to_disk, and streaming ---------------------------------------
 
 
-def _open_arrow(entry: DatasetConfig, folder: Path | None) -> dict[str, ArrowSplit | ParquetSplit]:
+def _open_arrow(entry: DatasetConfig, folder: Path | None) -> OpenedSplits:
     """Open the dataset with `datasets`, which downloads and converts it where necessary."""
     import datasets
 
+    empty: list[str] = []
     if folder is None:
         splits = datasets.load_dataset(entry.path, entry.config_name)
     elif (folder / "dataset_dict.json").exists():
-        splits = datasets.DatasetDict.load_from_disk(folder)
+        names = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        empty = [name for name in names if not list((folder / name).glob("*.arrow"))]
+        full = [name for name in names if name not in empty]
+        splits = {name: datasets.Dataset.load_from_disk(folder / name) for name in full}
     else:
         splits = {"train": datasets.Dataset.load_from_disk(folder)}
-    return {str(name): ArrowSplit(_with_flat_columns(data)) for name, data in splits.items()}
+    opened: dict[str, ArrowSplit | ParquetSplit] = {
+        str(name): ArrowSplit(_with_flat_columns(data)) for name, data in splits.items()
+    }
+    return OpenedSplits(opened, [f"splits without rows: {some_of(empty)}"] * bool(empty))
 
 
 def _open_parquet(
@@ -287,18 +401,28 @@ def _open_parquet(
             f"dataset '{entry.name}': --streaming reads Parquet files, and this is {kind}",
             how="drop --streaming",
         )
+    if folder and not _has_configs(folder):
+        _require_all_used(entry, sort_files(list_files(folder)), builder)
     files = builder.config.data_files or {}
-    return {str(name): ParquetSplit(files[name], builder.info.features) for name in files}
+    try:
+        return {str(name): ParquetSplit(files[name], builder.info.features) for name in files}
+    except UserError:
+        if folder:
+            _check_contents(sort_files(list_files(folder)))
+        raise
 
 
 @contextlib.contextmanager
-def _without_progress_bars() -> Generator[None]:
+def _quietly() -> Generator[None]:
+    """Keep `datasets` from printing: no bars, and no errors besides those that it raises."""
     import datasets
 
-    were_enabled = datasets.is_progress_bar_enabled()
+    were_enabled, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(level)
         if were_enabled:
             datasets.enable_progress_bars()

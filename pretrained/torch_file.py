@@ -35,6 +35,7 @@ DTYPES: dict[str, Any] = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
+ZIP_START = b"PK\3\4"
 OLD_MAGIC = 0x1950A86A20F9469CFC6C
 
 
@@ -79,7 +80,12 @@ def read_torch_file(path: Path, *, select: Select | None = None) -> dict[str, np
     """
     try:
         with path.open("rb") as file:
-            tree = _read_zip(file) if zipfile.is_zipfile(file) else _read_old(file)
+            is_zip = zipfile.is_zipfile(file)
+            file.seek(0)
+            if not is_zip and file.read(4) == ZIP_START:
+                raise UserError("its end is missing: copy or download it again")
+            file.seek(0)
+            tree = _read_zip(file) if is_zip else _read_old(file)
             leaves = dict(_iterate_leaves(tree, "", ()))
             tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, _Tensor)}
             names = {name: name for name in tensors}

@@ -4,6 +4,7 @@ Tensors keep the names, axes and precision of their file; those of safetensors a
 Their meaning is known by the module of each family. Nothing here needs torch.
 """
 
+import contextlib
 import hashlib
 import json
 import struct
@@ -15,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from data.images import name_content
 from pretrained import hub
 from pretrained.state_dicts import find_weights
 from pretrained.torch_file import Select, TorchContents, read_torch_file
@@ -240,6 +242,7 @@ def read_tensor_file(
     Raises:
         UserError: it cannot be read, is damaged, or holds anything but such tensors.
     """
+    _require_content(path)
     if path.suffix != ".safetensors":
         return read_torch_file(path, select=select)
     tensors = read_safetensors(path, dtypes)
@@ -247,6 +250,13 @@ def read_tensor_file(
         return tensors
     names = select(TorchContents({name: x.shape for name, x in tensors.items()}, {}))
     return {ours: tensors[name] for name, ours in names.items()}
+
+
+def _require_content(path: Path) -> None:
+    """Raise UserError for an LFS pointer, a web page or an empty file in place of weights."""
+    with contextlib.suppress(OSError), path.open("rb") as file:  # reading it says what is wrong
+        if content := name_content(file.read(1000)):
+            raise UserError(f"{path} holds no weights: {content.replace('the image', 'it')}")
 
 
 def read_file_weights(

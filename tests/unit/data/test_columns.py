@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -140,6 +140,71 @@ def test_a_test_split_without_labels_is_named_and_can_be_left_out(tmp_path):
         open_dataset(name)
 
 
+def test_the_training_split_is_not_evaluated_on(tmp_path):
+    write_table(tmp_path, "train.parquet", label=[0, 1] * 6)
+    name = write_table(tmp_path, "test.parquet", label=[0, 1] * 6)
+    with pytest.raises(UserError, match="is the split to train on; pass --eval_split none"):
+        open_dataset(name, eval_split="train")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_that_would_not_be_used_are_named(tmp_path, streaming):
+    write_table(tmp_path, "train.parquet", label=[0, 1] * 6)
+    name = write_table(tmp_path, "extra.parquet", label=[0, 1] * 6)
+    with pytest.raises(UserError, match=r"extra.parquet in .* would not be used.*; rename or move"):
+        open_dataset(name, streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
+        (b"<!DOCTYPE html><html></html>", "an HTML page"),
+        (b"", "the file is empty"),
+    ],
+)
+def test_a_file_that_is_no_table_is_named_for_what_it_is(tmp_path, content, message, streaming):
+    (tmp_path / "train.parquet").write_bytes(content)
+    with pytest.raises(UserError, match=f"train.parquet' holds no rows: {message}"):
+        open_dataset(f"folder:{tmp_path}", streaming=streaming)
+
+
+def test_splits_without_rows(tmp_path):
+    table = pa.table({"image": [PNG] * 6, "label": [0, 1] * 3})
+    empty = table.slice(0, 0)
+    DatasetDict(train=Dataset(table), test=Dataset(empty)).save_to_disk(tmp_path / "saved")
+    source = open_dataset(f"folder:{tmp_path / 'saved'}")
+    assert len(source.train) + len(source.eval) == 6
+    assert "splits without rows: test" in source.notices
+    (tmp_path / "files").mkdir()
+    for split, rows in (("train", table), ("test", empty)):
+        pq.write_table(rows, tmp_path / "files" / f"{split}.parquet")
+    with pytest.raises(UserError, match=r"test.parquet' holds no rows: an empty table"):
+        open_dataset(f"folder:{tmp_path / 'files'}")
+
+
+def test_images_beside_a_table_that_no_row_names_are_counted(tmp_path):
+    for i in range(8):
+        (tmp_path / f"{i}.png").write_bytes(PNG)
+    paths = [None, *(f"{i}.png" for i in range(1, 6))]
+    pq.write_table(pa.table({"image": paths}), tmp_path / "train.PARQUET")
+    source = open_dataset(f"folder:{tmp_path}")
+    assert "3 images that no row names (0.png, 6.png, 7.png)" in source.notices[0]
+    cells = [{"bytes": None, "path": f"{i}.png"} for i in range(8)]
+    pq.write_table(pa.table({"image": cells}), tmp_path / "train.PARQUET")
+    source = open_dataset(f"folder:{tmp_path}")
+    assert len(source.train.decode(np.arange(len(source.train)))) == 7
+
+
+def test_a_first_cell_that_is_empty_does_not_hide_the_images(tmp_path):
+    pq.write_table(pa.table({"photo": [None, *[PNG] * 11]}), tmp_path / "train.parquet")
+    assert open_dataset(f"folder:{tmp_path}").config.image_column == "photo"
+    pq.write_table(pa.table({"pixels": [[1, 2]] * 12}), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"has no column of images .*; images are files"):
+        open_dataset(f"folder:{tmp_path}")
+
+
 def test_splits_can_be_named(tmp_path):
     for split, n in (("first", 12), ("second", 8)):
         write_table(tmp_path, f"{split}.parquet", n=n, label=[0, 1] * (n // 2))
@@ -200,6 +265,7 @@ def test_lines_stay_short_whatever_the_table_holds(tmp_path):
         ("https://huggingface.co/datasets/owner/name/tree/main", "hf:owner/name"),
         ("./my pics", "'folder:./my pics'"),
         ("hf://datasets/owner/name", "hf:owner/name"),
+        ("huggingface.co/datasets/owner/name", "hf:owner/name"),
     ],
 )
 def test_a_name_without_its_prefix_is_completed(name, meant):

@@ -4,6 +4,7 @@ says what is wrong.
 
 import json
 import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -95,6 +96,68 @@ def test_splits_are_found_whatever_their_case(tmp_path):
         UserError, match=r"2 images \(2.png, extra/a/1.png\) lie beside the folders"
     ):
         open_dataset(f"folder:{folder}")
+
+
+def test_folders_of_splits_are_splits_without_a_training_split(tmp_path):
+    """Not two classes called "test" and "valid"."""
+    folder = write_images(
+        tmp_path / "x",
+        *(
+            f"{split}/{kind}/{i}.png"
+            for split in ("test", "valid")
+            for kind in "ab"
+            for i in (1, 2)
+        ),
+    )
+    with pytest.raises(UserError, match=r"no split 'train' \(.*\); pass --train_split NAME"):
+        open_dataset(f"folder:{folder}")
+    source = open_dataset(f"folder:{folder}", train_split="valid", eval_split="Test")
+    assert (source.train.name, source.eval.name) == ("validation", "test")
+    assert source.config.label_names == ("a", "b")
+
+
+def test_two_folders_of_a_split_are_refused(tmp_path):
+    folder = write_images(tmp_path / "x", "train/a/1.png", "train2/a/1.png", "val/a/1.png")
+    with pytest.raises(UserError, match="train, train2 are all named after the split 'train'; "):
+        open_dataset(f"folder:{folder}")
+
+
+def test_a_folder_that_is_linked_twice_is_read_twice(tmp_path):
+    write_images(tmp_path / "all", "a/1.png", "b/2.png")
+    (tmp_path / "x").mkdir()
+    for name, target in (("cat", "a"), ("dog", "b"), ("pet", "a")):
+        os.symlink(tmp_path / "all" / target, tmp_path / "x" / name)
+    os.symlink(tmp_path / "x", tmp_path / "all" / "a" / "loop")
+    listing = list_files(tmp_path / "x")
+    assert {path for path in listing.images if "loop" not in path} == {
+        *("cat/1.png", "dog/2.png", "pet/1.png")
+    }
+
+
+def test_an_image_that_pillow_does_not_open_is_a_bad_row_and_not_left_out(tmp_path):
+    folder = write_images(tmp_path / "x", *(f"{i}.jpg" for i in range(6)))
+    (folder / "IMG_7.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    with pytest.raises(UserError, match=r"IMG_7\.HEIC.*convert it to JPEG.*--bad_rows skip"):
+        Pipeline(open_dataset(f"folder:{folder}"), batch_size=1, seed=0)
+
+
+def test_a_configuration_of_a_folder_without_any_is_refused(tmp_path):
+    folder = write_images(tmp_path / "x", "1.jpg", "2.jpg")
+    with pytest.raises(UserError, match="lists no configurations; pass folder:"):
+        open_dataset(f"folder:{folder}:small")
+
+
+def test_archives_that_are_not_opened_say_what_to_do(tmp_path):
+    for name in ("train.zip", "test.zip"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("a.txt", "x")
+    with pytest.raises(UserError, match=r"2 zip files \(test.zip, train.zip\); unpack them, or"):
+        open_dataset(f"folder:{tmp_path}")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "pics.tar.gz").write_bytes(b"x")
+    for path in ("x", "x/pics.tar.gz"):
+        with pytest.raises(UserError, match="; unpack "):
+            open_dataset(f"folder:{tmp_path / path}")
 
 
 def test_a_class_may_be_called_like_a_split(tmp_path):
@@ -231,7 +294,7 @@ def test_every_image_of_any_tree_is_a_row_or_the_tree_is_refused(tmp_path_factor
     try:
         opened = open_image_folder(sort_files(list_files(root)), label_column=None)
     except UserError as error:
-        assert "lie beside the folders of splits" in str(error)
+        assert re.search("lie beside the folders of splits|named after the split", str(error))
         return
     rows = [cell["path"] for split in opened.splits.values() for cell in split["image"]]
     assert sorted(rows) == sorted(str(root / path) for path in paths)
@@ -243,7 +306,8 @@ def test_every_image_of_any_tree_is_a_row_or_the_tree_is_refused(tmp_path_factor
 def test_text_files_beside_images_are_captions(tmp_path):
     folder = write_images(tmp_path / "x", *(f"{i}.jpg" for i in range(6)))
     for i in range(5):
-        (folder / f"{i}.txt").write_text(f" photo\n {i} \n" if i else "  \n", encoding="utf-8")
+        name = f"{i}.jpg.txt" if i == 4 else f"{i}.txt"
+        (folder / name).write_text(f" photo\n {i} \n" if i else "  \n", encoding="utf-8")
     source = open_dataset(f"folder:{folder}", conditioning="text")
     captions = {
         Path((cell or {})["path"]).name: text
@@ -307,6 +371,52 @@ def test_a_table_names_images_in_any_column(tmp_path, name, header, cell):
         f"caption {i}" for i in range(5)
     }
     assert f"columns from {name}" in notices(source)
+
+
+def test_a_table_of_each_split_names_its_own_images(tmp_path):
+    """As `imagefolder` of Hugging Face has them; the names are the same in both splits."""
+    paths = [f"{split}/{i}.jpg" for split in ("train", "test") for i in range(4)]
+    folder = write_images(tmp_path / "x", *paths)
+    for split, first in (("train", 0), ("test", 1)):
+        lines = ["file_name,label", *(f"{i}.jpg,{(i + first) % 2}" for i in range(4))]
+        (folder / split / "metadata.csv").write_text("\n".join(lines))
+    source = open_dataset(f"folder:{folder}")
+    assert source.train.labels.tolist() == [0, 1, 0, 1]
+    assert source.eval.labels.tolist() == [1, 0, 1, 0]
+
+
+def test_names_of_another_case_are_found_and_classes_are_no_names(tmp_path):
+    folder = write_images(tmp_path / "x", *(f"{i}.JPG" for i in range(6)))
+    lines = ["path,label", *(f"{i}.jpg,{i % 2}" for i in range(6))]
+    (folder / "labels.csv").write_text("\n".join(lines))
+    source = open_dataset(f"folder:{folder}", label_column="label")
+    assert classes_by_file(source) == {f"{i}.JPG": str(i % 2) for i in range(6)}
+
+
+def test_a_table_without_a_header_is_refused(tmp_path):
+    folder = write_images(tmp_path / "x", *(f"{i}.jpg" for i in range(4)))
+    (folder / "captions.csv").write_text("".join(f"{i}.jpg,photo {i}\n" for i in range(4)))
+    with pytest.raises(UserError, match="names an image, and no columns; write a line"):
+        open_dataset(f"folder:{folder}", conditioning="text")
+
+
+def test_columns_of_tables_do_not_take_the_place_of_images_and_captions(tmp_path):
+    folder = write_images(tmp_path / "x", *(f"{i}.jpg" for i in range(4)))
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(f"beside {i}")
+    lines = ["file_name,image,text", *(f"{i}.jpg,nice,table {i}" for i in range(4))]
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"leaves open which column to take .*table.text"):
+        open_dataset(f"folder:{folder}", conditioning="text")
+    source = open_dataset(f"folder:{folder}", caption_column="table.text")
+    assert source.eval.captions[0][0].startswith("table ")
+    by_folder = write_images(tmp_path / "y", "a/1.png", "a/2.png", "b/3.png", "b/4.png")
+    (by_folder / "metadata.csv").write_text(
+        "file_name,label\na/1.png,7\na/2.png,8\nb/3.png,7\nb/4.png,8"
+    )
+    source = open_dataset(f"folder:{by_folder}")
+    assert source.config.label_names == ("7", "8")
+    assert "takes the place of the 2 classes by folder" in notices(source)
 
 
 def test_a_table_one_folder_up_is_read(tmp_path):

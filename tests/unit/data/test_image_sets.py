@@ -162,3 +162,29 @@ def test_every_file_of_any_folder_is_an_image_or_counted(tree):
         found = read(folder)
         is_grey = not {"RGB", "RGBA"} & set(modes)
         assert found.shape == (len(modes), 4, 4, 1 if is_grey else 3) and (found == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        (b"<!DOCTYPE html>", "an HTML page"),
+        (b"", "the file is empty"),
+        (b"\0\0\0\x18ftypheic" + bytes(40), "HEIC, which Pillow does not open"),
+    ],
+)
+def test_a_file_that_is_no_image_is_named_for_what_it_is(tmp_path, content, message):
+    Image.fromarray(COLOUR).save(tmp_path / "a.png")
+    name = "b.heic" if "HEIC" in message else "b.png"
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}: the image cannot be read \({message}"):
+        read(tmp_path)
+
+
+def test_an_npz_without_images_is_refused(tmp_path):
+    np.savez(path := tmp_path / "a.npz", arr_0=np.zeros((0, 4, 6, 3), np.uint8))
+    with pytest.raises(UserError, match="it holds no images"):
+        image_sets.image_set_from_npz(path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match=r"no \.npz file: a Git LFS pointer"):
+        image_sets.image_set_from_npz(path)

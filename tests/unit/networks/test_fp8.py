@@ -1,6 +1,7 @@
 """Products in eight bits are those of the rounded operands, and which operands those are."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def test_values_and_gradients_are_those_of_the_rounded_operands():
     sizes = [np.abs(a) for a in exact]
     errors = [rounding(x, E4M3), rounding(w, E4M3), None, rounding(g, E5M2)]
 
-    def check(result, pattern, i, j, offset=0.0):
+    def check(result, pattern, i, j, offset: Any = 0.0):
         expected = np.einsum(pattern, exact[i], exact[j]) + offset
         bound = (
             np.einsum(pattern, errors[i], sizes[j])

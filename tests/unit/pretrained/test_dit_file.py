@@ -311,3 +311,25 @@ def test_weights_of_a_folder_may_have_prefixes_and_heads(tmp_path):
     assert loaded.notices == ("ignored, as only training uses them: proj_head (1 tensors)",)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["_class_name"] == dit.CLASS
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer: run"),
+        (b"<!DOCTYPE html><html></html>", "an HTML page"),
+        (b"", "the file is empty"),
+    ],
+)
+def test_a_file_that_holds_no_weights_is_named_for_what_it_is(content, message, suffix, tmp_path):
+    (path := tmp_path / f"a.{suffix}").write_bytes(content)
+    with pytest.raises(UserError, match=f"a.{suffix} holds no weights: {message}"):
+        load(path)
+
+
+def test_a_file_that_was_copied_in_part_is_named(tmp_path):
+    content = saved(state(), path := tmp_path / "a.pt").read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="its end is missing: copy or download it again"):
+        load(path)
