@@ -21,14 +21,15 @@ endif
 train: .venv/installed
 	$(BIN)/python train.py $(ARGS)
 
-# One worker more than cores, for many tests wait: for a kill, a lost process, a browser.
-WORKERS = $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) < 4 ? $$(getconf _NPROCESSORS_ONLN) + 1 : 4 )))
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+CORES = $(shell getconf _NPROCESSORS_ONLN)
+PYTEST = $(BIN)/python -m pytest --dist worksteal
+# One worker more than cores: many proofs wait, for a kill, a lost process or a browser.
+WAITING = $(shell echo $$(( $(CORES) < 4 ? $(CORES) + 1 : 4 )))
 test: .venv/installed-dev
-	$(PYTEST) tests/unit tests/system/test_golden_path.py $(ARGS)
+	$(PYTEST) -n auto --maxprocesses 4 tests/unit tests/system/test_golden_path.py $(ARGS)
 
 proofs: .venv/installed-dev
-	$(PYTEST) tests/run tests/system --ignore tests/system/test_golden_path.py $(ARGS)
+	$(PYTEST) -n $(WAITING) tests/run tests/system --ignore tests/system/test_golden_path.py $(ARGS)
 
 # Fifty steps of sampling are ten times five: the loop is one program, however long it runs.
 bench: .venv/installed-bench

@@ -173,7 +173,7 @@ def test_a_file_that_is_no_table_is_named_for_what_it_is(tmp_path, content, mess
 def test_splits_without_rows(tmp_path):
     table = pa.table({"image": [PNG] * 6, "label": [0, 1] * 3})
     empty = table.slice(0, 0)
-    DatasetDict(train=Dataset(table), test=Dataset(empty)).save_to_disk(tmp_path / "saved")
+    DatasetDict({"train": Dataset(table), "test": Dataset(empty)}).save_to_disk(tmp_path / "saved")
     source = open_dataset(f"folder:{tmp_path / 'saved'}")
     assert len(source.train) + len(source.eval) == 6
     assert "splits without rows: test" in source.notices
