@@ -241,7 +241,8 @@ def read_class_names(
     """Return one name per class, in the order of the ids; () when there are no classes.
 
     Raises:
-        UserError: the column's type is no type of labels.
+        UserError: the column's type is no type of labels, or it has other classes than the known
+            dataset.
     """
     if column is None:
         return ()
@@ -250,7 +251,7 @@ def read_class_names(
     known_names = config.label_names if is_recommended else ()
     label_type = _label_type(feature)
     if label_type == "class":
-        return tuple(feature.names)
+        return _of_known_dataset(config, column, tuple(feature.names))
     if label_type == "bool":
         return known_names or (f"not {column}", column)
     values: list[Any] = []
@@ -273,7 +274,20 @@ def read_class_names(
         )
     if label_type == "int" and is_recommended and config.n_classes:
         return known_names or tuple(str(i) for i in range(config.n_classes))
-    return tuple(in_order(map(str, values)))
+    return _of_known_dataset(config, column, tuple(in_order(map(str, values))))
+
+
+def _of_known_dataset(
+    config: DatasetConfig, column: str, names: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Return the names of the classes, which must be as many as a known dataset has."""
+    if column == config.label_column and config.n_classes not in (0, len(names)):
+        raise UserError(
+            f"dataset '{config.name}' has {config.n_classes} classes, and column '{column}' here "
+            f"{len(names)} ({some_of(names)})",
+            how="pass --dataset_name folder:PATH if it is a dataset of your own",
+        )
+    return names
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -148,7 +148,7 @@ def start_backend() -> None:
             raise UserError(f"JAX cannot start its devices{reason}") from error
         raise UserError(
             f"JAX_PLATFORMS={platforms}: JAX cannot use this platform here{reason}; unset it to "
-            "take the best that there is, or install JAX for it, such as jax[cuda13]"
+            "take the best that there is, or install JAX for it: jax[cuda13] or jax[tpu]"
         ) from error
 
 

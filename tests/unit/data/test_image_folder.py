@@ -160,6 +160,12 @@ def test_archives_that_are_not_opened_say_what_to_do(tmp_path):
             open_dataset(f"folder:{tmp_path / path}")
 
 
+def test_a_folder_of_other_classes_is_not_taken_for_a_known_dataset(tmp_path):
+    write_images(tmp_path, *(f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(4)))
+    with pytest.raises(UserError, match=r"'cifar10' has 10 classes, .* 2 \(cat, dog\)"):
+        open_dataset("cifar10", data_dir=tmp_path)
+
+
 def test_a_class_may_be_called_like_a_split(tmp_path):
     folder = write_images(
         tmp_path / "x", *(f"{kind}/{i}.png" for kind in ("boat", "train", "car") for i in range(3))
