@@ -93,7 +93,7 @@ def test_the_card_describes_the_model_and_its_training(trained, folder):
     assert "It generates images of 8×8×1 in −1 … 1." in card
     assert "It is conditioned on one of 10 classes; 10 is the null label." in card
     assert "It predicts epsilon, then the variance of each step" in card
-    words = "python train.py --dataset_name digits --model DiT-Nano/4"
+    words = "python train.py --dataset_name digits --model DiT-Nano/4 --nohalf_precision"
     words += " --objective ddpm --learned_sigma --n_steps 2 --batch_size 8 --warmup_steps 1"
     assert f"{words} --weight_decay 0.1\n" in card
     assert "Not chosen yet by the owner" in card
