@@ -110,6 +110,7 @@ class Trainer(Loop):
             beta2=c.beta2,
             weight_decay=c.weight_decay,
             clip_norm=c.clip_norm,
+            moments=c.moments,
         )
 
     def initial_state(self) -> TrainState:

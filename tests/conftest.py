@@ -58,7 +58,7 @@ def pytest_runtest_call(item):
     wall, processor, compiling = time.perf_counter(), time.process_time(), COMPILING["seconds"]
     result = yield
     seconds = min(time.perf_counter() - wall, time.process_time() - processor)
-    seconds -= COMPILING["seconds"] - compiling
+    seconds = max(0.0, seconds - (COMPILING["seconds"] - compiling))
     item.user_properties.append(("seconds", seconds))  # for the process that adds them up
     if UNIT in item.path.parents and seconds > UNIT_SECONDS:
         pytest.fail(f"a unit test of {seconds:.1f} s; {UNIT_SECONDS} s are allowed", pytrace=False)

@@ -153,6 +153,9 @@ class OptimizerFlags:
     beta2: float = setting(
         0.999, "AdamW's decay rate of the second moment", at_least=0, at_most=0.999999
     )
+    moments: Literal["fp32", "bf16"] = setting(
+        "fp32", "precision that AdamW keeps its moments in; bf16 saves 4 bytes a weight"
+    )
     weight_decay: float = setting(
         0.0, "AdamW's weight decay, on matrices and kernels only", at_least=0
     )

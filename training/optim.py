@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 
 def constant_schedule(peak: float, n_steps: int) -> optax.Schedule:
@@ -45,6 +45,7 @@ def clipped_adamw(
     beta2: float,
     weight_decay: float,
     clip_norm: float,
+    moments: str = "fp32",
 ) -> optax.GradientTransformationExtraArgs:
     """Clip the gradient's norm (0 never clips), then AdamW; only matrices decay."""
 
@@ -52,7 +53,8 @@ def clipped_adamw(
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
-    return optax.chain(clip, adamw(schedule, beta1, beta2, weight_decay, matrices))
+    rule = adamw(schedule, beta1, beta2, weight_decay, matrices, moments=MOMENTS[moments])
+    return optax.chain(clip, rule)
 
 
 def adamw(
@@ -62,22 +64,29 @@ def adamw(
     weight_decay: float,
     mask: Callable[[PyTree], PyTree],
     epsilon: float = 1e-8,
+    moments: Any = jnp.float32,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW (Kingma & Ba 2015, Algorithm 1; Loshchilov & Hutter 2019, Algorithm 2) whose
     `update(grads, state, params, finite=True)` changes nothing where `finite` is false.
 
     The result is that of `optax.adamw` with a choice between old and new moments afterwards, but
     choosing before they are read saves one copy of the moments.
+
+    Args:
+        moments: the precision that they are kept in. In bfloat16 they are rounded up or down at
+            random, right on average: the second one moves by less than half of a last bit a step,
+            and would stand still if it were rounded to nearest.
     """
 
     def init(params: Any) -> Any:
-        zeros = jax.tree.map(jnp.zeros_like, params)
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, moments), params)
         return optax.ScaleByAdamState(jnp.int32(0), zeros, jax.tree.map(jnp.copy, zeros))
 
     def update(
         updates: Any, state: Any, params: Any = None, *, finite: Any = True, **_: Any
     ) -> Any:
         def moving(average: Array, new: Array, decay: Any) -> Array:
+            average = average.astype(jnp.float32)
             return jnp.where(finite, decay * average + (1 - decay) * new, average)
 
         count, rate = state.count + jnp.int32(finite), jnp.asarray(schedule(state.count))
@@ -91,9 +100,31 @@ def adamw(
             return jnp.where(finite, -rate * (direction + weight_decay * decays * p), -0.0)
 
         steps = jax.tree.map(step, mu, nu, params, mask(params))
+        if moments == jnp.bfloat16:
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(0), state.count))
+            mu, nu = round_at_random(mu, keys[0]), round_at_random(nu, keys[1])
         return steps, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+MOMENTS = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+
+
+def round_at_random(tree: PyTree, key: Key[Array, ""]) -> Any:
+    """Round float32 to a bfloat16 next to it, with the probabilities that make the mean exact.
+
+    A bfloat16 is the upper half of a float32: a random lower half is added, and cut off. Numbers
+    must be finite. One that is a bfloat16 already stays.
+    """
+
+    def rounded(x: Float[Array, "*s"], key: Key[Array, ""]) -> Float[Array, "*s"]:
+        lower = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+        upper = (jax.lax.bitcast_convert_type(x, jnp.uint32) + lower) >> 16
+        return jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
+
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten(map(rounded, leaves, jax.random.split(key, len(leaves))))
 
 
 class LossScale(NamedTuple):

@@ -64,6 +64,7 @@ def profile(loop: Loop, *, eval_loss: Any, sampler_config: SamplerConfig, peak: 
         model,
         sum(x.size for x in jax.tree.leaves(loop.state.params)),
         profiles,
+        moment_bytes=sum(x.nbytes for x in jax.tree.leaves(loop.state.opt_state)),
         device_kind=parallel.devices().kind,
         n_devices=parallel.devices().count,
         dtype=model.dtype,
@@ -243,6 +244,7 @@ def report(
     n_params: int,
     profiles: Sequence[StepProfile],
     *,
+    moment_bytes: int,
     device_kind: str,
     n_devices: int,
     dtype: str,
@@ -256,7 +258,7 @@ def report(
         bandwidth = format_si(peak.bytes_per_second, "B/s")
         roof = f"{speed}, {bandwidth} ({peak.source})"
     lines = [
-        *_model_lines(config, n_params),
+        *_model_lines(config, n_params, moment_bytes),
         f"DEVICE\n  {n_devices} × {device_kind}, {dtype}; peak of one: {roof}",
         *_step_lines(profiles, peak, n_devices),
         "ROOFLINE",
@@ -271,7 +273,7 @@ def report(
     return "\n".join(lines)
 
 
-def _model_lines(config: Any, n_params: int) -> list[str]:
+def _model_lines(config: Any, n_params: int, moment_bytes: int) -> list[str]:
     """The model's size and its FLOPs by module."""
     modules = flops_by_module(config)
     forward, size, patch = sum(modules.values()), config.image_size, config.patch_size
@@ -281,7 +283,7 @@ def _model_lines(config: Any, n_params: int) -> list[str]:
         f"  width {config.width}, depth {config.depth}, {config.n_heads} heads, patch {patch}, "
         f"image {size}×{size}×{config.channels}, {(size // patch) ** 2} tokens",
         f"  {format_si(n_params, '')} parameters; in fp32: weights {format_si(4 * n_params, 'B')}, "
-        f"EMA {format_si(4 * n_params, 'B')}, Adam's moments {format_si(8 * n_params, 'B')}",
+        f"EMA {format_si(4 * n_params, 'B')}; Adam's moments {format_si(moment_bytes, 'B')}",
         "FORWARD FLOPS PER IMAGE (2 per multiply-add; matrix products only)",
         *(f"  {name:26}{format_si(x, 'FLOP'):>12}{x / forward:8.1%}" for name, x in shares.items()),
     ]

@@ -127,11 +127,17 @@ class VaeTrainer(Loop):
             beta2=c.beta2,
             weight_decay=c.weight_decay,
             clip_norm=c.clip_norm,
+            moments=c.moments,
         )
         if not c.gan_weight:
             return autoencoder
         critic = optim.clipped_adamw(  # as in Esser et al. 2021
-            schedule, beta1=0.5, beta2=0.9, weight_decay=0.0, clip_norm=c.clip_norm
+            schedule,
+            beta1=0.5,
+            beta2=0.9,
+            weight_decay=0.0,
+            clip_norm=c.clip_norm,
+            moments=c.moments,
         )
         return separate_optimizers(autoencoder, critic)
 

@@ -225,6 +225,7 @@ def test_a_report_of_a_step_on_this_machine(tmp_path):
         config("S"),
         32_956_000,
         [step, step],
+        moment_bytes=800,
         device_kind="cpu",
         n_devices=1,
         dtype="float32",
