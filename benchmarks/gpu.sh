@@ -46,10 +46,11 @@ bench() { # SCRIPT FLAG...
     [ $status -eq 0 ] || echo "left out, status $status: $script $*" >>"$summary"
     echo >>"$summary"
 }
-step() { bench step.py --precision bf16 $turns $tiny "$@"; }
+step() { bench step.py $turns $tiny --precision "${precision-bf16}" "$@"; }
 
 step --model $XL --batch_size "$(size 32)" --remat false --peer autocast+compile
 step --model $XL --batch_size "$(size 128)" --remat true --peer none
+precision=bf16,fp8 step --model $XL --batch_size "$(size 64)" --remat true --peer none
 step --model $B --batch_size "$(size 256)" --peer $compiled
 bench attention.py --precision bf16 --batch_size "$(size 64)" --heads 12 16 --width 64 72
 bench sample.py --model $XL --precision bf16 --n_steps $n_steps --peer $compiled $tiny

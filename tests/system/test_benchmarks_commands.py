@@ -115,7 +115,7 @@ def test_the_gpu_script_without_a_gpu(cache):
     )
     assert done.returncode == 0, done.stderr
     assert "status" not in done.stdout and "no time" not in done.stdout
-    assert done.stdout.count("| model × batch") == 12  # once as it runs, and in the summary
+    assert done.stdout.count("| model × batch") == 14  # once as it runs, and in the summary
     assert "| batch × tokens" in done.stdout and "| task" in done.stdout
 
 
