@@ -15,12 +15,14 @@ limit=450 # seconds, after which no command starts and the running one is stoppe
 size() { echo "$1"; }
 S=DiT-S/2 B=DiT-B/2 L=DiT-L/2 XL=DiT-XL/2 MMDiT=MMDiT-B/2
 common="--rounds 4" tiny="" turns="--steps_per_turn 8" n_steps=50 compiled=autocast+compile vae=""
+remats=false,true unrolls=1,12
 if [ "${1-}" = --dry ]; then
     size() { echo 2; }
     S=DiT-Ti/8 B=$S L=$S XL=$S MMDiT=MMDiT-Ti/8
     common="--rounds 1" tiny="--image_size 16" turns="" n_steps=2 limit=1800
     vae="--image_size 16 --block_out_channels 32,32"
     compiled=autocast # compiling even this takes a CPU a minute: once is enough, below
+    remats=true unrolls=1
     export JAX_PLATFORMS=cpu
 fi
 export XLA_PYTHON_CLIENT_PREALLOCATE=false       # torch's process needs memory too
@@ -55,12 +57,12 @@ step --model $B --batch_size "$(size 256)" --peer $compiled
 bench attention.py --precision bf16 --batch_size "$(size 64)" --heads 12 16 --width 64 72
 bench sample.py --model $XL --precision bf16 --n_steps $n_steps --peer $compiled $tiny
 bench autoencoder.py --precision bf16 --batch_size "$(size 16)" $vae
-step --model $S --batch_size "$(size 256)" --unroll 1 12 --peer none
-step --model $XL --batch_size "$(size 64)" --remat false true --peer none
+step --model $S --batch_size "$(size 256)" --unroll $unrolls --peer none
+step --model $XL --batch_size "$(size 64)" --remat $remats --peer none
 step --model $MMDiT --batch_size "$(size 128)" --peer none
-step --model $L --batch_size "$(size 64)" --remat false true --peer none
+step --model $L --batch_size "$(size 64)" --remat $remats --peer none
 step --model $S --batch_size "$(size 1024)" --peer $compiled
-step --model $B --batch_size "$(size 64)" --unroll 1 12 --peer none
+step --model $B --batch_size "$(size 64)" --unroll $unrolls --peer none
 
 echo
 echo "=== $SECONDS s; $("$python" -c 'from importlib.metadata import version as v; print("jax", v("jax"))')"

@@ -37,7 +37,7 @@ def trained_and_judged(folder, cache, *flags, n):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("design", [*DESIGNS][1:])  # the first is the default run's, above
 def test_every_design_learns_sixteen_digits_by_heart(tmp_path, cache, design):
     """Its samples are far nearer to one of the sixteen than real digits are."""
     folder = tmp_path / "data" / "data"
