@@ -172,6 +172,8 @@ def config_of(script):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "cli.parse_flags":
             module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
             return getattr(module, ast.unparse(node.args[0]))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "train.main":
+            return config_of("train.py")
     raise AssertionError(f"{script} parses no flags")
 
 
