@@ -14,7 +14,8 @@ key = jax.random.key(0)
 
 
 def optimizer(**kwargs):
-    settings = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "clip_norm": 0.0}
+    settings: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0}
+    settings["clip_norm"] = 0.0
     return optim.clipped_adamw(optax.constant_schedule(0.1), **settings | kwargs)
 
 
