@@ -30,7 +30,7 @@ def processor_name() -> str:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Return which of `INSTRUCTION_SETS` the processor has, as far as the system tells."""
+    """Return which of `INSTRUCTION_SETS` the processor has, as far as Linux lists them."""
     facts = _cpuinfo()
     found = set((facts.get("flags") or facts.get("Features") or "").split())
     return tuple(name for name in INSTRUCTION_SETS if name in found)

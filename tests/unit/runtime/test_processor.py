@@ -1,4 +1,4 @@
-"""What a processor can do is read from what Linux tells of it."""
+"""Instruction sets are read from /proc/cpuinfo."""
 
 import pytest
 
@@ -43,7 +43,7 @@ def test_the_name_of_the_model(cpuinfo):
     assert processor.processor_name().endswith(" cores of AMD EPYC 9B14")
 
 
-def test_where_linux_tells_nothing_no_instruction_set_is_known(tmp_path, monkeypatch, cpuinfo):
+def test_without_cpuinfo_no_instruction_set_is_known(tmp_path, monkeypatch, cpuinfo):
     cpuinfo("")
     monkeypatch.setattr(processor, "CPUINFO", tmp_path / "nowhere")
     assert processor.instruction_sets() == () and not processor.multiplies_bf16()
