@@ -151,7 +151,11 @@ class PeerWatch:
     def report_store_lost(self) -> NoReturn:
         """Report a loss that JAX noticed: that of process 0, except in process 0 itself."""
         silent = time.monotonic() - self._answered
-        self.report(describe_lost(0, silent) if self.index else "another process was lost")
+        lost = describe_lost(0, silent) if self.index else "another process was lost"
+        self.report(lost)
+        if self._stopped.is_set():  # it waits for the others in order to leave
+            os.write(2, f"error: {lost} before all had left the run\n".encode())
+            os._exit(1)
         while True:  # another thread is reporting
             time.sleep(1)
 
@@ -174,6 +178,18 @@ def is_of_collective(error: BaseException) -> bool:
             return True
         chain = chain.__cause__ or chain.__context__
     return False
+
+
+def describe_failed_connection(error: BaseException) -> str:
+    """Say why the processes of a run could not connect on CPUs. Empty if `error` is another."""
+    _, found, reason = str(error).partition("Gloo context initialization failed: ")
+    if not found:
+        return ""
+    reason = reason.partition("\n")[0].rpartition("] ")[2]  # without the line of Gloo's source
+    return (
+        f"the processes cannot connect to each other: {reason}; the name of every host must lead "
+        "to an address that the others reach, not to 127.0.0.1 (`getent hosts $(hostname)`)"
+    )
 
 
 # --- JAX's internals ------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from runtime import launchers, peer_watch
-from runtime.errors import OneLineError, UserError
+from runtime.errors import OneLineError, RunError, UserError
 from runtime.peer_watch import PeerWatch
 
 MESSAGE_BYTES = 4096  # of a broadcast text
@@ -114,8 +114,11 @@ def recovery_advice(advise: Callable[[], str]) -> Generator[None]:
 
 
 def explain_lost_process(main: Callable[P, None]) -> Callable[P, None]:
-    """Wrap a command: if it fails because another process is lost, one line says so, and the
-    traceback of the failed collective is not printed.
+    """Wrap a command: if it fails because another process is lost or cannot be reached, one line
+    says so, and the traceback of the failed collective is not printed.
+
+    Raises:
+        RunError: the processes did not connect, though none is lost.
     """
 
     @wraps(main)
@@ -126,6 +129,8 @@ def explain_lost_process(main: Callable[P, None]) -> Callable[P, None]:
             is_explained = isinstance(error, OneLineError)
             if _watch and not is_explained and peer_watch.is_of_collective(error):
                 _watch.wait_for_verdict()  # which ends the process, if one is lost
+                if reason := peer_watch.describe_failed_connection(error):
+                    raise RunError(reason) from error
             raise
 
     return call

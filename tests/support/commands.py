@@ -5,7 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -34,11 +34,15 @@ def settings(cache: Path, n_devices: int = 1, fast_compile: bool = True) -> dict
 
 
 def start(
-    *words: object, cache: Path, n_devices: int = 1, fast_compile: bool = True
+    *words: object,
+    cache: Path,
+    n_devices: int = 1,
+    fast_compile: bool = True,
+    within: Sequence[str] = (),
 ) -> subprocess.Popen:
-    """Start a command in the environment of `settings`."""
+    """Start a command in the environment of `settings`, by the words `within` before it."""
     return subprocess.Popen(
-        [sys.executable, *map(str, words)],
+        [*within, sys.executable, *map(str, words)],
         cwd=ROOT,
         env=os.environ | settings(cache, n_devices, fast_compile),
         stdin=subprocess.DEVNULL,
@@ -83,6 +87,32 @@ def fill(disk: Path, free_bytes: int = 0) -> Path:
             file.write(bytes(4096))
     os.truncate(filler, filler.stat().st_size - free_bytes)
     return filler
+
+
+@contextmanager
+def two_hosts() -> Iterator[list[list[str]]]:
+    """Make two hosts with a link between them, 10.9.0.1 and 10.9.0.2, each its own name, as network
+    namespaces; returns the words before a command that run it on each. Skips the test where that
+    needs more rights.
+    """
+    hosts = [f"dit-{os.getpid()}-{i}" for i in (1, 2)]
+    link = ["link", "add", "up0", "netns", hosts[0], "type", "veth", "peer", "up0", "netns"]
+    wanted = [["netns", "add", host] for host in hosts] + [[*link, hosts[1]]]
+    for i, host in enumerate(hosts, start=1):
+        wanted += [["-n", host, "addr", "add", f"10.9.0.{i}/24", "dev", "up0"]]
+        wanted += [["-n", host, "link", "set", device, "up"] for device in ("lo", "up0")]
+    named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"']
+    try:
+        for words in wanted:
+            if not shutil.which("ip") or subprocess.run(["ip", *words]).returncode:
+                pytest.skip("network namespaces need root and iproute2")
+        yield [
+            ["ip", "netns", "exec", host, *named, f"10.9.0.{i}"]
+            for i, host in enumerate(hosts, start=1)
+        ]
+    finally:
+        for host in hosts:
+            subprocess.run(["ip", "netns", "del", host], check=False)
 
 
 def free_port() -> int:

@@ -3,12 +3,13 @@
 import json
 import re
 import signal
+import subprocess
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from commands import NANO, SMALL, free_port, run, start
+from commands import NANO, SMALL, free_port, run, start, two_hosts
 
 import evaluate
 from evaluate import EvaluateConfig
@@ -167,6 +168,26 @@ def test_the_death_of_one_process_ends_the_other_with_one_line(tmp_path, cache, 
     assert status == 1 and err.count("\n") == 0, err
     assert err.startswith(f"error: process {lost} ") and "has not answered since" in err
     assert f"no checkpoint yet: start all processes again with --resume --run_dir {folder}" in err
+
+
+@pytest.mark.slow
+def test_a_cut_link_between_two_hosts_ends_both_with_one_line(tmp_path, cache):
+    folder = tmp_path / "run"
+    flags = [*SMALL, "--n_steps", 100_000, "--log_every", 1, "--eval_save_steps", 100_000]
+    flags += ["--sample_every_n", 100_000, "--run_dir", folder, "--coordinator", "10.9.0.1:7777"]
+    flags += ["--n_processes", 2, "--process_index"]
+    with two_hosts() as hosts:
+        pair = [start(NANO, *flags, i, cache=cache, within=hosts[i]) for i in (0, 1)]
+        wait_for_a_step(pair[0])
+        time.sleep(3)  # the watch of each has heard of the other
+        host = hosts[1][3]
+        subprocess.run(["ip", "-n", host, "link", "set", "up0", "down"], check=True)
+        cut = time.monotonic()
+        both = ends(pair, timeout=60)
+        assert time.monotonic() - cut < 30
+    for lost, (status, _, err) in zip((1, 0), both, strict=True):
+        assert status == 1 and err.count("\n") == 0, err
+        assert err.startswith(f"error: process {lost} ") and "or the network failed" in err
 
 
 def test_no_cluster_is_one_line(cache):

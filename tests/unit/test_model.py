@@ -1,11 +1,13 @@
 """The networks are the papers': sizes, zero start, and every condition is used."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import AS_USERS_COMPILE
 from flax import nnx
 from model_cases import (
     TEXT_VARIANTS,
@@ -150,9 +152,10 @@ def run_block_by_block(model, x, t, label):
 @pytest.mark.parametrize("config", TAPPED.values(), ids=TAPPED)
 def test_taps_are_the_states_after_so_many_blocks_beside_the_same_prediction(config):
     model, label = with_random_weights(config), labels_for(config)
-    plain, expected = model(x, t, label), list(run_block_by_block(model, x, t, label))
+    call = jax.jit(model, static_argnames="taps", compiler_options=AS_USERS_COMPILE)
+    plain, expected = call(x, t, label), list(run_block_by_block(model, x, t, label))
     for taps in [(1, 3), (4,)]:
-        y, hidden = model(x, t, label, taps=taps)
+        y, hidden = call(x, t, label, taps=taps)
         assert (y == plain).all()
         for k, state in zip(taps, hidden, strict=True):
             # The compiled body of a scan rounds otherwise than operations one by one.
@@ -164,7 +167,7 @@ def test_taps_are_the_states_after_so_many_blocks_beside_the_same_prediction(con
 def gradient_by_a_tap(config):
     params = nnx.to_pure_dict(nnx.split(with_random_weights(config))[1])
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=AS_USERS_COMPILE)
     def gradient(params):
         def loss(params):
             model = build_with_params(config, params)

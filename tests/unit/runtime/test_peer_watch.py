@@ -5,7 +5,13 @@ from types import SimpleNamespace
 import pytest
 
 from runtime import peer_watch
-from runtime.peer_watch import GONE, PeerWatch, describe_lost, is_of_collective
+from runtime.peer_watch import (
+    GONE,
+    PeerWatch,
+    describe_failed_connection,
+    describe_lost,
+    is_of_collective,
+)
 
 
 class Store:
@@ -148,3 +154,33 @@ def test_only_errors_of_collectives_wait_for_a_verdict():
     wrapped.__cause__ = cause
     assert is_of_collective(wrapped)
     assert not is_of_collective(ValueError("operands could not be broadcast together"))
+
+
+def test_processes_that_cannot_connect_are_told_of_the_names_of_hosts():
+    error = RuntimeError(
+        "UNKNOWN: Gloo context initialization failed: [external/gloo/transport/tcp/pair.cc:152]"
+        " timed out connecting: SO_ERROR: Connection refused, remote=[127.0.0.1]:31643\nmore"
+    )
+    line = describe_failed_connection(error)
+    assert line.startswith(
+        "the processes cannot connect to each other: timed out connecting: SO_ERROR: Connection "
+        "refused, remote=[127.0.0.1]:31643; "
+    )
+    assert "not to 127.0.0.1" in line and len(line) < 300
+    assert describe_failed_connection(ValueError("Gloo AllGather failed")) == ""
+
+
+def test_a_process_that_waits_to_leave_ends_when_the_store_is_lost(monkeypatch, capfd):
+    """It waited for ever: a watch that was stopped reports nothing."""
+
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(peer_watch.os, "_exit", leave)
+    watch = PeerWatch(Store(), 1, 2)
+    watch.stop()
+    with pytest.raises(SystemExit) as end:
+        watch.report_store_lost()
+    assert end.value.code == 1
+    err = capfd.readouterr().err
+    assert err.startswith("error: process 0 has not answered") and err.count("\n") == 1
