@@ -48,12 +48,28 @@ def tests_of(tree: ast.AST) -> list[ast.expr]:
     return found
 
 
+def flags_of(trees: dict[str, ast.Module], name: str = "TrainConfig") -> set[str]:
+    """List the fields of a dataclass and of its bases, wherever they are defined."""
+    classes = {
+        c.name: c for tree in trees.values() for c in tree.body if isinstance(c, ast.ClassDef)
+    }
+    if name not in classes:
+        return set()
+    fields = (node.target for node in classes[name].body if isinstance(node, ast.AnnAssign))
+    own = {field.id for field in fields if isinstance(field, ast.Name)}
+    return own.union(*(flags_of(trees, ast.unparse(base)) for base in classes[name].bases))
+
+
 def main(root: Path) -> None:
     branches: dict[str, Counter[str]] = {name: Counter() for name in CHOICES}
     mentions: dict[str, Counter[str]] = {name: Counter() for name in FLAGS}
-    for path in product(root):
-        text, name = path.read_text(), str(path.relative_to(root))
-        for test in tests_of(ast.parse(text)):
+    per_file: Counter[str] = Counter()
+    trees = {str(path.relative_to(root)): ast.parse(path.read_text()) for path in product(root)}
+    flags = flags_of(trees)
+    for name, tree in trees.items():
+        text = (root / name).read_text()
+        per_file[name] = sum(len(re.findall(rf"\b{flag}\b", text)) for flag in flags)
+        for test in tests_of(tree):
             words = ast.unparse(test)
             for choice, pattern in CHOICES.items():
                 branches[choice][name] += bool(re.search(pattern, words))
@@ -65,6 +81,9 @@ def main(root: Path) -> None:
             print(f"    {n:3} {name}")
     for flag, files in mentions.items():
         print(f"--{flag}: {files.total()} mentions in {len(+files)} files: {', '.join(+files)}")
+    print(f"mentions of each of train.py's {len(flags)} flags in one file, on average:")
+    for name, n in per_file.most_common(5):
+        print(f"    {n / len(flags):.2f} {name}")
 
 
 if __name__ == "__main__":
