@@ -32,6 +32,7 @@ SPLIT_FOLDERS = {
 LABEL_COLUMN = "label"
 FOLDER_COLUMN = "folder"  # classes by the innermost folder, if it is asked for
 CAPTION_COLUMN = "text"
+SPLIT_COLUMN = "split"
 
 
 @dataclass(frozen=True)
@@ -94,15 +95,18 @@ def open_image_folder(files: FolderFiles, *, label_column: str | None) -> ImageF
     """
     from datasets import Dataset, Features, Image, Value
 
-    folders = {split: _below(split_images) for split, split_images in _splits(files).items()}
+    taken = ["image", CAPTION_COLUMN] if files.captions else ["image"]
+    table = metadata_files.read_tables(files.root, files.tables, files.images, taken)
+    split_images = _splits(files)
+    if len(split_images) == 1:
+        split_images = _splits_of_table(table, files.images) or split_images
+    folders = {split: _below(images) for split, images in split_images.items()}
     by_innermost = label_column == FOLDER_COLUMN
     classes = {
         split: {path: _class_of(parts, by_innermost) for path, parts in rows.items()}
         for split, rows in folders.items()
     }
     names = {name for rows in classes.values() for name in rows.values() if name is not None}
-    taken = ["image", CAPTION_COLUMN] if files.captions else ["image"]
-    table = metadata_files.read_tables(files.root, files.tables, files.images, taken)
     notices = [_describe_files(files, classes, table.files)]
     if len(names) > 1 and LABEL_COLUMN in table.names() and not by_innermost:
         notices.append(
@@ -164,6 +168,18 @@ def _splits(files: FolderFiles) -> dict[str, list[str]]:
             how="move them, or pass one of those folders as --dataset_name folder:PATH",
         )
     return splits
+
+
+def _splits_of_table(table: metadata_files.Tables, images: list[str]) -> dict[str, list[str]]:
+    """Divide images by the tables' column "split", if each has one of several splits there."""
+    if SPLIT_COLUMN not in table.names():
+        return {}
+    words = table.columns(images)[0][SPLIT_COLUMN]
+    names = [split_name(word) if isinstance(word, str) else None for word in words]
+    splits: dict[str, list[str]] = {}
+    for image, name in zip(images, names, strict=True):
+        splits.setdefault(name or "", []).append(image)
+    return splits if len(splits) > 1 and "train" in splits and "" not in splits else {}
 
 
 def split_name(folder: str) -> str | None:

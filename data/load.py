@@ -213,7 +213,11 @@ def _describe_rows(
     train: Split,
     evaluation: Split,
 ) -> list[str]:
-    """List what may surprise: how classes are numbered, rows and splits that are left out."""
+    """List what may surprise: how classes are numbered, rows and splits that are left out.
+
+    Raises:
+        UserError: no row of the training split has a caption.
+    """
     config, notices = train.config, list[str]()
     n = config.n_classes
     names = config.label_names
@@ -230,6 +234,12 @@ def _describe_rows(
         notices.append(f"column '{config.image_column}' holds several images: the first is taken")
     for split in (train, evaluation):
         n_empty = sum(captions == ("",) for captions in split.captions)
+        if n_empty == len(split) and split is train:
+            raise UserError(
+                f"dataset '{config.name}', column '{config.caption_column}': all {n_empty} rows of "
+                f"'{split.name}' are without a caption",
+                how="pass --caption_column NAME, or --conditioning none to train without",
+            )
         if n_empty:
             notices.append(
                 f"{n_empty} of {count(len(split), 'row')} of '{split.name}' without a caption:"

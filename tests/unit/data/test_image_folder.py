@@ -453,6 +453,32 @@ def test_several_lines_for_an_image_are_several_captions(tmp_path):
     assert source.train.captions[0] == ("a, 1", "a, 2")
 
 
+def test_a_tables_column_divides_a_folder_into_splits(tmp_path):
+    """They were all training rows."""
+    folder = write_images(tmp_path / "x", *(f"{i}.jpg" for i in range(6)))
+    words = ["Train", "train", "train", "val", "val", "test"]
+    lines = ["file_name,split,label", *(f"{i}.jpg,{words[i]},{i % 2}" for i in range(6))]
+    table = folder / "metadata.csv"
+    table.write_text("\n".join(lines))
+    source = open_dataset(f"folder:{folder}")
+    assert (len(source.train), len(source.eval), source.eval.name) == (3, 2, "validation")
+    assert "3 images to train; 2 images to validation; 1 image to test" in notices(source)
+    assert "splits that are not used: test" in notices(source)
+    # A word that is no split, and a column of one word, divide nothing.
+    for word in ("other", "train"):
+        table.write_text("\n".join(lines).replace("val", word).replace("test", word))
+        source = open_dataset(f"folder:{folder}")
+        assert len(source.train) + len(source.eval) == 6
+
+
+def test_captions_that_are_all_empty_are_refused(tmp_path):
+    folder = write_images(tmp_path / "x", *(f"{i}.jpg" for i in range(4)))
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(" \n")
+    with pytest.raises(UserError, match="all 3 rows of 'train' are without a caption; pass"):
+        open_dataset(f"folder:{folder}", conditioning="text")
+
+
 def test_a_table_that_cannot_be_used_is_named(tmp_path):
     folder = write_images(tmp_path / "x", "a.jpg", "b.jpg")
     (folder / "metadata.csv").write_text("file_name,text\nq.jpg,x\n")
