@@ -62,6 +62,21 @@ def test_an_mmdit_has_no_peer(cache):
     assert "left out" in text
 
 
+def test_operations_belong_to_the_functions_that_asked_for_them(cache):
+    flags = ["--model", "DiT-Ti/8", "--image_size", 16, "--batch_size", 2, "--n_steps", 1]
+    flags += ["--precision", "fp32"]
+    done = run("benchmarks/operations.py", *flags, cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert "fp32: a step takes " in done.stdout and "| products | copies | other |" in done.stdout
+    (profile,) = json.loads(done.stdout.splitlines()[-1])["profiles"]
+    functions = profile["functions"]
+    multiplies = {name for name, kinds in functions.items() if kinds["products"]}
+    assert {f"networks/layers.py Linear.__call__{end}" for end in ("", ", backward")} <= multiplies
+    assert any(name.startswith("networks/ops.py attention") for name in multiplies)
+    assert not any(name.startswith("training/optim.py") for name in multiplies)
+    assert 0 < profile["floor_s"] < profile["step_s"]
+
+
 @pytest.mark.slow
 @needs_torch
 def test_sample(cache):
