@@ -11,11 +11,13 @@ from pathlib import Path
 
 # Before jax is imported. Tests mostly compile: unoptimised programs compile three times faster, and
 # XLA's older emitters of fusions more than twice as fast again. An unknown flag would end XLA.
-FAST = "--xla_backend_optimization_level=0"
+UNOPTIMISED = "--xla_backend_optimization_level=0"
+FAST = UNOPTIMISED
 if version("jaxlib").startswith("0.10."):
     FAST += " --xla_cpu_use_fusion_emitters=false"
-# Of a program whose bits are compared with another's: the older emitters round by what they fuse.
-AS_USERS_COMPILE = {"xla_cpu_use_fusion_emitters": True} if "fusion" in FAST else {}
+# Of programs whose bits are compared with other programs': the older emitters round by what they
+# fuse.
+AS_USERS_COMPILE = {"xla_cpu_use_fusion_emitters": True} if FAST != UNOPTIMISED else {}
 os.environ["XLA_FLAGS"] = f"{FAST} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Compiled programs, shared by all tests, the processes they start, and the next session. By the

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from commands import ROOT, SMALL, settings
+from conftest import UNOPTIMISED
 from train_cases import metrics
 
 SAVE_EVERY, SAMPLE_EVERY = 20, 15
@@ -26,7 +27,8 @@ class Forks:
         self.server = subprocess.Popen(
             [sys.executable, "tests/support/forks.py", self.out, self.err],
             cwd=ROOT,
-            env=os.environ | settings(cache),
+            # A run and another that holds its data elsewhere are compared bit by bit.
+            env=os.environ | settings(cache) | {"XLA_FLAGS": UNOPTIMISED},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
