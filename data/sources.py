@@ -61,10 +61,12 @@ def open_splits(
         folder, config_name = _find_folder(entry, folder)
     try:
         if streaming:
-            return OpenedSplits(_open_parquet(entry, folder, config_name), [])
+            with _hub_quietly():
+                return OpenedSplits(_open_parquet(entry, folder, config_name), [])
         if folder and not _is_saved(folder):
             return _open_folder(entry, folder, config_name, label_column)
-        return _open_arrow(entry, folder)
+        with _hub_quietly():
+            return _open_arrow(entry, folder)
     except UserError:
         raise
     except Exception as error:  # datasets, pyarrow and the hub each raise their own kinds
@@ -74,6 +76,8 @@ def open_splits(
         if cause.startswith("Config name is missing"):
             place, how = f"{place} without a configuration", f"write {entry.name}:NAME"
             cause = str(error).partition("available configs: ")[2].partition("\n")[0]
+        if "is not cached in" in cause:  # the text of `datasets` when it finds no network
+            cause = "the hub is out of reach, and the dataset is not in the cache"
         problem = f"dataset '{entry.name}': cannot open {place} ({cause})"
         raise UserError(problem, how=how) from error
 
@@ -410,6 +414,19 @@ def _open_parquet(
         if folder:
             _check_contents(sort_files(list_files(folder)))
         raise
+
+
+@contextlib.contextmanager
+def _hub_quietly() -> Generator[None]:
+    """Keep `huggingface_hub` from printing each attempt: the failure of the last is an error."""
+    from huggingface_hub.utils import logging as hub_logging
+
+    level = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(level)
 
 
 @contextlib.contextmanager

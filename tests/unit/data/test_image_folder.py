@@ -533,3 +533,22 @@ def test_a_file_that_could_not_be_read_is_looked_at_again(tmp_path, monkeypatch)
         patch.setattr(Image, "open", fail)
         open_dataset(f"folder:{folder}", image_size=8, channels=3)
     assert "not readable" not in notices(open_dataset(f"folder:{folder}"))
+
+
+# --- the hub ---
+
+
+def test_a_hub_out_of_reach_is_one_line(monkeypatch, caplog):
+    """Its client printed each of six attempts, twice."""
+    import datasets
+    from huggingface_hub.utils import logging as hub_logging
+
+    def fail(*_):
+        hub_logging.get_logger("huggingface_hub.utils._http").warning("Retrying in 1s")
+        raise ConnectionError("Dataset uoft-cs/cifar10 is not cached in None")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    level = hub_logging.get_verbosity()
+    with pytest.raises(UserError, match=r"the hub is out of reach.*; --data_dir FOLDER opens"):
+        open_dataset("cifar10")
+    assert "Retrying" not in caplog.text and hub_logging.get_verbosity() == level
