@@ -108,6 +108,11 @@ def open_image_folder(files: FolderFiles, *, label_column: str | None) -> ImageF
     }
     names = {name for rows in classes.values() for name in rows.values() if name is not None}
     notices = [_describe_files(files, classes, table.files)]
+    if SPLIT_COLUMN in table.names() and len(split_images) == 1:
+        notices.append(
+            f"column '{SPLIT_COLUMN}' of a table divides nothing: not every image has a split "
+            "there, or all have the same"
+        )
     if len(names) > 1 and LABEL_COLUMN in table.names() and not by_innermost:
         notices.append(
             f"column '{LABEL_COLUMN}' of a table takes the place of the {len(names)} classes by "

@@ -469,6 +469,7 @@ def test_a_tables_column_divides_a_folder_into_splits(tmp_path):
         table.write_text("\n".join(lines).replace("val", word).replace("test", word))
         source = open_dataset(f"folder:{folder}")
         assert len(source.train) + len(source.eval) == 6
+        assert "column 'split' of a table divides nothing" in notices(source)
 
 
 def test_captions_that_are_all_empty_are_refused(tmp_path):
