@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import os
-import signal
 import sys
 import time
 from importlib.metadata import version
@@ -12,12 +11,13 @@ from pathlib import Path
 # Before jax is imported. Tests mostly compile: unoptimised programs compile three times faster, and
 # XLA's older emitters of fusions more than twice as fast again. An unknown flag would end XLA.
 UNOPTIMISED = "--xla_backend_optimization_level=0"
-FAST = UNOPTIMISED
+OLDER_EMITTERS = ""
 if version("jaxlib").startswith("0.10."):
-    FAST += " --xla_cpu_use_fusion_emitters=false"
+    OLDER_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+FAST = f"{UNOPTIMISED} {OLDER_EMITTERS}"
 # Of programs whose bits are compared with other programs': the older emitters round by what they
 # fuse.
-AS_USERS_COMPILE = {"xla_cpu_use_fusion_emitters": True} if FAST != UNOPTIMISED else {}
+AS_USERS_COMPILE = {"xla_cpu_use_fusion_emitters": True} if OLDER_EMITTERS else {}
 os.environ["XLA_FLAGS"] = f"{FAST} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Compiled programs, shared by all tests, the processes they start, and the next session. By the
@@ -160,22 +160,14 @@ def latent_digits(vae, cache, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(cache, tmp_path_factory):
-    """What forks commands off; see test_faults.py."""
+    """What runs commands one at a time; see faults_cases.py."""
     from faults_cases import Forks
 
-    forks = Forks(cache, tmp_path_factory.mktemp("forks"))
-    with forks.server:
-        yield forks
-        forks.server.kill()
+    return Forks(cache, tmp_path_factory.mktemp("forks"))
 
 
 @pytest.fixture
 def forks(server):
     """The same, of which no run is left behind."""
-    from faults_cases import children
-
     yield server
-    if not server.ended:
-        for child in children(server.server.pid):
-            os.killpg(child, signal.SIGKILL)
-        server.end()
+    server.leave_nothing()

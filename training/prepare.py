@@ -7,17 +7,16 @@ captions, with a progress bar.
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data import bad_rows, caption_cache
-from data.caption_cache import CaptionStore
+from data import bad_rows
 from data.load import open_dataset
 from data.rows import Source
-from inference.conditioning import Conditioning, StoredCaptions, class_conditioning
+from inference.conditioning import Conditioning
 from inference.guidance import null_is_trained
 from inference.spaces import space_of
 from methods.method import Method
@@ -27,13 +26,13 @@ from runtime import processes, processor, run_folder
 from runtime.errors import UserError
 from runtime.parallel import Devices
 from training import warm_start
+from training.conditionings import RUN_CONDITIONINGS
 from training.config import TrainConfig
 from training.resolve import (
     merge_saved,
     network_config,
     recorded_flags,
     require_even_batches,
-    require_same_classes,
     require_same_space,
     resolve_train_config,
     training_method,
@@ -99,14 +98,15 @@ def prepare(config: TrainConfig, devices: Devices) -> Prepared:
         starts_with_null=starts_with_null,
     )
     config = resolve(n_rows=len(source.train))
-    if saved and config.conditioning == "class":
-        require_same_classes(source.config, saved)
+    kind = RUN_CONDITIONINGS[config.conditioning]
+    if saved:
+        kind.require_same(source.config, saved)
     if not saved:  # a finished run may be sampled on any number of devices
         require_even_batches(config, devices.count)
     if not config.profile:  # it reads no images
         source = leave_out_bad_rows(config, source, run_dir)
         config = resolve(n_rows=len(source.train))  # fewer rows make shorter epochs
-    conditioning = _open_conditioning(config, source, saved.get("text_revisions"))
+    conditioning = kind.open(config, source, saved.get("text_revisions"))
     network = network_config(config, source.config)
     if config.init_from:
         record = saved.get("model_config") or (vars(weights.config) if weights else {})
@@ -121,9 +121,7 @@ def prepare(config: TrainConfig, devices: Devices) -> Prepared:
         method=training_method(config),
         network=replace(network, **conditioning.fields),
         weights=weights,
-        null_is_trained=(
-            config.conditioning == "none" or bool(config.label_dropout) or starts_with_null
-        ),
+        null_is_trained=(not kind.has_null or bool(config.label_dropout) or starts_with_null),
     )
 
 
@@ -251,26 +249,3 @@ def leave_out_bad_rows(config: Any, source: Source, run_dir: Path | None) -> Sou
 
     record = processes.broadcast_text(find)
     return bad_rows.leave_out(source, bad_rows.from_json(record, source)) if record else source
-
-
-def _open_conditioning(
-    c: TrainConfig, source: Source, revisions: Sequence[str] | None
-) -> Conditioning:
-    """Open the cache of encoded captions and encode what it lacks, for a run on captions.
-
-    Args:
-        revisions: those of the text encoders that a resumed run was trained with.
-    """
-    if c.conditioning != "text":
-        n_classes = source.config.n_classes if c.conditioning == "class" else 0
-        return class_conditioning(n_classes, source.config.label_names)
-    folder = c.caption_cache or caption_cache.default_cache_folder(c.dataset_name, c.data_dir)
-    splits = (source.train, source.eval)
-    captions = [text for split in splits for texts in split.captions for text in texts]
-    if c.profile:
-        captions = captions[: caption_cache.CAPTIONS_PER_SHARD]  # a profile reads none of them
-    with processes.first_then_others():
-        store = CaptionStore.open(
-            folder, captions, c.text_towers, revisions=revisions, max_length=c.text_length
-        )
-    return StoredCaptions(store, c.text_towers)

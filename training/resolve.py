@@ -18,14 +18,11 @@ from inference.spaces import Space, space_of
 from methods.method import Method
 from methods.registry import METHODS, find_method
 from model import BLOCKS, JOINT, MODELS, ModelConfig, model_config
-from runtime.errors import UserError, some_of
+from runtime.errors import UserError
 from runtime.flags import check_values, defaults_of, flags_of, paths_of, reject_unused
 from training import wandb_sink
-from training.config import (
-    BY_PRESET,
-    PRECISIONS,
-    TrainConfig,
-)
+from training.conditionings import RUN_CONDITIONINGS, ByCaption
+from training.config import BY_PRESET, PRECISIONS, TrainConfig
 from training.flag_groups import BY_DATASET, DEFAULT_DATASET
 
 AnyConfig = TypeVar("AnyConfig")  # TrainConfig, or the config of another command that trains
@@ -150,36 +147,6 @@ def require_same_space(space: Space, saved: dict[str, Any]) -> None:
             )
 
 
-def require_same_classes(dataset: DatasetConfig, saved: Mapping[str, Any]) -> None:
-    """Reject resuming on other classes of images, whose ids would mean something else.
-
-    Args:
-        dataset: the opened dataset.
-        saved: `config.json` of the run to resume.
-
-    Raises:
-        UserError: their number or their names differ.
-    """
-    n_before, n = saved["model_config"]["n_classes"], dataset.n_classes
-    before, names = saved["dataset"].get("label_names") or [], list(dataset.label_names)
-    if before and names and before != names:
-        changes = {"added": set(names) - set(before), "removed": set(before) - set(names)}
-        texts = [
-            f"{what}: {some_of([name[:30] for name in sorted(found)], 2)}"
-            for what, found in changes.items()
-            if found
-        ]
-        change = "; ".join(texts) or "in another order"
-    elif n != n_before:
-        change = "some were added" if n > n_before else "some were removed"
-    else:
-        return
-    raise UserError(
-        f"cannot resume: {dataset.name} had {n_before} classes, now it has {n} ({change}); put "
-        "them back, or start a new run from these weights by --init_from RUN"
-    )
-
-
 # --- filling in the flags left out ----------------------------------------------------------------
 
 
@@ -220,12 +187,12 @@ def resolve_train_config(
     values = known_values(config, dataset)
     given = given_flags(config)
     can_guide = bool(values["label_dropout"]) or starts_with_null
-    if values["conditioning"] == "none" or not can_guide:
+    conditioning = RUN_CONDITIONINGS[values["conditioning"]]
+    if not (conditioning.has_null and can_guide):
         values["cfg_scale"] = given.get("cfg_scale", 1.0)
-    if values["conditioning"] != "text":
-        for name in ("text_towers", "text_length", "caption_cache"):
-            if given.get(name):
-                raise UserError(f"--{name} is for captions; pass --caption_column or --caption too")
+    for name in {*ByCaption.flags} - {*conditioning.flags}:
+        if given.get(name):
+            raise UserError(f"--{name} is for captions; pass --caption_column or --caption too")
         values["text_towers"] = ()
     values = drop_flags_of_other_methods(values, given)
     check_given(config, values)
@@ -339,7 +306,7 @@ def _validate_model_and_sampling(config: TrainConfig) -> None:
     if is_joint != (config.block == JOINT):
         allowed = "joint blocks only" if is_joint else f"one of: {', '.join(BLOCKS)}"
         raise UserError(f"--block {config.block}: {config.model} takes {allowed}")
-    if config.conditioning == "none" and config.cfg_scale != 1:
+    if not RUN_CONDITIONINGS[config.conditioning].has_null and config.cfg_scale != 1:
         raise UserError(
             f"--cfg_scale {config.cfg_scale}: an unconditional model cannot be guided; leave it at "
             "1"
@@ -367,7 +334,7 @@ def _reject_conflicting_storage(config: TrainConfig) -> None:
         raise UserError(
             "--cache_on_device holds the whole dataset; drop --streaming or --noin_memory"
         )
-    if config.cache_on_device and config.conditioning == "text":
+    if config.cache_on_device and not RUN_CONDITIONINGS[config.conditioning].fits_on_device:
         raise UserError(
             "--cache_on_device is for class labels; captions are read from their own cache"
         )
@@ -418,7 +385,7 @@ def network_config(config: TrainConfig, dataset: DatasetConfig) -> ModelConfig:
         image_size=config.image_size,
         channels=config.channels,
         out_channels=training_method(config).out_channels(config.channels),
-        n_classes=dataset.n_classes if config.conditioning == "class" else 0,
+        n_classes=RUN_CONDITIONINGS[config.conditioning].n_classes(dataset),
         block=config.block,
         position=config.position,
         rope=config.rope,

@@ -224,9 +224,25 @@ class NullTracker:
 
 
 def _writer(folder: Path, *, purge_step: int | None) -> "SummaryWriter":
-    from tensorboardX import SummaryWriter  # 0.2 s that other commands need not wait for
+    with _without_torch():
+        from tensorboardX import SummaryWriter  # 0.2 s that other commands need not wait for
 
     return SummaryWriter(str(folder), purge_step=purge_step)
+
+
+@contextmanager
+def _without_torch() -> Generator[None]:
+    """Meanwhile, do not find torch, unless it is there already. TensorboardX imports it where it is
+    installed, for the name of a type: a second of every run.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  (as the import system has it)
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 def rewind(path: Path, step: int) -> None:

@@ -1,13 +1,18 @@
 """Run the project's commands as a user would, each in its own process."""
 
+import json
 import os
+import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, TextIO
 
 import pytest
 from conftest import FAST
@@ -20,31 +25,131 @@ CONVERT = "convert_imagenet.py"
 DIGITS_AT_16 = ["--dataset_name", "digits", "--image_size", "16", "--rows_per_file", "500"]
 DIGITS_AT_16 += ["--n_workers", "0"]
 
+_server: "ForkServer | None" = None
 
-def settings(cache: Path, n_devices: int = 1, fast_compile: bool = True) -> dict[str, str]:
+
+def settings(cache: Path, n_devices: int = 1, xla_flags: str = FAST) -> dict[str, str]:
     """Environment of a command on so many virtual devices. `cache` holds the session's compiled
     programs.
     """
-    flags = f"--xla_force_host_platform_device_count={n_devices}"
     return {
-        "XLA_FLAGS": f"{flags} {FAST}" if fast_compile else flags,
+        "XLA_FLAGS": f"{xla_flags} --xla_force_host_platform_device_count={n_devices}",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+
+
+class Fork:
+    """A command of a `ForkServer`, used as a `subprocess.Popen`."""
+
+    def __init__(self, words: list[str], report: TextIO):
+        self.args, self._report = words, report
+        self.returncode: int | None = None
+        self.pid = int(report.readline())
+        self.stdout: TextIO | None = None
+        self.stderr: TextIO | None = None
+
+    def poll(self) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(timeout=0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self._report], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            with self._report:
+                self.returncode = int(self._report.readline())
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        assert self.stdout and self.stderr
+        with self.stdout, self.stderr, ThreadPoolExecutor() as pool:
+            texts = [pool.submit(stream.read) for stream in (self.stdout, self.stderr)]
+            try:
+                self.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self.kill()  # else its streams would be waited for
+                raise
+            return texts[0].result(), texts[1].result()
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class ForkServer:
+    """The process of forks.py, which spares each command two seconds of imports. It ends with the
+    process that has started it.
+    """
+
+    def __init__(self, environment: dict[str, str]):
+        self.environment = environment
+        self.connection, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "tests/support/forks.py", str(theirs.fileno())],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+
+    def can_start(self, words: Sequence[str], environment: dict[str, str]) -> bool:
+        """Return True if the command's imports would read the environment that the server's read.
+        A benchmark is no such command: it measures its process.
+        """
+        names = {*environment, *self.environment} - {"XLA_FLAGS", "PYTEST_CURRENT_TEST"}
+        is_same = all(environment.get(name) == self.environment.get(name) for name in names)
+        return is_same and words[0].endswith(".py") and not words[0].startswith("benchmarks/")
+
+    def start(
+        self, words: list[str], *, xla_flags: str, leads_group: bool, out: int, err: int
+    ) -> Fork:
+        """Start a command that writes to the files `out` and `err`, which are closed here."""
+        report, theirs = os.pipe()
+        request = {"words": words, "XLA_FLAGS": xla_flags, "leads_group": leads_group}
+        files = [out, err, theirs]
+        socket.send_fds(self.connection, [json.dumps(request).encode() + b"\n"], files)
+        for file in files:
+            os.close(file)
+        return Fork(words, os.fdopen(report))
+
+
+def fork_server(environment: dict[str, str]) -> ForkServer:
+    """Return the server of this process, which starts in the environment of the first call."""
+    global _server
+    _server = _server or ForkServer(environment)
+    return _server
 
 
 def start(
     *words: object,
     cache: Path,
     n_devices: int = 1,
-    fast_compile: bool = True,
+    xla_flags: str = FAST,
     within: Sequence[str] = (),
-) -> subprocess.Popen:
+) -> subprocess.Popen[str] | Fork:
     """Start a command in the environment of `settings`, by the words `within` before it."""
+    texts = [*map(str, words)]
+    environment = os.environ | settings(cache, n_devices, xla_flags)
+    server = fork_server(environment)
+    if not within and server.can_start(texts, environment):
+        (stdout, out), (stderr, err) = os.pipe(), os.pipe()
+        flags = environment["XLA_FLAGS"]
+        fork = server.start(texts, xla_flags=flags, leads_group=False, out=out, err=err)
+        fork.stdout, fork.stderr = os.fdopen(stdout), os.fdopen(stderr)
+        return fork
     return subprocess.Popen(
-        [*within, sys.executable, *map(str, words)],
+        [*within, sys.executable, *texts],
         cwd=ROOT,
-        env=os.environ | settings(cache, n_devices, fast_compile),
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -52,12 +157,11 @@ def start(
     )
 
 
-def run(
-    *words: object, cache: Path, n_devices: int = 1, fast_compile: bool = True
-) -> subprocess.CompletedProcess:
+def run(*words: object, cache: Path, **options: Any) -> subprocess.CompletedProcess:
     """`start` a command and wait for its end."""
-    process = start(*words, cache=cache, n_devices=n_devices, fast_compile=fast_compile)
+    process = start(*words, cache=cache, **options)
     out, err = process.communicate(timeout=900)
+    assert process.returncode is not None
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 

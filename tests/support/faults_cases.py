@@ -1,56 +1,54 @@
 """Inputs and helpers shared by the tests of runtime.faults."""
 
-import json
 import os
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import ROOT, SMALL, settings
+from commands import NANO, SMALL, Fork, fork_server, settings
 from conftest import UNOPTIMISED
 from train_cases import metrics
 
+DIGEST = "tests/support/digest.py"
 SAVE_EVERY, SAMPLE_EVERY = 20, 15
 EVERY = ["--eval_save_steps", SAVE_EVERY, "--sample_every_n", SAMPLE_EVERY, "--log_every", 5]
 FLAGS = [*SMALL, *EVERY, "--n_steps", 200]
 
 
 class Forks:
-    """Runs by tests/forks.py, one at a time."""
+    """Commands, one at a time, whose output can be read while they run."""
 
     def __init__(self, cache: Path, folder: Path):
         self.out, self.err = folder / "out", folder / "err"
-        self.server = subprocess.Popen(
-            [sys.executable, "tests/support/forks.py", self.out, self.err],
-            cwd=ROOT,
-            # A run and another that holds its data elsewhere are compared bit by bit.
-            env=os.environ | settings(cache) | {"XLA_FLAGS": UNOPTIMISED},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+        self.cache = cache
+        self.process: Fork | None = None
+
+    def start(self, *flags: object, n_devices: int = 1, command: str = NANO) -> int:
+        """Start a command, which leads a process group; returns its process id."""
+        assert not self.process, "one at a time"
+        # A run and another that holds its data elsewhere are compared bit by bit.
+        xla_flags = settings(self.cache, n_devices, UNOPTIMISED)["XLA_FLAGS"]
+        out, err = (os.open(p, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for p in (self.out, self.err))
+        words = [command, *map(str, flags)]
+        self.process = fork_server(os.environ | settings(self.cache)).start(
+            words, xla_flags=xla_flags, leads_group=True, out=out, err=err
         )
-        self.ended = True
-
-    def _send(self, **request: object) -> int:
-        assert self.server.stdin and self.server.stdout
-        self.out.write_text("")
-        print(json.dumps(request), file=self.server.stdin, flush=True)
-        self.ended = False
-        return int(self.server.stdout.readline())
-
-    def start(self, *flags: object, n_devices: int = 1, command: str = "train") -> int:
-        """Start a run; returns its process id."""
-        return self._send(command=command, flags=[*map(str, flags)], n_devices=n_devices)
+        return self.process.pid
 
     def end(self) -> tuple[int, str, str]:
-        """Wait for the run; returns its exit status, stdout and stderr."""
-        assert self.server.stdout
-        status, self.ended = int(self.server.stdout.readline()), True
+        """Wait for the command; returns its exit status, stdout and stderr."""
+        assert self.process
+        status, self.process = self.process.wait(), None
         return status, self.out.read_text(), self.err.read_text()
+
+    def leave_nothing(self) -> None:
+        """Kill what has been started and not ended."""
+        if self.process:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.end()
 
     def run(self, *flags: object, **how: Any) -> tuple[int, str, str]:
         """`start` and `end`."""
@@ -59,8 +57,7 @@ class Forks:
 
     def digest(self, folder: Path, n_devices: int = 1) -> str:
         """Hash the state that a run would resume with on so many devices."""
-        self._send(digest=str(folder), n_devices=n_devices)
-        status, out, err = self.end()
+        status, out, err = self.run(folder, n_devices=n_devices, command=DIGEST)
         assert status == 0, err
         return out
 

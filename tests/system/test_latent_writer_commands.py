@@ -16,7 +16,7 @@ import averaging
 import jax
 import numpy as np
 import pytest
-from commands import fill, small_disk
+from commands import CONVERT, fill, small_disk
 from datasets import ClassLabel, Image, load_dataset
 from faults_cases import Forks, children, wait_until
 from hub_copies import image_file, make_copy
@@ -43,7 +43,7 @@ class Converter:
     def start(self, out: Path | None = None, **flags: Any) -> int:
         given = {"vae": self.vae, **({"out": out} if out else {}), **flags}
         words = [f"--{name}={value}" for name, value in given.items() if value is not None]
-        return self.forks.start(*words, command="convert_imagenet")
+        return self.forks.start(*words, command=CONVERT)
 
     def __call__(self, out: Path | None = None, **flags: Any) -> tuple[int, str, str]:
         """The exit status and what was printed."""
@@ -61,10 +61,7 @@ class Converter:
 def convert(server, vae) -> Iterator[Converter]:
     """Leaves no process behind."""
     yield Converter(server, vae)
-    if not server.ended:
-        for child in children(server.server.pid):
-            os.killpg(child, signal.SIGKILL)
-        server.end()
+    server.leave_nothing()
 
 
 @pytest.fixture(scope="module")
@@ -179,16 +176,14 @@ def test_the_way_images_are_read_changes_no_byte(convert, whole, tmp_path):
 def test_eight_devices_make_the_same_latents(server, vae, whole, tmp_path):
     flags = [f"--{name}={value}" for name, value in (SAME | {"batch_size": 64}).items()]
     flags += ["--vae", vae, "--out", tmp_path / "digits"]
-    status, _, err = server.run(*flags, command="convert_imagenet", n_devices=8)
+    status, _, err = server.run(*flags, command=CONVERT, n_devices=8)
     assert status == 0, err
     ours, theirs = (moments(folder).astype(np.float32) for folder in (tmp_path / "digits", whole))
     np.testing.assert_allclose(ours, theirs, atol=2e-3)
-    status, out, _ = server.run(
-        "--doctor", tmp_path / "digits", command="convert_imagenet", n_devices=8
-    )
+    status, out, _ = server.run("--doctor", tmp_path / "digits", command=CONVERT, n_devices=8)
     assert status == 0 and "sound" in out
     flags = ["--dataset_name=digits", "--batch_size=12", "--vae", vae, "--out", tmp_path / "no"]
-    status, _, err = server.run(*flags, command="convert_imagenet", n_devices=8)
+    status, _, err = server.run(*flags, command=CONVERT, n_devices=8)
     assert (status, err) == (2, "error: --batch_size 12 is not divisible by the 8 devices\n")
 
 

@@ -16,7 +16,7 @@ import jax
 import nano  # noqa: F401  (its sizes)
 import numpy as np
 import pytest
-from commands import DIGITS_AT_16, SMALL
+from commands import CONVERT, DIGITS_AT_16, SMALL
 from faults_cases import Forks, assert_same_end, newest, wait_until
 from hub_copies import make_copy
 from PIL import Image
@@ -57,7 +57,7 @@ def whole(server, latent_digits, tmp_path_factory) -> tuple[Path, str]:
 
 def convert(forks: Forks, out: Path, *flags: Any) -> Path:
     words = ["--out", out, *flags]
-    status, _, err = forks.run(*DIGITS_AT_16, *words, command="convert_imagenet")
+    status, _, err = forks.run(*DIGITS_AT_16, *words, command=CONVERT)
     assert status == 0, err
     return out
 
@@ -183,7 +183,7 @@ def test_captions_of_latents_are_trained_on(forks, tmp_path):
     copy = make_copy("coco", tmp_path / "coco")
     flags = ["--dataset_name", "coco", "--data_dir", copy, "--image_size", 16, "--n_workers", 0]
     flags += ["--vae", vae, "--out", tmp_path / "latents"]
-    status, _, err = forks.run(*flags, command="convert_imagenet")
+    status, _, err = forks.run(*flags, command=CONVERT)
     assert status == 0, err
     encoder, folder = save_clip(tmp_path / "encoder"), tmp_path / "run"
     flags = ["--model", "MMDiT-Nano/4", *COMMON, "--latents", tmp_path / "latents"]
@@ -316,7 +316,7 @@ def test_imagenet_trains_on_its_latents(forks, tmp_path):
     copy, folder = make_copy("imagenet", tmp_path / "data"), tmp_path / "latents"
     words = ["--dataset_name", "imagenet", "--data_dir", copy, "--vae", tmp_path / "vae"]
     words += ["--image_size", 16, "--out", folder]
-    status, _, err = forks.run(*words, command="convert_imagenet")
+    status, _, err = forks.run(*words, command=CONVERT)
     assert status == 0, err
     assert latents.read_latent_dataset(folder).encoding.mirrored
     flags = [*FLAGS, "--dataset_name", "imagenet", "--latents", folder]

@@ -605,7 +605,8 @@ def test_every_field_is_read():
     """A flag that nothing reads is a promise that nobody keeps."""
     modules = ["train.py"]
     modules += [
-        f"training/{name}.py" for name in ("config", "prepare", "resolve", "loop", "session")
+        f"training/{name}.py"
+        for name in ("config", "prepare", "conditionings", "resolve", "loop", "session")
     ]
     read = {name for module in modules for name in read_fields(module)}
     read |= {name for method in METHODS.values() for name in flags_of(method)}

@@ -6,7 +6,7 @@ import pytest
 
 from datasets_config import DATASET_CONFIGS
 from runtime.errors import UserError
-from training.resolve import require_same_classes
+from training.conditionings import RUN_CONDITIONINGS
 
 
 def with_classes(*names, n=None):
@@ -38,7 +38,7 @@ def saved(*names, n=None):
 def test_other_classes_are_named(before, now, change):
     pattern = change.replace("(", r"\(").replace(")", r"\)")
     with pytest.raises(UserError, match=f"cannot resume: folder:pets .*{pattern}") as error:
-        require_same_classes(now, before)
+        RUN_CONDITIONINGS["class"].require_same(now, before)
     assert "--init_from RUN" in str(error.value) and len(str(error.value)) <= 300
 
 
@@ -51,4 +51,4 @@ def test_other_classes_are_named(before, now, change):
     ],
 )
 def test_the_same_classes_are_resumed(before, now):
-    require_same_classes(now, before)
+    RUN_CONDITIONINGS["class"].require_same(now, before)
