@@ -92,7 +92,7 @@ def choose_columns(
             f"dataset '{entry.name}' has no classes to condition a model on",
             how="pass --label_column NAME",
         )
-    class_names = read_class_names(entry, data, label_column)
+    class_names = read_class_names(entry, data, label_column, class_order)
     if class_order and sorted(class_order) == sorted(class_names):
         class_names = tuple(class_order)
     return dataclasses.replace(
@@ -236,9 +236,13 @@ def _choose_column(
 
 
 def read_class_names(
-    config: DatasetConfig, data: ArrowSplit | ParquetSplit, column: str | None
+    config: DatasetConfig,
+    data: ArrowSplit | ParquetSplit,
+    column: str | None,
+    class_order: Sequence[str] = (),
 ) -> tuple[str, ...]:
-    """Return one name per class, in the order of the ids; () when there are no classes.
+    """Return one name per class, in the order of the ids; () when there are no classes. Classes
+    that no row has are left out, but of a known dataset and of the run to resume (`class_order`).
 
     Raises:
         UserError: the column's type is no type of labels, or it has other classes than the known
@@ -251,7 +255,11 @@ def read_class_names(
     known_names = config.label_names if is_recommended else ()
     label_type = _label_type(feature)
     if label_type == "class":
-        return _of_known_dataset(config, column, tuple(feature.names))
+        names = tuple(feature.names)
+        if not config.n_classes and sorted(class_order) != sorted(names):
+            used = {*data.read_column(column).unique().to_pylist()}
+            names = tuple(name for i, name in enumerate(names) if i in used)
+        return _of_known_dataset(config, column, names)
     if label_type == "bool":
         return known_names or (f"not {column}", column)
     values: list[Any] = []
@@ -313,13 +321,11 @@ def read_label_ids(
     id_of_label = {name: i for i, name in enumerate(names)}
     unknown = len(names)
     if kind in ("class", "bool"):
+        # The run to resume may have the classes in another order, and unused ones are left out.
+        own_names = feature.names if kind == "class" else names
+        own_ids = np.array([*(id_of_label.get(name, unknown) for name in own_names), unknown, -1])
         ids = column.cast("int64").fill_null(-1).to_numpy()
-        ids = np.where((ids < -1) | (ids >= len(names)), unknown, ids)
-        if kind == "class" and tuple(feature.names) != names:
-            # The run to resume has the classes in another order.
-            known = [id_of_label.get(name, unknown) for name in feature.names[:unknown]]
-            own_ids = np.array([*known, *[unknown] * (unknown + 1 - len(known)), -1])
-            ids = own_ids[ids]
+        ids = own_ids[np.where((ids < -1) | (ids >= len(own_names)), len(own_names), ids)]
     else:
         if kind != "string" and not all(re.fullmatch(r"-?\d+", name) for name in names):
             # Numbers are ids where the dataset's entry has words for the classes.

@@ -33,7 +33,8 @@ def list_files(root: Path) -> Listing:
     """List a tree, following links. Hidden files and folders are only counted.
 
     Raises:
-        UserError: a folder cannot be read.
+        UserError: a folder cannot be read, or a link leads nowhere and has no image's name, so that
+            it may have been a folder of images.
     """
     found: list[str] = []
     others: list[str] = []
@@ -59,6 +60,8 @@ def list_files(root: Path) -> Listing:
                 n_hidden += 1
             elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES or _is_image(root / path):
                 found.append(path)
+            elif not (root / path).exists():
+                raise UserError(f"'{root / path}' is a link to what is not there: remove it")
             else:
                 others.append(path)
     return Listing(root, sorted(found), sorted(others), n_hidden)

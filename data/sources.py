@@ -6,6 +6,7 @@ and the hub's own layouts are opened by `datasets`. Which splits, columns and ro
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -181,6 +182,7 @@ def _open_folder(
             f" ({what})",
             how="unpack the archive first" if any(map(ARCHIVE.search, found)) else "",
         )
+    _require_plain_name(folder)
     parquet = _parquet_of_splits(files)
     try:
         if not parquet:
@@ -263,11 +265,20 @@ def _suffix(path: str) -> str:
     return os.path.splitext(path)[1]
 
 
+def _require_plain_name(folder: Path) -> None:
+    """Raise UserError for a folder in whose name `datasets` sees a pattern."""
+    if glob.escape(str(folder)) != str(folder):
+        raise UserError(
+            f"'{folder}': its data files cannot be read with * ? [ in the name: rename it"
+        )
+
+
 def _load(
     folder: Path, config_name: str | None, parquet: dict[str, list[str]] | None = None
 ) -> dict[str, ArrowSplit | ParquetSplit]:
     import datasets
 
+    _require_plain_name(folder)
     with _quietly():
         if parquet:
             splits = datasets.load_dataset("parquet", data_files=parquet)
@@ -396,6 +407,7 @@ def _open_parquet(
     if folder and _is_saved(folder):
         builder = None
     elif folder:
+        _require_plain_name(folder)
         builder = datasets.load_dataset_builder(str(folder), config_name)
     else:
         builder = datasets.load_dataset_builder(entry.path, entry.config_name)

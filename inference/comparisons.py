@@ -16,7 +16,7 @@ from data.batch import EncodedCaption
 from data.load import open_dataset
 from data.rows import Split
 from inference import grids
-from inference.labels import SampleRequest, drawable_texts, spread_evenly
+from inference.labels import SampleRequest, changed_classes, drawable_texts, spread_evenly
 from inference.sampler import StartFrom
 from inference.trained_model import SamplingPlan, TrainedModel
 from runtime.errors import UserError
@@ -181,6 +181,7 @@ def open_eval_split(
     if not settings.get("dataset_name"):
         raise UserError(f"{need}, and the dataset of {trained.name} is not known")
     latents = settings.get("latents")
+    names = settings.get("dataset", {}).get("label_names") or ()
     try:
         source = open_dataset(
             settings["dataset_name"],
@@ -197,8 +198,11 @@ def open_eval_split(
             train_split=settings.get("train_split"),
             eval_split=settings.get("eval_split"),
             unlabelled=settings.get("unlabelled") or "stop",
-            class_order=settings.get("dataset", {}).get("label_names") or (),
+            class_order=names,
         )
+        n_classes = trained.model.n_classes
+        if n_classes and (change := changed_classes(source.config, names, n_classes)):
+            raise UserError(f"{change}; give it the classes of the training again")
         run_dir = settings.get("run_dir")
         if run_dir and (record := bad_rows.read_record(Path(run_dir))):
             source = bad_rows.leave_out(source, bad_rows.from_json(record, source))

@@ -334,10 +334,10 @@ class Captions(Conditioning):
         return self._encode([str(word) for word in words])
 
     def examples(self, n: int, open_split: OpenSplit) -> list[str]:
-        return first_captions(open_split().captions)[:n]
+        return first_captions(_captions_of(open_split()))[:n]
 
     def all_words(self, split: Split) -> Sequence[int | str]:
-        return [texts[0] for texts in split.captions]
+        return [texts[0] for texts in _captions_of(split)]
 
     def grid_words(self, n: int, split: Split) -> list[int] | list[str]:
         return first_captions(split.captions)[:n]
@@ -345,7 +345,8 @@ class Captions(Conditioning):
     def of_rows(
         self, split: Split, rows: Int[np.ndarray, "b"]
     ) -> tuple[Int[np.ndarray, "b"] | EncodedCaption, Sequence[str]]:
-        captions = [split.captions[row][0] for row in rows]
+        texts = _captions_of(split)
+        captions = [texts[row][0] for row in rows]
         return self.encode(captions), captions
 
     def class_ids(self, words: Sequence[str]) -> list[int]:
@@ -392,6 +393,17 @@ class StoredCaptions(Captions):
 
     def blank(self, n: int) -> Any:
         return self.store.null_captions(n)
+
+
+def _captions_of(split: Split) -> Sequence[Sequence[str]]:
+    """Return the captions of each row of a split.
+
+    Raises:
+        UserError: it was opened without captions.
+    """
+    if not split.captions:
+        raise UserError(f"dataset '{split.config.name}', split '{split.name}' has no captions")
+    return split.captions
 
 
 def first_captions(captions: Sequence[Sequence[str]]) -> list[str]:

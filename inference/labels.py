@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Int
 
 from data.batch import EncodedCaption
+from datasets_config import DatasetConfig
 from inference import fonts
 from inference.sampler import Labels
-from runtime.errors import UserError, unknown_name
+from runtime.errors import UserError, some_of, unknown_name
 
 Seeds = int | Sequence[int]  # one for all samples, or one for each
 ReadCaptions = Callable[[Int[np.ndarray, "b"]], EncodedCaption]
@@ -106,6 +107,30 @@ def label_ids(words: Sequence[int | str], names: Sequence[str], n_classes: int) 
             raise unknown_name("label", word, names or [f"0 … {n_classes - 1}"])
         ids.append(known[str(word)])
     return ids
+
+
+def changed_classes(dataset: DatasetConfig, names_before: Sequence[str], n_before: int) -> str:
+    """Describe how the classes of an opened dataset differ from those that a model was trained on;
+    "" if they do not. Other classes give the same ids another meaning.
+
+    Args:
+        names_before: the class names of the training; empty if they were not recorded.
+        n_before: the number of its classes.
+    """
+    n, before, names = dataset.n_classes, list(names_before), list(dataset.label_names)
+    if before and names and before != names:
+        changes = {"added": set(names) - set(before), "removed": set(before) - set(names)}
+        texts = [
+            f"{what}: {some_of([name[:30] for name in sorted(found)], 2)}"
+            for what, found in changes.items()
+            if found
+        ]
+        change = "; ".join(texts) or "in another order"
+    elif n != n_before:
+        change = "some were added" if n > n_before else "some were removed"
+    else:
+        return ""
+    return f"{dataset.name} had {n_before} classes, now it has {n} ({change})"
 
 
 def spread_evenly(ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:

@@ -156,9 +156,8 @@ def read_label_table(
     Raises:
         UserError: the table has another number of rows, or both are as likely.
     """
-    hint = (
-        f"name it as dit:classes={n_rows}:PATH if it has no null label, else classes={n_rows - 1}"
-    )
+    as_classes, with_null_label = (f"dit:classes={n}:PATH" for n in (n_rows, n_rows - 1))
+    hint = f"name it as {as_classes} if it has no null label, else {with_null_label}"
     if n_rows == 1:
         return LabelTable(0, True)
     if n_classes is None and dropout is not None:
@@ -172,9 +171,15 @@ def read_label_table(
         raise UserError(f"'{where}' has {n_rows} rows of labels, the last perhaps null: {hint}")
     notice = f"{n_rows} rows of labels are taken for {n_rows - (not without)} classes"
     if without:
-        return LabelTable(n_rows, False, f"{notice} without a null label; if it has one, {hint}")
+        return LabelTable(
+            n_rows,
+            False,
+            f"{notice} without a null label; if it has one, name it as {with_null_label}",
+        )
     return LabelTable(
         n_rows - 1,
         True,
-        "" if with_null else f"{notice} and the null label; if it has none, {hint}",
+        ""
+        if with_null
+        else f"{notice} and the null label; if it has none, name it as {as_classes}",
     )

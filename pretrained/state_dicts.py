@@ -22,7 +22,7 @@ WRAPPERS = {
 }
 # Words of a prefix that tell an average from what it averages. The innermost one counts:
 # ema_pytorch saves `ema.ema_model.` and `ema.online_model.`.
-AVERAGE_WORDS = {"ema", "swa", "average", "averaged", "avg", "shadow", "polyak"}
+AVERAGE_WORDS = {"ema", "swa", "average", "averaged", "avg", "shadow", "polyak", "target"}
 RAW_WORDS = {"online", "raw", "non", "no", "without"}
 # Other words that weights are saved under. A copy under these goes before a teacher's.
 PLAIN_WORDS = {
@@ -109,8 +109,8 @@ def pop_heads(tensors: MutableMapping[str, Any], own: Collection[str]) -> tuple[
     own_parts = {name.partition(".")[0] for name in own}
     heads: dict[str, int] = {}
     for name in [*tensors]:
-        part, dot, _ = name.partition(".")
-        if dot and part not in own_parts and HEAD_WORDS & {*_words(part)}:
+        part = name.partition(".")[0]
+        if part not in own_parts and HEAD_WORDS & {*_words(part)}:
             del tensors[name]
             heads[part] = heads.get(part, 0) + 1
     if not heads:

@@ -1,8 +1,8 @@
-"""Files of `torch.save` without torch: their tensors as NumPy arrays, and nothing else.
+"""Files of `torch.save` without torch: their tensors and arrays as NumPy's, and nothing else.
 
 Such a file is a pickle, and a pickle can name any function to be called. This reader calls none: it
 knows the few names that tensors need, puts an inert stand-in in the place of every other class (the
-paths, NumPy scalars and configs that scripts save beside the weights), and refuses names that only
+paths and configs that scripts save beside the weights), and refuses names that only
 an attack asks for. It reads zip files (torch 1.6 and later) and the older format, of CPU or GPU
 tensors.
 """
@@ -10,6 +10,7 @@ tensors.
 import collections
 import io
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +25,8 @@ import numpy as np
 from runtime.errors import UserError
 
 DTYPES: dict[str, Any] = {
+    "ComplexDoubleStorage": np.complex128,
+    "ComplexFloatStorage": np.complex64,
     "DoubleStorage": np.float64,
     "FloatStorage": np.float32,
     "HalfStorage": np.float16,
@@ -46,7 +49,7 @@ REFUSED_MODULES = {
 }
 HARMLESS_BUILTINS = {
     *("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "long"),
-    *("object", "range", "set", "slice", "str", "tuple"),
+    *("object", "range", "set", "slice", "str", "tuple", "xrange"),
 }
 HARMLESS = {("functools", "partial"), ("types", "SimpleNamespace")}
 # A pickled module keeps its tensors in these dictionaries, which are no part of their names.
@@ -87,7 +90,9 @@ def read_torch_file(path: Path, *, select: Select | None = None) -> dict[str, np
             file.seek(0)
             tree = _read_zip(file) if is_zip else _read_old(file)
             leaves = dict(_iterate_leaves(tree, "", ()))
-            tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, _Tensor)}
+            tensors = {
+                name: leaf for name, leaf in leaves.items() if isinstance(leaf, (_Tensor, _Array))
+            }
             names = {name: name for name in tensors}
             if select:
                 facts = {name: leaf for name, leaf in leaves.items() if name not in tensors}
@@ -149,7 +154,8 @@ class _Tensor:
 
 def _iterate_leaves(tree: Any, prefix: str, parents: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
     """Yield tensors, numbers and texts by their names. `parents` ends cycles of objects."""
-    if isinstance(tree, (_Tensor, bool, int, float, str)):
+    is_array = isinstance(tree, _Array) and tree.numbers is not None
+    if is_array or isinstance(tree, (_Tensor, bool, int, float, str)):
         yield prefix, tree
     if id(tree) in parents:
         return
@@ -214,6 +220,56 @@ class _Inert(dict[Any, Any]):
     add = append
 
 
+class _Dtype:
+    """The type of a NumPy array's numbers, as a pickle writes one: "f4", then the byte order."""
+
+    def __init__(self, code: Any, *_: Any):
+        is_known = isinstance(code, str) and re.fullmatch("[fiu][1248]|b1|c8|c16", code)
+        self.numpy = np.dtype(code) if is_known else None
+
+    def __setstate__(self, state: Any) -> None:
+        if self.numpy and state[1] == ">":
+            self.numpy = self.numpy.newbyteorder(">")
+
+    def read(self, content: Any) -> np.ndarray | None:
+        """Return the numbers that bytes hold; None if they are of another kind, such as objects."""
+        if self.numpy is None or not isinstance(content, bytes):
+            return None
+        return np.frombuffer(content, self.numpy).astype(self.numpy.newbyteorder("="))
+
+
+class _Array:
+    """A NumPy array, as a pickle writes one: made empty, then its state."""
+
+    numbers: np.ndarray | None = None
+    shape: tuple[int, ...] = ()
+
+    def __setstate__(self, state: Any) -> None:
+        _version, shape, dtype, is_fortran, content = state
+        numbers = dtype.read(content) if isinstance(dtype, _Dtype) else None
+        if numbers is not None:
+            self.numbers = numbers.reshape(shape, order="F" if is_fortran else "C")
+            self.shape = self.numbers.shape
+
+    def to_array(self) -> np.ndarray:
+        """Return its numbers as a contiguous array."""
+        return np.ascontiguousarray(self.numbers).reshape(self.shape)
+
+
+def _make_array(*_: Any) -> _Array:
+    return _Array()
+
+
+def _make_scalar(dtype: Any, content: Any = None) -> Any:
+    numbers = dtype.read(content) if isinstance(dtype, _Dtype) else None
+    return None if numbers is None or numbers.size != 1 else numbers.item()
+
+
+def _encode(text: Any, *_: Any) -> bytes:
+    """Return the bytes that protocol 2 writes as a text of Latin-1."""
+    return text.encode("latin1") if isinstance(text, str) else b""
+
+
 ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch", "Size"): tuple,
@@ -222,6 +278,10 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_subclass,
     **{("torch", name): DTYPES[name] for name in DTYPES},
+    ("_codecs", "encode"): _encode,
+    ("numpy", "dtype"): _Dtype,
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _make_array for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): _make_scalar for core in ("core", "_core")},
 }
 
 

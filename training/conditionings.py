@@ -11,8 +11,9 @@ from data.caption_cache import CaptionStore
 from data.rows import Source
 from datasets_config import DatasetConfig
 from inference.conditioning import Conditioning, StoredCaptions, class_conditioning
+from inference.labels import changed_classes
 from runtime import processes
-from runtime.errors import UserError, some_of
+from runtime.errors import UserError
 from training.config import TrainConfig
 
 
@@ -43,24 +44,12 @@ class ByClass:
         Raises:
             UserError: their number or their names differ.
         """
-        n_before, n = saved["model_config"]["n_classes"], dataset.n_classes
-        before, names = saved["dataset"].get("label_names") or [], list(dataset.label_names)
-        if before and names and before != names:
-            changes = {"added": set(names) - set(before), "removed": set(before) - set(names)}
-            texts = [
-                f"{what}: {some_of([name[:30] for name in sorted(found)], 2)}"
-                for what, found in changes.items()
-                if found
-            ]
-            change = "; ".join(texts) or "in another order"
-        elif n != n_before:
-            change = "some were added" if n > n_before else "some were removed"
-        else:
-            return
-        raise UserError(
-            f"cannot resume: {dataset.name} had {n_before} classes, now it has {n} ({change}); put "
-            "them back, or start a new run from these weights by --init_from RUN"
-        )
+        names = saved["dataset"].get("label_names") or ()
+        if change := changed_classes(dataset, names, saved["model_config"]["n_classes"]):
+            raise UserError(
+                f"cannot resume: {change}; put them back, or start a new run from these weights by "
+                "--init_from RUN"
+            )
 
     def open(
         self, config: TrainConfig, source: Source, revisions: Sequence[str] | None

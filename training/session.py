@@ -320,7 +320,8 @@ class RunSession:
             raise RunError(
                 f"{problem}, after {MAX_ROLLBACKS} rollbacks: {'; '.join(self.rollbacks[:-1])}; "
                 f"the last good checkpoint is step {back}; the batch is rows "
-                f"{run.data.batch_rows(position).tolist()} of the training split"
+                f"{run.data.batch_rows(position).tolist()} of the training split; start again with "
+                "a lower --learning_rate"
             )
         self.tracker.message(
             f"{problem} ({run.config.nan_patience} in a row): rolling back to step {back}; the "

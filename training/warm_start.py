@@ -64,8 +64,18 @@ def load_starting_weights(path_or_id: str) -> StartingWeights:
     """Load the averaged weights of a run's newest checkpoint, or a published model.
 
     Raises:
-        UserError: neither is found.
+        UserError: neither is found, or the weights are not finite.
     """
+    weights = _load_weights(path_or_id)
+    if not parallel.is_finite(weights.params):
+        raise UserError(
+            f"--init_from {path_or_id}: the weights of {weights.name} hold NaN or infinity",
+            how="pass another checkpoint",
+        )
+    return weights
+
+
+def _load_weights(path_or_id: str) -> StartingWeights:
     folder = Path(path_or_id).expanduser()
     if not (folder / CHECKPOINTS_FOLDER).is_dir():
         with processes.first_then_others():

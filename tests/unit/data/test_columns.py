@@ -85,6 +85,20 @@ def test_a_resumed_run_keeps_the_ids_of_named_classes():
     assert ids.tolist() == [1, 0, -1, 2, 1]
 
 
+def test_declared_classes_that_no_row_has_are_left_out(tmp_path):
+    """Labels from 1, of classes that are declared from 0: no sample is drawn of class 0."""
+    features = Features({"image": ImageFeature(), "label": ClassLabel(num_classes=4)})
+    labels = [1, 2, 3] * 4
+    rows = {"image": [{"bytes": PNG, "path": None}] * 12, "label": labels}
+    Dataset.from_dict(rows, features).save_to_disk(tmp_path / "x")
+    source = open_dataset(f"folder:{tmp_path / 'x'}")
+    assert source.config.label_names == ("1", "2", "3")
+    assert all_labels(source) == [*map(str, labels)]
+    assert "classes that no training image has are left out: 0" in source.notices
+    resumed = open_dataset(f"folder:{tmp_path / 'x'}", class_order=["0", "1", "2", "3"])
+    assert resumed.config.n_classes == 4 and all_labels(resumed) == [*map(str, labels)]
+
+
 @pytest.mark.parametrize("kind", [int, float])
 def test_numbers_are_the_ids_of_classes_that_the_table_names_by_words(tmp_path, kind):
     label = [kind(i) for i in range(10)] * 2
@@ -168,6 +182,13 @@ def test_a_file_that_is_no_table_is_named_for_what_it_is(tmp_path, content, mess
     (tmp_path / "train.parquet").write_bytes(content)
     with pytest.raises(UserError, match=f"train.parquet' holds no rows: {message}"):
         open_dataset(f"folder:{tmp_path}", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_name_that_is_a_pattern_is_refused(tmp_path, streaming):
+    name = write_table(tmp_path / "2021 [a]", label=["a", "b"] * 6)
+    with pytest.raises(UserError, match=r"2021 \[a\]': its data files cannot be read"):
+        open_dataset(name, streaming=streaming)
 
 
 def test_splits_without_rows(tmp_path):

@@ -221,6 +221,13 @@ def test_hidden_files_broken_links_and_other_suffixes(tmp_path):
         Pipeline(source, batch_size=1, seed=0)
 
 
+def test_a_link_to_a_folder_that_is_gone_is_named(tmp_path):
+    write_images(tmp_path / "x", "cat/0.png", "dog/0.png")
+    os.symlink(tmp_path / "moved", tmp_path / "x" / "fox")
+    with pytest.raises(UserError, match="x/fox' is a link to what is not there: remove it"):
+        open_dataset(f"folder:{tmp_path / 'x'}")
+
+
 def test_folders_that_are_links_to_one_place_are_all_there(tmp_path):
     store = write_images(tmp_path / "store", "a.png", "b.png")
     for split in ("train", "val"):

@@ -155,6 +155,27 @@ def test_arguments_of_any_class_are_passed_over(tmp_path):
         assert_same(load(path).params, params())
 
 
+def test_an_average_of_numpy_arrays_is_taken(tmp_path):
+    """As JAX scripts and some EMAs save it, in any order of memory and of bytes."""
+    arrays = {name: np.asfortranarray(x.numpy()) for name, x in state().items()}
+    arrays["x_embedder.proj.bias"] = arrays["x_embedder.proj.bias"].astype(">f4")
+    for name, contents in (("a", {"model": worse(state()), "ema": arrays}), ("b", arrays)):
+        for zipped in (True, False):
+            path = tmp_path / f"{name}.pt"
+            torch.save(contents, path, _use_new_zipfile_serialization=zipped)
+            assert_same(load(path).params, params())
+
+
+def test_what_cannot_be_read_beside_the_weights_is_passed_over(tmp_path):
+    beside = {
+        "names": np.array(["a", None], object),
+        "when": np.array(["2026-01-01"], "datetime64[D]"),
+        "spectrum": torch.zeros(3, dtype=torch.complex64),
+        "args": Namespace(steps=range(3), n=np.int64(3)),
+    }
+    assert_same(load(saved({"model": state()} | beside, tmp_path / "a.pt")).params, params())
+
+
 def test_the_model_in_the_arguments_tells_the_family(tmp_path):
     path = saved({"ema": state(), "args": Namespace(model="SiT-S/2")}, tmp_path / "0050000.pt")
     with pytest.raises(UserError, match="no published size: give their number of heads"):
@@ -169,6 +190,8 @@ def test_heads_of_training_are_ignored_and_named(tmp_path):
     loaded = load(saved({"model": state() | heads}, tmp_path / "a.pt"))
     assert_same(loaded.params, params())
     assert loaded.notices == ("ignored, as only training uses them: projectors (2 tensors)",)
+    path = saved(state() | {"logvar": torch.ones(3)}, tmp_path / "c.pt")
+    assert load(path).notices == ("ignored, as only training uses them: logvar (1 tensors)",)
     path = saved(state() | {"register_tokens": torch.ones(3, 4)}, tmp_path / "b.pt")
     with pytest.raises(UserError, match="it has no place for register_tokens"):
         load(path)

@@ -28,7 +28,7 @@ WRAPPERS = (
     "_forward_module",
 )
 RAW = ("model", "state_dict", "model_state_dict", "online_model", "net", "params", "non_ema")
-AVERAGES = ("ema", "ema_model", "model_ema", "EMA", "ema_0.9999", "averaged_model", "net_ema")
+AVERAGES = ("ema", "ema_model", "model_ema", "EMA", "ema_0.9999", "averaged_model", "target")
 
 
 def find(shapes):

@@ -38,6 +38,14 @@ def predictor(config):
     return jax.jit(lambda params, *inputs: nnx.merge(model_graphdef(config), params)(*inputs))
 
 
+def test_weights_that_are_not_finite_are_refused_by_name(monkeypatch):
+    broken = source()
+    broken.params["time"] = jax.tree.map(lambda p: p * np.nan, broken.params["time"])
+    monkeypatch.setattr(warm_start, "_load_weights", lambda path: broken)
+    with pytest.raises(UserError, match=r"--init_from runs/x: .* a source hold NaN or infinity"):
+        warm_start.load_starting_weights("runs/x")
+
+
 def test_the_objective_is_the_sources_unless_given():
     start = source(replace(CONFIG, out_channels=2), **DDPM_V)
     found = warm_start.with_source_flags(TINY, start)
