@@ -395,7 +395,7 @@ class StoredCaptions(Captions):
         return self.store.null_captions(n)
 
 
-def _captions_of(split: Split) -> Sequence[Sequence[str]]:
+def _captions_of(split: Split) -> list[tuple[str, ...]]:
     """Return the captions of each row of a split.
 
     Raises:

@@ -321,8 +321,8 @@ class Loop(Run):
         n_rows = self.source.n_train_rows
         if saved_rows != n_rows:
             raise UserError(
-                f"cannot resume: {self.dataset.name} had {saved_rows} training rows, "
-                f"now it has {n_rows}"
+                f"cannot resume: {self.dataset.name} had {saved_rows} training rows, now it has "
+                f"{n_rows}; make them the same, or start a new run by --init_from {self.run_dir}"
             )
         self._set_state(training_step.from_items(items))
 

@@ -1,5 +1,7 @@
 """Real images to compare samples with are those of the run's dataset, as it was trained on."""
 
+from typing import NoReturn
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -42,9 +44,13 @@ def test_an_export_records_how_its_dataset_is_opened():
     assert {"dataset_name", *flags} <= {*EXPORTED_SETTINGS}
 
 
+def never(texts) -> NoReturn:
+    raise AssertionError("nothing is to be encoded")
+
+
 def test_a_split_without_captions_is_named(tmp_path):
     source = open_dataset(write_classes(tmp_path / "x", "a"), conditioning="none")
-    captions = Captions(lambda texts: None, ["encoder"], open_store=lambda texts: None)
+    captions = Captions(never, ["encoder"], open_store=never)
     with pytest.raises(UserError, match="split 'train' has no captions"):
         captions.all_words(source.eval)
     with pytest.raises(UserError, match="split 'train' has no captions"):
