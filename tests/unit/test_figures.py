@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from tiny_models import CAPTIONS, CLASSES, DDPM, SIGMA, tiny_model
 
 import figures
 from data.batch import EncodedCaption
+from data.load import open_dataset
 from figures import FiguresConfig
 from inference import comparisons, grids
 from inference.sampler import SamplerConfig
@@ -75,7 +75,8 @@ def test_a_mistake_ends_before_anything_is_made(command, tmp_path, flags, messag
 
 
 def test_captions_are_those_named_or_of_the_evaluation_split(monkeypatch):
-    split = SimpleNamespace(captions=[("a cat",), ("a cat", "one cat"), ("two dogs",)])
+    captions = [("a cat",), ("a cat", "one cat"), ("two dogs",)]
+    split = replace(open_dataset("digits").eval, captions=captions)
     monkeypatch.setattr(comparisons, "open_eval_split", lambda _: split)
 
     def encode(_, captions):
