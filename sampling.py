@@ -76,10 +76,13 @@ def euler(
     velocity: Velocity,
     noise: Float[Array, "b *s"],
     times: Float[Array, "times"],
+    fresh_noise: FreshNoise | None = None,
     *,
     trajectory: bool = False,
 ) -> Solution:
-    """Euler's method: first order, one velocity a step."""
+    """Euler's method: first order, one velocity a step. No solver of the differential equation
+    takes `fresh_noise`; that of the stochastic one does.
+    """
 
     def step(x: Array, t: Array, s: Array) -> tuple[Array, Array]:
         v = velocity(x, t)
@@ -92,6 +95,7 @@ def heun(
     velocity: Velocity,
     noise: Float[Array, "b *s"],
     times: Float[Array, "times"],
+    fresh_noise: FreshNoise | None = None,
     *,
     trajectory: bool = False,
 ) -> Solution:
@@ -104,20 +108,119 @@ def heun(
     return integrate_velocity(step, noise, times, trajectory)
 
 
-SOLVERS = {"euler": euler, "heun": heun}  # of a velocity
+def dpmpp_2m(
+    velocity: Velocity,
+    noise: Float[Array, "b *s"],
+    times: Float[Array, "times"],
+    fresh_noise: FreshNoise | None = None,
+    *,
+    trajectory: bool = False,
+) -> Solution:
+    """DPM-Solver++(2M) on the straight path: second order, one velocity a step."""
+    return multistep(
+        lambda x, t: x - t * velocity(x, t),
+        noise,
+        times[:-1],
+        signal=1 - times,
+        sigma=times,
+        trajectory=trajectory,
+    )
+
+
+def multistep(
+    denoise: Callable[..., Float[Array, "b *s"]],
+    noise: Float[Array, "b *s"],
+    steps: PyTree[Array],
+    *,
+    signal: Float[Array, "times"],
+    sigma: Float[Array, "times"],
+    trajectory: bool,
+) -> Solution:
+    """DPM-Solver++(2M): x0 is extrapolated along the half-log-SNR λ = log(signal / σ) from its last
+    two predictions (Lu et al. 2022, alg. 2). The first step, which has one, the second, whose λ
+    came from −∞ at pure noise, and the last, which goes to ∞, use the latest alone.
+
+    Args:
+        denoise: `denoise(x, step)`, the prediction of x0.
+        steps: what `denoise` takes at each step: a tree of arrays, one row for each.
+        signal, sigma: coefficients of data and noise in each state; σ is 0 in the last.
+    """
+    # e^λ at each state; of e^(−h), h the step in λ, a ratio stays finite at both ends.
+    scale = signal / jnp.maximum(sigma, jnp.finfo(sigma.dtype).tiny)
+    h = jnp.diff(jnp.log(jnp.maximum(scale, jnp.finfo(scale.dtype).tiny)))
+    h_before = jnp.concatenate([h[:1], h[:-1]])
+    is_first_order = jnp.arange(len(h)) == 0
+    is_first_order |= (sigma[1:] == 0) | (jnp.roll(signal[:-1], 1) == 0)
+    weight = jnp.where(is_first_order, 0.0, h / h_before / 2)
+
+    def body(carry: Any, row: Any) -> Any:
+        x, x0_before = carry
+        step, weight, signal, sigma, signal_next, sigma_next = row
+        x0 = denoise(x, step)
+        extrapolated = x0 + weight * (x0 - x0_before)
+        # σ'/σ x − signal' (e^(−h) − 1) x0, with e^(−h) = σ' signal / (signal' σ)
+        ratio = sigma_next / sigma
+        x = ratio * x + (signal_next - ratio * signal) * extrapolated
+        return (x, x0), (x, x0) if trajectory else None
+
+    rows = (steps, weight, signal[:-1], sigma[:-1], signal[1:], sigma[1:])
+    (x, _), history = jax.lax.scan(body, (noise, jnp.zeros_like(noise)), rows)
+    if history is None:
+        return Solution(x, None, None)
+    states, estimates = history
+    return Solution(x, jnp.concatenate([noise[None], states]), estimates)
+
+
+def euler_maruyama(
+    velocity: Velocity,
+    noise: Float[Array, "b *s"],
+    times: Float[Array, "times"],
+    fresh_noise: FreshNoise | None = None,
+    *,
+    trajectory: bool = False,
+) -> Solution:
+    """Euler–Maruyama of the reverse stochastic differential equation with diffusion w = 2t, which
+    has the marginals of the flow: drift v − w·score/2 = x + (2 − t)·v (Ma et al. 2024, SiT, eq. 6
+    and 9). One velocity a step; the last step, to t = 0, adds no noise.
+    """
+    assert fresh_noise is not None, "a stochastic solver takes noise"
+
+    def step(x: Array, row: Any) -> tuple[Array, Array]:
+        i, t, s = row
+        v = velocity(x, t)
+        y = x + (s - t) * (x + (2 - t) * v)
+        return y + jnp.where(s > 0, jnp.sqrt(2 * t * (t - s)), 0.0) * fresh_noise(i), x - t * v
+
+    steps = (jnp.arange(len(times) - 1), times[:-1], times[1:])
+    return scan_steps(step, noise, steps, trajectory)
+
+
+# Of a velocity.
+SOLVERS = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m, "sde": euler_maruyama}
+SDE_LAST_TIME = 0.04  # the SDE's last step goes from here to 0, times the time of its first
 
 
 # --- times and noise ------------------------------------------------------------------------------
 
 
 def time_grid(
-    n_steps: int, *, shift: float = 1.0, start: float = 1.0
+    n_steps: int, *, shift: float = 1.0, start: float = 1.0, last: float | None = None
 ) -> Float[Array, "{n_steps}+1"]:
     """n + 1 times from `start` to 0; `shift` > 1 puts more near the noise, as in
     `methods.rectified_flow.shift_time`.
+
+    Args:
+        last: the last time before 0, if it is to be another than the grid's.
     """
-    before_shift = start / (start + shift * (1 - start))  # the time that the shift moves to `start`
-    t = jnp.linspace(before_shift, 0.0, n_steps + 1)
+
+    def before_shift(time: float) -> float:
+        """The time that the shift moves to this one."""
+        return time / (time + shift * (1 - time))
+
+    if last is None:
+        t = jnp.linspace(before_shift(start), 0.0, n_steps + 1)
+    else:
+        t = jnp.append(jnp.linspace(before_shift(start), before_shift(last), n_steps), 0.0)
     return shift * t / (1 + (shift - 1) * t)
 
 

@@ -74,7 +74,9 @@ class SamplerConfig:
 
     def time_steps(self, start: float = 1.0) -> TimeSteps:
         """Discretize time from `start` to the data."""
-        return self.method.time_steps(self.n_steps, shift=self.shift, start=start)
+        return self.method.time_steps(
+            self.n_steps, solver=self.solver, shift=self.shift, start=start
+        )
 
     def state_times(self, start: float = 1.0) -> Float[np.ndarray, "times"]:
         """The time of each state of a trajectory, from `start` or a step near it to the data."""

@@ -28,7 +28,7 @@ from methods.method import (
 )
 from runtime.errors import UserError
 from runtime.flags import setting
-from sampling import FreshNoise, Solution, Velocity, scan_steps
+from sampling import FreshNoise, Solution, Velocity, multistep, scan_steps
 
 N_STEPS = 1000
 BETAS = 1e-4, 2e-2  # of the first step and the last, linear in between (Ho et al. 2020, §4)
@@ -312,7 +312,27 @@ def ddim(
     return run_reverse_process(step, noise, schedule, trajectory)
 
 
-DDPM_SOLVERS = {"ddpm": ancestral, "ddim": ddim}
+def dpmpp_2m(
+    denoise: Denoiser,
+    noise: Float[Array, "b *s"],
+    schedule: NoiseSchedule,
+    fresh_noise: FreshNoise,
+    *,
+    trajectory: bool = False,
+) -> Solution:
+    """DPM-Solver++(2M) on the steps of DDIM: see `sampling.multistep`."""
+    steps = jax.tree.map(lambda table: jnp.asarray(table)[::-1], schedule)
+    return multistep(
+        lambda x, step: denoise(x, step).x0,
+        noise,
+        steps,
+        signal=jnp.append(steps.signal, 1.0),
+        sigma=jnp.append(steps.noise, 0.0),
+        trajectory=trajectory,
+    )
+
+
+DDPM_SOLVERS = {"ddpm": ancestral, "ddim": ddim, "dpmpp_2m": dpmpp_2m}
 
 
 # --- the method -----------------------------------------------------------------------------------
@@ -400,7 +420,9 @@ class DDPM(DDPMFlags, Method):
         if not 0 <= eta <= 1:
             raise UserError(f"--eta {eta}: must be between 0 and 1")
 
-    def time_steps(self, n_steps: int, *, shift: float = 1.0, start: float = 1.0) -> NoiseSchedule:
+    def time_steps(
+        self, n_steps: int, *, solver: str = "", shift: float = 1.0, start: float = 1.0
+    ) -> NoiseSchedule:
         return truncate_schedule(noise_schedule(n_steps), start)
 
     def state_times(self, steps: NoiseSchedule) -> Float[np.ndarray, "times"]:

@@ -115,8 +115,10 @@ class Method(ABC):
             )
 
     @abstractmethod
-    def time_steps(self, n_steps: int, *, shift: float = 1.0, start: float = 1.0) -> TimeSteps:
-        """Discretize time from `start` to the data."""
+    def time_steps(
+        self, n_steps: int, *, solver: str = "", shift: float = 1.0, start: float = 1.0
+    ) -> TimeSteps:
+        """Discretize time from `start` to the data, as the solver takes it."""
 
     @abstractmethod
     def state_times(self, steps: TimeSteps) -> Float[np.ndarray, "times"]:

@@ -23,16 +23,18 @@ from runtime import parallel
 DDIM = SamplerConfig("ddim", 3, ddpm.DDPM("v"), eta=0.5)
 
 
-def test_batches_and_devices_do_not_change_a_sample(params):
+@pytest.mark.parametrize("solver", ["euler", "dpmpp_2m", "sde"])
+def test_batches_and_devices_do_not_change_a_sample(params, solver):
     labels = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
-    expected = sample(params, labels).x
+    sample_with = partial(sample, params, sampler=SamplerConfig(solver, 3))
+    expected = sample_with(labels).x
     assert expected.shape == (10, 8, 8, 1)
-    np.testing.assert_allclose(sample(params, labels, batch_size=4).x, expected, atol=1e-5)
+    np.testing.assert_allclose(sample_with(labels, batch_size=4).x, expected, atol=1e-5)
     one = parallel.make_mesh(devices=jax.devices()[:1])
-    np.testing.assert_allclose(sample(params, labels, mesh=one).x, expected, atol=1e-5)
-    np.testing.assert_allclose(sample(params, labels[:3]).x, expected[:3], atol=1e-5)
-    np.testing.assert_allclose(sample(params, labels[4:], first_index=4).x, expected[4:], atol=1e-5)
-    assert np.abs(sample(params, labels, seed=6).x - expected).max() > 0.1
+    np.testing.assert_allclose(sample_with(labels, mesh=one).x, expected, atol=1e-5)
+    np.testing.assert_allclose(sample_with(labels[:3]).x, expected[:3], atol=1e-5)
+    np.testing.assert_allclose(sample_with(labels[4:], first_index=4).x, expected[4:], atol=1e-5)
+    assert np.abs(sample_with(labels, seed=6).x - expected).max() > 0.1
     assert np.abs(expected[1] - expected[3]).max() > 0.1  # the same label at another index
 
 

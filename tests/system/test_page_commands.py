@@ -16,8 +16,10 @@ from curves_cases import record, write_grids
 from faults_cases import wait_until
 from tiny_models import CLASSES, DDPM, DIGITS, SHAPE, SIGMA, UNCONDITIONAL, tiny_model
 
+from methods.ddpm import DDPM_SOLVERS
 from model import model_config
 from runtime.run_folder import REQUIRED_KEYS
+from sampling import SOLVERS
 
 pytest.importorskip("gradio", reason="no Gradio: pip install --group demo")
 pytestmark = pytest.mark.slow
@@ -209,15 +211,15 @@ def test_fields_fit_the_model():
     widths = {"text_length": 5, "text_width": 6, "pooled_width": 4}
     captions = model_config("MMDiT-Nano/4", **SHAPE, out_channels=1, n_classes=0, **widths)
     for config, settings, visible, solvers in (
-        (CLASSES, {}, (True, False, False), ["euler", "heun"]),
-        (SIGMA, DDPM, (True, False, False), ["ddpm", "ddim"]),
-        (UNCONDITIONAL, {"cfg_scale": 1.0}, (False, False, False), ["euler", "heun"]),
+        (CLASSES, {}, (True, False, False), [*SOLVERS]),
+        (SIGMA, DDPM, (True, False, False), [*DDPM_SOLVERS]),
+        (UNCONDITIONAL, {"cfg_scale": 1.0}, (False, False, False), [*SOLVERS]),
         # Captions made from labels.
         (
             captions,
             {"dataset": {"encoding": None, "label_names": DIGITS}},
             (False, True, True),
-            ["euler", "heun"],
+            [*SOLVERS],
         ),
     ):
         fields = fields_for_model(tiny_model(config, **settings))

@@ -4,9 +4,9 @@ solvers of DDPM equal an independent implementation of the papers' algorithms.
 
 import math
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
+import closed_forms
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +17,10 @@ from sampling_cases import MEAN, STD, noise, optimal_denoise, sample_ancestral, 
 from methods import ddpm
 from methods.ddpm import ancestral, ddim
 from sampling import (
+    SDE_LAST_TIME,
     SOLVERS,
     euler,
+    euler_maruyama,
     extrapolate,
     extrapolate_pair,
     guided,
@@ -27,32 +29,50 @@ from sampling import (
     time_grid,
 )
 
-
-def velocity(x, t):
-    """E[noise − data | x_t = x] for data ~ N(MEAN, STD²). The flow of it carries noise z to
-    (1 − t)·MEAN + √((1 − t)²·STD² + t²)·z.
-    """
-    variance = (1 - t) ** 2 * STD**2 + t**2
-    return -MEAN + (t - (1 - t) * STD**2) / variance * (x - (1 - t) * MEAN)
+velocity = partial(closed_forms.velocity, mean=MEAN, std=STD)
+ODE_SOLVERS = {name: solver for name, solver in SOLVERS.items() if name != "sde"}
 
 
-def error(solver, n_steps):
+def test_the_closed_forms_solve_their_equations():
+    """By differences, in float64."""
+    x, data = np.linspace(-2, 2, 9), {"mean": MEAN, "std": STD}
+    for t, r in ((0.9, 0.2), (0.5, 0.05), (1.0, 0.0)):
+        v, h = closed_forms.velocity(x, t, **data), 1e-6
+        flow = partial(closed_forms.flow_map, x, t, **data)
+        np.testing.assert_allclose((flow(t) - flow(t - h)) / h, v, atol=1e-5)
+        np.testing.assert_allclose(x - t * v, closed_forms.clean_image(x, t, **data), atol=1e-12)
+        score = closed_forms.score(x, t, **data)
+        np.testing.assert_allclose(score, -(x + (1 - t) * v) / t, atol=1e-12)
+        # The mean flow's identity: u = v − (t − r)·du/dt along the flow.
+        u = partial(closed_forms.mean_velocity, r=r, **data)
+        change = (u(x, t) - u(flow(t - h), t - h)) / h
+        np.testing.assert_allclose(u(x, t), v - (t - r) * change, atol=1e-5)
+
+
+def error(solver, times):
+    """The largest error of a solver between the first time and the last."""
     with jax.enable_x64(True):
         z = jnp.asarray(np.float64(noise))
-        return float(jnp.abs(solver(velocity, z, time_grid(n_steps)).x - (MEAN + STD * z)).max())
+        exact = closed_forms.flow_map(z, times[0], times[-1], MEAN, STD)
+        return float(jnp.abs(solver(velocity, z, jnp.asarray(times)).x - exact).max())
 
 
 # --- solvers --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
-def test_doubling_the_steps_divides_the_error_by_two_to_the_order(solver, order):
-    errors = [error(SOLVERS[solver], n) for n in (64, 128, 256)]
+@pytest.mark.parametrize(
+    "solver, order, bound", [("euler", 1, 1e-2), ("heun", 2, 1e-4), ("dpmpp_2m", 2, 3e-4)]
+)
+def test_doubling_the_steps_divides_the_error_by_two_to_the_order(solver, order, bound):
+    errors = [error(SOLVERS[solver], np.linspace(0.9, 0.1, n + 1)) for n in (64, 128, 256)]
     np.testing.assert_allclose(np.divide(errors[:-1], errors[1:]), 2**order, rtol=0.05)
-    assert errors[-1] < (1e-2, 1e-4)[order - 1]
+    # From noise to data the multistep solver takes steps in log-SNR that do not shrink at the ends.
+    errors = [error(SOLVERS[solver], np.linspace(1, 0, n + 1)) for n in (64, 128, 256)]
+    assert (np.divide(errors[:-1], errors[1:]) > 0.8 * 2**order).all()
+    assert errors[-1] < bound
 
 
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("solver", ODE_SOLVERS.values(), ids=ODE_SOLVERS)
 def test_a_constant_velocity_is_followed_exactly(solver):
     solution = solver(lambda x, t: jnp.full_like(x, 2.0), noise, time_grid(3, shift=3.0))
     np.testing.assert_allclose(solution.x, noise - 2, rtol=1e-6)
@@ -62,21 +82,46 @@ def test_a_constant_velocity_is_followed_exactly(solver):
 def test_the_trajectory_is_every_state_from_the_noise_to_the_result(solver):
     times = time_grid(6)
     solve = jax.jit(
-        partial(solver, velocity), static_argnames="trajectory", compiler_options=AS_USERS_COMPILE
+        partial(solver, velocity, fresh_noise=step_noise(0, jnp.arange(8), (4,))),
+        static_argnames="trajectory",
+        compiler_options=AS_USERS_COMPILE,
     )
     x, states, estimates = solve(noise, times, trajectory=True)
     assert len(states) == 7 and len(estimates) == 6
     assert (states[0] == noise).all() and (states[-1] == x).all()
-    # Each state is one step from the one before.
-    np.testing.assert_allclose(solver(velocity, states[2], times[2:]).x, x, rtol=1e-5)
+    if solver in (SOLVERS["euler"], SOLVERS["heun"]):  # each state is one step from the one before
+        np.testing.assert_allclose(solver(velocity, states[2], times[2:]).x, x, rtol=1e-5)
     plain = solve(noise, times)
     assert (x == plain.x).all()
     assert plain.trajectory is None and plain.estimates is None
     # The estimates are where the velocity leads: on Gaussian data, E[data | x_t].
     for x, t, estimate in zip(states, times, estimates):
-        variance = (1 - t) ** 2 * STD**2 + t**2
-        expected = MEAN + (1 - t) * STD**2 / variance * (x - (1 - t) * MEAN)
+        expected = closed_forms.clean_image(x, t, MEAN, STD)
         np.testing.assert_allclose(estimate, expected, atol=1e-5)
+
+
+def test_few_steps_of_the_multistep_solver_are_as_good_as_many_of_eulers():
+    few, many = np.linspace(1, 0, 11), np.linspace(1, 0, 101)
+    assert error(SOLVERS["dpmpp_2m"], few) < error(euler, many)
+
+
+@pytest.mark.parametrize("n_steps", [10, 100])
+def test_the_sde_spreads_its_samples_as_the_recursion_says(n_steps):
+    times, index = time_grid(n_steps, last=SDE_LAST_TIME), jnp.arange(100_000)
+    fresh_noise = step_noise(0, index, (1,))
+    z = initial_noise(0, index, (1,))
+    x = np.asarray(jax.jit(lambda z: euler_maruyama(velocity, z, times, fresh_noise).x)(z))
+    variance = closed_forms.euler_maruyama_variance(np.asarray(times, np.float64), STD)
+    np.testing.assert_allclose(x.var(), variance, rtol=0.01)
+    np.testing.assert_allclose(x.mean(), MEAN, atol=0.01 if n_steps == 100 else 0.05)
+
+
+def test_the_sdes_variance_is_that_of_the_data_in_the_limit():
+    spreads = [
+        closed_forms.euler_maruyama_variance(np.linspace(1, 0, n + 1), STD) for n in (100, 1000)
+    ]
+    errors = np.abs(np.divide(spreads, STD**2) - 1)
+    assert errors[1] < 0.002 and errors[1] < errors[0] / 5
 
 
 # --- times and noise ------------------------------------------------------------------------------
@@ -211,7 +256,31 @@ def test_ddim_with_all_of_the_noise_is_ancestral_sampling():
     np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-@pytest.mark.parametrize("solver", [ancestral, ddim])
+@pytest.mark.parametrize("n_steps", [2, 20])
+def test_the_multistep_solver_is_the_papers_algorithm(n_steps):
+    """Lu et al. 2022, algorithm 2, written by its λ; the last step, to no noise, is of order 1."""
+    steps, x, before = [*reversed(strides(n_steps))], np.float64(noise), None
+    signal, sigma = (
+        np.append(np.sqrt(a), end)
+        for a, end in ((ALPHA_BAR[steps], 1.0), (1 - ALPHA_BAR[steps], 0.0))
+    )
+    for i, step in enumerate(steps):
+        x0 = (x - sigma[i] * raw_output(x, step / 1000, np)[0]) / signal[i]
+        if sigma[i + 1] == 0:
+            x = x0
+            break
+        lam = np.log(signal[: i + 2] / sigma[: i + 2])
+        h = lam[-1] - lam[-2]
+        d = x0
+        if i:
+            r = (lam[-2] - lam[-3]) / h
+            d = (1 + 1 / (2 * r)) * x0 - before / (2 * r)
+        x = sigma[i + 1] / sigma[i] * x - signal[i + 1] * np.expm1(-h) * d
+        before = x0
+    np.testing.assert_allclose(solve_in_float64(ddpm.dpmpp_2m, n_steps).x, x, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", [ancestral, ddim, ddpm.dpmpp_2m])
 def test_a_ddpm_trajectory_starts_at_the_noise_and_ends_at_the_last_estimate(solver):
     x, states, estimates = solve_in_float64(solver, 6)
     assert len(states) == 7 and len(estimates) == 6
@@ -338,9 +407,8 @@ def test_the_condition_may_be_a_tree():
     np.testing.assert_allclose(result[:, 0], -1 + 2 * (cond + 3 + 1), rtol=1e-6)
 
 
-def weak(x, t):
-    """A worse model than `velocity`: that of data as wide as the noise."""
-    return -MEAN + (2 * t - 1) / ((1 - t) ** 2 + t**2) * (x - (1 - t) * MEAN)
+# A worse model than `velocity`: that of data as wide as the noise.
+weak = partial(closed_forms.velocity, mean=MEAN, std=1.0)
 
 
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.25, 0.75)])
@@ -350,19 +418,32 @@ def test_a_weak_model_guides_a_strong_one_along_the_guidance_law(scale, interval
     times = time_grid(40)
     guided_velocity = extrapolate(weak, velocity, scale, interval=interval)
     x = jax.jit(lambda z: euler(guided_velocity, z, times).x)(noise)
-    expected = np.float64(noise)
-    for t, s in pairwise(np.asarray(times, np.float64)):
-        w = scale if interval[0] - 1e-6 <= t <= interval[1] + 1e-6 else 1.0
-        rates = [(t - (1 - t) * std**2) / ((1 - t) ** 2 * std**2 + t**2) for std in (1.0, STD)]
-        rate = rates[0] + w * (rates[1] - rates[0])
-        expected = expected + (s - t) * (-MEAN + rate * (expected - (1 - t) * MEAN))
+    stds = {"weak_std": 1.0, "strong_std": STD}
+    expected = closed_forms.guided_euler(
+        np.float64(noise), np.asarray(times, np.float64), scale, interval, mean=MEAN, **stds
+    )
     np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-5)
+    # With ever smaller steps the law, here of the steps that are guided: the interval's, and one.
+    many = np.linspace(1, 0, 4001)
+    limit = closed_forms.guided_euler(1.0, many, scale, interval, mean=0.0, **stds)
+    law = closed_forms.guided_ratio(scale, interval, weak=1.0, strong=STD)
+    np.testing.assert_allclose(limit, law, rtol=5e-3)
     # The strong model at scale 1; away from the weak model, samples are less spread beyond it.
     plain = jax.jit(lambda z: euler(velocity, z, times).x)(noise)
     if scale == 1:
         np.testing.assert_allclose(x, plain, rtol=1e-5, atol=1e-5)
     else:
         assert jnp.std(x) < 0.95 * jnp.std(plain)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_guidance_at_scale_1_is_the_strong_model_for_every_solver(solver):
+    fresh_noise, times = step_noise(0, jnp.arange(8), (4,)), time_grid(8)
+    alone, led = (
+        SOLVERS[solver](v, noise, times, fresh_noise).x
+        for v in (velocity, extrapolate(weak, velocity, 1.0))
+    )
+    np.testing.assert_allclose(alone, led, rtol=1e-4, atol=1e-5)
 
 
 def test_guidance_by_labels_is_guidance_of_a_weak_model():

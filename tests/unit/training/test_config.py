@@ -401,12 +401,14 @@ def test_each_objective_has_its_own_solvers():
     assert resolved(objective="ddpm").solver == "ddpm"
     assert resolved(objective="ddpm", solver="ddim").solver == "ddim"
     wrong: dict[str, dict[str, Any]] = {
-        "euler, heun": {"solver": "ddim"},
-        "ddpm, ddim": {"solver": "heun", "objective": "ddpm"},
+        "euler, heun, dpmpp_2m, sde": {"solver": "ddim"},
+        "ddpm, ddim, dpmpp_2m": {"solver": "heun", "objective": "ddpm"},
     }
     for takes, flags in wrong.items():
         with pytest.raises(UserError, match=rf"--solver \w+ is not for .*one of: {takes}$"):
             resolved(**flags)
+    with pytest.raises(UserError, match="--solver sde takes at least 2 steps"):
+        resolved(solver="sde", n_sample_steps=1)
     with pytest.raises(UserError, match="sampling steps is 1001; DDPM has 1000"):
         resolved(objective="ddpm", n_sample_steps=1001)
     with pytest.raises(UserError, match="unknown prediction 'eps'"):
