@@ -258,6 +258,8 @@ def _open_samples(config: EvaluateConfig, model: TrainedModel, batch_size: int) 
         interval=c.interval,
         eta=c.eta,
         guided_channels=c.guided_channels,
+        guide=c.guide,
+        guide_scale=c.guide_scale,
     )
     return sample_files.open_image_set(model, sampling, samples=c.samples)
 

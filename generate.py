@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from inference import comparisons, grids, sample_files
+from inference.autoguidance import plan_with_guide
 from inference.grids import MAX_GRID_IMAGES
 from inference.labels import SampleRequest
 from inference.sample_files import BatchSampler
@@ -229,9 +230,11 @@ def make_plan(config: GenerateConfig, trained: TrainedModel) -> SamplingPlan:
     guided_scales = [scale for scale in config.cfg_sweep if scale != 1]
     if guided_scales:
         overrides = replace(overrides, cfg_scale=guided_scales[0])
-    plan = trained.plan(overrides, negative=negative)
+    plan = plan_with_guide(trained, overrides, negative=negative)
     for scale in guided_scales or [plan.cfg_scale]:
-        check_guidance(plan.sampler, trained.model, scale, negative=negative)
+        check_guidance(
+            plan.sampler, trained.model, scale, negative=negative, has_guide=bool(plan.guide)
+        )
     return plan
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Int
 
 from data.image_sets import ImageBatch, ImageSet, copy_to_npz
 from inference import grids
+from inference.autoguidance import plan_with_guide
 from inference.comparisons import open_eval_split
 from inference.labels import SampleRequest
 from inference.sampler import Samples
@@ -64,7 +65,7 @@ def open_image_set(
     need = "evaluating a model of captions needs those of its dataset"
     open_split = partial(open_eval_split, trained, need=need)
     request = trained.conditioning.request_balanced(n, open_split, seed=config.seed)
-    plan = trained.plan(config)
+    plan = plan_with_guide(trained, config)
     sample_at = make_batch_sampler(trained, request, plan, size)
     starts = range(0, n, size)
     card = describe_samples(trained, request, plan)
@@ -114,6 +115,9 @@ def describe_samples(
 ) -> dict[str, Any]:
     """All that the samples depend on, for the card beside them."""
     plan_card = {"sampler": asdict(plan.sampler), "cfg_scale": plan.cfg_scale, "seed": request.seed}
+    if plan.guide:
+        guide, scale = plan.guide
+        plan_card |= {"guide": guide.name, "guide_step": guide.step, "guide_scale": scale}
     return plan_card | trained.card | {"count": len(request.label_index)}
 
 

@@ -25,7 +25,7 @@ from methods.registry import METHODS
 from model import Label, ModelConfig, model_graphdef
 from runtime import parallel
 from runtime.errors import UserError, unknown_name
-from sampling import Solution, Velocity, guided, initial_noise, step_noise
+from sampling import Solution, Velocity, extrapolate, guided, initial_noise, step_noise
 
 Labels = Sequence[int] | Int[np.ndarray, "n"] | EncodedCaption
 MAX_SEED = 2**31 - 1
@@ -95,7 +95,14 @@ class StartFrom(NamedTuple):
     time_steps: Any
 
 
-@partial(jax.jit, static_argnames=("config", "sampler", "guide", "trajectory"))
+class WeakModel(NamedTuple):
+    """The weights and the network of a model that another is guided by."""
+
+    params: Any
+    config: ModelConfig
+
+
+@partial(jax.jit, static_argnames=("config", "sampler", "guide", "trajectory", "weak_config"))
 def sample_batch(
     params: Any,
     label: Label,
@@ -104,11 +111,14 @@ def sample_batch(
     cfg_scale: Float[Array, ""],
     negative: Label | None = None,
     start_from: StartFrom | None = None,
+    weak_params: Any = None,
+    weak_scale: Float[Array, ""] | float = 1.0,
     *,
     config: ModelConfig,
     sampler: SamplerConfig,
     guide: bool,
     trajectory: bool,
+    weak_config: ModelConfig | None = None,
 ) -> Solution:
     """Sample one batch from noise, as one compiled program.
 
@@ -117,27 +127,38 @@ def sample_batch(
         negative: labels in place of the null label of classifier-free guidance.
         guide: use guidance at `cfg_scale`; False runs the conditional model alone.
         trajectory: return all states and x0 predictions too.
+        weak_params, weak_scale, weak_config: a weak model to guide by, at this scale.
     """
     model = nnx.merge(model_graphdef(config), params)
 
     def predict(x: Array, t: Any, label: Any) -> Array:
         return model(x, jnp.full(x.shape[0], t), label)
 
+    # A learned variance is not guided.
+    has_variance = config.out_channels > config.channels
+    channels = sampler.guided_channels or (config.channels if has_variance else None)
     if guide:
         null = jax.tree.map(lambda x: jnp.full_like(x, config.n_classes), label)
-        # A learned variance is not guided.
-        has_variance = config.out_channels > config.channels
         predict_guided = guided(
             predict,
             label,
             null if negative is None else negative,
             cfg_scale,
             interval=sampler.interval,
-            channels=sampler.guided_channels or (config.channels if has_variance else None),
+            channels=channels,
             one_call=parallel.devices().platform != "cpu",
         )
     else:
         predict_guided = partial(predict, label=label)
+    if weak_config:
+        weak_model = nnx.merge(model_graphdef(weak_config), weak_params)
+        predict_guided = extrapolate(
+            lambda x, t: weak_model(x, jnp.full(x.shape[0], t), label),
+            predict_guided,
+            weak_scale,
+            interval=sampler.interval,
+            channels=channels,
+        )
     shape = (config.image_size, config.image_size, config.channels)
     return integrate_from_noise(
         predict_guided, index, seed, shape, start_from, sampler=sampler, trajectory=trajectory
@@ -196,6 +217,8 @@ def sample_images(
     seed: int | Sequence[int] = 0,
     first_index: int = 0,
     negative: Labels | None = None,
+    weak: WeakModel | None = None,
+    weak_scale: float = 1.0,
     start_from: StartFrom | None = None,
     batch_size: int = 256,
     trajectory: bool = False,
@@ -213,6 +236,7 @@ def sample_images(
         seed: one for all samples, which are then numbered from `first_index`; or one for each,
             whose index is then 0.
         negative: one label in place of the null label of guidance.
+        weak: a weak model to guide by, at `weak_scale`; see `sampling.extrapolate`.
         start_from: data to add noise to and start from, as the model sees them, a row per label.
         batch_size: samples at a time, on all devices together.
         trajectory: return all states too.
@@ -226,7 +250,9 @@ def sample_images(
     n = len(jax.tree.leaves(labels)[0])
     if n == 0:
         raise UserError("there are no labels to sample")
-    check_guidance(sampler, config, cfg_scale, negative=negative is not None)
+    check_guidance(
+        sampler, config, cfg_scale, negative=negative is not None, has_guide=weak is not None
+    )
     # Devices get equal shares of a batch.
     size = -(-min(batch_size, n) // mesh.size) * mesh.size
     index, seeds = noise_indices_and_seeds(seed, n, first_index)
@@ -249,8 +275,10 @@ def sample_images(
             cfg_scale,
             negative_batch,
             StartFrom(batch_data, start_from.time_steps) if start_from else None,
-            # In eight bits the largest number of a batch would touch all of its samples.
-            config=replace(config, fp8=False, remat=False, unroll=1),
+            weak.params if weak else None,
+            weak_scale,
+            config=for_sampling(config),
+            weak_config=for_sampling(weak.config) if weak else None,
             sampler=sampler,
             guide=cfg_scale != 1,
             trajectory=trajectory or estimates,
@@ -264,6 +292,13 @@ def sample_images(
         trajectory=convert(join_batches(batches, "trajectory", n)) if trajectory else None,
         estimates=convert(join_batches(batches, "estimates", n)) if estimates else None,
     )
+
+
+def for_sampling(config: ModelConfig) -> ModelConfig:
+    """Return a network's config without what serves training. In eight bits, the largest number of
+    a batch would touch all of its samples.
+    """
+    return replace(config, fp8=False, remat=False, unroll=1)
 
 
 def join_batches(
@@ -296,12 +331,18 @@ def noise_indices_and_seeds(
 
 
 def check_guidance(
-    sampler: SamplerConfig, config: ModelConfig, cfg_scale: float, *, negative: bool = False
+    sampler: SamplerConfig,
+    config: ModelConfig,
+    cfg_scale: float,
+    *,
+    negative: bool = False,
+    has_guide: bool = False,
 ) -> None:
     """Raises UserError if the model cannot be guided so, or if a flag of guidance has no effect.
 
     Args:
         negative: a negative prompt is given.
+        has_guide: a weak model guides too.
     """
     if not abs(cfg_scale) <= float(np.finfo(np.float32).max):
         raise UserError(f"cfg_scale {cfg_scale}: must be finite in float32")
@@ -311,13 +352,13 @@ def check_guidance(
             f"cfg_scale {cfg_scale}: an unconditional model cannot be guided; leave it at 1"
         )
     n_guided = sampler.guided_channels
-    if n_guided is not None and not guide:
+    if n_guided is not None and not (guide or has_guide):
         raise UserError(
             f"--guided_channels {n_guided}: has no effect without guidance (cfg_scale 1)"
         )
     if n_guided is not None and not 1 <= n_guided <= config.channels:
         raise UserError(f"--guided_channels {n_guided}: the model has {config.channels} channels")
-    if not guide and sampler.interval != (0, 1):
+    if not (guide or has_guide) and sampler.interval != (0, 1):
         raise UserError("--interval: has no effect without guidance (cfg_scale 1)")
     if not guide and negative:
         raise UserError("--negative_prompt: has no effect without guidance (cfg_scale 1)")

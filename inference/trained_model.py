@@ -29,6 +29,7 @@ from inference.sampler import (
     SamplerConfig,
     Samples,
     StartFrom,
+    WeakModel,
     check_guidance,
     sample_images,
 )
@@ -54,6 +55,8 @@ class SamplingOverrides:
     interval: tuple[float, ...] | None = None
     eta: float | None = None
     guided_channels: int | None = None
+    guide: str | None = None
+    guide_scale: float | None = None
 
     @classmethod
     def from_flags(cls, config: Any) -> "SamplingOverrides":
@@ -61,16 +64,24 @@ class SamplingOverrides:
         return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
+class Guide(NamedTuple):
+    """A weak model to guide by, and the scale of that; see `inference.autoguidance`."""
+
+    model: "TrainedModel"
+    scale: float
+
+
 class SamplingPlan(NamedTuple):
-    """A sampler and a guidance scale, complete and checked against the model."""
+    """A sampler and the scales of guidance, complete and checked against the model."""
 
     sampler: SamplerConfig
     cfg_scale: float
+    guide: Guide | None = None
 
     def with_cfg_scale(self, cfg_scale: float) -> "SamplingPlan":
         """The same plan at another guidance scale; at 1, without the limits of guidance."""
-        if cfg_scale != 1:
-            return SamplingPlan(self.sampler, cfg_scale)
+        if cfg_scale != 1 or self.guide:
+            return self._replace(cfg_scale=cfg_scale)
         unlimited = replace(self.sampler, interval=(0.0, 1.0), guided_channels=None)
         return SamplingPlan(unlimited, cfg_scale)
 
@@ -330,11 +341,14 @@ class TrainedModel:
         store.length = self.model.text_length
         return store
 
-    def plan(self, overrides: SamplingOverrides, *, negative: bool = False) -> SamplingPlan:
+    def plan(
+        self, overrides: SamplingOverrides, *, negative: bool = False, guide: Guide | None = None
+    ) -> SamplingPlan:
         """Complete the overrides with the model's own settings.
 
         Args:
             negative: a negative prompt is given.
+            guide: a weak model, which `overrides.guide` names.
 
         Raises:
             UserError: a value is out of range, or does not fit the model.
@@ -343,12 +357,13 @@ class TrainedModel:
         if overrides.interval is not None and len(overrides.interval) != 2:
             raise UserError("--interval takes two times: the lowest and the highest")
         low, high = overrides.interval or (0.0, 1.0)
-        cfg_scale = self.default_cfg_scale if overrides.cfg_scale is None else overrides.cfg_scale
+        default = 1.0 if guide else self.default_cfg_scale
+        cfg_scale = default if overrides.cfg_scale is None else overrides.cfg_scale
         self.check_null(cfg_scale, negative=negative)
         n_steps = settings["n_sample_steps"] if overrides.n_steps is None else overrides.n_steps
         own_shift = settings.get("sample_shift") or 1.0
         guided_channels = overrides.guided_channels
-        if guided_channels is None and cfg_scale != 1:
+        if guided_channels is None and (cfg_scale != 1 or guide):
             guided_channels = settings.get("guided_channels")
         sampler = SamplerConfig(
             solver=overrides.solver or settings["solver"],
@@ -360,8 +375,9 @@ class TrainedModel:
             guided_channels=guided_channels,
             clip=self.space.is_bounded,
         )
-        check_guidance(sampler, self.model, cfg_scale)
-        return SamplingPlan(sampler, float(cfg_scale))
+        check_guidance(sampler, self.model, cfg_scale, has_guide=bool(guide))
+        is_guided = guide is not None and guide.scale != 1
+        return SamplingPlan(sampler, float(cfg_scale), guide if is_guided else None)
 
     def sample(
         self,
@@ -399,6 +415,8 @@ class TrainedModel:
             seed=seed,
             first_index=first_index,
             negative=None if plan.cfg_scale == 1 else negative,
+            weak=plan.guide and WeakModel(plan.guide.model.params, plan.guide.model.model),
+            weak_scale=plan.guide.scale if plan.guide else 1.0,
             start_from=start_from,
             batch_size=batch_size,
             trajectory=trajectory,

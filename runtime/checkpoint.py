@@ -62,11 +62,19 @@ class Checkpoints:
     on; what goes wrong is raised.
     """
 
-    def __init__(self, run_dir: Path, *, keep: int | None = None, read_only: bool = False):
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        read_only: bool = False,
+    ):
         """Open or create `checkpoints/` in a run's folder.
 
         Args:
             keep: number of newest steps to keep; older ones are deleted as new ones arrive.
+            keep_every: keep the multiples of this too.
             read_only: never touch the folder, which another process may be writing to. Without it,
                 half-written steps of a killed process are removed.
         """
@@ -77,6 +85,7 @@ class Checkpoints:
         items = (*ARRAY_ITEMS, *METADATA_ITEMS, CHECKSUMS_ITEM)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
+            keep_period=keep_every,
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,

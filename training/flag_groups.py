@@ -205,6 +205,12 @@ class RunFlags:
     keep_checkpoints: int = setting(
         2, "number of newest checkpoints to keep", above=0, may_change=True
     )
+    keep_every: int | None = setting(
+        None,
+        "keep the checkpoints of steps that are multiples of this too, such as for --guide",
+        above=0,
+        may_change=True,
+    )
     wandb_project: str | None = flag(
         None,
         "also log to this Weights & Biases project; with WANDB_MODE=offline, into the run folder",
@@ -368,6 +374,10 @@ class SamplingFlags:
     guided_channels: int | None = flag(
         Derived("all"), "guide only the first so many channels; published DiTs guide 3"
     )
+    guide: str | None = flag(
+        None, "RUN or RUN@STEP: a weaker model of the same data to guide by (autoguidance)"
+    )
+    guide_scale: float | None = flag(Derived("2 with --guide"), "scale of autoguidance")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,8 +154,9 @@ def open_session(run: Run, last: int) -> Generator["RunSession"]:
     with ExitStack() as stack:
         stack.enter_context(processes.recovery_advice(lambda: _how_to_resume(run.run_dir)))
         processes.broadcast_from_first(lambda: _claim_folder(run, stack))
+        c = run.config
         checkpoints = stack.enter_context(
-            Checkpoints(run.run_dir, keep=run.config.keep_checkpoints)
+            Checkpoints(run.run_dir, keep=c.keep_checkpoints, keep_every=c.keep_every)
         )
         checkpoints.set_aside(run.damaged)
         run.damaged = []

@@ -104,6 +104,9 @@ def test_a_later_change_of_the_arrays_is_not_saved(tmp_path):
 
 
 def test_the_newest_are_kept(tmp_path, first, second):
+    save(tmp_path / "multiples", *((i, first) for i in range(1, 7)), keep=1, keep_every=2)
+    with Checkpoints(tmp_path / "multiples", read_only=True) as checkpoints:
+        assert sorted(checkpoints.manager.all_steps()) == [2, 4, 6]
     save(tmp_path, (1, first), (2, first), (3, second), keep=2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
     assert_same(restore(tmp_path), second)

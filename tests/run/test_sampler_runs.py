@@ -15,12 +15,16 @@ from sampler_cases import (
 from tiny_models import CLASSES, SIGMA, weights
 
 from data.batch import EncodedCaption
-from inference.sampler import SamplerConfig, StartFrom
+from inference.sampler import SamplerConfig, StartFrom, WeakModel
 from methods import ddpm
 from model import model_config
 from runtime import parallel
 
 DDIM = SamplerConfig("ddim", 3, ddpm.DDPM("v"), eta=0.5)
+
+
+def one_device():
+    return parallel.make_mesh(devices=jax.devices()[:1])
 
 
 @pytest.mark.parametrize("solver", ["euler", "dpmpp_2m", "sde"])
@@ -30,8 +34,7 @@ def test_batches_and_devices_do_not_change_a_sample(params, solver):
     expected = sample_with(labels).x
     assert expected.shape == (10, 8, 8, 1)
     np.testing.assert_allclose(sample_with(labels, batch_size=4).x, expected, atol=1e-5)
-    one = parallel.make_mesh(devices=jax.devices()[:1])
-    np.testing.assert_allclose(sample_with(labels, mesh=one).x, expected, atol=1e-5)
+    np.testing.assert_allclose(sample_with(labels, mesh=one_device()).x, expected, atol=1e-5)
     np.testing.assert_allclose(sample_with(labels[:3]).x, expected[:3], atol=1e-5)
     np.testing.assert_allclose(sample_with(labels[4:], first_index=4).x, expected[4:], atol=1e-5)
     assert np.abs(sample_with(labels, seed=6).x - expected).max() > 0.1
@@ -45,8 +48,7 @@ def test_batches_and_devices_do_not_change_a_sample_of_ddpm(sigma_params, sample
     expected = sample_with(labels).x
     # The x0 prediction from predicted noise at the last step has 157 times its rounding error.
     np.testing.assert_allclose(sample_with(labels, batch_size=4).x, expected, atol=1e-3)
-    one = parallel.make_mesh(devices=jax.devices()[:1])
-    np.testing.assert_allclose(sample_with(labels, mesh=one).x, expected, atol=1e-3)
+    np.testing.assert_allclose(sample_with(labels, mesh=one_device()).x, expected, atol=1e-3)
     assert np.abs(sample_with(labels, seed=6).x - expected).max() > 0.1
     assert np.abs(expected[1] - expected[3]).max() > 0.1
 
@@ -97,6 +99,22 @@ def test_guidance_acts_within_its_interval(params, sigma_params):
         np.testing.assert_allclose(nowhere, never, atol=1e-3)
         early = sample_with(sampler=replace(sampler, interval=(0.6, 1.0))).x
         assert np.abs(early - always).max() > 1e-4 < np.abs(early - never).max()
+
+
+@pytest.mark.parametrize("solver", ["heun", "sde"])
+def test_a_weak_model_guides_by_its_difference(params, solver):
+    """A model guided by itself is unguided at any scale; by another, it is led away from that."""
+    sample_with = partial(sample, params, [3, 7], sampler=SamplerConfig(solver, 3), cfg_scale=1.0)
+    plain = sample_with().x
+    itself = WeakModel(params, CLASSES)
+    np.testing.assert_allclose(sample_with(weak=itself, weak_scale=3.0).x, plain, atol=1e-5)
+    weak = WeakModel(jax.tree.map(lambda x: 0.9 * x, params), CLASSES)
+    np.testing.assert_allclose(sample_with(weak=weak, weak_scale=1.0).x, plain, atol=1e-5)
+    led = sample_with(weak=weak, weak_scale=3.0).x
+    assert np.abs(led - plain).max() > 1e-2
+    np.testing.assert_allclose(
+        sample_with(weak=weak, weak_scale=3.0, batch_size=8, mesh=one_device()).x, led, atol=1e-5
+    )
 
 
 def test_ddpm_starts_at_the_nearest_step(sigma_params):

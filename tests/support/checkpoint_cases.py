@@ -45,8 +45,8 @@ def first():
     return arrays_on(DDP, 0)
 
 
-def save(run_dir, *steps_and_arrays, keep=None):
-    with Checkpoints(run_dir, keep=keep) as checkpoints:
+def save(run_dir, *steps_and_arrays, keep=None, keep_every=None):
+    with Checkpoints(run_dir, keep=keep, keep_every=keep_every) as checkpoints:
         for step, arrays in steps_and_arrays:
             checkpoints.save(step, arrays, METADATA)
 

@@ -164,6 +164,7 @@ FREE = {
     "n_eval_batches": 1,
     "sample_every_n": 13,
     "keep_checkpoints": 9,
+    "keep_every": 1000,
     "cfg_scale": 4.0,
     "n_sample_steps": 7,
     "solver": "heun",
