@@ -189,15 +189,21 @@ def add_request_fields() -> list[Any]:
     with gr.Row():
         low = gr.Number(0, label="Guidance from t", step=0.1, min_width=80, elem_id="low")
         high = gr.Number(1, label="to t (1 is noise)", step=0.1, min_width=80, elem_id="high")
+    with gr.Row():
+        guide = gr.Dropdown([], label="Weak guide", elem_id="guide", visible=False)
+        guide_scale = gr.Number(
+            2, label="its scale", step=0.1, min_width=80, elem_id="guide-scale", visible=False
+        )
     seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
     random_seed = gr.Button("Random seed", size="sm", elem_id="random-seed")
     connect(random_seed.click, lambda: random.randrange(MAX_SEED), [], [seed])
-    return [labels, prompt, negative, solver, low, high, seed]
+    return [labels, prompt, negative, solver, low, high, guide, guide_scale, seed]
 
 
 def fields_for_model(model: TrainedModel) -> list[Any]:
     """Update the fields of `add_request_fields`, the guidance scale and the steps for a model."""
     has_captions, classes = model.conditioning.takes_prompts, list(model.conditioning.choices)
+    guides = service.guides_of(model)
     prompt = gr.update(visible=True) if has_captions else gr.update(visible=False, value="")
     cfg_scale = model.default_cfg_scale
     return [
@@ -207,6 +213,8 @@ def fields_for_model(model: TrainedModel) -> list[Any]:
         gr.update(choices=list(model.method.solvers), value=model.settings["solver"]),
         gr.skip(),
         gr.skip(),
+        gr.update(choices=[("none", ""), *guides.items()], value="", visible=bool(guides)),
+        gr.update(visible=bool(guides)),
         gr.skip(),
         gr.update(value=cfg_scale, maximum=max(MAX_CFG_SCALE, cfg_scale)),
         gr.update(value=model.settings["n_sample_steps"], maximum=service.max_steps(model)),
@@ -225,7 +233,7 @@ def read_job(
     Raises:
         UserError: the seed or the number of images is empty.
     """
-    labels, prompt, negative, solver, low, high, seed = values
+    labels, prompt, negative, solver, low, high, guide, guide_scale, seed = values
     if seed is None:
         raise UserError("the seed is empty: enter a whole number")
     if n_images is None:
@@ -239,6 +247,8 @@ def read_job(
         cfg_scale=cfg_scale,
         solver=solver,
         interval=(0 if low is None else low, 1 if high is None else high),
+        guide=guide or None,
+        guide_scale=guide_scale if guide else None,
         seed=int(seed),
     )
 

@@ -19,6 +19,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from inference import grids, sample_files, sampler
+from inference.autoguidance import plan_with_guide
 from inference.labels import SampleRequest
 from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
 from runtime.errors import UserError, unknown_name
@@ -162,6 +163,16 @@ def max_steps(model: TrainedModel) -> int:
     return model.method.max_steps or MAX_STEPS
 
 
+def guides_of(model: TrainedModel) -> dict[str, str]:
+    """Return what a model can be guided by, the earlier checkpoints of its run, by what to call
+    each.
+    """
+    run = model.settings.get("run_dir")
+    folders = Path(run).glob("checkpoints/*") if run else ()
+    steps = sorted(int(path.name) for path in folders if path.name.isdecimal())
+    return {f"step {step}": f"{run}@{step}" for step in steps[:-1]}
+
+
 def check_job(model: TrainedModel, job: SampleJob) -> None:
     """Raise UserError if a job exceeds the limits."""
     if not 1 <= job.n_images <= MAX_IMAGES:
@@ -169,6 +180,8 @@ def check_job(model: TrainedModel, job: SampleJob) -> None:
     limit = max_steps(model)
     if job.n_steps is not None and not 1 <= job.n_steps <= limit:
         raise UserError(f"steps {job.n_steps}: must be in 1 … {limit}")
+    if job.guide and job.guide not in (guides := guides_of(model).values()):
+        raise unknown_name("guide", job.guide, list(guides))
     for name, text in (("prompt", job.prompt), ("negative prompt", job.negative_prompt)):
         if len(text) > MAX_PROMPT_CHARACTERS:
             raise UserError(
@@ -184,11 +197,17 @@ def plan_sampling(model: TrainedModel, job: SampleJob) -> SamplingPlan:
         UserError: the job does not fit the model, or exceeds the limits.
     """
     check_job(model, job)
-    if job.cfg_scale == 1:
+    if job.cfg_scale == 1 and not job.guide:
         job = replace(job, interval=None, guided_channels=None)
     has_negative = bool(job.negative_prompt.strip())
-    plan = model.plan(SamplingOverrides.from_flags(job), negative=has_negative)
-    sampler.check_guidance(plan.sampler, model.model, plan.cfg_scale, negative=has_negative)
+    plan = plan_with_guide(model, SamplingOverrides.from_flags(job), negative=has_negative)
+    sampler.check_guidance(
+        plan.sampler,
+        model.model,
+        plan.cfg_scale,
+        negative=has_negative,
+        has_guide=bool(job.guide),
+    )
     return plan
 
 

@@ -6,6 +6,8 @@ import nano  # noqa: F401  (its sizes)
 import numpy as np
 import pytest
 
+from inference.app import service
+from inference.app.service import SampleJob
 from inference.autoguidance import plan_with_guide
 from inference.sample_files import describe_samples
 from inference.trained_model import SamplingOverrides, TrainedModel
@@ -59,6 +61,16 @@ def test_an_earlier_checkpoint_guides(run):
     assert card["cfg_scale"] == 2 and np.abs(both - led).max() > 1e-3
     inside, _ = sample(guide=f"{run}@2", interval=(0.4, 0.6))
     assert np.abs(inside - led).max() > 1e-3
+
+
+def test_the_page_offers_the_earlier_checkpoints(run):
+    trained = TrainedModel.from_run(run)
+    assert service.guides_of(trained) == {"step 2": f"{run}@2"}
+    job = SampleJob(n_images=2, labels=("3",), guide=f"{run}@2", cfg_scale=1.0, interval=(0.0, 0.9))
+    plan = service.plan_sampling(trained, job)
+    assert plan.guide is not None and plan.guide.model.step == 2
+    with pytest.raises(UserError, match="unknown guide"):
+        service.plan_sampling(trained, replace(job, guide=str(run)))
 
 
 def test_what_does_not_fit_is_refused_by_name(run, tmp_path):
