@@ -244,8 +244,9 @@ def read_class_names(
     column: str | None,
     class_order: Sequence[str] = (),
 ) -> tuple[str, ...]:
-    """Return one name per class, in the order of the ids; () when there are no classes. Classes
-    that no row has are left out, but of a known dataset and of the run to resume (`class_order`).
+    """Return one name per class, in the order of the ids; () when there are no classes. Of declared
+    classes without names, those that no row has are left out, but for the run to resume, whose
+    classes are `class_order`.
 
     Raises:
         UserError: the column's type is no type of labels, or it has other classes than the known
@@ -259,7 +260,8 @@ def read_class_names(
     label_type = _label_type(feature)
     if label_type == "class":
         names = tuple(feature.names)
-        if not config.n_classes and sorted(class_order) != sorted(names):
+        is_named = names != tuple(map(str, range(len(names)))) or config.encoding
+        if not (is_named or config.n_classes or {*class_order} == {*names}):
             used = {*data.read_column(column).unique().to_pylist()}
             names = tuple(name for i, name in enumerate(names) if i in used)
         return _of_known_dataset(config, column, names)

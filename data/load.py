@@ -224,9 +224,9 @@ def _describe_rows(
     if names != tuple(map(str, range(n))) and all(re.fullmatch(r"-?\d+", name) for name in names):
         notices.append(f"{n} classes: labels {names[0]} … {names[-1]} are numbered 0 … {n - 1}")
     features = splits[train.name].features
-    declared = getattr(features.get(config.label_column or ""), "names", ())
-    if unused := [name for name in declared if name not in names]:
-        notices.append(f"classes that no training image has are left out: {some_of(unused, 3)}")
+    unused = [*map(names.__getitem__, sorted({*range(n)} - {*train.labels.tolist()}))]
+    if unused and not entry.model:
+        notices.append(f"classes without training images: {len(unused)} ({some_of(unused)})")
     others = [name for name in features if name != config.image_column]
     if others and config.conditioning == "none" and not entry.model and "label" not in features:
         notices.append(

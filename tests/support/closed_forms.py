@@ -4,7 +4,7 @@ Data are N(mean, std²) in each pixel; the path is x_t = (1 − t)·data + t·no
 from the joint Gaussian of data and x_t, and solves its differential equation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -48,7 +48,7 @@ def mean_velocity(x: Number, t: Number, r: Number, mean: float, std: float) -> N
 
 def guided_euler(
     x: Number,
-    times: Sequence[float],
+    times: Iterable[float],
     scale: float,
     interval: tuple[float, float],
     *,
@@ -78,7 +78,7 @@ def guided_ratio(scale: float, interval: tuple[float, float], weak: float, stron
     return strong * (of_strong / of_weak) ** (scale - 1)
 
 
-def euler_maruyama_variance(times: Sequence[float], std: float) -> float:
+def euler_maruyama_variance(times: Iterable[float], std: float) -> float:
     """The variance of samples of the SDE with diffusion 2t, by Euler–Maruyama's steps from noise of
     variance 1: V ← (1 + dt·a)²·V + 2t·|dt|, a = 1 + (2 − t)·σ′/σ, and no noise in the last step.
     """

@@ -49,7 +49,7 @@ def test_every_design_learns_sixteen_digits_by_heart(tmp_path, cache, design):
     settings = DESIGNS[design] | {"model": DESIGNS[design]["model"].replace("/2", "/4")}
     flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
     flags += ["--dataset_name", "digits", "--data_dir", folder.parent]
-    flags += ["--n_steps", 400, "--batch_size", 16, "--cfg_scale", 1, "--label_dropout", 0]
+    flags += ["--n_steps", 400, "--batch_size", 32, "--cfg_scale", 1, "--label_dropout", 0]
     assert trained_and_judged(tmp_path / "run", cache, *flags, n=80)["novelty"] < 0.5
 
 

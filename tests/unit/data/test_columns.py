@@ -86,7 +86,9 @@ def test_a_resumed_run_keeps_the_ids_of_named_classes():
 
 
 def test_declared_classes_that_no_row_has_are_left_out(tmp_path):
-    """Labels from 1, of classes that are declared from 0: no sample is drawn of class 0."""
+    """Labels from 1, of classes that are declared from 0: no sample is drawn of class 0. Classes
+    with names are there, and a line says that some have no images.
+    """
     features = Features({"image": ImageFeature(), "label": ClassLabel(num_classes=4)})
     labels = [1, 2, 3] * 4
     rows = {"image": [{"bytes": PNG, "path": None}] * 12, "label": labels}
@@ -94,9 +96,15 @@ def test_declared_classes_that_no_row_has_are_left_out(tmp_path):
     source = open_dataset(f"folder:{tmp_path / 'x'}")
     assert source.config.label_names == ("1", "2", "3")
     assert all_labels(source) == [*map(str, labels)]
-    assert "classes that no training image has are left out: 0" in source.notices
+    assert "4 classes: " not in str(source.notices) and "without" not in str(source.notices)
     resumed = open_dataset(f"folder:{tmp_path / 'x'}", class_order=["0", "1", "2", "3"])
     assert resumed.config.n_classes == 4 and all_labels(resumed) == [*map(str, labels)]
+    assert "classes without training images: 1 (0)" in resumed.notices
+    features["label"] = ClassLabel(names=["ant", "cat", "dog", "ox"])
+    Dataset.from_dict(rows, features).save_to_disk(tmp_path / "named")
+    named = open_dataset(f"folder:{tmp_path / 'named'}")
+    assert named.config.label_names == ("ant", "cat", "dog", "ox")
+    assert "classes without training images: 1 (ant)" in named.notices
 
 
 @pytest.mark.parametrize("kind", [int, float])
