@@ -92,7 +92,7 @@ def test_every_flag_is_filled_in():
     may_be_none |= {"run_dir", "peak_tflops", "caption_column", "caption", "caption_cache"}
     may_be_none |= {"latents", "vae", "prediction", "learned_sigma", "min_snr_gamma"}
     may_be_none |= {"fid_reference", "inception", "init_from"}
-    may_be_none |= {"wandb_project", "train_split", "eval_split"}
+    may_be_none |= {"wandb_project", "train_split", "eval_split", "keep_every"}
     may_be_none |= {"text_length", "coordinator", "n_processes", "process_index"}
     config = resolved()
     assert {name for name in FIELDS if getattr(config, name) is None} == may_be_none
