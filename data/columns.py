@@ -88,12 +88,11 @@ def choose_columns(
         label_column = ""
     label_column = find_label_column(entry, features, label_column)
     if conditioning in ("class", "text") and not (label_column or caption_column):
+        before, how = "", "pass --label_column NAME"
+        if class_order:
+            before, how = f"; the run has {some_of(class_order)}", "put them back"
         raise UserError(
-            f"dataset '{entry.name}' has no classes to condition a model on"
-            + (
-                f", and the run has {len(class_order)} ({some_of(class_order)})" * bool(class_order)
-            ),
-            how="put them back" if class_order else "pass --label_column NAME",
+            f"dataset '{entry.name}' has no classes to condition a model on{before}", how=how
         )
     class_names = read_class_names(entry, data, label_column, class_order)
     if class_order and sorted(class_order) == sorted(class_names):

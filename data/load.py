@@ -224,7 +224,7 @@ def _describe_rows(
     if names != tuple(map(str, range(n))) and all(re.fullmatch(r"-?\d+", name) for name in names):
         notices.append(f"{n} classes: labels {names[0]} … {names[-1]} are numbered 0 … {n - 1}")
     features = splits[train.name].features
-    unused = [*map(names.__getitem__, sorted({*range(n)} - {*train.labels.tolist()}))]
+    unused = [names[i] for i in np.setdiff1d(np.arange(n), train.labels)]
     if unused and not entry.model:
         notices.append(f"classes without training images: {len(unused)} ({some_of(unused)})")
     others = [name for name in features if name != config.image_column]

@@ -107,6 +107,12 @@ def test_declared_classes_that_no_row_has_are_left_out(tmp_path):
     assert "classes without training images: 1 (ant)" in named.notices
 
 
+def test_a_resume_without_classes_says_which_the_run_has(tmp_path):
+    name = write_table(tmp_path)
+    with pytest.raises(UserError, match=r"no classes .*; the run has cat, dog; put them back"):
+        open_dataset(name, conditioning="class", class_order=["cat", "dog"])
+
+
 @pytest.mark.parametrize("kind", [int, float])
 def test_numbers_are_the_ids_of_classes_that_the_table_names_by_words(tmp_path, kind):
     label = [kind(i) for i in range(10)] * 2
