@@ -36,9 +36,10 @@ class ArrowSplit:
 
         selected = self.data.select_columns([column])
         feature = self.features[column]
-        if feature == Value("binary"):
+        is_list = isinstance(feature, List)
+        item = feature.feature if is_list else feature
+        if item == Value("binary") or (is_list and isinstance(item, dict) and "bytes" in item):
             return ArrowSplit(selected)
-        is_list = isinstance(feature, List) and isinstance(feature.feature, Image)
         undecoded = List(Image(decode=False)) if is_list else Image(decode=False)
         return ArrowSplit(selected.cast_column(column, undecoded))
 
@@ -47,10 +48,11 @@ class ArrowSplit:
         list of images the first is read.
         """
         (cells,) = self.data[rows].values()
-        return [_undecoded(cell) for cell in cells]
+        return [undecoded(cell) for cell in cells]
 
 
-def _undecoded(cell: Any) -> dict[str, Any] | None:
+def undecoded(cell: Any) -> dict[str, Any] | None:
+    """Return a cell as {"bytes": …, "path": …}, of a list the first; None if it is empty."""
     if isinstance(cell, list):
-        return _undecoded(cell[0] if cell else None)
+        return undecoded(cell[0] if cell else None)
     return {"bytes": cell, "path": None} if isinstance(cell, bytes) else cell

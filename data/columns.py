@@ -144,7 +144,7 @@ def find_image_column(
 
 def _holds_images(data: ArrowSplit | ParquetSplit, field: "pyarrow.Field") -> bool:
     """Return whether the cells of a column are image files, or records of one, by the first."""
-    if not re.match(r"(large_)?binary|struct<.*bytes: ", str(field.type)):
+    if not re.match(r"((large_)?list<\w+: )?((large_)?binary|struct<.*bytes: )", str(field.type)):
         return False
     first = first_cell(data, field.name)
     raw: bytes | None = first["bytes"] if first else None

@@ -234,7 +234,9 @@ def _describe_rows(
             "NAME or --caption_column NAME takes one"
         )
     if str(features[config.image_column]).startswith("List("):
-        notices.append(f"column '{config.image_column}' holds several images: the first is taken")
+        notices.append(
+            f"column '{config.image_column}' holds lists of images: the first of each is taken"
+        )
     for split in (train, evaluation):
         n_empty = sum(captions == ("",) for captions in split.captions)
         if n_empty == len(split) and split is train:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int64
 
+from data.arrow import undecoded
 from runtime.errors import UserError
 
 if TYPE_CHECKING:  # at run time they are imported where they are used: together they take a second
@@ -106,6 +107,8 @@ class ParquetSplit:
         import pyarrow.types as types
 
         kind = self.features.arrow_schema.field(column).type
+        if types.is_list(kind) or types.is_large_list(kind):
+            kind = kind.value_type
         is_struct = types.is_struct(kind)
         fields = [kind.field(i).name for i in range(kind.num_fields)] if is_struct else []
         if not (types.is_binary(kind) or types.is_large_binary(kind) or "bytes" in fields):
@@ -115,7 +118,9 @@ class ParquetSplit:
         return selected
 
     def read_cells(self, rows: Sequence[int]) -> list[dict[str, Any] | None]:
-        """Read the undecoded images of these rows, as {"bytes": …, "path": …}; None if empty."""
+        """Read the undecoded images of these rows, as {"bytes": …, "path": …}; None if empty. Of a
+        list of images the first is read.
+        """
         cells: list[Any] = [None] * len(rows)
         indices = np.asarray(rows, np.int64)
         groups = self.find_groups(indices)
@@ -124,7 +129,7 @@ class ParquetSplit:
             first_row = self.group_ends[group] - self.group_rows[group]
             for position in np.flatnonzero(groups == group):
                 cells[position] = column[int(indices[position] - first_row)].as_py()
-        return [{"bytes": c, "path": None} if isinstance(c, bytes) else c for c in cells]
+        return [undecoded(cell) for cell in cells]
 
     def _read_group(self, group: int) -> "pyarrow.ChunkedArray":
         """Read the images of a row group, through a cache of the `max_open_groups` used last."""

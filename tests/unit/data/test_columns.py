@@ -273,12 +273,19 @@ def test_images_are_bytes_records_or_paths(tmp_path):
         open_dataset(f"folder:{tmp_path / 'paths'}")
 
 
-def test_of_several_images_the_first_is_taken(tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["images", "records", "bytes"])
+def test_of_several_images_the_first_is_taken(tmp_path, kind, streaming):
     cells = [[{"bytes": png(i), "path": None}, {"bytes": PNG, "path": None}] for i in range(1, 6)]
-    data = Dataset.from_dict({"views": cells}, features=Features(views=List(ImageFeature())))
-    data.to_parquet(tmp_path / "train.parquet")
-    source = open_dataset(f"folder:{tmp_path}")
-    assert "column 'views' holds several images: the first is taken" in source.notices
+    if kind == "images":
+        data = Dataset.from_dict({"views": cells}, features=Features(views=List(ImageFeature())))
+        data.to_parquet(tmp_path / "train.parquet")
+    else:
+        plain = [[cell["bytes"] for cell in row] for row in cells]
+        views = pa.table({"views": cells if kind == "records" else plain})
+        pq.write_table(views, tmp_path / "train.parquet")
+    source = open_dataset(f"folder:{tmp_path}", streaming=streaming)
+    assert "column 'views' holds lists of images: the first of each is taken" in source.notices
     assert [(cell or {})["bytes"] for cell in source.train.data.read_cells([0, 4])] == [
         png(1),
         png(5),
