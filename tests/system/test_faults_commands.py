@@ -35,7 +35,7 @@ GREETED = " steps of "  # what a run prints before its first step
 # --- kill -9 --------------------------------------------------------------------------------------
 
 N_KILLS = 52
-KILLED = [*SMALL, *EVERY, "--n_steps", 2000]
+KILLED = [*SMALL, *EVERY, "--n_steps", 1500]
 KILLED[KILLED.index("--n_sample_steps") + 1] = 50  # so that a sample is long enough to be hit
 MOMENTS = ("step", "save", "sample", "start-up")
 
