@@ -76,13 +76,10 @@ def euler(
     velocity: Velocity,
     noise: Float[Array, "b *s"],
     times: Float[Array, "times"],
-    fresh_noise: FreshNoise | None = None,
     *,
     trajectory: bool = False,
 ) -> Solution:
-    """Euler's method: first order, one velocity a step. No solver of the differential equation
-    takes `fresh_noise`; that of the stochastic one does.
-    """
+    """Euler's method: first order, one velocity a step."""
 
     def step(x: Array, t: Array, s: Array) -> tuple[Array, Array]:
         v = velocity(x, t)
@@ -95,7 +92,6 @@ def heun(
     velocity: Velocity,
     noise: Float[Array, "b *s"],
     times: Float[Array, "times"],
-    fresh_noise: FreshNoise | None = None,
     *,
     trajectory: bool = False,
 ) -> Solution:
@@ -112,7 +108,6 @@ def dpmpp_2m(
     velocity: Velocity,
     noise: Float[Array, "b *s"],
     times: Float[Array, "times"],
-    fresh_noise: FreshNoise | None = None,
     *,
     trajectory: bool = False,
 ) -> Solution:
@@ -175,7 +170,7 @@ def euler_maruyama(
     velocity: Velocity,
     noise: Float[Array, "b *s"],
     times: Float[Array, "times"],
-    fresh_noise: FreshNoise | None = None,
+    fresh_noise: FreshNoise,
     *,
     trajectory: bool = False,
 ) -> Solution:
@@ -183,7 +178,6 @@ def euler_maruyama(
     has the marginals of the flow: drift v − w·score/2 = x + (2 − t)·v (Ma et al. 2024, SiT, eq. 6
     and 9). One velocity a step; the last step, to t = 0, adds no noise.
     """
-    assert fresh_noise is not None, "a stochastic solver takes noise"
 
     def step(x: Array, row: Any) -> tuple[Array, Array]:
         i, t, s = row
@@ -197,6 +191,7 @@ def euler_maruyama(
 
 # Of a velocity.
 SOLVERS = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m, "sde": euler_maruyama}
+STOCHASTIC = {"sde"}  # those that take `fresh_noise` after the times
 SDE_LAST_TIME = 0.04  # the SDE's last step goes from here to 0, times the time of its first
 
 

@@ -24,7 +24,15 @@ from methods.method import (
 )
 from runtime.errors import UserError
 from runtime.flags import setting
-from sampling import SDE_LAST_TIME, SOLVERS, FreshNoise, Solution, Velocity, time_grid
+from sampling import (
+    SDE_LAST_TIME,
+    SOLVERS,
+    STOCHASTIC,
+    FreshNoise,
+    Solution,
+    Velocity,
+    time_grid,
+)
 
 # A density of t on (0, 1) as its quantile function: uniform u → t.
 Density = Callable[[Float[Array, "b"]], Float[Array, "b"]]
@@ -160,13 +168,13 @@ class RectifiedFlow(RectifiedFlowFlags, Method):
             raise UserError(f"--shift {shift:g}: must be above 0")
         if eta:
             raise UserError(f"--eta {eta} is for --solver ddim")
-        if solver == "sde" and n_steps < 2:
-            raise UserError("--solver sde takes at least 2 steps: the last one adds no noise")
+        if solver in STOCHASTIC and n_steps < 2:
+            raise UserError(f"--solver {solver} takes at least 2 steps: the last one adds no noise")
 
     def time_steps(
         self, n_steps: int, *, solver: str = "euler", shift: float = 1.0, start: float = 1.0
     ) -> Float[Array, "{n_steps}+1"]:
-        last = SDE_LAST_TIME * start if solver == "sde" else None
+        last = SDE_LAST_TIME * start if solver in STOCHASTIC else None
         return time_grid(n_steps, shift=shift, start=start, last=last)
 
     def state_times(self, steps: Float[Array, "times"]) -> Float[np.ndarray, "times"]:
@@ -199,4 +207,5 @@ class RectifiedFlow(RectifiedFlowFlags, Method):
         def velocity(x: Array, t: Array) -> Array:
             return self.velocity(predict(x, t), x, t)
 
-        return self.solvers[solver](velocity, noise, steps, fresh_noise, trajectory=trajectory)
+        noises = (fresh_noise,) if solver in STOCHASTIC else ()
+        return self.solvers[solver](velocity, noise, steps, *noises, trajectory=trajectory)

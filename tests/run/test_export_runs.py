@@ -72,7 +72,7 @@ def test_the_cards_code_loads_the_model_here(folder):
 
 def test_the_exported_model_samples_what_the_run_samples(trained, folder):
     found = TrainedModel.from_pretrained(str(folder))
-    assert found.plan(SamplingOverrides()) == (trained.sampler(), trained.config.cfg_scale)
+    assert found.plan(SamplingOverrides()) == (trained.sampler(), trained.config.cfg_scale, None)
     assert found.label_names == list(trained.dataset.label_names)
     samples = found.sample([3, 7], found.plan(SamplingOverrides()))
     np.testing.assert_allclose(samples.x, trained.sample([3, 7]), atol=1e-5)

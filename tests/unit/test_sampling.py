@@ -33,6 +33,12 @@ velocity = partial(closed_forms.velocity, mean=MEAN, std=STD)
 ODE_SOLVERS = {name: solver for name, solver in SOLVERS.items() if name != "sde"}
 
 
+def noise_of(solver):
+    """The noise that a solver takes besides the initial one, if it does."""
+    fresh_noise = step_noise(0, jnp.arange(8), (4,))
+    return {"fresh_noise": fresh_noise} if solver is euler_maruyama else {}
+
+
 def test_the_closed_forms_solve_their_equations():
     """By differences, in float64."""
     x, data = np.linspace(-2, 2, 9), {"mean": MEAN, "std": STD}
@@ -82,7 +88,7 @@ def test_a_constant_velocity_is_followed_exactly(solver):
 def test_the_trajectory_is_every_state_from_the_noise_to_the_result(solver):
     times = time_grid(6)
     solve = jax.jit(
-        partial(solver, velocity, fresh_noise=step_noise(0, jnp.arange(8), (4,))),
+        partial(solver, velocity, **noise_of(solver)),
         static_argnames="trajectory",
         compiler_options=AS_USERS_COMPILE,
     )
@@ -438,9 +444,9 @@ def test_a_weak_model_guides_a_strong_one_along_the_guidance_law(scale, interval
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_guidance_at_scale_1_is_the_strong_model_for_every_solver(solver):
-    fresh_noise, times = step_noise(0, jnp.arange(8), (4,)), time_grid(8)
+    solve, times = SOLVERS[solver], time_grid(8)
     alone, led = (
-        SOLVERS[solver](v, noise, times, fresh_noise).x
+        solve(v, noise, times, **noise_of(solve)).x
         for v in (velocity, extrapolate(weak, velocity, 1.0))
     )
     np.testing.assert_allclose(alone, led, rtol=1e-4, atol=1e-5)
