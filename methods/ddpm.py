@@ -264,8 +264,12 @@ def run_reverse_process(
     step: Callable[..., Any], noise: Float[Array, "b *s"], schedule: NoiseSchedule, trajectory: bool
 ) -> Solution:
     """Apply `step(x, schedule) -> (x, x0)` from the schedule's last step to its first."""
-    steps = jax.tree.map(lambda table: jnp.asarray(table)[::-1], schedule)
-    return scan_steps(step, noise, steps, trajectory)
+    return scan_steps(step, noise, from_noise_to_data(schedule), trajectory)
+
+
+def from_noise_to_data(schedule: NoiseSchedule) -> NoiseSchedule:
+    """Return the schedule from its last step to its first."""
+    return jax.tree.map(lambda table: jnp.asarray(table)[::-1], schedule)
 
 
 def ancestral(
@@ -321,7 +325,7 @@ def dpmpp_2m(
     trajectory: bool = False,
 ) -> Solution:
     """DPM-Solver++(2M) on the steps of DDIM: see `sampling.multistep`."""
-    steps = jax.tree.map(lambda table: jnp.asarray(table)[::-1], schedule)
+    steps = from_noise_to_data(schedule)
     return multistep(
         lambda x, step: denoise(x, step).x0,
         noise,
