@@ -258,6 +258,8 @@ def _open_samples(config: EvaluateConfig, model: TrainedModel, batch_size: int) 
         interval=c.interval,
         eta=c.eta,
         guided_channels=c.guided_channels,
+        inner_guidance=c.inner_guidance,
+        inner_interval=c.inner_interval,
         guide=c.guide,
         guide_scale=c.guide_scale,
     )

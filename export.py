@@ -8,7 +8,7 @@ Models that diffusers can compute are written in its format, all others in this 
 """
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ EXPORTED_SETTINGS = (
     *("conditioning", "image_column", "label_column", "caption_column", "caption", "channels"),
     *("image_size", "train_split", "eval_split", "unlabelled"),
     *("fsdp", "objective", "method", "prediction", "learned_sigma", "solver", "n_sample_steps"),
-    *("sample_shift", "cfg_scale", "label_dropout", "null_is_trained", "ema_decay"),
+    *("noise_scale", "sample_shift", "cfg_scale", "label_dropout", "null_is_trained", "ema_decay"),
 )
 # Flags that the card leaves out: they do not shape the weights, and some are paths of this machine.
 HIDDEN_FLAGS = {name for name, known in flags_of(TrainConfig).items() if known.may_change} - {
@@ -64,6 +64,11 @@ def main(config: ExportConfig) -> None:
     if c.out.exists() and not (c.out.is_dir() and not any(c.out.iterdir())):
         raise UserError(f"'{c.out}' already exists; name a new folder by --out")
     run, step, params = trained.settings, trained.step, parallel.fetch_to_host(trained.params)
+    network = trained.model
+    if network.inner_head and layout not in transformer.OWN_CLASSES:
+        print(f"the inner head is left out: {layout} has none")
+        network = replace(network, inner_head=0)
+        params = {name: part for name, part in params.items() if name != "inner"}
     if not parallel.is_finite(params):
         raise UserError(f"the weights of step {step} of {c.run} hold NaN or infinity; pass --step")
     settings = {name: run[name] for name in EXPORTED_SETTINGS if name in run}
@@ -72,7 +77,7 @@ def main(config: ExportConfig) -> None:
     card = model_card(c.out.name, run | settings, trained, layout, n_params)
     try:
         with atomic_folder(c.out) as folder:
-            transformer.save_transformer(folder, trained.model, params, settings, layout=layout)
+            transformer.save_transformer(folder, network, params, settings, layout=layout)
             with atomic_file(folder / CARD_FILE) as file:
                 file.write(card.encode())
     except OSError as error:
@@ -88,6 +93,8 @@ def select_layout(config: ExportConfig, model: ModelConfig) -> tuple[str, str]:
     Raises:
         UserError: --layout diffusers is given, and diffusers cannot hold the model.
     """
+    if config.layout == "diffusers":
+        model = replace(model, inner_head=0)
     layout, reason = transformer.choose_layout(model)
     if config.layout == "diffusers" and reason:
         raise UserError(f"--layout diffusers: {reason}; leave --layout out for the project's own")

@@ -8,7 +8,7 @@ A model knows nothing of noise, losses, guidance or devices, takes no random key
 flag. A label that it should not see arrives as the null class or as the empty caption.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -75,6 +75,8 @@ class ModelConfig:
         mlp: gelu or swiglu, `mlp_ratio` × width wide.
         norm: layer or rms.
         time_scale: factor of t in [0, 1] before its sinusoids.
+        bottleneck: channels between the two maps that embed a patch; 0 for one map.
+        inner_head: number of blocks after which a second head predicts too; 0 for none.
         dtype: of matrix products and of the tokens between blocks. Weights are always float32.
         fp8: blocks multiply tokens and weights in eight bits, in training; what is around the
             blocks stays in `dtype`.
@@ -109,6 +111,8 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     norm: str = "layer"
     time_scale: float = 1000.0
+    bottleneck: int = 0
+    inner_head: int = 0
     dtype: str = "float32"
     fp8: bool = False
     remat: bool = False
@@ -133,6 +137,11 @@ class ModelConfig:
             raise UserError(
                 f"n_dual {self.n_dual}: only joint blocks have a second attention, and never the "
                 f"last of the {self.depth}"
+            )
+        if not 0 <= self.inner_head <= self.depth // 2:
+            raise UserError(
+                f"inner_head {self.inner_head}: of {self.depth} blocks it may stand after 1 to "
+                f"{self.depth // 2}; later it harms"
             )
         if self.image_size % self.patch_size:
             raise UserError(
@@ -419,8 +428,17 @@ class PlainFinalLayer(nnx.Module):
 
 # --- DiT ------------------------------------------------------------------------------------------
 
-# With taps: the prediction, and the image's tokens after each tapped block.
-Tapped = tuple[Float[Array, "b h w o"], tuple[Float[Array, "b n d"], ...]]
+
+class TwoPredictions(NamedTuple):
+    """The network's prediction and that of its inner head."""
+
+    final: Float[Array, "b h w o"]
+    inner: Float[Array, "b h w o"]
+
+
+Output = Float[Array, "b h w o"] | TwoPredictions
+# With taps: the output, and the image's tokens after each tapped block.
+Tapped = tuple[Output, tuple[Float[Array, "b n d"], ...]]
 
 
 def check_taps(taps: Sequence[int], depth: int) -> None:
@@ -451,6 +469,27 @@ BLOCKS = {
 }
 
 
+class BottleneckPatch(nnx.Module):
+    """Embed patches by a narrow map and a wide one: images of a large patch fill few dimensions (Li
+    & He 2025, JiT).
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        c = config
+        self.narrow = Linear(c.patch_size**2 * c.channels, c.bottleneck, dtype=c.dtype, rngs=rngs)
+        self.wide = Linear(c.bottleneck, c.width, dtype=c.dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n p"]) -> Float[Array, "b n d"]:
+        return self.wide(self.narrow(x))
+
+
+def make_patch_embedding(c: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
+    """Make the module that maps patches to tokens."""
+    if c.bottleneck:
+        return BottleneckPatch(c, rngs=rngs)
+    return Linear(c.patch_size**2 * c.channels, c.width, dtype=c.dtype, rngs=rngs)
+
+
 def make_position_embedding(c: ModelConfig, *, rngs: nnx.Rngs) -> Any:
     """Make the module that adds absolute positions to the image's tokens."""
     position = POSITIONS[c.position]
@@ -459,19 +498,53 @@ def make_position_embedding(c: ModelConfig, *, rngs: nnx.Rngs) -> Any:
     return position(c.width, c.grid, rngs=rngs)
 
 
-class DiT(nnx.Module):
+class Readout(nnx.Module):
+    """The heads of a network: tokens of the image → predictions."""
+
+    config: ModelConfig
+    final: Any
+    inner: Any
+
+    def read(
+        self,
+        last: Float[Array, "b n d"],
+        states: Mapping[int, Float[Array, "b n d"]],
+        cond: Condition,
+        *,
+        taps: Sequence[int],
+        inner: bool,
+    ) -> Output | Tapped:
+        """Predict from the tokens after the last block and, with `inner`, after block `inner_head`.
+
+        Args:
+            states: the tokens after other blocks, by the number of blocks.
+        """
+        c = self.config
+
+        def predict(head: Any, tokens: Array) -> Array:
+            patches = head(tokens, cond)
+            return unpatchify(patches, c.patch_size, c.grid[0]).astype(jnp.float32)
+
+        output: Any = predict(self.final, last)
+        if inner:
+            output = TwoPredictions(output, predict(self.inner, states[c.inner_head]))
+        return (output, tuple(states[tap] for tap in taps)) if taps else output
+
+
+class DiT(Readout):
     """Diffusion transformer (Peebles & Xie 2023): patches → blocks under a condition → patches."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         c, d, design = config, config.width, BLOCKS[config.block]
         self.config = c
         self.n_joining = None if design.tokens_join else 0  # None: all of the condition's tokens
-        self.patch = Linear(c.patch_size**2 * c.channels, d, dtype=c.dtype, rngs=rngs)
+        self.patch = make_patch_embedding(c, rngs=rngs)
         self.position = make_position_embedding(c, rngs=rngs)
         self.time = TimeEmbedder(d, time_scale=c.time_scale, dtype=c.dtype, rngs=rngs)
         self.label = make_label_embedder(c, ClassVector, rngs=rngs)
         self.blocks = stack_blocks(lambda rngs: design.block(c, rngs=rngs), c.depth, rngs)
         self.final = design.final(c, rngs=rngs)
+        self.inner = design.final(c, rngs=rngs) if c.inner_head else None
 
     def __call__(
         self,
@@ -480,13 +553,15 @@ class DiT(nnx.Module):
         label: Label,
         *,
         taps: Sequence[int] = (),
-    ) -> Float[Array, "b h w o"] | Tapped:
+        inner: bool = False,
+    ) -> Output | Tapped:
         """Predict at x_t, in float32. A class is in 0 … n_classes; n_classes is the null class.
 
         Args:
             taps: numbers of blocks, ascending, from 1 to `depth`. With them the result is the
                 prediction and the image's tokens after so many blocks, (b n d) in `dtype`, in the
                 order of `taps`.
+            inner: predict by the inner head too: in place of the prediction stand both.
 
         Raises:
             UserError: taps out of range, or not ascending.
@@ -497,10 +572,10 @@ class DiT(nnx.Module):
         x = self.position(self.patch(patchify(x, c.patch_size)))
         n = x.shape[1]
         x = jnp.concatenate([cond.tokens[:, : self.n_joining], x], axis=1)
-        x, states = scan_with_taps(self.blocks, x, cond, taps=taps, remat=c.remat, unroll=c.unroll)
-        x = self.final(x[:, -n:], cond)
-        prediction = unpatchify(x, c.patch_size, c.grid[0]).astype(jnp.float32)
-        return (prediction, tuple(state[:, -n:] for state in states)) if taps else prediction
+        cuts = sorted({*taps, c.inner_head}) if inner else taps
+        x, states = scan_with_taps(self.blocks, x, cond, taps=cuts, remat=c.remat, unroll=c.unroll)
+        tokens = {cut: state[:, -n:] for cut, state in zip(cuts, states, strict=True)}
+        return self.read(x[:, -n:], tokens, cond, taps=taps, inner=inner)
 
 
 # --- MMDiT: two streams with one attention (Esser et al. 2024, §4 and fig. 2b) --------------------
@@ -651,7 +726,7 @@ class LastJointBlock(nnx.Module):
         )
 
 
-class MMDiT(nnx.Module):
+class MMDiT(Readout):
     """Multimodal diffusion transformer (Esser et al. 2024): t and the label's vector modulate both
     streams, and the label's tokens are the second stream.
     """
@@ -659,7 +734,7 @@ class MMDiT(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         c, d = config, config.width
         self.config = c
-        self.patch = Linear(c.patch_size**2 * c.channels, d, dtype=c.dtype, rngs=rngs)
+        self.patch = make_patch_embedding(c, rngs=rngs)
         self.position = make_position_embedding(c, rngs=rngs)
         self.time = TimeEmbedder(d, time_scale=c.time_scale, dtype=c.dtype, rngs=rngs)
         self.label = make_label_embedder(c, ClassTokens, rngs=rngs)
@@ -668,6 +743,7 @@ class MMDiT(nnx.Module):
         self.blocks = stack_blocks(lambda rngs: JointBlock(c, rngs=rngs), n_plain, rngs)
         self.last = LastJointBlock(c, rngs=rngs)
         self.final = AdaptiveFinalLayer(c, rngs=rngs)
+        self.inner = AdaptiveFinalLayer(c, rngs=rngs) if c.inner_head else None
 
     def __call__(
         self,
@@ -676,11 +752,13 @@ class MMDiT(nnx.Module):
         label: Label,
         *,
         taps: Sequence[int] = (),
-    ) -> Float[Array, "b h w o"] | Tapped:
+        inner: bool = False,
+    ) -> Output | Tapped:
         """Predict at x_t, in float32. A class is in 0 … n_classes; n_classes is the null class.
 
         Args:
-            taps: as of a `DiT`. Dual blocks come first, then the joint ones, then the last block.
+            taps, inner: as of a `DiT`. Dual blocks come first, then the joint ones, then the last
+                block.
 
         Raises:
             UserError: taps out of range, or not ascending.
@@ -690,43 +768,55 @@ class MMDiT(nnx.Module):
         cond = self.label(label)
         cond = cond._replace(vector=self.time(t) + cond.vector)
         streams = Streams(self.position(self.patch(patchify(x, c.patch_size))), cond.tokens)
-        hidden: list[Array] = []
+        cuts = sorted({*taps, c.inner_head}) if inner else taps
+        tokens: dict[int, Array] = {}
         for blocks, first, end in (
             (self.dual_blocks, 0, c.n_dual),
             (self.blocks, c.n_dual, c.depth - 1),
         ):
-            own_taps = [tap - first for tap in taps if first < tap <= end]
+            own_cuts = [cut - first for cut in cuts if first < cut <= end]
             streams, states = scan_with_taps(
-                blocks, streams, cond, taps=own_taps, remat=c.remat, unroll=c.unroll
+                blocks, streams, cond, taps=own_cuts, remat=c.remat, unroll=c.unroll
             )
-            hidden += [state.image for state in states]
-        image = self.last(streams, cond)
-        if c.depth in taps:
-            hidden.append(image)
-        image = self.final(image, cond)
-        prediction = unpatchify(image, c.patch_size, c.grid[0]).astype(jnp.float32)
-        return (prediction, tuple(hidden)) if taps else prediction
+            tokens |= {first + cut: x.image for cut, x in zip(own_cuts, states, strict=True)}
+        tokens[c.depth] = self.last(streams, cond)
+        return self.read(tokens[c.depth], tokens, cond, taps=taps, inner=inner)
 
 
 # --- presets --------------------------------------------------------------------------------------
 
-# Table 1 of the paper (Peebles & Xie), and a tiny size for laptops.
+# Table 1 of the paper (Peebles & Xie), a tiny size for laptops, and JiT's largest.
 SIZES = {
     "Ti": {"width": 128, "depth": 6, "n_heads": 4},
     "S": {"width": 384, "depth": 12, "n_heads": 6},
     "B": {"width": 768, "depth": 12, "n_heads": 12},
     "L": {"width": 1024, "depth": 24, "n_heads": 16},
     "XL": {"width": 1152, "depth": 28, "n_heads": 16},
+    "H": {"width": 1280, "depth": 32, "n_heads": 16},
 }
 MODELS: dict[str, dict[str, Any]] = {
     f"DiT-{size}/{p}": shape | {"patch_size": p}
     for size, shape in SIZES.items()
+    if size != "H"
     for p in (1, 2, 4, 8)
 }
 # The image's stream is a DiT of the same name; positions and norms of q and k are as in SD3.
 MODELS |= {  # pyright: ignore[reportConstantRedefinition]
     f"MM{name}": shape | {"block": JOINT, "qk_norm": True, "position": "cropped"}
     for name, shape in MODELS.items()
+}
+# Of pixels without a VAE, for clean images as `prediction` (Li & He 2025).
+JIT: dict[str, Any] = {
+    "bottleneck": 128,
+    "mlp": "swiglu",
+    "norm": "rms",
+    "qk_norm": True,
+    "rope": True,
+}
+MODELS |= {  # pyright: ignore[reportConstantRedefinition]
+    f"JiT-{size}/{p}": SIZES[size] | JIT | {"patch_size": p}
+    for size in ("B", "L", "H")
+    for p in (16, 32)
 }
 
 

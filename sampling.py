@@ -104,6 +104,24 @@ def heun(
     return integrate_velocity(step, noise, times, trajectory)
 
 
+def heun_then_euler(
+    velocity: Velocity,
+    noise: Float[Array, "b *s"],
+    times: Float[Array, "times"],
+    *,
+    trajectory: bool = False,
+) -> Solution:
+    """Heun's method with a last step of Euler's, for a velocity that has no value at t = 0."""
+
+    def step(x: Array, t: Array, s: Array) -> tuple[Array, Array]:
+        v = velocity(x, t)
+        y = x + (s - t) * v
+        mean = jax.lax.cond(s > 0, lambda: (v + velocity(y, s)) / 2, lambda: v)
+        return x + (s - t) * mean, v
+
+    return integrate_velocity(step, noise, times, trajectory)
+
+
 def dpmpp_2m(
     velocity: Velocity,
     noise: Float[Array, "b *s"],

@@ -40,6 +40,7 @@ from model import init_model_params, model_graphdef
 from runtime import cli, parallel, processes, run_folder
 from training import display, flops, optim, warm_start
 from training import step as training_step
+from training.auxiliary import with_auxiliary
 from training.config import TrainConfig
 from training.loop import Loop, flags_as_json, initialize_jax
 from training.lr_range_test import N_STEPS, range_test
@@ -115,7 +116,7 @@ class Trainer(Loop):
 
     def initial_state(self) -> TrainState:
         params = init_model_params(self.model_config, self.init_key)
-        loss = self.loss(label_dropout=self.config.label_dropout)
+        loss = self.training_loss()
         model = nnx.merge(model_graphdef(self.model_config), params)
         metrics = jax.eval_shape(lambda b: loss(model, b, self.train_key)[1], self.blank_batch())
         scaled = self.model_config.dtype == "float16"
@@ -162,6 +163,16 @@ class Trainer(Loop):
         """
         return partial(self.method.loss, label_dropout=label_dropout, to_input=self.space.read)
 
+    def training_loss(self) -> Loss:
+        """The loss that a step descends: the method's and the auxiliary ones."""
+        c = self.config
+        return with_auxiliary(
+            self.loss(label_dropout=c.label_dropout),
+            inner_weight=c.inner_weight if c.inner_head else 0.0,
+            layer_sync=c.layer_sync,
+            sync_weight=c.sync_weight,
+        )
+
     @cached_property
     def update(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         c = self.config
@@ -169,7 +180,7 @@ class Trainer(Loop):
             training_step.update,
             read_batch=self.read_batch(),
             value_and_grad=parallel.value_and_grad(
-                self.loss(label_dropout=c.label_dropout),
+                self.training_loss(),
                 model_graphdef(self.model_config),
                 self.mesh,
                 accumulate_steps=c.accumulate_steps,

@@ -23,7 +23,11 @@ CURVES_FILE = "curves.png"
 WIDTH, HEIGHT, DPI = 8.0, 5.4, 200  # inches; legible at half of its pixels
 BLUE, ORANGE, GREEN, GREY = "#2a6fbb", "#d9652b", "#2f8f5b", "#8a8a8a"
 # Metric → legend and colour in the plot of losses, for the metrics that are recorded.
-LOSSES = {"loss": ("training, mean since the last point", BLUE), "eval_loss": ("held out", ORANGE)}
+LOSSES = {
+    "loss": ("training, mean since the last point", BLUE),
+    "inner_loss": ("of the inner head", GREEN),
+    "eval_loss": ("held out", ORANGE),
+}
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,

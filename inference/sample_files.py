@@ -115,6 +115,8 @@ def describe_samples(
 ) -> dict[str, Any]:
     """All that the samples depend on, for the card beside them."""
     plan_card = {"sampler": asdict(plan.sampler), "cfg_scale": plan.cfg_scale, "seed": request.seed}
+    if plan.inner_guidance != 1:
+        plan_card["inner_guidance"] = plan.inner_guidance
     if plan.guide:
         guide, scale = plan.guide
         plan_card |= {"guide": guide.name, "guide_step": guide.step, "guide_scale": scale}

@@ -25,10 +25,19 @@ from methods.registry import METHODS
 from model import Label, ModelConfig, model_graphdef
 from runtime import parallel
 from runtime.errors import UserError, unknown_name
-from sampling import Solution, Velocity, extrapolate, guided, initial_noise, step_noise
+from sampling import (
+    Solution,
+    Velocity,
+    extrapolate,
+    extrapolate_pair,
+    guided,
+    initial_noise,
+    step_noise,
+)
 
 Labels = Sequence[int] | Int[np.ndarray, "n"] | EncodedCaption
 MAX_SEED = 2**31 - 1
+ALWAYS = (0.0, 1.0)  # the interval of guidance at all times
 ToImages = Callable[[Float[np.ndarray, "*b h w c"]], Float[np.ndarray, "*b H W C"]]
 
 
@@ -42,6 +51,7 @@ class SamplerConfig:
         method: how the model was trained, which says what its output means.
         shift: shift of the time grid; above 1 spends more steps near the noise.
         interval: guidance interval: the two times between which guidance acts.
+        inner_interval: the same of inner guidance.
         eta: fresh noise of ddim, from 0 (none) to 1 (as much as ddpm).
         guided_channels: guide only the first so many channels; by default all.
         clip: the data lie in −1 … 1, as pixels do.
@@ -54,7 +64,8 @@ class SamplerConfig:
     n_steps: int = 50
     method: Method = RectifiedFlow()  # noqa: RUF009  (immutable)
     shift: float = 1.0
-    interval: tuple[float, float] = (0.0, 1.0)
+    interval: tuple[float, float] = ALWAYS
+    inner_interval: tuple[float, float] = ALWAYS
     eta: float = 0.0
     guided_channels: int | None = None
     clip: bool = False
@@ -66,11 +77,12 @@ class SamplerConfig:
         self.method.check_sampler(
             solver=self.solver, n_steps=self.n_steps, shift=self.shift, eta=self.eta
         )
-        low, high = self.interval
-        if not 0 <= low < high <= 1:
-            raise UserError(
-                f"--interval {low:g} {high:g}: must be two times in 0 … 1, the lower first"
-            )
+        for name in ("interval", "inner_interval"):
+            low, high = getattr(self, name)
+            if not 0 <= low < high <= 1:
+                raise UserError(
+                    f"--{name} {low:g} {high:g}: must be two times in 0 … 1, the lower first"
+                )
 
     def time_steps(self, start: float = 1.0) -> TimeSteps:
         """Discretize time from `start` to the data."""
@@ -113,6 +125,7 @@ def sample_batch(
     start_from: StartFrom | None = None,
     weak_params: Any = None,
     weak_scale: Float[Array, ""] | float = 1.0,
+    inner_guidance: Float[Array, ""] | float | None = None,
     *,
     config: ModelConfig,
     sampler: SamplerConfig,
@@ -128,15 +141,28 @@ def sample_batch(
         guide: use guidance at `cfg_scale`; False runs the conditional model alone.
         trajectory: return all states and x0 predictions too.
         weak_params, weak_scale, weak_config: a weak model to guide by, at this scale.
+        inner_guidance: scale of guidance by the inner head; None runs without that head.
     """
     model = nnx.merge(model_graphdef(config), params)
-
-    def predict(x: Array, t: Any, label: Any) -> Array:
-        return model(x, jnp.full(x.shape[0], t), label)
-
     # A learned variance is not guided.
     has_variance = config.out_channels > config.channels
-    channels = sampler.guided_channels or (config.channels if has_variance else None)
+    all_channels = config.channels if has_variance else None
+    channels = sampler.guided_channels or all_channels
+
+    def predict(x: Array, t: Any, label: Any) -> Array:
+        if inner_guidance is None:
+            return model(x, jnp.full(x.shape[0], t), label)
+
+        def both_heads(x: Array, t: Any) -> tuple[Array, Array]:
+            final, inner = model(x, jnp.full(x.shape[0], t), label, inner=True)
+            return inner, final
+
+        interval = sampler.inner_interval
+        by_inner = extrapolate_pair(
+            both_heads, inner_guidance, interval=interval, channels=all_channels
+        )
+        return by_inner(x, t)
+
     if guide:
         null = jax.tree.map(lambda x: jnp.full_like(x, config.n_classes), label)
         predict_guided = guided(
@@ -176,7 +202,8 @@ def integrate_from_noise(
     trajectory: bool,
 ) -> Solution:
     """Integrate from noise to images. `predict(x, t)` returns the network's output."""
-    x = initial_noise(seed, index, shape)
+    scale, fresh_noise = sampler.method.noise_scale, step_noise(seed, index, shape)
+    x = scale * initial_noise(seed, index, shape)
     time_steps = start_from.time_steps if start_from else sampler.time_steps()
     if start_from:
         x = sampler.method.add_noise(start_from.data, x, time_steps)
@@ -184,7 +211,7 @@ def integrate_from_noise(
         predict,
         x,
         time_steps,
-        step_noise(seed, index, shape),
+        lambda step: scale * fresh_noise(step),
         solver=sampler.solver,
         eta=sampler.eta,
         clip=sampler.clip,
@@ -219,6 +246,7 @@ def sample_images(
     negative: Labels | None = None,
     weak: WeakModel | None = None,
     weak_scale: float = 1.0,
+    inner_guidance: float = 1.0,
     start_from: StartFrom | None = None,
     batch_size: int = 256,
     trajectory: bool = False,
@@ -237,6 +265,8 @@ def sample_images(
             whose index is then 0.
         negative: one label in place of the null label of guidance.
         weak: a weak model to guide by, at `weak_scale`; see `sampling.extrapolate`.
+        inner_guidance: scale of guidance by the model's inner head, which acts first, on each
+            label's prediction.
         start_from: data to add noise to and start from, as the model sees them, a row per label.
         batch_size: samples at a time, on all devices together.
         trajectory: return all states too.
@@ -253,6 +283,7 @@ def sample_images(
     check_guidance(
         sampler, config, cfg_scale, negative=negative is not None, has_guide=weak is not None
     )
+    check_inner_guidance(sampler, config, inner_guidance)
     # Devices get equal shares of a batch.
     size = -(-min(batch_size, n) // mesh.size) * mesh.size
     index, seeds = noise_indices_and_seeds(seed, n, first_index)
@@ -277,6 +308,7 @@ def sample_images(
             StartFrom(batch_data, start_from.time_steps) if start_from else None,
             weak.params if weak else None,
             weak_scale,
+            None if inner_guidance == 1 else inner_guidance,
             config=for_sampling(config),
             weak_config=for_sampling(weak.config) if weak else None,
             sampler=sampler,
@@ -358,10 +390,24 @@ def check_guidance(
         )
     if n_guided is not None and not 1 <= n_guided <= config.channels:
         raise UserError(f"--guided_channels {n_guided}: the model has {config.channels} channels")
-    if not (guide or has_guide) and sampler.interval != (0, 1):
+    if not (guide or has_guide) and sampler.interval != ALWAYS:
         raise UserError("--interval: has no effect without guidance (cfg_scale 1)")
     if not guide and negative:
         raise UserError("--negative_prompt: has no effect without guidance (cfg_scale 1)")
+
+
+def check_inner_guidance(sampler: SamplerConfig, config: ModelConfig, scale: float) -> None:
+    """Raises UserError if the model has no inner head to be guided by, or if its interval has no
+    effect.
+    """
+    if not abs(scale) <= float(np.finfo(np.float32).max):
+        raise UserError(f"--inner_guidance {scale}: must be finite in float32")
+    if scale != 1 and not config.inner_head:
+        raise UserError(
+            f"--inner_guidance {scale:g}: the model has no inner head; train one by --inner_head"
+        )
+    if scale == 1 and sampler.inner_interval != ALWAYS:
+        raise UserError("--inner_interval: has no effect without --inner_guidance")
 
 
 # --- labels ---------------------------------------------------------------------------------------

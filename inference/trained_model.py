@@ -25,12 +25,14 @@ from inference.codec import Codec
 from inference.conditioning import Captions, Conditioning, conditioning_of
 from inference.grids import NotFiniteError
 from inference.sampler import (
+    ALWAYS,
     Labels,
     SamplerConfig,
     Samples,
     StartFrom,
     WeakModel,
     check_guidance,
+    check_inner_guidance,
     sample_images,
 )
 from inference.spaces import Space, space_of
@@ -55,6 +57,8 @@ class SamplingOverrides:
     interval: tuple[float, ...] | None = None
     eta: float | None = None
     guided_channels: int | None = None
+    inner_guidance: float | None = None
+    inner_interval: tuple[float, ...] | None = None
     guide: str | None = None
     guide_scale: float | None = None
 
@@ -77,13 +81,14 @@ class SamplingPlan(NamedTuple):
     sampler: SamplerConfig
     cfg_scale: float
     guide: Guide | None = None
+    inner_guidance: float = 1.0
 
     def with_cfg_scale(self, cfg_scale: float) -> "SamplingPlan":
         """The same plan at another guidance scale; at 1, without the limits of guidance."""
         if cfg_scale != 1 or self.guide:
             return self._replace(cfg_scale=cfg_scale)
-        unlimited = replace(self.sampler, interval=(0.0, 1.0), guided_channels=None)
-        return SamplingPlan(unlimited, cfg_scale)
+        unlimited = replace(self.sampler, interval=ALWAYS, guided_channels=None)
+        return self._replace(sampler=unlimited, cfg_scale=cfg_scale)
 
 
 @dataclass(frozen=True)
@@ -354,9 +359,7 @@ class TrainedModel:
             UserError: a value is out of range, or does not fit the model.
         """
         settings = self.settings
-        if overrides.interval is not None and len(overrides.interval) != 2:
-            raise UserError("--interval takes two times: the lowest and the highest")
-        low, high = overrides.interval or (0.0, 1.0)
+        inner_guidance = 1.0 if overrides.inner_guidance is None else overrides.inner_guidance
         default = 1.0 if guide else self.default_cfg_scale
         cfg_scale = default if overrides.cfg_scale is None else overrides.cfg_scale
         self.check_null(cfg_scale, negative=negative)
@@ -369,15 +372,19 @@ class TrainedModel:
             solver=overrides.solver or settings["solver"],
             n_steps=n_steps,
             shift=own_shift if overrides.shift is None else overrides.shift,
-            interval=(low, high),
+            interval=_read_interval("interval", overrides.interval),
+            inner_interval=_read_interval("inner_interval", overrides.inner_interval),
             method=self.method,
             eta=overrides.eta or 0.0,
             guided_channels=guided_channels,
             clip=self.space.is_bounded,
         )
         check_guidance(sampler, self.model, cfg_scale, has_guide=bool(guide))
+        check_inner_guidance(sampler, self.model, inner_guidance)
         is_guided = guide is not None and guide.scale != 1
-        return SamplingPlan(sampler, float(cfg_scale), guide if is_guided else None)
+        return SamplingPlan(
+            sampler, float(cfg_scale), guide if is_guided else None, float(inner_guidance)
+        )
 
     def sample(
         self,
@@ -417,6 +424,7 @@ class TrainedModel:
             negative=None if plan.cfg_scale == 1 else negative,
             weak=plan.guide and WeakModel(plan.guide.model.params, plan.guide.model.model),
             weak_scale=plan.guide.scale if plan.guide else 1.0,
+            inner_guidance=plan.inner_guidance,
             start_from=start_from,
             batch_size=batch_size,
             trajectory=trajectory,
@@ -459,6 +467,14 @@ class TrainedModel:
             "text_towers": self.text_encoder_paths,
             "vae": self.space.card,
         }
+
+
+def _read_interval(name: str, times: tuple[float, ...] | None) -> tuple[float, float]:
+    if times is None:
+        return ALWAYS
+    if len(times) != 2:
+        raise UserError(f"--{name} takes two times: the lowest and the highest")
+    return times[0], times[1]
 
 
 def load_params(

@@ -46,6 +46,7 @@ class Method(ABC):
         output_flags: the fields that say what the network's output means.
         sampling_flags: flags of the samples of a run that only this method reads.
         max_steps: the most steps of its solvers, if there is a limit.
+        noise_scale: standard deviation of the noise that it samples from.
 
     Raises:
         UserError: the value of a field is out of range.
@@ -56,6 +57,7 @@ class Method(ABC):
     output_flags: ClassVar[tuple[str, ...]] = ()
     sampling_flags: ClassVar[tuple[str, ...]] = ()
     max_steps: ClassVar[int | None] = None
+    noise_scale = 1.0  # no field here: a method may have a flag of this name
 
     def __post_init__(self):
         for name, known in flags_of(self).items():

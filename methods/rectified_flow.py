@@ -31,6 +31,7 @@ from sampling import (
     FreshNoise,
     Solution,
     Velocity,
+    heun_then_euler,
     time_grid,
 )
 
@@ -115,16 +116,36 @@ class RectifiedFlowFlags:
     time_shift: float = setting(
         1.0, "shift of training times towards noise; above 1 for large images", above=0
     )
+    prediction: str = setting(
+        "velocity",
+        "output of the network: velocity or x0 (the clean image)",
+        choices=("velocity", "x0"),
+    )
+    t_min: float = setting(
+        0.05,
+        "with --prediction x0, the time below which the loss weighs errors no more",
+        above=0,
+        at_most=1,
+        only_with=("prediction", "x0"),
+    )
+    noise_scale: float = setting(
+        1.0, "standard deviation of the noise; above 1 for large images of pixels", above=0
+    )
 
 
 @dataclass(frozen=True)
 class RectifiedFlow(RectifiedFlowFlags, Method):
     """Match the velocity of the straight path: E |model(x_t, t, label) − (noise − data)|² (Liu et
     al. 2022, eq. 1).
+
+    With `prediction` x0 the network gives the clean image, which is simpler than noise in the many
+    dimensions of a large patch. The loss is that of the velocity it implies, (x_t − x0) / t, with t
+    at least `t_min`: E |model − data|² / max(t, t_min)² (Li & He 2025, JiT).
     """
 
     title = "rectified flow"
     solvers = SOLVERS
+    output_flags = ("prediction", "noise_scale")
     sampling_flags = ("sample_shift",)
 
     @property
@@ -152,14 +173,20 @@ class RectifiedFlow(RectifiedFlowFlags, Method):
         u = jax.vmap(lambda key: jax.random.uniform(key, minval=jnp.finfo(jnp.float32).tiny))
         t = shift_time(self.density(u(keys.time)), self.time_shift)
 
-        x_t, velocity = interpolate(data, noise, t)
-        error = jnp.square(model(x_t, t, label) - velocity).mean((1, 2, 3))
+        x_t, velocity = interpolate(data, self.noise_scale * noise, t)
+        output = model(x_t, t, label)
+        if self.prediction == "x0":
+            error = jnp.square(output - data).mean((1, 2, 3)) / jnp.maximum(t, self.t_min) ** 2
+        else:
+            error = jnp.square(output - velocity).mean((1, 2, 3))
         return error.mean(), loss_by_time(t, error)
 
     def describe(self) -> str:
+        output = "velocity noise − data" if self.prediction == "velocity" else "clean image"
+        noise = "noise" if self.noise_scale == 1 else f"{self.noise_scale:g}·noise"
         return (
-            "Rectified flow: x_t = (1 − t)·data + t·noise. It predicts the velocity noise − data; "
-            "t = 1 is noise."
+            f"Rectified flow: x_t = (1 − t)·data + t·{noise}. It predicts the {output}; t = 1 is "
+            "noise."
         )
 
     def check_sampler(self, *, solver: str, n_steps: int, shift: float, eta: float) -> None:
@@ -189,8 +216,12 @@ class RectifiedFlow(RectifiedFlowFlags, Method):
     def velocity(
         self, output: Float[Array, "b *s"], x: Float[Array, "b *s"], t: Float[Array, ""]
     ) -> Float[Array, "b *s"]:
-        """The velocity at x and t, from the network's output there: the output itself."""
-        return output
+        """The velocity at x and t, from the network's output there: the output itself, or that of
+        the straight line from the predicted image through x.
+        """
+        if self.prediction == "velocity":
+            return output
+        return (x - output) / t
 
     def solve(
         self,
@@ -207,5 +238,7 @@ class RectifiedFlow(RectifiedFlowFlags, Method):
         def velocity(x: Array, t: Array) -> Array:
             return self.velocity(predict(x, t), x, t)
 
+        if solver == "heun" and self.prediction == "x0":  # the velocity at t = 0 is 0 / 0
+            return heun_then_euler(velocity, noise, steps, trajectory=trajectory)
         noises = (fresh_noise,) if solver in STOCHASTIC else ()
         return self.solvers[solver](velocity, noise, steps, *noises, trajectory=trajectory)

@@ -75,6 +75,8 @@ REQUIRED = {
     "mlp_ratio": 4.0,
     "norm": "layer",
     "text_width": 0,
+    "bottleneck": 0,
+    "inner_head": 0,
 }
 
 # Facts of diffusers' configs that set the shape, with their defaults.

@@ -59,6 +59,8 @@ FIXED: dict[str, Any] = {
     "time_scale": 1000.0,
     "n_classes": 0,
     "caption_norm": False,
+    "bottleneck": 0,
+    "inner_head": 0,
 }
 
 

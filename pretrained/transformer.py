@@ -142,7 +142,9 @@ def load_transformer(
 
 
 def find_preset(config: ModelConfig) -> str | None:
-    """Find the name in `MODELS` of this shape, and of this patch size if there is one."""
+    """Find the name in `MODELS` of this shape; of this kind of patches and of this patch size if
+    there is one.
+    """
 
     def fits(preset: dict[str, Any]) -> bool:
         is_joint = preset.get("block") == JOINT
@@ -151,9 +153,13 @@ def find_preset(config: ModelConfig) -> str | None:
         )
         return same_size and is_joint == (config.block == JOINT)
 
+    def differences(name: str) -> tuple[bool, bool]:
+        preset = MODELS[name]
+        other_kind = bool(preset.get("bottleneck")) != bool(config.bottleneck)
+        return other_kind, preset["patch_size"] != config.patch_size
+
     names = [name for name, preset in MODELS.items() if fits(preset)]
-    names.sort(key=lambda name: MODELS[name]["patch_size"] != config.patch_size)
-    return names[0] if names else None
+    return min(names, key=differences, default=None)
 
 
 def _load_file(path: Path, reference: Reference) -> PretrainedTransformer:

@@ -15,6 +15,7 @@ from model import MODELS
 from runtime.cli import FreeText
 from runtime.flags import Derived, again, flag, setting
 from runtime.run_folder import TRAIN_COMMAND
+from training.auxiliary import AuxiliaryFlags
 from training.flag_groups import (
     BY_DATASET,
     ClusterFlags,
@@ -97,10 +98,21 @@ class ModelFlags:
         "absolute position embedding: sincos, cropped or centred (the middle of a large table, as "
         "in SD3), learned or none",
     )
-    rope: bool = setting(False, "2-D rotary position embedding in attention")
+    rope: bool = setting(BY_PRESET, "2-D rotary position embedding in attention")
     qk_norm: bool = setting(BY_PRESET, "normalise queries and keys")
-    mlp: str = setting("gelu", "gelu or swiglu")
-    norm: str = setting("layer", "layer or rms")
+    mlp: str = setting(BY_PRESET, "gelu or swiglu")
+    norm: str = setting(BY_PRESET, "layer or rms")
+    bottleneck: int = setting(
+        BY_PRESET,
+        "embed patches by two maps with so many channels between them, for large patches of "
+        "pixels; 0 for one map",
+        at_least=0,
+    )
+    inner_head: bool | int = setting(
+        0,
+        "a second head after so many blocks, trained beside the last one, to guide by "
+        "(--inner_guidance of generate.py); without a number after three tenths of them",
+    )
     remat: bool = setting(
         Derived("for L and XL"),
         "recompute activations in the backward pass to save memory",
@@ -120,6 +132,10 @@ class MethodFlags:
     objective: str = setting(
         DEFAULT_METHOD,
         "training objective: rectified_flow, ddpm, or module:class of a method of your own",
+    )
+    prediction: str = setting(
+        Derived("velocity, with ddpm: epsilon"),
+        "output of the network: velocity or x0 (the clean image); of ddpm: epsilon, x0 or v",
     )
     label_dropout: float = setting(
         0.1,
@@ -237,6 +253,7 @@ class TrainConfig(
     MethodFlags,
     RectifiedFlowFlags,
     DDPMFlags,
+    AuxiliaryFlags,
     OptimizerFlags,
     TrainDeviceFlags,
     ClusterFlags,

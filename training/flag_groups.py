@@ -374,6 +374,14 @@ class SamplingFlags:
     guided_channels: int | None = flag(
         Derived("all"), "guide only the first so many channels; published DiTs guide 3"
     )
+    inner_guidance: float | None = flag(
+        Derived("1"),
+        "scale of guidance by the model's inner head (--inner_head of train.py), such as 1.5; 1 "
+        "disables it",
+    )
+    inner_interval: tuple[float, ...] | None = flag(
+        Derived("0 1"), "two times between which inner guidance acts, such as 0.3 1"
+    )
     guide: str | None = flag(
         None, "RUN or RUN@STEP: a weaker model of the same data to guide by (autoguidance)"
     )

@@ -38,13 +38,13 @@ def flops_by_module(config: ModelConfig) -> dict[str, float]:
     if c.text_width:
         embedding += c.text_length * c.text_width * d + c.pooled_width * d + d * d
     multiply_adds = {
-        "patch embedding": n * patch_in * d,
+        "patch embedding": n * ((patch_in + d) * c.bottleneck or patch_in * d),
         "t and label embedding": embedding,
         "adaLN modulation": blocks.modulations * d * d,  # per image, not per token
         "attention projections": blocks.projections * d * d,
         "attention scores, values": blocks.scores * 2 * d,
         "MLP": blocks.mlp_tokens * MLPS[c.mlp].multiply_adds(d, c.mlp_width),
-        "final layer": n * d * patch_out,
+        "final layer": n * d * patch_out * (2 if c.inner_head else 1),
     }
     return {module: 2.0 * count for module, count in multiply_adds.items()}
 

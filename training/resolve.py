@@ -21,10 +21,12 @@ from model import BLOCKS, JOINT, MODELS, ModelConfig, model_config
 from runtime.errors import UserError
 from runtime.flags import check_values, defaults_of, flags_of, paths_of, reject_unused
 from training import wandb_sink
+from training.auxiliary import check_layer_sync
 from training.conditionings import RUN_CONDITIONINGS, ByCaption
 from training.config import BY_PRESET, PRECISIONS, TrainConfig
 from training.flag_groups import BY_DATASET, DEFAULT_DATASET
 
+INNER_HEAD_DEPTH = 0.3  # of the blocks
 AnyConfig = TypeVar("AnyConfig")  # TrainConfig, or the config of another command that trains
 
 # --- the flags that were given, now and in the run to resume --------------------------------------
@@ -197,6 +199,8 @@ def resolve_train_config(
     values = drop_flags_of_other_methods(values, given)
     check_given(config, values)
     values["n_steps"] = length_of_training(config, values, n_rows)
+    if values["inner_head"] is True:
+        values["inner_head"] = round(INNER_HEAD_DEPTH * MODELS[values["model"]]["depth"])
     resolved = TrainConfig(**derived_defaults(values, fast_bf16) | values)
     validate_train_config(resolved, n_devices)
     if not can_guide and resolved.cfg_scale != 1:
@@ -278,8 +282,17 @@ def derived_defaults(values: dict[str, Any], fast_bf16: bool) -> dict[str, Any]:
         **{name: preset.get(name, getattr(ModelConfig, name, None)) for name in by_preset},
         "remat": "DiT-L/" in values["model"] or "DiT-XL/" in values["model"],
         "half_precision": fast_bf16,
-        "solver": next(iter(find_method(values["objective"]).solvers)),
+        **defaults_of_method(find_method(values["objective"])),
         **defaults_of_length(values["n_steps"]),
+    }
+
+
+def defaults_of_method(method: type[Method]) -> dict[str, Any]:
+    """Return the defaults that differ between methods."""
+    prediction = flags_of(method).get("prediction")
+    return {
+        "solver": next(iter(method.solvers)),
+        "prediction": prediction.default if prediction else None,
     }
 
 
@@ -302,6 +315,7 @@ def validate_train_config(config: TrainConfig, n_devices: int) -> None:
 
 def _validate_model_and_sampling(config: TrainConfig) -> None:
     sampler_config(config)
+    check_layer_sync(config.layer_sync, MODELS[config.model]["depth"])
     is_joint = MODELS[config.model].get("block") == JOINT
     if is_joint != (config.block == JOINT):
         allowed = "joint blocks only" if is_joint else f"one of: {', '.join(BLOCKS)}"
@@ -395,6 +409,8 @@ def network_config(config: TrainConfig, dataset: DatasetConfig) -> ModelConfig:
         dtype="bfloat16" if precision == "float8" else precision,
         fp8=precision == "float8",
         remat=config.remat,
+        bottleneck=config.bottleneck,
+        inner_head=config.inner_head,
     )
 
 

@@ -95,7 +95,8 @@ def update(
     updates, opt_state = optimizer.update(grads, s.opt_state, s.params, finite=finite)
     params = optax.apply_updates(s.params, updates)
     ema = optim.update_ema(s.ema, params, optim.ema_decay_at(s.step, ema_decay))
-    metrics |= {"loss": loss, "grad_norm": grad_norm, "steps": jnp.ones(())}
+    # A loss that is a sum of several reports the method's own as "loss".
+    metrics = {"loss": loss} | metrics | {"grad_norm": grad_norm, "steps": jnp.ones(())}
     window = jax.tree.map(lambda w: jnp.where(s.step % log_every == 0, 0, w), s.window)
     window = _where(finite, jax.tree.map(jnp.add, window, metrics), window)
     # A loss scale that is too large is no bad step: it is halved until gradients are finite.

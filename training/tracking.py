@@ -29,6 +29,7 @@ MIN_FREE_BYTES = 2**20
 # Metrics that are printed, and how; the others are only in the file.
 PRINTED: dict[str, Callable[[float], str]] = {
     "loss": lambda x: f"loss {x:.4f}",
+    "inner_loss": lambda x: f"inner loss {x:.4f}",
     "eval_loss": lambda x: f"eval loss {x:.4f}",
     "psnr": lambda x: f"PSNR {x:.2f} dB",
     "grad_norm": lambda x: f"grad {x:.3g}",

@@ -29,7 +29,7 @@ from runtime.errors import UserError
 from training.config import TrainConfig
 
 # Flags of the model that default to the source's value.
-MODEL_FLAGS = ("block", "position", "rope", "qk_norm", "mlp", "norm")
+MODEL_FLAGS = ("block", "position", "rope", "qk_norm", "mlp", "norm", "bottleneck")
 # Fields of a ModelConfig that no flag sets; always the source's.
 FIELDS_WITHOUT_FLAG = (
     *("n_class_tokens", "mlp_ratio", "time_scale"),
@@ -106,7 +106,7 @@ def with_source_flags(config: TrainConfig, source: StartingWeights) -> TrainConf
     if "model" not in given:
         inherited["patch_size"] = s.patch_size
     if _size_of_preset(given.get("model", preset)) == _size_of_preset(preset):
-        inherited |= {flag: getattr(s, flag) for flag in MODEL_FLAGS}
+        inherited |= {flag: getattr(s, flag) for flag in (*MODEL_FLAGS, "inner_head")}
     objective = source.settings.get("objective") or DEFAULT_METHOD
     if given.get("objective", objective) == objective:
         method = method_of(source.settings)
@@ -155,7 +155,10 @@ def fit_weights(
                 f"--init_from {source.name}: its {name} is {theirs}, this run's is {ours}"
             )
     params, notices = dict(source.params), [f"starting from the weights of {source.name}"]
-    for fit in (_fit_patches, _fit_outputs, _fit_positions):
+    if source.config.inner_head and not config.inner_head:
+        del params["inner"]
+        notices.append("its inner head is left out")
+    for fit in (_fit_patches, _fit_outputs, _fit_inner_head, _fit_positions):
         changed, notice = fit(source, config, fresh)
         params |= changed
         notices += notice
@@ -200,6 +203,17 @@ def _fit_outputs(source: StartingWeights, config: ModelConfig, fresh: FreshPart)
     return {"final": final | {"out": out}}, [
         f"output channels are {c.out_channels}, not {s.out_channels}: the {change}"
     ]
+
+
+def _fit_inner_head(
+    source: StartingWeights, config: ModelConfig, fresh: FreshPart
+) -> PartsAndNotices:
+    """Start an inner head fresh unless the source has the same at the same place."""
+    s, c = source.config, config
+    is_same = s.inner_head == c.inner_head and s.out_channels == c.out_channels
+    if not c.inner_head or (is_same and not _patches_differ(s, c)):
+        return {}, []
+    return {"inner": fresh("inner")}, [f"the head after block {c.inner_head} starts fresh"]
 
 
 def _fit_positions(

@@ -194,10 +194,20 @@ def add_request_fields() -> list[Any]:
         guide_scale = gr.Number(
             2, label="its scale", step=0.1, min_width=80, elem_id="guide-scale", visible=False
         )
+    with gr.Row():
+        inner, inner_low, inner_high = (
+            gr.Number(value, label=label, step=0.1, min_width=80, elem_id=name, visible=False)
+            for name, label, value in (
+                ("inner", "Inner guidance", 1),
+                ("inner-low", "from t", 0),
+                ("inner-high", "to t", 1),
+            )
+        )
     seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
     random_seed = gr.Button("Random seed", size="sm", elem_id="random-seed")
     connect(random_seed.click, lambda: random.randrange(MAX_SEED), [], [seed])
-    return [labels, prompt, negative, solver, low, high, guide, guide_scale, seed]
+    guidance = [low, high, guide, guide_scale, inner, inner_low, inner_high]
+    return [labels, prompt, negative, solver, *guidance, seed]
 
 
 def fields_for_model(model: TrainedModel) -> list[Any]:
@@ -215,6 +225,7 @@ def fields_for_model(model: TrainedModel) -> list[Any]:
         gr.skip(),
         gr.update(choices=[("none", ""), *guides.items()], value="", visible=bool(guides)),
         gr.update(visible=bool(guides)),
+        *[gr.update(visible=bool(model.model.inner_head))] * 3,
         gr.skip(),
         gr.update(value=cfg_scale, maximum=max(MAX_CFG_SCALE, cfg_scale)),
         gr.update(value=model.settings["n_sample_steps"], maximum=service.max_steps(model)),
@@ -233,7 +244,8 @@ def read_job(
     Raises:
         UserError: the seed or the number of images is empty.
     """
-    labels, prompt, negative, solver, low, high, guide, guide_scale, seed = values
+    labels, prompt, negative, solver, low, high, guide, guide_scale, *inner, seed = values
+    inner_guidance, inner_low, inner_high = inner
     if seed is None:
         raise UserError("the seed is empty: enter a whole number")
     if n_images is None:
@@ -246,11 +258,17 @@ def read_job(
         n_steps=n_steps,
         cfg_scale=cfg_scale,
         solver=solver,
-        interval=(0 if low is None else low, 1 if high is None else high),
+        interval=(0 if low is None else low, _or_one(high)),
         guide=guide or None,
         guide_scale=guide_scale if guide else None,
+        inner_guidance=_or_one(inner_guidance),
+        inner_interval=(0 if inner_low is None else inner_low, _or_one(inner_high)),
         seed=int(seed),
     )
+
+
+def _or_one(value: float | None) -> float:
+    return 1 if value is None else value
 
 
 def describe_model(model: TrainedModel) -> str:

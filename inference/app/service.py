@@ -199,6 +199,8 @@ def plan_sampling(model: TrainedModel, job: SampleJob) -> SamplingPlan:
     check_job(model, job)
     if job.cfg_scale == 1 and not job.guide:
         job = replace(job, interval=None, guided_channels=None)
+    if job.inner_guidance == 1:
+        job = replace(job, inner_interval=None)
     has_negative = bool(job.negative_prompt.strip())
     plan = plan_with_guide(model, SamplingOverrides.from_flags(job), negative=has_negative)
     sampler.check_guidance(

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from sampler_cases import (
     DDPM,
+    INNER,
+    inner_params,  # noqa: F401
     params,  # noqa: F401
     sample,
     sigma_params,  # noqa: F401
@@ -17,8 +19,10 @@ from tiny_models import CLASSES, SIGMA, weights
 from data.batch import EncodedCaption
 from inference.sampler import SamplerConfig, StartFrom, WeakModel
 from methods import ddpm
+from methods.rectified_flow import RectifiedFlow
 from model import model_config
 from runtime import parallel
+from sampling import SOLVERS
 
 DDIM = SamplerConfig("ddim", 3, ddpm.DDPM("v"), eta=0.5)
 
@@ -27,10 +31,19 @@ def one_device():
     return parallel.make_mesh(devices=jax.devices()[:1])
 
 
-@pytest.mark.parametrize("solver", ["euler", "dpmpp_2m", "sde"])
-def test_batches_and_devices_do_not_change_a_sample(params, solver):
+OF_IMAGES = RectifiedFlow(prediction="x0", noise_scale=2.0)
+SAMPLERS = {solver: {"sampler": SamplerConfig(solver, 3)} for solver in SOLVERS}
+SAMPLERS |= {
+    "heun, clean image": {"sampler": SamplerConfig("heun", 3, OF_IMAGES)},
+    "sde, clean image": {"sampler": SamplerConfig("sde", 3, OF_IMAGES)},
+    "inner guidance": {"config": INNER, "inner_guidance": 1.5},
+}
+
+
+@pytest.mark.parametrize("arguments", SAMPLERS.values(), ids=SAMPLERS)
+def test_batches_and_devices_do_not_change_a_sample(inner_params, arguments):
     labels = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
-    sample_with = partial(sample, params, sampler=SamplerConfig(solver, 3))
+    sample_with = partial(sample, inner_params, **{"config": INNER} | arguments)
     expected = sample_with(labels).x
     assert expected.shape == (10, 8, 8, 1)
     np.testing.assert_allclose(sample_with(labels, batch_size=4).x, expected, atol=1e-5)

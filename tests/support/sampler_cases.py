@@ -1,5 +1,7 @@
 """Inputs and helpers shared by the tests of sampler."""
 
+from dataclasses import replace
+
 import pytest
 from tiny_models import CLASSES, SIGMA, weights
 
@@ -8,11 +10,18 @@ from methods import ddpm
 from runtime import parallel
 
 DDPM = SamplerConfig("ddpm", 3, ddpm.DDPM(), clip=True)
+INNER = replace(CLASSES, inner_head=CLASSES.depth // 2)
 
 
 @pytest.fixture(scope="module")
 def params():
     return weights(CLASSES)
+
+
+@pytest.fixture(scope="module")
+def inner_params(params):
+    """The same weights, and an inner head."""
+    return params | {"inner": weights(INNER)["inner"]}
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from model import (
     init_model_params,
     model_config,
 )
-from networks.layers import patchify
+from networks.layers import patchify, unpatchify
 from runtime.errors import UserError
 
 SHAPES = (4, 16, 32), (4, 6, 32), (4, 32)  # image tokens, label tokens, label vector
@@ -197,6 +197,49 @@ def test_taps_that_are_no_ascending_blocks_are_refused(name):
             model(x, t, label, taps=taps)
 
 
+# --- the inner head -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", TAPPED.values(), ids=TAPPED)
+def test_an_inner_head_reads_the_tokens_at_its_place_and_leaves_the_prediction(config):
+    with_head, label = with_random_weights(replace(config, inner_head=2)), labels_for(config)
+    call = jax.jit(with_head, static_argnames="inner", compiler_options=AS_USERS_COMPILE)
+    final, inner = call(x, t, label, inner=True)
+    assert (final == call(x, t, label)).all()
+    # The head at the end, given the tokens of block 2, predicts what the inner head does.
+    *_, at_2 = [state for state, _ in zip(run_block_by_block(with_head, x, t, label), range(2))]
+    cond = with_head.label(label)
+    if config.block == JOINT:
+        cond = cond._replace(vector=with_head.time(t) + cond.vector)
+    else:
+        cond = add_time(with_head.time(t), cond)
+    patches = with_head.inner(at_2, cond)
+    expected = unpatchify(patches, config.patch_size, config.grid[0])
+    error = jnp.abs(inner - expected).max()
+    assert error < (0.03 if config.dtype == "bfloat16" else 1e-5) * jnp.abs(expected).max()
+    assert jnp.abs(inner - final).max() > 1e-2
+
+
+def test_an_inner_head_changes_no_other_weight():
+    config = replace(TINY, depth=4)
+    plain = init_model_params(config, key)
+    with_head = init_model_params(replace(config, inner_head=1), key)
+    assert set(with_head) == {*plain, "inner"}
+    for a, b in zip(
+        jax.tree.leaves(plain),
+        jax.tree.leaves({name: with_head[name] for name in plain}),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert (with_head["inner"]["out"]["kernel"] == 0).all()
+
+
+def test_an_inner_head_beyond_half_of_the_blocks_is_refused():
+    for place in (-1, 3):
+        with pytest.raises(UserError, match=f"inner_head {place}: of 4 blocks .* 1 to 2"):
+            replace(TINY, depth=4, inner_head=place)
+
+
 # --- sizes ----------------------------------------------------------------------------------------
 
 
@@ -239,7 +282,9 @@ def test_every_preset_builds_with_its_own_patch(name):
     p = int(name.split("/")[1])
     assert config.patch_size == p and config.grid == (32 // p, 32 // p)
     params = jax.eval_shape(lambda: init_model_params(config, key))
-    assert params["patch"]["kernel"].shape == (p * p * 4, config.width)
+    n_between = config.bottleneck or config.width
+    assert jax.tree.leaves(params["patch"])[-1].shape[-1] == config.width
+    assert (p * p * 4, n_between) in {x.shape for x in jax.tree.leaves(params["patch"])}
     out = jax.eval_shape(
         lambda p: build_with_params(config, p)(jnp.zeros((1, 32, 32, 4)), t[:1], label[:1]), params
     )

@@ -1,11 +1,16 @@
 """A sample is a function of its weights, label, seed and index, however it is batched."""
 
 from dataclasses import replace
+from itertools import pairwise
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from sampler_cases import (
     DDPM,
+    INNER,
+    inner_params,  # noqa: F401
     params,  # noqa: F401
     sample,
     sigma_params,  # noqa: F401
@@ -15,7 +20,9 @@ from tiny_models import DIGITS, SIGMA
 from inference.labels import label_ids, spread_evenly
 from inference.sampler import SamplerConfig
 from methods import ddpm
+from model import model_graphdef
 from runtime.errors import UserError
+from sampling import initial_noise
 
 DDPM_V = ddpm.DDPM("v")
 
@@ -123,6 +130,49 @@ def test_a_sampler_that_does_not_fit_is_refused(arguments, message):
 def test_a_prediction_that_does_not_exist_is_named():
     with pytest.raises(UserError, match="unknown prediction 'eps'"):
         ddpm.DDPM(prediction="eps")
+
+
+def test_inner_guidance_leads_away_from_the_inner_head(inner_params):
+    """Under classifier-free guidance it acts first, on the prediction for each label."""
+    model = nnx.merge(model_graphdef(INNER), inner_params)
+    labels, w, scale = jnp.asarray([3, 7]), 1.7, 2.0
+    sampler = SamplerConfig(n_steps=4, inner_interval=(0.5, 1.0))
+
+    def guided_by_inner(x, t, label):
+        final, inner = model(x, jnp.full(2, t), label, inner=True)
+        return inner + w * (final - inner) if t >= 0.5 else final
+
+    x = initial_noise(5, jnp.arange(2), (8, 8, 1))
+    times = np.linspace(1, 0, 5)
+    for t, s in pairwise(times):
+        cond, null = (guided_by_inner(x, t, y) for y in (labels, jnp.full(2, 10)))
+        x = x + (s - t) * (null + scale * (cond - null))
+    found = sample(
+        inner_params, [3, 7], config=INNER, sampler=sampler, inner_guidance=w, cfg_scale=scale
+    )
+    np.testing.assert_allclose(found.x, x, atol=1e-4)
+
+
+def test_a_scale_of_one_leaves_the_inner_head_out(inner_params):
+    plain = sample(inner_params, [3, 7], config=INNER).x
+    np.testing.assert_array_equal(
+        sample(inner_params, [3, 7], config=INNER, inner_guidance=1.0).x, plain
+    )
+    without_head = {name: part for name, part in inner_params.items() if name != "inner"}
+    np.testing.assert_array_equal(sample(without_head, [3, 7]).x, plain)
+    nearly = sample(inner_params, [3, 7], config=INNER, inner_guidance=1.0 + 1e-6).x
+    np.testing.assert_allclose(nearly, plain, atol=1e-4)
+
+
+def test_unfit_inner_guidance_is_refused(params, inner_params):
+    with pytest.raises(UserError, match=r"--inner_guidance 1\.5: the model has no inner head"):
+        sample(params, [1], inner_guidance=1.5)
+    with pytest.raises(UserError, match="--inner_guidance nan: must be finite"):
+        sample(inner_params, [1], config=INNER, inner_guidance=float("nan"))
+    with pytest.raises(UserError, match="--inner_interval: has no effect without --inner_guidance"):
+        sample(inner_params, [1], config=INNER, sampler=SamplerConfig(inner_interval=(0.3, 1.0)))
+    with pytest.raises(UserError, match=r"--inner_interval 1 0\.3: must be two times in 0 … 1"):
+        SamplerConfig(inner_interval=(1.0, 0.3))
 
 
 def test_unfit_guidance_is_refused(params):

@@ -90,7 +90,7 @@ def test_a_run_resumed_without_flags_resolves_to_the_same_config():
 def test_every_flag_is_filled_in():
     may_be_none = {"data_dir", "image_column", "label_column", "in_memory", "n_workers", "n_epochs"}
     may_be_none |= {"run_dir", "peak_tflops", "caption_column", "caption", "caption_cache"}
-    may_be_none |= {"latents", "vae", "prediction", "learned_sigma", "min_snr_gamma"}
+    may_be_none |= {"latents", "vae", "learned_sigma", "min_snr_gamma"}
     may_be_none |= {"fid_reference", "inception", "init_from"}
     may_be_none |= {"wandb_project", "train_split", "eval_split", "keep_every"}
     may_be_none |= {"text_length", "coordinator", "n_processes", "process_index"}
@@ -285,9 +285,13 @@ def test_the_presets_blocks_are_the_default(name):
     joint = name.startswith("MMDiT")
     config = resolved(model=name)
     expected = ("joint", True, "cropped") if joint else ("adaln_zero", False, "sincos")
+    if name.startswith("JiT"):
+        expected = ("adaln_zero", True, "sincos")
+        found = (config.bottleneck, config.mlp, config.norm, config.rope)
+        assert found == (128, "swiglu", "rms", True)
     assert (config.block, config.qk_norm, config.position) == expected
-    changed = resolved(model=name, qk_norm=not joint, position="learned")
-    assert (changed.qk_norm, changed.position) == (not joint, "learned")
+    changed = resolved(model=name, qk_norm=not config.qk_norm, position="learned")
+    assert (changed.qk_norm, changed.position) == (not config.qk_norm, "learned")
     with pytest.raises(UserError, match=f"--block .*: {name} takes"):
         resolved(model=name, block="adaln" if joint else "joint")
 
@@ -397,6 +401,31 @@ def test_every_flag_of_ddpm_reaches_the_method():
     assert network_config(resolved(objective="ddpm"), DIGITS).out_channels == 1
 
 
+def test_each_objective_has_its_own_prediction():
+    assert resolved().prediction == "velocity"
+    assert resolved(objective="ddpm").prediction == "epsilon"
+    assert resolved(prediction="x0").t_min == 0.05
+    old = saved() | {"prediction": None}  # as runs of flows recorded it
+    assert training_method(resolved()) == RectifiedFlow.from_flags(old)
+
+
+def test_an_inner_head_stands_after_three_tenths_of_the_blocks_by_default():
+    assert resolved().inner_head == 0
+    assert resolved(model="DiT-B/2", inner_head=True).inner_head == 4
+    assert resolved(model="DiT-XL/2", inner_head=True).inner_head == 8
+    assert resolved(model="DiT-B/2", inner_head=1).inner_head == 1
+    assert network_config(resolved(inner_head=2), DIGITS).inner_head == 2
+    with pytest.raises(UserError, match="inner_head 4: of 6 blocks it may stand after 1 to 3"):
+        network_config(resolved(inner_head=4), DIGITS)
+
+
+@pytest.mark.parametrize("blocks", [(2, 3, 4), (3,), (4, 2), (3, 3), (4, 8), (0, 2)])
+def test_layer_sync_takes_two_blocks(blocks):
+    words = " ".join(map(str, blocks))
+    with pytest.raises(UserError, match=f"--layer_sync {words}: takes two blocks of the 6.* 2 4"):
+        resolved(layer_sync=blocks)
+
+
 def test_each_objective_has_its_own_solvers():
     assert resolved().solver == "euler"
     assert resolved(objective="ddpm").solver == "ddpm"
@@ -414,6 +443,8 @@ def test_each_objective_has_its_own_solvers():
         resolved(objective="ddpm", n_sample_steps=1001)
     with pytest.raises(UserError, match="unknown prediction 'eps'"):
         resolved(objective="ddpm", prediction="eps")
+    with pytest.raises(UserError, match=r"unknown prediction 'epsilon'.*velocity, x0"):
+        resolved(prediction="epsilon")
     with pytest.raises(UserError, match=r"--min_snr_gamma -1\.0: must be at least 0"):
         resolved(objective="ddpm", min_snr_gamma=-1.0)
 
@@ -424,7 +455,7 @@ def test_each_objective_has_its_own_solvers():
         *[("ddpm", name, 1.0) for name in ("logit_mean", "logit_std", "mode_scale")],
         *[("ddpm", name, 1.0) for name in ("time_shift", "sample_shift")],
         ("ddpm", "time_density", "uniform"),
-        ("rectified_flow", "prediction", "epsilon"),
+        *[("ddpm", name, 0.5) for name in ("t_min", "noise_scale")],
         ("rectified_flow", "learned_sigma", False),
         ("rectified_flow", "min_snr_gamma", 5.0),
     ],
@@ -442,6 +473,9 @@ def test_a_flag_of_the_other_objective_is_rejected(objective, name, value):
         ("logit_mean", 0.0, "--logit_mean is for --time_density logit_normal"),
         ("logit_std", 0.5, "--logit_std is for --time_density logit_normal"),
         ("mode_scale", 1.0, "--mode_scale is for --time_density mode"),
+        ("t_min", 0.1, "--t_min is for --prediction x0"),
+        ("inner_weight", 0.4, "--inner_weight is for --inner_head"),
+        ("sync_weight", 0.4, "--sync_weight is for --layer_sync"),
         ("vae", "us/vae", "--vae is for --latents"),
         ("shuffle_buffer", 9, "--shuffle_buffer is for --streaming"),
         ("fid_reference", Path("a.npz"), "--fid_reference is for --fid_every"),

@@ -57,6 +57,25 @@ def test_the_objective_is_the_sources_unless_given():
     assert found.learned_sigma is False
 
 
+@pytest.mark.parametrize(
+    "theirs, ours, notice",
+    [
+        (0, 1, "the head after block 1 starts fresh"),
+        (1, 0, "its inner head is left out"),
+        (1, 1, None),
+    ],
+)
+def test_an_inner_head_is_kept_dropped_or_starts_fresh(theirs, ours, notice):
+    start = source(replace(CONFIG, inner_head=theirs))
+    config = replace(CONFIG, inner_head=ours)
+    params, notices = fit(start, config)
+    assert notices[1:] == ([notice] if notice else [])
+    expected = {name: start.params[name] for name in params if name != "inner"}
+    if ours:
+        expected["inner"] = start.params["inner"] if theirs else weights(config, seed=1)["inner"]
+    assert_same(params, expected)
+
+
 # --- differences that are fitted ------------------------------------------------------------------
 
 

@@ -1,0 +1,127 @@
+"""Auxiliary losses, on states inside the network: of an inner head, and of two blocks' agreement.
+
+They wrap the loss of any method. The run's `loss` stays the method's own; each auxiliary loss is a
+metric beside it. Evaluation has none of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from methods.method import Loss, Metrics
+from model import TwoPredictions
+from runtime.errors import UserError
+from runtime.flags import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxiliaryFlags:
+    """Auxiliary losses."""
+
+    inner_weight: float = setting(
+        0.5, "weight of the inner head's loss", at_least=0, only_with=("inner_head", None)
+    )
+    layer_sync: tuple[int, ...] = setting(
+        (),
+        "two numbers of blocks, such as 4 8: tokens after the first are drawn towards those after "
+        "the second (LayerSync)",
+    )
+    sync_weight: float = setting(
+        0.2, "weight of LayerSync", at_least=0, only_with=("layer_sync", None)
+    )
+
+
+def check_layer_sync(blocks: Sequence[int], depth: int) -> None:
+    """Raises UserError unless `blocks` are empty or two ascending numbers of blocks."""
+    if blocks and not (len(blocks) == 2 and 1 <= blocks[0] < blocks[1] <= depth):
+        raise UserError(
+            f"--layer_sync {' '.join(map(str, blocks))}: takes two blocks of the {depth}, the "
+            f"earlier first, such as {max(1, depth // 3)} {2 * depth // 3}"
+        )
+
+
+def with_auxiliary(
+    loss: Loss, *, inner_weight: float, layer_sync: Sequence[int], sync_weight: float
+) -> Loss:
+    """Add auxiliary losses to a method's loss; without any it is returned as it is.
+
+    Args:
+        inner_weight: λ of the inner head, whose loss is the method's too (Zhou et al. 2025,
+            internal guidance). Nothing is stopped: it trains the blocks below as well.
+        layer_sync: two numbers of blocks a < b: −λ · cos(h_a, h_b) is added, a mean over tokens,
+            whose gradient reaches h_a alone (Haghighi et al. 2025, LayerSync).
+        sync_weight: its λ.
+    """
+    has_sync = bool(layer_sync) and sync_weight > 0
+    if not inner_weight and not has_sync:
+        return loss
+    taps = tuple(layer_sync) if has_sync else ()
+
+    def total(model: Any, batch: Any, key: Any) -> tuple[Float[Array, ""], Metrics]:
+        heads = Heads(model, taps=taps, inner=inner_weight > 0)
+        value, metrics = loss(heads, batch, key)
+        sum_of_all, metrics = value, metrics | {"loss": value}
+        if inner_weight:
+            inner_loss, _ = loss(heads.inner, batch, key)
+            sum_of_all += inner_weight * inner_loss
+            metrics["inner_loss"] = inner_loss
+        if has_sync:
+            similarity = mean_cosine(heads.states[0], jax.lax.stop_gradient(heads.states[1]))
+            sum_of_all -= sync_weight * similarity
+            metrics["layer_similarity"] = similarity
+        return sum_of_all, metrics
+
+    return total
+
+
+class Heads:
+    """A network whose one forward pass serves several losses.
+
+    A loss calls it as the network, and gets its prediction. Called again by the same loss,
+    `inner` gives the inner head's prediction at the same inputs.
+    """
+
+    def __init__(self, model: Any, *, taps: Sequence[int], inner: bool):
+        self.config = model.config
+        self.states: tuple[Float[Array, "b n d"], ...] = ()
+        self.inner = InnerHead(model.config)
+        self._model, self._options, self._is_called = model, {"taps": taps, "inner": inner}, False
+
+    def __call__(self, x: Any, t: Any, label: Any) -> Float[Array, "b h w o"]:
+        if self._is_called:
+            raise UserError(
+                "--inner_head and --layer_sync need a method whose loss calls the network once"
+            )
+        self._is_called = True
+        output = self._model(x, t, label, **self._options)
+        if self._options["taps"]:
+            output, self.states = output
+        if isinstance(output, TwoPredictions):
+            self.inner.prediction = output.inner
+            return output.final
+        return output
+
+
+class InnerHead:
+    """The inner head's prediction, as a network that has been called already."""
+
+    def __init__(self, config: Any):
+        self.config = config
+        self.prediction: Any = None
+
+    def __call__(self, x: Any, t: Any, label: Any) -> Float[Array, "b h w o"]:
+        return self.prediction
+
+
+def mean_cosine(a: Float[Array, "b n d"], b: Float[Array, "b n d"]) -> Float[Array, ""]:
+    """The cosine of the angle between two tokens, averaged over tokens and rows, in float32."""
+
+    def unit(x: Array) -> Array:
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
+
+    return (unit(a) * unit(b)).sum(-1).mean()
