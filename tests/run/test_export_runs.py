@@ -21,7 +21,7 @@ import generate
 from export import ExportConfig
 from generate import GenerateConfig
 from inference import grids
-from inference.trained_model import SamplingOverrides, TrainedModel
+from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
 from model import model_graphdef
 from pretrained import transformer
 from runtime.errors import UserError
@@ -72,7 +72,8 @@ def test_the_cards_code_loads_the_model_here(folder):
 
 def test_the_exported_model_samples_what_the_run_samples(trained, folder):
     found = TrainedModel.from_pretrained(str(folder))
-    assert found.plan(SamplingOverrides()) == (trained.sampler(), trained.config.cfg_scale, None)
+    expected = SamplingPlan(trained.sampler(), trained.config.cfg_scale)
+    assert found.plan(SamplingOverrides()) == expected
     assert found.label_names == list(trained.dataset.label_names)
     samples = found.sample([3, 7], found.plan(SamplingOverrides()))
     np.testing.assert_allclose(samples.x, trained.sample([3, 7]), atol=1e-5)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def tapped_loss(model, batch, key):
 # --- the same numbers -----------------------------------------------------------------------------
 
 
-def steps(config, mesh, n=20, loss=LOSS):
+def steps(config, mesh, n=20, loss: Any = LOSS):
     """Train n steps: each step's loss, metrics and norms, the first gradient, the final weights."""
     value_and_grad = parallel.value_and_grad(loss, model_graphdef(config), mesh)
 

@@ -23,7 +23,7 @@ from torch_transformers import CONFIGS, SMALL, inputs, original_names, torch_dit
 
 from datasets_config import LatentEncoding
 from inference.sampler import SamplerConfig
-from inference.trained_model import SamplingOverrides, TrainedModel
+from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
 from methods.ddpm import DDPM
 from model import init_model_params, model_config, model_graphdef
 from pretrained import dit, transformer, weight_files
@@ -225,7 +225,7 @@ def test_files_of_the_original_are_sampled_as_published(tmp_path):
     theirs = example("small")
     loaded = TrainedModel.from_pretrained(f"dit:heads=4:{saved(tmp_path / 'a.pt', theirs)}")
     sampler = SamplerConfig("ddpm", 250, DDPM(learned_sigma=True), guided_channels=3)
-    assert loaded.plan(SamplingOverrides()) == (sampler, 4.0, None)
+    assert loaded.plan(SamplingOverrides()) == SamplingPlan(sampler, 4.0)
     encoding = loaded.settings["dataset"]["encoding"]
     assert (encoding["vae"], encoding["image_size"]) == ("stabilityai/sd-vae-ft-ema", 64)
     grey = transformer.load_transformer(
@@ -234,7 +234,7 @@ def test_files_of_the_original_are_sampled_as_published(tmp_path):
     assert grey["dataset"]["encoding"] is None and grey["cfg_scale"] == 1.0
     assert "guided_channels" not in grey
     loaded = TrainedModel.from_pretrained(f"SiT:heads=4:{tmp_path / 'a.pt'}")
-    assert loaded.plan(SamplingOverrides()) == (
+    assert loaded.plan(SamplingOverrides()) == SamplingPlan(
         SamplerConfig("euler", 50, guided_channels=3),
         4.0,
         None,
@@ -254,7 +254,7 @@ def test_sd3_is_sampled_as_published(tmp_path):
     loaded = transformer.load_transformer(str(tmp_path / "all"))
     assert_same(loaded.params, jax.device_get(params))
     plan = TrainedModel.from_pretrained(str(tmp_path / "all")).plan(SamplingOverrides())
-    assert plan == (SamplerConfig("euler", 28, shift=2.5), 7.0, None)
+    assert plan == SamplingPlan(SamplerConfig("euler", 28, shift=2.5), 7.0)
     assert transformer.SAMPLING_DEFAULTS["sd3"]["sample_shift"] == 3.0
     assert loaded.settings["full_width"] == 24 and len(loaded.settings["text_towers"]) == 3
 
