@@ -6,42 +6,37 @@ and recall, of a run's samples, a published model's, or images on disk.
     python evaluate.py --images some/folder --reference cifar10.npz --inception WEIGHTS
 
 Every result is recorded with everything it depends on; the batch size and the number of devices do
-not change it. With `--samples`, repeating the same command resumes an interrupted evaluation.
+not change it. With `--samples`, repeating the same command resumes an interrupted evaluation; of
+several guidance scales, those that are recorded are not evaluated again.
 """
 
-import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
-from tqdm import tqdm
 
 from data import image_sets
-from data.image_sets import ImageBatch, ImageSet
-from evaluation import metrics
-from evaluation.features import (
-    FeatureBatch,
-    FeatureExtractor,
-    FeatureSummary,
-    build_matching_extractor,
-    check_feature_width,
-    default_batch_size,
-    summarize_features,
-)
+from data.image_sets import ImageSet
+from evaluation import protocols
+from evaluation.comparison import Comparison, extract_features
+from evaluation.features import FeatureExtractor, build_matching_extractor, default_batch_size
+from evaluation.protocols import PROTOCOLS
 from evaluation.reference import Reference, read_reference, write_reference
-from inference import sample_files
+from evaluation.scores import Scores
+from evaluation.sweep import Evaluation, evaluate_in_turn, format_scale, format_table
+from inference import curves, sample_files
 from inference.sample_files import EvaluationSamplesConfig
 from inference.trained_model import SamplingOverrides, TrainedModel
 from runtime import cli, parallel, processes
 from runtime.errors import UserError
 from runtime.files import check_distinct_paths, report_unwritable
-from runtime.flags import Derived, again, check_values, flag
+from runtime.flags import Derived, again, check_values, flag, flags_of
 from training.flag_groups import (
     CheckpointFlags,
     ClusterFlags,
@@ -59,12 +54,6 @@ WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 RECORD_FILE = "evaluations.jsonl"
 DEFAULT_SPLIT = "train"
 DEFAULT_N_SAMPLES = 50_000
-# Names of the scores in the record, by feature space: distance, kernel distance, precision, recall.
-# A distance between pixels is no FID and never called so.
-METRIC_NAMES = {
-    "inception": ("fid", "kid", "precision", "recall", "sfid"),
-    "pixels": ("pixel_frechet", "pixel_kernel", "pixel_precision", "pixel_recall"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +104,21 @@ class ScoreFlags(InceptionFlags):
 class SampleFlags(SamplingFlags):
     """Samples of a model."""
 
+    cfg_scale: tuple[float, ...] | None = again(  # pyright: ignore[reportIncompatibleVariableOverride]
+        SamplingFlags,
+        "cfg_scale",
+        help="classifier-free guidance scale; 1 disables guidance. Several are evaluated in turn, "
+        "with a table and a plot of their scores at the end",
+    )
+    protocol: str | None = flag(
+        None,
+        "sample and compare as a paper does: dit, adm, sit, repa or jit; other flags must not "
+        "contradict it",
+        choices=PROTOCOLS,
+    )
     n: int | None = flag(
         Derived(DEFAULT_N_SAMPLES),
-        "number of samples to generate, as many of each class",
+        "number of samples to generate, as many of each class unless --protocol says otherwise",
         at_least=2,
     )
     seed: int = again(
@@ -128,7 +129,9 @@ class SampleFlags(SamplingFlags):
         at_least=0,
     )
     samples: Path | None = flag(
-        None, "also write the samples to this .npz, in the ADM suite's layout"
+        None,
+        "also write the samples to this .npz, in the ADM suite's layout; of several guidance "
+        "scales, NAME-1.5.npz for each",
     )
     step: int | None = again(CheckpointFlags, "step")
     ema: bool | None = again(CheckpointFlags, "ema", default=Derived("True"))
@@ -146,7 +149,8 @@ class EvaluateConfig(ImageSourceFlags, ScoreFlags, SampleFlags, ClusterFlags):
 
 IMAGE_SOURCES = ("run", "pretrained", "images", "npz", "dataset_name")
 # Flags that only some sources take.
-MODEL_FLAGS = ("n", "vae", "samples", *(field.name for field in fields(SamplingOverrides)))
+SAMPLING_FLAGS = tuple(field.name for field in fields(SamplingOverrides))
+MODEL_FLAGS = ("n", "vae", "samples", "protocol", *SAMPLING_FLAGS)
 RUN_FLAGS = ("step", "ema")
 DATASET_FLAGS = ("data_dir", "image_column", "split")
 
@@ -167,7 +171,10 @@ def check_flags(config: EvaluateConfig) -> None:
     check_values(config, vars(config))
     if 0 < config.n_features < 2:
         raise UserError("--n_features 1: must be 0 or at least 2")
-    _check_files(config)
+    _check_scales(config)
+    for one in split_scales(config):
+        _check_files(one)
+        _check_protocol(one)
     if config.features == "pixels" and (config.inception or config.preparation):
         raise UserError("--features pixels takes neither --inception nor --preparation")
     if config.features == "inception" and not config.inception:
@@ -197,6 +204,25 @@ def _check_source(config: EvaluateConfig) -> None:
         raise UserError(f"--image_size does not apply to --{source}: its images have a size")
 
 
+def _check_scales(config: EvaluateConfig) -> None:
+    scales = config.cfg_scale or ()
+    for scale in scales:
+        flags_of(config)["cfg_scale"].check("cfg_scale", scale)
+        if scales.count(scale) > 1:
+            raise UserError(f"--cfg_scale {scale:g} is given twice")
+    if len(scales) > 1 and config.make_reference:
+        raise UserError(f"--make_reference takes one --cfg_scale, not {len(scales)}")
+
+
+def _check_protocol(config: EvaluateConfig) -> None:
+    if config.protocol and config.make_reference:
+        raise UserError("--protocol needs --reference: --make_reference compares nothing")
+    if config.protocol:
+        names = (*SAMPLING_FLAGS, "preparation", "features")
+        values = {name: getattr(config, name) for name in names} | {"cfg_scale": scale_of(config)}
+        protocols.check_flags(config.protocol, values)
+
+
 def _check_files(config: EvaluateConfig) -> None:
     written = ("make_reference", "samples", "out")
     for path in filter(None, (getattr(config, name) for name in written)):
@@ -207,6 +233,53 @@ def _check_files(config: EvaluateConfig) -> None:
         if path.suffix != ".npz" and path != config.out:
             raise UserError(f"{path}: the name must end in .npz")
     check_distinct_paths(config, written=written, read=("npz", "reference"))
+
+
+# --- guidance scales and protocols ----------------------------------------------------------------
+
+
+def scale_of(config: EvaluateConfig) -> float | None:
+    """Return the guidance scale of a config that has one, or None for the model's own."""
+    return config.cfg_scale[0] if config.cfg_scale else None
+
+
+def split_scales(config: EvaluateConfig) -> list[EvaluateConfig]:
+    """Return for each guidance scale the config that evaluates it alone."""
+    scales = config.cfg_scale or ()
+    if len(scales) < 2:
+        return [config]
+    configs: list[EvaluateConfig] = []
+    for scale in scales:
+        one = replace(config, cfg_scale=(scale,))
+        if path := config.samples:
+            name = f"{path.stem}-{format_scale(scale)}{path.suffix}"
+            one = replace(one, samples=path.with_name(name))
+        if scale == 1 and not config.guide:  # a single evaluation refuses limits without guidance
+            one = replace(one, interval=None, guided_channels=None)
+        configs.append(one)
+    return configs
+
+
+def apply_protocol(
+    config: EvaluateConfig, model: TrainedModel | None, reference: Reference | None
+) -> EvaluateConfig:
+    """Return a config with the values of its protocol, if it names one.
+
+    Raises:
+        UserError: the protocol cannot evaluate the model, or compare with the reference.
+    """
+    if not (config.protocol and model and reference):
+        return config
+    protocol, channels, scale = PROTOCOLS[config.protocol], model.model.channels, scale_of(config)
+    if scale is None:
+        scale = protocol.cfg_scale or model.default_cfg_scale
+    if model.conditioning.takes_prompts:
+        raise UserError(f"--protocol {protocol.name} evaluates models of classes, not of captions")
+    protocol.check_method(model.method)
+    protocol.check_reference(reference)
+    protocol.check_channels(channels, cfg_scale=scale, guided_channels=config.guided_channels)
+    flags = protocol.flags(cfg_scale=scale, channels=channels)
+    return replace(config, n=config.n or protocol.n, **flags | {"cfg_scale": (scale,)})
 
 
 # --- images ---------------------------------------------------------------------------------------
@@ -220,15 +293,23 @@ def open_model(config: EvaluateConfig) -> TrainedModel | None:
     return TrainedModel.from_pretrained(c.pretrained, vae=c.vae) if c.pretrained else None
 
 
-def open_images(config: EvaluateConfig, model: TrainedModel | None, batch_size: int) -> ImageSet:
-    """Open the images to evaluate; samples are generated as they are read.
+def open_images(
+    configs: Sequence[EvaluateConfig], model: TrainedModel | None, batch_size: int
+) -> list[ImageSet]:
+    """Open the images that each config evaluates; samples are generated as they are read.
 
     Raises:
         UserError: the images cannot be read, or the model cannot be sampled this way.
     """
-    c = config
     if model:
-        return _open_samples(c, model, batch_size)
+        sampling = [sampling_config(one, batch_size) for one in configs]
+        files = [one.samples for one in configs]
+        return sample_files.open_image_sets(model, sampling, samples=files)
+    return [_open_stored_images(one) for one in configs]
+
+
+def _open_stored_images(config: EvaluateConfig) -> ImageSet:
+    c = config
     if c.images:
         return image_sets.image_set_from_folder(c.images, image_size=c.image_size)
     if c.npz:
@@ -242,7 +323,8 @@ def open_images(config: EvaluateConfig, model: TrainedModel | None, batch_size: 
     )
 
 
-def _open_samples(config: EvaluateConfig, model: TrainedModel, batch_size: int) -> ImageSet:
+def sampling_config(config: EvaluateConfig, batch_size: int) -> EvaluationSamplesConfig:
+    """Return the settings of a model's samples, with the batch size of an .npz that was begun."""
     c = config
     if c.samples and not c.batch_size:
         # The default depends on the devices; an .npz begun on other devices resumes with its own.
@@ -251,7 +333,7 @@ def _open_samples(config: EvaluateConfig, model: TrainedModel, batch_size: int) 
         n=c.n or DEFAULT_N_SAMPLES,
         seed=c.seed,
         batch_size=batch_size,
-        cfg_scale=c.cfg_scale,
+        cfg_scale=scale_of(c),
         n_steps=c.n_steps,
         solver=c.solver,
         shift=c.shift,
@@ -263,96 +345,10 @@ def _open_samples(config: EvaluateConfig, model: TrainedModel, batch_size: int) 
         guide=c.guide,
         guide_scale=c.guide_scale,
     )
-    return sample_files.open_image_set(model, sampling, samples=c.samples)
-
-
-# --- features and scores --------------------------------------------------------------------------
-
-
-def extract_features(
-    config: EvaluateConfig,
-    extractor: FeatureExtractor,
-    images: ImageSet,
-    batch_size: int,
-    reference: Reference | None,
-) -> FeatureSummary:
-    """Compute the features of all images, with a progress bar.
-
-    Raises:
-        UserError: fewer than two images, or the reference holds features of another width.
-    """
-    if images.count < 2:
-        raise UserError(f"statistics need at least two images, not {images.count}")
-
-    def show_progress(batches: Iterator[ImageBatch]) -> Iterator[ImageBatch]:
-        disable = None if processes.is_first() else True  # None: tqdm asks if this is a terminal
-        with tqdm(total=images.count, unit=" images", disable=disable) as bar:
-            for batch in batches:
-                yield batch
-                bar.update(len(batch))
-
-    def check_width(batches: Iterator[FeatureBatch]) -> Iterator[FeatureBatch]:
-        for batch in batches:
-            if reference:  # at the first batch, not after hours
-                check_feature_width(reference, batch.pool.shape[1])
-            yield batch
-
-    batches = show_progress(images.batches(batch_size))
-    features = extractor(batches, batch_size=min(batch_size, images.count))
-    return summarize_features(
-        check_width(features),
-        images.count,
-        n_features=config.n_features,
-        keep_logits=reference is not None,
-        seed=config.seed,
-    )
-
-
-def compute_scores(
-    config: EvaluateConfig,
-    summary: FeatureSummary,
-    reference: Reference,
-    reference_features: np.ndarray | None,
-) -> dict[str, float]:
-    """Compute every score for which both sides have the features.
-
-    Args:
-        reference_features: pool features of some of the reference's images.
-    """
-    distance, kernel, precision, recall = METRIC_NAMES[config.features][:4]
-    scores = {distance: metrics.frechet_distance(summary.pool, reference.pool)}
-    if summary.spatial and reference.spatial:
-        scores["sfid"] = metrics.frechet_distance(summary.spatial, reference.spatial)
-    if summary.logits is not None:
-        score = metrics.inception_score(summary.logits, seed=config.seed)
-        scores["inception_score"] = score.mean
-        scores["inception_score_std"] = score.std
-    if reference_features is not None and min(len(reference_features), len(summary.features)) > 1:
-        kid = metrics.kernel_distance(summary.features, reference_features, seed=config.seed)
-        manifold = metrics.precision_recall(reference_features, summary.features)
-        scores[kernel] = kid.mean
-        scores[f"{kernel}_std"] = kid.std
-        scores[precision] = manifold.precision
-        scores[recall] = manifold.recall
-    return scores
-
-
-def load_reference_features(
-    config: EvaluateConfig, reference: Reference, extractor: FeatureExtractor, batch_size: int
-) -> np.ndarray | None:
-    """Return features of at most `n_features` of the reference's images: those in its file, or
-    computed from its images; None if it holds neither.
-    """
-    if not config.n_features:
-        return None
-    if reference.features is None and reference.has_images:
-        images = image_sets.image_set_from_npz(reference.path)
-        return extract_features(config, extractor, images, batch_size, reference).features
-    if reference.features is None or len(reference.features) <= config.n_features:
-        return reference.features
-    # A random subset: datasets are often sorted by class, so the first rows would be a few classes.
-    rows = np.random.default_rng(config.seed).permutation(len(reference.features))
-    return reference.features[rows[: config.n_features]]
+    if c.protocol:
+        protocol = PROTOCOLS[c.protocol]
+        sampling = replace(sampling, labels=protocol.labels, rounding=protocol.rounding)
+    return sampling
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -374,6 +370,7 @@ def main(config: EvaluateConfig) -> None:
         raise UserError("--samples needs a single process: drop it, or run without --distributed")
     reference = read_reference(config.reference) if config.reference else None
     model = open_model(config)
+    configs = [apply_protocol(one, model, reference) for one in split_scales(config)]
     mesh = model.mesh if model else parallel.make_mesh()
     batch_size = config.batch_size or default_batch_size(mesh)
     extractor = build_matching_extractor(
@@ -381,30 +378,43 @@ def main(config: EvaluateConfig) -> None:
         mesh,
         space=config.features,
         weights=config.inception,
-        preparation=config.preparation,
+        preparation=configs[0].preparation,
     )
-    images = open_images(config, model, batch_size)
+    sets = open_images(configs, model, batch_size)
     if processes.is_first():
-        print(images.describe())
-        if reference and (warning := reference.compare_sizes(images.shape)):
+        print(sets[0].describe())
+        if reference and (warning := reference.compare_sizes(sets[0].shape)):
             print(warning)
-    summary = extract_features(config, extractor, images, batch_size, reference)
+        if config.protocol and (warning := PROTOCOLS[config.protocol].compare_n(sets[0].count)):
+            print(warning)
+    n_features, seed = config.n_features, config.seed
     if reference:
-        reference_features = load_reference_features(config, reference, extractor, batch_size)
+        evaluations: list[Evaluation] = []
+        for one, images in zip(configs, sets, strict=True):
+            make_card = partial(build_card, images, extractor, reference, one)
+            evaluations.append(Evaluation(images, make_card, scale_of(one), one.samples))
+        comparison = Comparison(reference, extractor, batch_size, n_features, seed)
+        record = config.out or (config.run or Path()) / RECORD_FILE
+        results = evaluate_in_turn(evaluations, comparison, record)
+        if len(configs) > 1 and processes.is_first():
+            report_sweep(config.cfg_scale or (), results, record)
+    elif path := config.make_reference:
+        summary = extract_features(sets[0], extractor, batch_size, n_features, seed)
         if processes.is_first():
-            n, m = (0 if x is None else len(x) for x in (summary.features, reference_features))
-            if m and n != m:
-                print(f"KID, precision and recall compare {n} images with {m} of the reference")
-            scores = compute_scores(config, summary, reference, reference_features)
-            report_scores(config, scores, build_card(images, extractor, reference, config))
-    elif config.make_reference and processes.is_first():
-        card = build_card(images, extractor)
-        with report_unwritable(config.make_reference):
-            write_reference(
-                config.make_reference, summary.pool, summary.spatial, summary.features, card
-            )
-        print(f"statistics of {summary.count} images: {config.make_reference}")
+            card = build_card(sets[0], extractor)
+            with report_unwritable(path):
+                write_reference(path, summary.pool, summary.spatial, summary.features, card)
+            print(f"statistics of {summary.count} images: {path}")
     processes.wait_for_all("the end")
+
+
+def report_sweep(scales: Sequence[float], results: Sequence[Scores], record: Path) -> None:
+    """Print a table of the scores of several guidance scales, and plot them beside the record."""
+    print(format_table(scales, results))
+    path = record.with_name(f"{record.stem}-guidance.png")
+    with report_unwritable(path):
+        curves.save_figure(curves.plot_scores(scales, results), path)
+    print(f"scores over guidance: {path}")
 
 
 def build_card(
@@ -430,21 +440,10 @@ def build_card(
             "sha256": reference.sha256,
             "pictures": reference.card,
         }
-        card["config"] = asdict(config)
+        card["config"] = asdict(config) | {"cfg_scale": scale_of(config)}
+        if config.protocol:
+            card["protocol"] = PROTOCOLS[config.protocol].card(images.count)
     return card
-
-
-def report_scores(config: EvaluateConfig, scores: dict[str, float], card: dict[str, Any]) -> None:
-    """Print the scores and append them to the record."""
-    for name, value in scores.items():
-        print(f"{name:20} {value:.6g}")
-    if missing := [name for name in METRIC_NAMES[config.features] if name not in scores]:
-        print(f"not computed (no features in the reference, or disabled): {', '.join(missing)}")
-    out = config.out or (config.run or Path()) / RECORD_FILE
-    line = json.dumps(scores | {"card": card}, default=str)
-    with report_unwritable(out), out.open("a") as file:
-        file.write(line + "\n")
-    print(f"{card['pictures']['count']} images; recorded in {out}")
 
 
 if __name__ == "__main__":

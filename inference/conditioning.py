@@ -19,7 +19,14 @@ from data import text_encoders
 from data.batch import EncodedCaption
 from data.caption_cache import CaptionStore
 from data.rows import Split
-from inference.labels import SampleRequest, Seeds, label_ids, label_texts, spread_evenly
+from inference.labels import (
+    SampleRequest,
+    Seeds,
+    label_ids,
+    label_texts,
+    random_ids,
+    spread_evenly,
+)
 from inference.sampler import Labels, check_seeds
 from model import ModelConfig
 from runtime.errors import UserError
@@ -100,6 +107,14 @@ class Conditioning(ABC):
         Raises:
             UserError: the model was trained on captions, and they cannot be read or encoded.
         """
+
+    def request_random(self, n: int, *, seed: int = 0) -> SampleRequest:
+        """Request n samples of random classes, which depend on the seed and their index alone.
+
+        Raises:
+            UserError: the model was trained on captions, or the seed is out of range.
+        """
+        raise UserError("random labels need a model of classes")
 
     @abstractmethod
     def encode(self, words: Sequence[int | str]) -> Labels:
@@ -195,6 +210,10 @@ class Classes(Conditioning):
     def request_balanced(self, n: int, open_split: OpenSplit, *, seed: int = 0) -> SampleRequest:
         label_index = np.arange(n, dtype=np.int32) % len(self.all)
         return SampleRequest(label_index, self.names, self.all, seed)
+
+    def request_random(self, n: int, *, seed: int = 0) -> SampleRequest:
+        check_seeds(seed)
+        return SampleRequest(random_ids(n, len(self.all), seed=seed), self.names, self.all, seed)
 
     def encode(self, words: Sequence[int | str]) -> list[int]:
         return label_ids(words, self.names, self.n_classes)

@@ -1,10 +1,12 @@
-"""Plots of a run's metrics.jsonl: losses, the loss by t, the learning rate.
+"""Plots of a run's metrics.jsonl: losses, the loss by t, the learning rate; and of scores over
+guidance.
 
 Uses Matplotlib without its global state, and imports it only when something is plotted.
 """
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +174,34 @@ def _plot_learning_rate(ax: "Axes", record: Record) -> None:
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_formatter("{x:g}")
     ax.set_title("Learning rate")
+
+
+def plot_scores(scales: Sequence[float], scores: Sequence[Mapping[str, float]]) -> "Figure":
+    """Plot each score of an evaluation over the guidance scale, with its deviation if it has one.
+
+    Args:
+        scores: by name, for each scale. `NAME_std` is the standard deviation of `NAME`.
+    """
+    import matplotlib
+
+    order = np.argsort(scales)
+    rows = [scores[i] for i in order]
+    names = [name for name in rows[0] if all(name in row for row in rows)]
+    plotted = [name for name in names if not name.endswith("_std")]
+    n_columns = min(3, len(plotted))
+    n_rows = math.ceil(len(plotted) / n_columns)
+    x = np.asarray(scales, np.float64)[order]
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(height=HEIGHT / 2 * n_rows)
+        axes = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
+        for ax, name in zip(axes, plotted):
+            std = [row[f"{name}_std"] for row in rows] if f"{name}_std" in names else None
+            ax.errorbar(x, [row[name] for row in rows], std, color=BLUE, marker="o", ms=3, lw=1.4)
+            ax.set_title(name)
+            ax.set_xlabel("guidance scale")
+        for ax in axes[len(plotted) :]:
+            ax.set_visible(False)
+    return figure
 
 
 def _set_log_scale(ax: "Axes", values: Sequence[Any]) -> None:

@@ -6,7 +6,7 @@ Takes uint8 pixels and text, and knows nothing of models. What is compared is ch
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,14 +36,43 @@ class NotFiniteError(UserError):
     """Images with NaN or infinity in them: as bytes they would be black, and look like a result."""
 
 
+def round_to_nearest(x: Float[np.ndarray, "*n"]) -> UInt8[np.ndarray, "*n"]:
+    """Round −1 … 1 to the nearest byte, halves to the even one: the inverse of v / 127.5 − 1."""
+    return np.rint(np.clip((x + 1) * 127.5, 0, 255)).astype(np.uint8)
+
+
+def round_half_up(x: Float[np.ndarray, "*n"]) -> UInt8[np.ndarray, "*n"]:
+    """Round −1 … 1 as DiT and SiT do: clip(127.5·x + 128), truncated."""
+    return np.clip(127.5 * x + 128, 0, 255).astype(np.uint8)
+
+
+def round_down(x: Float[np.ndarray, "*n"]) -> UInt8[np.ndarray, "*n"]:
+    """Round −1 … 1 as ADM and REPA do: clip((x + 1)·127.5), truncated. REPA's 255·(x + 1) / 2 has
+    the same bits, since a division by 2 is exact.
+    """
+    return np.clip((x + 1) * 127.5, 0, 255).astype(np.uint8)
+
+
+ROUNDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "nearest": round_to_nearest,
+    "half_up": round_half_up,
+    "down": round_down,
+}
+
+
 def to_uint8(
-    x: Float[np.ndarray, "*n h w c"], *, first: int = 0, kind: str = "sample"
+    x: Float[np.ndarray, "*n h w c"],
+    *,
+    first: int = 0,
+    kind: str = "sample",
+    rounding: str = "nearest",
 ) -> UInt8[np.ndarray, "*n h w c"]:
-    """Convert [−1, 1] to 0 … 255, clipped and rounded; the inverse of v / 127.5 − 1.
+    """Convert [−1, 1] to 0 … 255, clipped and rounded.
 
     Args:
         first: the index of the first image, for the error.
         kind: noun for an image in the error.
+        rounding: a key of `ROUNDINGS`.
 
     Raises:
         NotFiniteError: an image holds NaN or infinity.
@@ -58,7 +87,7 @@ def to_uint8(
             f"{kind} {first + bad[0]} (counted from 0) is not finite: NaN or infinity in "
             f"{len(bad)} of {n} images"
         )
-    return np.rint(np.clip((x + 1) * 127.5, 0, 255)).astype(np.uint8)
+    return ROUNDINGS[rounding](x)
 
 
 def to_pillow(image: UInt8[np.ndarray, "h w c"]) -> Image.Image:

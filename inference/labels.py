@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from data.batch import EncodedCaption
 from datasets_config import DatasetConfig
@@ -20,6 +21,8 @@ from runtime.errors import UserError, some_of, unknown_name
 Seeds = int | Sequence[int]  # one for all samples, or one for each
 ReadCaptions = Callable[[Int[np.ndarray, "b"]], EncodedCaption]
 DisplayLabels = Sequence[int | str] | Int[np.ndarray, "n"]
+# Folded into a seed's key where initial noise folds the image's index: no image has this index.
+RANDOM_LABEL_TAG = 2**32 - 2
 
 
 # --- requests -------------------------------------------------------------------------------------
@@ -137,6 +140,16 @@ def spread_evenly(ids: Sequence[int], n: int) -> Int[np.ndarray, "n"]:
     """Repeat ids to n labels: equal shares, equal ids side by side."""
     share, rest = divmod(n, len(ids))
     return np.repeat(np.asarray(ids, np.int32), [share + (i < rest) for i in range(len(ids))])
+
+
+def random_ids(n: int, n_classes: int, *, seed: int) -> Int[np.ndarray, "n"]:
+    """A random class for each of n samples, uniform among all: a function of seed and index."""
+    label_key = jax.random.fold_in(jax.random.key(seed), RANDOM_LABEL_TAG)
+
+    def random_id(index: Int[Array, ""]) -> Int[Array, ""]:
+        return jax.random.randint(jax.random.fold_in(label_key, index), (), 0, n_classes)
+
+    return np.asarray(jax.vmap(random_id)(jnp.arange(n)), np.int32)
 
 
 def grid_texts(labels: DisplayLabels, names: Sequence[str]) -> list[str] | None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int
@@ -40,13 +40,17 @@ class EvaluationSamplesConfig(SamplingOverrides):
     """Samples for an evaluation. Overrides that are None are left to the model.
 
     Args:
-        n: number of samples, equal shares of each class.
+        n: number of samples.
         batch_size: samples at a time.
+        labels: balanced has equal shares of each class, random a random class for each sample.
+        rounding: a key of `grids.ROUNDINGS`.
     """
 
     n: int = 50_000
     seed: int = 0
     batch_size: int = 64
+    labels: Literal["balanced", "random"] = "balanced"
+    rounding: str = "nearest"
 
 
 def open_image_set(
@@ -61,14 +65,62 @@ def open_image_set(
         UserError: the config does not fit the model, or it was trained on captions and its dataset
             cannot be opened.
     """
-    n, size = config.n, min(config.batch_size, config.n)
+    return open_image_sets(trained, [config], samples=[samples])[0]
+
+
+def open_image_sets(
+    trained: TrainedModel,
+    configs: Sequence[EvaluationSamplesConfig],
+    *,
+    samples: Sequence[Path | None],
+) -> list[ImageSet]:
+    """Open the samples of several guidance scales. They share their labels and the weak model.
+
+    Args:
+        configs: alike but for guidance and `batch_size`.
+        samples: for each, as for `open_image_set`.
+
+    Raises:
+        UserError: as `open_image_set`.
+    """
+    request = request_labels(trained, configs[0])
+    plan = plan_with_guide(trained, configs[0])
+    plans = [plan, *(trained.plan(config, guide=plan.guide) for config in configs[1:])]
+    return [
+        _image_set(trained, request, each, config, file)
+        for each, config, file in zip(plans, configs, samples, strict=True)
+    ]
+
+
+def request_labels(trained: TrainedModel, config: EvaluationSamplesConfig) -> SampleRequest:
+    """Request the samples of an evaluation: balanced, or of random classes.
+
+    Raises:
+        UserError: as `open_image_set`.
+    """
+    if config.labels == "random":
+        return trained.conditioning.request_random(config.n, seed=config.seed)
     need = "evaluating a model of captions needs those of its dataset"
     open_split = partial(open_eval_split, trained, need=need)
-    request = trained.conditioning.request_balanced(n, open_split, seed=config.seed)
-    plan = plan_with_guide(trained, config)
-    sample_at = make_batch_sampler(trained, request, plan, size)
+    return trained.conditioning.request_balanced(config.n, open_split, seed=config.seed)
+
+
+def _image_set(
+    trained: TrainedModel,
+    request: SampleRequest,
+    plan: SamplingPlan,
+    config: EvaluationSamplesConfig,
+    samples: Path | None,
+) -> ImageSet:
+    n, size = config.n, min(config.batch_size, config.n)
+    sample_at = make_batch_sampler(trained, request, plan, size, rounding=config.rounding)
     starts = range(0, n, size)
     card = describe_samples(trained, request, plan)
+    # Files and records of the default conventions do not name them.
+    if config.labels != EvaluationSamplesConfig.labels:
+        card["labels"] = config.labels
+    if config.rounding != EvaluationSamplesConfig.rounding:
+        card["rounding"] = config.rounding
 
     def batches(_: int) -> Iterator[ImageBatch]:
         if samples is None:
@@ -80,9 +132,18 @@ def open_image_set(
 
 
 def make_batch_sampler(
-    trained: TrainedModel, request: SampleRequest, plan: SamplingPlan, size: int
+    trained: TrainedModel,
+    request: SampleRequest,
+    plan: SamplingPlan,
+    size: int,
+    *,
+    rounding: str = "nearest",
 ) -> BatchSampler:
-    """Make the function that samples batches of `size` images of a request."""
+    """Make the function that samples batches of `size` images of a request.
+
+    Args:
+        rounding: a key of `grids.ROUNDINGS`.
+    """
     n = len(request.label_index)
 
     def sample_at(start: int) -> ImageBatch:
@@ -96,7 +157,7 @@ def make_batch_sampler(
             negative=rows.negative,
             batch_size=size,
         )
-        return trained.to_uint8(samples.x[: n - start], first=start)
+        return trained.to_uint8(samples.x[: n - start], first=start, rounding=rounding)
 
     return sample_at
 

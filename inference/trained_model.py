@@ -433,7 +433,7 @@ class TrainedModel:
         )
 
     def to_uint8(
-        self, x: Float[np.ndarray, "*n h w c"], *, first: int = 0
+        self, x: Float[np.ndarray, "*n h w c"], *, first: int = 0, rounding: str = "nearest"
     ) -> UInt8[np.ndarray, "*n h w c"]:
         """Convert decoded samples in −1 … 1 to bytes, as `grids.to_uint8` does.
 
@@ -442,7 +442,7 @@ class TrainedModel:
                 step, and says whether the weights are the reason.
         """
         try:
-            return grids.to_uint8(x, first=first)
+            return grids.to_uint8(x, first=first, rounding=rounding)
         except NotFiniteError as error:
             step = "" if self.step is None else f", step {self.step}"
             reason = "its weights are finite: lower --cfg_scale, raise --n_steps, or check the VAE"

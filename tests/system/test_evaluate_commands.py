@@ -70,9 +70,26 @@ def test_the_command_evaluates_a_run(trained, tmp_path, cache):
     assert scores(again) == pytest.approx(scores(record), rel=1e-6, abs=1e-6)
 
     # This process has eight devices, which may round the last bit of an image differently.
-    flags = {"n": 30, "cfg_scale": 2.0, "seed": 3, "batch_size": 16, "interval": (0.2, 1.0)}
+    flags = {"n": 30, "cfg_scale": (2.0,), "seed": 3, "batch_size": 16, "interval": (0.2, 1.0)}
     on_eight = evaluate_pixels(tmp_path / "y", run=trained, reference=real, **flags)
     assert on_eight["pixel_frechet"] == pytest.approx(record["pixel_frechet"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_command_evaluates_several_guidance_scales(trained, digits, tmp_path, cache):
+    out = tmp_path / "scores.jsonl"
+    words = ["--run", trained, "--reference", digits, "--features", "pixels", "--n", 20]
+    words += ["--out", out, "--cfg_scale", "1", "2"]
+    for is_repeated in (False, True):
+        done = run("evaluate.py", *words, cache=cache)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("not evaluated again") == 2 * is_repeated
+        lines = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [line["card"]["config"]["cfg_scale"] for line in lines] == [1, 2]
+        assert (tmp_path / "scores-guidance.png").stat().st_size > 0
+    alone = run("evaluate.py", *words[:-2], "2", cache=cache)
+    assert alone.returncode == 0, alone.stderr
+    assert scores(json.loads(out.read_text().splitlines()[-1])) == scores(lines[1])
 
 
 @pytest.mark.slow

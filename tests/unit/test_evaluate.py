@@ -21,8 +21,10 @@ from data import image_sets
 from data.caption_cache import CaptionStore
 from data.load import open_dataset
 from evaluate import EvaluateConfig
+from evaluation.comparison import Comparison
 from evaluation.features import build_pixel_extractor
 from evaluation.reference import read_reference
+from evaluation.scores import report_scores
 from inference import sample_files
 from inference.sample_files import EvaluationSamplesConfig
 from inference.sampler import Samples
@@ -70,9 +72,7 @@ def test_flags_that_cannot_work_are_refused_before_anything_is_read(fields, mess
 
 def test_scores_are_printed_even_if_they_cannot_be_recorded(tmp_path, capsys):
     with pytest.raises(UserError, match="cannot write"):
-        evaluate.report_scores(
-            EvaluateConfig(out=tmp_path), {"fid": 1.5}, {"pictures": {"count": 9}}
-        )
+        report_scores({"fid": 1.5}, {"pictures": {"count": 9}}, tmp_path, space="inception")
     assert "fid                  1.5\n" in capsys.readouterr().out
 
 
@@ -138,8 +138,7 @@ def test_without_features_those_of_the_images_in_a_reference_are_computed(some, 
     pixels = some.reshape(40, 64) / 255
     chosen = []
     for seed in (0, 1):  # chooses the images
-        config = EvaluateConfig(n_features=10, seed=seed)
-        features = evaluate.load_reference_features(config, real, extractor, 16)
+        features = Comparison(real, extractor, 16, n_features=10, seed=seed).reference_features
         assert features is not None and features.shape == (10, 64)
         assert all(np.abs(pixels - row[None]).max(1).min() < 1e-6 for row in features)
         chosen.append(features)

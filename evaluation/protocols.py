@@ -1,0 +1,206 @@
+"""Protocols of evaluation: the conventions under which published figures were measured.
+
+    PROTOCOLS["sit"].flags(cfg_scale=1.5, channels=4)
+
+The conventions are those of each paper and its code. No published figure was reproduced with them
+here: neither the weights nor the reference statistics were at hand. Samples nothing itself.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from evaluation.reference import Reference
+from methods.method import Method
+from methods.registry import METHODS
+from runtime.errors import UserError
+
+LIMITS = ("interval", "guided_channels")  # of guidance
+OPEN_FLAGS = ("cfg_scale", *LIMITS)  # flags that a protocol may leave open
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """Conventions of a paper's evaluation.
+
+    Args:
+        name: its value of `--protocol`.
+        source: the paper and the script of its samples.
+        objective: method of the models that it evaluates, a key of `METHODS`.
+        solver, n_steps, shift: the sampler.
+        cfg_scale: guidance scale; None leaves it open.
+        guided_channels: guide only the first so many channels; None guides all.
+        interval: guidance interval, where t = 1 is noise; None leaves it open.
+        labels: balanced has as many samples of each class, random a random class for each sample.
+        rounding: conversion to bytes, a key of `grids.ROUNDINGS`.
+        preparation: how images are resized for Inception, a key of `inception.PREPARATIONS`.
+        features: the features that are compared.
+        n: number of samples of the published figures.
+    """
+
+    name: str
+    source: str
+    objective: str
+    solver: str
+    n_steps: int
+    shift: float = 1.0
+    cfg_scale: float | None = None
+    guided_channels: int | None = None
+    interval: tuple[float, float] | None = None
+    labels: Literal["balanced", "random"]
+    rounding: str
+    preparation: str
+    features: str = "inception"
+    n: int = 50_000
+
+    @property
+    def fixed_flags(self) -> dict[str, Any]:
+        """Flags of evaluate.py whose values it fixes for every model."""
+        names = ("solver", "n_steps", "shift", "features", "preparation", *OPEN_FLAGS)
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def check_method(self, method: Method) -> None:
+        """Raise UserError if it does not evaluate models of a method."""
+        required = METHODS[self.objective]
+        if not isinstance(method, required):
+            raise UserError(
+                f"--protocol {self.name} evaluates models of {required.title}, not of "
+                f"{method.title}"
+            )
+
+    def check_reference(self, reference: Reference) -> None:
+        """Raise UserError if the images of a reference were prepared in another way."""
+        preparation = reference.feature_card.get("preparation", self.preparation)
+        if preparation != self.preparation:
+            raise UserError(
+                f"--protocol {self.name} prepares images as {self.preparation}, and reference "
+                f"{reference.path} holds features of {preparation}"
+            )
+
+    def check_channels(
+        self, channels: int, *, cfg_scale: float, guided_channels: int | None
+    ) -> None:
+        """Raise UserError if data of so many channels cannot be guided by it.
+
+        Args:
+            guided_channels: as given by its flag.
+        """
+        n_guided = self.guided_channels or channels
+        if cfg_scale != 1 and n_guided > channels:
+            raise UserError(
+                f"--protocol {self.name} guides {n_guided} channels, and the model has {channels}"
+            )
+        if cfg_scale != 1 and guided_channels not in (None, n_guided):
+            raise UserError(
+                f"--guided_channels {guided_channels} contradicts --protocol {self.name}, which "
+                f"guides all {n_guided}"
+            )
+
+    def flags(self, *, cfg_scale: float, channels: int) -> dict[str, Any]:
+        """Return its flags for a model of so many channels. At a guidance scale of 1, limits of
+        guidance are left out.
+        """
+        flags = self.fixed_flags
+        if cfg_scale == 1:
+            return flags | {name: None for name in LIMITS if name in flags}
+        return flags | {"guided_channels": self.guided_channels or channels}
+
+    def compare_n(self, n: int) -> str:
+        """Return a warning if n samples are not as many as it has; else ""."""
+        if n == self.n:
+            return ""
+        return (
+            f"warning: --protocol {self.name} has {self.n} samples, and these are {n}: the scores "
+            "are not the paper's"
+        )
+
+    def card(self, n: int) -> dict[str, Any]:
+        """Return its values for the record of an evaluation of n samples."""
+        deviations = [] if n == self.n else [f"n {n}, not {self.n}"]
+        return asdict(self) | {"deviations": deviations}
+
+
+TABLE = (
+    Protocol(
+        name="dit",
+        source="Peebles & Xie 2023; sample_ddp.py of facebookresearch/DiT",
+        objective="ddpm",
+        solver="ddpm",
+        n_steps=250,
+        guided_channels=3,
+        interval=(0.0, 1.0),
+        labels="random",
+        rounding="half_up",
+        preparation="adm",
+    ),
+    Protocol(
+        name="adm",
+        source="Dhariwal & Nichol 2021; image_sample.py of openai/guided-diffusion",
+        objective="ddpm",
+        solver="ddpm",
+        n_steps=250,
+        cfg_scale=1.0,
+        labels="random",
+        rounding="down",
+        preparation="adm",
+    ),
+    Protocol(
+        name="sit",
+        source="Ma et al. 2024; sample_ddp.py SDE of willisma/SiT",
+        objective="rectified_flow",
+        solver="sde",
+        n_steps=250,
+        guided_channels=3,
+        interval=(0.0, 1.0),
+        labels="random",
+        rounding="half_up",
+        preparation="adm",
+    ),
+    Protocol(  # its figures are with and without an interval
+        name="repa",
+        source="Yu et al. 2025; generate.py --mode sde of sihyun-yu/REPA",
+        objective="rectified_flow",
+        solver="sde",
+        n_steps=250,
+        labels="random",
+        rounding="down",
+        preparation="adm",
+    ),
+    Protocol(
+        name="jit",
+        source="Li & He 2025; main_jit.py of LTH14/JiT, whose interval 0.1 1 has t = 1 at the data",
+        objective="rectified_flow",
+        solver="heun",
+        n_steps=50,
+        interval=(0.0, 0.9),
+        labels="balanced",
+        rounding="nearest",
+        preparation="pytorch_fid",
+    ),
+)
+PROTOCOLS = {protocol.name: protocol for protocol in TABLE}
+
+
+def check_flags(name: str, values: Mapping[str, Any]) -> None:
+    """Raise UserError for a flag that contradicts a protocol.
+
+    Args:
+        values: of the flags of sampling and features by name; None for those that are not given.
+    """
+    fixed = PROTOCOLS[name].fixed_flags
+    for flag, value in values.items():
+        if value is None or (flag in OPEN_FLAGS and flag not in fixed):
+            continue
+        if flag not in fixed:
+            raise UserError(f"--{flag} {_as_typed(value)} is not part of --protocol {name}")
+        if value != fixed[flag]:
+            raise UserError(
+                f"--{flag} {_as_typed(value)} contradicts --protocol {name}, which has "
+                f"{_as_typed(fixed[flag])}"
+            )
+
+
+def _as_typed(value: Any) -> str:
+    values = value if isinstance(value, tuple) else (value,)
+    return " ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in values)
