@@ -188,7 +188,7 @@ def plot_scores(scales: Sequence[float], scores: Sequence[Mapping[str, float]]) 
     rows = [scores[i] for i in order]
     names = [name for name in rows[0] if all(name in row for row in rows)]
     plotted = [name for name in names if not name.endswith("_std")]
-    n_columns = min(3, len(plotted))
+    n_columns = min(3, math.ceil(math.sqrt(len(plotted))))
     n_rows = math.ceil(len(plotted) / n_columns)
     x = np.asarray(scales, np.float64)[order]
     with matplotlib.rc_context(STYLE):
@@ -196,7 +196,9 @@ def plot_scores(scales: Sequence[float], scores: Sequence[Mapping[str, float]]) 
         axes = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
         for ax, name in zip(axes, plotted):
             std = [row[f"{name}_std"] for row in rows] if f"{name}_std" in names else None
-            ax.errorbar(x, [row[name] for row in rows], std, color=BLUE, marker="o", ms=3, lw=1.4)
+            y = [row[name] for row in rows]
+            ax.errorbar(x, y, std, color=BLUE, marker="o", ms=3, lw=1.4, elinewidth=0.7)
+            ax.ticklabel_format(axis="y", useOffset=False)
             ax.set_title(name)
             ax.set_xlabel("guidance scale")
         for ax in axes[len(plotted) :]:

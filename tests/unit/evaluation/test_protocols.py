@@ -13,16 +13,26 @@ import evaluate
 from evaluate import EvaluateConfig
 from evaluation.features import build_pixel_extractor
 from evaluation.protocols import PROTOCOLS
+from evaluation.reference import read_reference
 from inference import grids, sample_files
 from inference.sample_files import EvaluationSamplesConfig
 from inference.sampler import Samples
 from inference.trained_model import TrainedModel
 from methods.registry import METHODS
+from model import model_config
 from networks.inception import PREPARATIONS
 from runtime import parallel
 from runtime.errors import UserError
 
 FLAGS: dict[str, Any] = {"run": Path("run"), "reference": Path("r.npz"), "inception": "weights"}
+
+
+@pytest.fixture
+def adm_reference(tmp_path):
+    """A reference of the ADM suite by its arrays, of 64 features."""
+    arrays = {"mu": np.zeros(64), "sigma": np.eye(64), "mu_s": np.zeros(9), "sigma_s": np.eye(9)}
+    np.savez(tmp_path / "adm.npz", **arrays)
+    return tmp_path / "adm.npz"
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=lambda protocol: protocol.name)
@@ -61,6 +71,30 @@ def test_limits_of_guidance_are_those_of_a_guided_model():
     for protocol in (dit, jit):
         flags = protocol.flags(cfg_scale=1.0, channels=4)
         assert flags.get("interval") is flags.get("guided_channels") is None
+
+
+def test_a_sweep_by_a_protocol_guides_each_scale_as_it_says(adm_reference):
+    """Scale 1 is without guidance, and so without limits."""
+    four = model_config("DiT-Nano/4", image_size=8, channels=4, out_channels=4, n_classes=10)
+    model = tiny_model(four, sample_shift=3.0, guided_channels=3)
+    reference = read_reference(adm_reference)
+
+    def samplers(protocol, **flags):
+        config = EvaluateConfig(protocol=protocol, cfg_scale=(1.0, 1.5), **flags)
+        configs = [
+            evaluate.apply_protocol(one, model, reference) for one in evaluate.split_scales(config)
+        ]
+        assert [one.n for one in configs] == [50_000] * 2
+        plans = [model.plan(evaluate.sampling_config(one, 4)) for one in configs]
+        assert [plan.cfg_scale for plan in plans] == [1, 1.5]
+        return [plan.sampler for plan in plans]
+
+    plain, guided = samplers("sit")
+    assert (plain.guided_channels, guided.guided_channels) == (None, 3)
+    assert (guided.solver, guided.n_steps, guided.shift, guided.interval) == ("sde", 250, 1, (0, 1))
+    plain, guided = samplers("repa", interval=(0.0, 0.7))  # all channels, not the model's own
+    assert (plain.guided_channels, guided.guided_channels) == (None, 4)
+    assert (plain.interval, guided.interval) == ((0, 1), (0, 0.7))
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -104,14 +138,6 @@ def test_flags_that_say_the_same_are_fine():
     same |= {"shift": 1.0, "preparation": "adm", "cfg_scale": (1.0, 1.5), "n": 1000}
     evaluate.check_flags(EvaluateConfig(protocol="sit", **same, **FLAGS))
     evaluate.check_flags(EvaluateConfig(protocol="repa", interval=(0.0, 0.7), **FLAGS))
-
-
-@pytest.fixture
-def adm_reference(tmp_path):
-    """A reference of the ADM suite by its arrays, of 64 features."""
-    arrays = {"mu": np.zeros(64), "sigma": np.eye(64), "mu_s": np.zeros(9), "sigma_s": np.eye(9)}
-    np.savez(tmp_path / "adm.npz", **arrays)
-    return tmp_path / "adm.npz"
 
 
 @pytest.mark.parametrize(
