@@ -2,7 +2,7 @@
 # make test           set up, then the unit tests and one golden path: under five minutes on two cores
 # make proofs         every other test: whole runs, kills, browser, notebook, two processes, large models
 # make check          format, lint, types             make format   rewrite to the house format
-# make bench          set up with torch, then every benchmark of speed, in eleven minutes on two CPU cores
+# make bench          set up with torch, then every benchmark of speed, in 11 to 19 minutes on two CPU cores
 # make latents-demo   a VAE of two photographs, their latents, a diffusion transformer of those
 # make demo           a page in the browser to sample from the runs in runs/ (ARGS="--run …")
 # make screenshots    images of that page for README.md; needs Chromium
