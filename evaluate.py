@@ -172,6 +172,7 @@ def check_flags(config: EvaluateConfig) -> None:
     if 0 < config.n_features < 2:
         raise UserError("--n_features 1: must be 0 or at least 2")
     _check_scales(config)
+    _check_files(config)  # the name as given before those of the scales
     for one in split_scales(config):
         _check_files(one)
         _check_protocol(one)
@@ -220,7 +221,7 @@ def _check_protocol(config: EvaluateConfig) -> None:
     if config.protocol:
         names = (*SAMPLING_FLAGS, "preparation", "features")
         values = {name: getattr(config, name) for name in names} | {"cfg_scale": scale_of(config)}
-        protocols.check_flags(config.protocol, values)
+        protocols.check_flags(config.protocol, values, ema=config.ema is not False)
 
 
 def _check_files(config: EvaluateConfig) -> None:
@@ -254,7 +255,9 @@ def split_scales(config: EvaluateConfig) -> list[EvaluateConfig]:
         if path := config.samples:
             name = f"{path.stem}-{format_scale(scale)}{path.suffix}"
             one = replace(one, samples=path.with_name(name))
-        if scale == 1 and not config.guide:  # a single evaluation refuses limits without guidance
+        if scale == 1 and not (
+            config.guide and config.guide_scale != 1
+        ):  # a single evaluation refuses limits without guidance
             one = replace(one, interval=None, guided_channels=None)
         configs.append(one)
     return configs
@@ -273,8 +276,9 @@ def apply_protocol(
     protocol, channels, scale = PROTOCOLS[config.protocol], model.model.channels, scale_of(config)
     if scale is None:
         scale = protocol.cfg_scale or model.default_cfg_scale
-    if model.conditioning.takes_prompts:
-        raise UserError(f"--protocol {protocol.name} evaluates models of classes, not of captions")
+    if not model.model.n_classes:
+        kind = "of captions" if model.conditioning.takes_prompts else "without labels"
+        raise UserError(f"--protocol {protocol.name} evaluates models of classes, not {kind}")
     protocol.check_method(model.method)
     protocol.check_reference(reference)
     protocol.check_channels(channels, cfg_scale=scale, guided_channels=config.guided_channels)

@@ -807,15 +807,14 @@ MODELS |= {  # pyright: ignore[reportConstantRedefinition]
 }
 # Of pixels without a VAE, for clean images as `prediction` (Li & He 2025).
 JIT: dict[str, Any] = {
-    "bottleneck": 128,
     "mlp": "swiglu",
     "norm": "rms",
     "qk_norm": True,
     "rope": True,
 }
 MODELS |= {  # pyright: ignore[reportConstantRedefinition]
-    f"JiT-{size}/{p}": SIZES[size] | JIT | {"patch_size": p}
-    for size in ("B", "L", "H")
+    f"JiT-{size}/{p}": SIZES[size] | JIT | {"patch_size": p, "bottleneck": bottleneck}
+    for size, bottleneck in (("B", 128), ("L", 128), ("H", 256))
     for p in (16, 32)
 }
 

@@ -270,6 +270,7 @@ class Trainer(Loop):
         labels: Sequence[int | str] | str,
         *,
         cfg_scale: float | None = None,
+        inner_guidance: float = 1.0,
         n_steps: int | None = None,
         seed: int | Sequence[int] = 0,
         ema: bool = True,
@@ -281,6 +282,7 @@ class Trainer(Loop):
 
         Args:
             cfg_scale: of classifier-free guidance, by default the config's.
+            inner_guidance: scale of guidance by the inner head, of a model with one.
             n_steps: of the solver, by default the config's.
             seed: of all noise, or one seed per image.
             ema: sample from the averaged weights; False from the raw ones.
@@ -302,6 +304,7 @@ class Trainer(Loop):
             sampler=self.sampler(n_steps),
             mesh=self.mesh,
             cfg_scale=scale,
+            inner_guidance=inner_guidance,
             seed=seed,
             first_index=first_index,
             trajectory=trajectory,

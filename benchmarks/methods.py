@@ -3,14 +3,13 @@
     python benchmarks/methods.py --out runs/methods
 
 Every method is trained with the settings of the default run and several seeds, and 1,000 of its
-samples are judged as `digits.py` does. The table has the mean over seeds, and half the range. What
-is trained or judged already in the folder is not done again.
+samples are judged as `digits.py` does. The table has the mean over seeds, and half the range. A
+repeated command goes on where it was stopped.
 """
 
 import json
 import sys
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from inference.trained_model import SamplingOverrides, TrainedModel
 from runtime import cli
 from runtime.errors import unknown_name
 from runtime.flags import flag, required
-from train import Trainer
 
 RESULTS_FILE = "judged.jsonl"
 WEAK_STEP = 225  # a quarter of the default run
@@ -88,12 +86,7 @@ class MethodsConfig:
     only: tuple[str, ...] = flag((), "names of methods of the table; by default all")
 
 
-@cache
-def real_digits(trainer: Trainer) -> tuple[Any, Any]:
-    return trainer.data.decode_split("train"), trainer.data.decode_split("eval")
-
-
-def judge(run_dir: Path, n: int, overrides: dict[str, Any], real: tuple[Any, Any]) -> Judgement:
+def judge(run_dir: Path, n: int, overrides: dict[str, Any], real: list[Any]) -> Judgement:
     """Sample n digits from a run's averaged weights, as many of each, and judge them."""
     model = TrainedModel.from_run(run_dir)
     if "guide_scale" in overrides:
@@ -110,19 +103,24 @@ def judge_all(config: MethodsConfig) -> list[dict[str, Any]]:
     path = config.out / RESULTS_FILE
     config.out.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = [row for row in rows if (row["n"], row["n_steps"]) == (config.n, config.n_steps)]
     known = {(row["method"], row["seed"], row["sampler"]) for row in rows}
+    real = None
     for seed in range(config.n_seeds):
         for name in config.only or VARIANTS:
             wanted = VARIANTS[name].samplers
             missing = [sampler for sampler in wanted if (name, seed, sampler) not in known]
             if not missing:
                 continue
-            run_dir = config.out / f"{'-'.join(name.split())}-{seed}"
+            length = f"-{config.n_steps}" if config.n_steps else ""
+            run_dir = config.out / f"{'-'.join(name.split())}-{seed}{length}"
             flags = {"seed": seed, "keep_every": WEAK_STEP, **VARIANTS[name].flags}
             trainer = open_or_train(run_dir, flags, config.n_steps)
+            real = real or [trainer.data.decode_split(split) for split in ("train", "eval")]
+            settings = {"n": config.n, "n_steps": config.n_steps, "method": name, "seed": seed}
             for sampler in missing:
-                result = judge(run_dir, config.n, wanted[sampler], real_digits(trainer))
-                row = {"method": name, "seed": seed, "sampler": sampler, **vars(result)}
+                result = judge(run_dir, config.n, wanted[sampler], real)
+                row = settings | {"sampler": sampler, **vars(result)}
                 print(json.dumps(row, ensure_ascii=False), flush=True)
                 with path.open("a") as file:
                     file.write(json.dumps(row) + "\n")

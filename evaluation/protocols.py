@@ -71,7 +71,9 @@ class Protocol:
 
     def check_reference(self, reference: Reference) -> None:
         """Raise UserError if the images of a reference were prepared in another way."""
-        preparation = reference.feature_card.get("preparation", self.preparation)
+        # A file of means and covariances alone does not say how its images were prepared.
+        has_card = "features" in reference.card or reference.feature_card["preparation"] == "adm"
+        preparation = reference.feature_card.get("preparation") if has_card else self.preparation
         if preparation != self.preparation:
             raise UserError(
                 f"--protocol {self.name} prepares images as {self.preparation}, and reference "
@@ -176,19 +178,22 @@ TABLE = (
         interval=(0.0, 0.9),
         labels="balanced",
         rounding="nearest",
-        preparation="pytorch_fid",
+        preparation="adm",  # torch-fidelity resizes as TensorFlow 1 does
     ),
 )
 PROTOCOLS = {protocol.name: protocol for protocol in TABLE}
 
 
-def check_flags(name: str, values: Mapping[str, Any]) -> None:
+def check_flags(name: str, values: Mapping[str, Any], *, ema: bool = True) -> None:
     """Raise UserError for a flag that contradicts a protocol.
 
     Args:
         values: of the flags of sampling and features by name; None for those that are not given.
+        ema: the averaged weights are sampled.
     """
     fixed = PROTOCOLS[name].fixed_flags
+    if not ema:
+        raise UserError(f"--ema False contradicts --protocol {name}, which samples the average")
     for flag, value in values.items():
         if value is None or (flag in OPEN_FLAGS and flag not in fixed):
             continue

@@ -101,8 +101,11 @@ def find_scores(path: Path, card: Mapping[str, Any]) -> dict[str, float] | None:
 def basis_of(card: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a card that its scores depend on, without paths, times and versions."""
     config = card["config"]
+    samples = dict(card["pictures"])
+    if folder := config.get("run"):  # as typed; a run is the same from any directory
+        samples["run"] = str(Path(str(folder)).resolve())
     return {
-        "pictures": card["pictures"],
+        "pictures": samples,
         "features": card["features"],
         "reference": card["reference"]["sha256"],
         "protocol": card.get("protocol"),

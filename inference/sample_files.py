@@ -24,7 +24,7 @@ from inference import grids
 from inference.autoguidance import plan_with_guide
 from inference.comparisons import open_eval_split
 from inference.labels import SampleRequest
-from inference.sampler import Samples
+from inference.sampler import ALWAYS, SamplerConfig, Samples
 from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
 from runtime.errors import UserError
 from runtime.files import atomic_file, remove_leftovers, report_unwritable
@@ -175,13 +175,28 @@ def describe_samples(
     trained: TrainedModel, request: SampleRequest, plan: SamplingPlan
 ) -> dict[str, Any]:
     """All that the samples depend on, for the card beside them."""
-    plan_card = {"sampler": asdict(plan.sampler), "cfg_scale": plan.cfg_scale, "seed": request.seed}
+    sampler = describe_sampler(plan.sampler)
+    plan_card = {"sampler": sampler, "cfg_scale": plan.cfg_scale, "seed": request.seed}
     if plan.inner_guidance != 1:
         plan_card["inner_guidance"] = plan.inner_guidance
     if plan.guide:
         guide, scale = plan.guide
         plan_card |= {"guide": guide.name, "guide_step": guide.step, "guide_scale": scale}
     return plan_card | trained.card | {"count": len(request.label_index)}
+
+
+def describe_sampler(sampler: SamplerConfig) -> dict[str, Any]:
+    """All that samples depend on in a sampler. What older versions did not have is left out at its
+    neutral value, so that samples that they have begun are resumed.
+    """
+    facts = asdict(sampler)
+    method = facts["method"]
+    method.pop("t_min", None)  # of the loss alone
+    neutral = (facts, "inner_interval", ALWAYS), (method, "prediction", "velocity")
+    for part, name, value in (*neutral, (method, "noise_scale", 1.0)):
+        if part.get(name) == value:
+            del part[name]
+    return facts
 
 
 # --- .npz and folders -----------------------------------------------------------------------------

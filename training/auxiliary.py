@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from methods.method import Loss, Metrics
-from model import TwoPredictions
 from runtime.errors import UserError
 from runtime.flags import setting
 
@@ -23,11 +22,11 @@ class AuxiliaryFlags:
     """Auxiliary losses."""
 
     inner_weight: float = setting(
-        0.5, "weight of the inner head's loss", at_least=0, only_with=("inner_head", None)
+        0.5, "weight of the inner head's loss", above=0, only_with=("inner_head", None)
     )
     layer_sync: tuple[int, ...] = setting(
         (),
-        "two numbers of blocks, such as 4 8: tokens after the first are drawn towards those after "
+        "two numbers of blocks, such as 4 8: tokens after the first are pulled towards those after "
         "the second (LayerSync)",
     )
     sync_weight: float = setting(
@@ -62,15 +61,16 @@ def with_auxiliary(
     taps = tuple(layer_sync) if has_sync else ()
 
     def total(model: Any, batch: Any, key: Any) -> tuple[Float[Array, ""], Metrics]:
-        heads = Heads(model, taps=taps, inner=inner_weight > 0)
-        value, metrics = loss(heads, batch, key)
+        forward = SharedForward(model, taps=taps, inner=inner_weight > 0)
+        value, metrics = loss(forward, batch, key)
         sum_of_all, metrics = value, metrics | {"loss": value}
         if inner_weight:
-            inner_loss, _ = loss(heads.inner, batch, key)
+            inner_loss, _ = loss(forward.inner, batch, key)
             sum_of_all += inner_weight * inner_loss
             metrics["inner_loss"] = inner_loss
         if has_sync:
-            similarity = mean_cosine(heads.states[0], jax.lax.stop_gradient(heads.states[1]))
+            early, late = forward.states
+            similarity = mean_cosine(early, jax.lax.stop_gradient(late))
             sum_of_all -= sync_weight * similarity
             metrics["layer_similarity"] = similarity
         return sum_of_all, metrics
@@ -78,7 +78,7 @@ def with_auxiliary(
     return total
 
 
-class Heads:
+class SharedForward:
     """A network whose one forward pass serves several losses.
 
     A loss calls it as the network, and gets its prediction. Called again by the same loss,
@@ -87,23 +87,26 @@ class Heads:
 
     def __init__(self, model: Any, *, taps: Sequence[int], inner: bool):
         self.config = model.config
-        self.states: tuple[Float[Array, "b n d"], ...] = ()
+        self.model = model
+        self.taps = taps
+        self.has_inner = inner
+        self.is_called = False
         self.inner = InnerHead(model.config)
-        self._model, self._options, self._is_called = model, {"taps": taps, "inner": inner}, False
+        self.states: tuple[Float[Array, "b n d"], ...] = ()
 
     def __call__(self, x: Any, t: Any, label: Any) -> Float[Array, "b h w o"]:
-        if self._is_called:
+        if self.is_called:
             raise UserError(
                 "--inner_head and --layer_sync need a method whose loss calls the network once"
             )
-        self._is_called = True
-        output = self._model(x, t, label, **self._options)
-        if self._options["taps"]:
+        self.is_called = True
+        output = self.model(x, t, label, taps=self.taps, inner=self.has_inner)
+        if self.taps:
             output, self.states = output
-        if isinstance(output, TwoPredictions):
-            self.inner.prediction = output.inner
-            return output.final
-        return output
+        if not self.has_inner:
+            return output
+        self.inner.prediction = output.inner
+        return output.final
 
 
 class InnerHead:

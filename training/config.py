@@ -114,7 +114,7 @@ class ModelFlags:
         "(--inner_guidance of generate.py); without a number after three tenths of them",
     )
     remat: bool = setting(
-        Derived("for L and XL"),
+        Derived("for L, XL and H"),
         "recompute activations in the backward pass to save memory",
         may_change=True,
     )

@@ -44,7 +44,7 @@ def flops_by_module(config: ModelConfig) -> dict[str, float]:
         "attention projections": blocks.projections * d * d,
         "attention scores, values": blocks.scores * 2 * d,
         "MLP": blocks.mlp_tokens * MLPS[c.mlp].multiply_adds(d, c.mlp_width),
-        "final layer": n * d * patch_out * (2 if c.inner_head else 1),
+        "final layer": n * d * patch_out,
     }
     return {module: 2.0 * count for module, count in multiply_adds.items()}
 

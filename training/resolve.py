@@ -27,6 +27,7 @@ from training.config import BY_PRESET, PRECISIONS, TrainConfig
 from training.flag_groups import BY_DATASET, DEFAULT_DATASET
 
 INNER_HEAD_DEPTH = 0.3  # of the blocks
+MIN_DEPTH_FOR_REMAT = 24  # of L, XL and H
 AnyConfig = TypeVar("AnyConfig")  # TrainConfig, or the config of another command that trains
 
 # --- the flags that were given, now and in the run to resume --------------------------------------
@@ -84,6 +85,8 @@ def merge_saved(config: AnyConfig, saved: dict[str, Any]) -> AnyConfig:
     known, given = flags_of(config), given_flags(config)
     # JSON has no tuples.
     saved = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
+    if given.get("inner_head") is True and saved.get("inner_head"):
+        given["inner_head"] = saved["inner_head"]  # the number that it stood for
     changed = [
         f"{name} was {saved.get(name)}, not {value}"
         for name, value in given.items()
@@ -280,7 +283,7 @@ def derived_defaults(values: dict[str, Any], fast_bf16: bool) -> dict[str, Any]:
     by_preset = [name for name, flag in flags_of(TrainConfig).items() if flag.default is BY_PRESET]
     return {
         **{name: preset.get(name, getattr(ModelConfig, name, None)) for name in by_preset},
-        "remat": "DiT-L/" in values["model"] or "DiT-XL/" in values["model"],
+        "remat": preset.get("depth", 0) >= MIN_DEPTH_FOR_REMAT,
         "half_precision": fast_bf16,
         **defaults_of_method(find_method(values["objective"])),
         **defaults_of_length(values["n_steps"]),

@@ -225,7 +225,7 @@ def fields_for_model(model: TrainedModel) -> list[Any]:
         gr.skip(),
         gr.update(choices=[("none", ""), *guides.items()], value="", visible=bool(guides)),
         gr.update(visible=bool(guides)),
-        *[gr.update(visible=bool(model.model.inner_head))] * 3,
+        *(gr.update(value=v, visible=bool(model.model.inner_head)) for v in (1, 0, 1)),
         gr.skip(),
         gr.update(value=cfg_scale, maximum=max(MAX_CFG_SCALE, cfg_scale)),
         gr.update(value=model.settings["n_sample_steps"], maximum=service.max_steps(model)),

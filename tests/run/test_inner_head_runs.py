@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from parallel_cases import MESHES, assert_same_reports, steps
 from parallel_cases import TINY as NETWORK
-from train_cases import TINY, assert_same, metrics
+from train_cases import TINY, assert_same, metrics, whole  # noqa: F401
 
 import export
 from export import ExportConfig
 from inference.autoguidance import plan_with_guide
-from inference.sample_files import describe_samples
+from inference.sample_files import describe_sampler, describe_samples
+from inference.sampler import SamplerConfig
 from inference.trained_model import SamplingOverrides, TrainedModel
 from methods.rectified_flow import RectifiedFlow
 from model import JOINT
@@ -76,6 +77,9 @@ def test_samples_can_be_guided_by_the_inner_head(deep):
     assert np.isfinite(led).all() and np.abs(led - plain).max() > 1e-3
     assert card["inner_guidance"] == 2 and card["sampler"]["inner_interval"] == (0.3, 1.0)
     assert card["sampler"]["method"]["noise_scale"] == 1.5
+    np.testing.assert_array_equal(
+        deep.sample([3, 7], cfg_scale=1.0, inner_guidance=2.0), sample(inner_guidance=2.0)[0]
+    )
     with pytest.raises(UserError, match="--inner_interval takes two times"):
         sample(inner_guidance=2.0, inner_interval=(0.3,))
 
@@ -135,3 +139,33 @@ def test_the_record_of_a_run_names_every_choice(deep):
     for name in ("inner_head", "inner_weight", "sync_weight", "prediction", "t_min", "noise_scale"):
         assert config[name] is not None
     assert config["model_config"]["bottleneck"] == 8
+
+
+def test_samples_that_an_older_version_began_are_resumed():
+    """Their card has none of the newer fields, which are left out at their neutral values."""
+    sampler = SamplerConfig(method=RectifiedFlow("logit_normal", 0.0, 1.0, 1.29, 1.0))
+    assert describe_sampler(sampler) == {
+        "solver": "euler",
+        "n_steps": 50,
+        "method": {
+            "time_density": "logit_normal",
+            "logit_mean": 0.0,
+            "logit_std": 1.0,
+            "mode_scale": 1.29,
+            "time_shift": 1.0,
+        },
+        "shift": 1.0,
+        "interval": (0.0, 1.0),
+        "eta": 0.0,
+        "guided_channels": None,
+        "clip": False,
+    }
+
+
+def test_the_page_forgets_inner_guidance_with_the_model(deep, whole):
+    page = pytest.importorskip("inference.app.page", reason="the page needs gradio")
+    for trainer, is_visible in ((deep, True), (whole, False)):
+        updates = page.fields_for_model(TrainedModel.from_run(trainer.run_dir))
+        fields = [u for u in updates if u.get("value") in (0, 1) and "visible" in u]
+        values = [(u["value"], u["visible"]) for u in fields]
+        assert values == [(1, is_visible), (0, is_visible), (1, is_visible)]

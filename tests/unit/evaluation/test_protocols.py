@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from evaluate_cases import evaluate_pixels
-from tiny_models import CAPTIONS, DDPM, tiny_model
+from tiny_models import CAPTIONS, DDPM, UNCONDITIONAL, tiny_model
 
 import evaluate
 from evaluate import EvaluateConfig
@@ -59,7 +59,7 @@ def test_they_are_those_of_the_papers():
         "jit": ("rectified_flow", "heun", 50, None, (0.0, 0.9), "balanced", "nearest"),
     }
     assert PROTOCOLS["adm"].cfg_scale == 1
-    assert [name for name in PROTOCOLS if PROTOCOLS[name].preparation != "adm"] == ["jit"]
+    assert {protocol.preparation for protocol in PROTOCOLS.values()} == {"adm"}
 
 
 def test_limits_of_guidance_are_those_of_a_guided_model():
@@ -114,7 +114,11 @@ def test_a_sweep_by_a_protocol_guides_each_scale_as_it_says(adm_reference):
         ({"protocol": "adm", "cfg_scale": (1.5,)}, "--cfg_scale 1.5 contradicts --protocol adm"),
         ({"protocol": "adm", "cfg_scale": (1.0, 1.5)}, "--cfg_scale 1.5 contradicts"),
         ({"protocol": "sit", "shift": 3.0}, "--shift 3 contradicts --protocol sit, which has 1"),
-        ({"protocol": "jit", "preparation": "adm"}, "--preparation adm contradicts .* pytorch_fid"),
+        (
+            {"protocol": "jit", "preparation": "clean_fid"},
+            "--preparation clean_fid contradicts .* adm",
+        ),
+        ({"protocol": "sit", "ema": False}, "--ema False contradicts --protocol sit"),
         ({"protocol": "repa", "guide": "weak"}, "--guide weak is not part of --protocol repa"),
         ({"protocol": "dit", "eta": 1.0}, "--eta 1 is not part of --protocol dit"),
         (
@@ -147,7 +151,6 @@ def test_flags_that_say_the_same_are_fine():
         ("adm", {}, {}, "--protocol adm evaluates models of DDPM, not of rectified flow"),
         ("sit", DDPM, {}, "--protocol sit evaluates models of rectified flow, not of DDPM"),
         ("repa", DDPM, {}, "--protocol repa evaluates models of rectified flow, not of DDPM"),
-        ("jit", {}, {}, "--protocol jit prepares images as pytorch_fid, and reference .* of adm"),
         ("sit", {}, {}, "--protocol sit guides 3 channels, and the model has 1"),
         ("repa", {}, {"guided_channels": 3}, "--guided_channels 3 contradicts .*repa.* all 1"),
     ],
@@ -160,6 +163,24 @@ def test_a_model_or_reference_that_does_not_fit_is_refused(
         evaluate.main(
             EvaluateConfig(protocol=protocol, **FLAGS | {"reference": adm_reference} | flags)
         )
+
+
+def test_a_reference_of_another_preparation_is_refused(adm_reference, tmp_path):
+    """A file of means and covariances alone, such as JiT's, does not say which it has."""
+    jit, adm = PROTOCOLS["jit"], read_reference(adm_reference)
+    jit.check_reference(adm)
+    np.savez(tmp_path / "bare.npz", mu=np.zeros(64), sigma=np.eye(64))
+    jit.check_reference(read_reference(tmp_path / "bare.npz"))
+    other = replace(adm, card={"features": {"space": "inception", "preparation": "clean_fid"}})
+    with pytest.raises(UserError, match="prepares images as adm, and reference .* of clean_fid"):
+        jit.check_reference(other)
+
+
+def test_a_model_without_classes_is_refused(adm_reference, monkeypatch):
+    monkeypatch.setattr(TrainedModel, "from_run", lambda *_, **__: tiny_model(UNCONDITIONAL))
+    config = EvaluateConfig(protocol="sit", **FLAGS | {"reference": adm_reference})
+    with pytest.raises(UserError, match="evaluates models of classes, not without labels"):
+        evaluate.main(config)
 
 
 def test_a_model_of_captions_is_refused(adm_reference, monkeypatch):
@@ -180,7 +201,7 @@ def test_the_record_names_the_protocol_and_its_values(adm_reference, tmp_path, m
     monkeypatch.setattr(TrainedModel, "from_run", lambda *_, **__: tiny_model(**DDPM))
     extractor = build_pixel_extractor(parallel.make_mesh())
     monkeypatch.setattr(evaluate, "build_matching_extractor", lambda *_, **__: extractor)
-    monkeypatch.setattr(evaluate.protocols, "check_flags", lambda *_: None)
+    monkeypatch.setattr(evaluate.protocols, "check_flags", lambda *_, **__: None)
     flags = {"run": Path("run"), "reference": adm_reference, "n": 6, "protocol": "dit"}
     record = evaluate_pixels(tmp_path / "a", cfg_scale=(1.0,), **flags)
     card = record["card"]

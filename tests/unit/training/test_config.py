@@ -288,7 +288,7 @@ def test_the_presets_blocks_are_the_default(name):
     if name.startswith("JiT"):
         expected = ("adaln_zero", True, "sincos")
         found = (config.bottleneck, config.mlp, config.norm, config.rope)
-        assert found == (128, "swiglu", "rms", True)
+        assert found == (256 if "-H/" in name else 128, "swiglu", "rms", True)
     assert (config.block, config.qk_norm, config.position) == expected
     changed = resolved(model=name, qk_norm=not config.qk_norm, position="learned")
     assert (changed.qk_norm, changed.position) == (not config.qk_norm, "learned")
@@ -374,6 +374,9 @@ def test_every_flag_of_the_model_reaches_it():
 
 
 def test_large_models_rematerialise_by_default():
+    for name in ("DiT-L/2", "DiT-XL/2", "MMDiT-L/2", "JiT-L/16", "JiT-H/32"):
+        assert resolved(model=name).remat
+    assert not resolved(model="DiT-B/2").remat
     assert network_config(resolved(model="DiT-XL/2"), DIGITS).remat
     assert not network_config(resolved(model="DiT-B/2"), DIGITS).remat
     assert not network_config(resolved(model="DiT-XL/2", remat=False), DIGITS).remat
@@ -415,6 +418,10 @@ def test_an_inner_head_stands_after_three_tenths_of_the_blocks_by_default():
     assert resolved(model="DiT-XL/2", inner_head=True).inner_head == 8
     assert resolved(model="DiT-B/2", inner_head=1).inner_head == 1
     assert network_config(resolved(inner_head=2), DIGITS).inner_head == 2
+    run = saved(model="DiT-B/2", inner_head=True)
+    assert resumed(run, inner_head=True).inner_head == resumed(run).inner_head == 4
+    with pytest.raises(UserError, match="inner_head was 4, not 3"):
+        resumed(run, inner_head=3)
     with pytest.raises(UserError, match="inner_head 4: of 6 blocks it may stand after 1 to 3"):
         network_config(resolved(inner_head=4), DIGITS)
 
