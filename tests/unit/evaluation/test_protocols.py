@@ -172,7 +172,7 @@ def test_a_reference_of_another_preparation_is_refused(adm_reference, tmp_path):
     np.savez(tmp_path / "bare.npz", mu=np.zeros(64), sigma=np.eye(64))
     jit.check_reference(read_reference(tmp_path / "bare.npz"))
     other = replace(adm, card={"features": {"space": "inception", "preparation": "clean_fid"}})
-    with pytest.raises(UserError, match="prepares images as adm, and reference .* of clean_fid"):
+    with pytest.raises(UserError, match=r"prepares images as adm, and reference .* of clean_fid"):
         jit.check_reference(other)
 
 
