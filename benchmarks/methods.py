@@ -58,7 +58,7 @@ BY_INNER = {
 OF_DDPM = {
     "DDIM 50, no guidance": UNGUIDED | {"solver": "ddim"},
     "DDIM 50, CFG 1.25": {"cfg_scale": 1.25, "solver": "ddim"},
-    "DDPM 250, CFG 1.25": {"cfg_scale": 1.25, "solver": "ddpm", "n_steps": 250},
+    "DDPM 50, CFG 1.25": {"cfg_scale": 1.25, "solver": "ddpm"},
     "DPM++ 2M 10, CFG 1.25": {"cfg_scale": 1.25, "solver": "dpmpp_2m", "n_steps": 10},
 }
 VARIANTS = {
@@ -66,10 +66,6 @@ VARIANTS = {
     "the same with an inner head": Variant({"inner_head": True}, OF_FLOWS | BY_INNER),
     "the same with LayerSync": Variant({"layer_sync": (2, 4)}, OF_FLOWS),
     "flow of the clean image": Variant({"prediction": "x0"}, OF_FLOWS | MORE_SOLVERS),
-    "flow, patches of 4": Variant({"patch_size": 4}, OF_FLOWS),
-    "flow of the clean image, patches of 4": Variant(
-        {"patch_size": 4, "prediction": "x0"}, OF_FLOWS
-    ),
     "DDPM, ε": Variant({"objective": "ddpm"}, OF_DDPM),
     "DDPM, v": Variant({"objective": "ddpm", "prediction": "v"}, OF_DDPM),
 }
