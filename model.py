@@ -785,19 +785,17 @@ class MMDiT(Readout):
 
 # --- presets --------------------------------------------------------------------------------------
 
-# Table 1 of the paper (Peebles & Xie), a tiny size for laptops, and JiT's largest.
+# Table 1 of the paper (Peebles & Xie), and a tiny size for laptops.
 SIZES = {
     "Ti": {"width": 128, "depth": 6, "n_heads": 4},
     "S": {"width": 384, "depth": 12, "n_heads": 6},
     "B": {"width": 768, "depth": 12, "n_heads": 12},
     "L": {"width": 1024, "depth": 24, "n_heads": 16},
     "XL": {"width": 1152, "depth": 28, "n_heads": 16},
-    "H": {"width": 1280, "depth": 32, "n_heads": 16},
 }
 MODELS: dict[str, dict[str, Any]] = {
     f"DiT-{size}/{p}": shape | {"patch_size": p}
     for size, shape in SIZES.items()
-    if size != "H"
     for p in (1, 2, 4, 8)
 }
 # The image's stream is a DiT of the same name; positions and norms of q and k are as in SD3.
@@ -813,8 +811,12 @@ JIT: dict[str, Any] = {
     "rope": True,
 }
 MODELS |= {  # pyright: ignore[reportConstantRedefinition]
-    f"JiT-{size}/{p}": SIZES[size] | JIT | {"patch_size": p, "bottleneck": bottleneck}
-    for size, bottleneck in (("B", 128), ("L", 128), ("H", 256))
+    f"JiT-{size}/{p}": shape | JIT | {"patch_size": p, "bottleneck": bottleneck}
+    for size, shape, bottleneck in (
+        ("B", SIZES["B"], 128),
+        ("L", SIZES["L"], 128),
+        ("H", {"width": 1280, "depth": 32, "n_heads": 16}, 256),
+    )
     for p in (16, 32)
 }
 

@@ -1,7 +1,7 @@
 """Comparison of sets of images with one reference, whose features are computed once.
 
-    comparison = Comparison(reference, extractor, batch_size=64, n_features=10_000, seed=0)
-    comparison.score(images)
+comparison = Comparison(reference, extractor, batch_size=64, n_features=10_000, seed=0)
+comparison.score(images)
 """
 
 from collections.abc import Iterator
