@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 import tempfile
-import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -75,7 +75,8 @@ def main(config: DemoConfig) -> None:
             page.build_page(models), port=config.port, host=config.host, share=config.share
         )
         print(f"page: {url}   (Ctrl-C ends it)", flush=True)
-        threading.Event().wait()
+        while True:  # a signal that another thread receives does not wake this one
+            time.sleep(0.5)
     finally:
         shutil.rmtree(files, ignore_errors=True)
 

@@ -2,12 +2,14 @@
 leaves this machine.
 """
 
+import ctypes
 import json
 import os
 import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from browser import Visitor, open_browser
@@ -196,6 +198,16 @@ def test_ctrl_c_while_sampling_exits_at_once_and_leaves_nothing_behind(
     assert process.returncode == 130 and time.monotonic() - began < 10
     assert "Traceback" not in out + err
     assert not list(tmp_path.glob("dit-demo-*"))
+
+
+def test_a_signal_that_another_thread_receives_ends_the_page(runs, cache):
+    """The kernel may give a process's signal to any thread, but only the main one acts on it."""
+    process, _ = start_page(runs, cache)
+    threads = sorted(int(path.name) for path in Path(f"/proc/{process.pid}/task").iterdir())
+    other = next(thread for thread in threads if thread != process.pid)
+    ctypes.CDLL(None).tgkill(process.pid, other, signal.SIGTERM)
+    _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (128 + signal.SIGTERM, "")
 
 
 def test_a_port_that_is_taken_is_reported_in_one_line(runs, cache, url):
