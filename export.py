@@ -37,7 +37,7 @@ EXPORTED_SETTINGS = (
 )
 # Flags that the card leaves out: they do not shape the weights, and some are paths of this machine.
 HIDDEN_FLAGS = {name for name, known in flags_of(TrainConfig).items() if known.may_change} - {
-    *("n_steps", "n_epochs", "accumulate_steps", "latents"),
+    *("n_steps", "n_epochs", "accumulate_steps", "latents", "teacher"),
 }
 
 
@@ -118,6 +118,7 @@ def model_card(
     library = "diffusers" if diffusers else "jax"
     params = f"{n_params / 1e6:.3g} M parameters"
     weights = "averaged (EMA)" if run["ema"] else "raw"
+    span = ", span" if model.takes_span else ""
     return f"""---
 library_name: {library}
 tags:
@@ -152,7 +153,7 @@ or, in Python,
 from pretrained import transformer
 
 exported = transformer.load_transformer("PATH_OR_ID")
-model = exported.model()  # model(x, t, label): x is b h w c, t in 0 … 1
+model = exported.model()  # model(x, t, label{span}): x is b h w c, t in 0 … 1
 ```
 {diffusers}
 ## Licence

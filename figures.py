@@ -234,7 +234,7 @@ def save_cfg_sweep(inputs: FigureInputs, path: Path) -> None:
     if not trained.model.is_conditional:
         raise UserError("an unconditional model cannot be guided")
     for scale in config.cfg_sweep:
-        trained.check_null(scale)
+        trained.check_scale(scale)
     grid = comparisons.compare_scales(trained, row, plan, config.cfg_sweep, side=MAX_SIDE)
     grids.save_png(grid, path)
 

@@ -32,6 +32,7 @@ from networks.layers import (
     TimeEmbedder,
     VectorEmbedder,
     add_gated,
+    compute_in_float32,
     identity,
     modulate,
     multiply_in_fp8,
@@ -77,6 +78,7 @@ class ModelConfig:
         time_scale: factor of t in [0, 1] before its sinusoids.
         bottleneck: channels between the two maps that embed a patch; 0 for one map.
         inner_head: number of blocks after which a second head predicts too; 0 for none.
+        takes_span: a second time is embedded too: how far the mean velocity reaches.
         dtype: of matrix products and of the tokens between blocks. Weights are always float32.
         fp8: blocks multiply tokens and weights in eight bits, in training; what is around the
             blocks stays in `dtype`.
@@ -113,6 +115,7 @@ class ModelConfig:
     time_scale: float = 1000.0
     bottleneck: int = 0
     inner_head: int = 0
+    takes_span: bool = False
     dtype: str = "float32"
     fp8: bool = False
     remat: bool = False
@@ -490,6 +493,13 @@ def make_patch_embedding(c: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
     return Linear(c.patch_size**2 * c.channels, c.width, dtype=c.dtype, rngs=rngs)
 
 
+def make_span_embedder(c: ModelConfig, *, rngs: nnx.Rngs) -> TimeEmbedder | None:
+    """Make the embedding of the span, whose last kernel is zero: at first it has no effect."""
+    if not c.takes_span:
+        return None
+    return TimeEmbedder(c.width, time_scale=c.time_scale, dtype=c.dtype, rngs=rngs, init=zeros)
+
+
 def make_position_embedding(c: ModelConfig, *, rngs: nnx.Rngs) -> Any:
     """Make the module that adds absolute positions to the image's tokens."""
     position = POSITIONS[c.position]
@@ -498,12 +508,29 @@ def make_position_embedding(c: ModelConfig, *, rngs: nnx.Rngs) -> Any:
     return position(c.width, c.grid, rngs=rngs)
 
 
-class Readout(nnx.Module):
-    """The heads of a network: tokens of the image → predictions."""
+class Transformer(nnx.Module):
+    """Parts of both networks: times → their vector, and tokens of the image → predictions."""
 
     config: ModelConfig
+    time: Any
+    span: Any
     final: Any
     inner: Any
+
+    def embed_times(
+        self, t: Float[Array, "b"], span: Float[Array, "b"] | None
+    ) -> Float[Array, "b d"]:
+        """Embed t and, in a network that takes one, the span, by default 0."""
+        if self.span is None:
+            return self.time(t)
+        return self.time(t) + self.span(jnp.zeros_like(t) if span is None else span)
+
+    def frozen(self) -> Any:
+        """Return a copy that computes in float32, whose weights get no gradient."""
+        graphdef, weights = nnx.split(self)  # not by the config: a part may gather its weights
+        copy = nnx.merge(graphdef, jax.lax.stop_gradient(weights))
+        compute_in_float32(copy)
+        return copy
 
     def read(
         self,
@@ -531,7 +558,7 @@ class Readout(nnx.Module):
         return (output, tuple(states[tap] for tap in taps)) if taps else output
 
 
-class DiT(Readout):
+class DiT(Transformer):
     """Diffusion transformer (Peebles & Xie 2023): patches → blocks under a condition → patches."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -545,6 +572,7 @@ class DiT(Readout):
         self.blocks = stack_blocks(lambda rngs: design.block(c, rngs=rngs), c.depth, rngs)
         self.final = design.final(c, rngs=rngs)
         self.inner = design.final(c, rngs=rngs) if c.inner_head else None
+        self.span = make_span_embedder(c, rngs=rngs)
 
     def __call__(
         self,
@@ -554,6 +582,7 @@ class DiT(Readout):
         *,
         taps: Sequence[int] = (),
         inner: bool = False,
+        span: Float[Array, "b"] | None = None,
     ) -> Output | Tapped:
         """Predict at x_t, in float32. A class is in 0 … n_classes; n_classes is the null class.
 
@@ -562,13 +591,14 @@ class DiT(Readout):
                 prediction and the image's tokens after so many blocks, (b n d) in `dtype`, in the
                 order of `taps`.
             inner: predict by the inner head too: in place of the prediction stand both.
+            span: of a network that predicts a mean velocity, how far before t it reaches.
 
         Raises:
             UserError: taps out of range, or not ascending.
         """
         c = self.config
         check_taps(taps, c.depth)
-        cond = add_time(self.time(t), self.label(label))
+        cond = add_time(self.embed_times(t, span), self.label(label))
         x = self.position(self.patch(patchify(x, c.patch_size)))
         n = x.shape[1]
         x = jnp.concatenate([cond.tokens[:, : self.n_joining], x], axis=1)
@@ -726,7 +756,7 @@ class LastJointBlock(nnx.Module):
         )
 
 
-class MMDiT(Readout):
+class MMDiT(Transformer):
     """Multimodal diffusion transformer (Esser et al. 2024): t and the label's vector modulate both
     streams, and the label's tokens are the second stream.
     """
@@ -744,6 +774,7 @@ class MMDiT(Readout):
         self.last = LastJointBlock(c, rngs=rngs)
         self.final = AdaptiveFinalLayer(c, rngs=rngs)
         self.inner = AdaptiveFinalLayer(c, rngs=rngs) if c.inner_head else None
+        self.span = make_span_embedder(c, rngs=rngs)
 
     def __call__(
         self,
@@ -753,12 +784,13 @@ class MMDiT(Readout):
         *,
         taps: Sequence[int] = (),
         inner: bool = False,
+        span: Float[Array, "b"] | None = None,
     ) -> Output | Tapped:
         """Predict at x_t, in float32. A class is in 0 … n_classes; n_classes is the null class.
 
         Args:
-            taps, inner: as of a `DiT`. Dual blocks come first, then the joint ones, then the last
-                block.
+            taps, inner, span: as of a `DiT`. Dual blocks come first, then the joint ones, then the
+                last block.
 
         Raises:
             UserError: taps out of range, or not ascending.
@@ -766,7 +798,7 @@ class MMDiT(Readout):
         c = self.config
         check_taps(taps, c.depth)
         cond = self.label(label)
-        cond = cond._replace(vector=self.time(t) + cond.vector)
+        cond = cond._replace(vector=self.embed_times(t, span) + cond.vector)
         streams = Streams(self.position(self.patch(patchify(x, c.patch_size))), cond.tokens)
         cuts = sorted({*taps, c.inner_head}) if inner else taps
         tokens: dict[int, Array] = {}

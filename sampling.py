@@ -23,6 +23,7 @@ PredictionPair = Callable[
 FreshNoise = Callable[[Int[Array, ""]], Float[Array, "b *s"]]  # step index → its noise
 # Folded into a seed's key where initial noise folds the image's index: no image has this index.
 STEP_NOISE_TAG = 2**32 - 1
+ALWAYS = (0.0, 1.0)  # the interval of guidance at all times
 
 
 class Solution(NamedTuple):
@@ -280,7 +281,7 @@ def extrapolate(
     strong: Velocity,
     scale: Float[Array, ""] | float,
     *,
-    interval: tuple[float, float] = (0.0, 1.0),
+    interval: tuple[float, ...] = ALWAYS,
     channels: int | None = None,
 ) -> Velocity:
     """Guidance away from a weaker prediction: weak + scale·(strong − weak) (Karras et al. 2024).
@@ -307,7 +308,7 @@ def extrapolate_pair(
     both: PredictionPair,
     scale: Float[Array, ""] | float,
     *,
-    interval: tuple[float, float] = (0.0, 1.0),
+    interval: tuple[float, ...] = ALWAYS,
     channels: int | None = None,
 ) -> Velocity:
     """`extrapolate`, where one function returns (weak, strong): one call of a model can give both.
@@ -336,7 +337,7 @@ def guided(
     null: PyTree[Array],
     scale: Float[Array, ""] | float,
     *,
-    interval: tuple[float, float] = (0.0, 1.0),
+    interval: tuple[float, ...] = ALWAYS,
     channels: int | None = None,
     one_call: bool = True,
 ) -> Velocity:

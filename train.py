@@ -1,4 +1,4 @@
-"""Train a diffusion transformer with rectified flow, or by DDPM.
+"""Train a diffusion transformer with rectified flow, MeanFlow or DDPM.
 
     python train.py --dataset_name cifar10
 
@@ -49,6 +49,7 @@ from training.profiling import profile
 from training.resolve import require_same_implementation, sampler_config
 from training.session import RunRecord
 from training.step import TrainState
+from training.teacher import Teacher, open_teacher, taught_by
 
 __all__ = ["TrainConfig", "TrainState", "Trainer"]
 DIGITS = TrainConfig()
@@ -102,6 +103,22 @@ class Trainer(Loop):
             with processes.first_then_others():
                 self.space.open()
         self._fid: TrainingFID | None = None
+        self.teacher: Teacher | None = None
+        if c.teacher:
+            self.teacher = open_teacher(
+                c.teacher,
+                c.teacher_scale,
+                network=self.model_config,
+                label_names=self.dataset.label_names,
+                encoders=c.text_towers or (),
+                space=self.space,
+                fsdp=c.fsdp,
+            )
+            self.frozen = (self.teacher.weights,)
+            taught = {"teacher": self.teacher.reference, "teacher_scale": self.teacher.scale}
+            self.config = replace(c, **taught)
+            if processes.is_first():
+                print(f"--teacher: {self.teacher.reference}, guided at {self.teacher.scale:g}")
 
     def make_optimizer(self, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
         c = self.config
@@ -118,7 +135,10 @@ class Trainer(Loop):
         params = init_model_params(self.model_config, self.init_key)
         loss = self.training_loss()
         model = nnx.merge(model_graphdef(self.model_config), params)
-        metrics = jax.eval_shape(lambda b: loss(model, b, self.train_key)[1], self.blank_batch())
+        teacher = [self.teacher.merge()] if self.teacher else []
+        metrics = jax.eval_shape(
+            lambda b: loss(model, b, self.train_key, *teacher)[1], self.blank_batch()
+        )
         scaled = self.model_config.dtype == "float16"
         return training_step.initial_state(params, self.optimizer, metrics, scaled=scaled)
 
@@ -164,10 +184,13 @@ class Trainer(Loop):
         return partial(self.method.loss, label_dropout=label_dropout, to_input=self.space.read)
 
     def training_loss(self) -> Loss:
-        """The loss that a step descends: the method's and the auxiliary ones."""
+        """The loss that a step descends: the method's, taught if there is a teacher, and the
+        auxiliary ones. With a teacher it takes that network too.
+        """
         c = self.config
+        loss = self.loss(label_dropout=c.label_dropout)
         return with_auxiliary(
-            self.loss(label_dropout=c.label_dropout),
+            taught_by(self.teacher, loss) if self.teacher else loss,
             inner_weight=c.inner_weight if c.inner_head else 0.0,
             layer_sync=c.layer_sync,
             sync_weight=c.sync_weight,
@@ -183,6 +206,7 @@ class Trainer(Loop):
                 self.training_loss(),
                 model_graphdef(self.model_config),
                 self.mesh,
+                frozen_graphdef=model_graphdef(self.teacher.network) if self.teacher else None,
                 accumulate_steps=c.accumulate_steps,
             ),
             optimizer=self.optimizer,
@@ -195,10 +219,17 @@ class Trainer(Loop):
 
     @cached_property
     def eval_loss(self) -> Callable[..., Any]:
-        """The compiled `eval_loss(params, batch, key)`, in the precision of sampling."""
+        """The compiled `eval_loss(params, batch, key, *frozen)`, in the precision of sampling."""
         loss = self.loss(label_dropout=0.0)
         model = partial(nnx.merge, model_graphdef(replace(self.model_config, fp8=False)))
-        return jax.jit(lambda params, batch, key: loss(model(params), batch, key)[0])
+        if not self.teacher:
+            return jax.jit(lambda params, batch, key: loss(model(params), batch, key)[0])
+        taught, teacher = taught_by(self.teacher, loss), model_graphdef(self.teacher.network)
+        return jax.jit(
+            lambda params, batch, key, weights: taught(
+                model(params), batch, key, nnx.merge(teacher, weights)
+            )[0]
+        )
 
     def evaluate(self) -> dict[str, float]:
         """Compute the averaged weights' loss on the evaluation split, always with the same t and
@@ -208,7 +239,7 @@ class Trainer(Loop):
         for i, batch in enumerate(self.data.eval_batches(self.config.n_eval_batches)):
             batch = parallel.shard_batch(batch, self.mesh)
             key = jax.random.fold_in(self.eval_key, i)
-            losses.append(self.eval_loss(self.state.ema, batch, key))
+            losses.append(self.eval_loss(self.state.ema, batch, key, *self.frozen))
         return {"eval_loss": float(np.mean(parallel.fetch_to_host(losses)))}
 
     def prepare(self) -> None:
@@ -366,7 +397,22 @@ class Trainer(Loop):
     def flops_per_image(self) -> float | None:
         """Training FLOPs per image, or None if those of the block are not known."""
         forward = flops.forward_flops(self.model_config)
-        return None if forward is None else flops.TRAIN_PER_FORWARD * forward
+        return None if forward is None else self.train_passes * forward
+
+    @property
+    def train_passes(self) -> float:
+        """FLOPs of a training step, in forward passes of the network."""
+        return flops.TRAIN_PER_FORWARD - 1 + self.eval_passes
+
+    @property
+    def eval_passes(self) -> float:
+        """FLOPs of the loss alone, in forward passes of the network."""
+        passes = 1 + self.method.extra_passes(is_taught=bool(self.teacher))
+        forward = flops.forward_flops(self.model_config)
+        if not self.teacher or not forward:
+            return passes
+        of_teacher = flops.forward_flops(self.teacher.network) or 0.0
+        return passes + self.teacher.passes * of_teacher / forward
 
     def utilization(self, images_per_second: float) -> float | None:
         if not self.peak or not self.flops_per_image:
@@ -406,6 +452,8 @@ def main() -> None:
             eval_loss=trainer.eval_loss,
             sampler_config=trainer.sampler(n_steps=1),
             peak=trainer.peak,
+            train_passes=trainer.train_passes,
+            eval_passes=trainer.eval_passes,
         )
         _print_once(report)
     else:

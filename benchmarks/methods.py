@@ -26,6 +26,7 @@ from inference.trained_model import SamplingOverrides, TrainedModel
 from runtime import cli
 from runtime.errors import unknown_name
 from runtime.flags import flag, required
+from train import Trainer
 
 RESULTS_FILE = "judged.jsonl"
 WEAK_STEP = 225  # a quarter of the default run
@@ -33,10 +34,15 @@ WEAK_STEP = 225  # a quarter of the default run
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to train, and the ways to sample from it, by their names in the table."""
+    """A way to train, and the ways to sample from it, by their names in the table.
+
+    Args:
+        teacher: the variant that it is distilled and started from.
+    """
 
     flags: dict[str, Any]
     samplers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    teacher: str | None = None
 
 
 UNGUIDED = {"cfg_scale": 1.0}
@@ -61,6 +67,13 @@ OF_DDPM = {
     "DDPM 50, CFG 1.25": {"cfg_scale": 1.25, "solver": "ddpm"},
     "DPM++ 2M 10, CFG 1.25": {"cfg_scale": 1.25, "solver": "dpmpp_2m", "n_steps": 10},
 }
+FEW_STEPS = {
+    f"{name} {n}, CFG 1.25": {"cfg_scale": 1.25, "solver": solver, "n_steps": n}
+    for name, solver, counts in (("Euler", "euler", (1, 2, 4)), ("DPM++ 2M", "dpmpp_2m", (4, 10)))
+    for n in counts
+}
+OF_MAPS = {f"map {n}": {"n_steps": n} for n in (1, 2, 4)}
+SLOW_FLOW = "rectified flow, --time_scale 1"
 VARIANTS = {
     "rectified flow": Variant({}, OF_FLOWS | MORE_SOLVERS | BY_WEAK),
     "the same with an inner head": Variant({"inner_head": True}, OF_FLOWS | BY_INNER),
@@ -68,6 +81,18 @@ VARIANTS = {
     "flow of the clean image": Variant({"prediction": "x0"}, OF_FLOWS | MORE_SOLVERS),
     "DDPM, ε": Variant({"objective": "ddpm"}, OF_DDPM),
     "DDPM, v": Variant({"objective": "ddpm", "prediction": "v"}, OF_DDPM),
+    SLOW_FLOW: Variant({"time_scale": 1.0}, OF_FLOWS | FEW_STEPS),
+    "MeanFlow distilled from it": Variant(
+        {
+            "objective": "meanflow",
+            "time_density": "uniform",
+            "equal_share": 0.25,
+            "learning_rate": 1.5e-3,
+        },
+        OF_MAPS,
+        teacher=SLOW_FLOW,
+    ),
+    "MeanFlow from scratch": Variant({"objective": "meanflow"}, OF_MAPS),
 }
 
 
@@ -94,8 +119,20 @@ def judge(run_dir: Path, n: int, overrides: dict[str, Any], real: list[Any]) -> 
     return judge_digits(model.to_uint8(samples.x), labels, train=real[0], test=real[1])
 
 
+def train_variant(config: MethodsConfig, name: str, seed: int) -> Trainer:
+    """Return the trainer of a variant's finished run, training it, and its teacher, if need be."""
+    variant = VARIANTS[name]
+    flags = {"seed": seed, "keep_every": WEAK_STEP, **variant.flags}
+    if variant.teacher:
+        teacher = str(train_variant(config, variant.teacher, seed).run_dir)
+        flags |= {"teacher": teacher, "init_from": teacher}
+    length = f"-{config.n_steps}" if config.n_steps else ""
+    words = "".join(c if c.isalnum() else " " for c in name).split()
+    return open_or_train(config.out / f"{'-'.join(words)}-{seed}{length}", flags, config.n_steps)
+
+
 def judge_all(config: MethodsConfig) -> list[dict[str, Any]]:
-    """Return a row for each method, seed and sampler, and append what is new to the record."""
+    """Return a row for each method, seed and sampler; those judged now are added to the record."""
     path = config.out / RESULTS_FILE
     config.out.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -108,14 +145,11 @@ def judge_all(config: MethodsConfig) -> list[dict[str, Any]]:
             missing = [sampler for sampler in wanted if (name, seed, sampler) not in known]
             if not missing:
                 continue
-            length = f"-{config.n_steps}" if config.n_steps else ""
-            run_dir = config.out / f"{'-'.join(name.split())}-{seed}{length}"
-            flags = {"seed": seed, "keep_every": WEAK_STEP, **VARIANTS[name].flags}
-            trainer = open_or_train(run_dir, flags, config.n_steps)
+            trainer = train_variant(config, name, seed)
             real = real or [trainer.data.decode_split(split) for split in ("train", "eval")]
             settings = {"n": config.n, "n_steps": config.n_steps, "method": name, "seed": seed}
             for sampler in missing:
-                result = judge(run_dir, config.n, wanted[sampler], real)
+                result = judge(trainer.run_dir, config.n, wanted[sampler], real)
                 row = settings | {"sampler": sampler, **vars(result)}
                 print(json.dumps(row, ensure_ascii=False), flush=True)
                 with path.open("a") as file:

@@ -49,11 +49,9 @@ def open_guide(reference: str, trained: TrainedModel) -> TrainedModel:
     Raises:
         UserError: there is no such run, or it predicts something else than the strong model.
     """
-    folder, step = reference, None
-    if not Path(reference).is_dir() and (named := re.fullmatch(r"(.+)@(\d+)", reference)):
-        folder, step = named[1], int(named[2])
+    folder, step = split_reference(reference)
     guide = TrainedModel.from_run(
-        Path(folder), ema=trained.ema is not False, step=step, fsdp=trained.mesh.shape["fsdp"]
+        folder, ema=trained.ema is not False, step=step, fsdp=trained.mesh.shape["fsdp"]
     )
     ours, theirs = _facts(trained), _facts(guide)
     if name := next((name for name in ours if ours[name] != theirs.get(name)), None):
@@ -64,6 +62,13 @@ def open_guide(reference: str, trained: TrainedModel) -> TrainedModel:
     if differences := compare_spaces(trained.space, guide.space):
         raise UserError(f"--guide {reference}: {differences[0]}")
     return guide
+
+
+def split_reference(reference: str) -> tuple[Path, int | None]:
+    """Split `RUN@STEP` into a run's folder and the step of a checkpoint; `RUN` has none."""
+    if not Path(reference).is_dir() and (named := re.fullmatch(r"(.+)@(\d+)", reference)):
+        return Path(named[1]), int(named[2])
+    return Path(reference), None
 
 
 def _facts(model: TrainedModel) -> dict[str, Any]:

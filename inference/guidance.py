@@ -1,4 +1,4 @@
-"""The null label of classifier-free guidance: was it trained, and what follows if it was not.
+"""The rules of what can be guided: was its null label trained, and what follows if it was not.
 
 Guidance leads away from the output for the null label. A run without label dropout never trains
 that label, and some published tables of classes have no row for it.
@@ -31,4 +31,16 @@ def untrained_null_error(name: str, cfg_scale: float) -> UserError:
     return UserError(
         f"cfg_scale {cfg_scale:g}: '{name}' was trained without label dropout, so it has no null "
         "label to guide by; leave it at 1"
+    )
+
+
+def unguidable_error(method: str, given: str) -> UserError:
+    """Make the error for guidance of a method whose guidance is in the weights.
+
+    Args:
+        given: what asks for guidance, such as "cfg_scale 2" or "--guide".
+    """
+    return UserError(
+        f"{given}: guidance of {method} is in its weights; sample it without any, and train with "
+        "--target_scale or --teacher_scale to change it"
     )

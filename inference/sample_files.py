@@ -24,11 +24,12 @@ from inference import grids
 from inference.autoguidance import plan_with_guide
 from inference.comparisons import open_eval_split
 from inference.labels import SampleRequest
-from inference.sampler import ALWAYS, SamplerConfig, Samples
+from inference.sampler import SamplerConfig, Samples
 from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
 from runtime.errors import UserError
 from runtime.files import atomic_file, remove_leftovers, report_unwritable
 from runtime.run_folder import exclusive_writer
+from sampling import ALWAYS
 
 CARD = "card.json"
 MAX_LABEL_LETTERS = 40  # in a file's name

@@ -19,13 +19,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from data.batch import EncodedCaption
+from inference.guidance import unguidable_error
 from methods.method import Method, TimeSteps
 from methods.rectified_flow import RectifiedFlow
 from methods.registry import METHODS
 from model import Label, ModelConfig, model_graphdef
 from runtime import parallel
 from runtime.errors import UserError, unknown_name
+from runtime.flags import check_interval
 from sampling import (
+    ALWAYS,
     Solution,
     Velocity,
     extrapolate,
@@ -37,7 +40,6 @@ from sampling import (
 
 Labels = Sequence[int] | Int[np.ndarray, "n"] | EncodedCaption
 MAX_SEED = 2**31 - 1
-ALWAYS = (0.0, 1.0)  # the interval of guidance at all times
 ToImages = Callable[[Float[np.ndarray, "*b h w c"]], Float[np.ndarray, "*b H W C"]]
 
 
@@ -64,8 +66,8 @@ class SamplerConfig:
     n_steps: int = 50
     method: Method = RectifiedFlow()  # noqa: RUF009  (immutable)
     shift: float = 1.0
-    interval: tuple[float, float] = ALWAYS
-    inner_interval: tuple[float, float] = ALWAYS
+    interval: tuple[float, ...] = ALWAYS
+    inner_interval: tuple[float, ...] = ALWAYS
     eta: float = 0.0
     guided_channels: int | None = None
     clip: bool = False
@@ -78,11 +80,7 @@ class SamplerConfig:
             solver=self.solver, n_steps=self.n_steps, shift=self.shift, eta=self.eta
         )
         for name in ("interval", "inner_interval"):
-            low, high = getattr(self, name)
-            if not 0 <= low < high <= 1:
-                raise UserError(
-                    f"--{name} {low:g} {high:g}: must be two times in 0 … 1, the lower first"
-                )
+            check_interval(name, getattr(self, name))
 
     def time_steps(self, start: float = 1.0) -> TimeSteps:
         """Discretize time from `start` to the data."""
@@ -149,7 +147,9 @@ def sample_batch(
     all_channels = config.channels if has_variance else None
     channels = sampler.guided_channels or all_channels
 
-    def predict(x: Array, t: Any, label: Any) -> Array:
+    def predict(x: Array, t: Any, label: Any, span: Any = None) -> Array:
+        if span is not None:
+            return model(x, jnp.full(x.shape[0], t), label, span=jnp.full(x.shape[0], span))
         if inner_guidance is None:
             return model(x, jnp.full(x.shape[0], t), label)
 
@@ -379,6 +379,9 @@ def check_guidance(
     if not abs(cfg_scale) <= float(np.finfo(np.float32).max):
         raise UserError(f"cfg_scale {cfg_scale}: must be finite in float32")
     guide = cfg_scale != 1
+    if (guide or has_guide) and not sampler.method.is_guidable:
+        given = f"cfg_scale {cfg_scale:g}" if guide else "--guide"
+        raise unguidable_error(sampler.method.title, given)
     if guide and not config.is_conditional:
         raise UserError(
             f"cfg_scale {cfg_scale}: an unconditional model cannot be guided; leave it at 1"
@@ -402,6 +405,8 @@ def check_inner_guidance(sampler: SamplerConfig, config: ModelConfig, scale: flo
     """
     if not abs(scale) <= float(np.finfo(np.float32).max):
         raise UserError(f"--inner_guidance {scale}: must be finite in float32")
+    if scale != 1 and not sampler.method.is_guidable:
+        raise unguidable_error(sampler.method.title, f"--inner_guidance {scale:g}")
     if scale != 1 and not config.inner_head:
         raise UserError(
             f"--inner_guidance {scale:g}: the model has no inner head; train one by --inner_head"

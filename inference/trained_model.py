@@ -25,7 +25,6 @@ from inference.codec import Codec
 from inference.conditioning import Captions, Conditioning, conditioning_of
 from inference.grids import NotFiniteError
 from inference.sampler import (
-    ALWAYS,
     Labels,
     SamplerConfig,
     Samples,
@@ -44,6 +43,7 @@ from runtime import parallel, processes
 from runtime.checkpoint import Checkpoints
 from runtime.errors import UserError
 from runtime.run_folder import read_config
+from sampling import ALWAYS
 
 
 @dataclass(frozen=True)
@@ -287,12 +287,15 @@ class TrainedModel:
         """The guidance scale to sample with if none is given."""
         return guidance.default_scale(self.settings)
 
-    def check_null(self, cfg_scale: float, *, negative: bool = False) -> None:
-        """Raise UserError for guidance by a null label that was never trained.
+    def check_scale(self, cfg_scale: float, *, negative: bool = False) -> None:
+        """Raise UserError for guidance of a method that has none, or by a null label that was never
+        trained.
 
         Args:
             negative: a negative prompt stands in for the null label.
         """
+        if cfg_scale != 1 and not self.method.is_guidable:
+            raise guidance.unguidable_error(self.method.title, f"cfg_scale {cfg_scale:g}")
         is_guided = cfg_scale != 1 and self.model.is_conditional and not negative
         if is_guided and not self.null_is_trained:
             raise guidance.untrained_null_error(self.name, cfg_scale)
@@ -362,7 +365,7 @@ class TrainedModel:
         inner_guidance = 1.0 if overrides.inner_guidance is None else overrides.inner_guidance
         default = 1.0 if guide else self.default_cfg_scale
         cfg_scale = default if overrides.cfg_scale is None else overrides.cfg_scale
-        self.check_null(cfg_scale, negative=negative)
+        self.check_scale(cfg_scale, negative=negative)
         n_steps = settings["n_sample_steps"] if overrides.n_steps is None else overrides.n_steps
         own_shift = settings.get("sample_shift") or 1.0
         guided_channels = overrides.guided_channels
@@ -372,8 +375,8 @@ class TrainedModel:
             solver=overrides.solver or settings["solver"],
             n_steps=n_steps,
             shift=own_shift if overrides.shift is None else overrides.shift,
-            interval=_read_interval("interval", overrides.interval),
-            inner_interval=_read_interval("inner_interval", overrides.inner_interval),
+            interval=tuple(overrides.interval or ALWAYS),
+            inner_interval=tuple(overrides.inner_interval or ALWAYS),
             method=self.method,
             eta=overrides.eta or 0.0,
             guided_channels=guided_channels,
@@ -409,7 +412,7 @@ class TrainedModel:
         Raises:
             UserError: weights or VAE cannot be read, or the request does not fit the model.
         """
-        self.check_null(plan.cfg_scale, negative=negative is not None)
+        self.check_scale(plan.cfg_scale, negative=negative is not None)
         if decode:
             self.space.open()  # a missing VAE is reported before weights are read
         return sample_images(
@@ -467,14 +470,6 @@ class TrainedModel:
             "text_towers": self.text_encoder_paths,
             "vae": self.space.card,
         }
-
-
-def _read_interval(name: str, times: tuple[float, ...] | None) -> tuple[float, float]:
-    if times is None:
-        return ALWAYS
-    if len(times) != 2:
-        raise UserError(f"--{name} takes two times: the lowest and the highest")
-    return times[0], times[1]
 
 
 def load_params(

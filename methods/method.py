@@ -47,6 +47,11 @@ class Method(ABC):
         sampling_flags: flags of the samples of a run that only this method reads.
         max_steps: the most steps of its solvers, if there is a limit.
         noise_scale: standard deviation of the noise that it samples from.
+        takes_span: its network predicts over a span of time: `model(x, t, label, span=…)`, and
+            `predict(x, t, span=…)` in its solvers.
+        is_guidable: its samples can be guided; else guidance is in the weights, if anywhere.
+        default_steps: of its solvers, by default.
+        default_time_scale: of its network, by default.
 
     Raises:
         UserError: the value of a field is out of range.
@@ -58,6 +63,10 @@ class Method(ABC):
     sampling_flags: ClassVar[tuple[str, ...]] = ()
     max_steps: ClassVar[int | None] = None
     noise_scale = 1.0  # no field here: a method may have a flag of this name
+    takes_span: ClassVar[bool] = False
+    is_guidable: ClassVar[bool] = True
+    default_steps: ClassVar[int] = 50
+    default_time_scale: ClassVar[float] = 1000.0
 
     def __post_init__(self):
         for name, known in flags_of(self).items():
@@ -69,7 +78,9 @@ class Method(ABC):
     def from_flags(cls: type[MethodType], flags: Mapping[str, Any]) -> MethodType:
         """Make the method from all flags of a run, or from its `config.json`."""
         names = [field.name for field in fields(cls) if flags.get(field.name) is not None]
-        return cls(**{name: flags[name] for name in names})
+        values = {name: flags[name] for name in names}
+        # JSON has no tuples.
+        return cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
 
     @abstractmethod
     def loss(
@@ -95,6 +106,28 @@ class Method(ABC):
     def out_channels(self, channels: int) -> int:
         """The number of channels of the network's output, for data of `channels`."""
         return channels
+
+    def extra_passes(self, *, is_taught: bool) -> int:
+        """Count the forward passes of the network in the loss, besides the one that is
+        differentiated.
+        """
+        del is_taught
+        return 0
+
+    def check_training(self, *, time_scale: float, label_dropout: float, is_taught: bool) -> None:
+        """Reject what this method cannot train with.
+
+        Args:
+            time_scale: of the network.
+            label_dropout: share of rows without a label; 0 if there are no labels.
+            is_taught: there is a teacher; the loss takes it as `teacher`.
+
+        Raises:
+            UserError: the first one found.
+        """
+        del time_scale, label_dropout
+        if is_taught:
+            raise UserError(f"--teacher is not for {self.title}: it is for --objective meanflow")
 
     @abstractmethod
     def describe(self) -> str:
@@ -218,11 +251,21 @@ def sample_loss_inputs(
     to_input: ToModelInput = pixels_to_input,
 ) -> LossInputs:
     """Convert a batch's images to data, sample noise of the same shape, and drop some labels."""
+    keys, data, noise = sample_data_and_noise(batch, key, to_input)
+    drop = jax.vmap(lambda key: jax.random.bernoulli(key, label_dropout))(keys.drop)
+    return LossInputs(keys, data, noise, drop_labels(batch.label, drop, n_classes))
+
+
+def sample_data_and_noise(
+    batch: Any, key: Key[Array, ""], to_input: ToModelInput = pixels_to_input
+) -> tuple[RowKeys, Float[Array, "b *s"], Float[Array, "b *s"]]:
+    """Convert a batch's images to data, and sample noise of the same shape. Returns the keys of the
+    rows too: `keys.time` and `keys.drop` are left.
+    """
     keys = derive_row_keys(key, batch.row)
     data = to_input(batch.image, keys.data)
     noise = jax.vmap(lambda key: jax.random.normal(key, data.shape[1:]))(keys.noise)
-    drop = jax.vmap(lambda key: jax.random.bernoulli(key, label_dropout))(keys.drop)
-    return LossInputs(keys, data, noise, drop_labels(batch.label, drop, n_classes))
+    return keys, data, noise
 
 
 def loss_by_time(t: Float[Array, "b"], error: Float[Array, "b"]) -> Metrics:

@@ -77,19 +77,16 @@ def shift_time(t: Float[Array, "*n"], shift: float) -> Float[Array, "*n"]:
     return shift * t / (1 + (shift - 1) * t)
 
 
-DENSITIES: dict[str, Callable[["RectifiedFlowFlags"], Density]] = {
+DENSITIES: dict[str, Callable[["TimeFlags"], Density]] = {
     "uniform": lambda flags: uniform(),
     "logit_normal": lambda flags: logit_normal(flags.logit_mean, flags.logit_std),
     "mode": lambda flags: heavy_tailed_mode(flags.mode_scale),
 }
 
 
-# --- the method -----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class RectifiedFlowFlags:
-    """Rectified flow."""
+class TimeFlags:
+    """Training times of a flow."""
 
     time_density: str = setting(
         "logit_normal",
@@ -116,6 +113,20 @@ class RectifiedFlowFlags:
     time_shift: float = setting(
         1.0, "shift of training times towards noise; above 1 for large images", above=0
     )
+
+
+def density_of(flags: TimeFlags) -> Density:
+    """Return the density of training times, before `time_shift`."""
+    return DENSITIES[flags.time_density](flags)
+
+
+# --- the method -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RectifiedFlowFlags(TimeFlags):
+    """Rectified flow."""
+
     prediction: str = setting(
         "velocity",
         "output of the network: velocity or x0 (the clean image)",
@@ -151,7 +162,7 @@ class RectifiedFlow(RectifiedFlowFlags, Method):
     @property
     def density(self) -> Density:
         """The density of training times, before `time_shift`."""
-        return DENSITIES[self.time_density](self)
+        return density_of(self)
 
     def loss(
         self,
@@ -214,7 +225,7 @@ class RectifiedFlow(RectifiedFlowFlags, Method):
         return x_t
 
     def velocity(
-        self, output: Float[Array, "b *s"], x: Float[Array, "b *s"], t: Float[Array, ""]
+        self, output: Float[Array, "b *s"], x: Float[Array, "b *s"], t: Float[Array, "..."]
     ) -> Float[Array, "b *s"]:
         """The velocity at x and t, from the network's output there: the output itself, or that of
         the straight line from the predicted image through x.

@@ -5,11 +5,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from methods.ddpm import DDPM
+from methods.mean_flow import MeanFlow
 from methods.method import Method
 from methods.rectified_flow import RectifiedFlow
 from runtime.errors import UserError, unknown_name
 
-METHODS: dict[str, type[Method]] = {"rectified_flow": RectifiedFlow, "ddpm": DDPM}
+METHODS: dict[str, type[Method]] = {
+    "rectified_flow": RectifiedFlow,
+    "meanflow": MeanFlow,
+    "ddpm": DDPM,
+}
 DEFAULT_METHOD = "rectified_flow"
 
 

@@ -57,6 +57,15 @@ class Linear(nnx.Module):
         return save_for_backward(y) if self.save_output else y
 
 
+def compute_in_float32(module: nnx.Module) -> None:
+    """Let all parts of a module compute in float32."""
+    for _, part in nnx.iter_graph(module):
+        if isinstance(part, nnx.Module) and hasattr(part, "dtype"):
+            part.dtype = "float32"  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(part, Linear):
+            part.affine = affine
+
+
 def multiply_in_fp8(blocks: nnx.Module | None) -> None:
     """Let the linear maps of the tokens take their operands in eight bits.
 
@@ -269,9 +278,17 @@ def time_features(t: Float[Array, "b"], n: int = N_TIME_FEATURES) -> Float[Array
 class VectorEmbedder(nnx.Module):
     """Features → a vector of the condition, by an MLP of two linear maps."""
 
-    def __init__(self, n_in: int, width: int, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        n_in: int,
+        width: int,
+        *,
+        dtype: str,
+        rngs: nnx.Rngs,
+        init: Callable[..., Array] = small_normal,
+    ):
         self.hidden = Linear(n_in, width, dtype=dtype, rngs=rngs, init=small_normal)
-        self.out = Linear(width, width, dtype=dtype, rngs=rngs, init=small_normal)
+        self.out = Linear(width, width, dtype=dtype, rngs=rngs, init=init)
 
     def __call__(self, features: Float[Array, "b f"]) -> Float[Array, "b d"]:
         return self.out(jax.nn.silu(self.hidden(features)))
@@ -280,8 +297,16 @@ class VectorEmbedder(nnx.Module):
 class TimeEmbedder(nnx.Module):
     """t in [0, 1] → a vector. The sinusoids were made for 0 … 1000, hence `time_scale`."""
 
-    def __init__(self, width: int, *, time_scale: float, dtype: str, rngs: nnx.Rngs):
-        self.mlp = VectorEmbedder(N_TIME_FEATURES, width, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        width: int,
+        *,
+        time_scale: float,
+        dtype: str,
+        rngs: nnx.Rngs,
+        init: Callable[..., Array] = small_normal,
+    ):
+        self.mlp = VectorEmbedder(N_TIME_FEATURES, width, dtype=dtype, rngs=rngs, init=init)
         self.time_scale = time_scale
 
     def __call__(self, t: Float[Array, "b"]) -> Float[Array, "b d"]:

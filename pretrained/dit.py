@@ -77,6 +77,7 @@ REQUIRED = {
     "text_width": 0,
     "bottleneck": 0,
     "inner_head": 0,
+    "takes_span": False,
 }
 
 # Facts of diffusers' configs that set the shape, with their defaults.

@@ -61,6 +61,7 @@ FIXED: dict[str, Any] = {
     "caption_norm": False,
     "bottleneck": 0,
     "inner_head": 0,
+    "takes_span": False,
 }
 
 

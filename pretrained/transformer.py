@@ -102,7 +102,7 @@ class PretrainedTransformer:
     notices: tuple[str, ...] = ()
 
     def model(self) -> nnx.Module:
-        """Build a live module, `model(x, t, label)`."""
+        """Build a live module, `model(x, t, label)`; a mean flow takes `span=` too."""
         return nnx.merge(model_graphdef(self.config), jax.tree.map(jnp.asarray, self.params))
 
 

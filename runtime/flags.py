@@ -17,7 +17,7 @@ import dataclasses
 import inspect
 import math
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
@@ -187,6 +187,15 @@ def check_values(config: Any, values: Mapping[str, Any]) -> None:
     for name, known in flags_of(config).items():
         if values.get(name) is not None:
             known.check(name, values[name])
+
+
+def check_interval(name: str, times: Sequence[float]) -> None:
+    """Raises UserError for a flag of two times if they are not in 0 … 1, the lower first."""
+    if len(times) != 2:
+        raise UserError(f"--{name} takes two times: the lowest and the highest")
+    low, high = times
+    if not 0 <= low < high <= 1:
+        raise UserError(f"--{name} {low:g} {high:g}: must be two times in 0 … 1, the lower first")
 
 
 def reject_unused(config: Any, values: Mapping[str, Any], given: Collection[str]) -> None:

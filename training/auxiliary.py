@@ -60,12 +60,12 @@ def with_auxiliary(
         return loss
     taps = tuple(layer_sync) if has_sync else ()
 
-    def total(model: Any, batch: Any, key: Any) -> tuple[Float[Array, ""], Metrics]:
+    def total(model: Any, batch: Any, key: Any, *frozen: Any) -> tuple[Float[Array, ""], Metrics]:
         forward = SharedForward(model, taps=taps, inner=inner_weight > 0)
-        value, metrics = loss(forward, batch, key)
+        value, metrics = loss(forward, batch, key, *frozen)
         sum_of_all, metrics = value, metrics | {"loss": value}
         if inner_weight:
-            inner_loss, _ = loss(forward.inner, batch, key)
+            inner_loss, _ = loss(forward.inner, batch, key, *frozen)
             sum_of_all += inner_weight * inner_loss
             metrics["inner_loss"] = inner_loss
         if has_sync:
@@ -94,19 +94,23 @@ class SharedForward:
         self.inner = InnerHead(model.config)
         self.states: tuple[Float[Array, "b n d"], ...] = ()
 
-    def __call__(self, x: Any, t: Any, label: Any) -> Float[Array, "b h w o"]:
+    def __call__(self, x: Any, t: Any, label: Any, **options: Any) -> Float[Array, "b h w o"]:
         if self.is_called:
             raise UserError(
                 "--inner_head and --layer_sync need a method whose loss calls the network once"
             )
         self.is_called = True
-        output = self.model(x, t, label, taps=self.taps, inner=self.has_inner)
+        output = self.model(x, t, label, taps=self.taps, inner=self.has_inner, **options)
         if self.taps:
             output, self.states = output
         if not self.has_inner:
             return output
         self.inner.prediction = output.inner
         return output.final
+
+    def frozen(self) -> Any:
+        """Return the network's copy without gradient, which may be called as often as is needed."""
+        return self.model.frozen()
 
 
 class InnerHead:

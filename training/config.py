@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from methods.ddpm import DDPMFlags
+from methods.mean_flow import MeanFlowFlags
 from methods.rectified_flow import RectifiedFlowFlags
 from methods.registry import DEFAULT_METHOD
 from model import MODELS
@@ -30,6 +31,7 @@ from training.flag_groups import (
     SamplingFlags,
     StorageFlags,
 )
+from training.teacher import TeacherFlags
 
 BY_PRESET = Derived("the model's")  # in its entry of MODELS, else in ModelConfig
 # Values of --half_precision → the dtype of the computation.
@@ -108,6 +110,11 @@ class ModelFlags:
         "pixels; 0 for one map",
         at_least=0,
     )
+    time_scale: float = setting(
+        Derived("1000, with meanflow 1"),
+        "factor of t before its sinusoids; 1 for a flow that meanflow is to start from",
+        above=0,
+    )
     inner_head: bool | int = setting(
         0,
         "a second head after so many blocks, trained beside the last one, to guide by "
@@ -131,7 +138,8 @@ class MethodFlags:
 
     objective: str = setting(
         DEFAULT_METHOD,
-        "training objective: rectified_flow, ddpm, or module:class of a method of your own",
+        "training objective: rectified_flow, meanflow (samples in one step), ddpm, or module:class "
+        "of a method of your own",
     )
     prediction: str = setting(
         Derived("velocity, with ddpm: epsilon"),
@@ -160,11 +168,13 @@ class PreviewFlags:
     cfg_scale: float = again(
         SamplingFlags, "cfg_scale", default=BY_DATASET, is_setting=True, may_change=True
     )
-    n_sample_steps: int = setting(50, "solver steps per sample", above=0, may_change=True)
+    n_sample_steps: int = setting(
+        Derived("50, with meanflow 1"), "solver steps per sample", above=0, may_change=True
+    )
     solver: str = again(
         SamplingFlags,
         "solver",
-        default=Derived("euler, with ddpm: ddpm"),
+        default=Derived("euler, with meanflow map, with ddpm ddpm"),
         is_setting=True,
         may_change=True,
     )
@@ -252,8 +262,10 @@ class TrainConfig(
     ModelFlags,
     MethodFlags,
     RectifiedFlowFlags,
+    MeanFlowFlags,
     DDPMFlags,
     AuxiliaryFlags,
+    TeacherFlags,
     OptimizerFlags,
     TrainDeviceFlags,
     ClusterFlags,

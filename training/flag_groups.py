@@ -360,7 +360,8 @@ class SamplingFlags:
     cfg_scale: float | None = flag(OF_MODEL, "classifier-free guidance scale; 1 disables guidance")
     n_steps: int | None = flag(OF_MODEL, "solver steps")
     solver: str | None = flag(
-        OF_MODEL, "euler, heun, dpmpp_2m or sde; of DDPM: ddpm, ddim or dpmpp_2m"
+        OF_MODEL,
+        "euler, heun, dpmpp_2m or sde; of DDPM: ddpm, ddim or dpmpp_2m; of MeanFlow: map",
     )
     shift: float | None = flag(
         OF_MODEL, "shift of rectified flow's time grid; above 1 spends more steps near the noise"

@@ -34,7 +34,7 @@ def flops_by_module(config: ModelConfig) -> dict[str, float]:
     c, d, n = config, config.width, config.grid[0] * config.grid[1]
     patch_in = c.patch_size**2 * c.channels
     patch_out = c.patch_size**2 * c.out_channels
-    embedding = N_TIME_FEATURES * d + d * d
+    embedding = (N_TIME_FEATURES * d + d * d) * (1 + c.takes_span)
     if c.text_width:
         embedding += c.text_length * c.text_width * d + c.pooled_width * d + d * d
     multiply_adds = {

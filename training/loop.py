@@ -69,6 +69,7 @@ class Loop(Run):
         encoded: the encoded captions of a dataset with captions.
         model_config: a dataclass, the shape of the network.
         train_key: the random key that every step's is derived from.
+        frozen: the weights of a second network that is not trained, if there is one.
         state: weights, averages and optimizer on all devices.
     """
 
@@ -80,6 +81,7 @@ class Loop(Run):
     encoded: CaptionStore | None = None
     model_config: Any
     train_key: Key[Array, ""]
+    frozen: tuple[Any, ...] = ()
     schedule: optax.Schedule
     optimizer: optax.GradientTransformationExtraArgs
     state: TrainState
@@ -220,7 +222,7 @@ class Loop(Run):
     def train_step(self, batch: Any) -> StepReport:
         """Dispatch one update with one item of `batches`. The report is still being computed."""
         batch = parallel.shard_batch(batch, self.mesh)
-        self.state, report = self.update(self.state, batch, self.train_key)
+        self.state, report = self.update(self.state, batch, self.train_key, *self.frozen)
         self.step += 1
         self.position += 1
         return report

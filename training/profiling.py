@@ -20,42 +20,51 @@ from data.batch import Batch
 from inference import sampler
 from inference.sampler import SamplerConfig
 from runtime import parallel
-from training.flops import TRAIN_PER_FORWARD, Peak, flops_by_module, mfu
+from training.flops import Peak, flops_by_module, mfu
 from training.loop import Loop
 
 
-def profile(loop: Loop, *, eval_loss: Any, sampler_config: SamplerConfig, peak: Peak | None) -> str:
+def profile(
+    loop: Loop,
+    *,
+    eval_loss: Any,
+    sampler_config: SamplerConfig,
+    peak: Peak | None,
+    train_passes: float,
+    eval_passes: float,
+) -> str:
     """Compile and time one step of training, of evaluation and of sampling, and return a report.
 
     Leaves the loop's weights changed, and a trace of the training step in `profile/` of its folder.
 
     Args:
-        eval_loss: a jitted `eval_loss(params, batch, key)`.
+        eval_loss: a jitted `eval_loss(params, batch, key, *loop.frozen)`.
         sampler_config: a solver of one step.
         peak: of one device; None if unknown.
+        train_passes, eval_passes: FLOPs of a step, in forward passes.
     """
     model, key = loop.model_config, loop.train_key
     batch = parallel.shard_batch(loop.blank_batch(), loop.mesh)
     forward_flops = loop.config.batch_size * sum(flops_by_module(model).values())
 
     def train(compiled: Any) -> Any:
-        loop.state, report = compiled(loop.state, batch, key)
+        loop.state, report = compiled(loop.state, batch, key, *loop.frozen)
         return report
 
     profiles = [
         profile_step(
             "train",
             loop.update,
-            (loop.state, batch, key),
-            flops=TRAIN_PER_FORWARD * forward_flops,
+            (loop.state, batch, key, *loop.frozen),
+            flops=train_passes * forward_flops,
             run=train,
         ),
         profile_step(
             "eval",
             eval_loss,
-            (loop.state.ema, batch, key),
-            flops=forward_flops,
-            run=lambda compiled: compiled(loop.state.ema, batch, key),
+            (loop.state.ema, batch, key, *loop.frozen),
+            flops=eval_passes * forward_flops,
+            run=lambda compiled: compiled(loop.state.ema, batch, key, *loop.frozen),
         ),
         _profile_sampling(loop, batch, sampler_config, forward_flops),
     ]
@@ -78,7 +87,7 @@ def _profile_sampling(
 ) -> "StepProfile":
     """Profile one step of the solver, guided if the model is conditional."""
     model = loop.model_config
-    guide = model.is_conditional
+    guide = model.is_conditional and sampler_config.method.is_guidable
     step = partial(
         sampler.sample_batch,
         config=model,
@@ -316,7 +325,7 @@ def _step_lines(profiles: Sequence[StepProfile], peak: Peak | None, n_devices: i
     return [
         "STEPS",
         *(f"  {name:24}" + "".join(f"{cell:>16}" for cell in cells) for name, *cells in rows),
-        f"  Analytic: training is {TRAIN_PER_FORWARD} forward passes, recomputation not counted.",
+        "  Analytic: a backward pass is two forward passes, recomputation not counted.",
         "  XLA's figures: of one device, with the body of a scan counted once.",
     ]
 

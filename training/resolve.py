@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from data import latents
 from datasets_config import DATASET_CONFIGS, DatasetConfig
+from inference.guidance import unguidable_error
 from inference.sampler import SamplerConfig
 from inference.spaces import Space, space_of
 from methods.method import Method
@@ -25,6 +26,7 @@ from training.auxiliary import check_layer_sync
 from training.conditionings import RUN_CONDITIONINGS, ByCaption
 from training.config import BY_PRESET, PRECISIONS, TrainConfig
 from training.flag_groups import BY_DATASET, DEFAULT_DATASET
+from training.teacher import absolute_reference
 
 INNER_HEAD_DEPTH = 0.3  # of the blocks
 MIN_DEPTH_FOR_REMAT = 24  # of L, XL and H
@@ -41,6 +43,8 @@ def given_flags(config: Any) -> dict[str, Any]:
     given = {name: value for name, value in values.items() if value is not None}
     if (start := given.get("init_from")) and Path(start).expanduser().exists():
         given["init_from"] = str(Path(start).expanduser().resolve())
+    if teacher := given.get("teacher"):
+        given["teacher"] = absolute_reference(teacher)
     if encoders := given.get("text_towers"):
         folders = [Path(encoder).expanduser() for encoder in encoders]
         given["text_towers"] = tuple(
@@ -87,6 +91,8 @@ def merge_saved(config: AnyConfig, saved: dict[str, Any]) -> AnyConfig:
     saved = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
     if given.get("inner_head") is True and saved.get("inner_head"):
         given["inner_head"] = saved["inner_head"]  # the number that it stood for
+    if (teacher := given.get("teacher")) and str(saved.get("teacher")).startswith(f"{teacher}@"):
+        given["teacher"] = saved["teacher"]  # the step that it stood for
     changed = [
         f"{name} was {saved.get(name)}, not {value}"
         for name, value in given.items()
@@ -193,7 +199,8 @@ def resolve_train_config(
     given = given_flags(config)
     can_guide = bool(values["label_dropout"]) or starts_with_null
     conditioning = RUN_CONDITIONINGS[values["conditioning"]]
-    if not (conditioning.has_null and can_guide):
+    is_guidable = find_method(values["objective"]).is_guidable
+    if not (conditioning.has_null and can_guide and is_guidable):
         values["cfg_scale"] = given.get("cfg_scale", 1.0)
     for name in {*ByCaption.flags} - {*conditioning.flags}:
         if given.get(name):
@@ -260,16 +267,15 @@ def drop_flags_of_other_methods(values: dict[str, Any], given: dict[str, Any]) -
     """
     objective = values["objective"]
     read = method_flags(find_method(objective))
-    unread = {
-        flag: other
-        for other, method in METHODS.items()
-        for flag in method_flags(method)
-        if flag not in read
-    }
-    for flag, other in unread.items():
+    readers: dict[str, list[str]] = {}
+    for other, method in METHODS.items():
+        for flag in method_flags(method) - read:
+            readers.setdefault(flag, []).append(other)
+    for flag, others in readers.items():
         if flag in given:
-            raise UserError(f"--{flag} is for --objective {other}; this is {objective}")
-    return {name: value for name, value in values.items() if name not in unread}
+            named = " or ".join(others)
+            raise UserError(f"--{flag} is for --objective {named}; this is {objective}")
+    return {name: value for name, value in values.items() if name not in readers}
 
 
 def method_flags(method: type[Method]) -> set[str]:
@@ -296,6 +302,8 @@ def defaults_of_method(method: type[Method]) -> dict[str, Any]:
     return {
         "solver": next(iter(method.solvers)),
         "prediction": prediction.default if prediction else None,
+        "n_sample_steps": method.default_steps,
+        "time_scale": method.default_time_scale,
     }
 
 
@@ -318,6 +326,19 @@ def validate_train_config(config: TrainConfig, n_devices: int) -> None:
 
 def _validate_model_and_sampling(config: TrainConfig) -> None:
     sampler_config(config)
+    method = training_method(config)
+    method.check_training(
+        time_scale=config.time_scale,
+        label_dropout=config.label_dropout if config.conditioning != "none" else 0.0,
+        is_taught=bool(config.teacher),
+    )
+    if config.cfg_scale != 1 and not method.is_guidable:
+        raise unguidable_error(method.title, f"--cfg_scale {config.cfg_scale:g}")
+    if config.inner_head and not method.is_guidable:
+        raise UserError(
+            f"--inner_head {config.inner_head}: --objective {config.objective} cannot be guided by "
+            "one; leave it at 0"
+        )
     check_layer_sync(config.layer_sync, MODELS[config.model]["depth"])
     is_joint = MODELS[config.model].get("block") == JOINT
     if is_joint != (config.block == JOINT):
@@ -414,6 +435,8 @@ def network_config(config: TrainConfig, dataset: DatasetConfig) -> ModelConfig:
         remat=config.remat,
         bottleneck=config.bottleneck,
         inner_head=config.inner_head,
+        time_scale=config.time_scale,
+        takes_span=training_method(config).takes_span,
     )
 
 

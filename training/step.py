@@ -68,6 +68,7 @@ def update(
     state: TrainState,
     batch: Any,
     key: Key[Array, ""],
+    frozen: Any = None,
     *,
     read_batch: Callable[[Any, Array], Any],
     value_and_grad: Callable[..., Any],
@@ -81,6 +82,7 @@ def update(
 
     Args:
         key: the run's; a step's own is folded from it and the position.
+        frozen: weights of a second model that the loss takes and that is not trained.
         read_batch: maps `batch` and the position to the rows that the loss takes.
         value_and_grad: `(params, batch, key, loss_scale) -> ((loss, metrics), gradients)`.
         log_every: steps after which the window of metrics starts anew.
@@ -89,7 +91,8 @@ def update(
     step_key = jax.random.fold_in(key, s.position)
     batch = read_batch(batch, s.position)
     scale = s.loss_scale[0] if s.loss_scale else None
-    (loss, metrics), grads = value_and_grad(s.params, batch, step_key, scale)
+    others = {} if frozen is None else {"frozen": frozen}
+    (loss, metrics), grads = value_and_grad(s.params, batch, step_key, scale, **others)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, s.opt_state, s.params, finite=finite)

@@ -20,7 +20,7 @@ from datasets_config import DATASET_CONFIGS, DatasetConfig
 from inference.guidance import null_is_trained
 from inference.spaces import compare_spaces, space_of
 from inference.trained_model import TrainedModel
-from methods.registry import DEFAULT_METHOD, method_of
+from methods.registry import DEFAULT_METHOD, find_method, method_of
 from model import ModelConfig
 from pretrained import transformer
 from runtime import parallel, processes
@@ -32,7 +32,7 @@ from training.config import TrainConfig
 MODEL_FLAGS = ("block", "position", "rope", "qk_norm", "mlp", "norm", "bottleneck")
 # Fields of a ModelConfig that no flag sets; always the source's.
 FIELDS_WITHOUT_FLAG = (
-    *("n_class_tokens", "mlp_ratio", "time_scale"),
+    *("n_class_tokens", "mlp_ratio"),
     *("caption_norm", "n_dual", "position_side", "position_base"),
 )
 # Fields of a ModelConfig that must match the source's; of the text encoders, their widths.
@@ -102,12 +102,14 @@ def with_source_flags(config: TrainConfig, source: StartingWeights) -> TrainConf
             f"--init_from {source.name}: no preset has width {s.width}, depth {s.depth} and "
             f"{s.n_heads} heads; add one to MODELS in model.py"
         )
+    objective = source.settings.get("objective") or DEFAULT_METHOD
+    is_guidable = find_method(given.get("objective", objective)).is_guidable
     inherited: dict[str, Any] = {"model": preset}
     if "model" not in given:
         inherited["patch_size"] = s.patch_size
     if _size_of_preset(given.get("model", preset)) == _size_of_preset(preset):
-        inherited |= {flag: getattr(s, flag) for flag in (*MODEL_FLAGS, "inner_head")}
-    objective = source.settings.get("objective") or DEFAULT_METHOD
+        inherited |= {flag: getattr(s, flag) for flag in (*MODEL_FLAGS, "time_scale")}
+        inherited["inner_head"] = s.inner_head if is_guidable else 0
     if given.get("objective", objective) == objective:
         method = method_of(source.settings)
         inherited["objective"] = objective
@@ -158,7 +160,10 @@ def fit_weights(
     if source.config.inner_head and not config.inner_head:
         del params["inner"]
         notices.append("its inner head is left out")
-    for fit in (_fit_patches, _fit_outputs, _fit_inner_head, _fit_positions):
+    if source.config.takes_span and not config.takes_span:
+        del params["span"]
+        notices.append("its embedding of spans is left out")
+    for fit in (_fit_patches, _fit_outputs, _fit_inner_head, _fit_times, _fit_positions):
         changed, notice = fit(source, config, fresh)
         params |= changed
         notices += notice
@@ -214,6 +219,22 @@ def _fit_inner_head(
     if not c.inner_head or (is_same and not _patches_differ(s, c)):
         return {}, []
     return {"inner": fresh("inner")}, [f"the head after block {c.inner_head} starts fresh"]
+
+
+def _fit_times(source: StartingWeights, config: ModelConfig, fresh: FreshPart) -> PartsAndNotices:
+    """Replace the embedding of t if its features turn at another speed, and add that of the span,
+    whose zeros leave the prediction as it is.
+    """
+    s, c, parts, notices = source.config, config, {}, []
+    is_same = s.time_scale == c.time_scale
+    if not is_same:
+        parts["time"] = fresh("time")
+        change = f"time_scale is {c.time_scale:g}, not {s.time_scale:g}"
+        notices.append(f"{change}: the embedding of t starts fresh")
+    if c.takes_span and not (s.takes_span and is_same):
+        parts["span"] = fresh("span")
+        notices.append("the embedding of spans starts fresh, without effect")
+    return parts, notices
 
 
 def _fit_positions(

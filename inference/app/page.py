@@ -41,6 +41,7 @@ footer {display: none !important}
 .grid-wrap {max-height: none !important}
 """
 IMAGE_BUTTONS = ["download", "fullscreen"]  # the default has one that uploads to a public site
+GRID_SCALES = "1 2 4 8"  # of the comparison grid, unless a visitor says otherwise
 # Settings that identify a run come first in its table.
 LEADING_SETTINGS = (
     "dataset_name",
@@ -122,14 +123,18 @@ def build_page(models: ModelLibrary) -> gr.Blocks:
                 with gr.Tab("Generate"):
                     sampling_fields = add_generate_tab(models, model, fields)
                 with gr.Tab("Guidance × steps"):
-                    add_comparison_tab(models, model, fields)
+                    scales = add_comparison_tab(models, model, fields)
                 with gr.Tab("Run"):
                     history = add_run_tab()
 
         def on_choose(name: str) -> list[Any]:
             with show_errors():
                 opened = models.open(name)
-                return [describe_model(opened), *fields_for_model(opened)]
+                grid_scales = gr.update(
+                    value=GRID_SCALES if opened.method.is_guidable else "1",
+                    visible=opened.method.is_guidable,
+                )
+                return [describe_model(opened), *fields_for_model(opened), grid_scales]
 
         def on_show_run(name: str) -> list[Any]:
             with show_errors():
@@ -140,7 +145,7 @@ def build_page(models: ModelLibrary) -> gr.Blocks:
 
         connect(page.load, on_load, [], [model])
         for event in (page.load, model.change):
-            connect(event, on_choose, [model], [title, *fields, *sampling_fields])
+            connect(event, on_choose, [model], [title, *fields, *sampling_fields, scales])
             connect(event, on_show_run, [model], history)
     return page
 
@@ -219,15 +224,19 @@ def fields_for_model(model: TrainedModel) -> list[Any]:
     return [
         gr.update(choices=classes, value=[], visible=bool(classes), info="empty: all classes"),
         prompt,
-        prompt,
+        prompt if model.method.is_guidable else gr.update(visible=False, value=""),
         gr.update(choices=list(model.method.solvers), value=model.settings["solver"]),
-        gr.skip(),
-        gr.skip(),
+        gr.update(visible=model.method.is_guidable),
+        gr.update(visible=model.method.is_guidable),
         gr.update(choices=[("none", ""), *guides.items()], value="", visible=bool(guides)),
         gr.update(visible=bool(guides)),
         *(gr.update(value=v, visible=bool(model.model.inner_head)) for v in (1, 0, 1)),
         gr.skip(),
-        gr.update(value=cfg_scale, maximum=max(MAX_CFG_SCALE, cfg_scale)),
+        gr.update(
+            value=cfg_scale,
+            maximum=max(MAX_CFG_SCALE, cfg_scale),
+            visible=model.method.is_guidable,
+        ),
         gr.update(value=model.settings["n_sample_steps"], maximum=service.max_steps(model)),
     ]
 
@@ -327,10 +336,12 @@ def add_generate_tab(
     return cfg_scale, n_steps
 
 
-def add_comparison_tab(models: ModelLibrary, model: gr.Dropdown, fields: list[Any]) -> None:
-    """Add the tab of one sample at several guidance scales and numbers of steps."""
+def add_comparison_tab(models: ModelLibrary, model: gr.Dropdown, fields: list[Any]) -> gr.Textbox:
+    """Add the tab of one sample at several guidance scales and numbers of steps; return the field
+    of the scales.
+    """
     with gr.Row():
-        scales = gr.Textbox("1 2 4 8", label="Guidance scales (rows)", elem_id="scales")
+        scales = gr.Textbox(GRID_SCALES, label="Guidance scales (rows)", elem_id="scales")
         steps = gr.Textbox("2 5 10 25", label="Steps (columns)", elem_id="columns")
     gr.Markdown("One sample per cell, all from the same noise.")
     compare = gr.Button("Generate grid", variant="primary", elem_id="compare")
@@ -346,6 +357,7 @@ def add_comparison_tab(models: ModelLibrary, model: gr.Dropdown, fields: list[An
             )
 
     connect_to_device(compare.click, on_compare, [model, scales, steps, *fields], [grid])
+    return scales
 
 
 def parse_numbers(text: str, kind: type) -> list[Any]:

@@ -167,7 +167,7 @@ def guides_of(model: TrainedModel) -> dict[str, str]:
     """Return what a model can be guided by, the earlier checkpoints of its run, by what to call
     each.
     """
-    run = model.settings.get("run_dir")
+    run = model.settings.get("run_dir") if model.method.is_guidable else None
     folders = Path(run).glob("checkpoints/*") if run else ()
     steps = sorted(int(path.name) for path in folders if path.name.isdecimal())
     return {f"step {step}": f"{run}@{step}" for step in steps[:-1]}

@@ -8,7 +8,7 @@ from figures_cases import (
     command,  # noqa: F401
 )
 from PIL import Image, ImageSequence
-from tiny_models import UNCONDITIONAL, tiny_model
+from tiny_models import MEAN, SPAN, UNCONDITIONAL, tiny_model
 
 OF_WEIGHTS = ["trajectory.gif", "x0.png", "cfg_sweep.png", "denoising.png"]
 
@@ -34,3 +34,6 @@ def test_a_figure_that_cannot_be_made_is_left_out_with_a_line(command):
     made, left_out = command(tiny_model(UNCONDITIONAL, conditioning="none", cfg_scale=1.0))
     assert made == {*OF_RECORDS, *OF_WEIGHTS} - {"cfg_sweep.png"}
     assert left_out == ["cfg_sweep.png is left out: an unconditional model cannot be guided"]
+    made, (left_out,) = command(tiny_model(SPAN, **MEAN))
+    assert made == {*OF_RECORDS, *OF_WEIGHTS} - {"cfg_sweep.png"}
+    assert "guidance of MeanFlow is in its weights" in left_out

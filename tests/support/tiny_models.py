@@ -1,5 +1,6 @@
 """Small trained models to sample from, with random weights, made without training."""
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +15,7 @@ DIGITS = [str(i) for i in range(10)]
 SHAPE = {"image_size": 8, "channels": 1}
 CLASSES = model_config("DiT-Nano/4", **SHAPE, out_channels=1, n_classes=10)
 SIGMA = model_config("DiT-Nano/4", **SHAPE, out_channels=2, n_classes=10)  # learned variance
+SPAN = replace(CLASSES, takes_span=True, time_scale=1.0)  # mean velocity
 UNCONDITIONAL = model_config("DiT-Nano/4", **SHAPE, out_channels=1, n_classes=0)  # unconditional
 CAPTIONS = model_config(
     "DiT-Nano/8",
@@ -28,6 +30,7 @@ CAPTIONS = model_config(
 FLOW = {"solver": "euler", "n_sample_steps": 3, "sample_shift": 1.0, "cfg_scale": 2.0}
 DDPM = FLOW | {"solver": "ddpm", "sample_shift": None}
 DDPM |= {"objective": "ddpm", "prediction": "epsilon"}
+MEAN = {"objective": "meanflow", "solver": "map", "n_sample_steps": 1, "cfg_scale": 1.0}
 
 
 @lru_cache

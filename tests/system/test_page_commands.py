@@ -16,7 +16,17 @@ from browser import Visitor, open_browser
 from commands import NANO, SMALL, run, start
 from curves_cases import record, write_grids
 from faults_cases import wait_until
-from tiny_models import CLASSES, DDPM, DIGITS, SHAPE, SIGMA, UNCONDITIONAL, tiny_model
+from tiny_models import (
+    CLASSES,
+    DDPM,
+    DIGITS,
+    MEAN,
+    SHAPE,
+    SIGMA,
+    SPAN,
+    UNCONDITIONAL,
+    tiny_model,
+)
 
 from methods.ddpm import DDPM_SOLVERS
 from model import model_config
@@ -240,6 +250,15 @@ def test_fields_fit_the_model():
         # A hidden field is emptied; a visible one keeps its text.
         assert [field.get("value") for field in fields[1:3]] == [None if visible[1] else ""] * 2
         assert fields[-1]["maximum"] == (1000 if "objective" in settings else 250)
+
+
+def test_fields_of_guidance_are_hidden_where_it_is_in_the_weights():
+    from inference.app.page import fields_for_model
+
+    for model, visible in ((tiny_model(), True), (tiny_model(SPAN, **MEAN), False)):
+        _, _, _, solver, low, high, *_, scale, n_steps = fields_for_model(model)
+        assert [f["visible"] for f in (low, high, scale)] == [visible] * 3
+    assert (solver["value"], n_steps["value"]) == ("map", 1)
 
 
 def test_the_history_of_a_run_is_its_newest_grids_and_the_readable_lines_of_its_record(tmp_path):

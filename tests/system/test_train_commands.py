@@ -61,7 +61,9 @@ def test_the_command_trains_by_ddpm(tmp_path, cache):
     assert config["time_density"] is None
     wrong = run(NANO, *SMALL, "--objective", "ddpm", "--time_shift", 3, cache=cache)
     assert wrong.returncode == 2
-    assert wrong.stderr == "error: --time_shift is for --objective rectified_flow; this is ddpm\n"
+    assert wrong.stderr == (
+        "error: --time_shift is for --objective rectified_flow or meanflow; this is ddpm\n"
+    )
 
 
 @pytest.mark.slow
