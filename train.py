@@ -44,6 +44,7 @@ from training.auxiliary import with_auxiliary
 from training.config import TrainConfig
 from training.loop import Loop, flags_as_json, initialize_jax
 from training.lr_range_test import N_STEPS, range_test
+from training.muon import muon
 from training.prepare import prepare
 from training.profiling import profile
 from training.resolve import require_same_implementation, sampler_config
@@ -129,7 +130,14 @@ class Trainer(Loop):
             weight_decay=c.weight_decay,
             clip_norm=c.clip_norm,
             moments=c.moments,
+            blocks=self.block_optimizer(schedule) if c.optimizer == "muon" else None,
         )
+
+    def block_optimizer(self, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+        """Make Muon. It multiplies in bfloat16 if the network does."""
+        is_half = self.model_config.dtype == "bfloat16"
+        dtype = jnp.bfloat16 if is_half else jnp.float32
+        return muon(schedule, weight_decay=self.config.weight_decay, dtype=dtype)
 
     def initial_state(self) -> TrainState:
         params = init_model_params(self.model_config, self.init_key)

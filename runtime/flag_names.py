@@ -89,6 +89,7 @@ TRAINING = {
     "warmup_updates lr_rampup",
     "beta1": "adam_beta1 b1 betas adam_betas opt_betas",
     "beta2": "adam_beta2 b2 betas adam_betas opt_betas",
+    "optimizer": "optim optimizer_type opt optimizer_name",
     "weight_decay": "wd adam_weight_decay decay l2 adamw_weight_decay",
     "clip_norm": "max_grad_norm grad_clip grad_clip_norm gradient_clip gradient_clip_val "
     "gradient_clipping clip_grad clip_grad_norm clip clip_gradients max_norm clipping grad_norm",
@@ -229,12 +230,13 @@ REASONS = {
         "ema_start ema_warmup ema_update_after_step ema_inv_gamma ema_power ema_update_every "
         "update_ema_every step_start_ema"
     ),
-    "AdamW is the optimizer; --learning_rate, --beta1, --beta2 and --weight_decay are its "
-    "settings": ("optimizer optim optimizer_type opt use_8bit_adam optimizer_args optimizer_name"),
+    "--learning_rate, --beta1, --beta2, --weight_decay and --moments are AdamW's settings": (
+        "use_8bit_adam optimizer_args"
+    ),
     "AdamW's epsilon is fixed; --beta1 and --beta2 can be set": (
         "adam_epsilon adam_eps eps epsilon momentum amsgrad"
     ),
-    "--schedule cosine and linear fall to 0, constant does not fall": (
+    "--schedule cosine, linear and wsd fall to 0, constant does not fall": (
         "min_lr lr_min eta_min end_lr lr_end lr_num_cycles num_cycles lr_power lr_cycles "
         "lr_step_size lr_gamma final_lr"
     ),

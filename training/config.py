@@ -162,6 +162,15 @@ class TrainDeviceFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlockOptimizerFlags:
+    """Optimizer of the blocks."""
+
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw", "of the blocks' matrices; everything else is moved by adamw"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreviewFlags:
     """Samples of the run."""
 
@@ -266,6 +275,7 @@ class TrainConfig(
     DDPMFlags,
     AuxiliaryFlags,
     TeacherFlags,
+    BlockOptimizerFlags,
     OptimizerFlags,
     TrainDeviceFlags,
     ClusterFlags,

@@ -142,7 +142,18 @@ class OptimizerFlags:
         may_change=True,
     )
     learning_rate: float = setting(BY_DATASET, "peak learning rate", above=0)
-    schedule: str = setting("cosine", "constant, cosine or linear", choices=optim.SCHEDULES)
+    schedule: str = setting(
+        "cosine",
+        "constant, cosine, linear or wsd (constant, then linear)",
+        choices=optim.SCHEDULES,
+    )
+    decay_from: int | None = flag(
+        Derived("four fifths of n_steps"),
+        "the step at which wsd begins to decay; with --resume, of a run as long as it has been",
+        at_least=0,
+        only_with=("schedule", "wsd"),
+        may_change=True,
+    )
     warmup_steps: int = setting(
         Derived("n_steps / 20, at most 1000"), "steps of linear warmup", at_least=0
     )

@@ -203,7 +203,11 @@ class Loop(Run):
         """The schedule of the learning rate that the flags describe."""
         c = self.config
         return optim.learning_rate_schedule(
-            c.schedule, c.learning_rate, warmup_steps=c.warmup_steps, n_steps=c.n_steps
+            c.schedule,
+            c.learning_rate,
+            warmup_steps=c.warmup_steps,
+            n_steps=c.n_steps,
+            decay_from=c.decay_from,
         )
 
     def set_schedule(self, schedule: optax.Schedule) -> None:

@@ -13,28 +13,47 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 
-def constant_schedule(peak: float, n_steps: int) -> optax.Schedule:
+def constant_schedule(peak: float, n_steps: int, decay_from: int) -> optax.Schedule:
     return optax.constant_schedule(peak)
 
 
-def cosine_schedule(peak: float, n_steps: int) -> optax.Schedule:
+def cosine_schedule(peak: float, n_steps: int, decay_from: int) -> optax.Schedule:
     return optax.cosine_decay_schedule(peak, n_steps)
 
 
-def linear_schedule(peak: float, n_steps: int) -> optax.Schedule:
+def linear_schedule(peak: float, n_steps: int, decay_from: int) -> optax.Schedule:
     return optax.linear_schedule(peak, 0.0, n_steps)
 
 
-SCHEDULES = {"constant": constant_schedule, "cosine": cosine_schedule, "linear": linear_schedule}
+def constant_then_linear_schedule(peak: float, n_steps: int, decay_from: int) -> optax.Schedule:
+    """Keep the rate until `decay_from`, then lower it to 0 (warm-up, stable, decay: Hu et al.
+    2024).
+    """
+    return optax.linear_schedule(peak, 0.0, n_steps - decay_from, decay_from)
+
+
+BLOCKS = ("blocks", "dual_blocks", "last")  # parts of a network
+SCHEDULES = {
+    "constant": constant_schedule,
+    "cosine": cosine_schedule,
+    "linear": linear_schedule,
+    "wsd": constant_then_linear_schedule,
+}
 
 
 def learning_rate_schedule(
-    name: str, peak: float, *, warmup_steps: int, n_steps: int
+    name: str, peak: float, *, warmup_steps: int, n_steps: int, decay_from: int | None = None
 ) -> optax.Schedule:
-    """A linear warm-up to `peak` over `warmup_steps`, then the named decay until step `n_steps`."""
+    """A linear warm-up to `peak` over `warmup_steps`, then the named decay until step `n_steps`.
+
+    Args:
+        decay_from: the step at which wsd begins to decay, by default four fifths of `n_steps`.
+    """
+    decay_from = n_steps - n_steps // 5 if decay_from is None else decay_from
     # The warm-up starts one notch above zero: an update of size zero is a wasted step.
     warmup = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
-    decay = SCHEDULES[name](peak, max(1, n_steps - warmup_steps))
+    n_after, stable = max(1, n_steps - warmup_steps), max(0, decay_from - warmup_steps)
+    decay = SCHEDULES[name](peak, n_after, min(stable, n_after - 1))
     return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
@@ -46,15 +65,29 @@ def clipped_adamw(
     weight_decay: float,
     clip_norm: float,
     moments: str = "fp32",
+    blocks: optax.GradientTransformationExtraArgs | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clip the gradient's norm (0 never clips), then AdamW; only matrices decay."""
+    """Clip the gradient's norm (0 never clips), then AdamW; only matrices decay.
+
+    Args:
+        blocks: the rule of the blocks' kernels, in place of AdamW.
+    """
 
     def matrices(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
     rule = adamw(schedule, beta1, beta2, weight_decay, matrices, moments=MOMENTS[moments])
+    if blocks:
+        rule = optax.partition({True: blocks, False: rule}, block_kernels)
     return optax.chain(clip, rule)
+
+
+def block_kernels(params: PyTree) -> Any:
+    """Mark the kernels of a network's blocks in the tree of its weights."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[0].key in BLOCKS and path[-1].key == "kernel", params
+    )
 
 
 def adamw(

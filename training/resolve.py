@@ -249,6 +249,15 @@ def length_of_training(config: Any, values: Mapping[str, Any], n_rows: int) -> i
     return values["n_steps"]
 
 
+def check_decay(config: Any) -> None:
+    """Raise UserError if the learning rate would begin to decay only after the end."""
+    if config.decay_from is not None and config.decay_from >= config.n_steps:
+        raise UserError(
+            f"--decay_from {config.decay_from}: training ends at --n_steps {config.n_steps}, and "
+            "the decay must begin before"
+        )
+
+
 def defaults_of_length(n_steps: int) -> dict[str, int]:
     """Return the defaults that follow from the number of updates."""
     quarter = max(1, min(1000, n_steps // 4))
@@ -316,6 +325,7 @@ def validate_train_config(config: TrainConfig, n_devices: int) -> None:
     Raises:
         UserError: the first one found.
     """
+    check_decay(config)
     _validate_model_and_sampling(config)
     if n_devices % config.fsdp:
         raise UserError(f"--fsdp {config.fsdp} does not divide the {n_devices} devices")

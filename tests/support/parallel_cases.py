@@ -74,19 +74,19 @@ def tapped_loss(model, batch, key):
 # --- the same numbers -----------------------------------------------------------------------------
 
 
-def steps(config, mesh, n=20, loss: Any = LOSS):
+def steps(config, mesh, n=20, loss: Any = LOSS, optimizer: Any = OPTIMIZER):
     """Train n steps: each step's loss, metrics and norms, the first gradient, the final weights."""
     value_and_grad = parallel.value_and_grad(loss, model_graphdef(config), mesh)
 
     @quickly_compiled
     def step(params, state, batch, key):
         (loss, metrics), grads = value_and_grad(params, batch, key)
-        updates, state = OPTIMIZER.update(grads, state, params)
+        updates, state = optimizer.update(grads, state, params)
         norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
         return optax.apply_updates(params, updates), state, metrics | norms | {"loss": loss}, grads
 
     params = parallel.create_sharded(lambda: jax.tree.map(jnp.asarray, weights(config)), mesh)
-    state = parallel.create_sharded(lambda: OPTIMIZER.init(weights(config)), mesh)
+    state = parallel.create_sharded(lambda: optimizer.init(weights(config)), mesh)
     reports, gradients = [], []
     for i in range(n):
         batch = parallel.shard_rows(batch_of(16, config, seed=i), mesh)

@@ -148,6 +148,7 @@ def validate_vae_config(c: VaeConfig) -> None:
     Raises:
         UserError: the first one found.
     """
+    training_resolve.check_decay(c)
     if c.wandb_project is not None:
         wandb_sink.require_installed()
     factor = autoencoder_config(c).downsampling

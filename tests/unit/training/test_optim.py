@@ -37,11 +37,25 @@ def test_without_warm_up_the_first_step_is_at_the_peak(name):
 
 
 @pytest.mark.parametrize(
-    "name, halfway, end", [("constant", 1, 1), ("cosine", 0.5, 0), ("linear", 0.5, 0)]
+    "name, halfway, end",
+    [("constant", 1, 1), ("cosine", 0.5, 0), ("linear", 0.5, 0), ("wsd", 1, 0)],
 )
 def test_schedules_pass_through_their_corners(name, halfway, end):
     np.testing.assert_allclose(rate(name, 60), halfway * PEAK, rtol=1e-5)
     np.testing.assert_allclose([rate(name, 110), rate(name, 500)], end * PEAK, atol=1e-9)
+
+
+def test_wsd_is_constant_and_then_falls_to_zero_in_a_line():
+    """From four fifths on, or from where it is told to: the step of a checkpoint, say."""
+    steps = [10, 50, 88, 99, 110, 200]
+    np.testing.assert_allclose(
+        [rate("wsd", s) / PEAK for s in steps], [1, 1, 1, 0.5, 0, 0], atol=1e-6
+    )
+    schedule = optim.learning_rate_schedule(
+        "wsd", PEAK, warmup_steps=10, n_steps=110, decay_from=60
+    )
+    falling = [float(np.asarray(schedule(s))) / PEAK for s in (60, 85, 110)]
+    np.testing.assert_allclose(falling, [1, 0.5, 0], atol=1e-6)
 
 
 def test_a_cosine_is_a_cosine():
