@@ -92,7 +92,7 @@ VARIANTS = {
         OF_MAPS,
         teacher=SLOW_FLOW,
     ),
-    "MeanFlow from scratch": Variant({"objective": "meanflow"}, OF_MAPS),
+    "MeanFlow from scratch": Variant({"objective": "meanflow", "equal_share": 0.5}, OF_MAPS),
 }
 
 
