@@ -118,6 +118,8 @@ class Trainer(Loop):
             self.frozen = (self.teacher.weights,)
             taught = {"teacher": self.teacher.reference, "teacher_scale": self.teacher.scale}
             self.config = replace(c, **taught)
+            if self.given_flags and "teacher" in self.given_flags:
+                self.given_flags |= taught
             if processes.is_first():
                 print(f"--teacher: {self.teacher.reference}, guided at {self.teacher.scale:g}")
 
@@ -134,10 +136,14 @@ class Trainer(Loop):
         )
 
     def block_optimizer(self, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-        """Make Muon. It multiplies in bfloat16 if the network does."""
+        """Make Muon. Its products are in bfloat16 if the network's are."""
         is_half = self.model_config.dtype == "bfloat16"
-        dtype = jnp.bfloat16 if is_half else jnp.float32
-        return muon(schedule, weight_decay=self.config.weight_decay, dtype=dtype)
+        return muon(
+            schedule,
+            weight_decay=self.config.weight_decay,
+            dtype=jnp.bfloat16 if is_half else jnp.float32,
+            distribute=partial(parallel.spread_rows, mesh=self.mesh),
+        )
 
     def initial_state(self) -> TrainState:
         params = init_model_params(self.model_config, self.init_key)

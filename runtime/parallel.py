@@ -165,6 +165,12 @@ def constrain_rows(tree: Any, mesh: Mesh) -> Any:
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P(AXES)))
 
 
+def spread_rows(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """Inside `jit`: split rows over all devices, after zeros are added until they can be."""
+    n_missing = -len(x) % mesh.size
+    return constrain_rows(jnp.pad(x, [(0, n_missing)] + [(0, 0)] * (x.ndim - 1)), mesh)
+
+
 def fetch_to_host(tree: Any) -> Any:
     """Global arrays → NumPy arrays, in full in every process."""
     if jax.process_count() == 1:

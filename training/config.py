@@ -166,7 +166,7 @@ class BlockOptimizerFlags:
     """Optimizer of the blocks."""
 
     optimizer: Literal["adamw", "muon"] = setting(
-        "adamw", "of the blocks' matrices; everything else is moved by adamw"
+        "adamw", "optimizer of the blocks' matrices; all other weights use AdamW"
     )
 
 

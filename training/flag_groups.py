@@ -149,7 +149,7 @@ class OptimizerFlags:
     )
     decay_from: int | None = flag(
         Derived("four fifths of n_steps"),
-        "the step at which wsd begins to decay; with --resume, of a run as long as it has been",
+        "step at which wsd begins to decay; a resumed run may give another",
         at_least=0,
         only_with=("schedule", "wsd"),
         may_change=True,
@@ -165,11 +165,10 @@ class OptimizerFlags:
         0.999, "AdamW's decay rate of the second moment", at_least=0, at_most=0.999999
     )
     moments: Literal["fp32", "bf16"] = setting(
-        "fp32", "precision that AdamW keeps its moments in; bf16 saves 4 bytes a weight"
+        "fp32",
+        "precision that AdamW keeps its moments in; bf16 saves 4 bytes a weight that it moves",
     )
-    weight_decay: float = setting(
-        0.0, "AdamW's weight decay, on matrices and kernels only", at_least=0
-    )
+    weight_decay: float = setting(0.0, "weight decay, on matrices and kernels only", at_least=0)
     clip_norm: float = setting(1.0, "maximum gradient norm; 0 disables clipping", at_least=0)
     ema_decay: float = setting(
         BY_DATASET,

@@ -4,7 +4,7 @@ For the matrices of the blocks; everything else keeps AdamW. A matrix that holds
 by side, as qkv does, is cut into them first: each gets singular values of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,17 +13,21 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
+Distribute = Callable[[Float[Array, "m r c"]], Float[Array, "m_or_more r c"]]
 BETA = 0.95  # of the momentum
 FUSED = ("qkv", "kv", "modulation")  # kernels that hold square maps side by side
 # Odd polynomials of degree five, one after the other. Each is the best of its degree for where the
-# one before leaves singular values that begin in 0.005 … 1: they end within 8.3 % of one. That is
-# the best composition of four (Amsel et al. 2025, theorem 4.1).
+# one before leaves singular values that begin in 0.005 … 1, which is the best composition of four
+# (Amsel et al. 2025, theorem 4.1): they end within 8.3 % of one.
 POLYNOMIALS = (
     (8.29871, -24.43051, 18.09032),
     (3.9152, -2.92109, 0.55921),
     (3.17466, -2.3805, 0.49784),
     (2.18954, -1.56732, 0.40792),
 )
+# Beyond its range a polynomial grows so fast that a rounding error in bfloat16 would explode: each
+# but the last is stretched by this much (the same paper, section 4.4).
+MARGIN = 1.01
 
 
 class MuonState(NamedTuple):
@@ -42,15 +46,18 @@ def orthogonalize(x: Float[Array, "*b m n"], dtype: Any = jnp.float32) -> Float[
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.mT if is_tall else x
     norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
-    x = (x / (norm + 1e-8)).astype(dtype)
-    for a, b, c in POLYNOMIALS:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    x = (x / (MARGIN * norm + 1e-8)).astype(dtype)
+    with jax.default_matmul_precision("float32"):  # not TF32
+        for i, (a, b, c) in enumerate(POLYNOMIALS):
+            margin = MARGIN if i + 1 < len(POLYNOMIALS) else 1.0
+            gram = x @ x.mT
+            even = b / margin**3 * gram + c / margin**5 * gram @ gram
+            x = a / margin * x + even @ x
     return (x.mT if is_tall else x).astype(jnp.float32)
 
 
-def cut(path: Sequence[Any], kernel: Float[Array, "*b i o"]) -> Float[Array, "m r c"]:
-    """Cut a stack of kernels into single maps, the smaller side first."""
+def split_maps(path: Sequence[Any], kernel: Float[Array, "*b i o"]) -> Float[Array, "m r c"]:
+    """Split a stack of kernels into single maps, the smaller side first."""
     rows, columns = kernel.shape[-2:]
     if {part.key for part in path} & {*FUSED}:
         parts = kernel.reshape(-1, rows, columns // rows, rows)
@@ -59,33 +66,37 @@ def cut(path: Sequence[Any], kernel: Float[Array, "*b i o"]) -> Float[Array, "m 
     return kernel.mT if rows > columns else kernel
 
 
-def join(parts: Float[Array, "m r c"], shape: tuple[int, ...], path: Sequence[Any]) -> Array:
-    """Undo `cut`."""
+def merge_maps(maps: Float[Array, "m r c"], shape: tuple[int, ...], path: Sequence[Any]) -> Array:
+    """Undo `split_maps`."""
     rows, columns = shape[-2:]
     if {part.key for part in path} & {*FUSED}:
-        return parts.reshape(-1, columns // rows, rows, rows).swapaxes(1, 2).reshape(shape)
-    return (parts.mT if rows > columns else parts).reshape(shape)
+        return maps.reshape(-1, columns // rows, rows, rows).swapaxes(1, 2).reshape(shape)
+    return (maps.mT if rows > columns else maps).reshape(shape)
 
 
-def orthogonalize_all(tree: PyTree, dtype: Any) -> Any:
+def orthogonalize_all(tree: PyTree, dtype: Any, distribute: Distribute) -> Any:
     """Orthogonalize every map of a tree of kernels, those of one shape in one batch, and scale it
     so that its root mean square is that of AdamW's steps (Liu et al. 2025, eq. 4).
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    parts = [cut(path, kernel) for path, kernel in leaves]
-    steps: list[Array] = [jnp.zeros(())] * len(parts)
-    for shape in sorted({p.shape[1:] for p in parts}):
-        batch = [i for i, p in enumerate(parts) if p.shape[1:] == shape]
-        x = orthogonalize(jnp.concatenate([parts[i] for i in batch]), dtype)
-        ends = np.cumsum([len(parts[i]) for i in batch])
-        for i, step in zip(batch, jnp.split(0.2 * max(shape) ** 0.5 * x, ends[:-1])):
-            path, kernel = leaves[i]
-            steps[i] = join(step, kernel.shape, path)
-    return treedef.unflatten(steps)
+    kernels, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    maps = [split_maps(path, kernel) for path, kernel in kernels]
+    steps: dict[int, Array] = {}
+    for shape in sorted({m.shape[1:] for m in maps}):
+        batch = [i for i, m in enumerate(maps) if m.shape[1:] == shape]
+        x = distribute(jnp.concatenate([maps[i] for i in batch]))
+        x = 0.2 * max(shape) ** 0.5 * orthogonalize(x, dtype)
+        ends = np.cumsum([len(maps[i]) for i in batch])
+        steps |= dict(zip(batch, jnp.split(x, ends)))  # behind the last end there may be padding
+    merged = [merge_maps(steps[i], kernel.shape, path) for i, (path, kernel) in enumerate(kernels)]
+    return treedef.unflatten(merged)
 
 
 def muon(
-    schedule: optax.Schedule, *, weight_decay: float, dtype: Any = jnp.float32
+    schedule: optax.Schedule,
+    *,
+    weight_decay: float,
+    dtype: Any = jnp.float32,
+    distribute: Distribute = lambda maps: maps,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon with Nesterov's momentum, for a tree of block kernels, whose `update(grads, state,
     params, finite=True)` changes nothing where `finite` is false.
@@ -93,6 +104,8 @@ def muon(
     Args:
         weight_decay: decoupled, as AdamW's.
         dtype: of the products of the orthogonalization.
+        distribute: spreads a batch of maps over devices, each of which orthogonalizes its share. It
+            may add maps of zeros at the end.
     """
 
     def init(params: Any) -> MuonState:
@@ -108,7 +121,7 @@ def muon(
         ahead = jax.tree.map(lambda m, g: g + BETA * m, momentum, updates)
         steps = jax.tree.map(
             lambda x, p: jnp.where(finite, -rate * (x + weight_decay * p), -0.0),
-            orthogonalize_all(ahead, dtype),
+            orthogonalize_all(ahead, dtype, distribute),
             params,
         )
         return steps, MuonState(state.count + jnp.int32(finite), momentum)

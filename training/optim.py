@@ -32,7 +32,7 @@ def constant_then_linear_schedule(peak: float, n_steps: int, decay_from: int) ->
     return optax.linear_schedule(peak, 0.0, n_steps - decay_from, decay_from)
 
 
-BLOCKS = ("blocks", "dual_blocks", "last")  # parts of a network
+BLOCK_PARTS = ("blocks", "dual_blocks", "last")  # of a network
 SCHEDULES = {
     "constant": constant_schedule,
     "cosine": cosine_schedule,
@@ -86,7 +86,7 @@ def clipped_adamw(
 def block_kernels(params: PyTree) -> Any:
     """Mark the kernels of a network's blocks in the tree of its weights."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[0].key in BLOCKS and path[-1].key == "kernel", params
+        lambda path, _: path[0].key in BLOCK_PARTS and path[-1].key == "kernel", params
     )
 
 

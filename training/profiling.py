@@ -292,7 +292,7 @@ def _model_lines(config: Any, n_params: int, moment_bytes: int) -> list[str]:
         f"  width {config.width}, depth {config.depth}, {config.n_heads} heads, patch {patch}, "
         f"image {size}×{size}×{config.channels}, {(size // patch) ** 2} tokens",
         f"  {format_si(n_params, '')} parameters; in fp32: weights {format_si(4 * n_params, 'B')}, "
-        f"EMA {format_si(4 * n_params, 'B')}; Adam's moments {format_si(moment_bytes, 'B')}",
+        f"EMA {format_si(4 * n_params, 'B')}; moments {format_si(moment_bytes, 'B')}",
         "FORWARD FLOPS PER IMAGE (2 per multiply-add; matrix products only)",
         *(f"  {name:26}{format_si(x, 'FLOP'):>12}{x / forward:8.1%}" for name, x in shares.items()),
     ]

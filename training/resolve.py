@@ -26,8 +26,9 @@ from training.auxiliary import check_layer_sync
 from training.conditionings import RUN_CONDITIONINGS, ByCaption
 from training.config import BY_PRESET, PRECISIONS, TrainConfig
 from training.flag_groups import BY_DATASET, DEFAULT_DATASET
-from training.teacher import absolute_reference
+from training.teacher import absolute_reference, with_step_of
 
+CONSTANT_TO_WSD = ("schedule", "constant", "wsd")  # they are the same until wsd decays
 INNER_HEAD_DEPTH = 0.3  # of the blocks
 MIN_DEPTH_FOR_REMAT = 24  # of L, XL and H
 AnyConfig = TypeVar("AnyConfig")  # TrainConfig, or the config of another command that trains
@@ -91,14 +92,18 @@ def merge_saved(config: AnyConfig, saved: dict[str, Any]) -> AnyConfig:
     saved = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
     if given.get("inner_head") is True and saved.get("inner_head"):
         given["inner_head"] = saved["inner_head"]  # the number that it stood for
-    if (teacher := given.get("teacher")) and str(saved.get("teacher")).startswith(f"{teacher}@"):
-        given["teacher"] = saved["teacher"]  # the step that it stood for
+    if given.get("teacher") and saved.get("teacher"):
+        given["teacher"] = with_step_of(given["teacher"], saved["teacher"])
+    if "decay_from" not in given and {"n_steps", "n_epochs"} & given.keys():
+        saved = saved | {"decay_from": None}  # it was of the other length
     changed = [
         f"{name} was {saved.get(name)}, not {value}"
         for name, value in given.items()
-        if not known[name].may_change
+        if not (known[name].may_change or (name, saved.get(name), value) == CONSTANT_TO_WSD)
         and _canonical(name, saved.get(name)) != _canonical(name, value)
     ]
+    if given.get("teacher") and not saved.get("teacher"):
+        changed.append("there was no teacher")
     if changed:
         raise UserError(f"cannot resume: {'; '.join(changed)}")
     # A flag that is newer than the run is not in its config.json.
@@ -250,11 +255,16 @@ def length_of_training(config: Any, values: Mapping[str, Any], n_rows: int) -> i
 
 
 def check_decay(config: Any) -> None:
-    """Raise UserError if the learning rate would begin to decay only after the end."""
-    if config.decay_from is not None and config.decay_from >= config.n_steps:
+    """Raise UserError unless the learning rate begins to decay between its warm-up and the end."""
+    start = config.decay_from
+    if start is None:
+        return
+    if config.schedule != "wsd":
+        raise UserError(f"--decay_from {start} is for --schedule wsd; this is {config.schedule}")
+    if not config.warmup_steps <= start < config.n_steps:
         raise UserError(
-            f"--decay_from {config.decay_from}: training ends at --n_steps {config.n_steps}, and "
-            "the decay must begin before"
+            f"--decay_from {start}: must be after the {config.warmup_steps} steps of warm-up, and "
+            f"before the end at --n_steps {config.n_steps}"
         )
 
 

@@ -76,7 +76,7 @@ def update(
     ema_decay: float,
     log_every: int,
 ) -> tuple[TrainState, StepReport]:
-    """One step: gradients, clipped AdamW, EMA.
+    """One step: gradients, the optimizer, EMA.
 
     A non-finite loss or gradient changes nothing but the counts.
 

@@ -89,11 +89,20 @@ def taught_by(teacher: Teacher, loss: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def absolute_reference(reference: str) -> str:
-    """Return a reference to a run, `RUN` or `RUN@STEP`, with an absolute path; another as it is."""
-    folder, step = split_reference(reference)
-    if not folder.expanduser().is_dir():
+    """Make the path of a reference absolute, if it is one: of a run, `RUN@STEP`, or of a file."""
+    place, step = split_reference(str(Path(reference).expanduser()))
+    if not place.exists():
         return reference
-    return f"{folder.expanduser().resolve()}{'' if step is None else f'@{step}'}"
+    return f"{place.resolve()}{'' if step is None else f'@{step}'}"
+
+
+def with_step_of(reference: str, recorded: str) -> str:
+    """Return a reference with the step of the recorded one, unless it names another."""
+    _, step = split_reference(reference)
+    _, recorded_step = split_reference(recorded)
+    if step is None and recorded_step is not None:
+        return f"{reference}@{recorded_step}"
+    return reference
 
 
 def open_teacher(
@@ -156,7 +165,7 @@ def _open_model(reference: str, fsdp: int) -> TrainedModel:
     folder, step = split_reference(str(Path(reference).expanduser()))
     if (folder / CHECKPOINTS_FOLDER).is_dir():
         return TrainedModel.from_run(folder, step=step, fsdp=fsdp)
-    if folder.is_absolute() or step is not None:
+    if step is not None or (folder.is_absolute() and not folder.exists()):
         raise UserError("there is no such run; if it has moved, give --teacher its new place")
     with processes.first_then_others():
         return TrainedModel.from_pretrained(reference, fsdp=fsdp)

@@ -1,6 +1,8 @@
 """Training by Muon is the same on any number of devices and after a resume, and can decay late."""
 
+import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import optax
@@ -10,6 +12,7 @@ from parallel_cases import TINY as NETWORK
 from train_cases import TINY, assert_same
 
 from model import JOINT
+from runtime import parallel
 from runtime.errors import UserError
 from train import Trainer
 from training import muon, optim
@@ -24,39 +27,65 @@ def test_it_resumes_bit_for_bit_and_accumulates(tmp_path):
     resumed = Trainer.from_run(tmp_path / "run")
     resumed.fit()
     assert_same(resumed.state, whole.state)
-    with pytest.raises(UserError, match="optimizer"):
+    with pytest.raises(UserError, match="optimizer was muon, not adamw"):
         Trainer(replace(MUON, optimizer="adamw", resume=True, run_dir=tmp_path / "run"))
 
 
+def test_a_run_of_before_there_was_a_choice_is_adamws(tmp_path):
+    old = replace(TINY, n_steps=4, run_dir=tmp_path / "run")
+    Trainer(old).fit(2)
+    config = tmp_path / "run/config.json"
+    settings = json.loads(config.read_text())
+    del settings["optimizer"]
+    config.write_text(json.dumps(settings))
+    assert Trainer(replace(old, resume=True, optimizer="adamw")).step == 2
+    with pytest.raises(UserError, match="optimizer was adamw, not muon"):
+        Trainer(replace(old, resume=True, optimizer="muon"))
+
+
 def test_a_run_that_was_constant_decays_from_where_it_is(tmp_path):
-    constant = replace(MUON, schedule="wsd", decay_from=3, warmup_steps=0)
+    constant = replace(TINY, n_steps=4, schedule="constant", warmup_steps=1)
     run = Trainer(replace(constant, run_dir=tmp_path / "run"))
     run.fit(2)
     peak = run.config.learning_rate
-    np.testing.assert_allclose([run.learning_rate(s) for s in (0, 3)], peak, rtol=1e-6)
-    resumed = Trainer(
-        replace(constant, resume=True, run_dir=tmp_path / "run", n_steps=6, decay_from=2)
+    assert peak
+    again = replace(
+        constant, resume=True, run_dir=tmp_path / "run", schedule="wsd", n_steps=6, decay_from=2
     )
-    rates = [resumed.learning_rate(s) / peak for s in (2, 4, 6)]
-    np.testing.assert_allclose(rates, [1, 0.5, 0], atol=1e-6)
-    with pytest.raises(UserError, match="--decay_from 4: training ends at --n_steps 4"):
-        Trainer(replace(constant, decay_from=4, run_dir=tmp_path / "other"))
+    resumed = Trainer(again)
+    rates = [resumed.learning_rate(s) / peak for s in (1, 2, 4, 6)]
+    np.testing.assert_allclose(rates, [1, 1, 0.5, 0], atol=1e-6)
+    resumed.fit(3)
+    longer = Trainer(replace(again, n_steps=20, decay_from=None))
+    np.testing.assert_allclose(longer.learning_rate(15) / peak, 1, rtol=1e-6)
+    for changes, message in (
+        ({"decay_from": 4, "n_steps": 4}, "--decay_from 4: must be after the 1 steps of warm-up"),
+        ({"decay_from": 0}, "--decay_from 0: must be after"),
+        ({"decay_from": 3, "schedule": "constant"}, "cannot resume: schedule was wsd"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Trainer(replace(again, **changes))
+    with pytest.raises(UserError, match="--decay_from is for --schedule wsd"):
+        Trainer(replace(constant, decay_from=2, run_dir=tmp_path / "other"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"block": JOINT}], ids=["DiT", "MMDiT"])
 def test_its_steps_report_what_one_device_reports(fields):
     schedule = optax.constant_schedule(1e-3)
-    optimizer = optim.clipped_adamw(
-        schedule,
-        beta1=0.9,
-        beta2=0.99,
-        weight_decay=0.1,
-        clip_norm=1.0,
-        blocks=muon.muon(schedule, weight_decay=0.1),
-    )
-    config = replace(NETWORK, **fields)
-    expected = steps(config, MESHES["1 device"], n=6, optimizer=optimizer)["reports"]
+    reports = {}
+    for name in ("1 device", "DDP 8", "hybrid 2x4"):
+        mesh = MESHES[name]
+        optimizer = optim.clipped_adamw(
+            schedule,
+            beta1=0.9,
+            beta2=0.99,
+            weight_decay=0.1,
+            clip_norm=1.0,
+            blocks=muon.muon(
+                schedule, weight_decay=0.1, distribute=partial(parallel.spread_rows, mesh=mesh)
+            ),
+        )
+        reports[name] = steps(replace(NETWORK, **fields), mesh, n=6, optimizer=optimizer)["reports"]
     for name in ("DDP 8", "hybrid 2x4"):
-        got = steps(config, MESHES[name], n=6, optimizer=optimizer)["reports"]
-        assert_same_reports(got, expected)
+        assert_same_reports(reports[name], reports["1 device"])
