@@ -282,6 +282,8 @@ class MeanFlow(MeanFlowFlags, Method):
             )
         if self.target_interval != ALWAYS and not self.learns_guidance:
             raise UserError("--target_interval has no effect without --target_scale")
+        if is_taught and self.tangent != "prediction":
+            raise UserError("--tangent data: with --teacher the tangent is its velocity")
         if is_taught and self.learns_guidance:
             raise UserError(
                 "--target_scale and --target_mix are for training without --teacher, which is "

@@ -105,6 +105,7 @@ def check(method, **changes):
 @pytest.mark.parametrize(
     ("fields", "changes", "message"),
     [
+        ({"tangent": "data"}, {"is_taught": True}, "--tangent data: with --teacher the tangent is"),
         ({"target_mix": 0.5}, {"is_taught": True}, "--target_scale and --target_mix are for"),
         (
             {"target_scale": 2.0},
