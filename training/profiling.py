@@ -20,7 +20,7 @@ from data.batch import Batch
 from inference import sampler
 from inference.sampler import SamplerConfig
 from runtime import parallel
-from training.flops import Peak, flops_by_module, mfu
+from training.flops import TRAIN_PER_FORWARD, Peak, flops_by_module, mfu
 from training.loop import Loop
 
 
@@ -30,8 +30,8 @@ def profile(
     eval_loss: Any,
     sampler_config: SamplerConfig,
     peak: Peak | None,
-    train_passes: float,
-    eval_passes: float,
+    train_passes: float = TRAIN_PER_FORWARD,
+    eval_passes: float = 1,
 ) -> str:
     """Compile and time one step of training, of evaluation and of sampling, and return a report.
 
@@ -41,7 +41,8 @@ def profile(
         eval_loss: a jitted `eval_loss(params, batch, key, *loop.frozen)`.
         sampler_config: a solver of one step.
         peak: of one device; None if unknown.
-        train_passes, eval_passes: FLOPs of a step, in forward passes.
+        train_passes, eval_passes: FLOPs of a step, in forward passes, if its loss takes more than
+            one.
     """
     model, key = loop.model_config, loop.train_key
     batch = parallel.shard_batch(loop.blank_batch(), loop.mesh)
