@@ -346,6 +346,8 @@ def sampling_config(config: EvaluateConfig, batch_size: int) -> EvaluationSample
         guided_channels=c.guided_channels,
         inner_guidance=c.inner_guidance,
         inner_interval=c.inner_interval,
+        route_guidance=c.route_guidance,
+        route_rates=c.route_rates,
         guide=c.guide,
         guide_scale=c.guide_scale,
     )

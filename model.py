@@ -29,6 +29,7 @@ from networks.layers import (
     CrossAttention,
     Heads,
     Linear,
+    Route,
     TimeEmbedder,
     VectorEmbedder,
     add_gated,
@@ -45,6 +46,7 @@ from networks.layers import (
     zeros,
 )
 from networks.ops import attention
+from networks.routing import prepend, put_tokens, resolve_route, take_tokens
 from runtime.errors import UserError, unknown_name
 
 
@@ -78,6 +80,8 @@ class ModelConfig:
         time_scale: factor of t in [0, 1] before its sinusoids.
         bottleneck: channels between the two maps that embed a patch; 0 for one map.
         inner_head: number of blocks after which a second head predicts too; 0 for none.
+        route: two numbers of blocks, between which some of the image's tokens may be left out;
+            empty for none.
         takes_span: a second time is embedded too: how far the mean velocity reaches.
         dtype: of matrix products and of the tokens between blocks. Weights are always float32.
         fp8: blocks multiply tokens and weights in eight bits, in training; what is around the
@@ -115,6 +119,7 @@ class ModelConfig:
     time_scale: float = 1000.0
     bottleneck: int = 0
     inner_head: int = 0
+    route: tuple[int, ...] = ()
     takes_span: bool = False
     dtype: str = "float32"
     fp8: bool = False
@@ -122,6 +127,7 @@ class ModelConfig:
     unroll: int = 1
 
     def __post_init__(self):
+        object.__setattr__(self, "route", resolve_route(self.route, self.depth))
         tables = {
             "block": (*BLOCKS, JOINT),
             "position": POSITIONS,
@@ -150,6 +156,11 @@ class ModelConfig:
             raise UserError(
                 f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
             )
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "ModelConfig":
+        """Make the config that was saved as JSON, which has no tuples."""
+        return cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()})
 
     @property
     def is_conditional(self) -> bool:
@@ -186,11 +197,14 @@ Label = Int[Array, "b"] | EncodedCaption
 class Condition(NamedTuple):
     """Conditioning of a block: a vector, and a sequence of tokens. Tokens where `mask` is False are
     padding; without a mask all are real.
+
+    Beside it, on a route, the places in the grid of the image's tokens; None if all are there.
     """
 
     vector: Float[Array, "b d"]
     tokens: Float[Array, "b m d"]
     mask: Bool[Array, "b m"] | None
+    places: Int[Array, "b k"] | None = None
 
 
 class ClassVector(nnx.Module):
@@ -285,11 +299,6 @@ class BlockProducts:
             self.mlp_tokens + other.mlp_tokens,
         )
 
-    def __mul__(self, n: int) -> "BlockProducts":
-        return BlockProducts(
-            self.modulations * n, self.projections * n, self.scores * n, self.mlp_tokens * n
-        )
-
 
 def make_self_attention(c: ModelConfig, *, rngs: nnx.Rngs) -> Attention:
     return Attention(
@@ -318,7 +327,8 @@ class AdaLNZeroBlock(nnx.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
             self.modulation(jax.nn.silu(cond.vector)), 6, axis=-1
         )
-        x = add_gated(x, gate1, self.attention(modulate(self.norm(x), shift1, scale1)))
+        y = self.attention(modulate(self.norm(x), shift1, scale1), places=cond.places)
+        x = add_gated(x, gate1, y)
         return add_gated(x, gate2, self.mlp(modulate(self.norm(x), shift2, scale2)))
 
     @staticmethod
@@ -341,7 +351,7 @@ class AdaLNBlock(nnx.Module):
         shift1, scale1, shift2, scale2 = jnp.split(
             self.modulation(jax.nn.silu(cond.vector)), 4, axis=-1
         )
-        x = x + self.attention(modulate(self.norm(x), shift1, scale1))
+        x = x + self.attention(modulate(self.norm(x), shift1, scale1), places=cond.places)
         return x + self.mlp(modulate(self.norm(x), shift2, scale2))
 
     @staticmethod
@@ -363,7 +373,7 @@ class CrossAttentionBlock(nnx.Module):
         self.mlp = make_mlp(c, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"], cond: Condition) -> Float[Array, "b n d"]:
-        x = x + self.attention(self.norm1(x))
+        x = x + self.attention(self.norm1(x), places=cond.places)
         x = x + self.cross_attention(self.norm2(x), cond.tokens, cond.mask)
         return x + self.mlp(self.norm3(x))
 
@@ -384,7 +394,7 @@ class InContextBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "b s d"], cond: Condition) -> Float[Array, "b s d"]:
         mask = pad_mask(cond.mask, after=x.shape[1] - cond.tokens.shape[1])
-        x = x + self.attention(self.norm1(x), mask)
+        x = x + self.attention(self.norm1(x), mask, cond.places)
         return x + self.mlp(self.norm2(x))
 
     @staticmethod
@@ -583,6 +593,7 @@ class DiT(Transformer):
         taps: Sequence[int] = (),
         inner: bool = False,
         span: Float[Array, "b"] | None = None,
+        kept: Int[Array, "b k"] | None = None,
     ) -> Output | Tapped:
         """Predict at x_t, in float32. A class is in 0 … n_classes; n_classes is the null class.
 
@@ -592,6 +603,8 @@ class DiT(Transformer):
                 order of `taps`.
             inner: predict by the inner head too: in place of the prediction stand both.
             span: of a network that predicts a mean velocity, how far before t it reaches.
+            kept: the tokens of the image that pass the blocks of the config's `route`, by their
+                numbers, row by row of the grid. None: all.
 
         Raises:
             UserError: taps out of range, or not ascending.
@@ -602,10 +615,26 @@ class DiT(Transformer):
         x = self.position(self.patch(patchify(x, c.patch_size)))
         n = x.shape[1]
         x = jnp.concatenate([cond.tokens[:, : self.n_joining], x], axis=1)
-        cuts = sorted({*taps, c.inner_head}) if inner else taps
-        x, states = scan_with_taps(self.blocks, x, cond, taps=cuts, remat=c.remat, unroll=c.unroll)
-        tokens = {cut: state[:, -n:] for cut, state in zip(cuts, states, strict=True)}
+        x, states = scan_with_taps(
+            [(self.blocks, c.depth)],
+            x,
+            cond,
+            taps=[*taps, c.inner_head] if inner else taps,
+            remat=c.remat,
+            unroll=c.unroll,
+            route=None if kept is None else self.route(kept, n_before=x.shape[1] - n),
+        )
+        tokens = {n_blocks: state[:, -n:] for n_blocks, state in states.items()}
         return self.read(x[:, -n:], tokens, cond, taps=taps, inner=inner)
+
+    def route(self, kept: Int[Array, "b k"], n_before: int) -> Route:
+        """Make the route of the kept tokens, in a sequence that begins with `n_before` others."""
+        all_kept = prepend(kept, n_before)
+
+        def take(x: Array, cond: Condition) -> tuple[Array, Condition]:
+            return take_tokens(x, all_kept), cond._replace(places=kept)
+
+        return Route(*self.config.route, take, lambda whole, x: put_tokens(whole, all_kept, x))
 
 
 # --- MMDiT: two streams with one attention (Esser et al. 2024, §4 and fig. 2b) --------------------
@@ -648,10 +677,10 @@ class Stream(nnx.Module):
         return Modulations(*jnp.split(self.modulation(jax.nn.silu(vector)), 6, axis=-1))
 
     def before_attention(
-        self, x: Float[Array, "b n d"], m: Modulations
+        self, x: Float[Array, "b n d"], m: Modulations, places: Int[Array, "b n"] | None = None
     ) -> tuple[Float[Array, "b n h k"], ...]:
         """Compute this stream's queries, keys and values."""
-        return self.qkv(modulate(self.norm(x), m.shift1, m.scale1))
+        return self.qkv(modulate(self.norm(x), m.shift1, m.scale1), places)
 
     def after_attention(
         self, x: Float[Array, "b n d"], y: Float[Array, "b n d"], m: Modulations
@@ -674,7 +703,8 @@ class JointBlock(nnx.Module):
         mi = self.picture.modulations(cond.vector)
         mc = self.context.modulations(cond.vector)
         q, k, v = join_streams(
-            self.picture.before_attention(x.image, mi), self.context.before_attention(x.context, mc)
+            self.picture.before_attention(x.image, mi, cond.places),
+            self.context.before_attention(x.context, mc),
         )
         y = attention(q, k, v, pad_mask(cond.mask, before=n))
         return Streams(
@@ -705,9 +735,10 @@ class DualJointBlock(JointBlock):
         mi = self.picture.modulations(cond.vector)
         mc = self.context.modulations(cond.vector)
         shift, scale, gate = jnp.split(self.modulation(jax.nn.silu(cond.vector)), 3, axis=-1)
-        image_only = self.attention(modulate(self.norm(x.image), shift, scale))
+        image_only = self.attention(modulate(self.norm(x.image), shift, scale), places=cond.places)
         q, k, v = join_streams(
-            self.picture.before_attention(x.image, mi), self.context.before_attention(x.context, mc)
+            self.picture.before_attention(x.image, mi, cond.places),
+            self.context.before_attention(x.context, mc),
         )
         y = attention(q, k, v, pad_mask(cond.mask, before=n))
         image = add_gated(x.image, gate, image_only)
@@ -785,12 +816,13 @@ class MMDiT(Transformer):
         taps: Sequence[int] = (),
         inner: bool = False,
         span: Float[Array, "b"] | None = None,
+        kept: Int[Array, "b k"] | None = None,
     ) -> Output | Tapped:
         """Predict at x_t, in float32. A class is in 0 … n_classes; n_classes is the null class.
 
         Args:
-            taps, inner, span: as of a `DiT`. Dual blocks come first, then the joint ones, then the
-                last block.
+            taps, inner, span, kept: as of a `DiT`. Dual blocks come first, then the joint ones,
+                then the last block.
 
         Raises:
             UserError: taps out of range, or not ascending.
@@ -800,19 +832,29 @@ class MMDiT(Transformer):
         cond = self.label(label)
         cond = cond._replace(vector=self.embed_times(t, span) + cond.vector)
         streams = Streams(self.position(self.patch(patchify(x, c.patch_size))), cond.tokens)
-        cuts = sorted({*taps, c.inner_head}) if inner else taps
-        tokens: dict[int, Array] = {}
-        for blocks, first, end in (
-            (self.dual_blocks, 0, c.n_dual),
-            (self.blocks, c.n_dual, c.depth - 1),
-        ):
-            own_cuts = [cut - first for cut in cuts if first < cut <= end]
-            streams, states = scan_with_taps(
-                blocks, streams, cond, taps=own_cuts, remat=c.remat, unroll=c.unroll
-            )
-            tokens |= {first + cut: x.image for cut, x in zip(own_cuts, states, strict=True)}
+        streams, states = scan_with_taps(
+            [(self.dual_blocks, c.n_dual), (self.blocks, c.depth - 1 - c.n_dual)],
+            streams,
+            cond,
+            taps=[*taps, c.inner_head] if inner else taps,
+            remat=c.remat,
+            unroll=c.unroll,
+            route=None if kept is None else self.route(kept),
+        )
+        tokens = {n_blocks: state.image for n_blocks, state in states.items()}
         tokens[c.depth] = self.last(streams, cond)
         return self.read(tokens[c.depth], tokens, cond, taps=taps, inner=inner)
+
+    def route(self, kept: Int[Array, "b k"]) -> Route:
+        """Make the route of the kept tokens of the image; the context's all take it."""
+
+        def take(x: Streams, cond: Condition) -> tuple[Streams, Condition]:
+            return x._replace(image=take_tokens(x.image, kept)), cond._replace(places=kept)
+
+        def put(whole: Streams, x: Streams) -> Streams:
+            return x._replace(image=put_tokens(whole.image, kept, x.image))
+
+        return Route(*self.config.route, take, put)
 
 
 # --- presets --------------------------------------------------------------------------------------
@@ -886,21 +928,26 @@ def init_model_params(config: ModelConfig, key: Key[Array, ""]) -> dict[str, Any
     return nnx.to_pure_dict(nnx.split(build_model(config, nnx.Rngs(params=key)))[1])
 
 
-def count_products(config: ModelConfig) -> BlockProducts | None:
+def count_products(config: ModelConfig, *, routed_share: float = 0.0) -> BlockProducts | None:
     """Sum the matrix products of all blocks and of the final layer for one image, with captions of
     the length in training. None if one of them does not state its `products`.
+
+    Args:
+        routed_share: of the image's tokens that go around the blocks of the route.
     """
     n, m = config.grid[0] * config.grid[1], config.n_label_tokens
     if config.block == JOINT:
         n_plain = config.depth - 1 - config.n_dual
-        layers: list[tuple[Any, int]] = [(DualJointBlock, config.n_dual), (JointBlock, n_plain)]
-        layers += [(LastJointBlock, 1), (AdaptiveFinalLayer, 1)]
+        blocks: list[Any] = [DualJointBlock] * config.n_dual + [JointBlock] * n_plain
+        layers = [*blocks, LastJointBlock, AdaptiveFinalLayer]
     else:
         design, m = BLOCKS[config.block], m + 1  # t is a token of the condition too
-        layers = [(design.block, config.depth), (design.final, 1)]
+        layers = [*[design.block] * config.depth, design.final]
     total = BlockProducts()
-    for layer, repeats in layers:
+    on_route = range(*config.route) if config.route else ()
+    for i, layer in enumerate(layers):
         if not hasattr(layer, "products"):
             return None
-        total += layer.products(config, n, m) * repeats
+        n_here = n - round(routed_share * n) if i in on_route else n
+        total += layer.products(config, n_here, m)
     return total

@@ -48,6 +48,7 @@ from training.muon import muon
 from training.prepare import prepare
 from training.profiling import profile
 from training.resolve import require_same_implementation, sampler_config
+from training.routing import with_routing
 from training.session import RunRecord
 from training.step import TrainState
 from training.teacher import Teacher, open_teacher, taught_by
@@ -199,16 +200,23 @@ class Trainer(Loop):
 
     def training_loss(self) -> Loss:
         """The loss that a step descends: the method's, taught if there is a teacher, and the
-        auxiliary ones. With a teacher it takes that network too.
+        auxiliary ones, of a network with a route if there is one. With a teacher it takes that
+        network too.
         """
         c = self.config
         loss = self.loss(label_dropout=c.label_dropout)
-        return with_auxiliary(
+        loss = with_auxiliary(
             taught_by(self.teacher, loss) if self.teacher else loss,
             inner_weight=c.inner_weight if c.inner_head else 0.0,
             layer_sync=c.layer_sync,
             sync_weight=c.sync_weight,
         )
+        return with_routing(loss, self.routed_share)
+
+    @property
+    def routed_share(self) -> float:
+        """The share of an image's tokens that go around the route in a step."""
+        return self.config.route_share if self.config.route else 0.0
 
     @cached_property
     def update(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -415,8 +423,11 @@ class Trainer(Loop):
 
     @property
     def train_passes(self) -> float:
-        """FLOPs of a training step, in forward passes of the network."""
-        return flops.TRAIN_PER_FORWARD - 1 + self.eval_passes
+        """FLOPs of a training step, in forward passes of the network on all tokens."""
+        whole = flops.forward_flops(self.model_config)
+        routed = flops.forward_flops(self.model_config, routed_share=self.routed_share)
+        trained = flops.TRAIN_PER_FORWARD * (routed / whole if routed and whole else 1)
+        return trained + self.eval_passes - 1
 
     @property
     def eval_passes(self) -> float:

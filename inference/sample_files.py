@@ -24,7 +24,7 @@ from inference import grids
 from inference.autoguidance import plan_with_guide
 from inference.comparisons import open_eval_split
 from inference.labels import SampleRequest
-from inference.sampler import SamplerConfig, Samples
+from inference.sampler import ROUTE_RATES, SamplerConfig, Samples
 from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
 from runtime.errors import UserError
 from runtime.files import atomic_file, remove_leftovers, report_unwritable
@@ -180,6 +180,8 @@ def describe_samples(
     plan_card = {"sampler": sampler, "cfg_scale": plan.cfg_scale, "seed": request.seed}
     if plan.inner_guidance != 1:
         plan_card["inner_guidance"] = plan.inner_guidance
+    if plan.route_guidance != 1:
+        plan_card["route_guidance"] = plan.route_guidance
     if plan.guide:
         guide, scale = plan.guide
         plan_card |= {"guide": guide.name, "guide_step": guide.step, "guide_scale": scale}
@@ -193,8 +195,13 @@ def describe_sampler(sampler: SamplerConfig) -> dict[str, Any]:
     facts = asdict(sampler)
     method = facts["method"]
     method.pop("t_min", None)  # of the loss alone
-    neutral = (facts, "inner_interval", ALWAYS), (method, "prediction", "velocity")
-    for part, name, value in (*neutral, (method, "noise_scale", 1.0)):
+    neutral = (
+        (facts, "inner_interval", ALWAYS),
+        (facts, "route_rates", ROUTE_RATES),
+        (method, "prediction", "velocity"),
+        (method, "noise_scale", 1.0),
+    )
+    for part, name, value in neutral:
         if part.get(name) == value:
             del part[name]
     return facts

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from data.batch import EncodedCaption
 from inference.guidance import unguidable_error
@@ -24,6 +24,7 @@ from methods.method import Method, TimeSteps
 from methods.rectified_flow import RectifiedFlow
 from methods.registry import METHODS
 from model import Label, ModelConfig, model_graphdef
+from networks.routing import check_share, choose_tokens
 from runtime import parallel
 from runtime.errors import UserError, unknown_name
 from runtime.flags import check_interval
@@ -40,6 +41,8 @@ from sampling import (
 
 Labels = Sequence[int] | Int[np.ndarray, "n"] | EncodedCaption
 MAX_SEED = 2**31 - 1
+ROUTE_RATES = (0.0, 0.5)
+ROUTE_TAG = 2**32 - 2  # folded into a seed's key, for the choice of tokens
 ToImages = Callable[[Float[np.ndarray, "*b h w c"]], Float[np.ndarray, "*b H W C"]]
 
 
@@ -54,6 +57,8 @@ class SamplerConfig:
         shift: shift of the time grid; above 1 spends more steps near the noise.
         interval: guidance interval: the two times between which guidance acts.
         inner_interval: the same of inner guidance.
+        route_rates: of guidance by the route, the shares of tokens that go around it in the strong
+            and in the weak prediction.
         eta: fresh noise of ddim, from 0 (none) to 1 (as much as ddpm).
         guided_channels: guide only the first so many channels; by default all.
         clip: the data lie in −1 … 1, as pixels do.
@@ -68,6 +73,7 @@ class SamplerConfig:
     shift: float = 1.0
     interval: tuple[float, ...] = ALWAYS
     inner_interval: tuple[float, ...] = ALWAYS
+    route_rates: tuple[float, ...] = ROUTE_RATES
     eta: float = 0.0
     guided_channels: int | None = None
     clip: bool = False
@@ -81,6 +87,11 @@ class SamplerConfig:
         )
         for name in ("interval", "inner_interval"):
             check_interval(name, getattr(self, name))
+        if len(self.route_rates) != 2 or not self.route_rates[0] < self.route_rates[1]:
+            raise UserError(
+                f"--route_rates {' '.join(f'{rate:g}' for rate in self.route_rates)}: takes two "
+                "shares of tokens, the smaller first, such as 0 0.5"
+            )
 
     def time_steps(self, start: float = 1.0) -> TimeSteps:
         """Discretize time from `start` to the data."""
@@ -124,6 +135,7 @@ def sample_batch(
     weak_params: Any = None,
     weak_scale: Float[Array, ""] | float = 1.0,
     inner_guidance: Float[Array, ""] | float | None = None,
+    route_guidance: Float[Array, ""] | float | None = None,
     *,
     config: ModelConfig,
     sampler: SamplerConfig,
@@ -140,6 +152,7 @@ def sample_batch(
         trajectory: return all states and x0 predictions too.
         weak_params, weak_scale, weak_config: a weak model to guide by, at this scale.
         inner_guidance: scale of guidance by the inner head; None runs without that head.
+        route_guidance: scale of guidance by the route; None computes all tokens.
     """
     model = nnx.merge(model_graphdef(config), params)
     # A learned variance is not guided.
@@ -147,21 +160,29 @@ def sample_batch(
     all_channels = config.channels if has_variance else None
     channels = sampler.guided_channels or all_channels
 
+    def both_heads(x: Array, t: Any, label: Any) -> tuple[Array, Array]:
+        final, inner = model(x, jnp.full(x.shape[0], t), label, inner=True)
+        return inner, final
+
+    def both_rates(x: Array, t: Any, label: Any) -> tuple[Array, Array]:
+        keys = jnp.tile(route_keys(seed, index, t), x.shape[0] // len(index))
+        strong, weak = (
+            model(x, jnp.full(x.shape[0], t), label, kept=choose_tokens(keys, config.grid, rate))
+            for rate in sampler.route_rates
+        )
+        return weak, strong
+
     def predict(x: Array, t: Any, label: Any, span: Any = None) -> Array:
         if span is not None:
             return model(x, jnp.full(x.shape[0], t), label, span=jnp.full(x.shape[0], span))
-        if inner_guidance is None:
+        if inner_guidance is not None:
+            both, scale, interval = both_heads, inner_guidance, sampler.inner_interval
+        elif route_guidance is not None:
+            both, scale, interval = both_rates, route_guidance, ALWAYS
+        else:
             return model(x, jnp.full(x.shape[0], t), label)
-
-        def both_heads(x: Array, t: Any) -> tuple[Array, Array]:
-            final, inner = model(x, jnp.full(x.shape[0], t), label, inner=True)
-            return inner, final
-
-        interval = sampler.inner_interval
-        by_inner = extrapolate_pair(
-            both_heads, inner_guidance, interval=interval, channels=all_channels
-        )
-        return by_inner(x, t)
+        pair = partial(both, label=label)
+        return extrapolate_pair(pair, scale, interval=interval, channels=all_channels)(x, t)
 
     if guide:
         null = jax.tree.map(lambda x: jnp.full_like(x, config.n_classes), label)
@@ -189,6 +210,19 @@ def sample_batch(
     return integrate_from_noise(
         predict_guided, index, seed, shape, start_from, sampler=sampler, trajectory=trajectory
     )
+
+
+def route_keys(
+    seed: Int[Array, "..."], index: Int[Array, "b"], t: Float[Array, ""]
+) -> Key[Array, "b"]:
+    """Derive the key of each image's choice of tokens at a time, from its seed, its index and t."""
+
+    def key_of(seed: Any, index: Any) -> Array:
+        key = jax.random.fold_in(jax.random.key(seed), ROUTE_TAG)
+        bits = jax.lax.bitcast_convert_type(jnp.float32(t), jnp.uint32)
+        return jax.random.fold_in(jax.random.fold_in(key, index), bits)
+
+    return jax.vmap(key_of)(jnp.broadcast_to(seed, index.shape), index)
 
 
 def integrate_from_noise(
@@ -247,6 +281,7 @@ def sample_images(
     weak: WeakModel | None = None,
     weak_scale: float = 1.0,
     inner_guidance: float = 1.0,
+    route_guidance: float = 1.0,
     start_from: StartFrom | None = None,
     batch_size: int = 256,
     trajectory: bool = False,
@@ -267,6 +302,7 @@ def sample_images(
         weak: a weak model to guide by, at `weak_scale`; see `sampling.extrapolate`.
         inner_guidance: scale of guidance by the model's inner head, which acts first, on each
             label's prediction.
+        route_guidance: scale of guidance by the model's route, in place of the inner head.
         start_from: data to add noise to and start from, as the model sees them, a row per label.
         batch_size: samples at a time, on all devices together.
         trajectory: return all states too.
@@ -284,6 +320,7 @@ def sample_images(
         sampler, config, cfg_scale, negative=negative is not None, has_guide=weak is not None
     )
     check_inner_guidance(sampler, config, inner_guidance)
+    check_route_guidance(sampler, config, route_guidance, inner_guidance=inner_guidance)
     # Devices get equal shares of a batch.
     size = -(-min(batch_size, n) // mesh.size) * mesh.size
     index, seeds = noise_indices_and_seeds(seed, n, first_index)
@@ -309,6 +346,7 @@ def sample_images(
             weak.params if weak else None,
             weak_scale,
             None if inner_guidance == 1 else inner_guidance,
+            None if route_guidance == 1 else route_guidance,
             config=for_sampling(config),
             weak_config=for_sampling(weak.config) if weak else None,
             sampler=sampler,
@@ -413,6 +451,28 @@ def check_inner_guidance(sampler: SamplerConfig, config: ModelConfig, scale: flo
         )
     if scale == 1 and sampler.inner_interval != ALWAYS:
         raise UserError("--inner_interval: has no effect without --inner_guidance")
+
+
+def check_route_guidance(
+    sampler: SamplerConfig, config: ModelConfig, scale: float, *, inner_guidance: float = 1.0
+) -> None:
+    """Raises UserError if the model has no route to be guided by, or if its rates do not fit its
+    grid or have no effect.
+    """
+    if not abs(scale) <= float(np.finfo(np.float32).max):
+        raise UserError(f"--route_guidance {scale}: must be finite in float32")
+    if scale == 1:
+        if sampler.route_rates != ROUTE_RATES:
+            raise UserError("--route_rates: has no effect without --route_guidance")
+        return
+    if not config.route:
+        raise UserError(f"--route_guidance {scale:g}: the model has no route; train one by --route")
+    if inner_guidance != 1:
+        raise UserError(
+            f"--route_guidance {scale:g} and --inner_guidance {inner_guidance:g}: choose one"
+        )
+    for rate in sampler.route_rates:
+        check_share("--route_rates", rate, config.grid)
 
 
 # --- labels ---------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from inference.codec import Codec
 from inference.conditioning import Captions, Conditioning, conditioning_of
 from inference.grids import NotFiniteError
 from inference.sampler import (
+    ROUTE_RATES,
     Labels,
     SamplerConfig,
     Samples,
@@ -32,6 +33,7 @@ from inference.sampler import (
     WeakModel,
     check_guidance,
     check_inner_guidance,
+    check_route_guidance,
     sample_images,
 )
 from inference.spaces import Space, space_of
@@ -59,6 +61,8 @@ class SamplingOverrides:
     guided_channels: int | None = None
     inner_guidance: float | None = None
     inner_interval: tuple[float, ...] | None = None
+    route_guidance: float | None = None
+    route_rates: tuple[float, ...] | None = None
     guide: str | None = None
     guide_scale: float | None = None
 
@@ -82,6 +86,7 @@ class SamplingPlan(NamedTuple):
     cfg_scale: float
     guide: Guide | None = None
     inner_guidance: float = 1.0
+    route_guidance: float = 1.0
 
     def with_cfg_scale(self, cfg_scale: float) -> "SamplingPlan":
         """The same plan at another guidance scale; at 1, without the limits of guidance."""
@@ -159,7 +164,7 @@ class TrainedModel:
         settings = read_config(folder)
         settings["run_dir"] = str(folder)  # it may have moved
         try:
-            model = ModelConfig(**settings["model_config"])
+            model = ModelConfig.from_json(settings["model_config"])
         except TypeError as error:
             raise UserError(f"the config.json of '{folder}' is damaged: {error}") from None
         mesh = parallel.make_mesh(fsdp or math.gcd(settings["fsdp"], parallel.devices().count))
@@ -363,6 +368,7 @@ class TrainedModel:
         """
         settings = self.settings
         inner_guidance = 1.0 if overrides.inner_guidance is None else overrides.inner_guidance
+        route_guidance = 1.0 if overrides.route_guidance is None else overrides.route_guidance
         default = 1.0 if guide else self.default_cfg_scale
         cfg_scale = default if overrides.cfg_scale is None else overrides.cfg_scale
         self.check_scale(cfg_scale, negative=negative)
@@ -377,6 +383,7 @@ class TrainedModel:
             shift=own_shift if overrides.shift is None else overrides.shift,
             interval=tuple(overrides.interval or ALWAYS),
             inner_interval=tuple(overrides.inner_interval or ALWAYS),
+            route_rates=tuple(overrides.route_rates or ROUTE_RATES),
             method=self.method,
             eta=overrides.eta or 0.0,
             guided_channels=guided_channels,
@@ -384,9 +391,14 @@ class TrainedModel:
         )
         check_guidance(sampler, self.model, cfg_scale, has_guide=bool(guide))
         check_inner_guidance(sampler, self.model, inner_guidance)
+        check_route_guidance(sampler, self.model, route_guidance, inner_guidance=inner_guidance)
         is_guided = guide is not None and guide.scale != 1
         return SamplingPlan(
-            sampler, float(cfg_scale), guide if is_guided else None, float(inner_guidance)
+            sampler,
+            float(cfg_scale),
+            guide if is_guided else None,
+            float(inner_guidance),
+            float(route_guidance),
         )
 
     def sample(
@@ -428,6 +440,7 @@ class TrainedModel:
             weak=plan.guide and WeakModel(plan.guide.model.params, plan.guide.model.model),
             weak_scale=plan.guide.scale if plan.guide else 1.0,
             inner_guidance=plan.inner_guidance,
+            route_guidance=plan.route_guidance,
             start_from=start_from,
             batch_size=batch_size,
             trajectory=trajectory,

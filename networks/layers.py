@@ -10,14 +10,14 @@ Nothing here knows of a loss or a mesh.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from networks.ops import affine, affine_in_fp8, attention, in_float32, save_for_backward
 
@@ -246,7 +246,7 @@ POSITIONS = {
 
 
 def apply_rotary_positions(
-    x: Float[Array, "b n h k"], grid: tuple[int, int]
+    x: Float[Array, "b n h k"], grid: tuple[int, int], places: Int[Array, "b m"] | None = None
 ) -> Float[Array, "b n h k"]:
     """2-D rotary positions: pairs of channels turn by the row (first half) or the column (second
     half).
@@ -254,13 +254,21 @@ def apply_rotary_positions(
     Scores of rotated queries and keys depend only on the two offsets (Su et al. 2021, eq. 16; one
     axis of the grid for each half of the channels). Tokens before those of the grid are not
     rotated.
+
+    Args:
+        places: which tokens of the grid there are, row by row; None for all.
     """
     n_frequencies = x.shape[-1] // 4
     frequency = 10_000.0 ** -(np.arange(n_frequencies) / n_frequencies)
     row, column = (axis.reshape(-1, 1) for axis in np.mgrid[: grid[0], : grid[1]])
     angle = np.concatenate([row * frequency, column * frequency], axis=1)
-    angle = np.pad(angle, ((x.shape[1] - len(angle), 0), (0, 0)))[None, :, None]
+    n_before = x.shape[1] - (len(angle) if places is None else places.shape[1])
+    angle = np.pad(angle, ((n_before, 0), (0, 0)))[None, :, None]
     cos, sin = jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32)
+    if places is not None:
+        # The tokens before the grid's take row 0, which is of no rotation if there are any.
+        rows = jnp.pad(places + n_before, ((0, 0), (n_before, 0)))
+        cos, sin = cos[0][rows], sin[0][rows]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
 
@@ -318,7 +326,8 @@ class Heads(nnx.Module):
 
     Args:
         parts: which of the three, in this order, such as "qkv" or "kv".
-        grid: rows and columns for rotary positions of q and k; None for none.
+        grid: rows and columns for rotary positions of q and k; None for none. If some tokens of the
+            grid are missing, the call takes the `places` of the others.
         qk_norm: normalize q and k by a learned `RMSNorm`.
     """
 
@@ -339,20 +348,24 @@ class Heads(nnx.Module):
         self.norm_k = RMSNorm(width // n_heads) if qk_norm and "k" in parts else identity
         self.parts, self.n_heads, self.grid = parts, n_heads, grid
 
-    def __call__(self, x: Float[Array, "b n d"]) -> tuple[Float[Array, "b n h k"], ...]:
+    def __call__(
+        self, x: Float[Array, "b n d"], places: Int[Array, "b m"] | None = None
+    ) -> tuple[Float[Array, "b n h k"], ...]:
         heads = [
             rearrange(part, "b n (h k) -> b n h k", h=self.n_heads)
             for part in jnp.split(self.linear(x), len(self.parts), axis=-1)
         ]
         transforms = {
-            "q": lambda q: self.rotate(self.norm_q(q)),
-            "k": lambda k: self.rotate(self.norm_k(k)),
+            "q": lambda q: self.rotate(self.norm_q(q), places),
+            "k": lambda k: self.rotate(self.norm_k(k), places),
             "v": identity,
         }
         return tuple(transforms[part](head) for part, head in zip(self.parts, heads, strict=True))
 
-    def rotate(self, x: Float[Array, "b n h k"]) -> Float[Array, "b n h k"]:
-        return apply_rotary_positions(x, self.grid) if self.grid else x
+    def rotate(
+        self, x: Float[Array, "b n h k"], places: Int[Array, "b m"] | None
+    ) -> Float[Array, "b n h k"]:
+        return apply_rotary_positions(x, self.grid, places) if self.grid else x
 
 
 class Attention(nnx.Module):
@@ -372,9 +385,12 @@ class Attention(nnx.Module):
         self.out = Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None
+        self,
+        x: Float[Array, "b n d"],
+        mask: Bool[Array, "b n"] | None = None,
+        places: Int[Array, "b m"] | None = None,
     ) -> Float[Array, "b n d"]:
-        return self.out(attention(*self.qkv(x), mask=mask))
+        return self.out(attention(*self.qkv(x, places), mask=mask))
 
 
 class CrossAttention(nnx.Module):
@@ -480,23 +496,61 @@ def scan_blocks(blocks: nnx.Module | None, x: Any, *args: Any, remat: bool, unro
     return jax.lax.scan(jax.checkpoint(body) if remat else body, x, weights, unroll=unroll)[0]
 
 
-def scan_with_taps(
-    blocks: nnx.Module | None, x: Any, *args: Any, taps: Sequence[int], remat: bool, unroll: int
-) -> tuple[Any, list[Any]]:
-    """`scan_blocks`, and the state after each number of blocks in `taps`.
+class Route(NamedTuple):
+    """A part of a network that only some of the tokens pass; see `networks/routing.py`.
 
-    The stack is cut at the taps and its pieces are scanned one after the other: a tapped state that
+    Args:
+        start, end: numbers of blocks after which it begins and ends.
+        take: the state and the condition → those on the route.
+        put: the state before the route and the one at its end → the state after it.
+    """
+
+    start: int
+    end: int
+    take: Callable[[Any, Any], tuple[Any, Any]]
+    put: Callable[[Any, Any], Any]
+
+
+def scan_with_taps(
+    stacks: Sequence[tuple[nnx.Module | None, int]],
+    x: Any,
+    cond: Any,
+    *,
+    taps: Sequence[int],
+    remat: bool,
+    unroll: int,
+    route: Route | None = None,
+) -> tuple[Any, dict[int, Any]]:
+    """`scan_blocks` over stacks of blocks, and the state after each number of blocks in `taps`.
+
+    A stack is cut at the taps and its pieces are scanned one after the other: a tapped state that
     was carried through one scan would be saved for the backward pass once per block. The pieces are
     copies of the weights; without a tap before the end nothing is cut.
 
     Args:
-        taps: ascending numbers of blocks, from 1 to all of them.
+        stacks: stacked blocks and how many they are. Blocks are numbered through all of them.
+        taps: numbers of blocks, from 1 to all of them.
+        route: its ends cut the stacks too.
     """
-    states: list[Any] = []
-    for piece in split_blocks(blocks, taps):
-        x = scan_blocks(piece, x, *args, remat=remat, unroll=unroll)
-        states.append(x)
-    return x, states[: len(taps)]
+    cuts = {*taps, *((route.start, route.end) if route else ())}
+    states: dict[int, Any] = {}
+    whole, whole_cond, n_before = x, cond, 0
+    for blocks, depth in stacks:
+        if not depth:
+            continue
+        own = sorted(cut - n_before for cut in cuts if n_before < cut <= n_before + depth)
+        for piece, end in zip(split_blocks(blocks, own), sorted({*own, depth}), strict=True):
+            x = scan_blocks(piece, x, cond, remat=remat, unroll=unroll)
+            n = n_before + end
+            if route and n == route.end:
+                x, cond = route.put(whole, x), whole_cond
+            if n in taps:
+                states[n] = x
+            if route and n == route.start:
+                whole = x
+                x, cond = route.take(x, cond)
+        n_before += depth
+    return x, states
 
 
 def split_blocks(blocks: nnx.Module | None, cuts: Sequence[int]) -> list[Any]:

@@ -39,6 +39,7 @@ SETTINGS_KEYS = {
     "time_scale": "time_scale",
     "image_size": "trained_size",
     "text_length": "trained_length",
+    "route": "route",
 }
 OWN_CLASSES = {"DiT": False, "MMDiT": True}  # our classes: whether their blocks are joint
 DIFFUSERS_CLASSES = (*dit.CLASSES, sd3.CLASS)
@@ -248,7 +249,7 @@ def _read_config(
     else:
         config = dit.config_from_diffusers(network.config, network.id)
     fields = {name: settings[key] for name, key in SETTINGS_KEYS.items() if key in settings}
-    return replace(config, **fields)
+    return ModelConfig.from_json(vars(config) | fields)
 
 
 def _read_params(
@@ -484,7 +485,7 @@ def save_transformer(
 def _read_own_config(facts: Mapping[str, Any], where: str) -> ModelConfig:
     fields = {name: value for name, value in facts.items() if not name.startswith("_")}
     try:
-        config = ModelConfig(**fields)
+        config = ModelConfig.from_json(fields)
     except (TypeError, UserError) as error:
         raise UserError(f"the {weight_files.CONFIG} of '{where}' is damaged: {error}") from None
     if OWN_CLASSES[facts["_class_name"]] != (config.block == JOINT):

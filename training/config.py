@@ -31,6 +31,7 @@ from training.flag_groups import (
     SamplingFlags,
     StorageFlags,
 )
+from training.routing import RouteFlags
 from training.teacher import TeacherFlags
 
 BY_PRESET = Derived("the model's")  # in its entry of MODELS, else in ModelConfig
@@ -274,6 +275,7 @@ class TrainConfig(
     MeanFlowFlags,
     DDPMFlags,
     AuxiliaryFlags,
+    RouteFlags,
     TeacherFlags,
     BlockOptimizerFlags,
     OptimizerFlags,

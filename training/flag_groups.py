@@ -393,6 +393,15 @@ class SamplingFlags:
     inner_interval: tuple[float, ...] | None = flag(
         Derived("0 1"), "two times between which inner guidance acts, such as 0.3 1"
     )
+    route_guidance: float | None = flag(
+        Derived("1"),
+        "scale of guidance away from a prediction that leaves tokens out (--route of train.py), "
+        "such as 1.5; 1 disables it",
+    )
+    route_rates: tuple[float, ...] | None = flag(
+        Derived("0 0.5"),
+        "shares of tokens that the two predictions of route guidance leave out, the smaller first",
+    )
     guide: str | None = flag(
         None, "RUN or RUN@STEP: a weaker model of the same data to guide by (autoguidance)"
     )

@@ -360,6 +360,11 @@ def _validate_model_and_sampling(config: TrainConfig) -> None:
             "one; leave it at 0"
         )
     check_layer_sync(config.layer_sync, MODELS[config.model]["depth"])
+    if config.route and not method.is_guidable:
+        raise UserError(
+            f"--route {' '.join(map(str, config.route))}: --objective {config.objective} calls its "
+            "network several times in a loss; train without a route"
+        )
     is_joint = MODELS[config.model].get("block") == JOINT
     if is_joint != (config.block == JOINT):
         allowed = "joint blocks only" if is_joint else f"one of: {', '.join(BLOCKS)}"
@@ -455,6 +460,7 @@ def network_config(config: TrainConfig, dataset: DatasetConfig) -> ModelConfig:
         remat=config.remat,
         bottleneck=config.bottleneck,
         inner_head=config.inner_head,
+        route=config.route or (),
         time_scale=config.time_scale,
         takes_span=training_method(config).takes_span,
     )
