@@ -160,7 +160,11 @@ class ModelConfig:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "ModelConfig":
         """Make the config that was saved as JSON, which has no tuples."""
-        return cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()})
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in fields.items()
+        }
+        return cls(**values)
 
     @property
     def is_conditional(self) -> bool:
@@ -634,7 +638,8 @@ class DiT(Transformer):
         def take(x: Array, cond: Condition) -> tuple[Array, Condition]:
             return take_tokens(x, all_kept), cond._replace(places=kept)
 
-        return Route(*self.config.route, take, lambda whole, x: put_tokens(whole, all_kept, x))
+        start, end = self.config.route
+        return Route(start, end, take, lambda whole, x: put_tokens(whole, all_kept, x))
 
 
 # --- MMDiT: two streams with one attention (Esser et al. 2024, §4 and fig. 2b) --------------------
@@ -854,7 +859,8 @@ class MMDiT(Transformer):
         def put(whole: Streams, x: Streams) -> Streams:
             return x._replace(image=put_tokens(whole.image, kept, x.image))
 
-        return Route(*self.config.route, take, put)
+        start, end = self.config.route
+        return Route(start, end, take, put)
 
 
 # --- presets --------------------------------------------------------------------------------------
@@ -938,8 +944,8 @@ def count_products(config: ModelConfig, *, routed_share: float = 0.0) -> BlockPr
     n, m = config.grid[0] * config.grid[1], config.n_label_tokens
     if config.block == JOINT:
         n_plain = config.depth - 1 - config.n_dual
-        blocks: list[Any] = [DualJointBlock] * config.n_dual + [JointBlock] * n_plain
-        layers = [*blocks, LastJointBlock, AdaptiveFinalLayer]
+        layers: list[Any] = [DualJointBlock] * config.n_dual + [JointBlock] * n_plain
+        layers += [LastJointBlock, AdaptiveFinalLayer]
     else:
         design, m = BLOCKS[config.block], m + 1  # t is a token of the condition too
         layers = [*[design.block] * config.depth, design.final]

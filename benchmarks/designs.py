@@ -57,20 +57,19 @@ def open_or_train(run_dir: Path, settings: dict, n_steps: int | None) -> Trainer
     return trainer
 
 
-def measure_relative_step_times(trainers: dict[str, Trainer], n_rounds: int) -> dict[str, float]:
-    """Measure the median time of a step, over the baseline's.
+def measure_step_times(trainers: dict[str, Trainer], n_rounds: int) -> dict[str, float]:
+    """Measure the median time of a step in seconds.
 
-    The designs take turns, one step each, so that other load on the machine affects all alike.
+    The trainers take turns, one step each, so that other load on the machine affects all alike.
     """
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    batch = trainers[BASELINE].data.train_batch(0)
+    batch = next(iter(trainers.values())).data.train_batch(0)
     for _ in range(n_rounds + 1):
         for name, trainer in trainers.items():
             start = time.perf_counter()
             jax.block_until_ready(trainer.train_step(batch))
             seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    return {name: median / medians[BASELINE] for name, median in medians.items()}
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
 def main() -> None:
@@ -80,14 +79,12 @@ def main() -> None:
         for name, settings in DESIGNS.items()
     }
     judged = {name: judge_run(trainer, n=config.n) for name, trainer in trainers.items()}
-    times = measure_relative_step_times(
-        trainers, config.n_rounds
-    )  # last, because it trains further
+    times = measure_step_times(trainers, config.n_rounds)  # last, because it trains further
     print("\n| block | parameters | step time | requested digit | Fréchet |\n|---|---|---|---|---|")
     results = {}
     for name, trainer in trainers.items():
         n_params = sum(x.size for x in jax.tree.leaves(trainer.state.params))
-        row = {"n_params": n_params, "step": times[name], **vars(judged[name])}
+        row = {"n_params": n_params, "step": times[name] / times[BASELINE], **vars(judged[name])}
         print(
             f"| {name} | {n_params / 1e6:.2f} M | {row['step']:.2f} "
             f"| {row['accuracy']:.1%} | {row['frechet']:.1f} |"

@@ -61,6 +61,7 @@ BY_INNER = {
     "the same, in t 0.3 … 1": UNGUIDED | {"inner_guidance": 1.5, "inner_interval": (0.3, 1.0)},
     "inner guidance 1.25 and CFG 1.25": {"cfg_scale": 1.25, "inner_guidance": 1.25},
 }
+BY_ROUTE = {"Euler 50, route guidance 1.5": UNGUIDED | {"route_guidance": 1.5}}
 OF_DDPM = {
     "DDIM 50, no guidance": UNGUIDED | {"solver": "ddim"},
     "DDIM 50, CFG 1.25": {"cfg_scale": 1.25, "solver": "ddim"},
@@ -78,6 +79,8 @@ VARIANTS = {
     "rectified flow": Variant({}, OF_FLOWS | MORE_SOLVERS | BY_WEAK),
     "the same with an inner head": Variant({"inner_head": True}, OF_FLOWS | BY_INNER),
     "the same with LayerSync": Variant({"layer_sync": (2, 4)}, OF_FLOWS),
+    "the same by Muon": Variant({"optimizer": "muon", "learning_rate": 1e-2}, OF_FLOWS),
+    "the same with a route": Variant({"route": (1, -1)}, OF_FLOWS | BY_ROUTE),
     "flow of the clean image": Variant({"prediction": "x0"}, OF_FLOWS | MORE_SOLVERS),
     "DDPM, ε": Variant({"objective": "ddpm"}, OF_DDPM),
     "DDPM, v": Variant({"objective": "ddpm", "prediction": "v"}, OF_DDPM),
@@ -132,7 +135,7 @@ def train_variant(config: MethodsConfig, name: str, seed: int) -> Trainer:
 
 
 def judge_all(config: MethodsConfig) -> list[dict[str, Any]]:
-    """Return a row for each method, seed and sampler; those judged now are added to the record."""
+    """Return a row for each method, seed and sampler, and add what was missing to the record."""
     path = config.out / RESULTS_FILE
     config.out.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -13,11 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from methods.method import (
-    Method,
     Metrics,
     ToModelInput,
     drop_labels,
@@ -25,10 +23,10 @@ from methods.method import (
     pixels_to_input,
     sample_data_and_noise,
 )
-from methods.rectified_flow import TimeFlags, density_of, interpolate, shift_time
+from methods.rectified_flow import Flow, TimeFlags, interpolate
 from runtime.errors import UserError
 from runtime.flags import check_interval, setting
-from sampling import ALWAYS, FreshNoise, Solution, scan_steps, time_grid
+from sampling import ALWAYS, FreshNoise, Solution, scan_steps
 
 # u(x, t, span): the mean velocity over the span before t.
 MeanVelocity = Callable[[Array, Array, Array], Array]
@@ -151,7 +149,7 @@ class MeanFlowFlags(TimeFlags):
 
 
 @dataclass(frozen=True)
-class MeanFlow(MeanFlowFlags, Method):
+class MeanFlow(MeanFlowFlags, Flow):
     """Match u to v − (t − r)·du/dt, in which du/dt is of the network itself, without gradient:
     E |u(x_t, t, r) − (v − (t − r)·du/dt)|² (Geng et al. 2025, eq. 9 and 10). du/dt is along the
     flow, whose velocity is the network's own u(x_t, t, t) (improved mean flows, Geng et al. 2025,
@@ -169,7 +167,6 @@ class MeanFlow(MeanFlowFlags, Method):
 
     title = "MeanFlow"
     solvers = {"map": follow_map}  # noqa: RUF012
-    sampling_flags = ("sample_shift",)
     takes_span = True
     is_guidable = False
     default_steps = 1
@@ -242,10 +239,6 @@ class MeanFlow(MeanFlowFlags, Method):
         guided = w * v + (1 - w - k) * network(x, t, null)
         return guided + k * network(x, t, label) if k else guided
 
-    def quantile(self, u: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The quantile function of the training times."""
-        return shift_time(density_of(self)(u), self.time_shift)
-
     def _rows_to_drop(
         self, key: Key[Array, "b"], is_equal: Bool[Array, "b"], label_dropout: float
     ) -> Bool[Array, "b"]:
@@ -289,28 +282,6 @@ class MeanFlow(MeanFlowFlags, Method):
                 "--target_scale and --target_mix are for training without --teacher, which is "
                 "guided at --teacher_scale"
             )
-
-    # --- from noise to data -----------------------------------------------------------------------
-
-    def check_sampler(self, *, solver: str, n_steps: int, shift: float, eta: float) -> None:
-        super().check_sampler(solver=solver, n_steps=n_steps, shift=shift, eta=eta)
-        if not 0 < shift < np.inf:
-            raise UserError(f"--shift {shift:g}: must be above 0")
-        if eta:
-            raise UserError(f"--eta {eta} is for --solver ddim")
-
-    def time_steps(
-        self, n_steps: int, *, solver: str = "", shift: float = 1.0, start: float = 1.0
-    ) -> Float[Array, "{n_steps}+1"]:
-        return time_grid(n_steps, shift=shift, start=start)
-
-    def state_times(self, steps: Float[Array, "times"]) -> Float[np.ndarray, "times"]:
-        return np.asarray(steps)
-
-    def add_noise(
-        self, data: Float[Array, "b *s"], noise: Float[Array, "b *s"], steps: Float[Array, "times"]
-    ) -> Float[Array, "b *s"]:
-        return interpolate(data, noise, jnp.full(len(data), steps[0]))[0]
 
     def solve(
         self,

@@ -115,9 +115,39 @@ class TimeFlags:
     )
 
 
-def density_of(flags: TimeFlags) -> Density:
-    """Return the density of training times, before `time_shift`."""
-    return DENSITIES[flags.time_density](flags)
+@dataclass(frozen=True)
+class Flow(TimeFlags, Method):
+    """A method on the straight path: its training times, and the times of its solvers."""
+
+    sampling_flags = ("sample_shift",)
+
+    def quantile(self, u: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The quantile function of the training times: uniform u → t."""
+        return shift_time(DENSITIES[self.time_density](self)(u), self.time_shift)
+
+    def check_sampler(self, *, solver: str, n_steps: int, shift: float, eta: float) -> None:
+        super().check_sampler(solver=solver, n_steps=n_steps, shift=shift, eta=eta)
+        if not 0 < shift < np.inf:
+            raise UserError(f"--shift {shift:g}: must be above 0")
+        if eta:
+            raise UserError(f"--eta {eta} is for --solver ddim")
+        if solver in STOCHASTIC and n_steps < 2:
+            raise UserError(f"--solver {solver} takes at least 2 steps: the last one adds no noise")
+
+    def time_steps(
+        self, n_steps: int, *, solver: str = "", shift: float = 1.0, start: float = 1.0
+    ) -> Float[Array, "{n_steps}+1"]:
+        last = SDE_LAST_TIME * start if solver in STOCHASTIC else None
+        return time_grid(n_steps, shift=shift, start=start, last=last)
+
+    def state_times(self, steps: Float[Array, "times"]) -> Float[np.ndarray, "times"]:
+        return np.asarray(steps)
+
+    def add_noise(
+        self, data: Float[Array, "b *s"], noise: Float[Array, "b *s"], steps: Float[Array, "times"]
+    ) -> Float[Array, "b *s"]:
+        x_t, _ = interpolate(data, noise, jnp.full(len(data), steps[0]))
+        return x_t
 
 
 # --- the method -----------------------------------------------------------------------------------
@@ -145,7 +175,7 @@ class RectifiedFlowFlags(TimeFlags):
 
 
 @dataclass(frozen=True)
-class RectifiedFlow(RectifiedFlowFlags, Method):
+class RectifiedFlow(RectifiedFlowFlags, Flow):
     """Match the velocity of the straight path: E |model(x_t, t, label) − (noise − data)|² (Liu et
     al. 2022, eq. 1).
 
@@ -157,12 +187,6 @@ class RectifiedFlow(RectifiedFlowFlags, Method):
     title = "rectified flow"
     solvers = SOLVERS
     output_flags = ("prediction", "noise_scale")
-    sampling_flags = ("sample_shift",)
-
-    @property
-    def density(self) -> Density:
-        """The density of training times, before `time_shift`."""
-        return density_of(self)
 
     def loss(
         self,
@@ -182,7 +206,7 @@ class RectifiedFlow(RectifiedFlowFlags, Method):
         )
         # The smallest normal number instead of 0, which is no quantile of an unbounded density.
         u = jax.vmap(lambda key: jax.random.uniform(key, minval=jnp.finfo(jnp.float32).tiny))
-        t = shift_time(self.density(u(keys.time)), self.time_shift)
+        t = self.quantile(u(keys.time))
 
         x_t, velocity = interpolate(data, self.noise_scale * noise, t)
         output = model(x_t, t, label)
@@ -199,30 +223,6 @@ class RectifiedFlow(RectifiedFlowFlags, Method):
             f"Rectified flow: x_t = (1 − t)·data + t·{noise}. It predicts the {output}; t = 1 is "
             "noise."
         )
-
-    def check_sampler(self, *, solver: str, n_steps: int, shift: float, eta: float) -> None:
-        super().check_sampler(solver=solver, n_steps=n_steps, shift=shift, eta=eta)
-        if not 0 < shift < np.inf:
-            raise UserError(f"--shift {shift:g}: must be above 0")
-        if eta:
-            raise UserError(f"--eta {eta} is for --solver ddim")
-        if solver in STOCHASTIC and n_steps < 2:
-            raise UserError(f"--solver {solver} takes at least 2 steps: the last one adds no noise")
-
-    def time_steps(
-        self, n_steps: int, *, solver: str = "euler", shift: float = 1.0, start: float = 1.0
-    ) -> Float[Array, "{n_steps}+1"]:
-        last = SDE_LAST_TIME * start if solver in STOCHASTIC else None
-        return time_grid(n_steps, shift=shift, start=start, last=last)
-
-    def state_times(self, steps: Float[Array, "times"]) -> Float[np.ndarray, "times"]:
-        return np.asarray(steps)
-
-    def add_noise(
-        self, data: Float[Array, "b *s"], noise: Float[Array, "b *s"], steps: Float[Array, "times"]
-    ) -> Float[Array, "b *s"]:
-        x_t, _ = interpolate(data, noise, jnp.full(len(data), steps[0]))
-        return x_t
 
     def velocity(
         self, output: Float[Array, "b *s"], x: Float[Array, "b *s"], t: Float[Array, "..."]

@@ -65,8 +65,8 @@ def test_samples_can_be_guided_by_the_route(routed, tmp_path):
         TrainedModel.from_pretrained(str(tmp_path / "own")),
     ):
 
-        def sample(trained=trained, **flags):
-            plan = trained.plan(SamplingOverrides(**{"cfg_scale": 1.0} | flags))
+        def sample(trained=trained, cfg_scale=1.0, **flags):
+            plan = trained.plan(SamplingOverrides(cfg_scale=cfg_scale, **flags))
             request = trained.conditioning.request(4, labels=["3"])
             return trained.sample([3, 7], plan).x, describe_samples(trained, request, plan)
 
