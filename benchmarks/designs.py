@@ -57,13 +57,12 @@ def open_or_train(run_dir: Path, settings: dict, n_steps: int | None) -> Trainer
     return trainer
 
 
-def measure_step_times(trainers: dict[str, Trainer], n_rounds: int) -> dict[str, float]:
-    """Measure the median time of a step in seconds.
+def measure_step_times(trainers: dict[str, Trainer], batch: Any, n_rounds: int) -> dict[str, float]:
+    """Measure the median time of a step with a batch in seconds.
 
     The trainers take turns, one step each, so that other load on the machine affects all alike.
     """
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    batch = next(iter(trainers.values())).data.train_batch(0)
     for _ in range(n_rounds + 1):
         for name, trainer in trainers.items():
             start = time.perf_counter()
@@ -79,7 +78,8 @@ def main() -> None:
         for name, settings in DESIGNS.items()
     }
     judged = {name: judge_run(trainer, n=config.n) for name, trainer in trainers.items()}
-    times = measure_step_times(trainers, config.n_rounds)  # last, because it trains further
+    batch = trainers[BASELINE].data.train_batch(0)
+    times = measure_step_times(trainers, batch, config.n_rounds)  # last, because it trains further
     print("\n| block | parameters | step time | requested digit | Fréchet |\n|---|---|---|---|---|")
     results = {}
     for name, trainer in trainers.items():

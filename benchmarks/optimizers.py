@@ -1,14 +1,15 @@
 """Compare what a step is worth and what it costs: AdamW, Muon, a route, and both, on the digits.
 
     python benchmarks/optimizers.py --out runs/optimizers --figure curves.png
+    python benchmarks/optimizers.py --model DiT-S/2
 
-Trains each with the settings of the default run, times one training step of each in turn in the
-same process, and plots the validation loss against steps and against seconds. A repeated command
-goes on where it was stopped.
+The first trains each with the settings of the default run, times one training step of each in turn
+in the same process, and plots the validation loss against steps and against seconds; repeated, it
+goes on where it was stopped. The second only times the steps, of a preset on random images.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ import matplotlib
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.designs import measure_step_times, open_or_train
+from benchmarks.step import PRECISIONS, build_trainer, make_random_batch
 from benchmarks.timing import format_table, make_json_line
 from inference import curves
 from runtime import cli
-from runtime.flags import flag, required
+from runtime.errors import UserError
+from runtime.flags import flag
 from train import Trainer
+from training.config import TrainConfig
 
 MUON = {"optimizer": "muon", "learning_rate": 1e-2}
 ROUTE = {"route": (1, -1)}
@@ -43,7 +47,12 @@ COLORS = {
 class OptimizersConfig:
     """Train, time and plot every variant."""
 
-    out: Path = required("a folder of runs, one for each variant")
+    out: Path | None = flag(None, "a folder of runs, one for each variant")
+    model: str | None = flag(None, "time the steps of this preset, and train nothing")
+    batch_size: int = flag(16, "images of a step of --model", above=0)
+    image_size: int = flag(32, "pixels, or latents, to a side of images for --model")
+    channels: int = flag(4, "of images for --model")
+    precision: str = flag("bf16", "of matrix products of --model: fp32 or bf16", choices=PRECISIONS)
     figure: Path | None = flag(None, "a .png of the validation loss")
     n_steps: int | None = flag(None, "of training; by default as for the digits")
     eval_every: int = flag(75, "steps between evaluations", above=0)
@@ -67,32 +76,60 @@ def plot(trainers: dict[str, Trainer], seconds: dict[str, float]) -> Any:
     return figure
 
 
-def main() -> None:
-    config = cli.parse_flags(OptimizersConfig)
+def train_all(config: OptimizersConfig, out: Path) -> tuple[dict[str, Trainer], Any]:
+    """Return the trainers of finished runs of all variants, and a batch of theirs."""
     trainers = {
         name: open_or_train(
-            config.out / "-".join(name.replace(",", "").split()),
+            out / "-".join(name.replace(",", "").split()),
             flags | {"eval_save_steps": config.eval_every},
             config.n_steps,
         )
         for name, flags in VARIANTS.items()
     }
-    final = {name: trainer.evaluate()["eval_loss"] for name, trainer in trainers.items()}
-    seconds = measure_step_times(trainers, config.n_rounds)  # last, because it trains further
-    if config.figure:
+    return trainers, trainers["AdamW"].data.train_batch(0)
+
+
+def build_all(config: OptimizersConfig, model: str) -> tuple[dict[str, Trainer], Any]:
+    """Build untrained trainers of all variants for a preset, and a batch of random images."""
+    base = TrainConfig(
+        model=model,
+        batch_size=config.batch_size,
+        image_size=config.image_size,
+        channels=config.channels,
+    )
+    trainers = {
+        name: build_trainer(replace(base, **flags), config.precision)
+        for name, flags in VARIANTS.items()
+    }
+    return trainers, make_random_batch(trainers["AdamW"])
+
+
+def main() -> None:
+    config = cli.parse_flags(OptimizersConfig)
+    if (config.out is None) == (config.model is None):
+        raise UserError("pass --out to train on the digits, or --model to time a preset's steps")
+    if config.out:
+        trainers, batch = train_all(config, config.out)
+    else:
+        trainers, batch = build_all(config, config.model or "")
+    losses: dict[str, float] = {}
+    if config.out:
+        losses = {name: trainer.evaluate()["eval_loss"] for name, trainer in trainers.items()}
+    seconds = measure_step_times(trainers, batch, config.n_rounds)  # last: it trains further
+    if config.out and config.figure:
         curves.save_figure(plot(trainers, seconds), config.figure)
     rows = [
         {
             "variant": name,
-            "validation loss": f"{final[name]:.4f}",
+            "validation loss": f"{losses[name]:.4f}" if losses else "n/a",
             "ms a step": f"{1e3 * seconds[name]:.1f}",
             "of AdamW's": f"{seconds[name] / seconds['AdamW']:.2f}",
-            "FLOPs a step": f"{trainer.train_passes / trainers['AdamW'].train_passes:.2f}",
+            "FLOPs, of AdamW's": f"{trainer.train_passes / trainers['AdamW'].train_passes:.2f}",
         }
         for name, trainer in trainers.items()
     ]
     print(format_table(rows))
-    print(make_json_line("optimizers", final=final, seconds=seconds))
+    print(make_json_line("optimizers", losses=losses, seconds=seconds))
 
 
 if __name__ == "__main__":
