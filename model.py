@@ -46,7 +46,7 @@ from networks.layers import (
     zeros,
 )
 from networks.ops import attention
-from networks.routing import prepend, put_tokens, resolve_route, take_tokens
+from networks.routing import prepend_others, put_tokens, resolve_route, take_tokens
 from runtime.errors import UserError, unknown_name
 
 
@@ -200,15 +200,14 @@ Label = Int[Array, "b"] | EncodedCaption
 
 class Condition(NamedTuple):
     """Conditioning of a block: a vector, and a sequence of tokens. Tokens where `mask` is False are
-    padding; without a mask all are real.
-
-    Beside it, on a route, the places in the grid of the image's tokens; None if all are there.
+    padding; without a mask all are real. On a route, where tokens of the image are missing,
+    `token_ids` are the numbers of the others.
     """
 
     vector: Float[Array, "b d"]
     tokens: Float[Array, "b m d"]
     mask: Bool[Array, "b m"] | None
-    places: Int[Array, "b k"] | None = None
+    token_ids: Int[Array, "b k"] | None = None
 
 
 class ClassVector(nnx.Module):
@@ -331,7 +330,7 @@ class AdaLNZeroBlock(nnx.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
             self.modulation(jax.nn.silu(cond.vector)), 6, axis=-1
         )
-        y = self.attention(modulate(self.norm(x), shift1, scale1), places=cond.places)
+        y = self.attention(modulate(self.norm(x), shift1, scale1), token_ids=cond.token_ids)
         x = add_gated(x, gate1, y)
         return add_gated(x, gate2, self.mlp(modulate(self.norm(x), shift2, scale2)))
 
@@ -355,7 +354,7 @@ class AdaLNBlock(nnx.Module):
         shift1, scale1, shift2, scale2 = jnp.split(
             self.modulation(jax.nn.silu(cond.vector)), 4, axis=-1
         )
-        x = x + self.attention(modulate(self.norm(x), shift1, scale1), places=cond.places)
+        x = x + self.attention(modulate(self.norm(x), shift1, scale1), token_ids=cond.token_ids)
         return x + self.mlp(modulate(self.norm(x), shift2, scale2))
 
     @staticmethod
@@ -377,7 +376,7 @@ class CrossAttentionBlock(nnx.Module):
         self.mlp = make_mlp(c, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"], cond: Condition) -> Float[Array, "b n d"]:
-        x = x + self.attention(self.norm1(x), places=cond.places)
+        x = x + self.attention(self.norm1(x), token_ids=cond.token_ids)
         x = x + self.cross_attention(self.norm2(x), cond.tokens, cond.mask)
         return x + self.mlp(self.norm3(x))
 
@@ -398,7 +397,7 @@ class InContextBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "b s d"], cond: Condition) -> Float[Array, "b s d"]:
         mask = pad_mask(cond.mask, after=x.shape[1] - cond.tokens.shape[1])
-        x = x + self.attention(self.norm1(x), mask, cond.places)
+        x = x + self.attention(self.norm1(x), mask, cond.token_ids)
         return x + self.mlp(self.norm2(x))
 
     @staticmethod
@@ -539,6 +538,22 @@ class Transformer(nnx.Module):
             return self.time(t)
         return self.time(t) + self.span(jnp.zeros_like(t) if span is None else span)
 
+    def check_cuts(self, taps: Sequence[int], cuts: Sequence[int], token_ids: Any) -> None:
+        """Raise UserError for taps that do not ascend, or for cuts where tokens are missing.
+
+        Args:
+            cuts: the taps, and the block after which the inner head stands, if it predicts.
+            token_ids: numbers of the tokens on the route; None if all pass.
+        """
+        check_taps(taps, self.config.depth)
+        if token_ids is None:
+            return
+        if not self.config.route:
+            raise UserError("token_ids: the model's config has no route")
+        start, end = self.config.route
+        if missing := [cut for cut in cuts if start < cut < end]:
+            raise UserError(f"tap {missing[0]}: on the route {start} {end} tokens are missing")
+
     def frozen(self) -> Any:
         """Return a copy that computes in float32, whose weights get no gradient."""
         graphdef, weights = nnx.split(self)  # not by the config: a part may gather its weights
@@ -597,7 +612,7 @@ class DiT(Transformer):
         taps: Sequence[int] = (),
         inner: bool = False,
         span: Float[Array, "b"] | None = None,
-        kept: Int[Array, "b k"] | None = None,
+        token_ids: Int[Array, "b k"] | None = None,
     ) -> Output | Tapped:
         """Predict at x_t, in float32. A class is in 0 … n_classes; n_classes is the null class.
 
@@ -607,14 +622,15 @@ class DiT(Transformer):
                 order of `taps`.
             inner: predict by the inner head too: in place of the prediction stand both.
             span: of a network that predicts a mean velocity, how far before t it reaches.
-            kept: the tokens of the image that pass the blocks of the config's `route`, by their
-                numbers, row by row of the grid. None: all.
+            token_ids: numbers of the image's tokens that pass the blocks of the config's `route`,
+                row by row of the grid; None for all.
 
         Raises:
-            UserError: taps out of range, or not ascending.
+            UserError: taps out of range, not ascending, or where tokens are missing.
         """
         c = self.config
-        check_taps(taps, c.depth)
+        cuts = [*taps, c.inner_head] if inner else [*taps]
+        self.check_cuts(taps, cuts, token_ids)
         cond = add_time(self.embed_times(t, span), self.label(label))
         x = self.position(self.patch(patchify(x, c.patch_size)))
         n = x.shape[1]
@@ -623,23 +639,23 @@ class DiT(Transformer):
             [(self.blocks, c.depth)],
             x,
             cond,
-            taps=[*taps, c.inner_head] if inner else taps,
+            taps=cuts,
             remat=c.remat,
             unroll=c.unroll,
-            route=None if kept is None else self.route(kept, n_before=x.shape[1] - n),
+            route=None if token_ids is None else self.route(token_ids, n_before=x.shape[1] - n),
         )
         tokens = {n_blocks: state[:, -n:] for n_blocks, state in states.items()}
         return self.read(x[:, -n:], tokens, cond, taps=taps, inner=inner)
 
-    def route(self, kept: Int[Array, "b k"], n_before: int) -> Route:
-        """Make the route of the kept tokens, in a sequence that begins with `n_before` others."""
-        all_kept = prepend(kept, n_before)
+    def route(self, token_ids: Int[Array, "b k"], n_before: int) -> Route:
+        """Make the route of some tokens, in a sequence that begins with `n_before` others."""
+        ids = prepend_others(token_ids, n_before)
 
         def take(x: Array, cond: Condition) -> tuple[Array, Condition]:
-            return take_tokens(x, all_kept), cond._replace(places=kept)
+            return take_tokens(x, ids), cond._replace(token_ids=token_ids)
 
         start, end = self.config.route
-        return Route(start, end, take, lambda whole, x: put_tokens(whole, all_kept, x))
+        return Route(start, end, take, lambda before, x: put_tokens(before, ids, x))
 
 
 # --- MMDiT: two streams with one attention (Esser et al. 2024, §4 and fig. 2b) --------------------
@@ -682,10 +698,10 @@ class Stream(nnx.Module):
         return Modulations(*jnp.split(self.modulation(jax.nn.silu(vector)), 6, axis=-1))
 
     def before_attention(
-        self, x: Float[Array, "b n d"], m: Modulations, places: Int[Array, "b n"] | None = None
+        self, x: Float[Array, "b n d"], m: Modulations, token_ids: Int[Array, "b n"] | None = None
     ) -> tuple[Float[Array, "b n h k"], ...]:
         """Compute this stream's queries, keys and values."""
-        return self.qkv(modulate(self.norm(x), m.shift1, m.scale1), places)
+        return self.qkv(modulate(self.norm(x), m.shift1, m.scale1), token_ids)
 
     def after_attention(
         self, x: Float[Array, "b n d"], y: Float[Array, "b n d"], m: Modulations
@@ -708,7 +724,7 @@ class JointBlock(nnx.Module):
         mi = self.picture.modulations(cond.vector)
         mc = self.context.modulations(cond.vector)
         q, k, v = join_streams(
-            self.picture.before_attention(x.image, mi, cond.places),
+            self.picture.before_attention(x.image, mi, cond.token_ids),
             self.context.before_attention(x.context, mc),
         )
         y = attention(q, k, v, pad_mask(cond.mask, before=n))
@@ -740,9 +756,10 @@ class DualJointBlock(JointBlock):
         mi = self.picture.modulations(cond.vector)
         mc = self.context.modulations(cond.vector)
         shift, scale, gate = jnp.split(self.modulation(jax.nn.silu(cond.vector)), 3, axis=-1)
-        image_only = self.attention(modulate(self.norm(x.image), shift, scale), places=cond.places)
+        y = modulate(self.norm(x.image), shift, scale)
+        image_only = self.attention(y, token_ids=cond.token_ids)
         q, k, v = join_streams(
-            self.picture.before_attention(x.image, mi, cond.places),
+            self.picture.before_attention(x.image, mi, cond.token_ids),
             self.context.before_attention(x.context, mc),
         )
         y = attention(q, k, v, pad_mask(cond.mask, before=n))
@@ -821,19 +838,20 @@ class MMDiT(Transformer):
         taps: Sequence[int] = (),
         inner: bool = False,
         span: Float[Array, "b"] | None = None,
-        kept: Int[Array, "b k"] | None = None,
+        token_ids: Int[Array, "b k"] | None = None,
     ) -> Output | Tapped:
         """Predict at x_t, in float32. A class is in 0 … n_classes; n_classes is the null class.
 
         Args:
-            taps, inner, span, kept: as of a `DiT`. Dual blocks come first, then the joint ones,
-                then the last block.
+            taps, inner, span, token_ids: as of a `DiT`. Dual blocks come first, then the joint
+                ones, then the last block.
 
         Raises:
-            UserError: taps out of range, or not ascending.
+            UserError: taps out of range, not ascending, or where tokens are missing.
         """
         c = self.config
-        check_taps(taps, c.depth)
+        cuts = [*taps, c.inner_head] if inner else [*taps]
+        self.check_cuts(taps, cuts, token_ids)
         cond = self.label(label)
         cond = cond._replace(vector=self.embed_times(t, span) + cond.vector)
         streams = Streams(self.position(self.patch(patchify(x, c.patch_size))), cond.tokens)
@@ -841,23 +859,24 @@ class MMDiT(Transformer):
             [(self.dual_blocks, c.n_dual), (self.blocks, c.depth - 1 - c.n_dual)],
             streams,
             cond,
-            taps=[*taps, c.inner_head] if inner else taps,
+            taps=cuts,
             remat=c.remat,
             unroll=c.unroll,
-            route=None if kept is None else self.route(kept),
+            route=None if token_ids is None else self.route(token_ids),
         )
         tokens = {n_blocks: state.image for n_blocks, state in states.items()}
         tokens[c.depth] = self.last(streams, cond)
         return self.read(tokens[c.depth], tokens, cond, taps=taps, inner=inner)
 
-    def route(self, kept: Int[Array, "b k"]) -> Route:
-        """Make the route of the kept tokens of the image; the context's all take it."""
+    def route(self, token_ids: Int[Array, "b k"]) -> Route:
+        """Make the route of some tokens of the image; the context's all pass."""
 
         def take(x: Streams, cond: Condition) -> tuple[Streams, Condition]:
-            return x._replace(image=take_tokens(x.image, kept)), cond._replace(places=kept)
+            image = take_tokens(x.image, token_ids)
+            return x._replace(image=image), cond._replace(token_ids=token_ids)
 
-        def put(whole: Streams, x: Streams) -> Streams:
-            return x._replace(image=put_tokens(whole.image, kept, x.image))
+        def put(before: Streams, x: Streams) -> Streams:
+            return x._replace(image=put_tokens(before.image, token_ids, x.image))
 
         start, end = self.config.route
         return Route(start, end, take, put)

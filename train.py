@@ -324,6 +324,7 @@ class Trainer(Loop):
         *,
         cfg_scale: float | None = None,
         inner_guidance: float = 1.0,
+        route_guidance: float = 1.0,
         n_steps: int | None = None,
         seed: int | Sequence[int] = 0,
         ema: bool = True,
@@ -336,6 +337,7 @@ class Trainer(Loop):
         Args:
             cfg_scale: of classifier-free guidance, by default the config's.
             inner_guidance: scale of guidance by the inner head, of a model with one.
+            route_guidance: scale of guidance by the route, of a model with one.
             n_steps: of the solver, by default the config's.
             seed: of all noise, or one seed per image.
             ema: sample from the averaged weights; False from the raw ones.
@@ -358,6 +360,7 @@ class Trainer(Loop):
             mesh=self.mesh,
             cfg_scale=scale,
             inner_guidance=inner_guidance,
+            route_guidance=route_guidance,
             seed=seed,
             first_index=first_index,
             trajectory=trajectory,
@@ -424,10 +427,10 @@ class Trainer(Loop):
     @property
     def train_passes(self) -> float:
         """FLOPs of a training step, in forward passes of the network on all tokens."""
-        whole = flops.forward_flops(self.model_config)
-        routed = flops.forward_flops(self.model_config, routed_share=self.routed_share)
-        trained = flops.TRAIN_PER_FORWARD * (routed / whole if routed and whole else 1)
-        return trained + self.eval_passes - 1
+        of_all = flops.forward_flops(self.model_config)
+        of_some = flops.forward_flops(self.model_config, routed_share=self.routed_share)
+        share = of_some / of_all if of_some and of_all else 1
+        return flops.TRAIN_PER_FORWARD * share + self.eval_passes - 1
 
     @property
     def eval_passes(self) -> float:

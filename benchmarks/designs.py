@@ -7,10 +7,10 @@ and times one training step of each in turn, in the same process.
 """
 
 import json
-import statistics
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import jax
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.digits import judge_run
+from benchmarks.timing import make_turn, run_interleaved
 from model import BLOCKS
 from runtime import cli
 from runtime.flags import flag, required
@@ -57,18 +58,12 @@ def open_or_train(run_dir: Path, settings: dict, n_steps: int | None) -> Trainer
     return trainer
 
 
-def measure_step_times(trainers: dict[str, Trainer], batch: Any, n_rounds: int) -> dict[str, float]:
-    """Measure the median time of a step with a batch in seconds.
-
-    The trainers take turns, one step each, so that other load on the machine affects all alike.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    for _ in range(n_rounds + 1):
-        for name, trainer in trainers.items():
-            start = time.perf_counter()
-            jax.block_until_ready(trainer.train_step(batch))
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+def time_steps(trainers: dict[str, Trainer], batch: Any, n_rounds: int) -> dict[str, float]:
+    """Measure the median seconds of a step with a batch. The trainers take turns."""
+    turns = {
+        name: make_turn(partial(trainer.train_step, batch)) for name, trainer in trainers.items()
+    }
+    return {name: times.median for name, times in run_interleaved(turns, n_rounds).items()}
 
 
 def main() -> None:
@@ -79,7 +74,7 @@ def main() -> None:
     }
     judged = {name: judge_run(trainer, n=config.n) for name, trainer in trainers.items()}
     batch = trainers[BASELINE].data.train_batch(0)
-    times = measure_step_times(trainers, batch, config.n_rounds)  # last, because it trains further
+    times = time_steps(trainers, batch, config.n_rounds)  # last, because it trains further
     print("\n| block | parameters | step time | requested digit | Fréchet |\n|---|---|---|---|---|")
     results = {}
     for name, trainer in trainers.items():

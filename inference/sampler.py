@@ -42,7 +42,9 @@ from sampling import (
 Labels = Sequence[int] | Int[np.ndarray, "n"] | EncodedCaption
 MAX_SEED = 2**31 - 1
 ROUTE_RATES = (0.0, 0.5)
-ROUTE_TAG = 2**32 - 2  # folded into a seed's key, for the choice of tokens
+# Folded into a seed's key for the choice of tokens.
+# 2**32 − 1 is for the noise of steps, 2**32 − 2 for random labels.
+ROUTE_TAG = 2**32 - 3
 ToImages = Callable[[Float[np.ndarray, "*b h w c"]], Float[np.ndarray, "*b H W C"]]
 
 
@@ -166,23 +168,31 @@ def sample_batch(
 
     def both_rates(x: Array, t: Any, label: Any) -> tuple[Array, Array]:
         keys = jnp.tile(route_keys(seed, index, t), x.shape[0] // len(index))
-        strong, weak = (
-            model(x, jnp.full(x.shape[0], t), label, kept=choose_tokens(keys, config.grid, rate))
-            for rate in sampler.route_rates
-        )
+
+        def at_rate(rate: float) -> Array:
+            token_ids = choose_tokens(keys, config.grid, rate) if rate else None
+            return model(x, jnp.full(x.shape[0], t), label, token_ids=token_ids)
+
+        strong, weak = map(at_rate, sampler.route_rates)
         return weak, strong
 
     def predict(x: Array, t: Any, label: Any, span: Any = None) -> Array:
         if span is not None:
             return model(x, jnp.full(x.shape[0], t), label, span=jnp.full(x.shape[0], span))
         if inner_guidance is not None:
-            both, scale, interval = both_heads, inner_guidance, sampler.inner_interval
-        elif route_guidance is not None:
-            both, scale, interval = both_rates, route_guidance, ALWAYS
-        else:
-            return model(x, jnp.full(x.shape[0], t), label)
-        pair = partial(both, label=label)
-        return extrapolate_pair(pair, scale, interval=interval, channels=all_channels)(x, t)
+            by_inner = extrapolate_pair(
+                partial(both_heads, label=label),
+                inner_guidance,
+                interval=sampler.inner_interval,
+                channels=all_channels,
+            )
+            return by_inner(x, t)
+        if route_guidance is not None:
+            by_route = extrapolate_pair(
+                partial(both_rates, label=label), route_guidance, channels=all_channels
+            )
+            return by_route(x, t)
+        return model(x, jnp.full(x.shape[0], t), label)
 
     if guide:
         null = jax.tree.map(lambda x: jnp.full_like(x, config.n_classes), label)
@@ -465,6 +475,8 @@ def check_route_guidance(
         if sampler.route_rates != ROUTE_RATES:
             raise UserError("--route_rates: has no effect without --route_guidance")
         return
+    if not sampler.method.is_guidable:
+        raise unguidable_error(sampler.method.title, f"--route_guidance {scale:g}")
     if not config.route:
         raise UserError(f"--route_guidance {scale:g}: the model has no route; train one by --route")
     if inner_guidance != 1:

@@ -383,7 +383,7 @@ class TrainedModel:
             shift=own_shift if overrides.shift is None else overrides.shift,
             interval=tuple(overrides.interval or ALWAYS),
             inner_interval=tuple(overrides.inner_interval or ALWAYS),
-            route_rates=tuple(overrides.route_rates or ROUTE_RATES),
+            route_rates=self.route_rates(route_guidance, overrides.route_rates),
             method=self.method,
             eta=overrides.eta or 0.0,
             guided_channels=guided_channels,
@@ -400,6 +400,15 @@ class TrainedModel:
             float(inner_guidance),
             float(route_guidance),
         )
+
+    def route_rates(
+        self, route_guidance: float, given: tuple[float, ...] | None
+    ) -> tuple[float, ...]:
+        """The rates of route guidance: if none are given, none and the share of the training."""
+        share = self.settings.get("route_share")
+        if given or route_guidance == 1 or not share:
+            return tuple(given or ROUTE_RATES)
+        return (0.0, share)
 
     def sample(
         self,

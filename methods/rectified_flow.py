@@ -121,9 +121,14 @@ class Flow(TimeFlags, Method):
 
     sampling_flags = ("sample_shift",)
 
+    @property
+    def density(self) -> Density:
+        """The density of training times, before `time_shift`."""
+        return DENSITIES[self.time_density](self)
+
     def quantile(self, u: Float[Array, "..."]) -> Float[Array, "..."]:
         """The quantile function of the training times: uniform u → t."""
-        return shift_time(DENSITIES[self.time_density](self)(u), self.time_shift)
+        return shift_time(self.density(u), self.time_shift)
 
     def check_sampler(self, *, solver: str, n_steps: int, shift: float, eta: float) -> None:
         super().check_sampler(solver=solver, n_steps=n_steps, shift=shift, eta=eta)

@@ -246,7 +246,7 @@ POSITIONS = {
 
 
 def apply_rotary_positions(
-    x: Float[Array, "b n h k"], grid: tuple[int, int], places: Int[Array, "b m"] | None = None
+    x: Float[Array, "b n h k"], grid: tuple[int, int], token_ids: Int[Array, "b m"] | None = None
 ) -> Float[Array, "b n h k"]:
     """2-D rotary positions: pairs of channels turn by the row (first half) or the column (second
     half).
@@ -256,18 +256,26 @@ def apply_rotary_positions(
     rotated.
 
     Args:
-        places: which tokens of the grid there are, row by row; None for all.
+        token_ids: numbers of the grid's tokens that are in x, row by row; None for all.
+
+    Raises:
+        ValueError: tokens of the grid are missing, and their numbers are not given.
     """
     n_frequencies = x.shape[-1] // 4
     frequency = 10_000.0 ** -(np.arange(n_frequencies) / n_frequencies)
     row, column = (axis.reshape(-1, 1) for axis in np.mgrid[: grid[0], : grid[1]])
     angle = np.concatenate([row * frequency, column * frequency], axis=1)
-    n_before = x.shape[1] - (len(angle) if places is None else places.shape[1])
+    n_before = x.shape[1] - (len(angle) if token_ids is None else token_ids.shape[1])
+    if n_before < 0:
+        raise ValueError(
+            f"{x.shape[1]} tokens of a grid of {len(angle)}: on a route a block hands "
+            "token_ids=cond.token_ids to its attention"
+        )
     angle = np.pad(angle, ((n_before, 0), (0, 0)))[None, :, None]
     cos, sin = jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32)
-    if places is not None:
+    if token_ids is not None:
         # The tokens before the grid's take row 0, which is of no rotation if there are any.
-        rows = jnp.pad(places + n_before, ((0, 0), (n_before, 0)))
+        rows = jnp.pad(token_ids + n_before, ((0, 0), (n_before, 0)))
         cos, sin = cos[0][rows], sin[0][rows]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
@@ -327,7 +335,7 @@ class Heads(nnx.Module):
     Args:
         parts: which of the three, in this order, such as "qkv" or "kv".
         grid: rows and columns for rotary positions of q and k; None for none. If some tokens of the
-            grid are missing, the call takes the `places` of the others.
+            grid are missing, the call takes the numbers of the others, `token_ids`.
         qk_norm: normalize q and k by a learned `RMSNorm`.
     """
 
@@ -349,23 +357,23 @@ class Heads(nnx.Module):
         self.parts, self.n_heads, self.grid = parts, n_heads, grid
 
     def __call__(
-        self, x: Float[Array, "b n d"], places: Int[Array, "b m"] | None = None
+        self, x: Float[Array, "b n d"], token_ids: Int[Array, "b m"] | None = None
     ) -> tuple[Float[Array, "b n h k"], ...]:
         heads = [
             rearrange(part, "b n (h k) -> b n h k", h=self.n_heads)
             for part in jnp.split(self.linear(x), len(self.parts), axis=-1)
         ]
         transforms = {
-            "q": lambda q: self.rotate(self.norm_q(q), places),
-            "k": lambda k: self.rotate(self.norm_k(k), places),
+            "q": lambda q: self.rotate(self.norm_q(q), token_ids),
+            "k": lambda k: self.rotate(self.norm_k(k), token_ids),
             "v": identity,
         }
         return tuple(transforms[part](head) for part, head in zip(self.parts, heads, strict=True))
 
     def rotate(
-        self, x: Float[Array, "b n h k"], places: Int[Array, "b m"] | None
+        self, x: Float[Array, "b n h k"], token_ids: Int[Array, "b m"] | None
     ) -> Float[Array, "b n h k"]:
-        return apply_rotary_positions(x, self.grid, places) if self.grid else x
+        return apply_rotary_positions(x, self.grid, token_ids) if self.grid else x
 
 
 class Attention(nnx.Module):
@@ -388,9 +396,9 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "b n d"],
         mask: Bool[Array, "b n"] | None = None,
-        places: Int[Array, "b m"] | None = None,
+        token_ids: Int[Array, "b m"] | None = None,
     ) -> Float[Array, "b n d"]:
-        return self.out(attention(*self.qkv(x, places), mask=mask))
+        return self.out(attention(*self.qkv(x, token_ids), mask=mask))
 
 
 class CrossAttention(nnx.Module):
@@ -534,7 +542,7 @@ def scan_with_taps(
     """
     cuts = {*taps, *((route.start, route.end) if route else ())}
     states: dict[int, Any] = {}
-    whole, whole_cond, n_before = x, cond, 0
+    before_route, full_cond, n_before = x, cond, 0
     for blocks, depth in stacks:
         if not depth:
             continue
@@ -543,11 +551,11 @@ def scan_with_taps(
             x = scan_blocks(piece, x, cond, remat=remat, unroll=unroll)
             n = n_before + end
             if route and n == route.end:
-                x, cond = route.put(whole, x), whole_cond
+                x, cond = route.put(before_route, x), full_cond
             if n in taps:
                 states[n] = x
             if route and n == route.start:
-                whole = x
+                before_route = x
                 x, cond = route.take(x, cond)
         n_before += depth
     return x, states

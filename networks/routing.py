@@ -1,8 +1,8 @@
 """Token routing: only some of an image's tokens pass the blocks of a route (Krause et al. 2025,
 TREAD).
 
-The others go around these blocks unchanged, and all meet again after them. Which tokens are kept is
-an input of the network: it draws nothing at random.
+The others go around these blocks unchanged, and all meet again after them. Which tokens pass is an
+input of the network: it draws nothing at random.
 """
 
 from collections.abc import Sequence
@@ -13,68 +13,12 @@ from jaxtyping import Array, Float, Int, Key
 
 from runtime.errors import UserError
 
-GROUP = 4  # tokens of 2 × 2 places, each of which keeps equally many
-SHARES = (0.0, 0.25, 0.5, 0.75)  # of the tokens that may go around
-
-
-def check_share(flag: str, share: float, grid: tuple[int, int]) -> None:
-    """Raises UserError unless `share` is one of `SHARES`, and the grid falls into groups of 2 × 2.
-
-    Args:
-        flag: what gives the share, for the message.
-    """
-    if share not in SHARES:
-        raise UserError(
-            f"{flag} {share:g}: of each 2×2 tokens 0 to 3 may go around; pass one of "
-            f"{', '.join(map(str, SHARES))}"
-        )
-    if share and (grid[0] % 2 or grid[1] % 2):
-        raise UserError(
-            f"{flag} {share:g}: the {grid[0]}×{grid[1]} tokens of an image do not fall into groups "
-            "of 2×2; choose another --patch_size"
-        )
-
-
-def choose_tokens(
-    keys: Key[Array, "b"], grid: tuple[int, int], share: float
-) -> Int[Array, "b k"] | None:
-    """Choose the tokens of each row that are kept: of each 2 × 2 of the grid equally many, which
-    ones at random, so that no region is left out. None if `share` is 0: all are.
-
-    Args:
-        share: of the tokens that go around, one of `SHARES`.
-
-    Returns numbers of tokens, row by row of the grid.
-    """
-    n_kept = GROUP - round(share * GROUP)
-    if n_kept == GROUP:
-        return None
-    rows, columns = grid
-    places = jnp.arange(rows * columns).reshape(rows // 2, 2, columns // 2, 2)
-    groups = places.swapaxes(1, 2).reshape(-1, GROUP)
-
-    def choose(key: Key[Array, ""]) -> Int[Array, "k"]:
-        order = jax.random.uniform(key, groups.shape).argsort(axis=1)
-        return jnp.take_along_axis(groups, order[:, :n_kept], axis=1).reshape(-1)
-
-    return jax.vmap(choose)(keys)
-
-
-def take_tokens(x: Float[Array, "b n d"], kept: Int[Array, "b k"]) -> Float[Array, "b k d"]:
-    """Take the kept tokens of each row."""
-    return jnp.take_along_axis(x, kept[..., None], axis=1, mode="promise_in_bounds")
-
-
-def put_tokens(
-    x: Float[Array, "b n d"], kept: Int[Array, "b k"], tokens: Float[Array, "b k d"]
-) -> Float[Array, "b n d"]:
-    """Put tokens back into the places that they were taken from."""
-    row = jnp.arange(len(x))[:, None]
-    return x.at[row, kept].set(tokens, unique_indices=True, mode="promise_in_bounds")
+GROUP = 4  # tokens of 2 × 2 places
+SHARES = (0.0, 0.25, 0.5, 0.75)  # of a group, that may go around
 
 
 def resolve_route(route: Sequence[int], depth: int) -> tuple[int, ...]:
-    """Count a route's ends from the first block: −2 is two blocks before the last one's end.
+    """Count a route's ends from the first block: −2 stands before the last two.
 
     Raises:
         UserError: the route is not empty, nor two ascending numbers inside the network.
@@ -88,7 +32,60 @@ def resolve_route(route: Sequence[int], depth: int) -> tuple[int, ...]:
     return ends
 
 
-def prepend(kept: Int[Array, "b k"], n: int) -> Int[Array, "b {n}+k"]:
-    """Number tokens in a sequence that begins with n others, all of which are kept."""
-    others = jnp.broadcast_to(jnp.arange(n), (len(kept), n))
-    return jnp.concatenate([others, kept + n], axis=1)
+def check_share(flag: str, share: float, grid: tuple[int, int]) -> None:
+    """Raises UserError unless `share` is one of `SHARES`, and the grid falls into groups of 2 × 2.
+
+    Args:
+        flag: the flag that gives the share, for the message.
+    """
+    if share not in SHARES:
+        raise UserError(
+            f"{flag} {share:g}: of each 2×2 tokens 0 to 3 may go around; pass one of "
+            f"{', '.join(map(str, SHARES))}"
+        )
+    if share and (grid[0] % 2 or grid[1] % 2):
+        raise UserError(
+            f"{flag} {share:g}: the {grid[0]}×{grid[1]} tokens of an image do not fall into groups "
+            "of 2×2; choose another --patch_size"
+        )
+
+
+def choose_tokens(keys: Key[Array, "b"], grid: tuple[int, int], share: float) -> Int[Array, "b k"]:
+    """Choose the tokens of each row that pass a route: of each 2 × 2 of the grid equally many,
+    which ones at random, so that no region is left out.
+
+    Args:
+        share: the share that goes around instead, one of `SHARES`. With one key, the tokens of a
+            larger share are among those of a smaller one.
+
+    Returns numbers of tokens, row by row of the grid.
+    """
+    rows, columns = grid
+    numbers = jnp.arange(rows * columns).reshape(rows // 2, 2, columns // 2, 2)
+    groups = numbers.swapaxes(1, 2).reshape(-1, GROUP)
+
+    def choose(key: Key[Array, ""]) -> Int[Array, "k"]:
+        order = jax.random.uniform(key, groups.shape).argsort(axis=1)
+        chosen = order[:, : GROUP - round(share * GROUP)]
+        return jnp.take_along_axis(groups, chosen, axis=1).reshape(-1)
+
+    return jax.vmap(choose)(keys)
+
+
+def prepend_others(token_ids: Int[Array, "b k"], n: int) -> Int[Array, "b {n}+k"]:
+    """Number tokens in a sequence that begins with n others, which all pass."""
+    others = jnp.broadcast_to(jnp.arange(n), (len(token_ids), n))
+    return jnp.concatenate([others, token_ids + n], axis=1)
+
+
+def take_tokens(x: Float[Array, "b n d"], token_ids: Int[Array, "b k"]) -> Float[Array, "b k d"]:
+    """Take some tokens of each row, by their numbers."""
+    return jnp.take_along_axis(x, token_ids[..., None], axis=1, mode="promise_in_bounds")
+
+
+def put_tokens(
+    x: Float[Array, "b n d"], token_ids: Int[Array, "b k"], tokens: Float[Array, "b k d"]
+) -> Float[Array, "b n d"]:
+    """Put tokens back where they were taken from."""
+    row = jnp.arange(len(x))[:, None]
+    return x.at[row, token_ids].set(tokens, unique_indices=True, mode="promise_in_bounds")

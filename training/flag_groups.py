@@ -399,8 +399,9 @@ class SamplingFlags:
         "such as 1.5; 1 disables it",
     )
     route_rates: tuple[float, ...] | None = flag(
-        Derived("0 0.5"),
-        "shares of tokens that the two predictions of route guidance leave out, the smaller first",
+        Derived("0 and the share in training"),
+        "shares of the tokens that the two predictions of route guidance leave out, the smaller "
+        "first",
     )
     guide: str | None = flag(
         None, "RUN or RUN@STEP: a weaker model of the same data to guide by (autoguidance)"

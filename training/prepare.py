@@ -38,7 +38,6 @@ from training.resolve import (
     training_method,
     with_dataset_and_latents,
 )
-from training.routing import check_routing
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,6 @@ def prepare(config: TrainConfig, devices: Devices) -> Prepared:
     if config.init_from:
         record = saved.get("model_config") or (vars(weights.config) if weights else {})
         network = warm_start.keep_fields_without_flag(network, record)
-    check_routing(network, config.route_share or 0.0, layer_sync=config.layer_sync or ())
     return Prepared(
         config=config,
         given_flags=given,

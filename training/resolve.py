@@ -26,6 +26,7 @@ from training.auxiliary import check_layer_sync
 from training.conditionings import RUN_CONDITIONINGS, ByCaption
 from training.config import BY_PRESET, PRECISIONS, TrainConfig
 from training.flag_groups import BY_DATASET, DEFAULT_DATASET
+from training.routing import check_routing
 from training.teacher import absolute_reference, with_step_of
 
 CONSTANT_TO_WSD = ("schedule", "constant", "wsd")  # they are the same until wsd decays
@@ -360,10 +361,19 @@ def _validate_model_and_sampling(config: TrainConfig) -> None:
             "one; leave it at 0"
         )
     check_layer_sync(config.layer_sync, MODELS[config.model]["depth"])
-    if config.route and not method.is_guidable:
-        raise UserError(
-            f"--route {' '.join(map(str, config.route))}: --objective {config.objective} calls its "
-            "network several times in a loss; train without a route"
+    if config.route:
+        if method.extra_passes(is_taught=bool(config.teacher)):
+            raise UserError(
+                f"--route {' '.join(map(str, config.route))}: --objective {config.objective} calls "
+                "its network several times in a loss; train without a route"
+            )
+        side = config.image_size // config.patch_size
+        check_routing(
+            config.route,
+            config.route_share,
+            depth=MODELS[config.model]["depth"],
+            grid=(side, side),
+            taps={"inner_head": (config.inner_head,), "layer_sync": config.layer_sync},
         )
     is_joint = MODELS[config.model].get("block") == JOINT
     if is_joint != (config.block == JOINT):
@@ -460,7 +470,7 @@ def network_config(config: TrainConfig, dataset: DatasetConfig) -> ModelConfig:
         remat=config.remat,
         bottleneck=config.bottleneck,
         inner_head=config.inner_head,
-        route=config.route or (),
+        route=config.route if config.route_share else (),
         time_scale=config.time_scale,
         takes_span=training_method(config).takes_span,
     )

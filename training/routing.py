@@ -4,6 +4,7 @@ route, which costs less and may teach more (Krause et al. 2025, TREAD).
 Evaluation and samples compute all tokens.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from methods.method import Loss, Metrics, derive_row_keys
-from model import ModelConfig
-from networks.routing import check_share, choose_tokens
+from networks.routing import check_share, choose_tokens, resolve_route
 from runtime.errors import UserError
 from runtime.flags import setting
 
@@ -37,46 +37,58 @@ class RouteFlags:
     )
 
 
-def check_routing(network: ModelConfig, share: float, *, layer_sync: tuple[int, ...]) -> None:
-    """Reject routes that do not fit what else a step does.
+def check_routing(
+    route: Sequence[int],
+    share: float,
+    *,
+    depth: int,
+    grid: tuple[int, int],
+    taps: Mapping[str, Sequence[int]],
+) -> None:
+    """Reject a route that does not fit the network or what else a step does.
+
+    Args:
+        share: of the tokens that leave.
+        taps: blocks whose tokens are used after them, by the flags that say so.
 
     Raises:
-        UserError: the share is impossible for the grid, or a block inside the route is looked into.
+        UserError: the route or the share is impossible, or a tap lies inside the route.
     """
-    if not network.route:
-        return
-    check_share("--route_share", share, network.grid)
-    start, end = network.route
-    flags = {"inner_head": (network.inner_head,), "layer_sync": layer_sync}
-    for flag, blocks in flags.items():
+    start, end = resolve_route(route, depth)
+    check_share("--route_share", share, grid)
+    for flag, blocks in taps.items():
         if any(start < block < end for block in blocks):
             raise UserError(
-                f"--{flag} {' '.join(map(str, blocks))}: on --route {start} {end} some tokens are "
-                "missing; choose blocks outside it"
+                f"--{flag} {' '.join(map(str, blocks))}: on --route {' '.join(map(str, route))} "
+                "tokens are missing; choose blocks outside it"
             )
 
 
 def with_routing(loss: Loss, share: float) -> Loss:
-    """Let a share of each image's tokens go around the route in the network that a loss is of."""
+    """Make the loss of a network in which a share of each image's tokens goes around the route."""
     if not share:
         return loss
 
     def routed(model: Any, batch: Any, key: Any, *frozen: Any) -> tuple[Float[Array, ""], Metrics]:
         noise_keys = derive_row_keys(key, batch.row).noise
         keys = jax.vmap(lambda key: jax.random.fold_in(key, KEPT_TAG))(noise_keys)
-        kept = choose_tokens(keys, model.config.grid, share)
-        return loss(RoutedNetwork(model, kept), batch, key, *frozen)
+        token_ids = choose_tokens(keys, model.config.grid, share)
+        return loss(RoutedNetwork(model, token_ids), batch, key, *frozen)
 
     return routed
 
 
 class RoutedNetwork:
-    """A network that computes only the kept tokens on its route."""
+    """A network whose route only some tokens pass."""
 
-    def __init__(self, model: Any, kept: Int[Array, "b k"] | None):
+    def __init__(self, model: Any, token_ids: Int[Array, "b k"]):
         self.config = model.config
         self.model = model
-        self.kept = kept
+        self.token_ids = token_ids
 
     def __call__(self, x: Any, t: Any, label: Any, **options: Any) -> Any:
-        return self.model(x, t, label, kept=self.kept, **options)
+        return self.model(x, t, label, token_ids=self.token_ids, **options)
+
+    def frozen(self) -> Any:
+        """Return the network's copy without gradient, which computes all tokens."""
+        return self.model.frozen()

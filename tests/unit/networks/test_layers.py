@@ -188,12 +188,14 @@ def test_taps_cut_a_scan_into_pieces_of_the_stack(taps):
     x, bias = jnp.ones((2, 3)), jnp.full((2, 3), 0.5)
 
     def scan(x):
-        return layers.scan_with_taps(blocks, x, bias, taps=taps, remat=True, unroll=1)
+        stacks = [(None, 0), (blocks, 4)]
+        return layers.scan_with_taps(stacks, x, bias, taps=taps, remat=True, unroll=1)
 
     end, states = scan(x)
     whole = layers.scan_blocks(blocks, x, bias, remat=True, unroll=1)
     np.testing.assert_array_equal(end, whole)
-    for tap, state in zip(taps, states, strict=True):
+    assert tuple(states) == taps
+    for tap, state in states.items():
         first = layers.split_blocks(blocks, [tap])[0]
         expected = layers.scan_blocks(first, x, bias, remat=True, unroll=1)
         np.testing.assert_array_equal(state, expected)
