@@ -31,6 +31,7 @@ from training.flag_groups import (
     SamplingFlags,
     StorageFlags,
 )
+from training.mup import WidthTransferFlags
 from training.teacher import TeacherFlags
 
 BY_PRESET = Derived("the model's")  # in its entry of MODELS, else in ModelConfig
@@ -277,6 +278,7 @@ class TrainConfig(
     TeacherFlags,
     BlockOptimizerFlags,
     OptimizerFlags,
+    WidthTransferFlags,
     TrainDeviceFlags,
     ClusterFlags,
     RunFlags,

@@ -26,6 +26,7 @@ from training.auxiliary import check_layer_sync
 from training.conditionings import RUN_CONDITIONINGS, ByCaption
 from training.config import BY_PRESET, PRECISIONS, TrainConfig
 from training.flag_groups import BY_DATASET, DEFAULT_DATASET
+from training.mup import check_mup
 from training.teacher import absolute_reference, with_step_of
 
 CONSTANT_TO_WSD = ("schedule", "constant", "wsd")  # they are the same until wsd decays
@@ -359,8 +360,10 @@ def _validate_model_and_sampling(config: TrainConfig) -> None:
             f"--inner_head {config.inner_head}: --objective {config.objective} cannot be guided by "
             "one; leave it at 0"
         )
-    check_layer_sync(config.layer_sync, MODELS[config.model]["depth"])
-    is_joint = MODELS[config.model].get("block") == JOINT
+    preset = MODELS[config.model]
+    check_layer_sync(config.layer_sync, preset["depth"])
+    check_mup(config.mup, width=preset["width"], n_heads=preset["n_heads"])
+    is_joint = preset.get("block") == JOINT
     if is_joint != (config.block == JOINT):
         allowed = "joint blocks only" if is_joint else f"one of: {', '.join(BLOCKS)}"
         raise UserError(f"--block {config.block}: {config.model} takes {allowed}")
