@@ -115,18 +115,8 @@ def losses_by_rate(config: WidthsConfig, width: int, *, mup: int) -> Losses:
 
 
 def best_rate(losses: Losses) -> float:
-    """The rate at the lowest point of the parabola through the lowest loss and its neighbours, over
-    the logarithm of the rate; the best rate itself if it is the first or the last.
-    """
-    finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
-    rates, values = [math.log(rate) for rate in finite], [*finite.values()]
-    i = values.index(min(values))
-    if not 0 < i < len(values) - 1:
-        return math.exp(rates[i])
-    left, right = rates[i] - rates[i - 1], rates[i + 1] - rates[i]
-    slopes = (values[i] - values[i - 1]) / left, (values[i + 1] - values[i]) / right
-    curvature = (slopes[1] - slopes[0]) / (left + right)
-    return math.exp((rates[i - 1] + rates[i]) / 2 - slopes[0] / (2 * curvature))
+    """The rate with the lowest loss."""
+    return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
 
 
 def table(panels: Mapping[str, Mapping[int, Losses]]) -> str:
@@ -145,6 +135,7 @@ def draw(panels: Mapping[str, Mapping[int, Losses]], path: Path) -> None:
     """Draw the losses over the learning rate, a panel for each title, a line for each width."""
     from matplotlib import rc_context
 
+    low = min(x[best_rate(x)] for widths in panels.values() for x in widths.values())
     colours: Sequence[str] = (curves.BLUE, curves.ORANGE, curves.GREEN, curves.GREY)
     with rc_context(curves.STYLE):
         figure = curves.new_figure(height=3.2)
@@ -154,8 +145,9 @@ def draw(panels: Mapping[str, Mapping[int, Losses]], path: Path) -> None:
                 colour = colours[i % len(colours)]
                 ax.plot([*losses], [*losses.values()], "o-", color=colour, label=f"width {width}")
                 ax.axvline(best_rate(losses), color=colour, linestyle=":")
-            ax.set(title=title, xlabel="learning rate", xscale="log")
-            ax.legend(frameon=False)
+            # Higher ones have diverged.
+            ax.set(title=title, xlabel="learning rate", xscale="log", ylim=(0.95 * low, 2 * low))
+            ax.legend()
         axes[0].set_ylabel("evaluation loss")
         curves.save_figure(figure, path)
 

@@ -31,9 +31,9 @@ class WidthTransferFlags:
 
     mup: int = setting(
         0,
-        "width of a smaller network of this kind whose learning rate is to hold here (μP): scales "
-        "the rates and the initial values of the weights by how much wider this one is; with "
-        "init_from the rates alone. 0 for neither",
+        "width of another network of this kind, whose learning rate is to hold at this one's width "
+        "(μP): steps and initial values are scaled by the ratio of the two, with init_from the "
+        "steps alone; 0 scales nothing",
         at_least=0,
     )
 
@@ -80,7 +80,8 @@ def adamw_factor(shape: Shape, base: Shape) -> float:
 def muon_factor(shape: Shape, base: Shape) -> float:
     """Factor of Muon's steps, whose singular values are all √(larger side): it makes them grow as
     √(outputs / inputs), with which a change of the activations keeps its size (Yang, Simon &
-    Bernstein 2023, condition 1). If both sides grow alike it is √(base width / width).
+    Bernstein 2023, condition 1). If both sides grow alike it is √(base width / width), for a kernel
+    of several maps too.
     """
 
     def wanted_over_actual(shape: Shape) -> float:

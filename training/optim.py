@@ -120,6 +120,9 @@ def adamw(
         moments: the precision that they are kept in. In bfloat16 they are rounded up or down at
             random, right on average: the second one moves by less than half of a last bit a step,
             and would stand still if it were rounded to nearest.
+        factors: maps weights, or a part of their tree, to a factor of the learning rate for each
+            leaf. Weight decay has none: a weight forgets at learning rate × decay, and networks of
+            all widths, or all parts of one, are to forget alike (Wang & Aitchison 2024).
     """
 
     def init(params: Any) -> Any:

@@ -27,7 +27,7 @@ BASE, WIDTH = 64, 512
 RATE = optax.constant_schedule(3e-3)
 
 
-def optimizer(config, base, *, by_muon=False, **settings):
+def optimizer(config, base, *, by_muon=False, clip_norm=0.0):
     blocks = muon(RATE, weight_decay=0.0, factors=mup.step_factors(mup.muon_factor, config, base))
     factors = mup.step_factors(mup.adamw_factor, config, base)
     return optim.clipped_adamw(
@@ -37,7 +37,7 @@ def optimizer(config, base, *, by_muon=False, **settings):
         weight_decay=0.0,
         blocks=blocks if by_muon else None,
         factors=factors,
-        **{"clip_norm": 0.0} | settings,
+        clip_norm=clip_norm,
     )
 
 
@@ -71,7 +71,9 @@ def changes(config, base):
 
 
 def test_activations_change_alike_at_every_width():
-    """Without it the tokens of a network of eight times the width change fifty times as much."""
+    """As it is, the tokens of a network of eight times the width change 35 times as much, its
+    prediction 7.6 times.
+    """
     wide = mup.at_width(NETWORK, WIDTH)
     narrow = changes(NETWORK, BASE)
     np.testing.assert_allclose(changes(wide, BASE) / narrow, 1, atol=0.2)
