@@ -36,9 +36,9 @@ from inference.sampler import SamplerConfig, sample_images
 from inference.spaces import space_of
 from methods.method import Loss
 from methods.registry import class_path
-from model import init_model_params, model_graphdef
+from model import model_graphdef
 from runtime import cli, parallel, processes, run_folder
-from training import display, flops, optim, warm_start
+from training import display, flops, mup, optim, warm_start
 from training import step as training_step
 from training.auxiliary import with_auxiliary
 from training.config import TrainConfig
@@ -134,6 +134,7 @@ class Trainer(Loop):
             clip_norm=c.clip_norm,
             moments=c.moments,
             blocks=self.block_optimizer(schedule) if c.optimizer == "muon" else None,
+            factors=mup.step_factors(mup.adamw_factor, self.model_config, c.mup),
         )
 
     def block_optimizer(self, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
@@ -144,10 +145,11 @@ class Trainer(Loop):
             weight_decay=self.config.weight_decay,
             dtype=jnp.bfloat16 if is_half else jnp.float32,
             distribute=partial(parallel.spread_rows, mesh=self.mesh),
+            factors=mup.step_factors(mup.muon_factor, self.model_config, self.config.mup),
         )
 
     def initial_state(self) -> TrainState:
-        params = init_model_params(self.model_config, self.init_key)
+        params = mup.init_params(self.model_config, self.config.mup, self.init_key)
         loss = self.training_loss()
         model = nnx.merge(model_graphdef(self.model_config), params)
         teacher = [self.teacher.merge()] if self.teacher else []

@@ -31,6 +31,7 @@ from training.flag_groups import (
     SamplingFlags,
     StorageFlags,
 )
+from training.mup import WidthTransferFlags
 from training.routing import RouteFlags
 from training.teacher import TeacherFlags
 
@@ -279,6 +280,7 @@ class TrainConfig(
     TeacherFlags,
     BlockOptimizerFlags,
     OptimizerFlags,
+    WidthTransferFlags,
     TrainDeviceFlags,
     ClusterFlags,
     RunFlags,

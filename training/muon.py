@@ -103,6 +103,7 @@ def muon(
     weight_decay: float,
     dtype: Any = jnp.float32,
     distribute: Distribute = lambda maps: maps,
+    factors: Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon with Nesterov's momentum, for a tree of block kernels, whose `update(grads, state,
     params, finite=True)` changes nothing where `finite` is false.
@@ -112,6 +113,8 @@ def muon(
         dtype: of the products of the orthogonalization.
         distribute: spreads a batch of maps over devices, each of which orthogonalizes its share. It
             may add maps of zeros at the end.
+        factors: maps a tree of kernels to a factor of the learning rate for each; weight decay has
+            none, as in `optim.adamw`.
     """
 
     def init(params: Any) -> MuonState:
@@ -125,9 +128,12 @@ def muon(
             lambda m, g: jnp.where(finite, BETA * m + g, m), state.momentum, updates
         )
         ahead = jax.tree.map(lambda m, g: g + BETA * m, momentum, updates)
+        directions = orthogonalize_all(ahead, dtype, distribute)
+        if factors:
+            directions = jax.tree.map(jnp.multiply, directions, factors(params))
         steps = jax.tree.map(
             lambda x, p: jnp.where(finite, -rate * (x + weight_decay * p), -0.0),
-            orthogonalize_all(ahead, dtype, distribute),
+            directions,
             params,
         )
         return steps, MuonState(state.count + jnp.int32(finite), momentum)

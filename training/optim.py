@@ -66,18 +66,28 @@ def clipped_adamw(
     clip_norm: float,
     moments: str = "fp32",
     blocks: optax.GradientTransformationExtraArgs | None = None,
+    factors: Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clip the gradient's norm (0 never clips), then AdamW; only matrices decay.
 
     Args:
         blocks: the rule of the blocks' kernels, in place of AdamW.
+        factors: of AdamW's steps, as `adamw` takes them.
     """
 
     def matrices(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
-    rule = adamw(schedule, beta1, beta2, weight_decay, matrices, moments=MOMENTS[moments])
+    rule = adamw(
+        schedule,
+        beta1,
+        beta2,
+        weight_decay,
+        matrices,
+        moments=MOMENTS[moments],
+        factors=factors,
+    )
     if blocks:
         rule = optax.partition({True: blocks, False: rule}, block_kernels)
     return optax.chain(clip, rule)
@@ -98,6 +108,7 @@ def adamw(
     mask: Callable[[PyTree], PyTree],
     epsilon: float = 1e-8,
     moments: Any = jnp.float32,
+    factors: Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW (Kingma & Ba 2015, Algorithm 1; Loshchilov & Hutter 2019, Algorithm 2) whose
     `update(grads, state, params, finite=True)` changes nothing where `finite` is false.
@@ -109,6 +120,9 @@ def adamw(
         moments: the precision that they are kept in. In bfloat16 they are rounded up or down at
             random, right on average: the second one moves by less than half of a last bit a step,
             and would stand still if it were rounded to nearest.
+        factors: maps weights, or a part of their tree, to a factor of the learning rate for each
+            leaf. Weight decay has none: a weight forgets at learning rate × decay, and networks of
+            all widths, or all parts of one, are to forget alike (Wang & Aitchison 2024).
     """
 
     def init(params: Any) -> Any:
@@ -127,12 +141,17 @@ def adamw(
         nu = jax.tree.map(lambda n, g: moving(n, g * g, beta2), state.nu, updates)
         mu_correction, nu_correction = 1 - beta1**count, 1 - beta2**count  # of the zero start
 
-        def step(m: Any, n: Any, p: Any, decays: Any) -> Array:
-            direction = m / mu_correction / (jnp.sqrt(n / nu_correction) + epsilon)
-            # Adding the negative zero changes no number, not even another negative zero.
-            return jnp.where(finite, -rate * (direction + weight_decay * decays * p), -0.0)
+        def direction(m: Any, n: Any) -> Array:
+            return m / mu_correction / (jnp.sqrt(n / nu_correction) + epsilon)
 
-        steps = jax.tree.map(step, mu, nu, params, mask(params))
+        def step(x: Any, p: Any, decays: Any) -> Array:
+            # Adding the negative zero changes no number, not even another negative zero.
+            return jnp.where(finite, -rate * (x + weight_decay * decays * p), -0.0)
+
+        directions = jax.tree.map(direction, mu, nu)
+        if factors:
+            directions = jax.tree.map(jnp.multiply, directions, factors(params))
+        steps = jax.tree.map(step, directions, params, mask(params))
         if moments == jnp.bfloat16:
             keys = jax.random.split(jax.random.fold_in(jax.random.key(0), state.count))
             mu, nu = round_at_random(mu, keys[0]), round_at_random(nu, keys[1])

@@ -26,6 +26,7 @@ from training.auxiliary import check_layer_sync
 from training.conditionings import RUN_CONDITIONINGS, ByCaption
 from training.config import BY_PRESET, PRECISIONS, TrainConfig
 from training.flag_groups import BY_DATASET, DEFAULT_DATASET
+from training.mup import check_mup
 from training.routing import check_routing
 from training.teacher import absolute_reference, with_step_of
 
@@ -360,22 +361,12 @@ def _validate_model_and_sampling(config: TrainConfig) -> None:
             f"--inner_head {config.inner_head}: --objective {config.objective} cannot be guided by "
             "one; leave it at 0"
         )
-    check_layer_sync(config.layer_sync, MODELS[config.model]["depth"])
+    preset = MODELS[config.model]
+    check_layer_sync(config.layer_sync, preset["depth"])
+    check_mup(config.mup, width=preset["width"], n_heads=preset["n_heads"])
     if config.route:
-        if method.extra_passes(is_taught=bool(config.teacher)):
-            raise UserError(
-                f"--route {' '.join(map(str, config.route))}: --objective {config.objective} calls "
-                "its network several times in a loss; train without a route"
-            )
-        side = config.image_size // config.patch_size
-        check_routing(
-            config.route,
-            config.route_share,
-            depth=MODELS[config.model]["depth"],
-            grid=(side, side),
-            taps={"inner_head": (config.inner_head,), "layer_sync": config.layer_sync},
-        )
-    is_joint = MODELS[config.model].get("block") == JOINT
+        _validate_route(config, method)
+    is_joint = preset.get("block") == JOINT
     if is_joint != (config.block == JOINT):
         allowed = "joint blocks only" if is_joint else f"one of: {', '.join(BLOCKS)}"
         raise UserError(f"--block {config.block}: {config.model} takes {allowed}")
@@ -384,6 +375,22 @@ def _validate_model_and_sampling(config: TrainConfig) -> None:
             f"--cfg_scale {config.cfg_scale}: an unconditional model cannot be guided; leave it at "
             "1"
         )
+
+
+def _validate_route(config: TrainConfig, method: Method) -> None:
+    if method.extra_passes(is_taught=bool(config.teacher)):
+        raise UserError(
+            f"--route {' '.join(map(str, config.route))}: --objective {config.objective} calls "
+            "its network several times in a loss; train without a route"
+        )
+    side = config.image_size // config.patch_size
+    check_routing(
+        config.route,
+        config.route_share,
+        depth=MODELS[config.model]["depth"],
+        grid=(side, side),
+        taps={"inner_head": (config.inner_head,), "layer_sync": config.layer_sync},
+    )
 
 
 def _reject_conflicting_modes(config: TrainConfig) -> None:
