@@ -171,6 +171,24 @@ class BlockOptimizerFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AverageFlags:
+    """Averages chosen after training."""
+
+    ema_std: tuple[float, ...] = setting(
+        (),
+        "relative widths of two or more further averages, such as 0.05 0.1: with --ema_std "
+        "generate.py and others make one of any other width of their snapshots",
+    )
+    snapshot_every: int = setting(
+        Derived("n_steps / 20"),
+        "steps between snapshots of those averages, which are all kept, with one more at the end",
+        above=0,
+        only_with=("ema_std", None),
+        may_change=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreviewFlags:
     """Samples of the run."""
 
@@ -277,6 +295,7 @@ class TrainConfig(
     TeacherFlags,
     BlockOptimizerFlags,
     OptimizerFlags,
+    AverageFlags,
     TrainDeviceFlags,
     ClusterFlags,
     RunFlags,

@@ -138,7 +138,7 @@ def read_saved(run_dir: Path) -> dict[str, Any]:
     saved = run_folder.read_config(run_dir)
     if time_scale := saved.get("model_config", {}).get("time_scale"):
         saved = {"time_scale": time_scale} | saved
-    saved = {"optimizer": "adamw"} | saved  # flags that older versions did not have
+    saved = {"optimizer": "adamw", "ema_std": ()} | saved  # flags that older versions did not have
     return saved if null_is_trained(saved) else saved | {"cfg_scale": 1.0}
 
 
