@@ -15,8 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
-MAX_STD = 12**-0.5  # of γ = 0, the average of all weights alike
-
 
 class Profiles(NamedTuple):
     """Profiles of averages.
@@ -33,6 +31,9 @@ class Profiles(NamedTuple):
 def std_of_gamma(gamma: float) -> float:
     """σ_rel of the exponent γ (eq. 123)."""
     return ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5
+
+
+MAX_STD = std_of_gamma(0.0)  # of the average of all weights alike
 
 
 def gamma_of_std(std: float) -> float:

@@ -272,8 +272,8 @@ def check_decay(config: Any) -> None:
 
 
 def check_averages(stds: Sequence[float]) -> None:
-    """Raise UserError unless averages of these relative widths can be told apart, so that others
-    can be made of them; of one alone they would be off by several per cent.
+    """Raise UserError unless these relative widths differ, so that averages of any other can be
+    made of them; made of one alone, those would be off by several per cent.
     """
     for std in stds:
         check_std(std)
