@@ -27,7 +27,7 @@ from training import step as training_step
 from training.config import TrainConfig
 
 STDS = (0.05, 0.1)
-AVERAGES = replace(TINY, ema_std=STDS, snapshot_every=1, eval_save_steps=4)
+AVERAGES = replace(TINY, ema_std=STDS, snapshot_every=1, n_steps=8, eval_save_steps=4)
 
 
 def snapshots_of(run_dir):
@@ -54,14 +54,14 @@ def whole(tmp_path_factory):
 
 
 def test_a_run_trains_as_one_without_averages(whole, tmp_path):
-    plain = Trainer(replace(TINY, eval_save_steps=4, run_dir=tmp_path / "plain"))
+    plain = Trainer(replace(TINY, n_steps=8, eval_save_steps=4, run_dir=tmp_path / "plain"))
     plain.fit()
     # Another program, which may round the last bits in another way.
     assert relative(whole.state.params, plain.state.params) < 1e-5
     assert relative(whole.state.ema, plain.state.ema) < 1e-5
     assert not (tmp_path / "plain" / SNAPSHOTS_FOLDER).exists()
-    items = {path.name for path in (tmp_path / "plain/checkpoints/12").iterdir() if path.is_dir()}
-    of_whole = {path.name for path in (whole.run_dir / "checkpoints/12").iterdir() if path.is_dir()}
+    items = {path.name for path in (tmp_path / "plain/checkpoints/8").iterdir() if path.is_dir()}
+    of_whole = {path.name for path in (whole.run_dir / "checkpoints/8").iterdir() if path.is_dir()}
     assert of_whole - items == {"power_ema"} and items < of_whole
     with pytest.raises(UserError, match=r"ema_std 0\.1: .* kept no averages to make it of"):
         TrainedModel.from_run(tmp_path / "plain", ema_std=0.1)
@@ -69,23 +69,37 @@ def test_a_run_trains_as_one_without_averages(whole, tmp_path):
         Trainer(TrainConfig(run_dir=tmp_path / "plain", resume=True, ema_std=STDS))
 
 
-@pytest.mark.parametrize("lost", [(), (12,), (8, 12)], ids=["end", "before", "start"])
-def test_it_resumes_bit_for_bit_and_writes_newer_snapshots_anew(whole, tmp_path, lost):
-    """From a step between two checkpoints, and from an earlier checkpoint than snapshots."""
+def test_it_resumes_bit_for_bit(whole, tmp_path):
+    Trainer(replace(AVERAGES, run_dir=tmp_path / "run")).fit(6)
+    resumed = Trainer(TrainConfig(run_dir=tmp_path / "run", resume=True))
+    resumed.fit()
+    assert_same(resumed.state, whole.state)
+    assert snapshots_of(tmp_path / "run") == snapshots_of(whole.run_dir)
+
+
+@pytest.mark.parametrize("lost, step", [((8,), 4), ((4, 8), 0)])
+def test_from_an_earlier_checkpoint_it_writes_later_snapshots_anew(whole, tmp_path, lost, step):
     run = tmp_path / "run"
-    if lost:
-        shutil.copytree(whole.run_dir, run)
-        for step in lost:
-            shutil.rmtree(run / f"checkpoints/{step}")
-    else:
-        Trainer(replace(AVERAGES, run_dir=run)).fit(7)
-    newer = [path for path in (run / SNAPSHOTS_FOLDER).iterdir() if int(path.name) > 8]
-    (newer[0] / "of_before").touch() if newer else None
+    shutil.copytree(whole.run_dir, run)
+    for each in lost:
+        shutil.rmtree(run / f"checkpoints/{each}")
+    for folder in (run / SNAPSHOTS_FOLDER).iterdir():
+        (folder / "of_before").touch()
     resumed = Trainer(TrainConfig(run_dir=run, resume=True))
+    assert resumed.step == step
     resumed.fit()
     assert_same(resumed.state, whole.state)
     assert snapshots_of(run) == snapshots_of(whole.run_dir)
-    assert not [*run.glob(f"{SNAPSHOTS_FOLDER}/*/of_before")]
+    left = {int(path.parent.name) for path in run.glob(f"{SNAPSHOTS_FOLDER}/*/of_before")}
+    assert left == {*range(1, step + 1)}
+
+
+def test_a_run_from_other_weights_averages_those(whole):
+    trainer = Trainer(replace(AVERAGES, init_from=str(whole.run_dir)))
+    assert relative(trainer.state.power_ema[0], whole.state.ema) < 1e-6
+    trainer.train_step(next(trainer.data.train_batches(0, 1)))
+    for average in trainer.state.power_ema:
+        assert relative(average, trainer.state.params) < 1e-6
 
 
 def test_a_skipped_step_does_not_count_and_a_rollback_removes_newer_snapshots(tmp_path, capsys):
@@ -106,11 +120,11 @@ def test_a_skipped_step_does_not_count_and_a_rollback_removes_newer_snapshots(tm
     trainer.update = step
     trainer.fit()
     assert "rolling back to step 4" in capsys.readouterr().out
-    assert (trainer.step, trainer.position, int(trainer.state.n_updates)) == (12, 15, 11)
+    assert (trainer.step, trainer.position, int(trainer.state.n_updates)) == (8, 11, 7)
     counts = {
         step: record[0]["n_updates"] for step, record in snapshots_of(trainer.run_dir).items()
     }
-    assert counts == {1: 1, 2: 1} | {step: step - 1 for step in range(3, 13)}
+    assert counts == {1: 1, 2: 1} | {step: step - 1 for step in range(3, 9)}
     made = TrainedModel.from_run(trainer.run_dir, ema_std=0.1)
     assert relative(made.params, trainer.state.power_ema[1]) < 1e-5
 
@@ -120,7 +134,7 @@ def test_an_average_is_made_of_the_snapshots(whole, tmp_path):
     for std, tracked in zip(STDS, whole.state.power_ema, strict=True):
         made = TrainedModel.from_run(whole.run_dir, ema_std=std)
         assert relative(made.params, tracked) < 1e-5
-        assert (made.step, made.card["ema_std"]) == (12, std)
+        assert (made.step, made.card["ema_std"]) == (8, std)
     assert "ema_std" not in TrainedModel.from_run(whole.run_dir).card
     other = Trainer(replace(AVERAGES, ema_std=(0.07, 0.15), run_dir=tmp_path / "other"))
     other.fit()
