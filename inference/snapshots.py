@@ -92,9 +92,9 @@ def weigh_snapshots(
     weights, error = power_ema.solve_weights(tracked, wanted)
     if error > MAX_ERROR:
         raise UserError(
-            f"--ema_std {std:g}: an average of {len(times)} snapshots of widths "
-            f"{' '.join(f'{each:g}' for each in stds)} would be off by {error:.0%}; take a width "
-            "nearer to those, or train with a smaller --snapshot_every"
+            f"--ema_std {std:g}: snapshots of widths {' '.join(f'{each:g}' for each in stds)} "
+            f"({len(times)} by step {last}) would give it with an error of {error:.0%}; take a "
+            "width nearer to those, or train with a smaller --snapshot_every"
         )
     by_step = dict(zip(step_of.values(), weights.reshape(len(times), -1).astype(np.float32)))
     return {step: shares for step, shares in by_step.items() if abs(shares).max() > NEGLIGIBLE}
