@@ -172,12 +172,12 @@ class BlockOptimizerFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class AverageFlags:
-    """Averages chosen after training."""
+    """Averages to choose from."""
 
     ema_std: tuple[float, ...] = setting(
         (),
-        "relative widths of two or more further averages, such as 0.05 0.1: with --ema_std "
-        "generate.py and others make one of any other width of their snapshots",
+        "relative widths of two or more further averages, such as 0.05 0.1; of their snapshots "
+        "generate.py --ema_std, and others, make one of any width",
     )
     snapshot_every: int = setting(
         Derived("n_steps / 20"),
