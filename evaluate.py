@@ -7,13 +7,14 @@ and recall, of a run's samples, a published model's, or images on disk.
 
 Every result is recorded with everything it depends on; the batch size and the number of devices do
 not change it. With `--samples`, repeating the same command resumes an interrupted evaluation; of
-several guidance scales, those that are recorded are not evaluated again.
+several guidance scales or averages, those that are recorded are not evaluated again.
 """
 
+import gc
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from evaluation.scores import Scores
 from evaluation.sweep import Evaluation, evaluate_in_turn, format_scale, format_table
 from inference import curves, sample_files
 from inference.sample_files import EvaluationSamplesConfig
+from inference.snapshots import check_snapshots, check_std
 from inference.trained_model import SamplingOverrides, TrainedModel
 from runtime import cli, parallel, processes
 from runtime.errors import UserError
@@ -133,6 +135,12 @@ class SampleFlags(SamplingFlags):
         "also write the samples to this .npz, in the ADM suite's layout; of several guidance "
         "scales, NAME-1.5.npz for each",
     )
+    ema_std: tuple[float, ...] | None = again(
+        CheckpointFlags,
+        "ema_std",
+        help="relative width of an average to evaluate instead, made of the snapshots of a run "
+        "that was trained with --ema_std. Several are evaluated in turn, as scales are",
+    )
     step: int | None = again(CheckpointFlags, "step")
     ema: bool | None = again(CheckpointFlags, "ema", default=Derived("True"))
     vae: str | None = again(MovedFlags, "vae")
@@ -151,8 +159,13 @@ IMAGE_SOURCES = ("run", "pretrained", "images", "npz", "dataset_name")
 # Flags that only some sources take.
 SAMPLING_FLAGS = tuple(field.name for field in fields(SamplingOverrides))
 MODEL_FLAGS = ("n", "vae", "samples", "protocol", *SAMPLING_FLAGS)
-RUN_FLAGS = ("step", "ema")
+RUN_FLAGS = ("step", "ema", "ema_std")
 DATASET_FLAGS = ("data_dir", "image_column", "split")
+# Flags that may have several values → the plot's name, and its axis.
+SWEPT = {
+    "cfg_scale": ("guidance", "guidance scale"),
+    "ema_std": ("ema_std", "relative width of the average"),
+}
 
 
 # --- flags ----------------------------------------------------------------------------------------
@@ -171,9 +184,9 @@ def check_flags(config: EvaluateConfig) -> None:
     check_values(config, vars(config))
     if 0 < config.n_features < 2:
         raise UserError("--n_features 1: must be 0 or at least 2")
-    _check_scales(config)
+    _check_swept(config)
     _check_files(config)  # the name as given before those of the scales
-    for one in split_scales(config):
+    for one in split_sweep(config):
         _check_files(one)
         _check_protocol(one)
     if config.features == "pixels" and (config.inception or config.preparation):
@@ -205,14 +218,19 @@ def _check_source(config: EvaluateConfig) -> None:
         raise UserError(f"--image_size does not apply to --{source}: its images have a size")
 
 
-def _check_scales(config: EvaluateConfig) -> None:
-    scales = config.cfg_scale or ()
-    for scale in scales:
-        flags_of(config)["cfg_scale"].check("cfg_scale", scale)
-        if scales.count(scale) > 1:
-            raise UserError(f"--cfg_scale {scale:g} is given twice")
-    if len(scales) > 1 and config.make_reference:
-        raise UserError(f"--make_reference takes one --cfg_scale, not {len(scales)}")
+def _check_swept(config: EvaluateConfig) -> None:
+    for name in SWEPT:
+        values = getattr(config, name) or ()
+        for value in values:
+            flags_of(config)[name].check(name, value)
+            if values.count(value) > 1:
+                raise UserError(f"--{name} {value:g} is given twice")
+        if len(values) > 1 and config.make_reference:
+            raise UserError(f"--make_reference takes one --{name}, not {len(values)}")
+    if all(len(getattr(config, name) or ()) > 1 for name in SWEPT):
+        raise UserError("--cfg_scale and --ema_std: give several values of one of them at a time")
+    for std in config.ema_std or ():
+        check_std(std)
 
 
 def _check_protocol(config: EvaluateConfig) -> None:
@@ -244,18 +262,28 @@ def scale_of(config: EvaluateConfig) -> float | None:
     return config.cfg_scale[0] if config.cfg_scale else None
 
 
-def split_scales(config: EvaluateConfig) -> list[EvaluateConfig]:
-    """Return for each guidance scale the config that evaluates it alone."""
-    scales = config.cfg_scale or ()
-    if len(scales) < 2:
+def std_of(config: EvaluateConfig) -> float | None:
+    """Return the width of the average of a config that has one, or None for the run's own EMA."""
+    return config.ema_std[0] if config.ema_std else None
+
+
+def swept_flag(config: EvaluateConfig) -> str | None:
+    """Return the name of the flag that has several values, if one has."""
+    return next((name for name in SWEPT if len(getattr(config, name) or ()) > 1), None)
+
+
+def split_sweep(config: EvaluateConfig) -> list[EvaluateConfig]:
+    """Return for each guidance scale, or each average, the config that evaluates it alone."""
+    flag_name = swept_flag(config)
+    if flag_name is None:
         return [config]
     configs: list[EvaluateConfig] = []
-    for scale in scales:
-        one = replace(config, cfg_scale=(scale,))
+    for value in getattr(config, flag_name):
+        one = replace(config, **{flag_name: (value,)})
         if path := config.samples:
-            name = f"{path.stem}-{format_scale(scale)}{path.suffix}"
+            name = f"{path.stem}-{format_scale(value)}{path.suffix}"
             one = replace(one, samples=path.with_name(name))
-        if scale == 1 and not (
+        if (flag_name, value) == ("cfg_scale", 1) and not (
             config.guide and config.guide_scale != 1
         ):  # a single evaluation refuses limits without guidance
             one = replace(one, interval=None, guided_channels=None)
@@ -293,7 +321,9 @@ def open_model(config: EvaluateConfig) -> TrainedModel | None:
     """Open the model to sample from; None if images on disk are evaluated."""
     c = config
     if c.run:
-        return TrainedModel.from_run(c.run, ema=c.ema is not False, step=c.step, vae=c.vae)
+        return TrainedModel.from_run(
+            c.run, ema=c.ema is not False, ema_std=std_of(c), step=c.step, vae=c.vae
+        )
     return TrainedModel.from_pretrained(c.pretrained, vae=c.vae) if c.pretrained else None
 
 
@@ -310,6 +340,23 @@ def open_images(
         files = [one.samples for one in configs]
         return sample_files.open_image_sets(model, sampling, samples=files)
     return [_open_stored_images(one) for one in configs]
+
+
+def open_in_turn(
+    configs: Sequence[EvaluateConfig], model: TrainedModel | None, batch_size: int
+) -> Iterator[ImageSet]:
+    """Open the images that each config evaluates: those of guidance scales all at once, and those
+    of averages, each with weights of its own, when they are asked for.
+
+    Raises:
+        UserError: as `open_images`.
+    """
+    if len({one.ema_std for one in configs}) == 1:
+        yield from open_images(configs, model, batch_size)
+        return
+    for one in configs:
+        gc.collect()  # of the last model, which refers to itself
+        yield from open_images([one], open_model(one), batch_size)
 
 
 def _open_stored_images(config: EvaluateConfig) -> ImageSet:
@@ -376,7 +423,9 @@ def main(config: EvaluateConfig) -> None:
         raise UserError("--samples needs a single process: drop it, or run without --distributed")
     reference = read_reference(config.reference) if config.reference else None
     model = open_model(config)
-    configs = [apply_protocol(one, model, reference) for one in split_scales(config)]
+    if config.run and swept_flag(config) == "ema_std":
+        check_snapshots(config.run, config.ema_std or (), config.step)
+    configs = [apply_protocol(one, model, reference) for one in split_sweep(config)]
     mesh = model.mesh if model else parallel.make_mesh()
     batch_size = config.batch_size or default_batch_size(mesh)
     extractor = build_matching_extractor(
@@ -386,41 +435,72 @@ def main(config: EvaluateConfig) -> None:
         weights=config.inception,
         preparation=configs[0].preparation,
     )
-    sets = open_images(configs, model, batch_size)
-    if processes.is_first():
-        print(sets[0].describe())
-        if reference and (warning := reference.compare_sizes(sets[0].shape)):
-            print(warning)
-        if config.protocol and (warning := PROTOCOLS[config.protocol].compare_n(sets[0].count)):
-            print(warning)
+    sets = open_in_turn(configs, model, batch_size)
     n_features, seed = config.n_features, config.seed
     if reference:
-        evaluations: list[Evaluation] = []
-        for one, images in zip(configs, sets, strict=True):
-            make_card = partial(build_card, images, extractor, reference, one)
-            evaluations.append(Evaluation(images, make_card, scale_of(one), one.samples))
         comparison = Comparison(reference, extractor, batch_size, n_features, seed)
-        record = config.out or (config.run or Path()) / RECORD_FILE
-        results = evaluate_in_turn(evaluations, comparison, record)
-        if len(configs) > 1 and processes.is_first():
-            report_sweep(config.cfg_scale or (), results, record)
+        compare(config, configs, sets, comparison)
     elif path := config.make_reference:
-        summary = extract_features(sets[0], extractor, batch_size, n_features, seed)
+        images = next(sets)
+        describe(images, config)
+        summary = extract_features(images, extractor, batch_size, n_features, seed)
         if processes.is_first():
-            card = build_card(sets[0], extractor)
+            card = build_card(images, extractor)
             with report_unwritable(path):
                 write_reference(path, summary.pool, summary.spatial, summary.features, card)
             print(f"statistics of {summary.count} images: {path}")
     processes.wait_for_all("the end")
 
 
-def report_sweep(scales: Sequence[float], results: Sequence[Scores], record: Path) -> None:
-    """Print a table of the scores of several guidance scales, and plot them beside the record."""
-    print(format_table(scales, results))
-    path = record.with_name(f"{record.stem}-guidance.png")
+def describe(images: ImageSet, config: EvaluateConfig, reference: Reference | None = None) -> None:
+    """Print what is evaluated, and what to mind about it."""
+    if not processes.is_first():
+        return
+    print(images.describe())
+    if reference and (warning := reference.compare_sizes(images.shape)):
+        print(warning)
+    if config.protocol and (warning := PROTOCOLS[config.protocol].compare_n(images.count)):
+        print(warning)
+
+
+def compare(
+    config: EvaluateConfig,
+    configs: Sequence[EvaluateConfig],
+    sets: Iterator[ImageSet],
+    comparison: Comparison,
+) -> None:
+    """Compare sets of images with the reference, and report the scores.
+
+    Args:
+        config: as given.
+        configs: of each set.
+    """
+    reference, name = comparison.reference, swept_flag(config)
+
+    def open_evaluation(one: EvaluateConfig) -> Evaluation:
+        images = next(sets)
+        if one is configs[0]:
+            describe(images, one, reference)
+        make_card = partial(build_card, images, comparison.extractor, reference, one)
+        label = f"{name} {format_scale(getattr(one, name)[0])}" if name else ""
+        return Evaluation(images, make_card, label, one.samples)
+
+    record = config.out or (config.run or Path()) / RECORD_FILE
+    results = evaluate_in_turn(map(open_evaluation, configs), comparison, record)
+    if name and processes.is_first():
+        report_sweep(name, getattr(config, name), results, record)
+
+
+def report_sweep(
+    flag_name: str, values: Sequence[float], results: Sequence[Scores], record: Path
+) -> None:
+    """Print a table of the scores of several values of a flag, and plot them beside the record."""
+    print(format_table(values, results, flag_name))
+    title, label = SWEPT[flag_name]
+    path = record.with_name(f"{record.stem}-{title}.png")
     with report_unwritable(path):
-        curves.save_figure(curves.plot_scores(scales, results), path)
-    print(f"scores over guidance: {path}")
+        curves.save_figure(curves.plot_scores(values, results, label), path)
+    print(f"scores over {title}: {path}")
 
 
 def build_card(
@@ -446,7 +526,8 @@ def build_card(
             "sha256": reference.sha256,
             "pictures": reference.card,
         }
-        card["config"] = asdict(config) | {"cfg_scale": scale_of(config)}
+        single = {"cfg_scale": scale_of(config), "ema_std": std_of(config)}
+        card["config"] = asdict(config) | single
         if config.protocol:
             card["protocol"] = PROTOCOLS[config.protocol].card(images.count)
     return card

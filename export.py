@@ -59,7 +59,9 @@ def main(config: ExportConfig) -> None:
     """
     c = config
     processes.start_backend()
-    trained = TrainedModel.from_run(c.run, ema=c.ema, step=c.step, fsdp=parallel.devices().count)
+    trained = TrainedModel.from_run(
+        c.run, ema=c.ema, ema_std=c.ema_std, step=c.step, fsdp=parallel.devices().count
+    )
     layout, reason = select_layout(c, trained.model)
     if c.out.exists() and not (c.out.is_dir() and not any(c.out.iterdir())):
         raise UserError(f"'{c.out}' already exists; name a new folder by --out")
@@ -73,6 +75,8 @@ def main(config: ExportConfig) -> None:
         raise UserError(f"the weights of step {step} of {c.run} hold NaN or infinity; pass --step")
     settings = {name: run[name] for name in EXPORTED_SETTINGS if name in run}
     settings |= {"step": step, "ema": c.ema, "cfg_scale": trained.default_cfg_scale}
+    if c.ema_std is not None:
+        settings["ema_std"] = c.ema_std
     n_params = sum(np.size(x) for x in jax.tree.leaves(params))
     card = model_card(c.out.name, run | settings, trained, layout, n_params)
     try:
@@ -118,6 +122,8 @@ def model_card(
     library = "diffusers" if diffusers else "jax"
     params = f"{n_params / 1e6:.3g} M parameters"
     weights = "averaged (EMA)" if run["ema"] else "raw"
+    if trained.ema_std is not None:
+        weights = f"averaged (EMA of relative width {trained.ema_std:g})"
     span = ", span" if model.takes_span else ""
     return f"""---
 library_name: {library}

@@ -106,6 +106,7 @@ def main(config: FiguresConfig) -> None:
     trained = TrainedModel.from_run(
         config.run,
         ema=config.ema,
+        ema_std=config.ema_std,
         step=config.step,
         vae=config.vae,
         text_encoders=config.text_towers,

@@ -106,9 +106,12 @@ def check_flags(config: GenerateConfig) -> None:
     """Raises UserError for flags that cannot work, before anything is loaded."""
     if (config.run is None) == (config.pretrained is None):
         raise UserError("name a run's folder by --run, or a published model by --pretrained")
-    if config.pretrained and (config.step is not None or not config.ema):
+    if config.pretrained and (
+        config.step is not None or config.ema_std is not None or not config.ema
+    ):
         raise UserError(
-            "--step and --ema choose among a run's weights; --pretrained has only one version"
+            "--step, --ema and --ema_std choose among a run's weights; --pretrained has only one "
+            "version"
         )
     check_values(config, vars(config))
     if config.fsdp is not None and (config.fsdp < 1 or parallel.devices().count % config.fsdp):
@@ -206,6 +209,7 @@ def open_model(config: GenerateConfig) -> TrainedModel:
         return TrainedModel.from_run(
             config.run,
             ema=config.ema,
+            ema_std=config.ema_std,
             step=config.step,
             vae=config.vae,
             text_encoders=config.text_towers,

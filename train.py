@@ -37,6 +37,7 @@ from inference.spaces import space_of
 from methods.method import Loss
 from methods.registry import class_path
 from model import model_graphdef
+from networks.power_ema import gamma_of_std
 from runtime import cli, parallel, processes, run_folder
 from training import display, flops, mup, optim, warm_start
 from training import step as training_step
@@ -84,6 +85,7 @@ class Trainer(Loop):
         self.method, self.conditioning = prepared.method, prepared.conditioning
         self.encoded = prepared.conditioning.store
         self.model_config = prepared.network
+        self.keeps_snapshots = bool(self.config.ema_std)
         self.null_is_trained = prepared.null_is_trained
         self._open_devices()
         keys = jax.random.split(jax.random.key(self.config.seed), 3)
@@ -157,7 +159,13 @@ class Trainer(Loop):
             lambda b: loss(model, b, self.train_key, *teacher)[1], self.blank_batch()
         )
         scaled = self.model_config.dtype == "float16"
-        return training_step.initial_state(params, self.optimizer, metrics, scaled=scaled)
+        return training_step.initial_state(
+            params,
+            self.optimizer,
+            metrics,
+            scaled=scaled,
+            n_averages=len(self.config.ema_std),
+        )
 
     def create_state(self, weights: warm_start.StartingWeights | None = None) -> TrainState:
         """Create the state before the first step, with the weights of `--init_from` if given.
@@ -178,11 +186,13 @@ class Trainer(Loop):
         for notice in notices if processes.is_first() else ():
             print(f"--init_from: {notice}")
         # Free the fresh weights first: devices then never hold more than while training.
-        state = replace(state, params=None, ema=None)
+        n_averages = len(state.power_ema)
+        state = replace(state, params=None, ema=None, power_ema=())
         params = parallel.shard_params(params, self.mesh)
         # Copies, because host memory cannot be donated, nor one buffer in two places.
         params = jax.tree.map(jnp.copy, params)
-        return replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
+        ema, *power_ema = training_step.copies(params, 1 + n_averages)
+        return replace(state, params=params, ema=ema, power_ema=tuple(power_ema))
 
     def blank_batch(self) -> Batch:
         n, m = self.config.batch_size // processes.count(), self.model_config
@@ -236,6 +246,7 @@ class Trainer(Loop):
             optimizer=self.optimizer,
             ema_decay=c.ema_decay,
             log_every=c.log_every,
+            power_gammas=[gamma_of_std(std) for std in c.ema_std],
         )
         return jax.jit(step, donate_argnums=0)
 

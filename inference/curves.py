@@ -176,21 +176,27 @@ def _plot_learning_rate(ax: "Axes", record: Record) -> None:
     ax.set_title("Learning rate")
 
 
-def plot_scores(scales: Sequence[float], scores: Sequence[Mapping[str, float]]) -> "Figure":
-    """Plot each score of an evaluation over the guidance scale, with its deviation if it has one.
+def plot_scores(
+    values: Sequence[float],
+    scores: Sequence[Mapping[str, float]],
+    label: str = "guidance scale",
+) -> "Figure":
+    """Plot each score of an evaluation over the guidance scale, or another value, with its
+    deviation if it has one.
 
     Args:
-        scores: by name, for each scale. `NAME_std` is the standard deviation of `NAME`.
+        label: of the values.
+        scores: by name, for each value. `NAME_std` is the standard deviation of `NAME`.
     """
     import matplotlib
 
-    order = np.argsort(scales)
+    order = np.argsort(values)
     rows = [scores[i] for i in order]
     names = [name for name in rows[0] if all(name in row for row in rows)]
     plotted = [name for name in names if not name.endswith("_std")]
     n_columns = min(3, math.ceil(math.sqrt(len(plotted))))
     n_rows = math.ceil(len(plotted) / n_columns)
-    x = np.asarray(scales, np.float64)[order]
+    x = np.asarray(values, np.float64)[order]
     with matplotlib.rc_context(STYLE):
         figure = new_figure(height=HEIGHT / 2 * n_rows)
         axes = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
@@ -200,7 +206,7 @@ def plot_scores(scales: Sequence[float], scores: Sequence[Mapping[str, float]]) 
             ax.errorbar(x, y, std, color=BLUE, marker="o", ms=3, lw=1.4, elinewidth=0.7)
             ax.ticklabel_format(axis="y", useOffset=False)
             ax.set_title(name)
-            ax.set_xlabel("guidance scale")
+            ax.set_xlabel(label)
         for ax in axes[len(plotted) :]:
             ax.set_visible(False)
     return figure

@@ -7,7 +7,7 @@ Commands read a run through this class and nowhere else. It writes nothing.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from inference.sampler import (
     check_route_guidance,
     sample_images,
 )
+from inference.snapshots import check_std, load_average
 from inference.spaces import Space, space_of
 from methods.method import Method
 from methods.registry import method_of
@@ -110,6 +111,7 @@ class TrainedModel:
         mesh: the devices to place the weights on.
         load: loads the weights. Returns the training step they are of, if known, and the weights.
         ema: whether the weights are averaged, if known.
+        ema_std: relative width of their average, if it was made of a run's snapshots.
         vae: where the VAE of a latent diffusion model is now, if it has moved.
         text_encoders: where the text encoders are now, if they have moved.
         revision: the commit of a model of the hub.
@@ -124,6 +126,7 @@ class TrainedModel:
     mesh: parallel.Mesh
     load: Callable[[], tuple[int | None, Any]] = field(repr=False)
     ema: bool | None = None
+    ema_std: float | None = None
     vae: str | None = None
     text_encoders: Sequence[str] = ()
     revision: str | None = None
@@ -146,6 +149,7 @@ class TrainedModel:
         folder: Path,
         *,
         ema: bool = True,
+        ema_std: float | None = None,
         step: int | None = None,
         vae: str | None = None,
         text_encoders: Sequence[str] = (),
@@ -155,11 +159,14 @@ class TrainedModel:
 
         Args:
             ema: the averaged weights; False for the raw ones.
+            ema_std: relative width of an average that is made of the run's snapshots, in place of
+                a checkpoint's weights. `step` is then that of a snapshot.
             fsdp: devices that share one copy of the weights; by default as in the run, or the
                 greatest common divisor of that and the number of devices here.
 
         Raises:
-            UserError: the folder is not a run, or `config.json` does not describe one.
+            UserError: the folder is not a run, or `config.json` does not describe one; or it kept
+                no averages to make others of.
         """
         settings = read_config(folder)
         settings["run_dir"] = str(folder)  # it may have moved
@@ -168,7 +175,9 @@ class TrainedModel:
         except TypeError as error:
             raise UserError(f"the config.json of '{folder}' is damaged: {error}") from None
         mesh = parallel.make_mesh(fsdp or math.gcd(settings["fsdp"], parallel.devices().count))
-        load = partial(load_params, folder, model, mesh, ema=ema, step=step)
+        load = partial(load_params, folder, model, mesh, ema=ema, ema_std=ema_std, step=step)
+        if ema_std is not None:
+            check_average(str(folder), settings, ema_std, ema=ema)
         return cls(
             name=str(folder),
             settings=settings,
@@ -176,6 +185,7 @@ class TrainedModel:
             mesh=mesh,
             load=load,
             ema=ema,
+            ema_std=ema_std,
             vae=vae,
             text_encoders=text_encoders,
         )
@@ -491,7 +501,26 @@ class TrainedModel:
             "dtype": self.model.dtype,
             "text_towers": self.text_encoder_paths,
             "vae": self.space.card,
+            # Cards of older versions do not have it.
+            **({} if self.ema_std is None else {"ema_std": self.ema_std}),
         }
+
+
+def check_average(name: str, settings: Mapping[str, Any], std: float, *, ema: bool) -> None:
+    """Raises UserError if a run cannot give an average of this relative width.
+
+    Args:
+        settings: its `config.json`.
+        ema: whether averaged weights are wanted.
+    """
+    if not ema:
+        raise UserError(f"--ema_std {std:g} names an average, and --noema wants none: drop one")
+    check_std(std)
+    if not settings.get("ema_std"):
+        raise UserError(
+            f"--ema_std {std:g}: '{name}' kept no averages to make it of, as a run of train.py "
+            "--ema_std 0.05 0.1 does; leave it out"
+        )
 
 
 def load_params(
@@ -500,16 +529,19 @@ def load_params(
     mesh: parallel.Mesh,
     *,
     ema: bool = True,
+    ema_std: float | None = None,
     step: int | None = None,
 ) -> tuple[int, Any]:
-    """Load a run's weights, averaged or raw, from its newest checkpoint if no step is given.
+    """Load a run's weights, averaged or raw, from its newest checkpoint if no step is given, or
+    average its snapshots.
 
-    Returns the checkpoint's step, and the weights.
+    Returns the checkpoint's or snapshot's step, and the weights.
     """
+    shapes = parallel.abstract_state(partial(init_model_params, config, jax.random.key(0)), mesh)
+    if ema_std is not None:
+        return load_average(run, shapes, mesh, ema_std, step=step)
     item = "ema" if ema else "params"
-    like = {
-        item: parallel.abstract_state(partial(init_model_params, config, jax.random.key(0)), mesh)
-    }
+    like = {item: shapes}
     with Checkpoints(run, read_only=True) as checkpoints:
         if step is None:
             step, items, _ = checkpoints.restore_newest(like)

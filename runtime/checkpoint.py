@@ -29,9 +29,11 @@ from runtime.errors import UserError
 from runtime.orbax_noise import release_failed_calls, silence_orbax
 
 CHECKPOINTS_FOLDER = "checkpoints"
+SNAPSHOTS_FOLDER = "snapshots"  # of averages alone, which are all kept
 DAMAGED_FOLDER = "damaged"  # unreadable checkpoints are moved here
-ARRAY_ITEMS = ("params", "ema", "optimizer")
+ARRAY_ITEMS = ("params", "ema", "optimizer", "power_ema")
 METADATA_ITEMS = ("config", "data")
+PROFILES_ITEM = "profiles"  # the metadata of a snapshot
 CHECKSUMS_ITEM = "sums"
 # Raised by Orbax over damaged files. A lack of memory is a RuntimeError and no damage.
 DAMAGE_ERRORS = (ValueError, LookupError, OSError, AttributeError, TypeError, AssertionError)
@@ -56,7 +58,7 @@ class DiskFullError(UserError):
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run, with one folder per saved step.
+    """The folder `checkpoints/` or `snapshots/` of a run, with one folder per saved step.
 
     Use it as a context manager: leaving waits for the last write. Orbax prints nothing from then
     on; what goes wrong is raised.
@@ -66,23 +68,26 @@ class Checkpoints:
         self,
         run_dir: Path,
         *,
+        folder: str = CHECKPOINTS_FOLDER,
         keep: int | None = None,
         keep_every: int | None = None,
         read_only: bool = False,
     ):
-        """Open or create `checkpoints/` in a run's folder.
+        """Open or create the folder of checkpoints in a run's folder.
 
         Args:
+            folder: its name.
             keep: number of newest steps to keep; older ones are deleted as new ones arrive.
             keep_every: keep the multiples of this too.
             read_only: never touch the folder, which another process may be writing to. Without it,
                 half-written steps of a killed process are removed.
         """
-        self.folder = run_dir.resolve() / CHECKPOINTS_FOLDER
+        self.folder = run_dir.resolve() / folder
+        self.saving = 0  # the step of the last save, which may still be being written
         self.save_failed = False  # the last one
         self._read_failed = False  # any one
         silence_orbax()
-        items = (*ARRAY_ITEMS, *METADATA_ITEMS, CHECKSUMS_ITEM)
+        items = (*ARRAY_ITEMS, *METADATA_ITEMS, PROFILES_ITEM, CHECKSUMS_ITEM)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every,
@@ -147,7 +152,7 @@ class Checkpoints:
 
         Args:
             arrays: trees of arrays, by names in ARRAY_ITEMS.
-            metadata: JSON objects, by names in METADATA_ITEMS.
+            metadata: JSON objects, by names in METADATA_ITEMS, or PROFILES_ITEM.
 
         Raises:
             DiskFullError: now, or during the previous save if nobody has waited for it. Earlier
@@ -155,6 +160,7 @@ class Checkpoints:
             RuntimeError: the folder holds a newer step.
         """
         self.wait()
+        self.saving = step
         if self.save_failed:
             self._clean_up_failed_save()
         if step == self.latest_step():
@@ -290,6 +296,12 @@ class Checkpoints:
             folder.mkdir(exist_ok=True)
             (self.folder / str(step)).rename(_unused_path(folder / str(step)))
         self.manager.reload()
+
+    def remove_after(self, step: int) -> None:
+        """Remove newer steps than `step`, which a run that has gone back saves anew."""
+        self.wait()
+        for newer in [saved for saved in self.manager.all_steps() if saved > step]:
+            self.manager.delete(newer)
 
     def wait(self) -> None:
         """Wait until all that was saved is on disk. A failed save is reported once.

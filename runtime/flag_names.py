@@ -95,6 +95,7 @@ TRAINING = {
     "gradient_clipping clip_grad clip_grad_norm clip clip_gradients max_norm clipping grad_norm",
     "ema_decay": "ema_rate ema_beta ema_max_decay ema_momentum ema_halflife ema_half_life "
     "model_ema_decay ema_decay_rate",
+    "ema_std": "ema_stds sigma_rel sigma_rels ema_sigma ema_sigmas phema posthoc_ema post_hoc_ema",
     "seed": "manual_seed global_seed random_seed rng_seed noise_seed",
     "fsdp": "shard sharding fsdp_size fsdp_degree dp_shard zero zero_stage n_shards num_shards "
     "data_parallel_shard_degree fsdp_devices use_fsdp",
@@ -156,6 +157,7 @@ SAMPLING = {
     "pretrained_model pretrained_path pretrained_model_name_or_path model_id hub_id repo_id model "
     "model_name hf_model init_from load_weights",
     "ema": "use_ema ema_model load_ema use_ema_weights model_ema",
+    "ema_std": "sigma_rel ema_sigma phema posthoc_ema post_hoc_ema",
     "step": "checkpoint_step ckpt_step iteration global_step epoch training_step",
     "labels": "class_labels class_label label class_name class_names class_ids class_id y classes "
     "class target_class class_idx class_cond categories",
@@ -226,7 +228,7 @@ REASONS = {
     "training always averages the weights (EMA); --ema_decay sets how slowly": (
         "use_ema ema ema_model model_ema"
     ),
-    "weights are averaged at every step; --ema_decay is the only setting": (
+    "weights are averaged at every step; only --ema_decay and --ema_std are set": (
         "ema_start ema_warmup ema_update_after_step ema_inv_gamma ema_power ema_update_every "
         "update_ema_every step_start_ema"
     ),

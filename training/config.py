@@ -173,6 +173,24 @@ class BlockOptimizerFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AverageFlags:
+    """Averages to choose from."""
+
+    ema_std: tuple[float, ...] = setting(
+        (),
+        "relative widths of two or more further averages, such as 0.05 0.1; of their snapshots "
+        "generate.py --ema_std, and others, make one of any width",
+    )
+    snapshot_every: int = setting(
+        Derived("n_steps / 20"),
+        "steps between snapshots of those averages, which are all kept, with one more at the end",
+        above=0,
+        only_with=("ema_std", None),
+        may_change=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreviewFlags:
     """Samples of the run."""
 
@@ -281,6 +299,7 @@ class TrainConfig(
     BlockOptimizerFlags,
     OptimizerFlags,
     WidthTransferFlags,
+    AverageFlags,
     TrainDeviceFlags,
     ClusterFlags,
     RunFlags,

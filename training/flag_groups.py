@@ -335,7 +335,12 @@ class CheckpointFlags:
     """Model."""
 
     ema: bool = flag(True, "use a run's averaged weights (EMA); false uses the raw ones")
-    step: int | None = flag(Derived("the newest"), "step of a run's checkpoint")
+    ema_std: float | None = flag(
+        None,
+        "an average of this relative width instead, such as 0.15, made of the snapshots of a run "
+        "that was trained with --ema_std",
+    )
+    step: int | None = flag(Derived("the newest"), "step of a run's checkpoint, or snapshot")
 
 
 @dataclass(frozen=True, kw_only=True)

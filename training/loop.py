@@ -21,7 +21,7 @@ from data.pipeline import Pipeline
 from data.rows import Source
 from datasets_config import DatasetConfig
 from runtime import parallel, processes
-from runtime.checkpoint import Checkpoints
+from runtime.checkpoint import PROFILES_ITEM, Checkpoints
 from runtime.errors import RunError, UserError
 from runtime.signals import catch_stop_signals
 from training import device_dataset, optim
@@ -150,6 +150,12 @@ class Loop(Run):
         """Return True if `measure` follows this step of a run to step `last`."""
         return False
 
+    def snapshot_is_due(self, last: int) -> bool:
+        """Return True if a snapshot of the averages follows this step of a run to step `last`."""
+        if not self.keeps_snapshots:
+            return False
+        return self.step % self.config.snapshot_every == 0 or self.step == last
+
     # --- the run's folder, data and state ---------------------------------------------------------
 
     def prepare(self) -> None:
@@ -263,10 +269,13 @@ class Loop(Run):
                 evaluate = self.step % c.eval_save_steps == 0 or self.step == last
                 sample = self.step % c.sample_every_n == 0 and not leaving
                 measure = self.measurement_is_due(last) and not leaving
-                if evaluate or sample or measure or leaving:
+                snapshot = self.snapshot_is_due(last)
+                if evaluate or sample or measure or leaving or snapshot:
                     if not session.fetch_pending():
                         continue
                     with session.throughput.paused():
+                        if snapshot:
+                            session.save_snapshot()
                         if evaluate:
                             session.tracker.log(self.step, self.evaluate())
                         if evaluate or leaving:
@@ -299,6 +308,12 @@ class Loop(Run):
         """The arrays of a checkpoint, and the notes beside them."""
         notes = {"config": self.describe().as_json(), "data": {"n_rows": self.source.n_train_rows}}
         return training_step.as_items(self.state), notes
+
+    def snapshot_items(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The averages to make others of, and what they are averages of."""
+        n_updates = int(self.state.n_updates)
+        profiles = {"ema_std": list(self.config.ema_std), "n_updates": n_updates}
+        return {"power_ema": self.state.power_ema}, {PROFILES_ITEM: profiles}
 
     def _abstract_items(self) -> dict[str, Any]:
         """Shapes and shardings of a checkpoint's arrays."""

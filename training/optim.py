@@ -226,4 +226,9 @@ def ema_decay_at(step: Int[Array, ""], decay: float) -> Float[Array, ""]:
 
 def update_ema(ema: PyTree, params: PyTree, decay: Float[Array, ""]) -> Any:
     """decay·ema + (1 − decay)·params, leaf by leaf."""
-    return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
+    return move_average(ema, params, 1 - decay)
+
+
+def move_average(average: PyTree, params: PyTree, share: Float[Array, ""]) -> Any:
+    """(1 − share)·average + share·params, leaf by leaf."""
+    return jax.tree.map(lambda a, p: a + share * (p - a), average, params)

@@ -138,7 +138,8 @@ def read_saved(run_dir: Path) -> dict[str, Any]:
     saved = run_folder.read_config(run_dir)
     if time_scale := saved.get("model_config", {}).get("time_scale"):
         saved = {"time_scale": time_scale} | saved
-    saved = {"optimizer": "adamw", "mup": 0} | saved  # flags that older versions did not have
+    newer_flags = {"optimizer": "adamw", "mup": 0, "ema_std": ()}
+    saved = newer_flags | saved
     return saved if null_is_trained(saved) else saved | {"cfg_scale": 1.0}
 
 

@@ -5,8 +5,9 @@ checked. `training.config` declares the flags; here nothing is loaded and no dev
 the trainer reads the result: every other module takes plain arguments.
 """
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from data import latents
 from datasets_config import DATASET_CONFIGS, DatasetConfig
 from inference.guidance import unguidable_error
 from inference.sampler import SamplerConfig
+from inference.snapshots import check_std
 from inference.spaces import Space, space_of
 from methods.method import Method
 from methods.registry import METHODS, find_method
@@ -32,6 +34,7 @@ from training.teacher import absolute_reference, with_step_of
 
 CONSTANT_TO_WSD = ("schedule", "constant", "wsd")  # they are the same until wsd decays
 INNER_HEAD_DEPTH = 0.3  # of the blocks
+MIN_RATIO_OF_STDS = 1.1  # of averages
 MIN_DEPTH_FOR_REMAT = 24  # of L, XL and H
 AnyConfig = TypeVar("AnyConfig")  # TrainConfig, or the config of another command that trains
 
@@ -270,6 +273,22 @@ def check_decay(config: Any) -> None:
         )
 
 
+def check_averages(stds: Sequence[float]) -> None:
+    """Raise UserError unless these relative widths differ, so that averages of any other can be
+    made of them; made of one alone, those would be off by several per cent.
+    """
+    for std in stds:
+        check_std(std)
+    if len(stds) == 1:
+        raise UserError(f"--ema_std {stds[0]:g}: takes two or more widths, such as 0.05 0.1")
+    ascending = sorted(stds)
+    for small, large in itertools.pairwise(ascending):
+        if large < MIN_RATIO_OF_STDS * small:
+            raise UserError(
+                f"--ema_std {small:g} {large:g}: must be at least a tenth apart, such as 0.05 0.1"
+            )
+
+
 def defaults_of_length(n_steps: int) -> dict[str, int]:
     """Return the defaults that follow from the number of updates."""
     quarter = max(1, min(1000, n_steps // 4))
@@ -313,6 +332,7 @@ def derived_defaults(values: dict[str, Any], fast_bf16: bool) -> dict[str, Any]:
         "remat": preset.get("depth", 0) >= MIN_DEPTH_FOR_REMAT,
         "half_precision": fast_bf16,
         **defaults_of_method(find_method(values["objective"])),
+        "snapshot_every": max(1, values["n_steps"] // 20),
         **defaults_of_length(values["n_steps"]),
     }
 
@@ -338,6 +358,7 @@ def validate_train_config(config: TrainConfig, n_devices: int) -> None:
         UserError: the first one found.
     """
     check_decay(config)
+    check_averages(config.ema_std)
     _validate_model_and_sampling(config)
     if n_devices % config.fsdp:
         raise UserError(f"--fsdp {config.fsdp} does not divide the {n_devices} devices")

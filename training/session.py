@@ -26,7 +26,7 @@ from datasets_config import DatasetConfig
 from inference import curves, grids, progress
 from inference.grids import NotFiniteError
 from runtime import files, parallel, processes, run_folder
-from runtime.checkpoint import Checkpoints, DiskFullError
+from runtime.checkpoint import SNAPSHOTS_FOLDER, Checkpoints, DiskFullError
 from runtime.errors import RunError, UserError
 from runtime.signals import StopRequest
 from training import step as training_step
@@ -75,6 +75,7 @@ class Run(ABC):
         step: updates so far.
         position: batches so far; more than steps after a rollback.
         damaged: steps of checkpoints that could not be restored.
+        keeps_snapshots: whether the run saves averages to make others of.
     """
 
     GRID_FOLDER: ClassVar[str]  # of image grids in the run's folder, and their TensorBoard tag
@@ -86,6 +87,7 @@ class Run(ABC):
     step: int
     position: int
     damaged: list[int]
+    keeps_snapshots: bool = False
 
     @property
     @abstractmethod
@@ -107,6 +109,10 @@ class Run(ABC):
     @abstractmethod
     def checkpoint_items(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The arrays of a checkpoint, and the notes beside them."""
+
+    @abstractmethod
+    def snapshot_items(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The arrays of a snapshot, and the notes beside them."""
 
     @abstractmethod
     def roll_back(self, checkpoints: Checkpoints, step: int, *, position: int) -> None:
@@ -160,8 +166,12 @@ def open_session(run: Run, last: int) -> Generator["RunSession"]:
         )
         checkpoints.set_aside(run.damaged)
         run.damaged = []
+        snapshots = None
+        if run.keeps_snapshots:
+            snapshots = Checkpoints(run.run_dir, folder=SNAPSHOTS_FOLDER)
+            stack.enter_context(snapshots)
         tracker = stack.enter_context(_open_tracker(run, last))
-        yield RunSession(run, last, tracker, checkpoints, Throughput())
+        yield RunSession(run, last, tracker, checkpoints, Throughput(), snapshots)
 
 
 def _how_to_resume(run_dir: Path) -> str:
@@ -217,10 +227,10 @@ class RunSession:
 
     Args:
         last: the step that the run ends at.
+        snapshots: of the averages, if the run keeps them.
         pending: the step that was dispatched last, until its metrics are fetched.
         finite: whether the loss and gradient of the step fetched last were finite.
         stop_signalled: whether any process had been signalled to stop by then.
-        saving: the step of the last checkpoint, which may still be being written.
         rollbacks: one entry for each, for the error message.
         not_finite: why the last grid of images was not saved, if it was not.
     """
@@ -230,18 +240,21 @@ class RunSession:
     tracker: Tracker | NullTracker
     checkpoints: Checkpoints
     throughput: Throughput
+    snapshots: Checkpoints | None = None
     pending: PendingStep | None = None
     finite: bool = True
     stop_signalled: bool = False
-    saving: int = 0
     rollbacks: list[str] = field(default_factory=list)
     not_finite: str = ""
 
     # --- steps ------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Open the sinks, and save the grids that come before the first step."""
+        """Open the sinks, save the grids that come before the first step, and remove the snapshots
+        that come after it: their steps are trained anew.
+        """
         self.tracker.begin()
+        self._remove_snapshots_after(self.run.step)
         folder = self.run.run_dir / self.run.GRID_FOLDER
         for name, grid in self.run.first_grids().items():
             if processes.is_first():
@@ -329,6 +342,7 @@ class RunSession:
             "batches since then are skipped"
         )
         run.roll_back(self.checkpoints, back, position=position + 1)
+        self._remove_snapshots_after(back)
         self.tracker.rewind(back)
         self.finite = True
 
@@ -354,10 +368,24 @@ class RunSession:
                 f"step {run.step} is not saved: its loss or gradient is not finite"
             )
             return
-        self.saving = run.step
-        with nullcontext() if required else self._reporting_failed_save():
+        with nullcontext() if required else self._reporting_failed_save(self.checkpoints):
             self.checkpoints.save(run.step, *run.checkpoint_items())
             self._export(required)
+
+    def save_snapshot(self) -> None:
+        """Write the averages of this step. A full disk is only reported: others can be made of the
+        snapshots that there are.
+        """
+        if self.snapshots is None:
+            return
+        self._finish_saving()
+        with self._reporting_failed_save(self.snapshots):
+            self.snapshots.save(self.run.step, *self.run.snapshot_items())
+
+    def _remove_snapshots_after(self, step: int) -> None:
+        if self.snapshots is not None:
+            self._finish_saving()
+            self.snapshots.remove_after(step)
 
     def _export(self, required: bool) -> None:
         try:
@@ -432,16 +460,21 @@ class RunSession:
             self.tracker.message(f"{FIGURES}/{path.name} is not saved: {reason}")
 
     def _finish_saving(self) -> None:
-        """Wait for the last checkpoint. If it fails, the message names its own step."""
-        with self._reporting_failed_save():
-            self.checkpoints.wait()
+        """Wait for the last snapshot and checkpoint. If one fails, the message names its own step.
+
+        A checkpoint is written after all earlier snapshots, so that a run that is killed resumes
+        with those before its checkpoint.
+        """
+        for folder in filter(None, (self.snapshots, self.checkpoints)):
+            with self._reporting_failed_save(folder):
+                folder.wait()
 
     @contextmanager
-    def _reporting_failed_save(self) -> Generator[None]:
+    def _reporting_failed_save(self, folder: Checkpoints) -> Generator[None]:
         try:
             yield
         except DiskFullError as error:
-            self.tracker.message(f"step {self.saving} is not saved, training continues: {error}")
+            self.tracker.message(f"step {folder.saving} is not saved, training continues: {error}")
 
     @contextmanager
     def _reporting_full_disk(self, path: Path) -> Generator[None]:

@@ -6,7 +6,7 @@ are arguments; nothing here knows a network.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from networks import power_ema
 from training import optim
 
 
@@ -33,6 +34,8 @@ class TrainState:
         opt_state: the optimizer's state.
         loss_scale: with float16.
         window: sums of the metrics over the steps since the last logged line.
+        power_ema: averages of the weights by power functions, from which others are made after
+            training; empty without `--ema_std`.
     """
 
     step: Array
@@ -44,6 +47,12 @@ class TrainState:
     opt_state: Any
     loss_scale: optim.LossScale | tuple[()]
     window: dict[str, Array]
+    power_ema: tuple[Any, ...] = ()
+
+    @property
+    def n_updates(self) -> Array:
+        """Updates that moved the weights."""
+        return self.step - self.skipped
 
 
 class StepReport(NamedTuple):
@@ -75,6 +84,7 @@ def update(
     optimizer: optax.GradientTransformationExtraArgs,
     ema_decay: float,
     log_every: int,
+    power_gammas: Sequence[float] = (),
 ) -> tuple[TrainState, StepReport]:
     """One step: gradients, the optimizer, EMA.
 
@@ -86,6 +96,7 @@ def update(
         read_batch: maps `batch` and the position to the rows that the loss takes.
         value_and_grad: `(params, batch, key, loss_scale) -> ((loss, metrics), gradients)`.
         log_every: steps after which the window of metrics starts anew.
+        power_gammas: exponents of the averages `power_ema`.
     """
     s = state
     step_key = jax.random.fold_in(key, s.position)
@@ -98,6 +109,8 @@ def update(
     updates, opt_state = optimizer.update(grads, s.opt_state, s.params, finite=finite)
     params = optax.apply_updates(s.params, updates)
     ema = optim.update_ema(s.ema, params, optim.ema_decay_at(s.step, ema_decay))
+    shares = [power_ema.share_at(s.n_updates + 1, gamma) for gamma in power_gammas]
+    averages = tuple(map(optim.move_average, s.power_ema, [params] * len(shares), shares))
     # A loss that is a sum of several reports the method's own as "loss".
     metrics = {"loss": loss} | metrics | {"grad_norm": grad_norm, "steps": jnp.ones(())}
     window = jax.tree.map(lambda w: jnp.where(s.step % log_every == 0, 0, w), s.window)
@@ -114,6 +127,7 @@ def update(
         opt_state=opt_state,
         loss_scale=optim.next_loss_scale(s.loss_scale, finite) if s.loss_scale else (),
         window=window,
+        power_ema=_where(finite, averages, s.power_ema),
     )
     report = StepReport(
         bad_steps=new.bad_steps,
@@ -155,12 +169,14 @@ def initial_state(
     metrics: dict[str, jax.ShapeDtypeStruct],
     *,
     scaled: bool = False,
+    n_averages: int = 0,
 ) -> TrainState:
     """The state before the first step.
 
     Args:
         metrics: shapes of the metrics that the loss returns.
         scaled: whether the loss is scaled, for float16.
+        n_averages: number of trees in `power_ema`.
     """
     window = {name: jnp.zeros(metric.shape) for name, metric in metrics.items()}
     window |= {name: jnp.zeros(()) for name in ("loss", "grad_norm", "steps")}
@@ -175,15 +191,29 @@ def initial_state(
         opt_state=optimizer.init(params),
         loss_scale=optim.initial_loss_scale() if scaled else (),
         window=window,
+        power_ema=copies(params, n_averages),
     )
+
+
+def copies(params: Any, n: int) -> tuple[Any, ...]:
+    """Copy the weights n times, in buffers of their own."""
+    return tuple(jax.tree.map(jnp.copy, params) for _ in range(n))
 
 
 def as_items(state: TrainState) -> dict[str, Any]:
     """Split a state into the items of a checkpoint."""
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return {"params": rest.pop("params"), "ema": rest.pop("ema"), "optimizer": rest}
+    parts = {name: rest.pop(name) for name in ("params", "ema", "power_ema")}
+    if not parts["power_ema"]:  # nothing to write
+        del parts["power_ema"]
+    return parts | {"optimizer": rest}
 
 
 def from_items(items: dict[str, Any]) -> TrainState:
     """Join the items of a checkpoint into a state: the inverse of `as_items`."""
-    return TrainState(params=items["params"], ema=items["ema"], **items["optimizer"])
+    return TrainState(
+        params=items["params"],
+        ema=items["ema"],
+        power_ema=items.get("power_ema", ()),
+        **items["optimizer"],
+    )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -103,6 +104,30 @@ def test_two_processes_train_evaluate_sample_measure_and_save_as_one(tmp_path, c
     distances = [line[NAME] for line in map(json.loads, lines) if NAME in line]
     found = json.loads((tmp_path / "record").read_text())
     assert len(distances) == 2 and distances[1] == pytest.approx(found["pixel_frechet"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_keep_averages_and_write_later_ones_anew(tmp_path, cache, alone):
+    """One process makes any average of them."""
+    folder = tmp_path / "run"
+    flags = ["--fsdp", 2, "--run_dir", folder]
+    averages = ["--ema_std", "0.05", "0.1", "--snapshot_every", 2]
+    for more in ([*FLAGS, *averages], ["--resume"]):
+        pair = start_pair(*more, *flags, cache=cache, n_devices=1)
+        for code, _, err in ends(pair):
+            assert code == 0, err
+        same(losses(folder), alone)
+        snapshots = {int(path.name): path for path in (folder / "snapshots").iterdir()}
+        assert snapshots.keys() == {*range(2, 21, 2)}
+        assert {step for step, path in snapshots.items() if (path / "old").exists()} <= {
+            *range(2, 11, 2)
+        }
+        shutil.rmtree(folder / "checkpoints/20")
+        for path in snapshots.values():
+            (path / "old").touch()
+    sample = ["generate.py", "--run", folder, "--n", 4, "--out", tmp_path / "a.npz"]
+    done = run(*sample, "--ema_std", "0.08", cache=cache)
+    assert done.returncode == 0 and "from step 20" in done.stdout, done.stderr
 
 
 @pytest.mark.slow

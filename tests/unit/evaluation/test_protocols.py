@@ -82,7 +82,7 @@ def test_a_sweep_by_a_protocol_guides_each_scale_as_it_says(adm_reference):
     def samplers(protocol, **flags):
         config = EvaluateConfig(protocol=protocol, cfg_scale=(1.0, 1.5), **flags)
         configs = [
-            evaluate.apply_protocol(one, model, reference) for one in evaluate.split_scales(config)
+            evaluate.apply_protocol(one, model, reference) for one in evaluate.split_sweep(config)
         ]
         assert [one.n for one in configs] == [50_000] * 2
         plans = [model.plan(evaluate.sampling_config(one, 4)) for one in configs]

@@ -167,6 +167,7 @@ FREE = {
     "sample_every_n": 13,
     "keep_checkpoints": 9,
     "keep_every": 1000,
+    "snapshot_every": 7,
     "cfg_scale": 4.0,
     "n_sample_steps": 7,
     "solver": "heun",
@@ -194,6 +195,7 @@ def test_flags_that_leave_the_numbers_alone_may_change(name, value):
         "seed": 1,
         "schedule": "linear",
         "ema_decay": 0.5,
+        "ema_std": (0.05, 0.1),
         "label_dropout": 0.2,
         "half_precision": True,
         "image_size": 16,
@@ -435,6 +437,26 @@ def test_layer_sync_takes_two_blocks(blocks):
         resolved(layer_sync=blocks)
 
 
+@pytest.mark.parametrize(
+    "stds, message",
+    [
+        ((0.1,), "--ema_std 0.1: takes two or more widths, such as 0.05 0.1"),
+        ((0.1, 0.0), "--ema_std 0: must be above 0 and below 0.2887"),
+        ((0.1, 0.3), "--ema_std 0.3: must be above 0 and below 0.2887"),
+        ((0.1, 0.05, 0.1), "--ema_std 0.1 0.1: must be at least a tenth apart"),
+        ((0.105, 0.1), "--ema_std 0.1 0.105: must be at least a tenth apart"),
+    ],
+)
+def test_averages_must_be_two_or_more_that_differ(stds, message):
+    with pytest.raises(UserError, match=message):
+        resolved(ema_std=stds)
+
+
+def test_there_are_twenty_snapshots_by_default():
+    assert resolved(ema_std=(0.05, 0.1), n_steps=2000).snapshot_every == 100
+    assert resolved(ema_std=(0.05, 0.1), n_steps=7).snapshot_every == 1
+
+
 def test_each_objective_has_its_own_solvers():
     assert resolved().solver == "euler"
     assert resolved(objective="ddpm").solver == "ddpm"
@@ -485,6 +507,7 @@ def test_a_flag_of_the_other_objective_is_rejected(objective, name, value):
         ("t_min", 0.1, "--t_min is for --prediction x0"),
         ("inner_weight", 0.4, "--inner_weight is for --inner_head"),
         ("sync_weight", 0.4, "--sync_weight is for --layer_sync"),
+        ("snapshot_every", 5, "--snapshot_every is for --ema_std"),
         ("vae", "us/vae", "--vae is for --latents"),
         ("shuffle_buffer", 9, "--shuffle_buffer is for --streaming"),
         ("fid_reference", Path("a.npz"), "--fid_reference is for --fid_every"),
