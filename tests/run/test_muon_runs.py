@@ -31,16 +31,20 @@ def test_it_resumes_bit_for_bit_and_accumulates(tmp_path):
         Trainer(replace(MUON, optimizer="adamw", resume=True, run_dir=tmp_path / "run"))
 
 
-def test_a_run_of_before_there_was_a_choice_is_adamws(tmp_path):
+def test_a_run_of_before_there_was_a_choice_keeps_what_it_was(tmp_path):
     old = replace(TINY, n_steps=4, run_dir=tmp_path / "run")
     Trainer(old).fit(2)
     config = tmp_path / "run/config.json"
     settings = json.loads(config.read_text())
-    del settings["optimizer"]
+    for name in ("optimizer", "mup", "ema_std", "route", "route_share"):
+        del settings[name]
     config.write_text(json.dumps(settings))
-    assert Trainer(replace(old, resume=True, optimizer="adamw")).step == 2
-    with pytest.raises(UserError, match="optimizer was adamw, not muon"):
-        Trainer(replace(old, resume=True, optimizer="muon"))
+    resumed = Trainer(replace(old, resume=True, optimizer="adamw", mup=0))
+    assert (resumed.step, resumed.config.mup, resumed.config.ema_std) == (2, 0, ())
+    changed = {"optimizer": "muon", "mup": 16, "ema_std": (0.05, 0.1), "route": (1, -1)}
+    for name, value in changed.items():
+        with pytest.raises(UserError, match=f"{name} was .*, not "):
+            Trainer(replace(old, resume=True, **{name: value}))
 
 
 def test_a_run_that_was_constant_decays_from_where_it_is(tmp_path):

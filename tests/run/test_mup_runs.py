@@ -2,7 +2,6 @@
 keeps its base width.
 """
 
-import json
 from dataclasses import replace
 from functools import partial
 
@@ -115,15 +114,3 @@ def test_a_run_keeps_its_base_width(tmp_path):
         Trainer(replace(scaled, mup=0, resume=True, run_dir=tmp_path / "run"))
     started = Trainer(replace(TINY, mup=16, init_from=str(tmp_path / "run")))
     assert_same(started.state.params, resumed.state.ema)
-
-
-def test_a_run_of_before_there_was_a_choice_has_none(tmp_path):
-    old = replace(TINY, n_steps=4, run_dir=tmp_path / "run")
-    Trainer(old).fit(2)
-    config = tmp_path / "run/config.json"
-    settings = json.loads(config.read_text())
-    del settings["mup"]
-    config.write_text(json.dumps(settings))
-    assert Trainer(replace(old, resume=True)).config.mup == 0
-    with pytest.raises(UserError, match="mup was 0, not 16"):
-        Trainer(replace(old, resume=True, mup=16))
