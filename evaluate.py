@@ -33,7 +33,7 @@ from evaluation.scores import Scores
 from evaluation.sweep import Evaluation, evaluate_in_turn, format_scale, format_table
 from inference import curves, sample_files
 from inference.sample_files import EvaluationSamplesConfig
-from inference.snapshots import check_snapshots, check_std
+from inference.snapshots import check_std, find_snapshot
 from inference.trained_model import SamplingOverrides, TrainedModel
 from runtime import cli, parallel, processes
 from runtime.errors import UserError
@@ -133,7 +133,7 @@ class SampleFlags(SamplingFlags):
     samples: Path | None = flag(
         None,
         "also write the samples to this .npz, in the ADM suite's layout; of several guidance "
-        "scales, NAME-1.5.npz for each",
+        "scales or averages, NAME-1.5.npz for each",
     )
     ema_std: tuple[float, ...] | None = again(
         CheckpointFlags,
@@ -164,7 +164,7 @@ DATASET_FLAGS = ("data_dir", "image_column", "split")
 # Flags that may have several values → the plot's name, and its axis.
 SWEPT = {
     "cfg_scale": ("guidance", "guidance scale"),
-    "ema_std": ("ema_std", "relative width of the average"),
+    "ema_std": ("averages", "relative width of the average"),
 }
 
 
@@ -424,7 +424,9 @@ def main(config: EvaluateConfig) -> None:
     reference = read_reference(config.reference) if config.reference else None
     model = open_model(config)
     if config.run and swept_flag(config) == "ema_std":
-        check_snapshots(config.run, config.ema_std or (), config.step)
+        # The run may be training: all averages are of one step.
+        find = partial(find_snapshot, config.run, config.ema_std or (), config.step)
+        config = replace(config, step=int(processes.broadcast_from_first(lambda: str(find()))))
     configs = [apply_protocol(one, model, reference) for one in split_sweep(config)]
     mesh = model.mesh if model else parallel.make_mesh()
     batch_size = config.batch_size or default_batch_size(mesh)

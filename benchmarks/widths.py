@@ -27,7 +27,8 @@ from data.batch import Batch
 from inference import curves
 from model import MODELS, model_graphdef
 from runtime import cli, parallel
-from runtime.flags import flag, required
+from runtime.errors import UserError
+from runtime.flags import check_values, flag, required
 from train import Trainer
 from training import step as training_step
 from training.config import TrainConfig
@@ -154,6 +155,9 @@ def draw(panels: Mapping[str, Mapping[int, Losses]], path: Path) -> None:
 
 def main() -> None:
     config = cli.parse_flags(WidthsConfig)
+    check_values(config, vars(config))
+    if uneven := [width for width in config.widths if width % HEAD]:
+        raise UserError(f"--widths {uneven[0]}: must be a multiple of {HEAD}")
     base = config.widths[0]
     plain = {width: losses_by_rate(config, width, mup=0) for width in config.widths}
     scaled = {

@@ -4,7 +4,8 @@
 Writes nothing. The mathematics is `networks.power_ema`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,16 @@ from runtime.checkpoint import PROFILES_ITEM, SNAPSHOTS_FOLDER, Checkpoints, Dam
 from runtime.errors import UserError
 
 MAX_ERROR = 0.1  # of a profile, relative to its norm
+MIN_STD = 1e-3  # narrower averages are all but the weights themselves
 NEGLIGIBLE = 1e-9  # a weight below the rounding of the sum
 
 
 def check_std(std: float) -> None:
     """Raises UserError if there is no average of this relative width."""
-    if not 0 < std < MAX_STD:
+    if not MIN_STD <= std < MAX_STD:
         raise UserError(
-            f"--ema_std {std:g}: must be above 0 and below {MAX_STD:.4f}, the width of a plain mean"
+            f"--ema_std {std:g}: must be at least {MIN_STD:g}, and below {MAX_STD:.4f}, the width "
+            "of a plain mean"
         )
 
 
@@ -60,11 +63,18 @@ def load_average(
     return last, total
 
 
-def check_snapshots(run: Path, stds: Sequence[float], step: int | None = None) -> None:
-    """Raises UserError if a run's snapshots do not give an average of each relative width."""
+def find_snapshot(run: Path, stds: Sequence[float], step: int | None = None) -> int:
+    """Return the step of the newest snapshot, or `step`, whose averages give one of each relative
+    width.
+
+    Raises:
+        UserError: see `load_average`.
+    """
     with Checkpoints(run, folder=SNAPSHOTS_FOLDER, read_only=True) as snapshots:
+        last = snapshots.resolve_step(step)
         for std in stds:
-            weigh_snapshots(snapshots, std, snapshots.resolve_step(step))
+            weigh_snapshots(snapshots, std, last)
+    return last
 
 
 def weigh_snapshots(
@@ -80,7 +90,8 @@ def weigh_snapshots(
     step_of: dict[int, int] = {}
     stds: list[float] = []
     for step in sorted(each for each in snapshots.manager.all_steps() if each <= last):
-        record = snapshots.read_metadata(step, PROFILES_ITEM)
+        with _explaining_damage(snapshots, step):
+            record = snapshots.read_metadata(step, PROFILES_ITEM)
         step_of[record["n_updates"]] = step
         stds = record["ema_std"]
     step_of.pop(0, None)
@@ -102,9 +113,21 @@ def weigh_snapshots(
 
 def read_averages(snapshots: Checkpoints, step: int, like: Any, n: int) -> tuple[Any, ...]:
     """Read the n averages of a snapshot."""
-    try:
+    with _explaining_damage(snapshots, step):
         return snapshots.restore(step, {"power_ema": (like,) * n})["power_ema"]
+
+
+@contextmanager
+def _explaining_damage(snapshots: Checkpoints, step: int) -> Generator[None]:
+    """Tell a person what to do about a snapshot that cannot be read."""
+    try:
+        yield
     except DamageError as error:
+        if not (snapshots.folder / str(step)).exists():
+            raise UserError(
+                f"{snapshots.folder / str(step)} is gone: the run went back to an earlier "
+                "checkpoint meanwhile; repeat the command"
+            ) from None
         raise UserError(f"{error}; move this folder away to do without it") from None
 
 

@@ -71,7 +71,7 @@ def solve_weights(tracked: Profiles, wanted: Profiles) -> tuple[Float64[np.ndarr
     """The weights w for which Σ wᵢ·(average i) comes nearest to the wanted average: the least
     squares of the profiles' difference (§3.2), among weights whose sum is 1.
 
-    The paper leaves the sum free, and it then misses 1 by a thousandth or more for widths outside
+    The paper leaves the sum free, and it then misses 1 by up to a hundredth for widths outside
     those tracked. That scales the network, whose weights are much larger than what an average
     changes in them.
 

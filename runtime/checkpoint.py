@@ -138,11 +138,11 @@ class Checkpoints:
         Raises:
             UserError: there is no checkpoint, or none of this step.
         """
-        steps = sorted(self.manager.all_steps())
+        steps, noun = sorted(self.manager.all_steps()), self.folder.name.removesuffix("s")
         if not steps:
-            raise UserError(f"{self.folder} holds no complete checkpoint")
+            raise UserError(f"{self.folder} holds no complete {noun}")
         if step is not None and step not in steps:
-            raise UserError(f"no checkpoint of step {step} in {self.folder} (there are: {steps})")
+            raise UserError(f"no {noun} of step {step} in {self.folder} (there are: {steps})")
         return steps[-1] if step is None else step
 
     def save(self, step: int, arrays: dict[str, Any], metadata: dict[str, dict[str, Any]]) -> None:

@@ -96,6 +96,7 @@ TRAINING = {
     "ema_decay": "ema_rate ema_beta ema_max_decay ema_momentum ema_halflife ema_half_life "
     "model_ema_decay ema_decay_rate",
     "ema_std": "ema_stds sigma_rel sigma_rels ema_sigma ema_sigmas phema posthoc_ema post_hoc_ema",
+    "mup": "base_width mup_base_width mup_base use_mup mup_width",
     "seed": "manual_seed global_seed random_seed rng_seed noise_seed",
     "fsdp": "shard sharding fsdp_size fsdp_degree dp_shard zero zero_stage n_shards num_shards "
     "data_parallel_shard_degree fsdp_devices use_fsdp",
@@ -115,7 +116,7 @@ TRAINING = {
     "log_every_n_steps logging_interval display_freq print_interval",
     "eval_save_steps": "save_every save_steps save_interval save_freq save_every_n_steps "
     "checkpointing_steps checkpoint_steps checkpoint_every checkpoint_interval checkpoint_freq "
-    "ckpt_every ckpt_interval snap snapshot snapshot_every save_step_interval eval_every "
+    "ckpt_every ckpt_interval snap snapshot save_step_interval eval_every "
     "eval_interval eval_freq eval_steps eval_every_n_steps validation_steps validation_interval "
     "val_every val_interval val_check_interval val_freq save_model_every save_checkpoint_every",
     "n_eval_batches": "eval_batches eval_iters limit_val_batches val_batches num_eval_batches",
@@ -228,7 +229,7 @@ REASONS = {
     "training always averages the weights (EMA); --ema_decay sets how slowly": (
         "use_ema ema ema_model model_ema"
     ),
-    "weights are averaged at every step; only --ema_decay and --ema_std are set": (
+    "weights are averaged at every step; only --ema_decay and --ema_std can be set": (
         "ema_start ema_warmup ema_update_after_step ema_inv_gamma ema_power ema_update_every "
         "update_ema_every step_start_ema"
     ),

@@ -178,8 +178,8 @@ class AverageFlags:
 
     ema_std: tuple[float, ...] = setting(
         (),
-        "relative widths of two or more further averages, such as 0.05 0.1; of their snapshots "
-        "generate.py --ema_std, and others, make one of any width",
+        "relative widths of two or more further averages, such as 0.05 0.1; --ema_std of "
+        "generate.py, evaluate.py, figures.py and export.py makes others of their snapshots",
     )
     snapshot_every: int = setting(
         Derived("n_steps / 20"),

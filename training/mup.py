@@ -1,11 +1,13 @@
 """Width transfer: a learning rate that was found at a small width holds at a large one (the maximal
-update parametrisation, μP: Yang et al. 2022, table 8; diffusion transformers: Zheng et al. 2025).
+update parametrisation, μP: Yang et al. 2022, table 3; diffusion transformers: Zheng et al. 2025).
 
 A network is compared with the same one at the base width, leaf by leaf. Its initial values and the
 sizes of its steps are scaled so that what a layer adds to an activation, at first and by a step, is
 as large as there. The network itself is unchanged, and so is everything that reads its weights.
 
 The inputs of a kernel are its last axis but one. Tables and biases have a fixed one there, or none.
+Output layers need no rule of their own, because they start from zero: the paper's smaller initial
+variance makes no difference to them.
 """
 
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from model import ModelConfig, init_model_params
 from runtime.errors import UserError
 from runtime.flags import setting
 
+MAX_RATIO = 64  # of the base width to the network's; the base is initialized too
 Shape = tuple[int, ...]
 Factors = Callable[[PyTree], PyTree]
 
@@ -45,6 +48,10 @@ def check_mup(base_width: int, *, width: int, n_heads: int) -> None:
     Raises:
         UserError: they do not.
     """
+    if base_width > MAX_RATIO * width:
+        raise UserError(
+            f"--mup {base_width}: more than {MAX_RATIO} times the width of this network, {width}"
+        )
     head = width // n_heads
     if base_width % head:
         raise UserError(

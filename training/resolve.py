@@ -273,17 +273,22 @@ def check_decay(config: Any) -> None:
         )
 
 
-def check_averages(stds: Sequence[float]) -> None:
-    """Raise UserError unless these relative widths differ, so that averages of any other can be
-    made of them; made of one alone, those would be off by several per cent.
+def check_averages(stds: Sequence[float], *, n_steps: int, snapshot_every: int) -> None:
+    """Raise UserError unless these relative widths differ, so that averages of others can be made
+    of them; made of one alone, those would be off by several per cent.
     """
     for std in stds:
         check_std(std)
+    if stds and snapshot_every > n_steps:
+        raise UserError(
+            f"--snapshot_every {snapshot_every}: the run has {n_steps} steps; take a twentieth of "
+            "them"
+        )
     if len(stds) == 1:
         raise UserError(f"--ema_std {stds[0]:g}: takes two or more widths, such as 0.05 0.1")
     ascending = sorted(stds)
     for small, large in itertools.pairwise(ascending):
-        if large < MIN_RATIO_OF_STDS * small:
+        if large < MIN_RATIO_OF_STDS * small - 1e-9:
             raise UserError(
                 f"--ema_std {small:g} {large:g}: must be at least a tenth apart, such as 0.05 0.1"
             )
@@ -358,7 +363,7 @@ def validate_train_config(config: TrainConfig, n_devices: int) -> None:
         UserError: the first one found.
     """
     check_decay(config)
-    check_averages(config.ema_std)
+    check_averages(config.ema_std, n_steps=config.n_steps, snapshot_every=config.snapshot_every)
     _validate_model_and_sampling(config)
     if n_devices % config.fsdp:
         raise UserError(f"--fsdp {config.fsdp} does not divide the {n_devices} devices")

@@ -250,8 +250,8 @@ class RunSession:
     # --- steps ------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Open the sinks, save the grids that come before the first step, and remove the snapshots
-        that come after it: their steps are trained anew.
+        """Open the sinks, remove snapshots of later steps than the run's, which are trained anew,
+        and save the grids that come before the first step.
         """
         self.tracker.begin()
         self._remove_snapshots_after(self.run.step)

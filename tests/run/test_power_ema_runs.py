@@ -154,10 +154,10 @@ def test_an_average_is_made_of_the_snapshots(whole, tmp_path):
 
 def test_what_cannot_be_averaged_is_one_line(whole):
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"ema_std": 0.0}, "--ema_std 0: must be above 0 and below 0.2887"),
-        ({"ema_std": 0.3}, "--ema_std 0.3: must be above 0 and below 0.2887"),
+        ({"ema_std": 0.0}, "--ema_std 0: must be at least 0.001, and below 0.2887"),
+        ({"ema_std": 0.3}, "--ema_std 0.3: must be at least 0.001, and below 0.2887"),
         ({"ema_std": 0.1, "ema": False}, "--ema_std 0.1 names an average, and --noema wants none"),
-        ({"ema_std": 0.1, "step": 99}, "no checkpoint of step 99 in .*snapshots"),
+        ({"ema_std": 0.1, "step": 99}, "no snapshot of step 99 in .*snapshots"),
         (
             {"ema_std": 0.2, "step": 1},
             r"--ema_std 0.2: snapshots of widths 0.05 0.1 \(1 by step 1\) .* with an error of",
@@ -168,7 +168,7 @@ def test_what_cannot_be_averaged_is_one_line(whole):
             TrainedModel.from_run(whole.run_dir, **flags).load_weights()
 
 
-def test_averages_are_evaluated_in_turn_and_exported(whole, tmp_path, capsys):
+def test_averages_are_evaluated_in_turn_and_exported(whole, tmp_path, capsys, monkeypatch):
     evaluate.main(
         evaluate.EvaluateConfig(
             dataset_name="digits",
@@ -187,10 +187,17 @@ def test_averages_are_evaluated_in_turn_and_exported(whole, tmp_path, capsys):
         out=tmp_path / "a.jsonl",
         ema_std=(0.05, 0.1, 0.15),
     )
+    opened = []  # the run may train on meanwhile: every average is of the step found first
+    monkeypatch.setattr(
+        evaluate,
+        "open_model",
+        lambda one, open_=evaluate.open_model: opened.append(one) or open_(one),
+    )
     evaluate.main(config)
+    assert {one.step for one in opened[1:]} == {whole.step}
     out = capsys.readouterr().out
     assert [row.split()[0] for row in out.splitlines()[-5:-1]] == ["ema_std", "0.05", "0.1", "0.15"]
-    assert (tmp_path / "a-ema_std.png").stat().st_size > 0
+    assert (tmp_path / "a-averages.png").stat().st_size > 0
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [line["card"]["pictures"]["ema_std"] for line in lines] == [0.05, 0.1, 0.15]
     assert len({line["pixel_frechet"] for line in lines}) == 3

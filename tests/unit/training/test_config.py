@@ -441,8 +441,8 @@ def test_layer_sync_takes_two_blocks(blocks):
     "stds, message",
     [
         ((0.1,), "--ema_std 0.1: takes two or more widths, such as 0.05 0.1"),
-        ((0.1, 0.0), "--ema_std 0: must be above 0 and below 0.2887"),
-        ((0.1, 0.3), "--ema_std 0.3: must be above 0 and below 0.2887"),
+        ((0.1, 0.0), "--ema_std 0: must be at least 0.001, and below 0.2887"),
+        ((0.1, 0.3), "--ema_std 0.3: must be at least 0.001, and below 0.2887"),
         ((0.1, 0.05, 0.1), "--ema_std 0.1 0.1: must be at least a tenth apart"),
         ((0.105, 0.1), "--ema_std 0.1 0.105: must be at least a tenth apart"),
     ],
