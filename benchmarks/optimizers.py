@@ -71,7 +71,7 @@ def plot(trainers: dict[str, Trainer], seconds: dict[str, float]) -> Any:
             by_time.plot(
                 steps * seconds[name], losses, color=color, marker="o", ms=3, lw=1.4, label=name
             )
-        by_step.set(title="Validation loss", xlabel="step", yscale="log")
+        by_step.set(title="Validation loss", xlabel="step")
         by_time.set(xlabel="seconds of training steps")
         by_time.legend()
     return figure
