@@ -34,6 +34,7 @@ EXPORTED_SETTINGS = (
     *("image_size", "train_split", "eval_split", "unlabelled"),
     *("fsdp", "objective", "method", "prediction", "learned_sigma", "solver", "n_sample_steps"),
     *("noise_scale", "sample_shift", "cfg_scale", "label_dropout", "null_is_trained", "ema_decay"),
+    "route_share",
 )
 # Flags that the card leaves out: they do not shape the weights, and some are paths of this machine.
 HIDDEN_FLAGS = {name for name, known in flags_of(TrainConfig).items() if known.may_change} - {

@@ -365,11 +365,14 @@ class Trainer(Loop):
         scale = float(self.config.cfg_scale if cfg_scale is None else cfg_scale)
         if scale != 1 and self.model_config.is_conditional and not self.null_is_trained:
             raise untrained_null_error(str(self.run_dir), scale)
+        sampler = self.sampler(n_steps)
+        if route_guidance != 1 and self.routed_share:
+            sampler = replace(sampler, route_rates=(0.0, self.routed_share))
         samples = sample_images(
             self.state.ema if ema else self.state.params,
             self.model_config,
             self.conditioning.encode([labels] if isinstance(labels, str) else labels),
-            sampler=self.sampler(n_steps),
+            sampler=sampler,
             mesh=self.mesh,
             cfg_scale=scale,
             inner_guidance=inner_guidance,
