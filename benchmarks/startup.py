@@ -140,7 +140,12 @@ def main() -> None:
         times = run_interleaved(turns, config.rounds)
     rows: dict[str, dict[str, Any]] = {}
     for name, t in times.items():
-        rows[name] = {"median_s": t.median, "min_s": t.min, "seconds": t.seconds}
+        rows[name] = {
+            "median_s": t.median,
+            "min_s": t.min,
+            "seconds": t.seconds,
+            "cpu_s": t.cpu_median,
+        }
         if name in stages:  # the first round is for warming up
             for stage in STAGES:
                 rows[name][stage] = median(seconds[stage] for seconds in stages[name][1:])

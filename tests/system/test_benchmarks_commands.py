@@ -111,8 +111,9 @@ def test_autoencoder_beside_torch(cache):
 def test_startup(cache):
     flags = ["--model", "DiT-Ti/8", "--rounds", 1, "--peer", "false"]
     rows, _ = benchmark("startup.py", *flags, cache=cache)
-    # Of the stages: the others do not depend on the cache, and vary with what else runs.
-    assert rows["warm"]["compile"] < rows["cold"]["compile"]
+    assert min(rows[name][stage] for name in rows for stage in ("import", "compile")) > 0
+    # Work and not time, which depends on what else runs: a warm cache spares compiling.
+    assert rows["warm"]["cpu_s"] < rows["cold"]["cpu_s"]
 
 
 @pytest.mark.slow
