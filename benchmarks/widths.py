@@ -4,7 +4,7 @@
 
 Trains a DiT of depth 6 with heads of 32 channels on the digits for a few steps, at every width and
 rate, as it is and with `--mup` at the smallest width, where the two are the same. Prints the
-evaluation loss at the end, a row for each width, and draws it over the rate.
+evaluation loss at the end, a row for each width, and plots it over the rate.
 """
 
 import json
@@ -132,8 +132,8 @@ def table(panels: Mapping[str, Mapping[int, Losses]]) -> str:
     return format_table(rows)
 
 
-def draw(panels: Mapping[str, Mapping[int, Losses]], path: Path) -> None:
-    """Draw the losses over the learning rate, a panel for each title, a line for each width."""
+def plot(panels: Mapping[str, Mapping[int, Losses]], path: Path) -> None:
+    """Plot the losses over the learning rate, a panel for each title, a line for each width."""
     from matplotlib import rc_context
 
     low = min(x[best_rate(x)] for widths in panels.values() for x in widths.values())
@@ -166,7 +166,7 @@ def main() -> None:
     }
     panels = {"as it is": plain, f"--mup {base}": scaled}
     print(table(panels))
-    draw(panels, config.out)
+    plot(panels, config.out)
     print(make_json_line("widths", losses=panels))
 
 

@@ -2,7 +2,7 @@
 TREAD).
 
 The others go around these blocks unchanged, and all meet again after them. Which tokens pass is an
-input of the network: it draws nothing at random.
+input of the network, which takes no random key.
 """
 
 from collections.abc import Sequence

@@ -109,8 +109,10 @@ def update(
     updates, opt_state = optimizer.update(grads, s.opt_state, s.params, finite=finite)
     params = optax.apply_updates(s.params, updates)
     ema = optim.update_ema(s.ema, params, optim.ema_decay_at(s.step, ema_decay))
-    shares = [power_ema.share_at(s.n_updates + 1, gamma) for gamma in power_gammas]
-    averages = tuple(map(optim.move_average, s.power_ema, [params] * len(shares), shares))
+    averages = tuple(
+        optim.move_average(average, params, power_ema.share_at(s.n_updates + 1, gamma))
+        for average, gamma in zip(s.power_ema, power_gammas, strict=True)
+    )
     # A loss that is a sum of several reports the method's own as "loss".
     metrics = {"loss": loss} | metrics | {"grad_norm": grad_norm, "steps": jnp.ones(())}
     window = jax.tree.map(lambda w: jnp.where(s.step % log_every == 0, 0, w), s.window)

@@ -22,7 +22,7 @@ MUON = replace(TINY, optimizer="muon", n_steps=4, eval_save_steps=2)
 
 
 def test_it_accumulates():
-    """Microbatches round otherwise, so that the steps are compared and no whole run."""
+    """Microbatches round otherwise, so single steps are compared, not runs."""
     moved = []
     for n_parts in (1, 2):
         trainer = Trainer(replace(MUON, batch_size=16, accumulate_steps=n_parts, mup=16))
