@@ -15,13 +15,15 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from inference.run_weights import Weights, load_params
 from inference.trained_model import TrainedModel
 from model import ModelConfig
 from pretrained import sd3, transformer
+from pretrained.lora import save_adapter
 from runtime import cli, parallel, processes
 from runtime.errors import UserError
 from runtime.files import atomic_file, atomic_folder
-from runtime.flags import Derived, flag, flags_of, required
+from runtime.flags import Derived, flag, flags_of
 from training.config import TrainConfig
 from training.flag_groups import CheckpointFlags, RunSourceFlags
 
@@ -46,26 +48,73 @@ HIDDEN_FLAGS = {name for name, known in flags_of(TrainConfig).items() if known.m
 class ExportConfig(RunSourceFlags, CheckpointFlags):
     """Export a run's weights for other people and programs."""
 
-    out: Path = required("a new folder")
+    out: Path | None = flag(
+        None, "a new folder for the whole model; adapters (LoRA) are merged into their base"
+    )
+    lora: Path | None = flag(
+        None, "instead: a new file for a run's adapters alone (LoRA), in the format of PEFT"
+    )
     layout: Literal["diffusers", "own"] | None = flag(
         Derived("diffusers if it can compute the model"), "format of the folder"
     )
 
 
 def main(config: ExportConfig) -> None:
-    """Load the checkpoint, write the folder, print where it is.
+    """Load the checkpoint, write the folder or the file, print where it is.
 
     Raises:
-        UserError: the run, the layout or the folder cannot be used.
+        UserError: the run, the layout, the folder or the file cannot be used.
     """
     c = config
     processes.start_backend()
+    if (c.out is None) == (c.lora is None):
+        raise UserError("export.py takes --out FOLDER, or --lora FILE.safetensors")
     trained = TrainedModel.from_run(
-        c.run, ema=c.ema, ema_std=c.ema_std, step=c.step, fsdp=parallel.devices().count
+        c.run,
+        ema=c.ema,
+        ema_std=c.ema_std,
+        step=c.step,
+        base=c.base,
+        fsdp=parallel.devices().count,
     )
+    if c.lora:
+        export_adapter(c, trained)
+    else:
+        export_model(c, trained)
+
+
+def export_adapter(config: ExportConfig, trained: TrainedModel) -> None:
+    """Write a run's adapters without their base.
+
+    Raises:
+        UserError: the run has none, or no such file can hold them.
+    """
+    c, file = config, Path(str(config.lora))
+    network = ModelConfig.from_json(trained.settings["model_config"])
+    if not network.lora:
+        raise UserError(f"--lora {file}: '{c.run}' has no adapters; --out FOLDER exports its model")
+    if file.suffix != ".safetensors" or file.exists():
+        raise UserError(f"--lora {file}: name a new file that ends in .safetensors")
+    step, adapter = load_params(
+        c.run, network, trained.mesh, Weights(ema=c.ema, ema_std=c.ema_std, step=c.step)
+    )
+    adapter = parallel.fetch_to_host(adapter)
+    if not parallel.is_finite(adapter):
+        raise UserError(f"the adapters of step {step} of {c.run} hold NaN or infinity; pass --step")
+    save_adapter(file, adapter, network, trained.label_names)
+    print(f"adapters of step {step} of {c.run}: {file}")
+
+
+def export_model(config: ExportConfig, trained: TrainedModel) -> None:
+    """Write the whole model.
+
+    Raises:
+        UserError: the layout or the folder cannot be used.
+    """
+    c, out = config, Path(str(config.out))
     layout, reason = select_layout(c, trained.model)
-    if c.out.exists() and not (c.out.is_dir() and not any(c.out.iterdir())):
-        raise UserError(f"'{c.out}' already exists; name a new folder by --out")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"'{out}' already exists; name a new folder by --out")
     run, step, params = trained.settings, trained.step, parallel.fetch_to_host(trained.params)
     network = trained.model
     if network.inner_head and layout not in transformer.OWN_CLASSES:
@@ -79,15 +128,15 @@ def main(config: ExportConfig) -> None:
     if c.ema_std is not None:
         settings["ema_std"] = c.ema_std
     n_params = sum(np.size(x) for x in jax.tree.leaves(params))
-    card = model_card(c.out.name, run | settings, trained, layout, n_params)
+    card = model_card(out.name, run | settings, trained, layout, n_params)
     try:
-        with atomic_folder(c.out) as folder:
+        with atomic_folder(out) as folder:
             transformer.save_transformer(folder, network, params, settings, layout=layout)
             with atomic_file(folder / CARD_FILE) as file:
                 file.write(card.encode())
     except OSError as error:
-        raise UserError(f"cannot write '{c.out}': {error.strerror}") from None
-    print(f"step {step} of {c.run} as {layout}: {c.out}")
+        raise UserError(f"cannot write '{out}': {error.strerror}") from None
+    print(f"step {step} of {c.run} as {layout}: {out}")
     if reason and not c.layout:
         print(f"this is the project's own layout: {reason}")
 

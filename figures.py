@@ -108,6 +108,7 @@ def main(config: FiguresConfig) -> None:
         ema=config.ema,
         ema_std=config.ema_std,
         step=config.step,
+        base=config.base,
         vae=config.vae,
         text_encoders=config.text_towers,
         fsdp=config.fsdp,

@@ -211,12 +211,14 @@ def open_model(config: GenerateConfig) -> TrainedModel:
             ema=config.ema,
             ema_std=config.ema_std,
             step=config.step,
+            base=config.base,
             vae=config.vae,
             text_encoders=config.text_towers,
             fsdp=config.fsdp,
         )
     return TrainedModel.from_pretrained(
         str(config.pretrained),
+        lora=config.lora,
         vae=config.vae,
         text_encoders=config.text_towers,
         fsdp=config.fsdp,

@@ -45,6 +45,7 @@ from networks.layers import (
     unpatchify,
     zeros,
 )
+from networks.lora import LoraConfig, add_adapters
 from networks.ops import attention
 from networks.routing import prepend_others, put_tokens, resolve_route, take_tokens
 from runtime.errors import UserError, unknown_name
@@ -88,6 +89,7 @@ class ModelConfig:
             blocks stays in `dtype`.
         remat: recompute each block in the backward pass.
         unroll: number of blocks compiled side by side.
+        lora: adapters of the blocks, which alone are trained; None without.
 
     Raises:
         UserError: a name that does not exist, or values that exclude each other.
@@ -125,6 +127,7 @@ class ModelConfig:
     fp8: bool = False
     remat: bool = False
     unroll: int = 1
+    lora: LoraConfig | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "route", resolve_route(self.route, self.depth))
@@ -164,6 +167,8 @@ class ModelConfig:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in fields.items()
         }
+        if values.get("lora"):
+            values["lora"] = LoraConfig(**values["lora"])
         return cls(**values)
 
     @property
@@ -934,9 +939,11 @@ def model_config(name: str, **fields: Any) -> ModelConfig:
 def build_model(config: ModelConfig, rngs: nnx.Rngs) -> DiT | MMDiT:
     """Build the network of a config, with fresh weights."""
     model = (MMDiT if config.block == JOINT else DiT)(config, rngs=rngs)
-    if config.fp8:
-        for blocks in ("dual_blocks", "blocks", "last"):
-            multiply_in_fp8(getattr(model, blocks, None))
+    for blocks in (getattr(model, name, None) for name in ("dual_blocks", "blocks", "last")):
+        if config.fp8:
+            multiply_in_fp8(blocks)
+        if config.lora:
+            add_adapters(blocks, config.lora, rngs=rngs)
     return model
 
 

@@ -14,7 +14,7 @@ trainer adds devices and the state. The run itself is `training.loop.Loop.fit`; 
 `training.step.update`.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -37,9 +37,10 @@ from inference.spaces import space_of
 from methods.method import Loss
 from methods.registry import class_path
 from model import model_graphdef
+from networks.lora import split_adapter
 from networks.power_ema import gamma_of_std
 from runtime import cli, parallel, processes, run_folder
-from training import display, flops, mup, optim, warm_start
+from training import adapters, display, flops, mup, optim, warm_start
 from training import step as training_step
 from training.auxiliary import with_auxiliary
 from training.config import TrainConfig
@@ -88,6 +89,7 @@ class Trainer(Loop):
         self.keeps_snapshots = bool(self.config.ema_std)
         self.null_is_trained = prepared.null_is_trained
         self._open_devices()
+        self.base = self._open_base(prepared.weights, prepared.saved)
         keys = jax.random.split(jax.random.key(self.config.seed), 3)
         self.init_key, self.train_key, self.eval_key = keys
         self.set_schedule(self.configured_schedule())
@@ -118,13 +120,34 @@ class Trainer(Loop):
                 space=self.space,
                 fsdp=c.fsdp,
             )
-            self.frozen = (self.teacher.weights,)
+            self.frozen = ({"frozen": self.teacher.weights},)
             taught = {"teacher": self.teacher.reference, "teacher_scale": self.teacher.scale}
-            self.config = replace(c, **taught)
-            if self.given_flags and "teacher" in self.given_flags:
-                self.given_flags |= taught
+            self._record("teacher", taught)
             if processes.is_first():
                 print(f"--teacher: {self.teacher.reference}, guided at {self.teacher.scale:g}")
+
+    def _open_base(
+        self, weights: warm_start.StartingWeights | None, saved: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Place the frozen weights of adapters (LoRA) on the devices. Empty without adapters."""
+        network = self.model_config
+        if not network.lora:
+            return {}
+        if weights is None:  # a profile reads no weights
+            base = adapters.blank_base(network, self.mesh)
+        else:
+            opened = adapters.open_base(weights, network, saved.get("base_hash"))
+            base, self.base_hash = parallel.shard_params(opened.params, self.mesh), opened.hash
+            self._record("init_from", {"init_from": weights.reference})
+        (others,) = self.frozen or ({},)
+        self.frozen = ({**others, "base": base},)
+        return base
+
+    def _record(self, flag: str, values: dict[str, Any]) -> None:
+        """Complete a flag, and what follows from it, by what was found: a run by its step."""
+        self.config = replace(self.config, **values)
+        if self.given_flags and flag in self.given_flags:
+            self.given_flags |= values
 
     def make_optimizer(self, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
         c = self.config
@@ -159,6 +182,8 @@ class Trainer(Loop):
             lambda b: loss(model, b, self.train_key, *teacher)[1], self.blank_batch()
         )
         scaled = self.model_config.dtype == "float16"
+        if lora := self.model_config.lora:
+            params, _ = split_adapter(params, lora)
         return training_step.initial_state(
             params,
             self.optimizer,
@@ -183,6 +208,9 @@ class Trainer(Loop):
             self.dataset,
             lambda part: parallel.fetch_to_host(state.params[part]),
         )
+        if self.base:
+            own = parallel.fetch_to_host(state.params)
+            params = adapters.with_fitted_parts(own, params, self.model_config)
         for notice in notices if processes.is_first() else ():
             print(f"--init_from: {notice}")
         # Free the fresh weights first: devices then never hold more than while training.
@@ -256,15 +284,17 @@ class Trainer(Loop):
     def eval_loss(self) -> Callable[..., Any]:
         """The compiled `eval_loss(params, batch, key, *frozen)`, in the precision of sampling."""
         loss = self.loss(label_dropout=0.0)
-        model = partial(nnx.merge, model_graphdef(replace(self.model_config, fp8=False)))
-        if not self.teacher:
-            return jax.jit(lambda params, batch, key: loss(model(params), batch, key)[0])
-        taught, teacher = taught_by(self.teacher, loss), model_graphdef(self.teacher.network)
-        return jax.jit(
-            lambda params, batch, key, weights: taught(
-                model(params), batch, key, nnx.merge(teacher, weights)
-            )[0]
-        )
+        graphdef = model_graphdef(replace(self.model_config, fp8=False))
+
+        @jax.jit
+        def eval_loss(params: Any, batch: Batch, key: Any, frozen: Mapping[str, Any] = {}) -> Any:
+            model = nnx.merge(graphdef, parallel.join_trees(params, frozen.get("base", {})))
+            if not self.teacher:
+                return loss(model, batch, key)[0]
+            teacher = nnx.merge(model_graphdef(self.teacher.network), frozen["frozen"])
+            return taught_by(self.teacher, loss)(model, batch, key, teacher)[0]
+
+        return eval_loss
 
     def evaluate(self) -> dict[str, float]:
         """Compute the averaged weights' loss on the evaluation split, always with the same t and
@@ -369,7 +399,7 @@ class Trainer(Loop):
         if route_guidance != 1 and self.routed_share:
             sampler = replace(sampler, route_rates=(0.0, self.routed_share))
         samples = sample_images(
-            self.state.ema if ema else self.state.params,
+            self.weights(ema=ema),
             self.model_config,
             self.conditioning.encode([labels] if isinstance(labels, str) else labels),
             sampler=sampler,
@@ -389,10 +419,18 @@ class Trainer(Loop):
         c = self.config if n_steps is None else replace(self.config, n_sample_steps=n_steps)
         return sampler_config(c, clip=self.space.is_bounded)
 
+    def weights(self, *, ema: bool) -> Any:
+        """The averaged or raw weights of the whole network."""
+        return parallel.join_trees(self.base, self.state.ema if ema else self.state.params)
+
+    @property
+    def averaged_weights(self) -> Any:
+        return self.weights(ema=True)
+
     def model(self, ema: bool = True) -> nnx.Module:
         """The live model, `model(x, t, label)`, with averaged or raw weights."""
         # A copy, because the next update donates the buffers of the state.
-        params = jax.tree.map(jnp.copy, self.state.ema if ema else self.state.params)
+        params = jax.tree.map(jnp.copy, self.weights(ema=ema))
         return nnx.merge(model_graphdef(replace(self.model_config, fp8=False)), params)
 
     # --- what a run shows and records -------------------------------------------------------------
@@ -425,7 +463,8 @@ class Trainer(Loop):
             self.source,
             self.space,
             self.conditioning,
-            n_params=sum(x.size for x in jax.tree.leaves(self.state.params)),
+            n_params=sum(x.size for x in jax.tree.leaves(self.averaged_weights)),
+            n_trained=sum(x.size for x in jax.tree.leaves(self.state.params)),
             step=self.step,
             last=last,
             run_dir=self.run_dir,
@@ -446,7 +485,9 @@ class Trainer(Loop):
         of_all = flops.forward_flops(self.model_config)
         of_some = flops.forward_flops(self.model_config, routed_share=self.routed_share)
         share = of_some / of_all if of_some and of_all else 1
-        return flops.TRAIN_PER_FORWARD * share + self.eval_passes - 1
+        # The gradients of a frozen base's weights are not computed.
+        per_forward = flops.TRAIN_PER_FORWARD - bool(self.model_config.lora)
+        return per_forward * share + self.eval_passes - 1
 
     @property
     def eval_passes(self) -> float:
@@ -477,6 +518,7 @@ class Trainer(Loop):
                 "trainer": self.trainer_path(),
                 "text_revisions": self.conditioning.revisions,
                 "null_is_trained": self.null_is_trained,
+                **({"base_hash": self.base_hash} if self.model_config.lora else {}),
                 "yardstick": fid.card if fid else None,
             },
         )

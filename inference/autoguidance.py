@@ -6,13 +6,13 @@ Both predict for the same label. What the weak one gets wrong more often, the st
 from. No null label is needed.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
 from inference.spaces import compare_spaces
 from inference.trained_model import Guide, SamplingOverrides, SamplingPlan, TrainedModel
 from runtime.errors import UserError
+from runtime.run_folder import split_reference
 
 DEFAULT_SCALE = 2.0
 
@@ -62,13 +62,6 @@ def open_guide(reference: str, trained: TrainedModel) -> TrainedModel:
     if differences := compare_spaces(trained.space, guide.space):
         raise UserError(f"--guide {reference}: {differences[0]}")
     return guide
-
-
-def split_reference(reference: str) -> tuple[Path, int | None]:
-    """Split `RUN@STEP` into a run's folder and the step of a checkpoint; `RUN` has none."""
-    if not Path(reference).is_dir() and (named := re.fullmatch(r"(.+)@(\d+)", reference)):
-        return Path(named[1]), int(named[2])
-    return Path(reference), None
 
 
 def _facts(model: TrainedModel) -> dict[str, Any]:

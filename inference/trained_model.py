@@ -7,13 +7,12 @@ Commands read a run through this class and nowhere else. It writes nothing.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -24,6 +23,7 @@ from inference import grids, guidance
 from inference.codec import Codec
 from inference.conditioning import Captions, Conditioning, conditioning_of
 from inference.grids import NotFiniteError
+from inference.run_weights import Weights, check_average, load_merged, load_params
 from inference.sampler import (
     ROUTE_RATES,
     Labels,
@@ -36,14 +36,13 @@ from inference.sampler import (
     check_route_guidance,
     sample_images,
 )
-from inference.snapshots import check_std, load_average
 from inference.spaces import Space, space_of
 from methods.method import Method
 from methods.registry import method_of
-from model import ModelConfig, init_model_params
+from model import ModelConfig
 from pretrained import transformer
+from pretrained.lora import with_adapter
 from runtime import parallel, processes
-from runtime.checkpoint import Checkpoints
 from runtime.errors import UserError
 from runtime.run_folder import read_config
 from sampling import ALWAYS
@@ -154,6 +153,7 @@ class TrainedModel:
         vae: str | None = None,
         text_encoders: Sequence[str] = (),
         fsdp: int | None = None,
+        base: str | None = None,
     ) -> "TrainedModel":
         """Open a run's checkpoint, the newest if no step is given. Reads only its `config.json`.
 
@@ -163,6 +163,7 @@ class TrainedModel:
                 a checkpoint's weights. `step` is then that of a snapshot.
             fsdp: devices that share one copy of the weights; by default as in the run, or the
                 greatest common divisor of that and the number of devices here.
+            base: where the base of a run's adapters (LoRA) is now, if it has moved.
 
         Raises:
             UserError: the folder is not a run, or `config.json` does not describe one; or it kept
@@ -175,7 +176,12 @@ class TrainedModel:
         except TypeError as error:
             raise UserError(f"the config.json of '{folder}' is damaged: {error}") from None
         mesh = parallel.make_mesh(fsdp or math.gcd(settings["fsdp"], parallel.devices().count))
-        load = partial(load_params, folder, model, mesh, ema=ema, ema_std=ema_std, step=step)
+        load = partial(load_params, folder, model, mesh, Weights(ema, ema_std, step))
+        if model.lora:
+            load = partial(load_merged, *load.args, settings=settings, base=base)
+            model = replace(model, lora=None)
+        elif base:
+            raise UserError(f"--base {base}: '{folder}' holds whole weights, not adapters (LoRA)")
         if ema_std is not None:
             check_average(str(folder), settings, ema_std, ema=ema)
         return cls(
@@ -195,17 +201,23 @@ class TrainedModel:
         cls,
         path_or_id: str,
         *,
+        lora: Path | None = None,
         vae: str | None = None,
         text_encoders: Sequence[str] = (),
         fsdp: int | None = None,
     ) -> "TrainedModel":
         """Open a published model by `transformer.load_transformer`: of the hub, a folder or a file.
 
+        Args:
+            lora: a file of adapters to add to it.
+
         Raises:
             UserError: it cannot be read, or has parts that are not implemented here.
         """
         dtype = "float32" if parallel.devices().platform == "cpu" else "bfloat16"
         published = transformer.load_transformer(path_or_id, dtype=dtype)
+        if lora:
+            published = with_adapter(published, lora)
         mesh = parallel.make_mesh(fsdp or 1)
 
         def load() -> tuple[None, Any]:
@@ -504,47 +516,3 @@ class TrainedModel:
             # Cards of older versions do not have it.
             **({} if self.ema_std is None else {"ema_std": self.ema_std}),
         }
-
-
-def check_average(name: str, settings: Mapping[str, Any], std: float, *, ema: bool) -> None:
-    """Raises UserError if a run cannot give an average of this relative width.
-
-    Args:
-        settings: its `config.json`.
-        ema: whether averaged weights are wanted.
-    """
-    if not ema:
-        raise UserError(f"--ema_std {std:g} names an average, and --noema wants none: drop one")
-    check_std(std)
-    if not settings.get("ema_std"):
-        raise UserError(
-            f"--ema_std {std:g}: '{name}' kept no averages to make it of, as a run of train.py "
-            "--ema_std 0.05 0.1 does; leave it out"
-        )
-
-
-def load_params(
-    run: Path,
-    config: ModelConfig,
-    mesh: parallel.Mesh,
-    *,
-    ema: bool = True,
-    ema_std: float | None = None,
-    step: int | None = None,
-) -> tuple[int, Any]:
-    """Load a run's weights, averaged or raw, from its newest checkpoint if no step is given, or
-    average its snapshots.
-
-    Returns the checkpoint's or snapshot's step, and the weights.
-    """
-    shapes = parallel.abstract_state(partial(init_model_params, config, jax.random.key(0)), mesh)
-    if ema_std is not None:
-        return load_average(run, shapes, mesh, ema_std, step=step)
-    item = "ema" if ema else "params"
-    like = {item: shapes}
-    with Checkpoints(run, read_only=True) as checkpoints:
-        if step is None:
-            step, items, _ = checkpoints.restore_newest(like)
-        else:
-            items = checkpoints.restore(checkpoints.resolve_step(step), like)
-    return step, items[item]

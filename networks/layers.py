@@ -34,6 +34,9 @@ class Linear(nnx.Module):
     Args:
         save_output: save y for the backward pass. False if the next operation saves its own result
             of y.
+
+    Attributes:
+        low_rank: an adapter, whose result is added: see `networks/lora.py`.
     """
 
     def __init__(
@@ -51,9 +54,12 @@ class Linear(nnx.Module):
         self.dtype = dtype
         self.save_output = save_output
         self.affine = affine
+        self.low_rank: Any = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         y = self.affine(x.astype(self.dtype), self.kernel[...], self.bias[...])
+        if self.low_rank is not None:
+            y = y + self.low_rank(x)
         return save_for_backward(y) if self.save_output else y
 
 

@@ -79,6 +79,20 @@ def _affine_forward(x: Any, w: Any, bias: Any) -> Any:
 
 
 def _affine_backward(saved: Any, g: Any) -> Any:
+    return *_matmul_backward(saved, g), g.sum(tuple(range(g.ndim - 1)), dtype=jnp.float32)
+
+
+@jax.custom_vjp
+def matmul(x: Float[Array, "*b i"], w: Float[Array, "i o"]) -> Float[Array, "*b o"]:
+    """`affine` without a bias."""
+    return _product("...i,io->...o", x, w.astype(x.dtype)).astype(x.dtype)
+
+
+def _matmul_forward(x: Any, w: Any) -> Any:
+    return matmul(x, w), (x, w)
+
+
+def _matmul_backward(saved: Any, g: Any) -> Any:
     x, w = saved
     dx = _product("...o,io->...i", g, w.astype(x.dtype)).astype(x.dtype)
     if x.shape[-1] > g.shape[-1]:
@@ -88,7 +102,7 @@ def _affine_backward(saved: Any, g: Any) -> Any:
         dw = jax.lax.optimization_barrier(_product("...o,...i->oi", g, x)).T
     else:
         dw = _product("...i,...o->io", x, g)
-    return dx, dw, g.sum(tuple(range(g.ndim - 1)), dtype=jnp.float32)
+    return dx, dw.astype(w.dtype)  # frozen weights may be in half precision
 
 
 def _product(pattern: str, a: Array, b: Array) -> Array:
@@ -96,6 +110,7 @@ def _product(pattern: str, a: Array, b: Array) -> Array:
 
 
 affine.defvjp(_affine_forward, _affine_backward)
+matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 # --- eight bits -----------------------------------------------------------------------------------
@@ -129,7 +144,8 @@ def _affine_in_fp8_backward(saved: Any, g: Any) -> Any:
     g8 = quantize(g, E5M2)
     dx = _product_in_fp8("...o,io->...i", g8, quantize(w, E4M3)).astype(x.dtype)
     dw = _product_in_fp8("...i,...o->io", quantize(x, E4M3), g8)
-    return dx, dw, g.sum(tuple(range(g.ndim - 1)), dtype=jnp.float32)
+    # Frozen weights may be in half precision.
+    return dx, dw.astype(w.dtype), g.sum(tuple(range(g.ndim - 1)), dtype=jnp.float32)
 
 
 affine_in_fp8.defvjp(_affine_in_fp8_forward, _affine_in_fp8_backward)

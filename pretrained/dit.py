@@ -388,6 +388,21 @@ def diffusers_name(name: str) -> str:
     raise AssertionError(name)
 
 
+def block_maps(path: tuple[str, ...], config: ModelConfig) -> list[list[str]]:
+    """Name diffusers' maps that lie side by side in one of ours, for each block.
+
+    Args:
+        path: of the kernel of ours.
+    """
+    names = [
+        diffusers_name(f"{LINEAR['.'.join(path[:-1])].format(i=i)}.") for i in range(config.depth)
+    ]
+    return [
+        [name.format(part=part).rstrip(".") for part in ("qkv" if "{part}" in name else ("",))]
+        for name in names
+    ]
+
+
 def rename_from_diffusers(
     tensors: MutableMapping[str, np.ndarray], config: ModelConfig, where: str
 ) -> Tensors:

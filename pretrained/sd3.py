@@ -274,6 +274,18 @@ def locate_parts(path: tuple[Any, ...], config: ModelConfig) -> list[list[Part]]
     ]
 
 
+def block_maps(path: tuple[Any, ...], config: ModelConfig) -> list[list[str]]:
+    """Name diffusers' maps that lie side by side in one of ours, for each block of its stack.
+
+    Args:
+        path: of the kernel of ours.
+    """
+    return [
+        [part.name.removesuffix(".weight") for part in parts]
+        for parts in locate_parts(path, config)
+    ]
+
+
 def flatten_leaves(tree: Mapping[str, Any]) -> dict[tuple[Any, ...], Any]:
     """Return each array of a tree by its path."""
     return dict(flatten_dict(tree))

@@ -308,6 +308,13 @@ def read_safetensors(path: Path, dtypes: Mapping[str, Any] = DTYPES) -> dict[str
     Raises:
         UserError: it cannot be read, is damaged, or holds numbers of other formats than `dtypes`.
     """
+    return read_safetensors_and_metadata(path, dtypes)[0]
+
+
+def read_safetensors_and_metadata(
+    path: Path, dtypes: Mapping[str, Any] = DTYPES
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """`read_safetensors`, and the texts beside the tensors."""
     try:
         safetensors.safe_open(path, "np")  # checks the file thoroughly
         with path.open("rb") as file:
@@ -317,7 +324,7 @@ def read_safetensors(path: Path, dtypes: Mapping[str, Any] = DTYPES) -> dict[str
         raise UserError(f"{path}: No such file or directory") from None
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
     for name, entry in header.items():
         if entry["dtype"] not in dtypes:
             raise UserError(
@@ -329,15 +336,33 @@ def read_safetensors(path: Path, dtypes: Mapping[str, Any] = DTYPES) -> dict[str
         start, end = data_offsets
         return np.asarray(buffer[start:end]).view(dtypes[dtype]).reshape(shape)
 
-    return {
+    tensors = {
         name: view(entry["dtype"], entry["shape"], entry["data_offsets"])
         for name, entry in header.items()
     }
+    return tensors, metadata
 
 
-def _write_safetensors(file: IO[bytes], tensors: Mapping[str, np.ndarray]) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Write a file of tensors in float32, and texts beside them.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        with atomic_file(path) as file:
+            _write_safetensors(file, tensors, metadata)
+    except OSError as error:
+        raise UserError(f"cannot write '{path}': {error.strerror}") from None
+
+
+def _write_safetensors(
+    file: IO[bytes], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors in float32, with one at a time in memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, x in tensors.items():
         start, end = end, end + 4 * x.size

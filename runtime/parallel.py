@@ -299,6 +299,14 @@ def merge_sharded_model(graphdef: Any, params: Any, specs: Any) -> nnx.Module:
     return model
 
 
+def join_trees(tree: Any, other: Any) -> Any:
+    """Join two trees of dicts that have no leaf in common."""
+    if not (isinstance(tree, dict) and isinstance(other, dict)):
+        raise ValueError("both trees have the same leaf")
+    joined = {**tree, **other}
+    return joined | {name: join_trees(tree[name], other[name]) for name in tree.keys() & other}
+
+
 def value_and_grad(
     loss: Callable[..., Any],
     graphdef: Any,
@@ -309,10 +317,13 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """`jax.value_and_grad` of `loss(model, batch, key)`, averaged over the rows of all devices.
 
-    Returns `run(params, batch, key, scale=None, *, frozen=None) -> ((loss, metrics), grads)`: the
-    first two replicated, gradients sharded as `params`. The loss is multiplied by `scale` before it
-    is differentiated and the gradients are divided by it, so that small ones survive float16. Every
-    device must hold the same number of rows.
+    Returns `run(params, batch, key, scale=None, *, base=None, frozen=None) -> ((loss, metrics),
+    grads)`: the first two replicated, gradients sharded as `params`. The loss is multiplied by
+    `scale` before it is differentiated and the gradients are divided by it, so that small ones
+    survive float16. Every device must hold the same number of rows.
+
+    `base` are weights of the model that are not among `params` and get no gradient, sharded as
+    `partition_specs` says.
 
     Args:
         frozen_graphdef: of a second model, such as a teacher, that the loss takes and that is not
@@ -322,21 +333,31 @@ def value_and_grad(
             one after the other, which takes the memory of one and gives the gradient of all.
     """
 
-    def run(params: Any, batch: Any, key: Any, scale: Any = None, *, frozen: Any = None) -> Any:
+    def run(
+        params: Any,
+        batch: Any,
+        key: Any,
+        scale: Any = None,
+        *,
+        base: Any = None,
+        frozen: Any = None,
+    ) -> Any:
         if (frozen is None) != (frozen_graphdef is None):
             raise ValueError("`frozen` and `frozen_graphdef` belong together: one of them is None")
-        frozen = {} if frozen is None else frozen
-        specs, frozen_specs = (partition_specs(tree, mesh) for tree in (params, frozen))
+        trees = (params, {} if base is None else base, {} if frozen is None else frozen)
+        specs, base_specs, frozen_specs = (partition_specs(tree, mesh) for tree in trees)
+        all_specs = join_trees(specs, base_specs)
         share = (1 if scale is None else scale) / (mesh.size * accumulate_steps)
 
-        def local(params: Any, frozen: Any, batch: Any, key: Any, share: Any) -> Any:
+        def local(params: Any, base: Any, frozen: Any, batch: Any, key: Any, share: Any) -> Any:
+            base = _mark_own(base, base_specs)
             frozen_model: list[nnx.Module] = []
             if frozen_graphdef is not None:
                 frozen = _mark_own(frozen, frozen_specs)
                 frozen_model = [merge_sharded_model(frozen_graphdef, frozen, frozen_specs)]
 
             def scaled_loss(params: Any, rows: Any) -> Any:
-                model = merge_sharded_model(graphdef, params, specs)
+                model = merge_sharded_model(graphdef, join_trees(params, base), all_specs)
                 value, metrics = loss(model, rows, key, *frozen_model)
                 return value * share, (value, metrics)
 
@@ -352,9 +373,9 @@ def value_and_grad(
         means, grads = jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(specs, frozen_specs, P(AXES), P(), P()),
+            in_specs=(specs, base_specs, frozen_specs, P(AXES), P(), P()),
             out_specs=((P(), P()), specs),
-        )(params, frozen, batch, key, share)
+        )(*trees, batch, key, share)
         return means, grads if scale is None else jax.tree.map(lambda g: g / scale, grads)
 
     return run

@@ -6,6 +6,7 @@ Nothing here knows checkpoints, metrics or models; other modules write them into
 import fcntl
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Generator
@@ -30,6 +31,13 @@ def new_run_path(dataset_name: str, model: str, *, root: Path = RUNS) -> Path:
     name = f"{dataset}-{model.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     paths = (root / (name + suffix) for suffix in ("", *(f"-{i}" for i in range(2, 100))))
     return next(path for path in paths if not path.exists())
+
+
+def split_reference(reference: str) -> tuple[Path, int | None]:
+    """Split `RUN@STEP` into a run's folder and the step of a checkpoint; `RUN` has none."""
+    if not Path(reference).is_dir() and (named := re.fullmatch(r"(.+)@(\d+)", reference)):
+        return Path(named[1]), int(named[2])
+    return Path(reference), None
 
 
 def newest_run(

@@ -31,6 +31,7 @@ from training.flag_groups import (
     SamplingFlags,
     StorageFlags,
 )
+from training.lora import LoraFlags
 from training.mup import WidthTransferFlags
 from training.routing import RouteFlags
 from training.teacher import TeacherFlags
@@ -295,6 +296,7 @@ class TrainConfig(
     DDPMFlags,
     AuxiliaryFlags,
     RouteFlags,
+    LoraFlags,
     TeacherFlags,
     BlockOptimizerFlags,
     OptimizerFlags,

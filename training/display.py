@@ -42,6 +42,7 @@ def start_message(
     conditioning: Conditioning,
     *,
     n_params: int,
+    n_trained: int,
     step: int,
     last: int,
     run_dir: Path,
@@ -51,9 +52,12 @@ def start_message(
     part = f"the first {config.batch_size} of " if config.overfit_batch else ""
     begin = f"resuming at step {step}" if step else "starting"
     precision = f"{model.dtype} with blocks in fp8" if model.fp8 else model.dtype
+    trained = ""
+    if model.lora:
+        trained = f", of which {n_trained / 1e6:.3g} M are trained (LoRA of rank {model.lora.rank})"
     is_emulated = model.fp8 and not parallel.devices().has_fp8
     return (
-        f"{config.model}, {n_params / 1e6:.3g} M parameters, {precision}, on {devices}\n"
+        f"{config.model}, {n_params / 1e6:.3g} M parameters{trained}, {precision}, on {devices}\n"
         f"{NO_FP8 if is_emulated else ''}"
         f"{source.config.name}: {part}{len(source.train)} training "
         f"{space.title} of "

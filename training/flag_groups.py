@@ -321,6 +321,11 @@ class SourceFlags:
         "export.py writes them; or a file of the original DiT or SiT, such as "
         "dit:DiT-XL-2-256x256.pt",
     )
+    lora: Path | None = flag(
+        None,
+        "adapters (LoRA) to add to the published model, in a file of PEFT, diffusers or export.py",
+        only_with=("pretrained", None),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,6 +346,9 @@ class CheckpointFlags:
         "that was trained with --ema_std",
     )
     step: int | None = flag(Derived("the newest"), "step of a run's checkpoint, or snapshot")
+    base: str | None = flag(
+        None, "current location of the base of a run's adapters (LoRA), if it has moved"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,7 +69,8 @@ class Loop(Run):
         encoded: the encoded captions of a dataset with captions.
         model_config: a dataclass, the shape of the network.
         train_key: the random key that every step's is derived from.
-        frozen: the weights of a second network that is not trained, if there is one.
+        frozen: weights that are not trained, if there are any: one dictionary, which `update`
+            takes last.
         state: weights, averages and optimizer on all devices.
     """
 
@@ -81,7 +82,7 @@ class Loop(Run):
     encoded: CaptionStore | None = None
     model_config: Any
     train_key: Key[Array, ""]
-    frozen: tuple[Any, ...] = ()
+    frozen: tuple[dict[str, Any], ...] = ()
     schedule: optax.Schedule
     optimizer: optax.GradientTransformationExtraArgs
     state: TrainState
@@ -155,6 +156,11 @@ class Loop(Run):
         if not self.keeps_snapshots:
             return False
         return self.step % self.config.snapshot_every == 0 or self.step == last
+
+    @property
+    def averaged_weights(self) -> Any:
+        """The averaged weights of the whole network."""
+        return self.state.ema
 
     # --- the run's folder, data and state ---------------------------------------------------------
 

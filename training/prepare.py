@@ -25,7 +25,7 @@ from model import ModelConfig
 from runtime import processes, processor, run_folder
 from runtime.errors import UserError
 from runtime.parallel import Devices
-from training import warm_start
+from training import adapters, warm_start
 from training.conditionings import RUN_CONDITIONINGS
 from training.config import TrainConfig
 from training.resolve import (
@@ -49,7 +49,7 @@ class Prepared:
         given_flags: those that were given, at all starts; None if they were not recorded.
         run_dir: the run's folder, which may not exist yet.
         saved: its `config.json`; empty for a new run.
-        weights: of another model, to start from.
+        weights: of another model, to start from, or the base of adapters (LoRA).
         null_is_trained: whether the model can be guided: labels are dropped, or the weights bring
             a null label.
     """
@@ -81,8 +81,9 @@ def prepare(config: TrainConfig, devices: Devices) -> Prepared:
     given = recorded_flags(config, saved)
     config = _merge(config, saved, devices)
     weights = None
-    if config.init_from and not saved:
+    if config.init_from and (not saved or config.lora_rank):
         weights = warm_start.load_starting_weights(config.init_from)
+    if weights and not saved:
         config = warm_start.with_source_flags(config, weights)
     record = saved or (weights.settings if weights else {})
     starts_with_null = bool(record) and null_is_trained(record)
@@ -111,6 +112,10 @@ def prepare(config: TrainConfig, devices: Devices) -> Prepared:
     if config.init_from:
         record = saved.get("model_config") or (vars(weights.config) if weights else {})
         network = warm_start.keep_fields_without_flag(network, record)
+    network = replace(network, **conditioning.fields)
+    if network.lora:
+        full_parts = adapters.parts_to_train(weights, network, source.config)
+        network = replace(network, lora=replace(network.lora, full_parts=full_parts))
     return Prepared(
         config=config,
         given_flags=given,
@@ -119,7 +124,7 @@ def prepare(config: TrainConfig, devices: Devices) -> Prepared:
         source=source,
         conditioning=conditioning,
         method=training_method(config),
-        network=replace(network, **conditioning.fields),
+        network=network,
         weights=weights,
         null_is_trained=(not kind.has_null or bool(config.label_dropout) or starts_with_null),
     )
@@ -138,7 +143,7 @@ def read_saved(run_dir: Path) -> dict[str, Any]:
     saved = run_folder.read_config(run_dir)
     if time_scale := saved.get("model_config", {}).get("time_scale"):
         saved = {"time_scale": time_scale} | saved
-    newer_flags = {"optimizer": "adamw", "mup": 0, "ema_std": ()}
+    newer_flags = {"optimizer": "adamw", "mup": 0, "ema_std": (), "lora_rank": 0}
     saved = newer_flags | saved
     return saved if null_is_trained(saved) else saved | {"cfg_scale": 1.0}
 

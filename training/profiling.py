@@ -72,7 +72,8 @@ def profile(
     trace_file = trace(lambda: train(profiles[0].compiled), loop.run_dir / "profile")
     return report(
         model,
-        sum(x.size for x in jax.tree.leaves(loop.state.params)),
+        loop.averaged_weights,
+        loop.state.params,
         profiles,
         moment_bytes=sum(x.nbytes for x in jax.tree.leaves(loop.state.opt_state)),
         device_kind=parallel.devices().kind,
@@ -100,9 +101,11 @@ def _profile_sampling(
     return profile_step(
         "sample, guided" if guide else "sample",
         jax.jit(step),
-        (loop.state.ema, batch.label, batch.row, seed, cfg_scale),
+        (loop.averaged_weights, batch.label, batch.row, seed, cfg_scale),
         flops=(1 + guide) * forward_flops,
-        run=lambda compiled: compiled(loop.state.ema, batch.label, batch.row, seed, cfg_scale),
+        run=lambda compiled: compiled(
+            loop.averaged_weights, batch.label, batch.row, seed, cfg_scale
+        ),
     )
 
 
@@ -251,7 +254,8 @@ def trace(run: Callable[[], Any], folder: Path) -> Path:
 
 def report(
     config: Any,
-    n_params: int,
+    weights: Any,
+    trained: Any,
     profiles: Sequence[StepProfile],
     *,
     moment_bytes: int,
@@ -261,14 +265,18 @@ def report(
     peak: Peak | None,
     trace_file: Path | None = None,
 ) -> str:
-    """Format the model, the device, the table of steps and the rooflines as text."""
+    """Format the model, the device, the table of steps and the rooflines as text.
+
+    Args:
+        weights, trained: all weights of the network, and those that a step changes.
+    """
     roof = "n/a (give --peak_tflops)"
     if peak:
         speed = format_si(peak.flops_per_second, "FLOP/s")
         bandwidth = format_si(peak.bytes_per_second, "B/s")
         roof = f"{speed}, {bandwidth} ({peak.source})"
     lines = [
-        *_model_lines(config, n_params, moment_bytes),
+        *_model_lines(config, weights, trained, moment_bytes),
         f"DEVICE\n  {n_devices} × {device_kind}, {dtype}; peak of one: {roof}",
         *_step_lines(profiles, peak, n_devices),
         "ROOFLINE",
@@ -283,8 +291,13 @@ def report(
     return "\n".join(lines)
 
 
-def _model_lines(config: Any, n_params: int, moment_bytes: int) -> list[str]:
+def _model_lines(config: Any, weights: Any, trained: Any, moment_bytes: int) -> list[str]:
     """The model's size and its FLOPs by module."""
+    (n_params, n_bytes), (n_trained, trained_bytes) = (
+        (sum(x.size for x in leaves), sum(x.nbytes for x in leaves))
+        for leaves in map(jax.tree.leaves, (weights, trained))
+    )
+    part = "" if n_trained == n_params else f", {format_si(n_trained, '')} of them trained"
     modules = flops_by_module(config)
     forward, size, patch = sum(modules.values()), config.image_size, config.patch_size
     shares = {**modules, "total": forward}
@@ -292,8 +305,8 @@ def _model_lines(config: Any, n_params: int, moment_bytes: int) -> list[str]:
         "MODEL",
         f"  width {config.width}, depth {config.depth}, {config.n_heads} heads, patch {patch}, "
         f"image {size}×{size}×{config.channels}, {(size // patch) ** 2} tokens",
-        f"  {format_si(n_params, '')} parameters; in fp32: weights {format_si(4 * n_params, 'B')}, "
-        f"EMA {format_si(4 * n_params, 'B')}; moments {format_si(moment_bytes, 'B')}",
+        f"  {format_si(n_params, '')} parameters{part}; weights {format_si(n_bytes, 'B')}, "
+        f"EMA {format_si(trained_bytes, 'B')}, moments {format_si(moment_bytes, 'B')}",
         "FORWARD FLOPS PER IMAGE (2 per multiply-add; matrix products only)",
         *(f"  {name:26}{format_si(x, 'FLOP'):>12}{x / forward:8.1%}" for name, x in shares.items()),
     ]

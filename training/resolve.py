@@ -28,6 +28,7 @@ from training.auxiliary import check_layer_sync
 from training.conditionings import RUN_CONDITIONINGS, ByCaption
 from training.config import BY_PRESET, PRECISIONS, TrainConfig
 from training.flag_groups import BY_DATASET, DEFAULT_DATASET
+from training.lora import check_lora, lora_config
 from training.mup import check_mup
 from training.routing import check_routing
 from training.teacher import absolute_reference, with_step_of
@@ -47,10 +48,9 @@ def given_flags(config: Any) -> dict[str, Any]:
     """
     values = {name: getattr(config, name) for name in flags_of(config)}
     given = {name: value for name, value in values.items() if value is not None}
-    if (start := given.get("init_from")) and Path(start).expanduser().exists():
-        given["init_from"] = str(Path(start).expanduser().resolve())
-    if teacher := given.get("teacher"):
-        given["teacher"] = absolute_reference(teacher)
+    for name in ("init_from", "teacher"):
+        if reference := given.get(name):
+            given[name] = absolute_reference(reference)
     if encoders := given.get("text_towers"):
         folders = [Path(encoder).expanduser() for encoder in encoders]
         given["text_towers"] = tuple(
@@ -97,14 +97,17 @@ def merge_saved(config: AnyConfig, saved: dict[str, Any]) -> AnyConfig:
     saved = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
     if given.get("inner_head") is True and saved.get("inner_head"):
         given["inner_head"] = saved["inner_head"]  # the number that it stood for
-    if given.get("teacher") and saved.get("teacher"):
-        given["teacher"] = with_step_of(given["teacher"], saved["teacher"])
+    for name in ("init_from", "teacher"):
+        if given.get(name) and saved.get(name):
+            given[name] = with_step_of(given[name], saved[name])
     if "decay_from" not in given and {"n_steps", "n_epochs"} & given.keys():
         saved = saved | {"decay_from": None}  # it was of the other length
     changed = [
         f"{name} was {saved.get(name)}, not {value}"
         for name, value in given.items()
         if not (known[name].may_change or (name, saved.get(name), value) == CONSTANT_TO_WSD)
+        # The base of adapters may have moved: its weights are compared instead.
+        and not (name == "init_from" and saved.get("lora_rank"))
         and _canonical(name, saved.get(name)) != _canonical(name, value)
     ]
     if given.get("teacher") and not saved.get("teacher"):
@@ -338,6 +341,7 @@ def derived_defaults(values: dict[str, Any], fast_bf16: bool) -> dict[str, Any]:
         "half_precision": fast_bf16,
         **defaults_of_method(find_method(values["objective"])),
         "snapshot_every": max(1, values["n_steps"] // 20),
+        "lora_alpha": float(values["lora_rank"]),
         **defaults_of_length(values["n_steps"]),
     }
 
@@ -390,6 +394,7 @@ def _validate_model_and_sampling(config: TrainConfig) -> None:
     preset = MODELS[config.model]
     check_layer_sync(config.layer_sync, preset["depth"])
     check_mup(config.mup, width=preset["width"], n_heads=preset["n_heads"])
+    check_lora(config)
     if config.route:
         _validate_route(config, method)
     is_joint = preset.get("block") == JOINT
@@ -506,6 +511,7 @@ def network_config(config: TrainConfig, dataset: DatasetConfig) -> ModelConfig:
         route=config.route if config.route_share else (),
         time_scale=config.time_scale,
         takes_span=training_method(config).takes_span,
+        lora=lora_config(config),
     )
 
 

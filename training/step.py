@@ -6,7 +6,7 @@ are arguments; nothing here knows a network.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -77,7 +77,7 @@ def update(
     state: TrainState,
     batch: Any,
     key: Key[Array, ""],
-    frozen: Any = None,
+    frozen: Mapping[str, Any] | None = None,
     *,
     read_batch: Callable[[Any, Array], Any],
     value_and_grad: Callable[..., Any],
@@ -92,9 +92,10 @@ def update(
 
     Args:
         key: the run's; a step's own is folded from it and the position.
-        frozen: weights of a second model that the loss takes and that is not trained.
+        frozen: weights that are not trained, by the names that `value_and_grad` takes them by.
         read_batch: maps `batch` and the position to the rows that the loss takes.
-        value_and_grad: `(params, batch, key, loss_scale) -> ((loss, metrics), gradients)`.
+        value_and_grad: `(params, batch, key, loss_scale, **frozen) -> ((loss, metrics),
+            gradients)`.
         log_every: steps after which the window of metrics starts anew.
         power_gammas: exponents of the averages `power_ema`.
     """
@@ -102,8 +103,7 @@ def update(
     step_key = jax.random.fold_in(key, s.position)
     batch = read_batch(batch, s.position)
     scale = s.loss_scale[0] if s.loss_scale else None
-    others = {} if frozen is None else {"frozen": frozen}
-    (loss, metrics), grads = value_and_grad(s.params, batch, step_key, scale, **others)
+    (loss, metrics), grads = value_and_grad(s.params, batch, step_key, scale, **(frozen or {}))
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, s.opt_state, s.params, finite=finite)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from inference.autoguidance import split_reference
 from inference.spaces import Space, compare_spaces
 from inference.trained_model import TrainedModel
 from methods.method import drop_labels
@@ -22,6 +21,7 @@ from runtime import processes
 from runtime.checkpoint import CHECKPOINTS_FOLDER
 from runtime.errors import UserError
 from runtime.flags import Derived, flag, setting
+from runtime.run_folder import split_reference
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from pretrained import transformer
 from runtime import parallel, processes
 from runtime.checkpoint import CHECKPOINTS_FOLDER
 from runtime.errors import UserError
+from runtime.run_folder import split_reference
 from training.config import TrainConfig
 
 # Flags of the model that default to the source's value.
@@ -48,12 +49,14 @@ class StartingWeights:
     Args:
         params: whole, in host memory.
         name: for messages.
+        reference: where they are: `RUN@STEP`, or a published model.
     """
 
     config: ModelConfig
     params: dict[str, Any] = field(repr=False)
     settings: Mapping[str, Any]
     name: str
+    reference: str
 
     @property
     def label_names(self) -> Sequence[str]:
@@ -61,7 +64,7 @@ class StartingWeights:
 
 
 def load_starting_weights(path_or_id: str) -> StartingWeights:
-    """Load the averaged weights of a run's newest checkpoint, or a published model.
+    """Load the averaged weights of a run, of `RUN@STEP`, or a published model.
 
     Raises:
         UserError: neither is found, or the weights are not finite.
@@ -76,15 +79,21 @@ def load_starting_weights(path_or_id: str) -> StartingWeights:
 
 
 def _load_weights(path_or_id: str) -> StartingWeights:
-    folder = Path(path_or_id).expanduser()
+    folder, step = split_reference(str(Path(path_or_id).expanduser()))
     if not (folder / CHECKPOINTS_FOLDER).is_dir():
         with processes.first_then_others():
             published = transformer.load_transformer(path_or_id)
-        return StartingWeights(published.config, published.params, published.settings, published.id)
+        return StartingWeights(
+            published.config, published.params, published.settings, published.id, path_or_id
+        )
     # Sharded over all devices while loading: the whole is in host memory only.
-    run = TrainedModel.from_run(folder, fsdp=parallel.devices().count)
+    run = TrainedModel.from_run(folder, step=step, fsdp=parallel.devices().count)
     return StartingWeights(
-        run.model, parallel.fetch_to_host(run.params), run.settings, f"step {run.step} of {folder}"
+        run.model,
+        parallel.fetch_to_host(run.params),
+        run.settings,
+        f"step {run.step} of {folder}",
+        f"{folder.resolve()}@{run.step}",
     )
 
 
