@@ -121,9 +121,9 @@ def merge_adapters(params: Mapping[str, Any], config: LoraConfig) -> dict[str, A
 
 
 def multiply_adapter(
-    a: Float[Array, "*d i r"], b: Float[Array, "*d r o"]
-) -> Float[Array, "*d i o"]:
-    """Compute A B of the maps that lie side by side, whose A's are as many times `r` wide."""
+    a: Float[Array, "*d i rn"], b: Float[Array, "*d r no"]
+) -> Float[Array, "*d i no"]:
+    """Compute A B of each of n maps that lie side by side."""
     n_parts = a.shape[-1] // b.shape[-2]
     parts = zip(jnp.split(a, n_parts, axis=-1), jnp.split(b, n_parts, axis=-1), strict=True)
     multiply: Callable[..., Any] = jnp.matmul

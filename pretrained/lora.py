@@ -4,7 +4,8 @@ Each map W of diffusers' network, such as `transformer_blocks.0.attn.to_q`, has 
 (r, n_in) and `.lora_B.weight` (n_out, r), and is replaced by W + (α/r)·B A. Ranks and α are in the
 file's metadata. Where queries, keys and values are one map here, each of them has its own A and B.
 
-A table of classes is no low-rank change: it is in the file in full, by our name.
+Written files have α = r, with the scale within B: not every reader looks at the metadata. A table
+of classes is no low-rank change: it is in the file in full, by our name.
 """
 
 import json
@@ -52,7 +53,7 @@ def adapter_to_peft(
         if path[0] == CLASSES:
             tensors[".".join(path)] = np.asarray(x)
         elif path[-2:] == (ADAPTER, "a"):
-            b = np.asarray(flat[*path[:-1], "b"])
+            b = config.lora.scale * np.asarray(flat[*path[:-1], "b"])
             rows = family.block_maps((*path[:-2], "kernel"), config)
             stacked = (np.asarray(x), b) if x.ndim == 3 else (np.asarray(x)[None], b[None])
             for names, *pair in zip(rows, *stacked, strict=True):
@@ -61,7 +62,7 @@ def adapter_to_peft(
                     tensors[f"{PREFIX}{name}.lora_A.weight"] = a_part.T
                     tensors[f"{PREFIX}{name}.lora_B.weight"] = b_part.T
                     modules.append(name)
-    facts = {"r": config.lora.rank, "lora_alpha": config.lora.alpha, "target_modules": modules}
+    facts = {"r": config.lora.rank, "lora_alpha": config.lora.rank, "target_modules": modules}
     return tensors, {f"{PREFIX}{name}": value for name, value in facts.items()}
 
 
@@ -113,7 +114,7 @@ def read_adapter(file: Path) -> PeftAdapter:
         theirs = module.removeprefix("base_model.model.").removeprefix(PREFIX)
         alpha = _alpha_of(theirs, facts, rank=len(a))
         if alpha_name in tensors:
-            alpha = float(tensors.pop(alpha_name))
+            alpha = np.asarray(tensors.pop(alpha_name)).item()
         scale = alpha / (len(a) ** 0.5 if facts.get("use_rslora") else len(a))
         changes[theirs] = scale * (b.reshape(len(b), -1) @ a.reshape(len(a), -1))
     if tensors or not changes:
@@ -130,8 +131,8 @@ def _alpha_of(module: str, facts: Mapping[str, Any], rank: int) -> float:
     patterns: Mapping[str, float] = facts.get("alpha_pattern") or {}
     for pattern, alpha in patterns.items():
         if module == pattern or module.endswith(f".{pattern}"):
-            return alpha
-    return facts.get("lora_alpha", rank)
+            return float(alpha)
+    return float(facts.get("lora_alpha", rank))
 
 
 def _read_json(file: Path, metadata: Mapping[str, str], key: str) -> Any:
