@@ -15,7 +15,6 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
-from data.image_sets import ImageBatch
 from evaluation.metrics import FeatureStatistics, RunningStatistics
 from evaluation.protocols import DGM_EVAL
 from evaluation.reference import Reference
@@ -56,7 +55,7 @@ class FeatureExtractor:
         params: Any,
         mesh: parallel.Mesh,
         card: dict[str, Any],
-        prepare: Callable[[ImageBatch], ImageBatch] | None = None,
+        prepare: Callable[[np.ndarray], np.ndarray] | None = None,
     ):
         self.mesh = mesh
         self.card = card
@@ -155,7 +154,9 @@ def build_dinov2_extractor(encoder: PretrainedDINOv2, mesh: parallel.Mesh) -> Fe
     return FeatureExtractor(function, encoder.params, mesh, card, resize_by_pillow)
 
 
-def resize_by_pillow(images: ImageBatch) -> ImageBatch:
+def resize_by_pillow(
+    images: UInt8[np.ndarray, "b h w c"],
+) -> UInt8[np.ndarray, "b 224 224 3"]:
     """Resize images to `DGM_EVAL.size`, in RGB and bytes, as Pillow does by bicubic interpolation.
 
     Pillow antialiases, clips and rounds: first columns, then rows. A millisecond an image of 256
