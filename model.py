@@ -163,12 +163,13 @@ class ModelConfig:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "ModelConfig":
         """Make the config that was saved as JSON, which has no tuples."""
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in fields.items()
-        }
-        if values.get("lora"):
-            values["lora"] = LoraConfig(**values["lora"])
+
+        def with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+            return {n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()}
+
+        values = with_tuples(fields)
+        if isinstance(values.get("lora"), dict):
+            values["lora"] = LoraConfig(**with_tuples(values["lora"]))
         return cls(**values)
 
     @property

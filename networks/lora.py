@@ -43,8 +43,6 @@ class LoraConfig:
     full_parts: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for name in ("targets", "full_parts"):  # JSON has no tuples
-            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.rank < 1:
             raise UserError(f"a LoRA of rank {self.rank}: it takes at least 1")
         for target in self.targets or ("",):
