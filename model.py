@@ -924,6 +924,20 @@ MODELS |= {  # pyright: ignore[reportConstantRedefinition]
     )
     for p in (16, 32)
 }
+# Stable Diffusion 3 and 3.5, as published (Esser et al. 2024): for captions, latents of 16 channels.
+SD3: dict[str, Any] = {
+    "block": JOINT,
+    "patch_size": 2,
+    "position": "centred",
+    "caption_norm": False,
+}
+MODELS |= {  # pyright: ignore[reportConstantRedefinition]
+    "SD3-2B": SD3 | {"width": 1536, "depth": 24, "n_heads": 24},
+    "SD3.5-M": SD3
+    | {"width": 1536, "depth": 24, "n_heads": 24, "qk_norm": True, "n_dual": 13}
+    | {"position_side": 384},
+    "SD3.5-L": SD3 | {"width": 2432, "depth": 38, "n_heads": 38, "qk_norm": True},
+}
 
 
 def model_config(name: str, **fields: Any) -> ModelConfig:

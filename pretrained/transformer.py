@@ -154,10 +154,14 @@ def find_preset(config: ModelConfig) -> str | None:
         )
         return same_size and is_joint == (config.block == JOINT)
 
-    def differences(name: str) -> tuple[bool, bool]:
+    def differences(name: str) -> tuple[bool, ...]:
         preset = MODELS[name]
         other_kind = bool(preset.get("bottleneck")) != bool(config.bottleneck)
-        return other_kind, preset["patch_size"] != config.patch_size
+        other_blocks = (preset.get("n_dual", 0), preset.get("qk_norm", False)) != (
+            config.n_dual,
+            config.qk_norm,
+        )
+        return other_kind, preset["patch_size"] != config.patch_size, other_blocks
 
     names = [name for name, preset in MODELS.items() if fits(preset)]
     return min(names, key=differences, default=None)

@@ -341,7 +341,7 @@ def derived_defaults(values: dict[str, Any], fast_bf16: bool) -> dict[str, Any]:
         "half_precision": fast_bf16,
         **defaults_of_method(find_method(values["objective"])),
         "snapshot_every": max(1, values["n_steps"] // 20),
-        "lora_alpha": float(values["lora_rank"]),
+        "lora_alpha": float(values["lora_rank"] or 1),
         **defaults_of_length(values["n_steps"]),
     }
 

@@ -129,8 +129,8 @@ def with_source_flags(config: TrainConfig, source: StartingWeights) -> TrainConf
 
 
 def _size_of_preset(model: str) -> str:
-    """Return a preset's name without the patch size: DiT-S/2 → DiT-S."""
-    return model.rpartition("/")[0]
+    """Return a preset's name without the patch size, if it has one: DiT-S/2 → DiT-S."""
+    return model.partition("/")[0]
 
 
 def _has_captions(config: TrainConfig) -> bool:

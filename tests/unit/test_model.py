@@ -279,7 +279,7 @@ def test_the_largest_model_has_the_published_number_of_parameters():
 @pytest.mark.parametrize("name", MODELS)
 def test_every_preset_builds_with_its_own_patch(name):
     config = paper_config(name)
-    p = int(name.split("/")[1])
+    p = int(name.partition("/")[2] or 2)
     assert config.patch_size == p and config.grid == (32 // p, 32 // p)
     params = jax.eval_shape(lambda: init_model_params(config, key))
     n_between = config.bottleneck or config.width

@@ -379,3 +379,36 @@ def test_our_times_are_diffusers_sigmas_but_for_the_last_step(pipeline):
     assert sigma_end == pytest.approx(0.0089, abs=1e-4)
     np.testing.assert_allclose(scheduler.sigmas[-2:], [sigma_end, 0], atol=1e-6)
     np.testing.assert_allclose(scheduler.sigmas[:-1], sampling.time_grid(27, shift=3.0), atol=0.009)
+
+
+PUBLISHED = {  # parameters of diffusers' models, and facts of their configs
+    "SD3-2B": (2_028_328_000, {"num_layers": 24, "pos_embed_max_size": 192}),
+    "SD3.5-M": (
+        2_243_171_520,
+        {
+            "num_layers": 24,
+            "pos_embed_max_size": 384,
+            "dual_attention_layers": [*range(13)],
+            "qk_norm": "rms_norm",
+        },
+    ),
+    "SD3.5-L": (
+        8_056_627_520,
+        {"num_layers": 38, "pos_embed_max_size": 192, "qk_norm": "rms_norm"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_presets_have_the_published_shapes(name):
+    n_params, facts = PUBLISHED[name]
+    heads = facts["num_layers"] if facts["num_layers"] == 38 else 24
+    facts = facts | {"num_attention_heads": heads, "caption_projection_dim": 64 * heads}
+    published = sd3.config_from_diffusers(facts | {"_class_name": sd3.CLASS}, name)
+    assert transformer.find_preset(published) == name
+    fields = ("image_size", "channels", "out_channels", "n_classes")
+    fields += ("text_length", "text_width", "pooled_width")
+    ours = model_config(name, **{field: getattr(published, field) for field in fields})
+    assert ours == published
+    n_ours = sum(np.prod(shape) for shape in sd3.our_shapes(ours).values())
+    assert n_ours + sum(x.size for x in sd3.dropped_tensors(ours).values()) == n_params

@@ -280,15 +280,17 @@ def test_an_image_size_that_patches_do_not_divide_is_named():
 def test_the_presets_patch_size_is_the_default(name):
     dataset = replace(DIGITS, image_size=32)
     preset = network_config(resolved(dataset, model=name), dataset)
-    assert preset.patch_size == int(name.split("/")[1])
+    assert preset.patch_size == int(name.partition("/")[2] or 2)
     assert network_config(resolved(dataset, model=name, patch_size=16), dataset).grid == (2, 2)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_presets_blocks_are_the_default(name):
-    joint = name.startswith("MMDiT")
+    joint = name.startswith(("MMDiT", "SD3"))
     config = resolved(model=name)
     expected = ("joint", True, "cropped") if joint else ("adaln_zero", False, "sincos")
+    if name.startswith("SD3"):
+        expected = ("joint", "3.5" in name, "centred")
     if name.startswith("JiT"):
         expected = ("adaln_zero", True, "sincos")
         found = (config.bottleneck, config.mlp, config.norm, config.rope)
