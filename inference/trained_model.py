@@ -423,7 +423,8 @@ class TrainedModel:
             return self.method
         if not isinstance(self.method, Flow):
             raise UserError(
-                f"--time_grid {time_grid} is for rectified flow; DDPM's steps are evenly spaced"
+                f"--time_grid {time_grid} is for rectified flow, not for a model trained by "
+                f"{self.method.title}"
             )
         return replace(self.method, time_grid=time_grid)
 

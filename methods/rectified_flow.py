@@ -127,7 +127,8 @@ class Flow(TimeFlags, Method):
         time_grid: of the solvers, before its shift. "even" divides 1 … 0 into equal steps. "sd3" is
             the grid that SD3's own code and diffusers sample by: all steps but the last divide what
             is above the smallest of 1000 times. That one is shifted twice, s² / (999 + s²) in all,
-            so the last evaluation is at t = 0.0089 with s = 3. It is no flag of training.
+            so the last evaluation is at t = 0.0089 with s = 3. A solver of the SDE has a last time
+            of its own. It is no flag of training.
     """
 
     sampling_flags = ("sample_shift",)

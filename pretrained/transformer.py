@@ -228,13 +228,13 @@ def _load_folder_or_hub(
         settings = _make_settings(config, network.id, {}, None) | settings
     else:
         settings = _read_pipeline_settings(place, network, config, code, has_null=has_null)
-    told = _describe_code(code, network.id, settings) if code else ()
-    return PretrainedTransformer(
-        config, params, settings, network.id, network.revision, (*notices, *heads, *told)
-    )
+    notices = (*notices, *heads)
+    if code:
+        notices = (*notices, _describe_code(code, network.id, settings))
+    return PretrainedTransformer(config, params, settings, network.id, network.revision, notices)
 
 
-def _describe_code(code: str, where: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
+def _describe_code(code: str, where: str, settings: Mapping[str, Any]) -> str:
     """Return the notice of which of two codes a DiT in diffusers' layout is computed and guided as,
     and how to have the other.
     """
@@ -244,7 +244,7 @@ def _describe_code(code: str, where: str, settings: Mapping[str, Any]) -> tuple[
     guided = f"the first {n_guided}" if n_guided else "all"
     return (
         f"computed as by {names[code]}, and {guided} of its channels are guided; to have it as by "
-        f"{names[other]}, name it as {other}:{where}",
+        f"{names[other]}, name it as {other}:{where}"
     )
 
 
