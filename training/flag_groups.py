@@ -318,9 +318,9 @@ class SourceFlags:
     run: Path | None = flag(None, "a run's folder")
     pretrained: str | None = flag(
         None,
-        "instead of a run: DiT or SD3 of the hub or of a folder, as diffusers has them or "
-        "export.py writes them; or a file of the original DiT or SiT, such as "
-        "dit:DiT-XL-2-256x256.pt",
+        "instead of a run: DiT or SD3 of the hub or of a folder, as diffusers has them (a DiT "
+        "perhaps as original:ID or diffusers:ID) or export.py writes them; or a file of the "
+        "original DiT or SiT, such as dit:DiT-XL-2-256x256.pt",
     )
 
 
