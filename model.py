@@ -160,7 +160,16 @@ class ModelConfig:
 
     def _check_sizes(self) -> None:
         """Raises UserError if no network has these sizes."""
-        for name in ("width", "depth", "n_heads", "patch_size", "image_size", "channels"):
+        sizes = (
+            "width",
+            "depth",
+            "n_heads",
+            "patch_size",
+            "image_size",
+            "channels",
+            "out_channels",
+        )
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
         if self.image_size % self.patch_size:
