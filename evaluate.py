@@ -397,6 +397,7 @@ def sampling_config(config: EvaluateConfig, batch_size: int) -> EvaluationSample
         n_steps=c.n_steps,
         solver=c.solver,
         shift=c.shift,
+        time_grid=c.time_grid,
         interval=c.interval,
         eta=c.eta,
         guided_channels=c.guided_channels,

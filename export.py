@@ -237,16 +237,17 @@ from diffusers import {layout}
 model = {layout}.from_pretrained("PATH_OR_ID")
 """
     inputs = f"inputs as b c h w and timestep = {model.time_scale:g}·t"
-    if layout == sd3.CLASS:
-        return f"""{load}```
-
-`model(x, tokens, pooled, timestep)` takes {inputs}.
-"""
+    arguments = (
+        "x, tokens, pooled, timestep" if layout == sd3.CLASS else "x, timestep, class_labels"
+    )
+    call = f"`model({arguments})` takes {inputs}."
+    if layout == sd3.CLASS or model.time_endpoint:
+        return f"{load}```\n\n{call}\n"
     return f"""{load}for block in model.transformer_blocks:
     block.norm1.emb.time_proj.downscale_freq_shift = 0
 ```
 
-`model(x, timestep, class_labels)` takes {inputs}.
+{call}
 The last two lines are needed: these weights were trained with the frequencies of the original DiT's
 time embedding. Those of diffusers are spaced a little differently, and its config cannot set them.
 """

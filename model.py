@@ -79,6 +79,8 @@ class ModelConfig:
         mlp: gelu or swiglu, `mlp_ratio` × width wide.
         norm: layer or rms.
         time_scale: factor of t in [0, 1] before its sinusoids.
+        time_endpoint: their frequencies end at 1/10 000, as those of diffusers' DiT; without it one
+            step before, as those of DiT, SiT and SD3.
         bottleneck: channels between the two maps that embed a patch; 0 for one map.
         inner_head: number of blocks after which a second head predicts too; 0 for none.
         route: two numbers of blocks, between which some of the image's tokens may be left out;
@@ -92,7 +94,8 @@ class ModelConfig:
         lora: adapters of the blocks, which alone are trained; None without.
 
     Raises:
-        UserError: a name that does not exist, or values that exclude each other.
+        UserError: a name that does not exist, a size that is impossible, or values that exclude
+            each other.
     """
 
     width: int
@@ -119,6 +122,7 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     norm: str = "layer"
     time_scale: float = 1000.0
+    time_endpoint: bool = False
     bottleneck: int = 0
     inner_head: int = 0
     route: tuple[int, ...] = ()
@@ -155,9 +159,38 @@ class ModelConfig:
                 f"inner_head {self.inner_head}: of {self.depth} blocks it may stand after 1 to "
                 f"{self.depth // 2}; later it harms"
             )
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Raises UserError if no network has these sizes."""
+        sizes = (
+            "width",
+            "depth",
+            "n_heads",
+            "patch_size",
+            "image_size",
+            "channels",
+            "out_channels",
+        )
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
         if self.image_size % self.patch_size:
             raise UserError(
                 f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
+            )
+        if self.width % self.n_heads:
+            raise UserError(f"width {self.width} is not divisible by {self.n_heads} heads")
+        # Sines and cosines of rows and of columns share the channels.
+        if self.width % 4 and self.position in ("sincos", "cropped", "centred"):
+            raise UserError(
+                f"width {self.width}: must be divisible by 4 for position {self.position}"
+            )
+        if self.rope and self.width // self.n_heads % 4:
+            raise UserError(
+                f"width {self.width} with {self.n_heads} heads: a head has "
+                f"{self.width // self.n_heads} channels, which must be divisible by 4 for rotary "
+                "positions (rope)"
             )
 
     @classmethod
@@ -512,11 +545,23 @@ def make_patch_embedding(c: ModelConfig, *, rngs: nnx.Rngs) -> nnx.Module:
     return Linear(c.patch_size**2 * c.channels, c.width, dtype=c.dtype, rngs=rngs)
 
 
+def make_time_embedder(
+    c: ModelConfig, *, rngs: nnx.Rngs, init: Callable[..., Array] = small_normal
+) -> TimeEmbedder:
+    """Make the embedding of a time."""
+    return TimeEmbedder(
+        c.width,
+        time_scale=c.time_scale,
+        endpoint=c.time_endpoint,
+        dtype=c.dtype,
+        rngs=rngs,
+        init=init,
+    )
+
+
 def make_span_embedder(c: ModelConfig, *, rngs: nnx.Rngs) -> TimeEmbedder | None:
     """Make the embedding of the span, whose last kernel is zero: at first it has no effect."""
-    if not c.takes_span:
-        return None
-    return TimeEmbedder(c.width, time_scale=c.time_scale, dtype=c.dtype, rngs=rngs, init=zeros)
+    return make_time_embedder(c, rngs=rngs, init=zeros) if c.takes_span else None
 
 
 def make_position_embedding(c: ModelConfig, *, rngs: nnx.Rngs) -> Any:
@@ -597,12 +642,12 @@ class DiT(Transformer):
     """Diffusion transformer (Peebles & Xie 2023): patches → blocks under a condition → patches."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        c, d, design = config, config.width, BLOCKS[config.block]
+        c, design = config, BLOCKS[config.block]
         self.config = c
         self.n_joining = None if design.tokens_join else 0  # None: all of the condition's tokens
         self.patch = make_patch_embedding(c, rngs=rngs)
         self.position = make_position_embedding(c, rngs=rngs)
-        self.time = TimeEmbedder(d, time_scale=c.time_scale, dtype=c.dtype, rngs=rngs)
+        self.time = make_time_embedder(c, rngs=rngs)
         self.label = make_label_embedder(c, ClassVector, rngs=rngs)
         self.blocks = stack_blocks(lambda rngs: design.block(c, rngs=rngs), c.depth, rngs)
         self.final = design.final(c, rngs=rngs)
@@ -821,11 +866,10 @@ class MMDiT(Transformer):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        c, d = config, config.width
-        self.config = c
+        c = self.config = config
         self.patch = make_patch_embedding(c, rngs=rngs)
         self.position = make_position_embedding(c, rngs=rngs)
-        self.time = TimeEmbedder(d, time_scale=c.time_scale, dtype=c.dtype, rngs=rngs)
+        self.time = make_time_embedder(c, rngs=rngs)
         self.label = make_label_embedder(c, ClassTokens, rngs=rngs)
         n_plain = c.depth - 1 - c.n_dual
         self.dual_blocks = stack_blocks(lambda rngs: DualJointBlock(c, rngs=rngs), c.n_dual, rngs)

@@ -200,6 +200,8 @@ def describe_sampler(sampler: SamplerConfig) -> dict[str, Any]:
         (facts, "route_rates", ROUTE_RATES),
         (method, "prediction", "velocity"),
         (method, "noise_scale", 1.0),
+        (method, "time_grid", "even"),
+        (method, "fixed_variance", "posterior"),
     )
     for part, name, value in neutral:
         if part.get(name) == value:

@@ -38,6 +38,7 @@ from inference.sampler import (
 )
 from inference.spaces import Space, space_of
 from methods.method import Method
+from methods.rectified_flow import Flow
 from methods.registry import method_of
 from model import ModelConfig
 from pretrained import transformer
@@ -56,6 +57,7 @@ class SamplingOverrides:
     n_steps: int | None = None
     solver: str | None = None
     shift: float | None = None
+    time_grid: str | None = None
     interval: tuple[float, ...] | None = None
     eta: float | None = None
     guided_channels: int | None = None
@@ -406,7 +408,7 @@ class TrainedModel:
             interval=tuple(overrides.interval or ALWAYS),
             inner_interval=tuple(overrides.inner_interval or ALWAYS),
             route_rates=self.route_rates(route_guidance, overrides.route_rates),
-            method=self.method,
+            method=self.sampling_method(overrides.time_grid),
             eta=overrides.eta or 0.0,
             guided_channels=guided_channels,
             clip=self.space.is_bounded,
@@ -422,6 +424,21 @@ class TrainedModel:
             float(inner_guidance),
             float(route_guidance),
         )
+
+    def sampling_method(self, time_grid: str | None) -> Method:
+        """The method with this grid of times, or with the model's own.
+
+        Raises:
+            UserError: the grid is given, and the method is no flow.
+        """
+        if time_grid is None:
+            return self.method
+        if not isinstance(self.method, Flow):
+            raise UserError(
+                f"--time_grid {time_grid} is for rectified flow, not for a model trained by "
+                f"{self.method.title}"
+            )
+        return replace(self.method, time_grid=time_grid)
 
     def route_rates(
         self, route_guidance: float, given: tuple[float, ...] | None
@@ -515,4 +532,5 @@ class TrainedModel:
             "vae": self.space.card,
             # Cards of older versions do not have it.
             **({} if self.ema_std is None else {"ema_std": self.ema_std}),
+            **({"time_endpoint": True} if self.model.time_endpoint else {}),
         }

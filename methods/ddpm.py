@@ -10,7 +10,7 @@ The inputs of the loss are those of `methods/method.py`. A solver sees only `den
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from methods.method import (
     pixels_to_input,
     sample_loss_inputs,
 )
-from runtime.errors import UserError
+from runtime.errors import UserError, unknown_name
 from runtime.flags import setting
 from sampling import FreshNoise, Solution, Velocity, multistep, scan_steps
 
@@ -62,10 +62,14 @@ def noise_schedule(n_steps: int = N_STEPS) -> NoiseSchedule:
     """All steps, or `n_steps` of them from first to last in even strides; of one, the last.
 
     Where steps are left out, β of the rest follows from their ᾱ (Nichol & Dhariwal 2021, eq. 19).
-    The arrays are float64.
+    Strides are summed and then rounded, halves to even: the published code of DiT takes the same
+    steps. The arrays are float64.
     """
-    first = 0 if n_steps > 1 else N_STEPS - 1
-    step = np.round(np.linspace(first, N_STEPS - 1, n_steps)).astype(np.int32)
+    if n_steps > 1:
+        stride = (N_STEPS - 1) / (n_steps - 1)
+        step = np.round(np.cumsum([0.0] + [stride] * (n_steps - 1))).astype(np.int32)
+    else:
+        step = np.array([N_STEPS - 1], np.int32)
     alpha_bar = np.cumprod(1 - np.linspace(*BETAS, N_STEPS))[step]
     alpha_bar_prev = np.concatenate([[1.0], alpha_bar[:-1]])
     beta = 1 - alpha_bar / alpha_bar_prev
@@ -168,6 +172,13 @@ def min_snr_weight(prediction: str, gamma: float, schedule: NoiseSchedule) -> Fl
     return jnp.minimum(snr, gamma) * PREDICTIONS[prediction].x0_weight(snr)
 
 
+# The variance of a reverse step where none is learned (Ho et al. 2020, §3.2).
+FIXED_VARIANCES: dict[str, Callable[[NoiseSchedule], Array]] = {
+    "posterior": lambda schedule: schedule.log_var_min,
+    "beta": lambda schedule: schedule.log_var_max,
+}
+
+
 class Estimate(NamedTuple):
     """Estimates of the clean image and of the log-variance of the step before."""
 
@@ -181,22 +192,25 @@ def interpret_output(
     schedule: NoiseSchedule,
     *,
     prediction: str,
+    fixed_variance: str = "posterior",
     clip: bool = False,
 ) -> Estimate:
     """Turn a model's output at x into x0 and a variance.
 
     Args:
-        output: with as many channels as x, the variance is β̃. With twice as many, the second half
-            is where it lies: −1 is β̃, 1 is β, linear in the logarithm between (Nichol & Dhariwal
-            2021, eq. 15).
+        output: with as many channels as x, the variance is fixed. With twice as many, the second
+            half is where it lies: −1 is β̃, 1 is β, linear in the logarithm between (Nichol &
+            Dhariwal 2021, eq. 15).
         prediction: a key of `PREDICTIONS`.
+        fixed_variance: a key of `FIXED_VARIANCES`.
         clip: clip x0 to −1 … 1, the range of pixels.
     """
     n_channels = x.shape[-1]
     x0 = PREDICTIONS[prediction].to_x0(output[..., :n_channels], x, schedule)
     x0 = jnp.clip(x0, -1, 1) if clip else x0
     if output.shape[-1] == n_channels:
-        return Estimate(x0, jnp.broadcast_to(schedule.log_var_min, x.shape).astype(x.dtype))
+        log_variance = FIXED_VARIANCES[fixed_variance](schedule)
+        return Estimate(x0, jnp.broadcast_to(log_variance, x.shape).astype(x.dtype))
     var_fraction = (output[..., n_channels:] + 1) / 2
     log_variance = var_fraction * schedule.log_var_max + (1 - var_fraction) * schedule.log_var_min
     return Estimate(x0, log_variance)
@@ -364,12 +378,23 @@ class DDPM(DDPMFlags, Method):
     variance from the variational bound, whose gradient does not reach the first half (Nichol &
     Dhariwal 2021, eq. 16 with λ = 0.001, in bits per dimension as in their code; with latents the
     first step counts as one of bytes, as in DiT's).
+
+    Args:
+        fixed_variance: of ancestral steps without `learned_sigma`, a key of `FIXED_VARIANCES`. It
+            is no flag: published DiTs are sampled with beta.
     """
 
     title = "DDPM"
     solvers = DDPM_SOLVERS
     output_flags = ("prediction", "learned_sigma")
     max_steps = N_STEPS
+
+    fixed_variance: str = field(default="posterior", kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.fixed_variance not in FIXED_VARIANCES:
+            raise unknown_name("fixed_variance", self.fixed_variance, FIXED_VARIANCES)
 
     def out_channels(self, channels: int) -> int:
         return channels * (2 if self.learned_sigma else 1)
@@ -451,7 +476,14 @@ class DDPM(DDPMFlags, Method):
     ) -> Solution:
         def denoise(x: Array, schedule: NoiseSchedule) -> Estimate:
             output = predict(x, model_time(schedule.step))
-            return interpret_output(output, x, schedule, prediction=self.prediction, clip=clip)
+            return interpret_output(
+                output,
+                x,
+                schedule,
+                prediction=self.prediction,
+                fixed_variance=self.fixed_variance,
+                clip=clip,
+            )
 
         if solver == "ddim":
             return ddim(denoise, noise, steps, fresh_noise, eta=eta, trajectory=trajectory)

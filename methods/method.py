@@ -37,7 +37,8 @@ class Method(ABC):
     """A way to train a network and to sample from it.
 
     A subclass is a frozen dataclass. Its fields are its flags, declared by `runtime.flags.setting`;
-    one that is None gets its default. Its solvers see what `predict(x, t)` returns: the network's
+    one that is None gets its default. A plain field is a fact of published models, which no flag of
+    training sets. Its solvers see what `predict(x, t)` returns: the network's
     output at the noisy data x and the time t, guided or not.
 
     Attributes:

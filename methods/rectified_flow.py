@@ -6,7 +6,7 @@ Read in this order: the path, the densities of training times, the method with i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from methods.method import (
     pixels_to_input,
     sample_loss_inputs,
 )
-from runtime.errors import UserError
+from runtime.errors import UserError, unknown_name
 from runtime.flags import setting
 from sampling import (
     SDE_LAST_TIME,
@@ -115,11 +115,30 @@ class TimeFlags:
     )
 
 
+N_SD3_TIMES = 1000  # SD3's times are multiples of 1 / 1000
+TIME_GRIDS = ("even", "sd3")
+
+
 @dataclass(frozen=True)
 class Flow(TimeFlags, Method):
-    """A method on the straight path: its training times, and the times of its solvers."""
+    """A method on the straight path: its training times, and the times of its solvers.
+
+    Args:
+        time_grid: of the solvers, before its shift. "even" divides 1 … 0 into equal steps. "sd3" is
+            the grid that SD3's own code and diffusers sample by: all steps but the last divide what
+            is above the smallest of 1000 times. That one is shifted twice, s² / (999 + s²) in all,
+            so the last evaluation is at t = 0.0089 with s = 3. A solver of the SDE has a last time
+            of its own. It is no flag of training.
+    """
 
     sampling_flags = ("sample_shift",)
+
+    time_grid: str = field(default="even", kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.time_grid not in TIME_GRIDS:
+            raise unknown_name("time_grid", self.time_grid, TIME_GRIDS)
 
     @property
     def density(self) -> Density:
@@ -142,7 +161,11 @@ class Flow(TimeFlags, Method):
     def time_steps(
         self, n_steps: int, *, solver: str = "", shift: float = 1.0, start: float = 1.0
     ) -> Float[Array, "{n_steps}+1"]:
-        last = SDE_LAST_TIME * start if solver in STOCHASTIC else None
+        last = None
+        if solver in STOCHASTIC:
+            last = SDE_LAST_TIME * start
+        elif self.time_grid == "sd3":
+            last = start * shift**2 / (N_SD3_TIMES - 1 + shift**2)
         return time_grid(n_steps, shift=shift, start=start, last=last)
 
     def state_times(self, steps: Float[Array, "times"]) -> Float[np.ndarray, "times"]:

@@ -290,9 +290,15 @@ def apply_rotary_positions(
 # --- the condition --------------------------------------------------------------------------------
 
 
-def time_features(t: Float[Array, "b"], n: int = N_TIME_FEATURES) -> Float[Array, "b n"]:
-    """Cosines and sines of t, frequencies from 1 down to 1/10 000 (Vaswani et al. 2017, §3.5)."""
-    frequency = jnp.exp(-np.log(10_000.0) * jnp.arange(n // 2) / (n // 2))
+def time_features(
+    t: Float[Array, "b"], n: int = N_TIME_FEATURES, *, endpoint: bool = False
+) -> Float[Array, "b n"]:
+    """Cosines and sines of t, frequencies from 1 down to 1/10 000 (Vaswani et al. 2017, §3.5).
+
+    Args:
+        endpoint: the last frequency is 1/10 000; otherwise that is the one after the last.
+    """
+    frequency = jnp.exp(-np.log(10_000.0) * jnp.arange(n // 2) / (n // 2 - endpoint))
     angle = t.astype(jnp.float32)[:, None] * frequency[None]
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
@@ -324,15 +330,16 @@ class TimeEmbedder(nnx.Module):
         width: int,
         *,
         time_scale: float,
+        endpoint: bool = False,
         dtype: str,
         rngs: nnx.Rngs,
         init: Callable[..., Array] = small_normal,
     ):
         self.mlp = VectorEmbedder(N_TIME_FEATURES, width, dtype=dtype, rngs=rngs, init=init)
-        self.time_scale = time_scale
+        self.time_scale, self.endpoint = time_scale, endpoint
 
     def __call__(self, t: Float[Array, "b"]) -> Float[Array, "b d"]:
-        return self.mlp(time_features(self.time_scale * t))
+        return self.mlp(time_features(self.time_scale * t, endpoint=self.endpoint))
 
 
 class Heads(nnx.Module):

@@ -42,6 +42,13 @@ LINEAR = {
     "final.modulation": "final_layer.adaLN_modulation.1",
     "final.out": "final_layer.linear",
 }
+# The codes that train DiTs of diffusers' layout: whether their frequencies of time end at 1/10 000.
+ORIGINAL, DIFFUSERS = "original", "diffusers"
+TIME_ENDPOINTS = {ORIGINAL: False, DIFFUSERS: True}
+FREQUENCY_FACT = "_downscale_freq_shift"  # after an argument of diffusers'; only we write it
+# Class and version in the configs of facebook/DiT-XL-2-256 and -512: the version that was to bring
+# DiT, when nobody could have trained one in diffusers.
+CONVERSION = ("Transformer2DModel", "0.12.0.dev0")
 TABLE = "y_embedder.embedding_table.weight"  # the embedding of each class
 PATCH = "x_embedder.proj.weight"
 DIFFUSERS_PATCH = "pos_embed.proj.weight"
@@ -150,16 +157,20 @@ def infer_config(tensors: Mapping[str, np.ndarray], where: str, n_heads: int | N
     side = math.isqrt(n_tokens)
     if side**2 != n_tokens:
         raise UserError(f"'{where}': its {n_tokens} positions do not form a square")
-    return ModelConfig(
-        width=width,
-        depth=depth,
-        n_heads=n_heads or _find_published_heads(width, depth, where),
-        patch_size=patch_size,
-        image_size=side * patch_size,
-        channels=channels,
-        out_channels=n_out // patch_size**2,
-        n_classes=n_rows - 1,
-    )
+    n_heads = n_heads or _find_published_heads(width, depth, where)
+    try:
+        return ModelConfig(
+            width=width,
+            depth=depth,
+            n_heads=n_heads,
+            patch_size=patch_size,
+            image_size=side * patch_size,
+            channels=channels,
+            out_channels=n_out // patch_size**2,
+            n_classes=n_rows - 1,
+        )
+    except UserError as error:
+        raise UserError(f"'{where}': {error}") from None
 
 
 def _describe_key_error(error: Exception) -> str:
@@ -201,15 +212,48 @@ def config_from_diffusers(config: Mapping[str, Any], where: str) -> ModelConfig:
             problem = "not supported"
         if problem:
             raise UserError(f"'{where}': its {weight_files.CONFIG} says {fact} {value}: {problem}")
-    return ModelConfig(
-        width=facts["num_attention_heads"] * facts["attention_head_dim"],
-        depth=facts["num_layers"],
-        n_heads=facts["num_attention_heads"],
-        patch_size=facts["patch_size"],
-        image_size=facts["sample_size"],
-        channels=facts["in_channels"],
-        out_channels=facts["out_channels"],
-        n_classes=facts["num_embeds_ada_norm"],
+    try:
+        return ModelConfig(
+            width=facts["num_attention_heads"] * facts["attention_head_dim"],
+            depth=facts["num_layers"],
+            n_heads=facts["num_attention_heads"],
+            patch_size=facts["patch_size"],
+            image_size=facts["sample_size"],
+            channels=facts["in_channels"],
+            out_channels=facts["out_channels"],
+            n_classes=facts["num_embeds_ada_norm"],
+        )
+    except UserError as error:
+        raise UserError(f"'{where}': its {weight_files.CONFIG} says {error}") from None
+
+
+def split_code(text: str) -> tuple[str | None, str]:
+    """Split `diffusers:PATH_OR_ID` into the code that trained a DiT in diffusers' layout, a key of
+    `TIME_ENDPOINTS`, and the rest.
+    """
+    word, _, rest = text.partition(":")
+    return (word.lower(), rest) if rest and word.lower() in TIME_ENDPOINTS else (None, text)
+
+
+def find_code(config: Mapping[str, Any], where: str) -> str:
+    """Find by which code the weights of a `config.json` of diffusers were trained: a key of
+    `TIME_ENDPOINTS`.
+
+    The two codes space the frequencies of time differently. diffusers computes all DiTs with its
+    own, also those that were converted, and its config does not say where they are from. Exports
+    of this project do, and the published conversions are known by the version that wrote them.
+
+    Raises:
+        UserError: it may be either.
+    """
+    if FREQUENCY_FACT in config:
+        return DIFFUSERS if str(config[FREQUENCY_FACT]).startswith("1") else ORIGINAL
+    if (config.get("_class_name"), config.get("_diffusers_version")) == CONVERSION:
+        return ORIGINAL
+    raise UserError(
+        f"'{where}': its {weight_files.CONFIG} does not say whether it was converted from DiT's "
+        "own code or trained in diffusers, which differ in the frequencies of time: name it as "
+        f"{ORIGINAL}:{where} or {DIFFUSERS}:{where}"
     )
 
 
@@ -235,7 +279,9 @@ def config_to_diffusers(config: ModelConfig) -> dict[str, Any]:
         "num_embeds_ada_norm": config.n_classes,
         "norm_eps": 1e-6,
         # diffusers has no name for it, and skips names that begin with _.
-        "_downscale_freq_shift": "0 in these weights, where diffusers has 1: see README.md",
+        FREQUENCY_FACT: "1 in these weights, as in diffusers"
+        if config.time_endpoint
+        else "0 in these weights, where diffusers has 1: see README.md",
     } | {name: values[0] for name, values in SUPPORTED.items() if name in WRITTEN_FACTS}
 
 

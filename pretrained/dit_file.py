@@ -76,8 +76,6 @@ def read_dit_file(path: Path, reference: Reference) -> DitFile:
         _refuse_part_of_folder(path)
     family = reference.family or _infer_family(path, find_fact(facts, str, "model") or "")
     config = dit.infer_config(tensors, where, reference.n_heads)
-    if config.width % config.n_heads:
-        raise UserError(f"'{where}': width {config.width} is not divisible by {config.n_heads}")
     labels = read_label_table(
         config.n_classes + 1,
         where,
@@ -177,9 +175,5 @@ def read_label_table(
             f"{notice} without a null label; if it has one, name it as {with_null_label}",
         )
     return LabelTable(
-        n_rows - 1,
-        True,
-        ""
-        if with_null
-        else f"{notice} and the null label; if it has none, name it as {as_classes}",
+        n_rows - 1, True, f"{notice} and the null label; if it has none, name it as {as_classes}"
     )

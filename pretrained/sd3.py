@@ -57,6 +57,7 @@ FIXED: dict[str, Any] = {
     "mlp_ratio": 4.0,
     "norm": "layer",
     "time_scale": 1000.0,
+    "time_endpoint": False,
     "n_classes": 0,
     "caption_norm": False,
     "bottleneck": 0,

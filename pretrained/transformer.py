@@ -37,6 +37,7 @@ SETTINGS = "settings.json"  # written by `save_transformer`: how the model is sa
 # SETTINGS.
 SETTINGS_KEYS = {
     "time_scale": "time_scale",
+    "time_endpoint": "time_endpoint",
     "image_size": "trained_size",
     "text_length": "trained_length",
     "route": "route",
@@ -61,7 +62,7 @@ SAMPLING_DEFAULTS: dict[str, dict[str, Any]] = {
         "sample_shift": None,
     },
     "sit": FLOW,
-    "sd3": FLOW | {"n_sample_steps": 28, "sample_shift": 3.0, "cfg_scale": 7.0},
+    "sd3": FLOW | {"n_sample_steps": 28, "sample_shift": 3.0, "time_grid": "sd3", "cfg_scale": 7.0},
 }
 # The originals of SD3's text encoders, for transformers that come without them.
 SD3_TEXT_ENCODERS = [
@@ -79,6 +80,18 @@ SUPPORTED_SCHEDULE = {
     "beta_schedule": "linear",
 }
 PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
+# Variances that schedulers name, and ours; a learned one is the network's.
+VARIANCES = {
+    "fixed_small": "posterior",
+    "fixed_small_log": "posterior",
+    "fixed_large": "beta",
+    "learned_range": None,
+}
+# Facts of a flow's scheduler that change its times, and are not supported.
+OTHER_TIMES = (
+    *("use_dynamic_shifting", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas"),
+    *("use_beta_sigmas", "invert_sigmas", "stochastic_sampling"),
+)
 # The VAE of models of four channels that come without one: (id, scale, pixels to a latent's side).
 DEFAULT_VAE = ("stabilityai/sd-vae-ft-ema", 0.18215, 8)
 
@@ -119,6 +132,9 @@ def load_transformer(
     published also needs its number of heads: `dit:heads=6:PATH`. A model that was trained without a
     null label may need its number of classes, `dit:classes=10:PATH`.
 
+    A DiT in diffusers' layout is computed and guided as by DiT's own code or as by diffusers. If
+    its config does not tell by which it was trained, prefix it with `original:` or `diffusers:`.
+
     Args:
         dtype: of matrix products.
         revision: of the hub: a branch, tag or commit.
@@ -127,14 +143,17 @@ def load_transformer(
         UserError: it cannot be had, is damaged, or holds something that this project cannot
             compute, which the message names.
     """
-    reference = parse_reference(str(path_or_id))
+    code, rest = dit.split_code(str(path_or_id))
+    reference = parse_reference(rest)
     path = Path(reference.place).expanduser()
     if path.is_file() or path.suffix in FILE_SUFFIXES:
+        if code:
+            raise UserError(f"'{path_or_id}': {code}: is for a folder or id of diffusers")
         pretrained = _load_file(path, reference)
     elif reference.family:
         raise UserError(f"'{path_or_id}': {reference.family}: is for a file of weights")
     else:
-        pretrained = _load_folder_or_hub(reference.place, revision)
+        pretrained = _load_folder_or_hub(reference.place, revision, code)
     for notice in pretrained.notices if processes.is_first() else ():
         print(f"{pretrained.id}: {notice}", file=sys.stderr)
     config = replace(pretrained.config, dtype=dtype)
@@ -171,6 +190,8 @@ def _load_file(path: Path, reference: Reference) -> PretrainedTransformer:
     file = read_dit_file(path, reference)
     config, place = file.config, str(path.resolve())
     sampling = SAMPLING_DEFAULTS[file.family] | _default_guidance(config, has_null=file.has_null)
+    if file.family == "dit":
+        sampling |= _default_variance(config)
     settings = _make_settings(config, place, sampling, _default_encoding(config, place))
     return PretrainedTransformer(config, file.params, settings, place, notices=file.notices)
 
@@ -178,7 +199,9 @@ def _load_file(path: Path, reference: Reference) -> PretrainedTransformer:
 # --- a folder, or the hub -------------------------------------------------------------------------
 
 
-def _load_folder_or_hub(place: str, revision: str | None) -> PretrainedTransformer:
+def _load_folder_or_hub(
+    place: str, revision: str | None, code: str | None
+) -> PretrainedTransformer:
     if Path(place).expanduser().is_dir():
         _refuse_run(place)
         _refuse_bare_files(Path(place).expanduser())
@@ -198,14 +221,34 @@ def _load_folder_or_hub(place: str, revision: str | None) -> PretrainedTransform
         raise UserError(f"the {SETTINGS} of '{network.id}' is damaged: it has no dataset")
     network, notices = _unwrap_network(network)
     config = _read_config(network, settings or {})
+    if code and (settings or class_name not in dit.CLASSES):
+        raise UserError(f"'{network.id}': {code}: is for a {dit.CLASS} that others trained")
+    if class_name in dit.CLASSES and not settings:
+        code = code or dit.find_code(network.config, network.id)
+        config = replace(config, time_endpoint=dit.TIME_ENDPOINTS[code])
     has_null = not dit.append_null_row(network.tensors, config.n_classes)
     params, heads = _read_params(network, config)
     if settings:
         settings = _make_settings(config, network.id, {}, None) | settings
     else:
-        settings = _read_pipeline_settings(place, network, config, has_null=has_null)
-    return PretrainedTransformer(
-        config, params, settings, network.id, network.revision, (*notices, *heads)
+        settings = _read_pipeline_settings(place, network, config, code, has_null=has_null)
+    notices = (*notices, *heads)
+    if code:
+        notices = (*notices, _describe_code(code, network.id, settings))
+    return PretrainedTransformer(config, params, settings, network.id, network.revision, notices)
+
+
+def _describe_code(code: str, where: str, settings: Mapping[str, Any]) -> str:
+    """Return the notice of which of two codes a DiT in diffusers' layout is computed and guided as,
+    and how to have the other.
+    """
+    names = {dit.ORIGINAL: "DiT's own code", dit.DIFFUSERS: "diffusers"}
+    other = dit.ORIGINAL if code == dit.DIFFUSERS else dit.DIFFUSERS
+    n_guided = settings.get("guided_channels")
+    guided = f"the first {n_guided}" if n_guided else "all"
+    return (
+        f"computed as by {names[code]}, and {guided} of its channels are guided; to have it as by "
+        f"{names[other]}, name it as {other}:{where}"
     )
 
 
@@ -270,9 +313,18 @@ def _read_params(
 
 
 def _read_pipeline_settings(
-    place: str, network: weight_files.PublishedNetwork, config: ModelConfig, *, has_null: bool
+    place: str,
+    network: weight_files.PublishedNetwork,
+    config: ModelConfig,
+    code: str | None,
+    *,
+    has_null: bool,
 ) -> dict[str, Any]:
-    """Derive the settings from the rest of a pipeline, if there is one."""
+    """Derive the settings from the rest of a pipeline, if there is one.
+
+    Args:
+        code: that a DiT was trained by, which says how it is sampled where the pipeline does not.
+    """
 
     def read(name: str) -> dict[str, Any] | None:
         return weight_files.read_optional_json(place, name, revision=network.revision)
@@ -283,6 +335,10 @@ def _read_pipeline_settings(
         sampling = SAMPLING_DEFAULTS["sd3"]
     else:
         sampling = SAMPLING_DEFAULTS["dit"] | _default_guidance(config, has_null=has_null)
+        if code == dit.DIFFUSERS:
+            sampling.pop("guided_channels", None)
+        else:
+            sampling |= _default_variance(config)
     if scheduler:
         sampling = sampling | _read_scheduler(scheduler, network.id)
     method = method_of(sampling | {"learned_sigma": config.out_channels > config.channels})
@@ -317,6 +373,11 @@ def _find_text_encoders(place: str) -> list[str]:
 def _read_scheduler(facts: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Read from a scheduler's config how a model was trained."""
     if str(facts.get("_class_name")).startswith("FlowMatch"):
+        for name in OTHER_TIMES:
+            if facts.get(name):
+                raise UserError(
+                    f"'{where}': its scheduler says {name} {facts[name]}, which is not supported"
+                )
         return {
             "objective": FLOW["objective"],
             "prediction": FLOW["prediction"],
@@ -335,7 +396,13 @@ def _read_scheduler(facts: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise unknown_name(
             f"prediction_type of the scheduler of '{where}':", prediction, PREDICTIONS
         )
-    return {"objective": "ddpm", "prediction": PREDICTIONS[prediction]}
+    sampling = {"objective": "ddpm", "prediction": PREDICTIONS[prediction]}
+    variance = facts.get("variance_type")
+    if variance not in (None, *VARIANCES):
+        raise unknown_name(f"variance_type of the scheduler of '{where}':", variance, VARIANCES)
+    if variance and VARIANCES[variance]:
+        sampling["fixed_variance"] = VARIANCES[variance]
+    return sampling
 
 
 def _read_encoding(config: ModelConfig, facts: dict[str, Any], where: str) -> LatentEncoding:
@@ -388,6 +455,11 @@ def _default_guidance(config: ModelConfig, *, has_null: bool) -> dict[str, Any]:
     if config.channels == 4:
         return {"cfg_scale": 4.0, "guided_channels": 3}
     return {"cfg_scale": 4.0}
+
+
+def _default_variance(config: ModelConfig) -> dict[str, Any]:
+    """Return the variance of DiT's own sampling script where none is learned."""
+    return {} if config.out_channels > config.channels else {"fixed_variance": "beta"}
 
 
 def _read_label_names(names: Any, n_classes: int) -> list[str]:

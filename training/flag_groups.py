@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from methods.rectified_flow import TIME_GRIDS
 from runtime.cli import FreeText
 from runtime.errors import UserError
 from runtime.flags import Derived, again, flag, flags_of, setting
@@ -317,9 +318,9 @@ class SourceFlags:
     run: Path | None = flag(None, "a run's folder")
     pretrained: str | None = flag(
         None,
-        "instead of a run: DiT or SD3 of the hub or of a folder, as diffusers has them or "
-        "export.py writes them; or a file of the original DiT or SiT, such as "
-        "dit:DiT-XL-2-256x256.pt",
+        "instead of a run: DiT or SD3 of the hub or of a folder, as diffusers has them (a DiT "
+        "perhaps as original:ID or diffusers:ID) or export.py writes them; or a file of the "
+        "original DiT or SiT, such as dit:DiT-XL-2-256x256.pt",
     )
     lora: Path | None = flag(
         None,
@@ -388,6 +389,12 @@ class SamplingFlags:
     )
     shift: float | None = flag(
         OF_MODEL, "shift of rectified flow's time grid; above 1 spends more steps near the noise"
+    )
+    time_grid: str | None = flag(
+        OF_MODEL,
+        "times of rectified flow: even, or sd3 for those that published SD3s are sampled at, the "
+        "last close to the data",
+        choices=TIME_GRIDS,
     )
     interval: tuple[float, ...] | None = flag(
         Derived("0 1"), "guidance interval: two times to guide between, such as 0.2 0.8; 1 is noise"

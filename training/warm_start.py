@@ -34,7 +34,7 @@ MODEL_FLAGS = ("block", "position", "rope", "qk_norm", "mlp", "norm", "bottlenec
 # Fields of a ModelConfig that no flag sets; always the source's.
 FIELDS_WITHOUT_FLAG = (
     *("n_class_tokens", "mlp_ratio"),
-    *("caption_norm", "n_dual", "position_side", "position_base"),
+    *("caption_norm", "n_dual", "position_side", "position_base", "time_endpoint"),
 )
 # Fields of a ModelConfig that must match the source's; of the text encoders, their widths.
 MUST_MATCH = ("width", "depth", "n_heads", *MODEL_FLAGS, "text_width", "pooled_width")

@@ -28,12 +28,8 @@ GREY = replace(GREY, n_classes=0)
 CONFIGS = {"small": SMALL, "wide": WIDE, "grey": GREY}
 
 
-def torch_dit(config, *, exact=True, seed=0):
-    """As diffusers builds it, away from its start.
-
-    Args:
-        exact: with the original's frequencies of time, which are not diffusers'.
-    """
+def torch_dit(config, *, seed=0):
+    """As diffusers builds it, away from its start, and with the config's frequencies of time."""
     torch = pytest.importorskip("torch")
     with quiet():
         diffusers = pytest.importorskip("diffusers")
@@ -46,7 +42,7 @@ def torch_dit(config, *, exact=True, seed=0):
     embedders = [block.norm1.emb for block in model.transformer_blocks]
     for embedder in embedders[1:]:
         embedder.load_state_dict(embedders[0].state_dict())
-    for embedder in embedders if exact else ():
+    for embedder in () if config.time_endpoint else embedders:
         embedder.time_proj.downscale_freq_shift = 0
     return model
 

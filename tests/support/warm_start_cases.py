@@ -36,7 +36,11 @@ def weights(config, seed=0):
 
 def source(config=CONFIG, *, names=(), **settings):
     return StartingWeights(
-        config, weights(config), {"dataset": {"label_names": names}} | settings, "a source", "a source"
+        config,
+        weights(config),
+        {"dataset": {"label_names": names}} | settings,
+        "a source",
+        "a source",
     )
 
 

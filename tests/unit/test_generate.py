@@ -313,6 +313,7 @@ def test_flags_that_cannot_work_are_refused_before_it_starts(tmp_path, fields, m
             "cfg_scale 4.0: an unconditional model",
         ),
         ({"shift": 3.0, "model": SIGMA}, "--shift 3 is for rectified flow"),
+        ({"time_grid": "sd3", "model": SIGMA}, "--time_grid sd3 is for rectified flow, not for"),
         (
             {"cfg_scale": 4.0, "label_dropout": 0.0},
             "cfg_scale 4: 'digits' was trained without label dropout",

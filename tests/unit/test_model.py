@@ -307,6 +307,15 @@ def test_the_null_class_is_the_last_row(n_classes):
         ("DiT-S/2", {"mlp": "relu"}, "unknown mlp 'relu'"),
         ("DiT-S/2", {"n_dual": 1}, "n_dual 1: only joint blocks have a second attention"),
         ("MMDiT-S/2", {"n_dual": 12}, "n_dual 12: .* and never the last of the 12"),
+        ("DiT-S/2", {"n_heads": 5}, "width 384 is not divisible by 5 heads$"),
+        ("DiT-S/2", {"n_heads": 0}, "n_heads 0: must be at least 1$"),
+        ("DiT-S/2", {"patch_size": 0}, "patch_size 0: must be at least 1$"),
+        ("DiT-S/2", {"width": 6, "n_heads": 2}, "width 6: must be divisible by 4 for position sin"),
+        (
+            "DiT-S/2",
+            {"n_heads": 64, "rope": True},
+            "a head has 6 channels, which must be divisible by 4 for rotary positions",
+        ),
         (
             "DiT-S/2",
             {"text_width": 8},

@@ -10,6 +10,7 @@ from scipy import stats
 
 from methods import ddpm
 from methods.ddpm import PREDICTIONS, Estimate
+from runtime.errors import UserError
 
 BETA = [1e-4 + (2e-2 - 1e-4) * k / 999 for k in range(1000)]
 ALPHA_BAR = [math.prod(1 - beta for beta in BETA[: k + 1]) for k in range(1000)]
@@ -58,6 +59,16 @@ def test_a_shorter_schedule_strides_evenly_from_the_first_step_to_the_last(n):
     one_by_one = np.cumprod(1 - np.exp(short.log_var_max))
     np.testing.assert_allclose(one_by_one, short.signal**2, rtol=1e-9)
     assert short.noise_prev[0] == 0 and (short.noise_prev[1:] == short.noise[:-1]).all()
+
+
+def test_strides_are_those_of_the_published_code_for_every_number_of_steps():
+    """It adds the stride up and rounds each sum, halves to even."""
+    for n in range(2, 1001):
+        place, steps = 0.0, []
+        for _ in range(n):
+            steps.append(round(place))
+            place += 999 / (n - 1)
+        assert ddpm.noise_schedule(n).step.tolist() == steps, n
 
 
 def test_a_truncated_schedule_ends_at_the_step_nearest_to_a_time():
@@ -152,10 +163,15 @@ def test_a_learned_variance_lies_between_the_two_that_bound_it():
     assert (inside >= log_var_min - 1e-12).all() and (inside <= log_var_max + 1e-12).all()
 
 
-def test_without_it_the_variance_is_the_posteriors():
+def test_without_it_the_variance_is_the_posteriors_or_beta():
     schedule, _, _, x = some_steps(100, [0, 50])
-    estimate = ddpm.interpret_output(random_output(x), x, schedule, prediction="v")
+    output = random_output(x)
+    estimate = ddpm.interpret_output(output, x, schedule, prediction="v")
     assert (estimate.log_variance == jnp.broadcast_to(schedule.log_var_min, x.shape)).all()
+    estimate = ddpm.interpret_output(output, x, schedule, prediction="v", fixed_variance="beta")
+    assert (estimate.log_variance == jnp.broadcast_to(schedule.log_var_max, x.shape)).all()
+    with pytest.raises(UserError, match="unknown fixed_variance 'betas'; did you mean 'beta'"):
+        ddpm.DDPM(fixed_variance="betas")
 
 
 def test_a_clipped_estimate_lies_in_the_range_of_pixels():

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch_transformers
@@ -21,10 +22,12 @@ from flax import nnx
 from torch_autoencoders import SD, nchw, nhwc, quiet, tensors_of
 from torch_transformers import CONFIGS, SMALL, inputs, original_names, torch_dit
 
+import sampling
 from datasets_config import LatentEncoding
 from inference.sampler import SamplerConfig
 from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
 from methods.ddpm import DDPM
+from methods.rectified_flow import RectifiedFlow
 from model import init_model_params, model_config, model_graphdef
 from pretrained import dit, transformer, weight_files
 from pretrained.autoencoder import config_to_diffusers as write_vae_config
@@ -54,9 +57,17 @@ def example(name):
 
 
 def save_as_diffusers(folder, model):
+    """Save weights as the published conversions of the original's are."""
     with quiet():
         model.save_pretrained(folder)
+    name, version = dit.CONVERSION
+    edit_config(folder, _class_name=name, _diffusers_version=version)
     return folder
+
+
+def edit_config(folder, **facts):
+    path = folder / weight_files.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
 
 
 def saved(path, model, within=None):
@@ -83,6 +94,48 @@ def test_a_dit_of_diffusers_computes_the_same(name, tmp_path):
     x, k, label = inputs(config)
     ours = predicted(config, loaded.params, x, k / 1000, label)
     np.testing.assert_allclose(ours, of_torch(theirs, x, k, label), rtol=0, atol=2e-5)
+
+
+def test_a_dit_trained_in_diffusers_keeps_its_frequencies_of_time(tmp_path, capsys):
+    """They are not the original's, and the config says neither: the person is asked."""
+    config = replace(SMALL, time_endpoint=True)
+    theirs, folder = torch_dit(config), tmp_path / "dit"
+    with quiet():
+        theirs.save_pretrained(folder)
+    with pytest.raises(UserError, match=f"name it as original:{folder} or diffusers:{folder}$"):
+        transformer.load_transformer(str(folder))
+    loaded = transformer.load_transformer(f"diffusers:{folder}")
+    assert loaded.config == config and loaded.id == str(folder)
+    x, k, label = inputs(config)
+    expected = of_torch(theirs, x, k, label)
+    ours = predicted(config, loaded.params, x, k / 1000, label)
+    # At t = 999 the last bit of a frequency is an angle of 6e-5.
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+    converted = predicted(SMALL, loaded.params, x, k / 1000, label)
+    assert np.square(converted - expected).mean() > (1e-3 * np.std(expected)) ** 2
+    # diffusers computes an export of it as it is.
+    transformer.save_transformer(tmp_path / "ours", config, loaded.params, loaded.settings)
+    with quiet():
+        again = type(theirs).from_pretrained(tmp_path / "ours")
+    np.testing.assert_array_equal(of_torch(again, x, k, label), expected)
+    assert transformer.load_transformer(str(tmp_path / "ours")).config == config
+    (tmp_path / "ours" / transformer.SETTINGS).unlink()
+    assert transformer.load_transformer(str(tmp_path / "ours")).config == config
+    with pytest.raises(UserError, match="original: is for a folder or id of diffusers"):
+        transformer.load_transformer(f"original:{folder / weight_files.WEIGHTS}")
+
+
+def test_the_code_that_a_published_dit_is_computed_by_is_said(tmp_path, capsys):
+    folder = save_as_diffusers(tmp_path / "dit", example("small"))
+    for prefix, code, n_guided, guided in (
+        ("", "DiT's own code", 3, "the first 3"),
+        ("diffusers:", "diffusers", None, "all"),
+    ):
+        loaded = transformer.load_transformer(f"{prefix}{folder}")
+        assert loaded.config.time_endpoint == bool(prefix)
+        assert loaded.settings.get("guided_channels") == n_guided
+        message = f"computed as by {code}, and {guided} of its channels are guided; to have it as"
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -178,18 +231,72 @@ def test_a_pipeline_gives_class_names_and_sampling_settings(tmp_path):
     assert space.to_images(inputs(SMALL)[0]).shape == (3, 16, 16, 3)
 
 
+def save_pipeline(folder, model, scheduler):
+    import diffusers
+
+    library: Any = diffusers
+    facts = write_vae_config(replace(SD, scaling_factor=0.25))
+    facts = {name: value for name, value in facts.items() if not name.startswith("_")}
+    pipeline = library.DiTPipeline(model, library.AutoencoderKL(**facts), scheduler)
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
 def pipeline_of(folder, model, id2label):
     with quiet():
-        import diffusers
-
-        pipeline: Any = diffusers
-        facts = write_vae_config(replace(SD, scaling_factor=0.25))
-        facts = {name: value for name, value in facts.items() if not name.startswith("_")}
-        parts = (pipeline.AutoencoderKL(**facts), ddim())
-        pipeline.DiTPipeline(model, *parts).save_pretrained(folder)
+        save_pipeline(folder, model, ddim())
+    save_as_diffusers(folder / "transformer", model)
     index = folder / "model_index.json"  # where the published ones have their classes
     index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": id2label}))
     return folder
+
+
+def test_samples_of_a_dit_without_learned_variance_are_those_of_its_pipeline(tmp_path, monkeypatch):
+    """A whole chain of diffusers', trained and guided there, with the same noise in every step."""
+    from diffusers.pipelines.dit import pipeline_dit
+    from diffusers.schedulers import scheduling_ddpm
+
+    theirs = torch_dit(replace(SMALL, n_classes=1000, out_channels=4, time_endpoint=True))
+    index, shape, states = jnp.arange(2), (8, 8, 4), []
+    fresh_noise = sampling.step_noise(0, index, shape)
+    with quiet():
+        facts = {"beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
+        scheduler: Any = scheduling_ddpm.DDPMScheduler(
+            **facts, variance_type="fixed_large", timestep_spacing="linspace"
+        )
+        pipeline = save_pipeline(tmp_path / "pipeline", theirs, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    step = scheduler.step
+
+    def step_with_our_noise(output, k, x, **options):
+        noise = nchw(np.asarray(fresh_noise(jnp.int32(int(k)))))
+        monkeypatch.setattr(
+            scheduling_ddpm, "randn_tensor", lambda *_, **__: noise.repeat(2, 1, 1, 1)
+        )
+        result = step(output, k, x, **options)
+        states.append(nhwc(result.prev_sample[:2]))
+        return result
+
+    first = nchw(np.asarray(sampling.initial_noise(0, index, shape)))
+    monkeypatch.setattr(pipeline_dit, "randn_tensor", lambda *_, **__: first)
+    monkeypatch.setattr(scheduler, "step", step_with_our_noise)
+    pipeline([1, 7], guidance_scale=4.0, num_inference_steps=5, output_type="np")
+    model = TrainedModel.from_pretrained(f"diffusers:{tmp_path / 'pipeline'}")
+    plan = model.plan(SamplingOverrides(n_steps=5))
+    samples = model.sample([1, 7], plan, decode=False, trajectory=True)
+    assert samples.trajectory is not None and len(states) == 5
+    for ours, expected in zip(samples.trajectory[1:], states, strict=True):
+        assert np.abs(ours - expected).max() < 2e-5 * np.abs(expected).max()
+    # Its scheduler says which; a network alone is sampled as by the code that trained it.
+    path = tmp_path / "pipeline" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"variance_type": "fixed_small"}))
+    for place, code, fixed in (
+        ("pipeline", "original", "posterior"),
+        ("pipeline/transformer", "original", "beta"),
+        ("pipeline/transformer", "diffusers", "posterior"),
+    ):
+        model = TrainedModel.from_pretrained(f"{code}:{tmp_path / place}")
+        assert model.plan(SamplingOverrides()).sampler.method == DDPM(fixed_variance=fixed)
 
 
 def ddim():
@@ -234,6 +341,7 @@ def test_files_of_the_original_are_sampled_as_published(tmp_path):
     ).settings
     assert grey["dataset"]["encoding"] is None and grey["cfg_scale"] == 1.0
     assert "guided_channels" not in grey
+    assert grey["fixed_variance"] == "beta" and "fixed_variance" not in loaded.settings
     loaded = TrainedModel.from_pretrained(f"SiT:heads=4:{tmp_path / 'a.pt'}")
     assert loaded.plan(SamplingOverrides()) == SamplingPlan(
         SamplerConfig("euler", 50, guided_channels=3),
@@ -254,8 +362,12 @@ def test_sd3_is_sampled_as_published(tmp_path):
     (tmp_path / "all" / "scheduler" / "scheduler_config.json").write_text(json.dumps(facts))
     loaded = transformer.load_transformer(str(tmp_path / "all"))
     assert_same(loaded.params, jax.device_get(params))
-    plan = TrainedModel.from_pretrained(str(tmp_path / "all")).plan(SamplingOverrides())
-    assert plan == SamplingPlan(SamplerConfig("euler", 28, shift=2.5), 7.0)
+    model = TrainedModel.from_pretrained(str(tmp_path / "all"))
+    published = RectifiedFlow(time_grid="sd3")
+    sampler = SamplerConfig("euler", 28, published, shift=2.5)
+    assert model.plan(SamplingOverrides()) == SamplingPlan(sampler, 7.0)
+    even = replace(sampler, method=RectifiedFlow())
+    assert model.plan(SamplingOverrides(time_grid="even")) == SamplingPlan(even, 7.0)
     assert transformer.SAMPLING_DEFAULTS["sd3"]["sample_shift"] == 3.0
     assert loaded.settings["full_width"] == 24 and len(loaded.settings["text_towers"]) == 3
 
@@ -358,11 +470,6 @@ def test_ambiguous_references_are_refused(reference, message, tmp_path):
         transformer.load_transformer(reference.format(tmp_path))
 
 
-def edit_config(folder, **facts):
-    path = folder / weight_files.CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
-
-
 @pytest.mark.parametrize(
     "facts, message",
     [
@@ -374,6 +481,7 @@ def edit_config(folder, **facts):
         ({"num_layers": 3}, "it lacks transformer_blocks.2"),
         ({"_class_name": "Transformer2DModel", "norm_type": "layer_norm"}, "is not a DiT"),
         ({"_class_name": "DiT"}, "the config.json of .* is damaged"),
+        ({"sample_size": 9}, "its config.json says image_size 9 is not divisible by patch_size 2"),
     ],
 )
 def test_a_config_of_something_else_is_refused(facts, message, tmp_path):
@@ -404,7 +512,12 @@ def test_embedders_that_are_not_copies_are_refused(tmp_path):
         ({"beta_end": 0.012}, "says beta_end 0.012, and only 0.02 is supported"),
         ({"prediction_type": "sampel"}, "unknown prediction_type .*did you mean 'sample'"),
         ({"trained_betas": [0.1]}, "has trained_betas"),
+        ({"variance_type": "learned"}, "unknown variance_type .*one of: fixed_small, "),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is of a flow, which has no variance"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_karras_sigmas": True},
+            "says use_karras_sigmas True, which is not supported",
+        ),
     ],
 )
 def test_a_schedule_that_is_not_ours_is_refused(facts, message, tmp_path):

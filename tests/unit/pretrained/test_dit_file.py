@@ -48,7 +48,7 @@ def params():
     return dit.params_from_original(tensors, SMALL, "here")
 
 
-def load(path, facts="heads=4:"):
+def load(path, facts="heads=4:classes=10:"):
     return transformer.load_transformer(f"dit:{facts}{path}")
 
 
@@ -230,7 +230,7 @@ def test_a_sharded_folder_of_half_precision_is_read(variant, safe, tmp_path):
             tmp_path, max_shard_size="50KB", variant=variant, safe_serialization=safe
         )
     assert not (tmp_path / WEIGHTS).exists() and list(tmp_path.glob("*-00002-of-*"))
-    loaded = transformer.load_transformer(str(tmp_path))
+    loaded = transformer.load_transformer(f"original:{tmp_path}")
     expected = state()[TABLE].numpy().astype("f2").astype("f4")
     np.testing.assert_array_equal(loaded.params["label"]["table"], expected)
 
@@ -279,7 +279,7 @@ def test_a_folder_without_a_null_label_is_not_guided(tmp_path):
     tensors = safetensors_torch.load_file(tmp_path / WEIGHTS)
     tensors = {n: x[:10].clone() if x.shape == (11, 32) else x for n, x in tensors.items()}
     safetensors_torch.save_file(tensors, tmp_path / WEIGHTS)
-    check_unguided(str(tmp_path), 10)
+    check_unguided(f"original:{tmp_path}", 10)
 
 
 def test_the_number_of_classes_can_be_given(tmp_path):
@@ -295,8 +295,9 @@ def test_the_number_of_classes_can_be_given(tmp_path):
     "n_rows, known, n_classes, has_null, said",
     [
         (1, {}, 0, True, ""),
-        (11, {}, 10, True, ""),
-        (1001, {}, 1000, True, ""),
+        (11, {}, 10, True, "11 rows of labels are taken for 10 classes and the null label; if it"),
+        (1001, {}, 1000, True, "1001 rows of labels are taken for 1000 classes and the null label"),
+        (1001, {"dropout": 0.1}, 1000, True, ""),
         (1000, {}, 1000, False, "1000 rows of labels are taken for 1000 classes without a null"),
         (8, {}, 7, True, "8 rows of labels are taken for 7 classes and the null label"),
         (8, {"n_classes": 8}, 8, False, ""),
@@ -329,9 +330,9 @@ def test_weights_of_a_folder_may_have_prefixes_and_heads(tmp_path):
     tensors = safetensors_torch.load_file(tmp_path / WEIGHTS)
     wrapped = prefixed("module.", tensors | {"proj_head.weight": torch.ones(2)})
     safetensors_torch.save_file(dict(wrapped), tmp_path / WEIGHTS)
-    loaded = transformer.load_transformer(str(tmp_path))
+    loaded = transformer.load_transformer(f"original:{tmp_path}")
     assert_same(loaded.params, params())
-    assert loaded.notices == ("ignored, as only training uses them: proj_head (1 tensors)",)
+    assert loaded.notices[0] == "ignored, as only training uses them: proj_head (1 tensors)"
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["_class_name"] == dit.CLASS
 

@@ -4,6 +4,7 @@ import functools
 import shutil
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -28,6 +29,7 @@ import sampling
 from data import text_encoders
 from data.batch import EncodedCaption
 from inference.trained_model import TrainedModel
+from methods.rectified_flow import RectifiedFlow
 from model import init_model_params, model_config, model_graphdef
 from pretrained import sd3, transformer
 from runtime import parallel
@@ -367,10 +369,18 @@ def test_text_encoders_wider_than_the_model_are_refused(encoder_folders):
 # --- a complete sample ----------------------------------------------------------------------------
 
 
-def test_our_times_are_diffusers_sigmas_but_for_the_last_step(pipeline):
-    """With n steps given, diffusers ends them at sigma 0.0089 and adds one to 0; with the starts of
-    n even steps given, its grid is ours.
-    """
+@pytest.mark.parametrize("n", [1, 2, 28])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_published_times_are_diffusers(n, shift):
+    """Its grid without a given `sigmas`, which the reference code shares."""
+    scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(n)
+    times = RectifiedFlow(time_grid="sd3").time_steps(n, solver="euler", shift=shift)
+    np.testing.assert_allclose(times, scheduler.sigmas, rtol=0, atol=2e-7)
+    np.testing.assert_allclose(1000 * times[:-1], scheduler.timesteps, rtol=0, atol=2e-4)
+
+
+def test_the_even_times_are_those_of_given_sigmas(pipeline):
     scheduler = pipeline.scheduler
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 28, 28))
     np.testing.assert_allclose(scheduler.sigmas, sampling.time_grid(28, shift=3.0), atol=1e-6)

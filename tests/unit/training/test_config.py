@@ -677,7 +677,7 @@ def test_every_field_is_read():
     modules = ["train.py"]
     modules += [
         f"training/{name}.py"
-        for name in ("config", "prepare", "conditionings", "resolve", "loop", "session")
+        for name in ("config", "prepare", "conditionings", "resolve", "loop", "session", "lora")
     ]
     read = {name for module in modules for name in read_fields(module)}
     read |= {name for method in METHODS.values() for name in flags_of(method)}

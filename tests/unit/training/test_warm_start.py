@@ -237,4 +237,4 @@ def test_captions_do_not_replace_classes():
 def test_a_shape_without_a_preset_is_rejected():
     odd = replace(CONFIG, depth=5)
     with pytest.raises(UserError, match="no preset has width 32, depth 5 and 2 heads; add one"):
-        warm_start.with_source_flags(TINY, StartingWeights(odd, {}, {}, "a source"))
+        warm_start.with_source_flags(TINY, StartingWeights(odd, {}, {}, "a source", "a source"))
