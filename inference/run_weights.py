@@ -24,7 +24,7 @@ from runtime.run_folder import read_config, split_reference
 
 
 class Weights(NamedTuple):
-    """Which of a run's weights: averaged or raw, and of which step.
+    """A choice among a run's weights: averaged or raw, and of a step.
 
     Args:
         ema_std: relative width of an average that is made of the run's snapshots.
