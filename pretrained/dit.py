@@ -142,7 +142,7 @@ def infer_config(tensors: Mapping[str, np.ndarray], where: str, n_heads: int | N
         width, channels, patch_size, _ = tensors[PATCH].shape
         _, n_tokens, _ = tensors[POSITIONS].shape
         n_rows, _ = tensors[TABLE].shape
-        (n_out,) = tensors["final_layer.linear.bias"].shape
+        n_out, _ = tensors["final_layer.linear.weight"].shape
     except (KeyError, ValueError) as error:
         raise UserError(f"'{where}' holds no DiT or SiT: {_describe_key_error(error)}") from None
     matches = [re.match(r"blocks\.(\d+)\.", name) for name in tensors]
