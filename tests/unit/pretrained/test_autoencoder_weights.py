@@ -385,13 +385,3 @@ def test_refusals_of_the_hub_become_one_line(kind, message, monkeypatch):
     monkeypatch.setattr(configuration_utils, "hf_hub_download", refuse)
     with pytest.raises(UserError, match=f"cannot load 'us/vae': .*{message}"):
         autoencoder.load_autoencoder("us/vae", revision="v2")
-
-
-def test_an_autoencoder_in_one_file_is_sent_to_its_folder(tmp_path):
-    file = tmp_path / "vae.safetensors"
-    file.write_bytes(b"")
-    with pytest.raises(UserError, match=r"vae\.safetensors' is one file; .*save_pretrained"):
-        autoencoder.load_autoencoder(str(file))
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=f"is one file; .*; pass the folder '{tmp_path}'"):
-        autoencoder.load_autoencoder(str(file))
