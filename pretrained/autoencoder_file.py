@@ -84,8 +84,8 @@ def read_autoencoder_file(
         UserError: it cannot be read, is something else, or does not tell the scale of latents.
     """
     where = str(path)
-    _refuse_part_of_folder(path)
     file = weight_files.read_file_weights(path, (autoencoder_names.ANCHOR,), places=PLACES)
+    _refuse_part_of_folder(path)
     heads = pop_heads(file.tensors, autoencoder_names.PARTS)
     tensors = autoencoder_names.rename_to_diffusers(file.tensors, where)
     config = infer_config({name: x.shape for name, x in tensors.items()}, where)

@@ -68,7 +68,9 @@ def read_sd3_file(file: FileWeights, path: Path, n_heads: int | None) -> Sd3File
     )
     if unused:
         parts = ", ".join(f"{part} ({n} tensors)" for part, n in sorted(unused.items()))
-        notices.append(f"not read: {parts}; text encoders are named by --text_towers")
+        has_encoders = any(part.startswith("text_encoders") for part in unused)
+        hint = "; text encoders are the hub's, or those of --text_towers" if has_encoders else ""
+        notices.append(f"not read: {parts}{hint}")
     return Sd3File(config, params, has_vae, tuple(notices))
 
 

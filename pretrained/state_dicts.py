@@ -210,6 +210,16 @@ def _average_groups(shapes: Shapes) -> dict[str, list[str]]:
     return groups
 
 
+def _names_without_dots(raw: Mapping[str, str]) -> dict[str, str]:
+    """Return the network's names by themselves without dots, with any part of their prefix."""
+    without_dots: dict[str, str] = {}
+    for name, ours in raw.items():
+        parts = name.split(".")
+        starts = range(len(parts) - ours.count("."))
+        without_dots |= {"".join(parts[start:]): ours for start in starts}
+    return without_dots | {ours.replace(".", ""): ours for ours in raw.values()}
+
+
 def _match_nameless(
     group: str, members: list[str], raw: Mapping[str, str], shapes: Shapes, fixed: Collection[str]
 ) -> dict[str, str]:
@@ -218,7 +228,7 @@ def _match_nameless(
     """
     shape_by_name = {ours: shapes[name] for name, ours in raw.items()}
     trained = [ours for ours in shape_by_name if ours not in fixed]
-    without_dots = {ours.replace(".", ""): ours for ours in shape_by_name}
+    without_dots = _names_without_dots(raw)
     leaves = [name.removeprefix(group) for name in members]
     for names in ([*shape_by_name], trained):
         ordered = names if all(map(str.isdecimal, leaves)) else map(without_dots.get, leaves)

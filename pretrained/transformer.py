@@ -182,6 +182,10 @@ def _load_file(path: Path, reference: Reference) -> PretrainedTransformer:
     if dit.PATCH not in file.tensors:
         raise _explain_other_network(path, file.shapes)
     if reference.family == "sd3" or (not reference.family and is_sd3(file)):
+        if reference.n_classes is not None:
+            raise UserError(
+                f"'{path}': SD3 has no classes: leave out classes={reference.n_classes}:"
+            )
         sd3_file = read_sd3_file(file, path, reference.n_heads)
         config = sd3_file.config
         encoding = _default_encoding(config, place, vae=place if sd3_file.has_vae else None)
@@ -392,13 +396,13 @@ def _read_encoding(config: ModelConfig, facts: dict[str, Any], where: str) -> La
 def _default_encoding(
     config: ModelConfig, where: str, vae: str | None = None
 ) -> LatentEncoding | None:
-    """Return the encoding for a model whose VAE has no config, or none is at hand: Stable
-    Diffusion's for four channels, and SD3's.
+    """Return the encoding for a model whose VAE has no config: four channels are Stable
+    Diffusion's, sixteen of an MMDiT are SD3's.
 
     Args:
         vae: the file that holds it.
     """
-    family = "sd3" if config.block == JOINT else "sd"
+    family = "sd3" if config.block == JOINT and config.channels == 16 else "sd"
     channels, scale, shift = SCALES[family]
     if config.channels != channels:
         return None

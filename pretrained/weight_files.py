@@ -175,7 +175,9 @@ def read_bare_weights(path_or_id: str, purpose: str) -> dict[str, np.ndarray]:
     files = sorted(file for pattern in BARE_PATTERNS for file in folder.glob(pattern))
     if not files:
         raise UserError(f"{purpose} '{path_or_id}': it holds no {patterns}")
-    tensors = _read_tensor_files(files, DTYPES)
+    tensors: dict[str, np.ndarray] = {}
+    for file in files:
+        tensors |= read_tensor_file(file)
     eight_bits.apply_scales(tensors, path_or_id)
     return tensors
 
@@ -289,12 +291,12 @@ def read_tensor_file(
     Raises:
         UserError: it cannot be read, is damaged, or holds anything but such tensors.
     """
-    _require_content(path)
-    if path.suffix not in (".safetensors", ".json"):
-        return read_torch_file(path, select=select)
     if path.suffix == ".json":
         tensors, facts = _read_tensor_files(_locate_parts(path), dtypes), {}
     else:
+        _require_content(path)
+        if path.suffix != ".safetensors":
+            return read_torch_file(path, select=select)
         tensors, facts = read_safetensors(path, dtypes), read_safetensors_metadata(path)
     if select is None:
         return tensors

@@ -318,7 +318,7 @@ class SourceFlags:
     pretrained: str | None = flag(
         None,
         "instead of a run: DiT or SD3 of the hub or of a folder, as diffusers has them or "
-        "export.py writes them; or a file of the original DiT or SiT, such as "
+        "export.py writes them; or a file of the original DiT, SiT or SD3, such as "
         "dit:DiT-XL-2-256x256.pt",
     )
 

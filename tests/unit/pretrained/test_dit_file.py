@@ -235,6 +235,55 @@ def test_a_sharded_folder_of_half_precision_is_read(variant, safe, tmp_path):
     np.testing.assert_array_equal(loaded.params["label"]["table"], expected)
 
 
+def save_in_parts(tensors, folder, suffix):
+    """Save every other tensor in a second file, and return the index of both."""
+    names = [*tensors]
+    stem, files = "model", {}
+    for i in range(2):
+        file = folder / f"{stem}-{i + 1:05}-of-00002.{suffix}"
+        some = {name: tensors[name].clone().contiguous() for name in names[i::2]}
+        torch.save(some, file) if suffix == "bin" else safetensors_torch.save_file(some, file)
+        files |= dict.fromkeys(some, file.name)
+    index = folder / f"{stem}.{suffix}.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    return index
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_an_index_of_several_files_is_a_file(suffix, tmp_path):
+    wrapped = prefixed("module.", state()) | prefixed("model.", worse(state()))
+    index = save_in_parts(prefixed("ema_model.", state()) | wrapped, tmp_path, suffix)
+    assert_same(load(index).params, params())
+    with pytest.raises(UserError, match=f"name one of its files, such as dit:{index}"):
+        transformer.load_transformer(str(tmp_path))
+    with pytest.raises(
+        UserError, match=f"is one part of several: name their index, such as {index}"
+    ):
+        load(tmp_path / f"model-00002-of-00002.{suffix}")
+
+
+def test_a_tensor_in_two_files_of_an_index_is_refused(tmp_path):
+    index = save_in_parts(state(), tmp_path, "safetensors")
+    first, second = (tmp_path / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    both = safetensors_torch.load_file(first) | safetensors_torch.load_file(second)
+    safetensors_torch.save_file(both, second)
+    with pytest.raises(UserError, match=r"is in another file of the same weights too"):
+        load(index)
+    second.unlink()
+    with pytest.raises(UserError, match="lacks model-00002-of-00002"):
+        load(index)
+    index.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(UserError, match=r"index\.json is damaged: a Git LFS"):
+        load(index)
+
+
+def test_biases_that_no_block_has_are_zero(tmp_path):
+    tensors = {name: x for name, x in state().items() if not name.endswith("qkv.bias")}
+    loaded = load(saved(tensors, tmp_path / "a.pt"))
+    assert loaded.notices == ("biases that are not in the file are zero: blocks.*.attn.qkv.bias",)
+    assert not loaded.params["blocks"]["attention"]["qkv"]["linear"]["bias"].any()
+
+
 def test_a_file_of_a_folder_with_a_config_names_the_folder(tmp_path):
     with quiet():
         model().save_pretrained(tmp_path)

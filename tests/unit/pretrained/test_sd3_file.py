@@ -231,6 +231,7 @@ def test_biases_that_no_block_has_are_zero(tmp_path):
     [
         ("sd3", "", {}, "3 blocks of width 16, which is no published size: .* sd3:heads=6:"),
         ("sd3", "sd3:heads=3:", {}, "width 16 is not divisible by 3 heads"),
+        ("sd3.5 large", "sd3:classes=3:", {}, "SD3 has no classes: leave out classes=3:"),
         ("sd3", "dit:", {}, "holds no DiT or SiT: it lacks y_embedder.embedding_table.weight"),
         ("sd3.5 large", "", {"y": torch.ones(2)}, "do not fit the shape .* has no place for y"),
         (
