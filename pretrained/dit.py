@@ -96,7 +96,7 @@ SUPPORTED = {
     "norm_type": ["ada_norm_zero"],
     "norm_eps": [1e-5, 1e-6],
     "norm_elementwise_affine": [False],
-    "attention_bias": [True],
+    "attention_bias": [True, False],
     "attention_type": ["default"],
     "double_self_attention": [False],
     "only_cross_attention": [False],

@@ -26,13 +26,15 @@ def apply_scales(tensors: MutableMapping[str, np.ndarray], where: str) -> tuple[
 
     Raises:
         UserError: a scale without a weight in eight bits, or one of another shape; or a weight
-            without a scale, where others have one.
+            without a scale, where others have one or should.
     """
     scales = [name for name in tensors if _leaf(name) in SCALES]
     inputs = [name for name in tensors if _leaf(name) in INPUT_SCALES]
     markers = [name for name in tensors if _leaf(name) == MARKER]
     if not scales + inputs + markers:
         return ()
+    if not scales:
+        raise UserError(f"'{where}': it has {(inputs + markers)[0]}, but no scales of weights")
     for scale in scales:
         name = f"{scale.rpartition('.')[0]}.weight"
         if not _is_eight_bits(tensors.get(name)):

@@ -295,14 +295,17 @@ def _read_config(
 def _read_params(
     network: weight_files.PublishedNetwork, config: ModelConfig
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Convert weights to ours. Returns them, and a notice of heads that are ignored."""
+    """Convert weights to ours. Returns them, and notices of what is ignored or zero."""
     class_name, tensors = network.config["_class_name"], network.tensors
     if class_name in OWN_CLASSES:
         heads = pop_heads(tensors, _own_shapes(config))
         return _read_own_params(tensors, config, network.id), heads
     family = sd3 if class_name == sd3.CLASS else dit
-    heads = pop_heads(tensors, family.diffusers_shapes(config))
-    return family.params_from_diffusers(tensors, config, network.id), heads
+    shapes = family.diffusers_shapes(config)
+    has_biases = network.config.get("attention_bias", True)
+    biases = () if has_biases else weight_files.fill_missing_biases(tensors, shapes)
+    notices = (*biases, *pop_heads(tensors, shapes))
+    return family.params_from_diffusers(tensors, config, network.id), notices
 
 
 def _read_pipeline_settings(

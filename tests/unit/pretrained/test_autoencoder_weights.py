@@ -268,6 +268,10 @@ def half_gone(folder):
     (folder / weight_files.WEIGHTS).unlink()
 
 
+def an_html_page(folder):
+    (folder / weight_files.CONFIG).write_text("<!DOCTYPE html><html></html>")
+
+
 def pointing_elsewhere(folder):
     (folder / weight_files.INDEX).write_text('{"weight_map": {"a": "../1.safetensors"}}')
     (folder / weight_files.WEIGHTS).unlink()
@@ -284,6 +288,7 @@ def pointing_elsewhere(folder):
         (torn, "diffusion_pytorch_model.safetensors is damaged"),
         (lambda folder: (folder / weight_files.CONFIG).write_text("{"), "config.json is damaged"),
         (lambda folder: (folder / weight_files.CONFIG).write_text("[]"), "config.json is damaged"),
+        (an_html_page, "config.json is damaged: an HTML page"),
     ],
 )
 def test_damage_is_refused_in_one_line(damage, message, folder):

@@ -282,6 +282,14 @@ def test_biases_that_no_block_has_are_zero(tmp_path):
     loaded = load(saved(tensors, tmp_path / "a.pt"))
     assert loaded.notices == ("biases that are not in the file are zero: blocks.*.attn.qkv.bias",)
     assert not loaded.params["blocks"]["attention"]["qkv"]["linear"]["bias"].any()
+    with quiet():
+        facts = {k: v for k, v in model().config.items() if not k.startswith("_")}
+        theirs = type(model())(**facts | {"attention_bias": False})
+        theirs.load_state_dict(model().state_dict(), strict=False)
+        theirs.save_pretrained(tmp_path)
+    (notice,) = transformer.load_transformer(str(tmp_path)).notices
+    names = ", ".join(f"transformer_blocks.*.attn1.to_{part}.bias" for part in "qkv")
+    assert notice == f"biases that are not in the file are zero: {names}"
 
 
 def test_a_file_of_a_folder_with_a_config_names_the_folder(tmp_path):

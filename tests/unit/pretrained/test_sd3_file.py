@@ -191,6 +191,11 @@ def alone(tensors):
     tensors["context_embedder.weight"] = tensors["context_embedder.weight"].float()
 
 
+def unscaled(tensors):
+    for name in [name for name in tensors if name.endswith("scale_weight")]:
+        del tensors[name]
+
+
 def of_other_shape(tensors):
     tensors["context_embedder.scale_weight"] = torch.ones(2)
 
@@ -200,6 +205,7 @@ def of_other_shape(tensors):
     [
         (without_scale, "context_embedder.weight is in eight bits without the scale that others"),
         (alone, "context_embedder.scale_weight has no weight in eight bits beside it"),
+        (unscaled, "it has context_embedder.scale_input, but no scales of weights"),
         (of_other_shape, r"scale_weight is of shape \(2,\), beside a weight of \(16, 24\)"),
     ],
 )
