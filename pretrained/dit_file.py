@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from datasets_config import DATASET_CONFIGS
 from model import ModelConfig
 from pretrained import dit, weight_files
-from pretrained.state_dicts import pop_heads
+from pretrained.state_dicts import describe_unused, pop_heads
 from pretrained.weight_files import FileWeights
 from runtime.errors import UserError
 
@@ -90,7 +90,8 @@ def read_dit_file(file: FileWeights, path: Path, reference: Reference) -> DitFil
     params = dit.params_from_original(tensors, config, where)
     if family == "sit":
         params, config = dit.convert_sit(params, config)
-    notices = (*file.notices, *biases, *heads, *filter(None, [labels.notice]))
+    unused = describe_unused(file.unused)
+    notices = (*file.notices, *biases, *heads, *unused, *filter(None, [labels.notice]))
     return DitFile(config, params, family, labels.has_null, notices)
 
 

@@ -119,7 +119,7 @@ def config_from_diffusers(
     return ours if table is None else with_positions_of(table, ours)
 
 
-def with_positions_of(table: Float[np.ndarray, "1 n d"], config: ModelConfig) -> ModelConfig:
+def with_positions_of(table: Float[np.ndarray, "..."], config: ModelConfig) -> ModelConfig:
     """Return the config with cropped positions if a file's table has these."""
     cropped = replace(config, position="cropped")
     return cropped if matches_positions(table, cropped) else config
@@ -210,12 +210,14 @@ def dropped_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
     return tensors
 
 
+@lru_cache
 def diffusers_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of each of diffusers' tensors by its name."""
     dropped = {name: x.shape for name, x in dropped_tensors(config).items()}
     return dropped | _used_shapes(config, DIFFUSERS)
 
 
+@lru_cache
 def stability_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of each of Stability AI's tensors by its name."""
     norm = f"joint_blocks.{config.depth - 1}.context_block.attn.ln_q.weight"

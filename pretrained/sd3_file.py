@@ -5,7 +5,6 @@ keys are not normed. Published ones have a head for each block.
 """
 
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +13,13 @@ import numpy as np
 from model import ModelConfig
 from pretrained import autoencoder_file, sd3, weight_files
 from pretrained.sd3_names import STABILITY
-from pretrained.state_dicts import pop_heads
+from pretrained.state_dicts import describe_unused, pop_heads
 from pretrained.weight_files import FileWeights
 from runtime.errors import UserError
 
 ANCHOR = "joint_blocks.0.x_block.attn.qkv.weight"
 CONTEXT, POOLED = "context_embedder.weight", "y_embedder.mlp.0.weight"
+TEXT_ENCODERS = "text_encoders"  # where they lie in a file of the whole pipeline
 NORM = "joint_blocks.0.x_block.attn.ln_q.weight"
 # The size that SD3 was last trained on, and to which its positions are scaled, in latents.
 SIDE = 128
@@ -61,16 +61,10 @@ def read_sd3_file(file: FileWeights, path: Path, n_heads: int | None) -> Sd3File
     notices += pop_heads(file.tensors, shapes)
     params = sd3.params_from_stability(file.tensors, config, where)
     has_vae = autoencoder_file.holds_autoencoder(file.shapes)
-    unused = Counter(
-        ".".join(name.split(".")[:2])
-        for name in file.unused
-        if not {*name.split(".")} & {*autoencoder_file.PLACES}
-    )
-    if unused:
-        parts = ", ".join(f"{part} ({n} tensors)" for part, n in sorted(unused.items()))
-        has_encoders = any(part.startswith("text_encoders") for part in unused)
-        hint = "; text encoders are the hub's, or those of --text_towers" if has_encoders else ""
-        notices.append(f"not read: {parts}{hint}")
+    others = [n for n in file.unused if not {*n.split(".")} & {*autoencoder_file.PLACES}]
+    notices += describe_unused(others)
+    if any(TEXT_ENCODERS in name.split(".") for name in others):
+        notices.append("the text encoders are those of the hub, or of --text_towers")
     return Sd3File(config, params, has_vae, tuple(notices))
 
 

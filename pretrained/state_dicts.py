@@ -9,6 +9,7 @@ A network is known by one of its tensors, its anchor. Nothing here reads a file.
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -117,6 +118,22 @@ def pop_heads(tensors: MutableMapping[str, Any], own: Collection[str]) -> tuple[
         return ()
     listed = ", ".join(f"{part} ({n} tensors)" for part, n in heads.items())
     return (f"ignored, as only training uses them: {listed}",)
+
+
+def describe_unused(names: Iterable[str]) -> tuple[str, ...]:
+    """Return a notice of the tensors in a file that are left unread, if there are any.
+
+    Copies of the network and the state of a training go without saying.
+
+    Args:
+        names: of the tensors that are not the network's.
+    """
+    known = PLAIN_WORDS | AVERAGE_WORDS | RAW_WORDS | PROGRESS_WORDS
+    parts = Counter(name.partition(".")[0] for name in names)
+    listed = [
+        f"{part} ({n} tensors)" for part, n in sorted(parts.items()) if {*_words(part)} - known
+    ]
+    return (f"not read: {', '.join(listed)}",) if listed else ()
 
 
 # --- prefixes -------------------------------------------------------------------------------------

@@ -302,9 +302,10 @@ def _read_params(
         return _read_own_params(tensors, config, network.id), heads
     family = sd3 if class_name == sd3.CLASS else dit
     shapes = family.diffusers_shapes(config)
-    has_biases = network.config.get("attention_bias", True)
-    biases = () if has_biases else weight_files.fill_missing_biases(tensors, shapes)
-    notices = (*biases, *pop_heads(tensors, shapes))
+    notices = ()
+    if network.config.get("attention_bias") is False:
+        notices = weight_files.fill_missing_biases(tensors, shapes)
+    notices = (*notices, *pop_heads(tensors, shapes))
     return family.params_from_diffusers(tensors, config, network.id), notices
 
 

@@ -185,6 +185,13 @@ def test_the_model_in_the_arguments_tells_the_family(tmp_path):
         transformer.load_transformer(str(path))
 
 
+def test_another_network_in_the_file_is_named(tmp_path):
+    beside = {"vae": {"conv.weight": torch.ones(2)}, "opt": {"state": {0: {"step": torch.ones(1)}}}}
+    contents = {"ema": state(), "model_state_dict": worse(state())} | beside
+    loaded = load(saved(contents, tmp_path / "a.pt"))
+    assert loaded.notices == ("the weights are the average, 'ema'", "not read: vae (1 tensors)")
+
+
 def test_heads_of_training_are_ignored_and_named(tmp_path):
     heads = {"projectors.0.0.weight": torch.ones(3, 4), "projectors.0.0.bias": torch.ones(3)}
     loaded = load(saved({"model": state() | heads}, tmp_path / "a.pt"))
