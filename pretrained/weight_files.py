@@ -21,7 +21,7 @@ import safetensors
 from data.images import name_content
 from pretrained import eight_bits, hub
 from pretrained.state_dicts import find_weights
-from pretrained.torch_file import Select, TorchContents, read_torch_file
+from pretrained.torch_file import ZIP_START, Select, TorchContents, read_torch_file
 from runtime import processes
 from runtime.errors import UserError
 from runtime.files import atomic_file
@@ -281,8 +281,8 @@ def _list_some(names: list[str], n: int = 3) -> str:
 def read_tensor_file(
     path: Path, *, select: Select | None = None, dtypes: Mapping[str, Any] = DTYPES
 ) -> dict[str, np.ndarray]:
-    """Read the tensors of a file of safetensors or of torch.save, by its suffix, or of all files
-    that an index names.
+    """Read the tensors of a file of safetensors or of torch.save, whatever its name, or of all
+    files that an index names.
 
     Args:
         select: see `read_torch_file`.
@@ -295,13 +295,23 @@ def read_tensor_file(
         tensors, facts = _read_tensor_files(_locate_parts(path), dtypes), {}
     else:
         _require_content(path)
-        if path.suffix != ".safetensors":
+        if not _is_safetensors(path):
             return read_torch_file(path, select=select)
         tensors, facts = read_safetensors(path, dtypes), read_safetensors_metadata(path)
     if select is None:
         return tensors
     names = select(TorchContents({name: x.shape for name, x in tensors.items()}, facts))
     return {ours: tensors[name] for name, ours in names.items()}
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Return True for a file of safetensors, by its content as far as that tells."""
+    start = b""
+    with contextlib.suppress(OSError), path.open("rb") as file:  # reading it says what is wrong
+        start = file.read(9)
+    if start.startswith(ZIP_START):
+        return False
+    return path.suffix == ".safetensors" or start[8:] == b"{"  # after the length of its header
 
 
 def _require_content(path: Path) -> None:
