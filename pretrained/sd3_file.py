@@ -87,6 +87,8 @@ def infer_config(tensors: dict[str, np.ndarray], where: str, n_heads: int | None
     except (KeyError, ValueError) as error:
         problem = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"'{where}' holds no SD3: {problem}") from None
+    if 0 in (width, channels, patch_size, n_positions, text_width, pooled_width, n_out):
+        raise UserError(f"'{where}' holds no SD3: one of its tensors is empty")
     side = round(n_positions**0.5)
     depth = 1 + max(_block_numbers(tensors, r"joint_blocks\.(\d+)\."), default=-1)
     dual = _block_numbers(tensors, r"joint_blocks\.(\d+)\.x_block\.attn2\.")
@@ -125,7 +127,8 @@ def _find_heads(
     tensors: dict[str, np.ndarray], width: int, depth: int, n_heads: int | None, where: str
 ) -> int:
     """Find the number of heads: as given, or by the norm of a head's queries, or as published."""
-    by_norm = width // len(tensors[NORM]) if NORM in tensors else None
+    head_width = tensors[NORM].size if NORM in tensors else 0
+    by_norm = width // head_width if head_width else None
     n_heads = n_heads or by_norm or (depth if width == 64 * depth else None)
     if n_heads is None:
         raise UserError(

@@ -249,6 +249,7 @@ def test_biases_that_no_block_has_are_zero(tmp_path):
             "no SD3: it lacks context_embedder.w",
         ),
         ("sd3.5 large", "", {"pos_embed": torch.ones(1, 65**2, 16)}, "unknown table of positions"),
+        ("sd3.5 large", "", {"pos_embed": torch.ones(1, 0, 16)}, "one of its tensors is empty"),
         ("sd3.5 large", "", {"x_embedder.proj.weight": None}, "no DiT, SiT or SD3: it lacks x_emb"),
     ],
 )
