@@ -10,7 +10,7 @@ import json
 import re
 import struct
 import sys
-from collections.abc import Collection, Iterable, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -323,7 +323,7 @@ def _require_content(path: Path) -> None:
 
 def read_file_weights(
     path: Path,
-    anchors: Iterable[str],
+    anchors: Sequence[str],
     *,
     fixed: Collection[str] = (),
     places: Collection[str] = (),
@@ -336,6 +336,8 @@ def read_file_weights(
         fixed: tensors that are never trained, which an average may lack.
         places: parts of names under which files of several networks hold this one. If there are
             any such names, the rest of the file is not looked at.
+
+    Returns no tensors if the file holds no such network.
 
     Raises:
         UserError: the file cannot be read, holds several copies of the weights, or weights that
@@ -352,6 +354,8 @@ def read_file_weights(
         found = find_weights(own or contents.shapes, anchors, str(path), fixed=fixed)
         all_shapes.update(contents.shapes)
         facts.update(contents.facts)
+        if not {*anchors} & {*found.names.values()}:
+            return {}
         notices.extend(found.notices)
         used.extend(found.names)
         return found.names

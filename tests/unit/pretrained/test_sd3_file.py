@@ -270,4 +270,4 @@ def test_a_file_that_is_no_sd3_is_refused_in_one_line(name, facts, change, messa
 )
 def test_another_network_is_named(name, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        load({name: torch.ones(2)}, tmp_path / "a.safetensors")
+        load({name: torch.ones(2), "position_ids": torch.arange(3)}, tmp_path / "a.safetensors")
