@@ -35,8 +35,9 @@ class LatentFlags:
     image_size: int | None = again(ImageFlags, "image_size", above=None, at_least=1)
     vae: str | None = flag(
         Derived(DEFAULT_VAE),
-        "a folder in diffusers' layout, or an id on the hub; with --doctor, where the VAE of the "
-        "latents is now, if it has moved",
+        "a folder in diffusers' layout, an id on the hub, or a file such as "
+        "sdxl:sdxl_vae.safetensors; with --doctor, where the VAE of the latents is now, if it has "
+        "moved",
     )
     out: Path | None = flag(Derived("latents/<dataset>"), "the folder to write")
     mirror: bool | None = flag(

@@ -968,7 +968,7 @@ MODELS |= {  # pyright: ignore[reportConstantRedefinition]
     )
     for p in (16, 32)
 }
-# Stable Diffusion 3 and 3.5, as published (Esser et al. 2024): for captions, latents of 16 channels.
+# Stable Diffusion 3 and 3.5, as published (Esser et al. 2024), for captions.
 SD3: dict[str, Any] = {
     "block": JOINT,
     "patch_size": 2,

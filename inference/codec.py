@@ -55,7 +55,7 @@ class Codec:
 
     @classmethod
     def open(cls, path_or_id: str, mesh: parallel.Mesh, *, dtype: str = "float32") -> "Codec":
-        """Load a VAE from a folder or the hub.
+        """Load a VAE from a folder, a file or the hub.
 
         Raises:
             UserError: it cannot be read, or is not an AutoencoderKL.
@@ -78,7 +78,8 @@ class Codec:
         if not path_or_id:
             raise UserError("it is not recorded which VAE made these latents: name it by --vae")
         try:
-            loaded = pretrained.load_autoencoder(path_or_id)
+            scale = encoding.scaling_factor, encoding.shift_factor
+            loaded = pretrained.load_autoencoder(path_or_id, scale=scale)
         except UserError as error:
             hint = "" if vae else "; if the VAE has moved, name its new place by --vae"
             raise UserError(f"{error}{hint}") from None

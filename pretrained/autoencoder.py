@@ -1,9 +1,8 @@
-"""Autoencoders as diffusers publishes them: Stable Diffusion's, SDXL's, SD3's, FLUX's.
+"""Published autoencoders: Stable Diffusion's, SDXL's, SD3's, FLUX's, as diffusers has them.
 
 Ours are written in the same form. The network itself is `networks/autoencoder.py`.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -23,9 +22,11 @@ from networks.autoencoder import (
     init_autoencoder_params,
 )
 from pretrained import weight_files
+from pretrained.autoencoder_file import parse_reference, read_autoencoder_file
+from pretrained.autoencoder_names import ANCHOR, CLASS, diffusers_name, rename_to_diffusers
 from runtime.errors import UserError
 
-CLASS, DOWN, UP = "AutoencoderKL", "DownEncoderBlock2D", "UpDecoderBlock2D"
+DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
 
 KIND_NAMES = {
     bool: "true or false",
@@ -34,31 +35,6 @@ KIND_NAMES = {
     tuple: "a list of widths",
 }
 
-# Our names to diffusers': patterns that are replaced one after the other.
-RENAMES = (
-    (r"^encoder\.levels\.", "encoder.down_blocks."),
-    (r"^decoder\.levels\.", "decoder.up_blocks."),
-    (r"\.blocks\.", ".resnets."),
-    (r"^(encoder\..*)\.resize\.", r"\1.downsamplers.0."),
-    (r"^(decoder\..*)\.resize\.", r"\1.upsamplers.0."),
-    (r"\.middle\.before\.", ".mid_block.resnets.0."),
-    (r"\.middle\.after\.", ".mid_block.resnets.1."),
-    (r"\.middle\.attention\.norm\.", ".mid_block.attentions.0.group_norm."),
-    (r"\.middle\.attention\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
-    (r"\.middle\.attention\.out\.", ".mid_block.attentions.0.to_out.0."),
-    (r"\.norm_out\.", ".conv_norm_out."),
-    (r"\.shortcut\.", ".conv_shortcut."),
-    (r"^(quant|post_quant)\.", r"\1_conv."),
-    (r"\.(kernel|scale)$", ".weight"),
-    (r"\.shift$", ".bias"),
-)
-# Names in files from before 2023, to today's.
-OLD_RENAMES = (
-    (r"\.attentions\.0\.query\.", ".attentions.0.to_q."),
-    (r"\.attentions\.0\.key\.", ".attentions.0.to_k."),
-    (r"\.attentions\.0\.value\.", ".attentions.0.to_v."),
-    (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
-)
 # The order of a weight's axes, by their number: of convolutions, linear maps, and the rest.
 DIFFUSERS_AXES = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # ours are h w i o; diffusers' are o i h w
 OUR_AXES = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
@@ -82,22 +58,40 @@ class PretrainedAutoencoder:
 
 
 def load_autoencoder(
-    path_or_id: str, *, dtype: str = "float32", revision: str | None = None
+    path_or_id: str,
+    *,
+    dtype: str = "float32",
+    revision: str | None = None,
+    scale: tuple[float, float] | None = None,
 ) -> PretrainedAutoencoder:
-    """Load an autoencoder of the hub or of a folder; of a pipeline, its `vae/`.
+    """Load an autoencoder of the hub, of a folder (of a pipeline, its `vae/`) or of a single file.
+
+    A file holds the autoencoder alone, or a whole Stable Diffusion. The scale of its latents may be
+    for you to say: `sd:PATH`, `sdxl:PATH`, `sd3:PATH` or `flux:PATH`.
 
     Args:
         dtype: of the computation of `PretrainedAutoencoder.model`, float32 or bfloat16.
         revision: of the hub: a branch, tag or commit.
+        scale: scale and shift of latents, for files that do not tell them.
 
     Raises:
         UserError: it cannot be had, is damaged, or holds something that this project cannot
             compute, which the message names.
     """
-    network = weight_files.read_network(str(path_or_id), subfolder="vae", revision=revision)
-    config = config_from_diffusers(network.config, network.id)
+    reference = parse_reference(str(path_or_id))
+    path = Path(reference.place).expanduser()
+    if path.is_file() or path.suffix in weight_files.FILE_SUFFIXES:
+        config, network = read_autoencoder_file(path, reference, scale=scale)
+    elif reference.family:
+        raise UserError(f"'{path_or_id}': {reference.family}: is for a file of weights")
+    else:
+        network = weight_files.read_network(
+            str(path_or_id), subfolder="vae", anchors=(ANCHOR,), revision=revision
+        )
+        config = config_from_diffusers(network.config, network.id)
     autoencoder_graphdef(config, dtype)  # raises for an unknown dtype
     params = params_from_diffusers(network.tensors, config, network.id)
+    weight_files.print_notices(network.id, network.notices)
     return PretrainedAutoencoder(
         config=config,
         params=params,
@@ -201,17 +195,6 @@ def config_to_diffusers(config: AutoencoderConfig) -> dict[str, Any]:
 # --- the weights ----------------------------------------------------------------------------------
 
 
-def apply_renames(name: str, rules: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def diffusers_name(path: tuple[Any, ...]) -> str:
-    """Return diffusers' name of a weight of ours."""
-    return apply_renames(".".join(map(str, path)), RENAMES)
-
-
 def flatten_leaves(params: Mapping[str, Any]) -> dict[tuple[Any, ...], Any]:
     """Return each array of a tree by its path."""
     return dict(flatten_dict(params))
@@ -254,15 +237,12 @@ def params_from_diffusers(
         UserError: some are missing, left over or of another shape; the message names a few.
     """
     paths = paths_and_shapes(config)
-    renamed: dict[str, np.ndarray] = {}
-    for old_name, x in tensors.items():
-        name = apply_renames(old_name, OLD_RENAMES)
-        if name in renamed:
-            raise UserError(f"the weights of '{where}' hold {name} twice, once by an old name")
+    renamed = rename_to_diffusers(tensors, where)
+    for name, x in renamed.items():
         # The oldest files store attention's linear maps as 1×1 convolutions.
         is_linear = name in paths and len(paths[name][1]) == 2
-        is_1x1_convolution = x.ndim == 4 and x.shape[2:] == (1, 1)
-        renamed[name] = x[:, :, 0, 0] if is_linear and is_1x1_convolution else x
+        if is_linear and x.ndim == 4 and x.shape[2:] == (1, 1):
+            renamed[name] = x[:, :, 0, 0]
     require_config_shapes(renamed, config, where)
     return unflatten_dict(
         {

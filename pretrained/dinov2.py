@@ -46,6 +46,8 @@ RENAMES = (
     (r"\.mlp\.weights_out\.", ".mlp.w3."),
     (r"^layernorm\.", "norm."),
 )
+# The map of patches, by transformers' name and the original's.
+PATCHES = ("embeddings.patch_embeddings.projection.weight", "patch_embed.proj.weight")
 # Tokens in place of patches that are hidden, in training only.
 MASK_TOKEN = "mask_token"
 # Our arrays of a block to the original's; linear maps are transposed.
@@ -152,7 +154,10 @@ def _read_files(path_or_id: str) -> tuple[str, dict[str, Any], Tensors]:
     if not path.is_dir() and HUB_NAMES.fullmatch(path_or_id):
         path_or_id = f"facebook/{path_or_id}"
     network = weight_files.read_network(
-        path_or_id, files=weight_files.TRANSFORMERS_FILES, dtypes=weight_files.WEIGHT_DTYPES
+        path_or_id,
+        anchors=PATCHES,
+        files=weight_files.TRANSFORMERS_FILES,
+        dtypes=weight_files.WEIGHT_DTYPES,
     )
     return network.id, network.config, network.tensors
 

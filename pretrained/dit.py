@@ -103,7 +103,7 @@ SUPPORTED = {
     "norm_type": ["ada_norm_zero"],
     "norm_eps": [1e-5, 1e-6],
     "norm_elementwise_affine": [False],
-    "attention_bias": [True],
+    "attention_bias": [True, False],
     "attention_type": ["default"],
     "double_self_attention": [False],
     "only_cross_attention": [False],
@@ -149,7 +149,7 @@ def infer_config(tensors: Mapping[str, np.ndarray], where: str, n_heads: int | N
         width, channels, patch_size, _ = tensors[PATCH].shape
         _, n_tokens, _ = tensors[POSITIONS].shape
         n_rows, _ = tensors[TABLE].shape
-        (n_out,) = tensors["final_layer.linear.bias"].shape
+        n_out, _ = tensors["final_layer.linear.weight"].shape
     except (KeyError, ValueError) as error:
         raise UserError(f"'{where}' holds no DiT or SiT: {_describe_key_error(error)}") from None
     matches = [re.match(r"blocks\.(\d+)\.", name) for name in tensors]

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 from datasets_config import DATASET_CONFIGS
 from model import ModelConfig
 from pretrained import dit, weight_files
-from pretrained.state_dicts import pop_heads
+from pretrained.state_dicts import describe_unused, pop_heads
+from pretrained.weight_files import FileWeights
 from runtime.errors import UserError
 
-FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 # Names of the label dropout among the arguments of training scripts.
 DROPOUT_NAMES = ("class_dropout_prob", "class_dropout", "label_dropout", "cfg_prob")
 # Numbers of classes that people train on.
@@ -37,7 +37,7 @@ class Reference(NamedTuple):
 
 def parse_reference(text: str) -> Reference:
     """Split `dit:heads=6:classes=10:PATH` into its facts and the path."""
-    match = re.fullmatch(r"(dit|sit):((?:(?:heads|classes)=\d+:)*)(.+)", text, re.IGNORECASE)
+    match = re.fullmatch(r"(dit|sit|sd3):((?:(?:heads|classes)=\d+:)*)(.+)", text, re.IGNORECASE)
     if not match:
         return Reference(None, None, None, text)
     family, facts, place = match.groups()
@@ -63,17 +63,14 @@ class DitFile:
     notices: tuple[str, ...]
 
 
-def read_dit_file(path: Path, reference: Reference) -> DitFile:
-    """Read a file of the original DiT or SiT, however its weights are wrapped.
+def read_dit_file(file: FileWeights, path: Path, reference: Reference) -> DitFile:
+    """Convert the network of a file of the original DiT or SiT to ours.
 
     Raises:
         UserError: it cannot be read, is something else, or does not tell enough of the model.
     """
     where = str(path)
-    file = weight_files.read_file_weights(path, (dit.PATCH,), fixed=(dit.POSITIONS,))
     tensors, facts = file.tensors, file.facts
-    if dit.PATCH not in tensors:
-        _refuse_part_of_folder(path)
     family = reference.family or _infer_family(path, find_fact(facts, str, "model") or "")
     config = dit.infer_config(tensors, where, reference.n_heads)
     labels = read_label_table(
@@ -85,19 +82,15 @@ def read_dit_file(path: Path, reference: Reference) -> DitFile:
     config = replace(config, n_classes=labels.n_classes)
     if not labels.has_null:
         dit.append_null_row(tensors, config.n_classes)
-    heads = pop_heads(tensors, dit.original_shapes(config))
+    shapes = dit.original_shapes(config)
+    biases = weight_files.fill_missing_biases(tensors, shapes)
+    heads = pop_heads(tensors, shapes)
     params = dit.params_from_original(tensors, config, where)
     if family == "sit":
         params, config = dit.convert_sit(params, config)
-    notices = (*file.notices, *heads, *filter(None, [labels.notice]))
+    unused = describe_unused(file.unused)
+    notices = (*file.notices, *biases, *heads, *unused, *filter(None, [labels.notice]))
     return DitFile(config, params, family, labels.has_null, notices)
-
-
-def _refuse_part_of_folder(path: Path) -> None:
-    """Refuse a file whose config lies beside it: the folder is the model."""
-    config = weight_files.read_optional_json(str(path.parent), weight_files.CONFIG) or {}
-    if "_class_name" in config:
-        raise UserError(f"'{path}' is a part of '{path.parent}': name the folder, with its config")
 
 
 def _infer_family(path: Path, model_name: str) -> str:

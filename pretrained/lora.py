@@ -100,7 +100,8 @@ def read_adapter(file: Path) -> PeftAdapter:
     Raises:
         UserError: it cannot be read, or holds something that is no adapter of PEFT's.
     """
-    tensors, metadata = weight_files.read_safetensors_and_metadata(file)
+    tensors = weight_files.read_safetensors(file)
+    metadata = weight_files.read_safetensors_metadata(file)
     facts = _read_json(file, metadata, METADATA) or {}
     facts = {name.removeprefix(PREFIX): value for name, value in facts.items()}
     classes = {n: np.asarray(tensors.pop(n)) for n in [*tensors] if n.startswith(f"{CLASSES}.")}

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3's transformers as diffusers publishes them (SD3 and SD3.5).
+"""Stable Diffusion 3's transformers (SD3 and SD3.5), as diffusers and Stability AI publish them.
 
 An MMDiT of ours on captions is written in the same form.
 
@@ -15,9 +15,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from einops import rearrange
 from flax import nnx
@@ -27,11 +28,13 @@ from jaxtyping import Float
 from model import JOINT, ModelConfig, init_model_params, make_position_embedding
 from networks.layers import sincos_table
 from pretrained import weight_files
+from pretrained.sd3_names import DIFFUSERS, STABILITY, STACKS, Layout, Part, locate_parts
 from runtime.errors import UserError
 
 CLASS = "SD3Transformer2DModel"
 TEXT_LENGTH = 77 + 256  # of CLIP and of T5, padding included
 QK_NORM = "rms_norm"
+PATCH, TABLE = DIFFUSERS.patch, DIFFUSERS.table
 
 # The values of facts that a config leaves out.
 DEFAULTS: dict[str, Any] = {
@@ -113,9 +116,14 @@ def config_from_diffusers(
         )
     except UserError as error:
         raise UserError(f"'{where}': its {weight_files.CONFIG} says {error}") from None
-    cropped = replace(ours, position="cropped")
     table = (tensors or {}).get(TABLE)
-    return cropped if table is not None and matches_positions(table, cropped) else ours
+    return ours if table is None else with_positions_of(table, ours)
+
+
+def with_positions_of(table: Float[np.ndarray, "..."], config: ModelConfig) -> ModelConfig:
+    """Return the config with cropped positions if a file's table has these."""
+    cropped = replace(config, position="cropped")
+    return cropped if matches_positions(table, cropped) else config
 
 
 def require_supported(facts: Mapping[str, Any]) -> None:
@@ -175,104 +183,7 @@ def config_to_diffusers(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-# --- names ----------------------------------------------------------------------------------------
-
-
-class Part(NamedTuple):
-    """One of `n_parts` equal parts of a weight or bias of diffusers', split along its outputs."""
-
-    name: str
-    index: int = 0  # pyright: ignore[reportIncompatibleMethodOverride]
-    n_parts: int = 1
-
-
-def join_tensors(*names: str) -> tuple[Part, ...]:
-    """Describe an array of ours that holds these tensors side by side."""
-    return tuple(Part(name) for name in names)
-
-
-def take_chunks(name: str, n_parts: int, *indices: int) -> tuple[Part, ...]:
-    """Describe an array of ours that holds some equal parts of a tensor side by side."""
-    return tuple(Part(name, index, n_parts) for index in indices)
-
-
-def add_prefix(prefix: str, table: Mapping[str, tuple[Part, ...]]) -> dict[str, tuple[Part, ...]]:
-    return {f"{prefix}.{name}": parts for name, parts in table.items()}
-
-
-# Each map or norm of ours, and its parts in diffusers, which lie side by side. A modulation has six
-# parts (shift, scale and gate of attention and of the MLP), nine if there is a second attention, or
-# two: there scale comes before shift, here shift before scale.
-OUTSIDE_BLOCKS = {
-    "patch": join_tensors("pos_embed.proj"),
-    "time.mlp.hidden": join_tensors("time_text_embed.timestep_embedder.linear_1"),
-    "time.mlp.out": join_tensors("time_text_embed.timestep_embedder.linear_2"),
-    "label.tokens": join_tensors("context_embedder"),
-    "label.pooled.hidden": join_tensors("time_text_embed.text_embedder.linear_1"),
-    "label.pooled.out": join_tensors("time_text_embed.text_embedder.linear_2"),
-    "final.modulation": take_chunks("norm_out.linear", 2, 1, 0),
-    "final.out": join_tensors("proj_out"),
-}
-IMAGE_STREAM = {
-    "modulation": take_chunks("norm1.linear", 6, *range(6)),
-    "qkv.linear": join_tensors("attn.to_q", "attn.to_k", "attn.to_v"),
-    "qkv.norm_q": join_tensors("attn.norm_q"),
-    "qkv.norm_k": join_tensors("attn.norm_k"),
-    "out": join_tensors("attn.to_out.0"),
-    "mlp.up": join_tensors("ff.net.0.proj"),
-    "mlp.down": join_tensors("ff.net.2"),
-}
-CONTEXT_STREAM = {
-    "modulation": take_chunks("norm1_context.linear", 6, *range(6)),
-    "qkv.linear": join_tensors("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "qkv.norm_q": join_tensors("attn.norm_added_q"),
-    "qkv.norm_k": join_tensors("attn.norm_added_k"),
-    "out": join_tensors("attn.to_add_out"),
-    "mlp.up": join_tensors("ff_context.net.0.proj"),
-    "mlp.down": join_tensors("ff_context.net.2"),
-}
-BLOCK = add_prefix("picture", IMAGE_STREAM) | add_prefix("context", CONTEXT_STREAM)
-DUAL_BLOCK = BLOCK | {
-    "picture.modulation": take_chunks("norm1.linear", 9, *range(6)),
-    "modulation": take_chunks("norm1.linear", 9, 6, 7, 8),
-    "attention.qkv.linear": join_tensors("attn2.to_q", "attn2.to_k", "attn2.to_v"),
-    "attention.qkv.norm_q": join_tensors("attn2.norm_q"),
-    "attention.qkv.norm_k": join_tensors("attn2.norm_k"),
-    "attention.out": join_tensors("attn2.to_out.0"),
-}
-LAST_BLOCK = add_prefix("picture", IMAGE_STREAM) | {
-    "modulation": take_chunks("norm1_context.linear", 2, 1, 0),
-    "kv.linear": join_tensors("attn.add_k_proj", "attn.add_v_proj"),
-    "kv.norm_k": join_tensors("attn.norm_added_k"),
-}
-LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight"}
-STACKS = ("dual_blocks", "blocks")
-
-PATCH, TABLE = "pos_embed.proj.weight", "pos_embed.pos_embed"
-
-
-def locate_parts(path: tuple[Any, ...], config: ModelConfig) -> list[list[Part]]:
-    """Locate an array of ours in diffusers.
-
-    Returns:
-        For each block of a stack, or once, the parts that lie side by side in the array.
-    """
-    stack, *rest, leaf = path
-    last, n_dual = config.depth - 1, config.n_dual
-    blocks = {
-        "dual_blocks": (DUAL_BLOCK, range(n_dual)),
-        "blocks": (BLOCK, range(n_dual, last)),
-        "last": (LAST_BLOCK, [last]),
-    }
-    if stack in blocks:
-        table, layers = blocks[stack]
-        parts_by_prefix = {f"transformer_blocks.{i}.": table[".".join(rest)] for i in layers}
-    else:
-        parts_by_prefix = {"": OUTSIDE_BLOCKS[".".join(path[:-1])]}
-    return [
-        [part._replace(name=f"{prefix}{part.name}.{LEAVES[leaf]}") for part in parts]
-        for prefix, parts in parts_by_prefix.items()
-    ]
+# --- shapes ---------------------------------------------------------------------------------------
 
 
 def block_maps(path: tuple[Any, ...], config: ModelConfig) -> list[list[str]]:
@@ -283,7 +194,7 @@ def block_maps(path: tuple[Any, ...], config: ModelConfig) -> list[list[str]]:
     """
     return [
         [part.name.removesuffix(".weight") for part in parts]
-        for parts in locate_parts(path, config)
+        for parts in locate_parts(path, config, DIFFUSERS)
     ]
 
 
@@ -315,15 +226,27 @@ def dropped_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
 @lru_cache
 def diffusers_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of each of diffusers' tensors by its name."""
+    dropped = {name: x.shape for name, x in dropped_tensors(config).items()}
+    return dropped | _used_shapes(config, DIFFUSERS)
+
+
+@lru_cache
+def stability_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each of Stability AI's tensors by its name."""
+    norm = f"joint_blocks.{config.depth - 1}.context_block.attn.ln_q.weight"
+    dropped = {norm: (config.width // config.n_heads,)} if config.qk_norm else {}
+    return dropped | _used_shapes(config, STABILITY)
+
+
+def _used_shapes(config: ModelConfig, layout: Layout) -> dict[str, tuple[int, ...]]:
     c = config
-    shapes = {name: x.shape for name, x in dropped_tensors(c).items()}
-    shapes[TABLE] = (1, c.position_side**2, c.width)
+    shapes: dict[str, tuple[int, ...]] = {layout.table: (1, c.position_side**2, c.width)}
     for path, shape in our_shapes(c).items():
         *inputs, outputs = shape[path[0] in STACKS :]
-        for parts in locate_parts(path, c):
+        for parts in locate_parts(path, c, layout):
             for part in parts:
                 shapes[part.name] = (outputs // len(parts) * part.n_parts, *inputs)
-    shapes[PATCH] = (c.width, c.channels, c.patch_size, c.patch_size)
+    shapes[layout.patch] = (c.width, c.channels, c.patch_size, c.patch_size)
     return shapes
 
 
@@ -342,19 +265,37 @@ def params_from_diffusers(
             positions are not those of the config.
     """
     weight_files.require_shapes(where, tensors, diffusers_shapes(config))
-    if not matches_positions(tensors[TABLE], config):
-        raise UserError(f"the weights of '{where}': {TABLE} is an unknown table of positions")
-    flat = {**tensors, PATCH: rearrange(tensors[PATCH], "d c p q -> d (p q c)")}
+    return _convert_params(tensors, config, where, DIFFUSERS)
+
+
+def params_from_stability(
+    tensors: Mapping[str, np.ndarray], config: ModelConfig, where: str
+) -> dict[str, Any]:
+    """Convert Stability AI's weights to ours, as `params_from_diffusers` does with diffusers'."""
+    reference = "the shape of their first tensors"
+    weight_files.require_shapes(where, tensors, stability_shapes(config), reference)
+    return _convert_params(tensors, config, where, STABILITY)
+
+
+def _convert_params(
+    tensors: Mapping[str, np.ndarray], config: ModelConfig, where: str, layout: Layout
+) -> dict[str, Any]:
+    if not matches_positions(tensors[layout.table], config):
+        raise UserError(
+            f"the weights of '{where}': {layout.table} is an unknown table of positions"
+        )
+    flat = {**tensors, layout.patch: rearrange(tensors[layout.patch], "d c p q -> d (p q c)")}
 
     def piece(part: Part) -> np.ndarray:
-        return np.split(flat[part.name].T, part.n_parts, axis=-1)[part.index]
+        chunk = np.split(flat[part.name].T, part.n_parts, axis=-1)[part.index]
+        return np.asarray(chunk, np.float32)
 
     def array(path: tuple[Any, ...]) -> np.ndarray:
         rows = [
-            np.concatenate([*map(piece, parts)], axis=-1) for parts in locate_parts(path, config)
+            np.concatenate([*map(piece, parts)], axis=-1)
+            for parts in locate_parts(path, config, layout)
         ]
-        stacked = np.stack(rows) if path[0] in STACKS else rows[0]
-        return np.ascontiguousarray(stacked, np.float32)
+        return np.ascontiguousarray(np.stack(rows) if path[0] in STACKS else rows[0])
 
     return unflatten_dict({path: array(path) for path in our_shapes(config)})
 
@@ -364,7 +305,7 @@ def params_to_diffusers(params: Mapping[str, Any], config: ModelConfig) -> dict[
     pieces_by_name: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
     for path, x in flatten_leaves(params).items():
         rows = np.asarray(x) if path[0] in STACKS else np.asarray(x)[None]
-        for row, parts in zip(rows, locate_parts(path, config), strict=True):
+        for row, parts in zip(rows, locate_parts(path, config, DIFFUSERS), strict=True):
             for part, piece in zip(parts, np.split(row, len(parts), axis=-1), strict=True):
                 pieces_by_name[part.name][part.index] = piece
     tensors = {
@@ -394,13 +335,20 @@ def position_table(config: ModelConfig) -> Float[np.ndarray, "1 n d"]:
 
 
 def matches_positions(table: Float[np.ndarray, "..."], config: ModelConfig) -> bool:
-    """Return True if a file's table is the config's, up to half precision."""
+    """Return True if a file's table is the config's, up to its precision."""
     axis = axis_positions(config)
     if table.shape != (1, len(axis) ** 2, config.width):
         return False
     rows = rearrange(table, "1 (h w) (two d) -> h w two d", h=len(axis), two=2)
+    # Half precision, of either kind, is off by less than 2⁻⁸, eight bits by a quarter of their ε.
+    error = max(2**-8, float(ml_dtypes.finfo(table.dtype).eps) / 3)
     # One row after the other: the whole table is a gigabyte in SD3.5 medium.
     return all(
-        np.allclose(row, np.stack([axis, np.broadcast_to(own, axis.shape)], axis=1), 0, 2**-8)
+        np.allclose(
+            row.astype(np.float32),
+            np.stack([axis, np.broadcast_to(own, axis.shape)], axis=1),
+            rtol=0,
+            atol=error,
+        )
         for row, own in zip(rows, axis, strict=True)
     )

@@ -9,6 +9,7 @@ A network is known by one of its tensors, its anchor. Nothing here reads a file.
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -119,6 +120,22 @@ def pop_heads(tensors: MutableMapping[str, Any], own: Collection[str]) -> tuple[
     return (f"ignored, as only training uses them: {listed}",)
 
 
+def describe_unused(names: Iterable[str]) -> tuple[str, ...]:
+    """Return a notice of the tensors in a file that are left unread, if there are any.
+
+    Copies of the network and the state of a training go without saying.
+
+    Args:
+        names: of the tensors that are not the network's.
+    """
+    known = PLAIN_WORDS | AVERAGE_WORDS | RAW_WORDS | PROGRESS_WORDS
+    parts = Counter(name.partition(".")[0] for name in names)
+    listed = [
+        f"{part} ({n} tensors)" for part, n in sorted(parts.items()) if {*_words(part)} - known
+    ]
+    return (f"not read: {', '.join(listed)}",) if listed else ()
+
+
 # --- prefixes -------------------------------------------------------------------------------------
 
 
@@ -210,6 +227,16 @@ def _average_groups(shapes: Shapes) -> dict[str, list[str]]:
     return groups
 
 
+def _names_without_dots(raw: Mapping[str, str]) -> dict[str, str]:
+    """Return the network's names by themselves without dots, with any part of their prefix."""
+    without_dots: dict[str, str] = {}
+    for name, ours in raw.items():
+        parts = name.split(".")
+        starts = range(len(parts) - ours.count("."))
+        without_dots |= {"".join(parts[start:]): ours for start in starts}
+    return without_dots | {ours.replace(".", ""): ours for ours in raw.values()}
+
+
 def _match_nameless(
     group: str, members: list[str], raw: Mapping[str, str], shapes: Shapes, fixed: Collection[str]
 ) -> dict[str, str]:
@@ -218,7 +245,7 @@ def _match_nameless(
     """
     shape_by_name = {ours: shapes[name] for name, ours in raw.items()}
     trained = [ours for ours in shape_by_name if ours not in fixed]
-    without_dots = {ours.replace(".", ""): ours for ours in shape_by_name}
+    without_dots = _names_without_dots(raw)
     leaves = [name.removeprefix(group) for name in members]
     for names in ([*shape_by_name], trained):
         ordered = names if all(map(str.isdecimal, leaves)) else map(without_dots.get, leaves)

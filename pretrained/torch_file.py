@@ -38,6 +38,12 @@ DTYPES: dict[str, Any] = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
+# Newer types have no storage of their own: theirs is of bytes, and each tensor names its type.
+BYTES = "UntypedStorage"
+NAMED_DTYPES = {
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+}
 ZIP_START = b"PK\3\4"
 OLD_MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -147,7 +153,8 @@ class _Tensor:
         if last >= len(numbers):
             raise UserError("damaged: a tensor reaches beyond its numbers")
         strides = [step * numbers.itemsize for step in self.stride]
-        view = np.lib.stride_tricks.as_strided(numbers[self.offset :], self.shape, strides)
+        start = self.offset * numbers.itemsize
+        view = np.ndarray(self.shape, numbers.dtype, numbers, start, strides)
         # The reshape is for scalars, which `ascontiguousarray` makes rows of one.
         return np.ascontiguousarray(view).reshape(self.shape)
 
@@ -179,6 +186,22 @@ def _rebuild_tensor(storage: Any, offset: int, shape: Any, stride: Any, *_: Any)
     if not isinstance(storage, _Storage):
         raise UserError("refused: a tensor of something that is no storage")
     return _Tensor(storage, int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
+
+
+def _rebuild_typed_tensor(
+    storage: Any,
+    offset: int,
+    shape: Any,
+    stride: Any,
+    _gradient: Any,
+    _hooks: Any,
+    dtype: Any,
+    *_: Any,
+) -> _Tensor:
+    if dtype not in NAMED_DTYPES.values() or not isinstance(storage, _Storage):
+        raise UserError("it has tensors of a type that is not supported")
+    typed = _Storage(dtype, storage.size, lambda: np.asarray(storage.numbers).view(dtype))
+    return _rebuild_tensor(typed, offset, shape, stride)
 
 
 def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
@@ -274,10 +297,13 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch", "Size"): tuple,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_typed_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_subclass,
     **{("torch", name): DTYPES[name] for name in DTYPES},
+    **{("torch", name): NAMED_DTYPES[name] for name in NAMED_DTYPES},
+    ("torch.storage", BYTES): np.uint8,
     ("_codecs", "encode"): _encode,
     ("numpy", "dtype"): _Dtype,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _make_array for core in ("core", "_core")},

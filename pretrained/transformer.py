@@ -10,8 +10,7 @@ that others can load.
 """
 
 import json
-import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,11 @@ from datasets_config import LatentEncoding
 from methods.registry import method_of
 from model import JOINT, MODELS, ModelConfig, init_model_params, model_graphdef
 from pretrained import autoencoder, dit, sd3, weight_files
-from pretrained.dit_file import FILE_SUFFIXES, Reference, parse_reference, read_dit_file
-from pretrained.state_dicts import find_weights, pop_heads
-from runtime import processes
+from pretrained.autoencoder_file import SCALES
+from pretrained.dit_file import Reference, parse_reference, read_dit_file
+from pretrained.sd3_file import is_sd3, read_sd3_file
+from pretrained.state_dicts import pop_heads
+from pretrained.weight_files import FILE_SUFFIXES
 from runtime.errors import UserError, unknown_name
 from runtime.files import atomic_file
 
@@ -92,8 +93,21 @@ OTHER_TIMES = (
     *("use_dynamic_shifting", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas"),
     *("use_beta_sigmas", "invert_sigmas", "stochastic_sampling"),
 )
-# The VAE of models of four channels that come without one: (id, scale, pixels to a latent's side).
-DEFAULT_VAE = ("stabilityai/sd-vae-ft-ema", 0.18215, 8)
+# The VAEs of models that come without one, by their family: of four channels, and SD3's.
+DEFAULT_VAES = {
+    "sd": "stabilityai/sd-vae-ft-ema",
+    "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
+}
+DOWNSAMPLING = 8  # pixels to a latent's side, of both
+# Networks that people take for a diffusion transformer's, by a part of their tensors' names.
+OTHER_NETWORKS = {
+    "input_blocks": "a U-Net, as in Stable Diffusion 1, 2 and XL",
+    "down_blocks": "a U-Net or a VAE",
+    "double_blocks": "FLUX",
+    "transformer_blocks": f"diffusers' layout without its {weight_files.CONFIG}",
+    "lora_up": "a LoRA without the model that it changes",
+    "lora_A": "a LoRA without the model that it changes",
+}
 
 
 @dataclass(frozen=True)
@@ -123,14 +137,14 @@ class PretrainedTransformer:
 def load_transformer(
     path_or_id: str, *, dtype: str = "float32", revision: str | None = None
 ) -> PretrainedTransformer:
-    """Load a transformer of a folder, of the hub, or of a file of the original DiT or SiT.
+    """Load a transformer of a folder, of the hub, or of a file of the original DiT, SiT or SD3.
 
     In a folder or a repository it lies by itself, or in a pipeline's `transformer/`.
 
     DiT and SiT files share a layout. The file's name may say which it is (`DiT-XL-2-256x256.pt`),
     or the arguments in it; otherwise prefix the path with `dit:` or `sit:`. A size that was not
-    published also needs its number of heads: `dit:heads=6:PATH`. A model that was trained without a
-    null label may need its number of classes, `dit:classes=10:PATH`.
+    published also needs its number of heads: `dit:heads=6:PATH`, `sd3:heads=6:PATH`. A model that
+    was trained without a null label may need its number of classes, `dit:classes=10:PATH`.
 
     A DiT in diffusers' layout is computed and guided as by DiT's own code or as by diffusers. If
     its config does not tell by which it was trained, prefix it with `original:` or `diffusers:`.
@@ -154,8 +168,7 @@ def load_transformer(
         raise UserError(f"'{path_or_id}': {reference.family}: is for a file of weights")
     else:
         pretrained = _load_folder_or_hub(reference.place, revision, code)
-    for notice in pretrained.notices if processes.is_first() else ():
-        print(f"{pretrained.id}: {notice}", file=sys.stderr)
+    weight_files.print_notices(pretrained.id, pretrained.notices)
     config = replace(pretrained.config, dtype=dtype)
     settings = pretrained.settings | {"model_config": asdict(config)}
     return replace(pretrained, config=config, settings=settings)
@@ -187,13 +200,44 @@ def find_preset(config: ModelConfig) -> str | None:
 
 
 def _load_file(path: Path, reference: Reference) -> PretrainedTransformer:
-    file = read_dit_file(path, reference)
-    config, place = file.config, str(path.resolve())
-    sampling = SAMPLING_DEFAULTS[file.family] | _default_guidance(config, has_null=file.has_null)
-    if file.family == "dit":
+    file = weight_files.read_file_weights(path, (dit.PATCH,), fixed=(dit.POSITIONS,))
+    place = str(path.resolve())
+    if dit.PATCH not in file.tensors:
+        raise _explain_other_network(path, file.shapes)
+    if reference.family == "sd3" or (not reference.family and is_sd3(file)):
+        if reference.n_classes is not None:
+            raise UserError(
+                f"'{path}': SD3 has no classes: leave out classes={reference.n_classes}:"
+            )
+        sd3_file = read_sd3_file(file, path, reference.n_heads)
+        config = sd3_file.config
+        encoding = _default_encoding(config, place, vae=place if sd3_file.has_vae else None)
+        settings = _make_settings(config, place, SAMPLING_DEFAULTS["sd3"], encoding)
+        settings |= _text_settings(config, SD3_TEXT_ENCODERS)
+        return PretrainedTransformer(
+            config, sd3_file.params, settings, place, notices=sd3_file.notices
+        )
+    dit_file = read_dit_file(file, path, reference)
+    config = dit_file.config
+    guidance = _default_guidance(config, has_null=dit_file.has_null)
+    sampling = SAMPLING_DEFAULTS[dit_file.family] | guidance
+    if dit_file.family == "dit":
         sampling |= _default_variance(config)
     settings = _make_settings(config, place, sampling, _default_encoding(config, place))
-    return PretrainedTransformer(config, file.params, settings, place, notices=file.notices)
+    return PretrainedTransformer(config, dit_file.params, settings, place, notices=dit_file.notices)
+
+
+def _explain_other_network(path: Path, names: Collection[str]) -> UserError:
+    """Describe a file without a diffusion transformer as what it is."""
+    config = weight_files.read_optional_json(str(path.parent), weight_files.CONFIG) or {}
+    if "_class_name" in config:
+        return UserError(f"'{path}' is a part of '{path.parent}': name the folder, with its config")
+    parts = {part for name in names for part in name.split(".")}
+    kinds = [kind for part, kind in OTHER_NETWORKS.items() if part in parts]
+    return UserError(
+        f"'{path}' holds no DiT, SiT or SD3{f', but {kinds[0]}' if kinds else ''}: it lacks "
+        f"{dit.PATCH}"
+    )
 
 
 # --- a folder, or the hub -------------------------------------------------------------------------
@@ -206,7 +250,11 @@ def _load_folder_or_hub(
         _refuse_run(place)
         _refuse_bare_files(Path(place).expanduser())
     network = weight_files.read_network(
-        place, subfolder="transformer", revision=revision, dtypes=weight_files.WEIGHT_DTYPES
+        place,
+        subfolder="transformer",
+        anchors=(dit.DIFFUSERS_PATCH, OWN_PATCH),
+        revision=revision,
+        dtypes=weight_files.WEIGHT_DTYPES,
     )
     class_name = network.config.get("_class_name")
     if class_name not in (*DIFFUSERS_CLASSES, *OWN_CLASSES):
@@ -219,7 +267,6 @@ def _load_folder_or_hub(
     )
     if settings and not isinstance(settings.get("dataset", {}), dict):
         raise UserError(f"the {SETTINGS} of '{network.id}' is damaged: it has no dataset")
-    network, notices = _unwrap_network(network)
     config = _read_config(network, settings or {})
     if code and (settings or class_name not in dit.CLASSES):
         raise UserError(f"'{network.id}': {code}: is for a {dit.CLASS} that others trained")
@@ -232,7 +279,7 @@ def _load_folder_or_hub(
         settings = _make_settings(config, network.id, {}, None) | settings
     else:
         settings = _read_pipeline_settings(place, network, config, code, has_null=has_null)
-    notices = (*notices, *heads)
+    notices = (*network.notices, *heads)
     if code:
         notices = (*notices, _describe_code(code, network.id, settings))
     return PretrainedTransformer(config, params, settings, network.id, network.revision, notices)
@@ -252,16 +299,6 @@ def _describe_code(code: str, where: str, settings: Mapping[str, Any]) -> str:
     )
 
 
-def _unwrap_network(
-    network: weight_files.PublishedNetwork,
-) -> tuple[weight_files.PublishedNetwork, tuple[str, ...]]:
-    """Take the prefixes off the names of weights, and choose the average if there is one."""
-    shapes = {name: x.shape for name, x in network.tensors.items()}
-    found = find_weights(shapes, (dit.DIFFUSERS_PATCH, OWN_PATCH), network.id)
-    tensors = {ours: network.tensors[name] for name, ours in found.names.items()}
-    return network._replace(tensors=tensors), found.notices
-
-
 def _refuse_run(folder: str) -> None:
     config = weight_files.read_optional_json(folder, weight_files.CONFIG) or {}
     if "model_config" in config:
@@ -275,11 +312,14 @@ def _refuse_bare_files(folder: Path) -> None:
     """Refuse a folder of weight files without a config, such as a training script's."""
     if any((folder / part / weight_files.CONFIG).is_file() for part in ("", "transformer")):
         return
-    files = sorted(path for path in folder.iterdir() if path.suffix in FILE_SUFFIXES)
+    names = (*FILE_SUFFIXES, weight_files.INDEX_SUFFIX)
+    files = sorted(path for path in folder.iterdir() if path.name.endswith(names))
     if files:
+        indices = [path for path in files if path.suffix == ".json"]
+        file = (indices or files)[-1]
         raise UserError(
             f"'{folder}' holds no {weight_files.CONFIG}: name one of its files, such as "
-            f"dit:{files[-1]} or sit:{files[-1]}"
+            f"dit:{file} or sit:{file}"
         )
 
 
@@ -302,14 +342,18 @@ def _read_config(
 def _read_params(
     network: weight_files.PublishedNetwork, config: ModelConfig
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Convert weights to ours. Returns them, and a notice of heads that are ignored."""
+    """Convert weights to ours. Returns them, and notices of what is ignored or zero."""
     class_name, tensors = network.config["_class_name"], network.tensors
     if class_name in OWN_CLASSES:
         heads = pop_heads(tensors, _own_shapes(config))
         return _read_own_params(tensors, config, network.id), heads
     family = sd3 if class_name == sd3.CLASS else dit
-    heads = pop_heads(tensors, family.diffusers_shapes(config))
-    return family.params_from_diffusers(tensors, config, network.id), heads
+    shapes = family.diffusers_shapes(config)
+    notices = ()
+    if network.config.get("attention_bias") is False:
+        notices = weight_files.fill_missing_biases(tensors, shapes)
+    notices = (*notices, *pop_heads(tensors, shapes))
+    return family.params_from_diffusers(tensors, config, network.id), notices
 
 
 def _read_pipeline_settings(
@@ -354,11 +398,18 @@ def _read_pipeline_settings(
         encoding = _default_encoding(config, network.id)
     settings = _make_settings(config, network.id, sampling, encoding)
     settings["dataset"]["label_names"] = _read_label_names(index.get("id2label"), config.n_classes)
-    if config.text_width:  # see `text_encoders.TextEncoders`
-        settings["text_towers"] = _find_text_encoders(place)
-        settings["text_revisions"] = [None] * len(SD3_TEXT_ENCODERS)
-        settings["full_width"] = config.text_width
+    if config.text_width:
+        settings |= _text_settings(config, _find_text_encoders(place))
     return settings
+
+
+def _text_settings(config: ModelConfig, encoders: list[str]) -> dict[str, Any]:
+    """Make the settings of SD3's text encoders: see `text_encoders.TextEncoders`."""
+    return {
+        "text_towers": encoders,
+        "text_revisions": [None] * len(SD3_TEXT_ENCODERS),
+        "full_width": config.text_width,
+    }
 
 
 def _find_text_encoders(place: str) -> list[str]:
@@ -417,12 +468,21 @@ def _read_encoding(config: ModelConfig, facts: dict[str, Any], where: str) -> La
     )
 
 
-def _default_encoding(config: ModelConfig, where: str) -> LatentEncoding | None:
-    """Return the encoding for a model without a VAE: four channels are Stable Diffusion's."""
-    name, scale, downsampling = DEFAULT_VAE
-    if config.channels != 4:
+def _default_encoding(
+    config: ModelConfig, where: str, vae: str | None = None
+) -> LatentEncoding | None:
+    """Return the encoding for a model whose VAE has no config: four channels are Stable
+    Diffusion's, sixteen of an MMDiT are SD3's.
+
+    Args:
+        vae: the file that holds it.
+    """
+    family = "sd3" if config.block == JOINT and config.channels == 16 else "sd"
+    channels, scale, shift = SCALES[family]
+    if config.channels != channels:
         return None
-    return _make_encoding(config, where, name, scale, 0.0, downsampling)
+    vae = vae or DEFAULT_VAES[family]
+    return _make_encoding(config, where, vae, scale, shift, DOWNSAMPLING)
 
 
 def _make_encoding(

@@ -7,8 +7,10 @@ Their meaning is known by the module of each family. Nothing here needs torch.
 import contextlib
 import hashlib
 import json
+import re
 import struct
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -17,9 +19,10 @@ import numpy as np
 import safetensors
 
 from data.images import name_content
-from pretrained import hub
+from pretrained import eight_bits, hub
 from pretrained.state_dicts import find_weights
-from pretrained.torch_file import Select, TorchContents, read_torch_file
+from pretrained.torch_file import ZIP_START, Select, TorchContents, read_torch_file
+from runtime import processes
 from runtime.errors import UserError
 from runtime.files import atomic_file
 
@@ -42,9 +45,16 @@ TRANSFORMERS_FILES = (  # the same of transformers
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+INDEX_SUFFIX = ".index.json"
 BARE_PATTERNS = ("*.pth", "*.pt", "*.bin", "*.safetensors")  # of weights without a config
 # NumPy has no bfloat16 of its own, and safetensors' reader for it does not know one.
-FLOAT_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+FLOAT_DTYPES = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    **eight_bits.DTYPES,
+}
 WEIGHT_DTYPES = FLOAT_DTYPES | {"F64": np.float64}
 DTYPES = WEIGHT_DTYPES | {
     "I64": np.int64,
@@ -63,6 +73,7 @@ class PublishedNetwork(NamedTuple):
     revision: str | None  # the hub's commit
     config: dict[str, Any]
     tensors: dict[str, np.ndarray]
+    notices: tuple[str, ...] = ()  # lines for a person on how the weights were found
 
 
 class FileWeights(NamedTuple):
@@ -72,25 +83,33 @@ class FileWeights(NamedTuple):
         tensors: by the network's names.
         facts: other numbers and texts in the file: see `TorchContents`.
         notices: lines for a person on how they were found.
+        shapes: of all tensors in the file, by their names there.
+        unused: names of the tensors in the file that are none of the network's.
     """
 
     tensors: dict[str, np.ndarray]
     facts: dict[str, Any]
     notices: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]
+    unused: tuple[str, ...]
 
 
 def read_network(
     path_or_id: str,
     *,
     subfolder: str | None = None,
+    anchors: Iterable[str],
     revision: str | None = None,
     dtypes: Mapping[str, Any] = FLOAT_DTYPES,
     files: Sequence[str] = WEIGHT_FILES,
 ) -> PublishedNetwork:
     """Read a network's config and weights from a folder if there is one, else from the hub.
 
+    Prefixes are taken off the names of weights, and the average is chosen if there is one.
+
     Args:
         subfolder: where the network lies in a whole pipeline, such as vae; None if it is in none.
+        anchors: tensors that such a network has: see `state_dicts.find_weights`.
         revision: of the hub: a branch, tag or commit. Ignored for folders.
         dtypes: of safetensors, the number formats that are accepted.
         files: names that its weights may have, in order of preference.
@@ -102,26 +121,20 @@ def read_network(
     if folder.is_dir():
         place = _find_network_folder(folder, subfolder)
         config = _read_json_object(place / CONFIG)
-        tensors = _read_tensor_files(_find_weight_files(place, files), dtypes)
-        return PublishedNetwork(str(folder.resolve()), None, config, tensors)
-    if folder.is_file():
-        raise _one_file(folder)
-    required = f"{CONFIG} with {files[0]}{f', nor a {subfolder}/' if subfolder else ''}"
-    with hub.explain_failures(path_or_id, required=required, revision=revision):
-        config, commit, place = hub.download_config(path_or_id, subfolder, revision, file=CONFIG)
-        paths = _download_weight_files(path_or_id, place, commit or revision, files)
-    tensors = _read_tensor_files(paths, dtypes)
-    return PublishedNetwork(path_or_id, commit, config, tensors)
-
-
-def _one_file(file: Path) -> UserError:
-    if (file.parent / CONFIG).exists():
-        how = f"pass the folder '{file.parent}'"
+        network_id, commit = str(folder.resolve()), None
+        paths = _find_weight_files(place, files)
     else:
-        how = (
-            f"pass a folder that holds its {CONFIG} too, as save_pretrained of diffusers writes it"
-        )
-    return UserError(f"'{file}' is one file; a network is a folder with a {CONFIG}", how=how)
+        required = f"{CONFIG} with {files[0]}{f', nor a {subfolder}/' if subfolder else ''}"
+        with hub.explain_failures(path_or_id, required=required, revision=revision):
+            config, commit, part = hub.download_config(path_or_id, subfolder, revision, file=CONFIG)
+            paths = _download_weight_files(path_or_id, part, commit or revision, files)
+        network_id = path_or_id
+    tensors = _read_tensor_files(paths, dtypes)
+    found = find_weights({n: x.shape for n, x in tensors.items()}, anchors, network_id)
+    tensors = {ours: tensors[name] for name, ours in found.names.items()}
+    notices = (*found.notices, *eight_bits.apply_scales(tensors, network_id))
+    require_floats(tensors, network_id)
+    return PublishedNetwork(network_id, commit, config, tensors, notices)
 
 
 def read_optional_json(
@@ -159,7 +172,9 @@ def read_bare_weights(path_or_id: str, purpose: str) -> dict[str, np.ndarray]:
     """
     path = Path(path_or_id).expanduser()
     if path.is_file():
-        return read_tensor_file(path)
+        tensors = read_tensor_file(path)
+        eight_bits.apply_scales(tensors, path_or_id)
+        return tensors
     folder, patterns = path, ", ".join(BARE_PATTERNS)
     if not path.is_dir():
         with hub.explain_failures(path_or_id, required=patterns, purpose=purpose):
@@ -167,7 +182,11 @@ def read_bare_weights(path_or_id: str, purpose: str) -> dict[str, np.ndarray]:
     files = sorted(file for pattern in BARE_PATTERNS for file in folder.glob(pattern))
     if not files:
         raise UserError(f"{purpose} '{path_or_id}': it holds no {patterns}")
-    return _read_tensor_files(files, DTYPES)
+    tensors: dict[str, np.ndarray] = {}
+    for file in files:
+        tensors |= read_tensor_file(file)
+    eight_bits.apply_scales(tensors, path_or_id)
+    return tensors
 
 
 def write_network(folder: Path, config: dict[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
@@ -228,6 +247,36 @@ def require_shapes(
         raise UserError(f"the weights of '{where}' do not fit {reference}: {'; '.join(parts)}")
 
 
+def fill_missing_biases(
+    tensors: MutableMapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[str, ...]:
+    """Add the zeros that a network without some of its biases computes with.
+
+    A map has its bias in all blocks or in none: a bias that only some blocks lack is left missing.
+
+    Args:
+        shapes: of the tensors of a network with all biases, by name.
+
+    Returns a notice that names them, if there are any.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in shapes:
+        if name.endswith(".bias"):
+            kinds.setdefault(re.sub(r"blocks\.\d+\.", "blocks.*.", name), []).append(name)
+    missing = {kind: names for kind, names in kinds.items() if not {*names} & {*tensors}}
+    for name in (name for names in missing.values() for name in names):
+        tensors[name] = np.zeros(shapes[name], np.float32)
+    if not missing:
+        return ()
+    return (f"biases that are not in the file are zero: {_list_some([*missing])}",)
+
+
+def print_notices(network_id: str, notices: Iterable[str]) -> None:
+    """Print lines on how a network's weights were found, on process 0."""
+    for notice in notices if processes.is_first() else ():
+        print(f"{network_id}: {notice}", file=sys.stderr)
+
+
 def _list_some(names: list[str], n: int = 3) -> str:
     rest = f" and {len(names) - n} more" if len(names) > n else ""
     return ", ".join(names[:n]) + rest
@@ -239,7 +288,8 @@ def _list_some(names: list[str], n: int = 3) -> str:
 def read_tensor_file(
     path: Path, *, select: Select | None = None, dtypes: Mapping[str, Any] = DTYPES
 ) -> dict[str, np.ndarray]:
-    """Read the tensors of a file of safetensors or of torch.save, by its suffix.
+    """Read the tensors of a file of safetensors or of torch.save, whatever its name, or of all
+    files that an index names.
 
     Args:
         select: see `read_torch_file`.
@@ -248,14 +298,27 @@ def read_tensor_file(
     Raises:
         UserError: it cannot be read, is damaged, or holds anything but such tensors.
     """
-    _require_content(path)
-    if path.suffix != ".safetensors":
-        return read_torch_file(path, select=select)
-    tensors = read_safetensors(path, dtypes)
+    if path.suffix == ".json":
+        tensors, facts = _read_tensor_files(_locate_parts(path), dtypes), {}
+    else:
+        _require_content(path)
+        if not _is_safetensors(path):
+            return read_torch_file(path, select=select)
+        tensors, facts = read_safetensors(path, dtypes), read_safetensors_metadata(path)
     if select is None:
         return tensors
-    names = select(TorchContents({name: x.shape for name, x in tensors.items()}, {}))
+    names = select(TorchContents({name: x.shape for name, x in tensors.items()}, facts))
     return {ours: tensors[name] for name, ours in names.items()}
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Return True for a file of safetensors, by its content as far as that tells."""
+    start = b""
+    with contextlib.suppress(OSError), path.open("rb") as file:  # reading it says what is wrong
+        start = file.read(9)
+    if start.startswith(ZIP_START):
+        return False
+    return path.suffix == ".safetensors" or start[8:] == b"{"  # after the length of its header
 
 
 def _require_content(path: Path) -> None:
@@ -266,30 +329,56 @@ def _require_content(path: Path) -> None:
 
 
 def read_file_weights(
-    path: Path, anchors: Iterable[str], *, fixed: Collection[str] = ()
+    path: Path,
+    anchors: Sequence[str],
+    *,
+    fixed: Collection[str] = (),
+    places: Collection[str] = (),
 ) -> FileWeights:
     """Read the weights of one network from a file, however they are wrapped: see `state_dicts`.
 
     Args:
+        path: the file, or the index of several.
         anchors: tensors that such a network has; the first that occurs is used.
         fixed: tensors that are never trained, which an average may lack.
+        places: parts of names under which files of several networks hold this one. If there are
+            any such names, the rest of the file is not looked at.
+
+    Returns no tensors if the file holds no such network.
 
     Raises:
         UserError: the file cannot be read, holds several copies of the weights, or weights that
             are no floating-point numbers.
     """
+    _refuse_single_part(path)
+    all_shapes: dict[str, tuple[int, ...]] = {}
     facts: dict[str, Any] = {}
     notices: list[str] = []
+    used: list[str] = []
 
     def select(contents: TorchContents) -> dict[str, str]:
-        found = find_weights(contents.shapes, anchors, str(path), fixed=fixed)
+        own = {n: s for n, s in contents.shapes.items() if {*n.split(".")} & {*places}}
+        found = find_weights(own or contents.shapes, anchors, str(path), fixed=fixed)
+        all_shapes.update(contents.shapes)
         facts.update(contents.facts)
+        if not {*anchors} & {*found.names.values()}:
+            return {}
         notices.extend(found.notices)
+        used.extend(found.names)
         return found.names
 
     tensors = read_tensor_file(path, select=select)
+    notices.extend(eight_bits.apply_scales(tensors, str(path)))
     require_floats(tensors, str(path))
-    return FileWeights(tensors, facts, tuple(notices))
+    unused = tuple(all_shapes.keys() - {*used})
+    return FileWeights(tensors, facts, tuple(notices), all_shapes, unused)
+
+
+def _refuse_single_part(path: Path) -> None:
+    """Refuse one of the files that hold the weights together."""
+    if match := re.fullmatch(r"(.+)-\d{5}-of-\d{5}(\.\w+)", path.name):
+        index = path.with_name(f"{match[1]}{match[2]}{INDEX_SUFFIX}")
+        raise UserError(f"'{path}' is one part of several: name their index, such as {index}")
 
 
 def require_floats(tensors: Mapping[str, np.ndarray], where: str) -> None:
@@ -304,7 +393,12 @@ def require_floats(tensors: Mapping[str, np.ndarray], where: str) -> None:
 def _read_tensor_files(files: Iterable[Path], dtypes: Mapping[str, Any]) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for path in files:
-        tensors |= read_tensor_file(path, dtypes=dtypes)
+        part = read_tensor_file(path, dtypes=dtypes)
+        if both := sorted(part.keys() & tensors.keys()):
+            raise UserError(
+                f"{path}: {_list_some(both)} is in another file of the same weights too"
+            )
+        tensors |= part
     return tensors
 
 
@@ -314,23 +408,8 @@ def read_safetensors(path: Path, dtypes: Mapping[str, Any] = DTYPES) -> dict[str
     Raises:
         UserError: it cannot be read, is damaged, or holds numbers of other formats than `dtypes`.
     """
-    return read_safetensors_and_metadata(path, dtypes)[0]
-
-
-def read_safetensors_and_metadata(
-    path: Path, dtypes: Mapping[str, Any] = DTYPES
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """`read_safetensors`, and the texts beside the tensors."""
-    try:
-        safetensors.safe_open(path, "np")  # checks the file thoroughly
-        with path.open("rb") as file:
-            start = 8 + struct.unpack("<Q", file.read(8))[0]
-            header = json.loads(file.read(start - 8))
-    except FileNotFoundError:
-        raise UserError(f"{path}: No such file or directory") from None
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    metadata = header.pop("__metadata__", {})
+    header, start = _read_safetensors_header(path)
+    header.pop("__metadata__", None)
     for name, entry in header.items():
         if entry["dtype"] not in dtypes:
             raise UserError(
@@ -342,11 +421,32 @@ def read_safetensors_and_metadata(
         start, end = data_offsets
         return np.asarray(buffer[start:end]).view(dtypes[dtype]).reshape(shape)
 
-    tensors = {
+    return {
         name: view(entry["dtype"], entry["shape"], entry["data_offsets"])
         for name, entry in header.items()
     }
-    return tensors, metadata
+
+
+def read_safetensors_metadata(path: Path) -> dict[str, Any]:
+    """Read the texts that a safetensors file holds beside its tensors.
+
+    Raises:
+        UserError: it cannot be read, or is damaged.
+    """
+    return _read_safetensors_header(path)[0].get("__metadata__") or {}
+
+
+def _read_safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Return what describes the tensors of a file, and where their numbers start."""
+    try:
+        safetensors.safe_open(path, "np")  # checks the file thoroughly
+        with path.open("rb") as file:
+            start = 8 + struct.unpack("<Q", file.read(8))[0]
+            return json.loads(file.read(start - 8)), start
+    except FileNotFoundError:
+        raise UserError(f"{path}: No such file or directory") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
 
 
 def write_safetensors(
@@ -395,12 +495,17 @@ def _find_network_folder(folder: Path, subfolder: str | None) -> Path:
 def _find_weight_files(folder: Path, names: Sequence[str]) -> list[Path]:
     for name in names:
         if (folder / name).is_file():
-            files = [folder / part for part in _list_parts(folder / name)]
-            missing = [path.name for path in files if not path.is_file()]
-            if missing:
-                raise UserError(f"'{folder}' lacks {_list_some(missing)}, which its {name} names")
-            return files
+            return _locate_parts(folder / name)
     raise UserError(f"'{folder}' holds no {names[0]}")
+
+
+def _locate_parts(file: Path) -> list[Path]:
+    """Locate the files that hold the weights: the file itself, or those that an index names."""
+    files = [file.parent / part for part in _list_parts(file)]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise UserError(f"'{file.parent}' lacks {_list_some(missing)}, which its {file.name} names")
+    return files
 
 
 def _download_weight_files(
@@ -439,7 +544,9 @@ def _read_json_object(path: Path) -> dict[str, Any]:
     try:
         facts = json.loads(path.read_text())
     except ValueError as error:  # not JSON, or not even text
-        raise UserError(f"{path} is damaged: {error}") from None
+        content = name_content(path.read_bytes()[:1000]).replace("the image", "it")
+        reason = error if content.startswith("text") else content or error
+        raise UserError(f"{path} is damaged: {reason}") from None
     if not isinstance(facts, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object")
     return facts

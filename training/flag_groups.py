@@ -320,7 +320,7 @@ class SourceFlags:
         None,
         "instead of a run: DiT or SD3 of the hub or of a folder, as diffusers has them (a DiT "
         "perhaps as original:ID or diffusers:ID) or export.py writes them; or a file of the "
-        "original DiT or SiT, such as dit:DiT-XL-2-256x256.pt",
+        "original DiT, SiT or SD3, such as dit:DiT-XL-2-256x256.pt",
     )
     lora: Path | None = flag(
         None,

@@ -3,13 +3,15 @@
 import functools
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from tiny_text_encoders import save_clip, save_t5
-from torch_autoencoders import quiet, tensors_of
+from torch_autoencoders import nchw, nhwc, quiet, tensors_of
 
 from data.batch import EncodedCaption
-from model import JOINT, ModelConfig
+from model import JOINT, ModelConfig, model_graphdef
 from pretrained import sd3
 
 torch = pytest.importorskip("torch")
@@ -90,6 +92,21 @@ def published_positions(config) -> np.ndarray:
 def tensors_and_params(name):
     tensors = tensors_of(torch_transformer(CONFIGS[name]))
     return tensors, sd3.params_from_diffusers(tensors, CONFIGS[name], "torch")
+
+
+t = np.array([0.03, 0.4, 1], np.float32)
+
+
+def of_torch(model, x, t, caption):
+    tokens, pooled = (torch.tensor(np.float32(v)) for v in (caption.tokens, caption.pooled))
+    with torch.inference_mode():
+        args = {"encoder_hidden_states": tokens, "pooled_projections": pooled}
+        return nhwc(model(nchw(x), timestep=torch.tensor(1000 * t), **args).sample)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def of_ours(config, params, x, t, caption):
+    return nnx.merge(model_graphdef(config), params)(x, t, caption)
 
 
 # --- prompts --------------------------------------------------------------------------------------

@@ -259,13 +259,13 @@ def torn(folder):
     path.write_bytes(path.read_bytes()[:1000])
 
 
-def misnamed(folder):
-    (folder / weight_files.WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
-
-
 def half_gone(folder):
     (folder / weight_files.INDEX).write_text('{"weight_map": {"a": "1.safetensors"}}')
     (folder / weight_files.WEIGHTS).unlink()
+
+
+def an_html_page(folder):
+    (folder / weight_files.CONFIG).write_text("<!DOCTYPE html><html></html>")
 
 
 def pointing_elsewhere(folder):
@@ -278,12 +278,12 @@ def pointing_elsewhere(folder):
     [
         (without(weight_files.CONFIG), "holds no config.json, nor a vae/config.json"),
         (without(weight_files.WEIGHTS), "holds no diffusion_pytorch_model.safetensors$"),
-        (misnamed, "diffusion_pytorch_model.bin is damaged or no file of torch.save"),
         (half_gone, "lacks 1.safetensors, which its .*index.json names"),
         (pointing_elsewhere, "it names files elsewhere"),
         (torn, "diffusion_pytorch_model.safetensors is damaged"),
         (lambda folder: (folder / weight_files.CONFIG).write_text("{"), "config.json is damaged"),
         (lambda folder: (folder / weight_files.CONFIG).write_text("[]"), "config.json is damaged"),
+        (an_html_page, "config.json is damaged: an HTML page"),
     ],
 )
 def test_damage_is_refused_in_one_line(damage, message, folder):
@@ -313,11 +313,16 @@ def test_weights_in_several_files_are_one(folder, params):
 
 
 def test_weights_as_torch_saves_them_are_the_same(folder, params):
+    """And so are those of either format under the name of the other."""
     torch = pytest.importorskip("torch")
-    tensors = safetensors.numpy.load_file(folder / weight_files.WEIGHTS)
-    (folder / weight_files.WEIGHTS).unlink()
-    state = {name: torch.from_numpy(x) for name, x in tensors.items()}
-    torch.save(state, folder / "diffusion_pytorch_model.bin")
+    weights, torchs = folder / weight_files.WEIGHTS, folder / "diffusion_pytorch_model.bin"
+    weights.rename(torchs)
+    assert_same(autoencoder.load_autoencoder(str(folder)).params, params)
+    tensors = safetensors.numpy.load(torchs.read_bytes())
+    state = {name: torch.from_numpy(x.copy()) for name, x in tensors.items()}
+    torch.save(state, torchs)
+    assert_same(autoencoder.load_autoencoder(str(folder)).params, params)
+    torchs.rename(weights)
     assert_same(autoencoder.load_autoencoder(str(folder)).params, params)
 
 
@@ -385,13 +390,3 @@ def test_refusals_of_the_hub_become_one_line(kind, message, monkeypatch):
     monkeypatch.setattr(configuration_utils, "hf_hub_download", refuse)
     with pytest.raises(UserError, match=f"cannot load 'us/vae': .*{message}"):
         autoencoder.load_autoencoder("us/vae", revision="v2")
-
-
-def test_an_autoencoder_in_one_file_is_sent_to_its_folder(tmp_path):
-    file = tmp_path / "vae.safetensors"
-    file.write_bytes(b"")
-    with pytest.raises(UserError, match=r"vae\.safetensors' is one file; .*save_pretrained"):
-        autoencoder.load_autoencoder(str(file))
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=f"is one file; .*; pass the folder '{tmp_path}'"):
-        autoencoder.load_autoencoder(str(file))

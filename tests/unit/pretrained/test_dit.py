@@ -424,7 +424,10 @@ def test_a_file_missing_in_the_cache_may_exist_on_the_hub(cached, cache_holds):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda t: t.pop("x_embedder.proj.weight"), "holds no DiT or SiT: it lacks x_embedder"),
+        (
+            lambda t: t.pop("x_embedder.proj.weight"),
+            "holds no DiT, SiT or SD3: it lacks x_embedder",
+        ),
         (lambda t: t.pop("pos_embed"), "holds no DiT or SiT: it lacks pos_embed"),
         (lambda t: t.pop("blocks.0.mlp.fc1.bias"), "it lacks blocks.0.mlp.fc1.bias"),
         (lambda t: t.update(more=t["pos_embed"]), "it has no place for more"),

@@ -185,6 +185,13 @@ def test_the_model_in_the_arguments_tells_the_family(tmp_path):
         transformer.load_transformer(str(path))
 
 
+def test_another_network_in_the_file_is_named(tmp_path):
+    beside = {"vae": {"conv.weight": torch.ones(2)}, "opt": {"state": {0: {"step": torch.ones(1)}}}}
+    contents = {"ema": state(), "model_state_dict": worse(state())} | beside
+    loaded = load(saved(contents, tmp_path / "a.pt"))
+    assert loaded.notices == ("the weights are the average, 'ema'", "not read: vae (1 tensors)")
+
+
 def test_heads_of_training_are_ignored_and_named(tmp_path):
     heads = {"projectors.0.0.weight": torch.ones(3, 4), "projectors.0.0.bias": torch.ones(3)}
     loaded = load(saved({"model": state() | heads}, tmp_path / "a.pt"))
@@ -233,6 +240,63 @@ def test_a_sharded_folder_of_half_precision_is_read(variant, safe, tmp_path):
     loaded = transformer.load_transformer(f"original:{tmp_path}")
     expected = state()[TABLE].numpy().astype("f2").astype("f4")
     np.testing.assert_array_equal(loaded.params["label"]["table"], expected)
+
+
+def save_in_parts(tensors, folder, suffix):
+    """Save every other tensor in a second file, and return the index of both."""
+    names = [*tensors]
+    stem, files = "model", {}
+    for i in range(2):
+        file = folder / f"{stem}-{i + 1:05}-of-00002.{suffix}"
+        some = {name: tensors[name].clone().contiguous() for name in names[i::2]}
+        torch.save(some, file) if suffix == "bin" else safetensors_torch.save_file(some, file)
+        files |= dict.fromkeys(some, file.name)
+    index = folder / f"{stem}.{suffix}.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    return index
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_an_index_of_several_files_is_a_file(suffix, tmp_path):
+    wrapped = prefixed("module.", state()) | prefixed("model.", worse(state()))
+    index = save_in_parts(prefixed("ema_model.", state()) | wrapped, tmp_path, suffix)
+    assert_same(load(index).params, params())
+    with pytest.raises(UserError, match=f"name one of its files, such as dit:{index}"):
+        transformer.load_transformer(str(tmp_path))
+    with pytest.raises(
+        UserError, match=f"is one part of several: name their index, such as {index}"
+    ):
+        load(tmp_path / f"model-00002-of-00002.{suffix}")
+
+
+def test_a_tensor_in_two_files_of_an_index_is_refused(tmp_path):
+    index = save_in_parts(state(), tmp_path, "safetensors")
+    first, second = (tmp_path / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    both = safetensors_torch.load_file(first) | safetensors_torch.load_file(second)
+    safetensors_torch.save_file(both, second)
+    with pytest.raises(UserError, match=r"is in another file of the same weights too"):
+        load(index)
+    second.unlink()
+    with pytest.raises(UserError, match="lacks model-00002-of-00002"):
+        load(index)
+    index.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(UserError, match=r"index\.json is damaged: a Git LFS"):
+        load(index)
+
+
+def test_biases_that_no_block_has_are_zero(tmp_path):
+    tensors = {name: x for name, x in state().items() if not name.endswith("qkv.bias")}
+    loaded = load(saved(tensors, tmp_path / "a.pt"))
+    assert loaded.notices == ("biases that are not in the file are zero: blocks.*.attn.qkv.bias",)
+    assert not loaded.params["blocks"]["attention"]["qkv"]["linear"]["bias"].any()
+    with quiet():
+        facts = {k: v for k, v in model().config.items() if not k.startswith("_")}
+        theirs = type(model())(**facts | {"attention_bias": False})
+        theirs.load_state_dict(model().state_dict(), strict=False)
+        theirs.save_pretrained(tmp_path)
+    (notice,) = transformer.load_transformer(str(tmp_path)).notices
+    names = ", ".join(f"transformer_blocks.*.attn1.to_{part}.bias" for part in "qkv")
+    assert notice == f"biases that are not in the file are zero: {names}"
 
 
 def test_a_file_of_a_folder_with_a_config_names_the_folder(tmp_path):

@@ -1,6 +1,5 @@
 """Stable Diffusion 3 equals diffusers': its transformer, weights, prompts, a complete sample."""
 
-import functools
 import shutil
 import warnings
 from dataclasses import replace
@@ -10,20 +9,22 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import nnx
 from sd3_cases import (
     CONFIGS,
     PLAIN,
     caption,
     encoder_folders,  # noqa: F401
+    of_ours,
+    of_torch,
     one_thread,  # noqa: F401
     pipeline,  # noqa: F401
     rng,
+    t,
     tensors_and_params,
     torch,
     torch_transformer,
 )
-from torch_autoencoders import nchw, nhwc, quiet, tensors_of
+from torch_autoencoders import quiet, tensors_of
 
 import sampling
 from data import text_encoders
@@ -32,25 +33,13 @@ from inference.trained_model import TrainedModel
 from methods.rectified_flow import RectifiedFlow
 from model import init_model_params, model_config, model_graphdef
 from pretrained import sd3, transformer
+from pretrained.sd3_names import DIFFUSERS, STABILITY, locate_parts
 from runtime import parallel
 from runtime.errors import UserError
 
 with quiet():
     diffusers = pytest.importorskip("diffusers")
 EACH = pytest.mark.parametrize("name", CONFIGS)
-t = np.array([0.03, 0.4, 1], np.float32)
-
-
-def of_torch(model, x, t, caption):
-    tokens, pooled = (torch.tensor(np.float32(v)) for v in (caption.tokens, caption.pooled))
-    with torch.inference_mode():
-        args = {"encoder_hidden_states": tokens, "pooled_projections": pooled}
-        return nhwc(model(nchw(x), timestep=torch.tensor(1000 * t), **args).sample)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def of_ours(config, params, x, t, caption):
-    return nnx.merge(model_graphdef(config), params)(x, t, caption)
 
 
 def noise(config, side):
@@ -98,14 +87,15 @@ def test_weights_go_to_diffusers_and_back_to_the_bit(name):
 
 
 @EACH
-def test_each_of_our_weights_is_found_once(name):
+@pytest.mark.parametrize(("layout", "unread"), [(DIFFUSERS, 0), (STABILITY, 2)])
+def test_each_of_our_weights_is_found_once(name, layout, unread):
+    """Stability's one map of queries, keys and values holds the queries that are dropped."""
     config = CONFIGS[name]
-    parts = [
-        p for path in sd3.our_shapes(config) for one in sd3.locate_parts(path, config) for p in one
-    ]
+    paths = sd3.our_shapes(config)
+    parts = [p for path in paths for one in locate_parts(path, config, layout) for p in one]
     assert len(parts) == len(set(parts))
     of = {part.name: part.n_parts for part in parts}
-    assert len(parts) == sum(of.values())  # no part of a tensor is left
+    assert len(parts) + unread == sum(of.values())  # no other part of a tensor is left
 
 
 @EACH

@@ -106,12 +106,15 @@ def test_an_average_that_is_a_list_belongs_to_the_weights_in_their_order(with_fi
     assert found.notices == ("the weights are the average, 'ema.shadow_params'",)
 
 
-def test_an_average_whose_names_lost_their_dots_is_found():
+@pytest.mark.parametrize("prefix", ["", "diffusion_model"])
+def test_an_average_whose_names_lost_their_dots_is_found(prefix):
     """As latent diffusion's LitEma saves it, without the positions that are not trained."""
-    trained = {name.replace(".", ""): s for name, s in SHAPES.items() if name != "pos_embed"}
+    trained = {
+        prefix + name.replace(".", ""): s for name, s in SHAPES.items() if name != "pos_embed"
+    }
     shapes = under("model", "diffusion_model") | under("model_ema", shapes=trained)
     found = find(shapes | {"model_ema.decay": (), "model_ema.num_updates": ()})
-    assert found.names["model_ema.blocks0attnqkvweight"] == "blocks.0.attn.qkv.weight"
+    assert found.names[f"model_ema.{prefix}blocks0attnqkvweight"] == "blocks.0.attn.qkv.weight"
     assert found.names["model.diffusion_model.pos_embed"] == "pos_embed"
     assert sorted(found.names.values()) == sorted(SHAPES)
 
