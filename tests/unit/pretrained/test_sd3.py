@@ -31,7 +31,7 @@ from data import text_encoders
 from data.batch import EncodedCaption
 from inference.trained_model import TrainedModel
 from methods.rectified_flow import RectifiedFlow
-from model import init_model_params, model_config, model_graphdef
+from model import init_model_params, model_config
 from pretrained import sd3, transformer
 from pretrained.sd3_names import DIFFUSERS, STABILITY, locate_parts
 from runtime import parallel
