@@ -1,5 +1,5 @@
-"""Evaluate images against statistics of real ones: FID, sFID, the Inception Score, KID, precision
-and recall, of a run's samples, a published model's, or images on disk.
+"""Evaluate images against statistics of real ones: FID, sFID, the Inception Score, KID, FD-DINOv2,
+precision and recall, of a run's samples, a published model's, or images on disk.
 
     python evaluate.py --make_reference cifar10.npz --dataset_name cifar10 --inception WEIGHTS
     python evaluate.py --run runs/cifar10-… --reference cifar10.npz --inception WEIGHTS
@@ -27,7 +27,7 @@ from data.image_sets import ImageSet
 from evaluation import protocols
 from evaluation.comparison import Comparison, extract_features
 from evaluation.features import FeatureExtractor, build_matching_extractor, default_batch_size
-from evaluation.protocols import PROTOCOLS
+from evaluation.protocols import DGM_EVAL, PROTOCOLS
 from evaluation.reference import Reference, read_reference, write_reference
 from evaluation.scores import Scores
 from evaluation.sweep import Evaluation, evaluate_in_turn, format_scale, format_table
@@ -38,7 +38,7 @@ from inference.trained_model import SamplingOverrides, TrainedModel
 from runtime import cli, parallel, processes
 from runtime.errors import UserError
 from runtime.files import check_distinct_paths, report_unwritable
-from runtime.flags import Derived, again, check_values, flag, flags_of
+from runtime.flags import Derived, again, check_values, flag, flags_of, reject_unused
 from training.flag_groups import (
     CheckpointFlags,
     ClusterFlags,
@@ -74,7 +74,7 @@ class ImageSourceFlags(SourceFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreFlags(InceptionFlags):
+class ScoreFlags:
     """FID."""
 
     reference: Path | None = flag(
@@ -84,13 +84,23 @@ class ScoreFlags(InceptionFlags):
     make_reference: Path | None = flag(
         None, "write such statistics to this .npz, and compare nothing"
     )
-    features: Literal["inception", "pixels"] = flag(
-        "inception", "inception, or pixels, which need no weights. A distance in pixels is not FID"
+    features: Literal["inception", "dinov2", "pixels"] = flag(
+        "inception",
+        "inception; dinov2, for FD-DINOv2 as Stein et al. 2023 measure it; or pixels, which need "
+        "no weights. A distance in pixels is not FID",
+    )
+    inception: str | None = again(InceptionFlags, "inception", only_with=("features", "inception"))
+    encoder: str | None = flag(
+        Derived(DGM_EVAL.encoder),
+        "DINOv2's weights: a folder or file of transformers' or of facebookresearch/dinov2, or an "
+        "id of the hub. Papers use dinov2-large, 1.2 GB",
+        only_with=("features", "dinov2"),
     )
     preparation: str | None = flag(
         Derived("the reference's"),
         "how images are resized for Inception: pytorch_fid, adm or clean_fid; by default, for "
         "references of other tools, adm if they hold spatial statistics, else pytorch_fid",
+        only_with=("features", "inception"),
     )
     n_features: int = flag(
         10_000,
@@ -189,13 +199,12 @@ def check_flags(config: EvaluateConfig) -> None:
     for one in split_sweep(config):
         _check_files(one)
         _check_protocol(one)
-    if config.features == "pixels" and (config.inception or config.preparation):
-        raise UserError("--features pixels takes neither --inception nor --preparation")
+    reject_unused(config, vars(config), [n for n, x in vars(config).items() if x is not None])
     if config.features == "inception" and not config.inception:
         raise UserError(
             f"FID needs Inception's weights: pass --inception {WEIGHTS_FILE} (from the releases of "
-            "github.com/mseitzer/pytorch-fid) or an id on the hub; --features pixels needs none, "
-            "but is not FID"
+            "github.com/mseitzer/pytorch-fid) or an id on the hub; --features dinov2 takes others "
+            "from the hub, and --features pixels needs none, but neither is FID"
         )
 
 
@@ -430,13 +439,7 @@ def main(config: EvaluateConfig) -> None:
     configs = [apply_protocol(one, model, reference) for one in split_sweep(config)]
     mesh = model.mesh if model else parallel.make_mesh()
     batch_size = config.batch_size or default_batch_size(mesh)
-    extractor = build_matching_extractor(
-        reference,
-        mesh,
-        space=config.features,
-        weights=config.inception,
-        preparation=configs[0].preparation,
-    )
+    extractor = open_extractor(configs[0], reference, mesh)
     sets = open_in_turn(configs, model, batch_size)
     n_features, seed = config.n_features, config.seed
     if reference:
@@ -452,6 +455,28 @@ def main(config: EvaluateConfig) -> None:
                 write_reference(path, summary.pool, summary.spatial, summary.features, card)
             print(f"statistics of {summary.count} images: {path}")
     processes.wait_for_all("the end")
+
+
+def open_extractor(
+    config: EvaluateConfig, reference: Reference | None, mesh: parallel.Mesh
+) -> FeatureExtractor:
+    """Open the network whose features are compared, with a warning if papers use another.
+
+    Raises:
+        UserError: its weights cannot be loaded, or are not those of the reference.
+    """
+    is_dinov2 = config.features == "dinov2"
+    extractor = build_matching_extractor(
+        reference,
+        mesh,
+        space=config.features,
+        weights=(config.encoder or DGM_EVAL.encoder) if is_dinov2 else config.inception,
+        preparation=config.preparation,
+    )
+    warning = DGM_EVAL.compare_encoder(extractor.card) if is_dinov2 else ""
+    if warning and processes.is_first():
+        print(warning)
+    return extractor
 
 
 def describe(images: ImageSet, config: EvaluateConfig, reference: Reference | None = None) -> None:

@@ -1,20 +1,27 @@
-"""Features of images, computed on all devices: activations of FID's Inception network, or pixels.
+"""Features of images, computed on all devices: activations of FID's Inception network or of DINOv2,
+or pixels.
 
 Batches of any size come in; the network sees one fixed size, so that it is compiled once. Computes
 no distances: see `evaluation/metrics.py`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, UInt8
+from PIL import Image
 
+from data.image_sets import ImageBatch
 from evaluation.metrics import FeatureStatistics, RunningStatistics
+from evaluation.protocols import DGM_EVAL
 from evaluation.reference import Reference
 from networks import inception
+from networks.vit import vit_graphdef
+from pretrained.dinov2 import PretrainedDINOv2, normalize, read_dinov2
 from pretrained.inception import PretrainedInception, load_inception
 from runtime import parallel
 from runtime.errors import UserError, unknown_name
@@ -26,7 +33,7 @@ IMAGES_PER_ACCELERATOR = 64
 
 
 class FeatureBatch(NamedTuple):
-    """Features of a batch of images; pixel features fill `pool` only."""
+    """Features of a batch of images; all but Inception's fill `pool` only."""
 
     pool: Float[Any, "b d"]
     spatial: Float[Any, "b s"] | None = None
@@ -40,6 +47,7 @@ class FeatureExtractor:
         function: (params, uint8 images) → features; compiled here.
         params: replicated on the mesh.
         card: record of everything the features depend on, written beside each result.
+        prepare: of images on the host, before they go to the devices.
     """
 
     def __init__(
@@ -48,9 +56,11 @@ class FeatureExtractor:
         params: Any,
         mesh: parallel.Mesh,
         card: dict[str, Any],
+        prepare: Callable[[ImageBatch], ImageBatch] | None = None,
     ):
         self.mesh = mesh
         self.card = card
+        self._prepare = prepare or (lambda images: images)
         self._function = jax.jit(function)
         self._params = parallel.replicate(params, mesh)
 
@@ -65,7 +75,7 @@ class FeatureExtractor:
         def dispatch(images: UInt8[np.ndarray, "b h w c"]) -> tuple[int, FeatureBatch]:
             # The last batch is padded by repeating its last image: one shape, one program.
             rows = np.minimum(np.arange(size), len(images) - 1)
-            images_on_mesh = parallel.shard_rows(images[rows], self.mesh)
+            images_on_mesh = parallel.shard_rows(self._prepare(images)[rows], self.mesh)
             return len(images), self._function(self._params, images_on_mesh)
 
         dispatched = map(dispatch, rebatch(batches, size))
@@ -75,7 +85,7 @@ class FeatureExtractor:
 
     def feature_width(self, image_shape: tuple[int, int, int]) -> int:
         """Return the number of features of an image (h, w, c), without computing any."""
-        image = jax.ShapeDtypeStruct((1, *image_shape), np.uint8)
+        image = self._prepare(np.zeros((1, *image_shape), np.uint8))
         return jax.eval_shape(self._function, self._params, image).pool.shape[1]
 
 
@@ -129,6 +139,37 @@ def build_inception_extractor(
     return FeatureExtractor(function, weights.params, mesh, card)
 
 
+def build_dinov2_extractor(encoder: PretrainedDINOv2, mesh: parallel.Mesh) -> FeatureExtractor:
+    """Build the extractor of DINOv2's class tokens, computed as `protocols.DGM_EVAL`."""
+    config = replace(encoder.config, position_offset=DGM_EVAL.position_offset)
+    graphdef = vit_graphdef(config)
+    card = {"space": "dinov2", "preparation": DGM_EVAL.name, "weights": encoder.hash}
+
+    def function(params: Any, image: Array) -> FeatureBatch:
+        # A GPU would otherwise round factors to ten bits (TF32).
+        with jax.default_matmul_precision("highest"):
+            class_token, _ = nnx.merge(graphdef, params)(normalize(image.astype("float32") / 255))
+        return FeatureBatch(class_token)
+
+    card |= {"encoder": asdict(config)}
+    return FeatureExtractor(function, encoder.params, mesh, card, resize_by_pillow)
+
+
+def resize_by_pillow(images: ImageBatch) -> ImageBatch:
+    """Resize images to `DGM_EVAL.size`, in RGB and bytes, as Pillow does by bicubic interpolation.
+
+    Pillow antialiases, clips and rounds: first columns, then rows. A millisecond an image of 256
+    pixels to a side, while the devices compute.
+    """
+    side = DGM_EVAL.size
+    rgb = np.broadcast_to(images, (*images.shape[:3], 3))
+    resized = [
+        Image.fromarray(np.ascontiguousarray(x)).resize((side, side), Image.Resampling.BICUBIC)
+        for x in rgb
+    ]
+    return np.stack([np.asarray(x) for x in resized])
+
+
 def build_pixel_extractor(mesh: parallel.Mesh) -> FeatureExtractor:
     """Build the extractor of pixel values in 0 … 1, shrunk to `MAX_PIXEL_SIDE` to a side."""
 
@@ -153,9 +194,9 @@ def build_matching_extractor(
 
     Args:
         reference: None accepts any features.
-        space: inception or pixels.
-        weights: Inception's: a file, a folder or an id on the hub.
-        preparation: defaults to the reference's.
+        space: inception, dinov2 or pixels.
+        weights: Inception's or DINOv2's: a file, a folder or an id on the hub.
+        preparation: for Inception; defaults to the reference's.
 
     Raises:
         UserError: the reference holds other features, or the weights cannot be loaded.
@@ -167,6 +208,10 @@ def build_matching_extractor(
         )
     if space == "pixels":
         return build_pixel_extractor(mesh)
+    if space == "dinov2":
+        encoder = read_dinov2(str(weights))
+        _check_weights(reference, str(weights), encoder.hash)
+        return build_dinov2_extractor(encoder, mesh)
     chosen = preparation or feature_card.get("preparation", "pytorch_fid")
     if reference and reference.card and chosen != feature_card["preparation"]:
         raise UserError(
@@ -174,12 +219,18 @@ def build_matching_extractor(
             f"{feature_card['preparation']}, not {chosen}"
         )
     inception_weights = load_inception(str(weights))
-    if reference and feature_card.get("weights") not in (None, inception_weights.hash):
+    _check_weights(reference, str(weights), inception_weights.hash)
+    return build_inception_extractor(inception_weights, mesh, preparation=chosen)
+
+
+def _check_weights(reference: Reference | None, weights: str, digest: str) -> None:
+    """Raise UserError if a reference records that it was made with weights of another hash."""
+    recorded = reference.feature_card.get("weights") if reference else None
+    if reference and recorded not in (None, digest):
         raise UserError(
             f"reference {reference.path} was made with other weights than '{weights}': their hash "
-            f"is {feature_card['weights'][:12]}…, not {inception_weights.hash[:12]}…"
+            f"is {recorded[:12]}…, not {digest[:12]}…"
         )
-    return build_inception_extractor(inception_weights, mesh, preparation=chosen)
 
 
 def check_feature_width(reference: Reference, width: int) -> None:

@@ -2,8 +2,9 @@
 
     PROTOCOLS["sit"].flags(cfg_scale=1.5, channels=4)
 
-The conventions are those of each paper and its code. No published figure was reproduced with them
-here: neither the weights nor the reference statistics were at hand. Samples nothing itself.
+The conventions are those of each paper and its code; those of FD-DINOv2 are `DGM_EVAL`. No
+published figure was reproduced with them here: neither the weights nor the reference statistics
+were at hand. Samples nothing itself.
 """
 
 from collections.abc import Mapping
@@ -209,3 +210,62 @@ def check_flags(name: str, values: Mapping[str, Any], *, ema: bool = True) -> No
 def _as_typed(value: Any) -> str:
     values = value if isinstance(value, tuple) else (value,)
     return " ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in values)
+
+
+# --- features of DINOv2 ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderProtocol:
+    """Conventions of features of DINOv2: its class token after the last norm, in float32, of
+    images that Pillow has resized to a square by bicubic interpolation in bytes, without a crop,
+    and that are normalised by ImageNet's mean and deviation.
+
+    Args:
+        name: of the preparation of images, in references.
+        source: the paper and its code.
+        encoder: whose features have the paper's name.
+        width, depth, n_registers: of that encoder.
+        size: side of its images in pixels.
+        position_offset: of its positions, which are resized to fewer patches than those of
+            training: see `ViTConfig`.
+    """
+
+    name: str
+    source: str
+    encoder: str
+    width: int
+    depth: int
+    n_registers: int
+    size: int
+    position_offset: float
+
+    def compare_encoder(self, card: Mapping[str, Any]) -> str:
+        """Return a warning if features are of another encoder than its own; else "".
+
+        Args:
+            card: of the features.
+        """
+        shape = card["encoder"]
+        names = ("width", "depth", "n_registers")
+        if all(shape[name] == getattr(self, name) for name in names):
+            return ""
+        return (
+            f"warning: papers measure FD-DINOv2 with {self.encoder}, and this encoder has "
+            f"{shape['depth']} blocks of {shape['width']} channels and {shape['n_registers']} "
+            "registers: the scores do not compare with theirs"
+        )
+
+
+# Other code crops, resizes tensors, or takes another size of network. Positions are those of
+# torch.hub's models; transformers' differ by the offset.
+DGM_EVAL = EncoderProtocol(
+    name="dgm_eval",
+    source="Stein et al. 2023; models/dinov2.py of layer6ai-labs/dgm-eval without --clean_resize",
+    encoder="dinov2-large",
+    width=1024,
+    depth=24,
+    n_registers=0,
+    size=224,
+    position_offset=0.1,
+)

@@ -17,9 +17,10 @@ from evaluation.reference import Reference
 from runtime.files import report_unwritable
 
 # Names of the scores in the record, by feature space: distance, kernel distance, precision, recall.
-# A distance between pixels is no FID and never called so.
+# Only Inception's distance is an FID; that of DINOv2 is FD-DINOv2, and its kernel distance KDD.
 METRIC_NAMES = {
     "inception": ("fid", "kid", "precision", "recall", "sfid"),
+    "dinov2": ("fd_dinov2", "kd_dinov2", "dinov2_precision", "dinov2_recall"),
     "pixels": ("pixel_frechet", "pixel_kernel", "pixel_precision", "pixel_recall"),
 }
 Scores = Mapping[str, float]  # by name
@@ -37,7 +38,7 @@ def compute_scores(
 
     Args:
         reference_features: pool features of some of the reference's images.
-        space: of the features: inception or pixels.
+        space: of the features: inception, dinov2 or pixels.
         seed: of the random subsets of KID and the Inception Score.
     """
     distance, kernel, precision, recall = METRIC_NAMES[space][:4]
@@ -65,7 +66,7 @@ def report_scores(scores: Scores, card: Mapping[str, Any], record: Path, *, spac
     """Print the scores and append them to the record.
 
     Args:
-        space: of the features: inception or pixels.
+        space: of the features: inception, dinov2 or pixels.
 
     Raises:
         UserError: the record cannot be written.

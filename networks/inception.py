@@ -275,10 +275,11 @@ def triangle(distance: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     return np.maximum(0, 1 - np.abs(distance))
 
 
-def cubic(distance: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    """Weights of cubic convolution with a = −½ at these distances (Keys 1981, eq. 15)."""
+def cubic(distance: Float[np.ndarray, "..."], a: float = -0.5) -> Float[np.ndarray, "..."]:
+    """Weights of cubic convolution at these distances (Keys 1981, eq. 4; a = −½ is its eq. 15)."""
     d = np.abs(distance)
-    near, far = 1.5 * d**3 - 2.5 * d**2 + 1, -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2
+    near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+    far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
     return np.where(d < 1, near, np.where(d < 2, far, 0))
 
 

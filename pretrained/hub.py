@@ -54,11 +54,12 @@ def download_matching(name: str, patterns: Sequence[str]) -> Path:
 
 
 def download_config(
-    name: str, subfolder: str, revision: str | None, *, file: str
+    name: str, subfolder: str | None, revision: str | None, *, file: str
 ) -> tuple[dict[str, Any], str | None, str | None]:
     """Download a network's config through diffusers, which counts downloads by it.
 
-    A pipeline's repository has no config of its own: its network lies in `subfolder`.
+    A pipeline's repository has no config of its own: its network lies in `subfolder`, if there may
+    be one.
 
     Returns:
         The config, its commit, and the subfolder it lies in, None for the repository's root.
@@ -81,7 +82,8 @@ def download_config(
             config, commit = load(None)
             return config, commit, None
         except OSError as error:
-            if not any(isinstance(cause, EntryNotFoundError) for cause in _iterate_causes(error)):
+            is_absent = any(isinstance(x, EntryNotFoundError) for x in _iterate_causes(error))
+            if not (subfolder and is_absent):
                 raise
         config, commit = load(subfolder)
         return config, commit, subfolder

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import struct
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -37,6 +37,10 @@ WEIGHT_FILES = (
     "diffusion_pytorch_model.bin.index.json",
     "diffusion_pytorch_model.fp16.bin",
     "diffusion_pytorch_model.bin.index.fp16.json",
+)
+TRANSFORMERS_FILES = (  # the same of transformers
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 BARE_PATTERNS = ("*.pth", "*.pt", "*.bin", "*.safetensors")  # of weights without a config
 # NumPy has no bfloat16 of its own, and safetensors' reader for it does not know one.
@@ -78,16 +82,18 @@ class FileWeights(NamedTuple):
 def read_network(
     path_or_id: str,
     *,
-    subfolder: str,
+    subfolder: str | None = None,
     revision: str | None = None,
     dtypes: Mapping[str, Any] = FLOAT_DTYPES,
+    files: Sequence[str] = WEIGHT_FILES,
 ) -> PublishedNetwork:
     """Read a network's config and weights from a folder if there is one, else from the hub.
 
     Args:
-        subfolder: where the network lies in a whole pipeline, such as vae.
+        subfolder: where the network lies in a whole pipeline, such as vae; None if it is in none.
         revision: of the hub: a branch, tag or commit. Ignored for folders.
         dtypes: of safetensors, the number formats that are accepted.
+        files: names that its weights may have, in order of preference.
 
     Raises:
         UserError: it cannot be had, or its files are damaged.
@@ -96,15 +102,15 @@ def read_network(
     if folder.is_dir():
         place = _find_network_folder(folder, subfolder)
         config = _read_json_object(place / CONFIG)
-        tensors = _read_tensor_files(_find_weight_files(place), dtypes)
+        tensors = _read_tensor_files(_find_weight_files(place, files), dtypes)
         return PublishedNetwork(str(folder.resolve()), None, config, tensors)
     if folder.is_file():
         raise _one_file(folder)
-    required = f"{CONFIG} with {WEIGHTS}, nor a {subfolder}/"
+    required = f"{CONFIG} with {files[0]}{f', nor a {subfolder}/' if subfolder else ''}"
     with hub.explain_failures(path_or_id, required=required, revision=revision):
         config, commit, place = hub.download_config(path_or_id, subfolder, revision, file=CONFIG)
-        files = _download_weight_files(path_or_id, place, commit or revision)
-    tensors = _read_tensor_files(files, dtypes)
+        paths = _download_weight_files(path_or_id, place, commit or revision, files)
+    tensors = _read_tensor_files(paths, dtypes)
     return PublishedNetwork(path_or_id, commit, config, tensors)
 
 
@@ -352,35 +358,39 @@ def _write_safetensors(file: IO[bytes], tensors: Mapping[str, np.ndarray]) -> No
 # --- the files of a network -----------------------------------------------------------------------
 
 
-def _find_network_folder(folder: Path, subfolder: str) -> Path:
-    for place in (folder, folder / subfolder):
+def _find_network_folder(folder: Path, subfolder: str | None) -> Path:
+    places = (folder, folder / subfolder) if subfolder else (folder,)
+    for place in places:
         if (place / CONFIG).is_file():
             return place
-    raise UserError(f"'{folder}' holds no {CONFIG}, nor a {subfolder}/{CONFIG}")
+    nor = f", nor a {subfolder}/{CONFIG}" if subfolder else ""
+    raise UserError(f"'{folder}' holds no {CONFIG}{nor}")
 
 
-def _find_weight_files(folder: Path) -> list[Path]:
-    for name in WEIGHT_FILES:
+def _find_weight_files(folder: Path, names: Sequence[str]) -> list[Path]:
+    for name in names:
         if (folder / name).is_file():
             files = [folder / part for part in _list_parts(folder / name)]
             missing = [path.name for path in files if not path.is_file()]
             if missing:
                 raise UserError(f"'{folder}' lacks {_list_some(missing)}, which its {name} names")
             return files
-    raise UserError(f"'{folder}' holds no {WEIGHTS}")
+    raise UserError(f"'{folder}' holds no {names[0]}")
 
 
-def _download_weight_files(name: str, subfolder: str | None, revision: str | None) -> list[Path]:
+def _download_weight_files(
+    name: str, subfolder: str | None, revision: str | None, names: Sequence[str]
+) -> list[Path]:
     from huggingface_hub.errors import EntryNotFoundError
 
     def download(file: str) -> Path:
         return hub.download_file(name, file, subfolder=subfolder, revision=revision)
 
-    for file in WEIGHT_FILES:
+    for file in names:
         try:
             return [download(part) for part in _list_parts(download(file))]
         except EntryNotFoundError:
-            if file == WEIGHT_FILES[-1]:
+            if file == names[-1]:
                 raise
     raise AssertionError
 
