@@ -41,7 +41,12 @@ from networks.power_ema import gamma_of_std
 from runtime import cli, parallel, processes, run_folder
 from training import display, flops, mup, optim, warm_start
 from training import step as training_step
-from training.alignment import Alignment, open_encoder, require_same_encoder
+from training.alignment import (
+    Alignment,
+    open_encoder,
+    require_same_encoder,
+    without_alignment,
+)
 from training.auxiliary import with_auxiliary
 from training.config import TrainConfig
 from training.loop import Loop, flags_as_json, initialize_jax
@@ -132,7 +137,7 @@ class Trainer(Loop):
     def _open_alignment(self, reference: str, saved: Mapping[str, Any]) -> Alignment:
         """Open the encoder of `--align`, and record which it is."""
         c, network = self.config, self.model_config
-        encoder = open_encoder(reference, network=network, space=self.space, fsdp=c.fsdp)
+        encoder = open_encoder(reference, network=network, space=self.space, mesh=self.mesh)
         require_same_encoder(encoder, saved)
         self.frozen = (encoder.weights,)
         self.config = replace(c, align=encoder.reference)
@@ -279,9 +284,8 @@ class Trainer(Loop):
 
     @cached_property
     def update_after_alignment(self) -> Any:
-        """The step of a run without `--align`, which leaves the projector as it is."""
-        step = self._compile_step(None)
-        return lambda state, batch, key, encoder: step(state, batch, key)
+        """The step of a run without `--align`, for the state of this one."""
+        return without_alignment(self._compile_step(None))
 
     @property
     def next_update(self) -> Any:

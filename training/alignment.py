@@ -20,21 +20,24 @@ from jaxtyping import Array, Float, Key
 
 from data.batch import EncodedCaption
 from inference.autoguidance import split_reference
-from inference.spaces import Space, compare_spaces
+from inference.spaces import Pixels, Space, compare_spaces
 from inference.trained_model import TrainedModel
 from methods.method import ToModelInput, derive_row_keys
 from model import Label, ModelConfig, build_model, model_graphdef
 from networks.autoencoder import Conv
+from pretrained import dinov2
+from runtime import parallel, processes
 from runtime.checkpoint import CHECKPOINTS_FOLDER, array_checksums, json_checksum
 from runtime.errors import UserError
 from runtime.flags import Derived, flag, setting
-from training.step import PROJECTOR
+from training.step import PROJECTOR, TrainState
 
 MEAN_SHARE = 0.6  # γ of iREPA, as its authors set it
 EPSILON = 1e-6
 ENCODER_DEPTH = 2 / 3  # of a run's blocks, after which its tokens are the features
 CLEAN_TIME = 0.05  # of a run that sees a clean image: flows are hardly trained below
 DEFAULT_DEPTH = 0.3  # of the network's blocks
+ALIGN_LOSS = "align_loss"  # the name of the metric
 PROJECTOR_TAG = 1  # folded into the key of the network's initial weights
 
 
@@ -44,8 +47,8 @@ class AlignFlags:
 
     align: str | None = flag(
         None,
-        "an encoder whose features of the clean image a block's tokens learn (REPA): a run, RUN or "
-        "RUN@STEP",
+        "an encoder whose features of the clean image a block's tokens learn (REPA): dinov2-base "
+        "or another DINOv2, by name, folder or file; or a run of the same data, RUN or RUN@STEP",
         may_change=True,
     )
     align_at: int = setting(
@@ -152,37 +155,66 @@ class Encoder:
     look: Callable[[Any, Array], Array]
     n_features: int
     reference: str
-    fingerprint: int
+    fingerprint: str
 
     def merge(self) -> Any:
         """Return the network with its weights."""
         return nnx.merge(self.graphdef, self.weights)
 
 
-def open_encoder(reference: str, *, network: ModelConfig, space: Space, fsdp: int) -> Encoder:
+def open_encoder(
+    reference: str, *, network: ModelConfig, space: Space, mesh: parallel.Mesh
+) -> Encoder:
     """Open the encoder that a network is aligned with.
 
     Args:
-        reference: a run's folder, or `RUN@STEP` for an earlier checkpoint of it.
-        network, space: of the run to train.
+        reference: a run's folder, or `RUN@STEP` for an earlier checkpoint of it; or a DINOv2.
+        network, space, mesh: of the run to train.
 
     Raises:
-        UserError: there is no such run, it sees other data, or has no null label.
+        UserError: there is no such encoder, or it does not see the run's data.
     """
     folder, step = split_reference(str(Path(reference).expanduser()))
-    if not (folder / CHECKPOINTS_FOLDER).is_dir():
-        raise UserError(
-            f"--align {reference}: there is no such run; if it has moved, give --align its new "
-            "place"
-        )
     try:
-        return open_run_encoder(folder, step, network=network, space=space, fsdp=fsdp)
+        if (folder / CHECKPOINTS_FOLDER).is_dir():
+            return open_run(folder, step, network=network, space=space, mesh=mesh)
+        if step is not None or (folder.is_absolute() and not folder.exists()):
+            raise UserError("there is no such run; if it has moved, give --align its new place")
+        return open_dinov2(reference, network=network, space=space, mesh=mesh)
     except UserError as error:
         raise UserError(f"--align {reference}: {error}") from None
 
 
-def open_run_encoder(
-    folder: Path, step: int | None, *, network: ModelConfig, space: Space, fsdp: int
+def open_dinov2(
+    path_or_id: str, *, network: ModelConfig, space: Space, mesh: parallel.Mesh
+) -> Encoder:
+    """Open a DINOv2, which sees images at the size that has one of its patches for each token.
+
+    Raises:
+        UserError: it cannot be read, or there are no images.
+    """
+    if not isinstance(space, Pixels):
+        raise UserError(
+            "it sees images, and --latents has none; align with a run of these latents, or train "
+            "on the images themselves"
+        )
+    with processes.first_then_others():  # the first may download it
+        published = dinov2.read_dinov2(path_or_id)
+    dtype = "float32" if network.dtype == "float32" else "bfloat16"
+    graphdef, weights = nnx.split(published.model(dtype))
+    size = published.config.patch * network.grid[0]
+    return Encoder(
+        graphdef=graphdef,
+        weights=parallel.shard_params(nnx.to_pure_dict(weights), mesh),
+        look=lambda vit, images: vit(dinov2.vit_inputs(images, size))[1],
+        n_features=published.config.width,
+        reference=published.id,
+        fingerprint=published.hash,
+    )
+
+
+def open_run(
+    folder: Path, step: int | None, *, network: ModelConfig, space: Space, mesh: parallel.Mesh
 ) -> Encoder:
     """Open a run as an encoder: its averaged weights see the clean image at a small time and
     without a label, and the features are the tokens after two thirds of the blocks.
@@ -190,7 +222,7 @@ def open_run_encoder(
     Raises:
         UserError: there is no such checkpoint, it sees other data, or has no null label.
     """
-    model = TrainedModel.from_run(folder, step=step, fsdp=fsdp)
+    model = TrainedModel.from_run(folder, step=step, fsdp=mesh.shape["fsdp"])
     ours, theirs = ((c.image_size, c.channels) for c in (network, model.model))
     if ours != theirs:
         raise UserError(
@@ -212,7 +244,7 @@ def open_run_encoder(
         look=partial(look_by_run, config=config),
         n_features=config.width,
         reference=f"{folder}@{model.step}",
-        fingerprint=json_checksum(array_checksums(weights)),
+        fingerprint=str(json_checksum(array_checksums(weights))),
     )
 
 
@@ -287,3 +319,18 @@ class Alignment:
         features = self.encoder.look(network, data).astype(jnp.float32)
         normalized = normalize_over_patches(resize_grid(features, self.network.grid))
         return rearrange(normalized, "b h w f -> b (h w) f")
+
+
+def without_alignment(update: Callable[..., tuple[TrainState, Any]]) -> Callable[..., Any]:
+    """Make the step of a run without alignment one for the state of a run whose alignment has
+    ended. It is the same compiled program, with the same bits: the projector and the metric are
+    set aside meanwhile, and the encoder's weights are not read.
+    """
+
+    def update_rest(state: TrainState, batch: Any, key: Any, encoder: Any) -> Any:
+        window = dict(state.window)
+        ended = {ALIGN_LOSS: window.pop(ALIGN_LOSS)}
+        rest, report = update(replace(state, projector=(), window=window), batch, key)
+        return replace(rest, projector=state.projector, window=rest.window | ended), report
+
+    return update_rest

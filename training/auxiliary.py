@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from methods.method import Loss, Metrics
 from runtime.errors import UserError
 from runtime.flags import setting
-from training.alignment import Alignment
+from training.alignment import ALIGN_LOSS, Alignment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ def with_auxiliary(
             projected = model.projector(forward.states[alignment.block])
             align_loss = -mean_cosine(projected, alignment.targets(batch, key, *frozen))
             sum_of_all += alignment.weight * align_loss
-            metrics |= {"align_loss": align_loss, "align_share": jnp.ones_like(align_loss)}
+            metrics[ALIGN_LOSS] = align_loss
         return sum_of_all, metrics
 
     return total

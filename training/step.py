@@ -22,7 +22,7 @@ PROJECTOR = "projector"  # its name among the weights that a step trains
 
 
 class ProjectorState(NamedTuple):
-    """A part of the network that only training has, and that only some steps may train.
+    """A part of the network that only training has.
 
     Args:
         weights: its own; it has no average.
@@ -115,7 +115,7 @@ def update(
         log_every: steps after which the window of metrics starts anew.
         power_gammas: exponents of the averages `power_ema`.
         projector_optimizer: trains the projector too, which `value_and_grad` then finds among the
-            weights. Without it the projector stays as it is.
+            weights.
     """
     s = state
     step_key = jax.random.fold_in(key, s.position)
@@ -140,8 +140,6 @@ def update(
     )
     # A loss that is a sum of several reports the method's own as "loss".
     metrics = {"loss": loss} | metrics | {"grad_norm": grad_norm, "steps": jnp.ones(())}
-    # A loss that has ended is absent from the metrics of later steps.
-    metrics |= {name: jnp.zeros(()) for name in s.window if name not in metrics}
     window = jax.tree.map(lambda w: jnp.where(s.step % log_every == 0, 0, w), s.window)
     window = _where(finite, jax.tree.map(jnp.add, window, metrics), window)
     # A loss scale that is too large is no bad step: it is halved until gradients are finite.
@@ -157,7 +155,7 @@ def update(
         loss_scale=optim.next_loss_scale(s.loss_scale, finite) if s.loss_scale else (),
         window=window,
         power_ema=_where(finite, averages, s.power_ema),
-        projector=projector or s.projector,
+        projector=projector,
     )
     report = StepReport(
         bad_steps=new.bad_steps,
@@ -188,8 +186,7 @@ def _where(condition: Bool[Array, ""], new: Any, old: Any) -> Any:
 
 def metrics_line(report: StepReport) -> dict[str, Any]:
     """A line of metrics from a fetched report: means over the steps since the last line, and
-    the norms of this step. A loss in bins of t becomes the mean loss of each bin, and that of the
-    alignment is of the steps that had one.
+    the norms of this step. A loss in bins of t becomes the mean loss of each bin.
     """
     window = dict(report.window)
     n_steps = window.pop("steps") or math.nan  # none of them was finite
@@ -202,10 +199,6 @@ def metrics_line(report: StepReport) -> dict[str, Any]:
     if "binned_loss" in means:
         bins = zip(means.pop("binned_loss"), means.pop("bin_share"), strict=True)
         line["loss_by_t"] = [float(loss / share) if share else None for loss, share in bins]
-    if "align_share" in means:
-        loss, share = means.pop("align_loss"), means.pop("align_share")
-        if share:
-            means["align_loss"] = loss / share
     return {name: float(value) for name, value in means.items()} | line
 
 

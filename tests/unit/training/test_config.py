@@ -92,7 +92,7 @@ def test_every_flag_is_filled_in():
     may_be_none |= {"run_dir", "peak_tflops", "caption_column", "caption", "caption_cache"}
     may_be_none |= {"latents", "vae", "learned_sigma", "min_snr_gamma"}
     may_be_none |= {"equal_share", "target_scale", "target_mix", "target_interval"}
-    may_be_none |= {"adaptive_power", "tangent", "teacher", "teacher_scale"}
+    may_be_none |= {"adaptive_power", "tangent", "teacher", "teacher_scale", "align"}
     may_be_none |= {"fid_reference", "inception", "init_from"}
     may_be_none |= {"wandb_project", "train_split", "eval_split", "keep_every", "decay_from"}
     may_be_none |= {"text_length", "coordinator", "n_processes", "process_index"}
