@@ -149,7 +149,7 @@ class Trainer(Loop):
             to_input=self.space.read,
             block=c.align_at,
             weight=c.align_weight,
-            end=round(c.align_until * c.n_steps),
+            end=max(1, round(c.align_until * c.n_steps)),
         )
         if processes.is_first():
             print(f"--align: {encoder.reference}, until step {alignment.end}")

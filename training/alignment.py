@@ -1,4 +1,4 @@
-"""Alignment: tokens of the network learn what an encoder sees in the clean image (Yu et al. 2025,
+"""Alignment: tokens of the network learn what an encoder sees in the clean image (Yu et al. 2024,
 REPA, arXiv 2410.06940), by a convolution and towards spatially normalised features (Singh et al.
 2025, iREPA, arXiv 2512.10794).
 

@@ -62,7 +62,7 @@ def with_auxiliary(
             whose gradient reaches h_a alone (Haghighi et al. 2025, LayerSync).
         sync_weight: its λ.
         alignment: of the tokens after a block, by the network's projector, with features of an
-            encoder: −λ · cos(projector(h), features) is added, a mean over tokens (Yu et al. 2025,
+            encoder: −λ · cos(projector(h), features) is added, a mean over tokens (Yu et al. 2024,
             REPA). The loss then takes the encoder's network as its fourth argument.
     """
     has_sync = bool(layer_sync) and sync_weight > 0

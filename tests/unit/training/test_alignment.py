@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 from conftest import AS_USERS_COMPILE
 from flax import nnx
+from latents_cases import ENCODING
 from model_cases import TEXT, TINY, build_with_params, key, with_random_weights
 
 from data.batch import Batch
+from inference.spaces import space_of
 from methods.method import pixels_to_input
 from methods.rectified_flow import RectifiedFlow
 from model import JOINT
+from runtime.errors import UserError
+from runtime.parallel import make_mesh
 from training import optim
 from training.alignment import (
     CLEAN_TIME,
@@ -24,6 +28,7 @@ from training.alignment import (
     look_by_run,
     normalize_over_patches,
     null_label,
+    open_encoder,
     resize_grid,
 )
 from training.auxiliary import mean_cosine, with_auxiliary
@@ -149,6 +154,11 @@ def test_an_encoder_of_captions_sees_the_empty_one():
     features = look_by_run(with_random_weights(config), jnp.ones((3, 8, 8, 3)), config=config)
     assert features.shape == (3, 2, 2, 64) and jnp.isfinite(features).all()
     np.testing.assert_array_equal(null_label(config, 3).mask, np.zeros((3, 1), bool))  # pyright: ignore
+
+
+def test_a_published_encoder_needs_images():
+    with pytest.raises(UserError, match="--align dinov2-base: it sees images, and --latents has"):
+        open_encoder("dinov2-base", network=NETWORK, space=space_of(ENCODING), mesh=make_mesh())
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_projector_and_the_network():
