@@ -6,6 +6,7 @@ no distances: see `evaluation/metrics.py`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -15,7 +16,6 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
-from data.image_sets import ImageBatch
 from evaluation.metrics import FeatureStatistics, RunningStatistics
 from evaluation.protocols import DGM_EVAL
 from evaluation.reference import Reference
@@ -56,7 +56,7 @@ class FeatureExtractor:
         params: Any,
         mesh: parallel.Mesh,
         card: dict[str, Any],
-        prepare: Callable[[ImageBatch], ImageBatch] | None = None,
+        prepare: Callable[[np.ndarray], np.ndarray] | None = None,
     ):
         self.mesh = mesh
         self.card = card
@@ -155,19 +155,22 @@ def build_dinov2_extractor(encoder: PretrainedDINOv2, mesh: parallel.Mesh) -> Fe
     return FeatureExtractor(function, encoder.params, mesh, card, resize_by_pillow)
 
 
-def resize_by_pillow(images: ImageBatch) -> ImageBatch:
-    """Resize images to `DGM_EVAL.size`, in RGB and bytes, as Pillow does by bicubic interpolation.
+def resize_by_pillow(
+    images: UInt8[np.ndarray, "b h w c"],
+) -> UInt8[np.ndarray, "b 224 224 3"]:
+    """Resize images to `DGM_EVAL.size`, in RGB and bytes, as Pillow does by bicubic interpolation:
+    antialiased, clipped and rounded.
 
-    Pillow antialiases, clips and rounds: first columns, then rows. A millisecond an image of 256
-    pixels to a side, while the devices compute.
+    It takes 1.6 ms of a CPU core for an image of 256 pixels to a side, while the devices compute.
     """
     side = DGM_EVAL.size
-    rgb = np.broadcast_to(images, (*images.shape[:3], 3))
-    resized = [
-        Image.fromarray(np.ascontiguousarray(x)).resize((side, side), Image.Resampling.BICUBIC)
-        for x in rgb
-    ]
-    return np.stack([np.asarray(x) for x in resized])
+
+    def resize(image: np.ndarray) -> np.ndarray:
+        rgb = Image.fromarray(np.ascontiguousarray(image))
+        return np.asarray(rgb.resize((side, side), Image.Resampling.BICUBIC))
+
+    with ThreadPoolExecutor() as pool:
+        return np.stack([*pool.map(resize, np.broadcast_to(images, (*images.shape[:3], 3)))])
 
 
 def build_pixel_extractor(mesh: parallel.Mesh) -> FeatureExtractor:

@@ -188,23 +188,20 @@ def infer_config(
             needs something that is not supported.
     """
     mlp = "swiglu" if "blocks.0.mlp.w12.weight" in tensors else "gelu"
-    down = LINEAR_OF_MLP[mlp]["mlp.down"]
-    needed = ("pos_embed", "patch_embed.proj.weight", f"blocks.0.{down}.weight")
-    n_axes = (3, 4, 2)
-    for name, n in zip(needed, n_axes):
-        if name not in tensors or tensors[name].ndim != n:
-            raise UserError(f"'{where}' is no DINOv2: it lacks {name} of {n} axes")
-    positions, patch, down = (tensors[name].shape for name in needed)
-    n_registers = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0
+    down_name = f"blocks.0.{LINEAR_OF_MLP[mlp]['mlp.down']}.weight"
+    for name, n_axes in (("pos_embed", 3), ("patch_embed.proj.weight", 4), (down_name, 2)):
+        if name not in tensors or tensors[name].ndim != n_axes:
+            raise UserError(f"'{where}' is no DINOv2: it lacks {name} of {n_axes} axes")
+    patch, registers = tensors["patch_embed.proj.weight"].shape, tensors.get("register_tokens")
     blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
     config = ViTConfig(
         width=patch[0],
         depth=len(blocks),
         n_heads=facts.get("num_attention_heads", patch[0] // HEAD_WIDTH),
-        hidden=down[1],
+        hidden=tensors[down_name].shape[1],
         patch=patch[2],
-        grid=math.isqrt(positions[1] - 1),
-        n_registers=n_registers,
+        grid=math.isqrt(max(tensors["pos_embed"].shape[1] - 1, 0)),
+        n_registers=0 if registers is None else registers.shape[1],
         mlp=mlp,
     )
     if config.n_heads < 1 or config.width % config.n_heads:

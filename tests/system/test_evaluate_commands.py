@@ -7,6 +7,7 @@ import nano  # noqa: F401  (its sizes)
 import numpy as np
 import pytest
 from commands import run
+from dinov2_cases import write_dinov2
 from evaluate_cases import (
     PIXELS,
     digits,  # noqa: F401
@@ -15,6 +16,7 @@ from evaluate_cases import (
 )
 
 import evaluate
+from evaluate import EvaluateConfig
 from train import Trainer
 from training.config import TrainConfig
 
@@ -73,6 +75,19 @@ def test_the_command_evaluates_a_run(trained, tmp_path, cache):
     flags = {"n": 30, "cfg_scale": (2.0,), "seed": 3, "batch_size": 16, "interval": (0.2, 1.0)}
     on_eight = evaluate_pixels(tmp_path / "y", run=trained, reference=real, **flags)
     assert on_eight["pixel_frechet"] == pytest.approx(record["pixel_frechet"], rel=1e-3)
+
+    # The run's samples in DINOv2's features, beside themselves.
+    write_dinov2(tmp_path / "dinov2")
+    of_dinov2 = {"features": "dinov2", "encoder": str(tmp_path / "dinov2"), "batch_size": 8}
+    evaluate.main(EvaluateConfig(npz=samples, make_reference=tmp_path / "own.npz", **of_dinov2))
+    words = ["--run", trained, "--reference", tmp_path / "own.npz", "--features", "dinov2"]
+    words += ["--encoder", tmp_path / "dinov2", "--n", 30, "--batch_size", 7, "--seed", 3]
+    words += ["--cfg_scale", 2, "--interval", "0.2", "1", "--out", tmp_path / "z"]
+    done = run("evaluate.py", *words, cache=cache)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "z").read_text())
+    assert found["fd_dinov2"] == pytest.approx(0, abs=1e-6)
+    assert found["dinov2_precision"] == found["dinov2_recall"] == 1
 
 
 @pytest.mark.slow

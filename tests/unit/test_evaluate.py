@@ -62,7 +62,11 @@ REFERENCE = Path("r.npz").absolute()
         ({"run": Path("a"), "samples": Path("nowhere/x.npz")}, "folder nowhere does not exist"),
         ({"run": Path("a"), "samples": Path("x.zip")}, "must end in .npz"),
         ({"run": Path("a")}, "FID needs Inception's weights: pass --inception"),
-        ({"run": Path("a"), "features": "pixels", "preparation": "adm"}, "takes neither"),
+        (
+            {"run": Path("a"), "features": "pixels", "preparation": "adm"},
+            "--preparation is for --features inception",
+        ),
+        ({"run": Path("a"), "encoder": "x"}, "--encoder is for --features dinov2"),
     ],
 )
 def test_flags_that_cannot_work_are_refused_before_anything_is_read(fields, message):
