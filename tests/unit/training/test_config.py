@@ -440,12 +440,13 @@ def test_layer_sync_takes_two_blocks(blocks):
 def test_alignment_takes_a_block_and_no_teacher():
     assert resolved(model="DiT-XL/2", align="dinov2-base").align_at == 8
     assert resolved(align="dinov2-base").align_until == 1
-    for message, flags in (
+    wrong: list[tuple[str, dict[str, Any]]] = [
         ("--align_at 7: the network has 6 blocks", {"align_at": 7}),
         (r"--align_until 1\.5: must be at most 1", {"align_until": 1.5}),
         (r"--align_at 3: on --route 1 -1 tokens are missing", {"align_at": 3, "route": (1, -1)}),
         ("mutually exclusive", {"teacher": "runs/a", "objective": "meanflow"}),
-    ):
+    ]
+    for message, flags in wrong:
         with pytest.raises(UserError, match=message):
             resolved(align="dinov2-base", **flags)
     with pytest.raises(UserError, match="cannot resume: there was no --align"):
