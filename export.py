@@ -40,7 +40,7 @@ EXPORTED_SETTINGS = (
 )
 # Flags that the card leaves out: they do not shape the weights, and some are paths of this machine.
 HIDDEN_FLAGS = {name for name, known in flags_of(TrainConfig).items() if known.may_change} - {
-    *("n_steps", "n_epochs", "accumulate_steps", "latents", "teacher", "decay_from"),
+    *("n_steps", "n_epochs", "accumulate_steps", "latents", "teacher", "align", "decay_from"),
 }
 
 

@@ -42,6 +42,12 @@ from networks.power_ema import gamma_of_std
 from runtime import cli, parallel, processes, run_folder
 from training import adapters, display, flops, mup, optim, warm_start
 from training import step as training_step
+from training.alignment import (
+    Alignment,
+    open_encoder,
+    require_same_encoder,
+    without_alignment,
+)
 from training.auxiliary import with_auxiliary
 from training.config import TrainConfig
 from training.loop import Loop, flags_as_json, initialize_jax
@@ -52,7 +58,7 @@ from training.profiling import profile
 from training.resolve import require_same_implementation, sampler_config
 from training.routing import with_routing
 from training.session import RunRecord
-from training.step import TrainState
+from training.step import PROJECTOR, TrainState
 from training.teacher import Teacher, open_teacher, taught_by
 
 __all__ = ["TrainConfig", "TrainState", "Trainer"]
@@ -89,6 +95,8 @@ class Trainer(Loop):
         self.keeps_snapshots = bool(self.config.ema_std)
         self.null_is_trained = prepared.null_is_trained
         self._open_devices()
+        reference = self.config.align
+        self.alignment = self._open_alignment(reference, prepared.saved) if reference else None
         self.base = self._open_base(prepared.weights, prepared.saved)
         keys = jax.random.split(jax.random.key(self.config.seed), 3)
         self.init_key, self.train_key, self.eval_key = keys
@@ -149,7 +157,34 @@ class Trainer(Loop):
         if self.given_flags and flag in self.given_flags:
             self.given_flags |= values
 
+    def _open_alignment(self, reference: str, saved: Mapping[str, Any]) -> Alignment:
+        """Open the encoder of `--align`, and record which it is."""
+        c, network = self.config, self.model_config
+        encoder = open_encoder(reference, network=network, space=self.space, mesh=self.mesh)
+        require_same_encoder(encoder, saved)
+        self.frozen = ({"frozen": encoder.weights},)
+        self._record("align", {"align": encoder.reference})
+        alignment = Alignment(
+            encoder,
+            network,
+            to_input=self.space.read,
+            block=c.align_at,
+            weight=c.align_weight,
+            end=max(1, round(c.align_until * c.n_steps)),
+        )
+        if processes.is_first():
+            print(f"--align: {encoder.reference}, until step {alignment.end}")
+        return alignment
+
     def make_optimizer(self, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+        c = self.config
+        return self._clipped_adamw(
+            schedule,
+            blocks=self.block_optimizer(schedule) if c.optimizer == "muon" else None,
+            factors=mup.step_factors(mup.adamw_factor, self.model_config, c.mup),
+        )
+
+    def _clipped_adamw(self, schedule: optax.Schedule, **rules: Any) -> Any:
         c = self.config
         return optim.clipped_adamw(
             schedule,
@@ -158,8 +193,7 @@ class Trainer(Loop):
             weight_decay=c.weight_decay,
             clip_norm=c.clip_norm,
             moments=c.moments,
-            blocks=self.block_optimizer(schedule) if c.optimizer == "muon" else None,
-            factors=mup.step_factors(mup.adamw_factor, self.model_config, c.mup),
+            **rules,
         )
 
     def block_optimizer(self, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
@@ -175,11 +209,17 @@ class Trainer(Loop):
 
     def initial_state(self) -> TrainState:
         params = mup.init_params(self.model_config, self.config.mup, self.init_key)
+        graphdef, parts, frozen = model_graphdef(self.model_config), {}, []
+        if self.alignment:
+            graphdef = self.alignment.graphdef
+            parts = {PROJECTOR: self.alignment.init_projector(self.init_key)}
+            frozen = [self.alignment.encoder.merge()]
+        elif self.teacher:
+            frozen = [self.teacher.merge()]
         loss = self.training_loss()
-        model = nnx.merge(model_graphdef(self.model_config), params)
-        teacher = [self.teacher.merge()] if self.teacher else []
+        model = nnx.merge(graphdef, params | parts)
         metrics = jax.eval_shape(
-            lambda b: loss(model, b, self.train_key, *teacher)[1], self.blank_batch()
+            lambda b: loss(model, b, self.train_key, *frozen)[1], self.blank_batch()
         )
         scaled = self.model_config.dtype == "float16"
         if lora := self.model_config.lora:
@@ -190,6 +230,8 @@ class Trainer(Loop):
             metrics,
             scaled=scaled,
             n_averages=len(self.config.ema_std),
+            projector=parts.get(PROJECTOR),
+            projector_optimizer=self._clipped_adamw(self.schedule),
         )
 
     def create_state(self, weights: warm_start.StartingWeights | None = None) -> TrainState:
@@ -238,10 +280,13 @@ class Trainer(Loop):
         """
         return partial(self.method.loss, label_dropout=label_dropout, to_input=self.space.read)
 
-    def training_loss(self) -> Loss:
+    def training_loss(self, *, is_aligned: bool = True) -> Loss:
         """The loss that a step descends: the method's, taught if there is a teacher, and the
-        auxiliary ones, of a network with a route if there is one. With a teacher it takes that
-        network too.
+        auxiliary ones, of a network with a route if there is one. With a teacher or an encoder it
+        takes that network too.
+
+        Args:
+            is_aligned: with the alignment, in a run that has one.
         """
         c = self.config
         loss = self.loss(label_dropout=c.label_dropout)
@@ -250,6 +295,7 @@ class Trainer(Loop):
             inner_weight=c.inner_weight if c.inner_head else 0.0,
             layer_sync=c.layer_sync,
             sync_weight=c.sync_weight,
+            alignment=self.alignment if is_aligned else None,
         )
         return with_routing(loss, self.routed_share)
 
@@ -260,21 +306,40 @@ class Trainer(Loop):
 
     @cached_property
     def update(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._compile_step(self.alignment)
+
+    @cached_property
+    def update_after_alignment(self) -> Any:
+        """The step of a run without `--align`, for the state of this one."""
+        return without_alignment(self._compile_step(None))
+
+    @property
+    def next_update(self) -> Any:
+        has_ended = self.alignment and self.step >= self.alignment.end
+        return self.update_after_alignment if has_ended else self.update
+
+    def _compile_step(self, alignment: Alignment | None) -> Any:
         c = self.config
+        graphdef, frozen_graphdef = model_graphdef(self.model_config), None
+        if alignment:
+            graphdef, frozen_graphdef = alignment.graphdef, alignment.encoder.graphdef
+        elif self.teacher:
+            frozen_graphdef = model_graphdef(self.teacher.network)
         step = partial(
             training_step.update,
             read_batch=self.read_batch(),
             value_and_grad=parallel.value_and_grad(
-                self.training_loss(),
-                model_graphdef(self.model_config),
+                self.training_loss(is_aligned=bool(alignment)),
+                graphdef,
                 self.mesh,
-                frozen_graphdef=model_graphdef(self.teacher.network) if self.teacher else None,
+                frozen_graphdef=frozen_graphdef,
                 accumulate_steps=c.accumulate_steps,
             ),
             optimizer=self.optimizer,
             ema_decay=c.ema_decay,
             log_every=c.log_every,
             power_gammas=[gamma_of_std(std) for std in c.ema_std],
+            projector_optimizer=self._clipped_adamw(self.schedule) if alignment else None,
         )
         return jax.jit(step, donate_argnums=0)
 
@@ -518,6 +583,7 @@ class Trainer(Loop):
                 "trainer": self.trainer_path(),
                 "text_revisions": self.conditioning.revisions,
                 "null_is_trained": self.null_is_trained,
+                "encoder": self.alignment.encoder.fingerprint if self.alignment else None,
                 **({"base_hash": self.base_hash} if self.model_config.lora else {}),
                 "yardstick": fid.card if fid else None,
             },

@@ -72,6 +72,8 @@ class Flag:
             raise UserError(f"--{name} {value}: must be between {low} and {high}")
         if low is not None and value < low:
             raise UserError(f"--{name} {value}: must be at least {low}")
+        if high is not None and value > high:
+            raise UserError(f"--{name} {value}: must be at most {high}")
         if self.choices is not None and value not in self.choices:
             raise unknown_name(name, value, self.choices)
 

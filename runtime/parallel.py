@@ -291,11 +291,17 @@ class GatheredOnCall(nnx.Module):
 
 
 def merge_sharded_model(graphdef: Any, params: Any, specs: Any) -> nnx.Module:
-    """`nnx.merge` of this device's shards, with every part of the model a `GatheredOnCall`."""
+    """`nnx.merge` of this device's shards, with every part of the model a `GatheredOnCall`. Weights
+    of its own, which belong to no part, are gathered at once.
+    """
     model = nnx.merge(graphdef, params)
     for name, weights in params.items():
         axes = sharded_axes(specs[name], jax.tree.map(lambda x: x.ndim, weights))
-        setattr(model, name, GatheredOnCall(getattr(model, name), axes))
+        part = getattr(model, name)
+        if isinstance(part, nnx.Variable):
+            setattr(model, name, nnx.Param(gather_params(weights, axes)))
+        else:
+            setattr(model, name, GatheredOnCall(part, axes))
     return model
 
 

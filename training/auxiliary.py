@@ -1,4 +1,5 @@
-"""Auxiliary losses, on states inside the network: of an inner head, and of two blocks' agreement.
+"""Auxiliary losses, on states inside the network: of an inner head, of two blocks' agreement, and
+of a block's with an encoder.
 
 They wrap the loss of any method. The run's `loss` stays the method's own; each auxiliary loss is a
 metric beside it. Evaluation has none of them.
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float
 from methods.method import Loss, Metrics
 from runtime.errors import UserError
 from runtime.flags import setting
+from training.alignment import ALIGN_LOSS, Alignment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,12 @@ def check_layer_sync(blocks: Sequence[int], depth: int) -> None:
 
 
 def with_auxiliary(
-    loss: Loss, *, inner_weight: float, layer_sync: Sequence[int], sync_weight: float
+    loss: Loss,
+    *,
+    inner_weight: float,
+    layer_sync: Sequence[int],
+    sync_weight: float,
+    alignment: Alignment | None = None,
 ) -> Loss:
     """Add auxiliary losses to a method's loss; without any it is returned as it is.
 
@@ -54,25 +61,34 @@ def with_auxiliary(
         layer_sync: two numbers of blocks a < b: −λ · cos(h_a, h_b) is added, a mean over tokens,
             whose gradient reaches h_a alone (Haghighi et al. 2025, LayerSync).
         sync_weight: its λ.
+        alignment: of the tokens after a block, by the network's projector, with features of an
+            encoder: −λ · cos(projector(h), features) is added, a mean over tokens (Yu et al. 2024,
+            REPA). The loss then takes the encoder's network as its fourth argument.
     """
     has_sync = bool(layer_sync) and sync_weight > 0
-    if not inner_weight and not has_sync:
+    if not inner_weight and not has_sync and not alignment:
         return loss
-    taps = tuple(layer_sync) if has_sync else ()
+    taps = {*(layer_sync if has_sync else ()), *([alignment.block] if alignment else ())}
 
     def total(model: Any, batch: Any, key: Any, *frozen: Any) -> tuple[Float[Array, ""], Metrics]:
-        forward = SharedForward(model, taps=taps, inner=inner_weight > 0)
-        value, metrics = loss(forward, batch, key, *frozen)
+        forward = SharedForward(model, taps=sorted(taps), inner=inner_weight > 0)
+        of_method = () if alignment else frozen
+        value, metrics = loss(forward, batch, key, *of_method)
         sum_of_all, metrics = value, metrics | {"loss": value}
         if inner_weight:
-            inner_loss, _ = loss(forward.inner, batch, key, *frozen)
+            inner_loss, _ = loss(forward.inner, batch, key, *of_method)
             sum_of_all += inner_weight * inner_loss
             metrics["inner_loss"] = inner_loss
         if has_sync:
-            early, late = forward.states
+            early, late = (forward.states[block] for block in layer_sync)
             similarity = mean_cosine(early, jax.lax.stop_gradient(late))
             sum_of_all -= sync_weight * similarity
             metrics["layer_similarity"] = similarity
+        if alignment:
+            projected = model.projector(forward.states[alignment.block])
+            align_loss = -mean_cosine(projected, alignment.targets(batch, key, *frozen))
+            sum_of_all += alignment.weight * align_loss
+            metrics[ALIGN_LOSS] = align_loss
         return sum_of_all, metrics
 
     return total
@@ -92,17 +108,19 @@ class SharedForward:
         self.has_inner = inner
         self.is_called = False
         self.inner = InnerHead(model.config)
-        self.states: tuple[Float[Array, "b n d"], ...] = ()
+        self.states: dict[int, Float[Array, "b n d"]] = {}  # by their number of blocks
 
     def __call__(self, x: Any, t: Any, label: Any, **options: Any) -> Float[Array, "b h w o"]:
         if self.is_called:
             raise UserError(
-                "--inner_head and --layer_sync need a method whose loss calls the network once"
+                "--inner_head, --layer_sync and --align need a method whose loss calls the network "
+                "once"
             )
         self.is_called = True
         output = self.model(x, t, label, taps=self.taps, inner=self.has_inner, **options)
         if self.taps:
-            output, self.states = output
+            output, states = output
+            self.states = dict(zip(self.taps, states, strict=True))
         if not self.has_inner:
             return output
         self.inner.prediction = output.inner

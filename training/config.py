@@ -16,6 +16,7 @@ from model import MODELS
 from runtime.cli import FreeText
 from runtime.flags import Derived, again, flag, setting
 from runtime.run_folder import TRAIN_COMMAND
+from training.alignment import AlignFlags
 from training.auxiliary import AuxiliaryFlags
 from training.flag_groups import (
     BY_DATASET,
@@ -295,6 +296,7 @@ class TrainConfig(
     MeanFlowFlags,
     DDPMFlags,
     AuxiliaryFlags,
+    AlignFlags,
     RouteFlags,
     LoraFlags,
     TeacherFlags,

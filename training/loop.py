@@ -235,10 +235,15 @@ class Loop(Run):
         """Create the state before the first step on all devices."""
         return parallel.create_sharded(self.initial_state, self.mesh)
 
+    @property
+    def next_update(self) -> Callable[..., tuple[TrainState, StepReport]]:
+        """The compiled step for this one, if not all steps of a run are of one program."""
+        return self.update
+
     def train_step(self, batch: Any) -> StepReport:
         """Dispatch one update with one item of `batches`. The report is still being computed."""
         batch = parallel.shard_batch(batch, self.mesh)
-        self.state, report = self.update(self.state, batch, self.train_key, *self.frozen)
+        self.state, report = self.next_update(self.state, batch, self.train_key, *self.frozen)
         self.step += 1
         self.position += 1
         return report

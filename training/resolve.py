@@ -24,6 +24,7 @@ from model import BLOCKS, JOINT, MODELS, ModelConfig, model_config
 from runtime.errors import UserError
 from runtime.flags import check_values, defaults_of, flags_of, paths_of, reject_unused
 from training import wandb_sink
+from training.alignment import DEFAULT_DEPTH, check_alignment
 from training.auxiliary import check_layer_sync
 from training.conditionings import RUN_CONDITIONINGS, ByCaption
 from training.config import BY_PRESET, PRECISIONS, TrainConfig
@@ -35,6 +36,7 @@ from training.teacher import absolute_reference, with_step_of
 
 CONSTANT_TO_WSD = ("schedule", "constant", "wsd")  # they are the same until wsd decays
 INNER_HEAD_DEPTH = 0.3  # of the blocks
+FROZEN = {"teacher", "align"}  # flags of a second network, which may be a run that moves
 MIN_RATIO_OF_STDS = 1.1  # of averages
 MIN_DEPTH_FOR_REMAT = 24  # of L, XL and H
 AnyConfig = TypeVar("AnyConfig")  # TrainConfig, or the config of another command that trains
@@ -48,9 +50,8 @@ def given_flags(config: Any) -> dict[str, Any]:
     """
     values = {name: getattr(config, name) for name in flags_of(config)}
     given = {name: value for name, value in values.items() if value is not None}
-    for name in ("init_from", "teacher"):
-        if reference := given.get(name):
-            given[name] = absolute_reference(reference)
+    for name in {"init_from", *FROZEN} & given.keys():
+        given[name] = absolute_reference(given[name])
     if encoders := given.get("text_towers"):
         folders = [Path(encoder).expanduser() for encoder in encoders]
         given["text_towers"] = tuple(
@@ -97,9 +98,8 @@ def merge_saved(config: AnyConfig, saved: dict[str, Any]) -> AnyConfig:
     saved = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
     if given.get("inner_head") is True and saved.get("inner_head"):
         given["inner_head"] = saved["inner_head"]  # the number that it stood for
-    for name in ("init_from", "teacher"):
-        if given.get(name) and saved.get(name):
-            given[name] = with_step_of(given[name], saved[name])
+    for name in {"init_from", *FROZEN} & given.keys():
+        given[name] = with_step_of(given[name], saved.get(name) or "")
     if "decay_from" not in given and {"n_steps", "n_epochs"} & given.keys():
         saved = saved | {"decay_from": None}  # it was of the other length
     changed = [
@@ -110,8 +110,7 @@ def merge_saved(config: AnyConfig, saved: dict[str, Any]) -> AnyConfig:
         and not (name == "init_from" and saved.get("lora_rank"))
         and _canonical(name, saved.get(name)) != _canonical(name, value)
     ]
-    if given.get("teacher") and not saved.get("teacher"):
-        changed.append("there was no teacher")
+    changed += [f"there was no --{name}" for name in FROZEN & given.keys() if not saved.get(name)]
     if changed:
         raise UserError(f"cannot resume: {'; '.join(changed)}")
     # A flag that is newer than the run is not in its config.json.
@@ -337,6 +336,7 @@ def derived_defaults(values: dict[str, Any], fast_bf16: bool) -> dict[str, Any]:
     by_preset = [name for name, flag in flags_of(TrainConfig).items() if flag.default is BY_PRESET]
     return {
         **{name: preset.get(name, getattr(ModelConfig, name, None)) for name in by_preset},
+        "align_at": max(1, round(DEFAULT_DEPTH * preset.get("depth", 0))),
         "remat": preset.get("depth", 0) >= MIN_DEPTH_FOR_REMAT,
         "half_precision": fast_bf16,
         **defaults_of_method(find_method(values["objective"])),
@@ -395,6 +395,8 @@ def _validate_model_and_sampling(config: TrainConfig) -> None:
     check_layer_sync(config.layer_sync, preset["depth"])
     check_mup(config.mup, width=preset["width"], n_heads=preset["n_heads"])
     check_lora(config)
+    if config.align:
+        check_alignment(config.align_at, depth=preset["depth"], is_taught=bool(config.teacher))
     if config.route:
         _validate_route(config, method)
     is_joint = preset.get("block") == JOINT
@@ -420,7 +422,11 @@ def _validate_route(config: TrainConfig, method: Method) -> None:
         config.route_share,
         depth=MODELS[config.model]["depth"],
         grid=(side, side),
-        taps={"inner_head": (config.inner_head,), "layer_sync": config.layer_sync},
+        taps={
+            "inner_head": (config.inner_head,),
+            "layer_sync": config.layer_sync,
+            "align_at": (config.align_at,) if config.align else (),
+        },
     )
 
 

@@ -89,6 +89,11 @@ class RoutedNetwork:
     def __call__(self, x: Any, t: Any, label: Any, **options: Any) -> Any:
         return self.model(x, t, label, token_ids=self.token_ids, **options)
 
+    @property
+    def projector(self) -> Any:
+        """The network's projector, of a run that is aligned."""
+        return self.model.projector
+
     def frozen(self) -> Any:
         """Return the network's copy without gradient, which computes all tokens."""
         return self.model.frozen()

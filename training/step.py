@@ -18,6 +18,20 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from networks import power_ema
 from training import optim
 
+PROJECTOR = "projector"  # its name among the weights that a step trains
+
+
+class ProjectorState(NamedTuple):
+    """A part of the network that only training has.
+
+    Args:
+        weights: its own; it has no average.
+        opt_state: of an optimizer of its own, so that its gradient does not clip the network's.
+    """
+
+    weights: Any
+    opt_state: Any
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -36,6 +50,7 @@ class TrainState:
         window: sums of the metrics over the steps since the last logged line.
         power_ema: averages of the weights by power functions, from which others are made after
             training; empty without `--ema_std`.
+        projector: empty without `--align`.
     """
 
     step: Array
@@ -48,6 +63,7 @@ class TrainState:
     loss_scale: optim.LossScale | tuple[()]
     window: dict[str, Array]
     power_ema: tuple[Any, ...] = ()
+    projector: ProjectorState | tuple[()] = ()
 
     @property
     def n_updates(self) -> Array:
@@ -85,6 +101,7 @@ def update(
     ema_decay: float,
     log_every: int,
     power_gammas: Sequence[float] = (),
+    projector_optimizer: optax.GradientTransformationExtraArgs | None = None,
 ) -> tuple[TrainState, StepReport]:
     """One step: gradients, the optimizer, EMA.
 
@@ -98,14 +115,22 @@ def update(
             gradients)`.
         log_every: steps after which the window of metrics starts anew.
         power_gammas: exponents of the averages `power_ema`.
+        projector_optimizer: trains the projector too, which `value_and_grad` then finds among the
+            weights.
     """
     s = state
     step_key = jax.random.fold_in(key, s.position)
     batch = read_batch(batch, s.position)
     scale = s.loss_scale[0] if s.loss_scale else None
-    (loss, metrics), grads = value_and_grad(s.params, batch, step_key, scale, **(frozen or {}))
+    projector = s.projector if projector_optimizer else ()
+    weights = s.params | {PROJECTOR: projector.weights} if projector else s.params
+    (loss, metrics), grads = value_and_grad(weights, batch, step_key, scale, **(frozen or {}))
+    projector_grads = grads.pop(PROJECTOR) if projector else {}
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    if projector and projector_optimizer:
+        finite &= jnp.isfinite(optax.tree.norm(projector_grads))
+        projector = update_projector(projector, projector_grads, projector_optimizer, finite)
     updates, opt_state = optimizer.update(grads, s.opt_state, s.params, finite=finite)
     params = optax.apply_updates(s.params, updates)
     ema = optim.update_ema(s.ema, params, optim.ema_decay_at(s.step, ema_decay))
@@ -130,6 +155,7 @@ def update(
         loss_scale=optim.next_loss_scale(s.loss_scale, finite) if s.loss_scale else (),
         window=window,
         power_ema=_where(finite, averages, s.power_ema),
+        projector=projector,
     )
     report = StepReport(
         bad_steps=new.bad_steps,
@@ -140,6 +166,17 @@ def update(
         loss_scale=scale,
     )
     return new, report
+
+
+def update_projector(
+    state: ProjectorState,
+    grads: Any,
+    optimizer: optax.GradientTransformationExtraArgs,
+    finite: Bool[Array, ""],
+) -> ProjectorState:
+    """Update the projector, unless a gradient is not finite."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.weights, finite=finite)
+    return ProjectorState(optax.apply_updates(state.weights, updates), opt_state)
 
 
 def _where(condition: Bool[Array, ""], new: Any, old: Any) -> Any:
@@ -172,6 +209,8 @@ def initial_state(
     *,
     scaled: bool = False,
     n_averages: int = 0,
+    projector: Any = None,
+    projector_optimizer: optax.GradientTransformationExtraArgs | None = None,
 ) -> TrainState:
     """The state before the first step.
 
@@ -179,6 +218,7 @@ def initial_state(
         metrics: shapes of the metrics that the loss returns.
         scaled: whether the loss is scaled, for float16.
         n_averages: number of trees in `power_ema`.
+        projector: weights of the projector, which `projector_optimizer` trains.
     """
     window = {name: jnp.zeros(metric.shape) for name, metric in metrics.items()}
     window |= {name: jnp.zeros(()) for name in ("loss", "grad_norm", "steps")}
@@ -194,6 +234,11 @@ def initial_state(
         loss_scale=optim.initial_loss_scale() if scaled else (),
         window=window,
         power_ema=copies(params, n_averages),
+        projector=(
+            ProjectorState(projector, projector_optimizer.init(projector))
+            if projector and projector_optimizer
+            else ()
+        ),
     )
 
 
@@ -208,6 +253,8 @@ def as_items(state: TrainState) -> dict[str, Any]:
     parts = {name: rest.pop(name) for name in ("params", "ema", "power_ema")}
     if not parts["power_ema"]:  # nothing to write
         del parts["power_ema"]
+    if not rest["projector"]:
+        del rest["projector"]
     return parts | {"optimizer": rest}
 
 

@@ -97,10 +97,10 @@ def absolute_reference(reference: str) -> str:
 
 
 def with_step_of(reference: str, recorded: str) -> str:
-    """Return a reference with the step of the recorded one, unless it names another."""
+    """Return a run's reference with the step of the recorded one, unless it names another."""
     _, step = split_reference(reference)
     _, recorded_step = split_reference(recorded)
-    if step is None and recorded_step is not None:
+    if step is None and recorded_step is not None and Path(reference).is_absolute():
         return f"{reference}@{recorded_step}"
     return reference
 

@@ -92,7 +92,7 @@ def test_every_flag_is_filled_in():
     may_be_none |= {"run_dir", "peak_tflops", "caption_column", "caption", "caption_cache"}
     may_be_none |= {"latents", "vae", "learned_sigma", "min_snr_gamma"}
     may_be_none |= {"equal_share", "target_scale", "target_mix", "target_interval"}
-    may_be_none |= {"adaptive_power", "tangent", "teacher", "teacher_scale"}
+    may_be_none |= {"adaptive_power", "tangent", "teacher", "teacher_scale", "align"}
     may_be_none |= {"fid_reference", "inception", "init_from"}
     may_be_none |= {"wandb_project", "train_split", "eval_split", "keep_every", "decay_from"}
     may_be_none |= {"text_length", "coordinator", "n_processes", "process_index"}
@@ -439,6 +439,22 @@ def test_layer_sync_takes_two_blocks(blocks):
         resolved(layer_sync=blocks)
 
 
+def test_alignment_takes_a_block_and_no_teacher():
+    assert resolved(model="DiT-XL/2", align="dinov2-base").align_at == 8
+    assert resolved(align="dinov2-base").align_until == 1
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("--align_at 7: the network has 6 blocks", {"align_at": 7}),
+        (r"--align_until 1\.5: must be at most 1", {"align_until": 1.5}),
+        (r"--align_at 3: on --route 1 -1 tokens are missing", {"align_at": 3, "route": (1, -1)}),
+        ("mutually exclusive", {"teacher": "runs/a", "objective": "meanflow"}),
+    ]
+    for message, flags in wrong:
+        with pytest.raises(UserError, match=message):
+            resolved(align="dinov2-base", **flags)
+    with pytest.raises(UserError, match="cannot resume: there was no --align"):
+        resumed(saved(), align="dinov2-base")
+
+
 @pytest.mark.parametrize(
     "stds, message",
     [
@@ -509,6 +525,7 @@ def test_a_flag_of_the_other_objective_is_rejected(objective, name, value):
         ("t_min", 0.1, "--t_min is for --prediction x0"),
         ("inner_weight", 0.4, "--inner_weight is for --inner_head"),
         ("sync_weight", 0.4, "--sync_weight is for --layer_sync"),
+        ("align_until", 0.4, "--align_until is for --align"),
         ("snapshot_every", 5, "--snapshot_every is for --ema_std"),
         ("vae", "us/vae", "--vae is for --latents"),
         ("shuffle_buffer", 9, "--shuffle_buffer is for --streaming"),
