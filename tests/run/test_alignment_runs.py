@@ -152,6 +152,6 @@ def test_a_dinov2_is_sharded_as_the_network_is(tmp_path):
         assert -1 <= float(report.window["align_loss"]) <= 1
         assert isinstance(trainer.state.projector, ProjectorState)
         weights[fsdp] = parts((trainer.state.params, trainer.state.projector.weights))
-    assert trainer.frozen[0]["positions"].sharding.is_fully_replicated is False
+    assert trainer.frozen[0]["frozen"]["positions"].sharding.is_fully_replicated is False
     for a, b in zip(*map(jax.tree.leaves, weights.values()), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(a).max())
