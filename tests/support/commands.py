@@ -25,10 +25,10 @@ CONVERT = "convert_imagenet.py"
 DIGITS_AT_16 = ["--dataset_name", "digits", "--image_size", "16", "--rows_per_file", "500"]
 DIGITS_AT_16 += ["--n_workers", "0"]
 
-# What a command's imports do not read: a test's name, and what scikit-learn, PyTorch and diffusers
-# set in the process of the tests when these import them.
+# What a command's imports do not read: a test's name, and what scikit-learn, PyTorch, diffusers and
+# tensorboardX set in the process of the tests when these import them.
 UNREAD = {"PYTEST_CURRENT_TEST", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
-UNREAD |= {"TORCHINDUCTOR_CACHE_DIR"}
+UNREAD |= {"TORCHINDUCTOR_CACHE_DIR", "CRC32C_SW_MODE"}
 
 _server: "ForkServer | None" = None
 
