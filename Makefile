@@ -23,8 +23,8 @@ train: .venv/installed
 
 CORES = $(shell getconf _NPROCESSORS_ONLN)
 PYTEST = $(BIN)/python -m pytest --dist worksteal
-# One worker more than cores: many proofs wait, for a kill, a lost process or a browser.
-WAITING = $(shell echo $$(( $(CORES) < 4 ? $(CORES) + 1 : 4 )))
+# Two workers more than cores: many proofs wait, for a kill, a lost process or a browser.
+WAITING = $(shell echo $$(( $(CORES) < 2 ? $(CORES) + 2 : 4 )))
 test: .venv/installed-dev
 	$(PYTEST) -n auto --maxprocesses 4 tests/unit tests/system/test_golden_path.py $(ARGS)
 

@@ -7,6 +7,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 # Before jax is imported. Tests mostly compile: unoptimised programs compile three times faster, and
 # XLA's older emitters of fusions more than twice as fast again. An unknown flag would end XLA.
@@ -45,7 +46,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 
 
-UNIT = Path(__file__).parent / "unit"
+UNIT, RUN = (Path(__file__).parent / name for name in ("unit", "run"))
 UNIT_SECONDS = 6  # of one unit test
 UNIT_BUDGET = 400  # seconds of all unit tests together
 
@@ -134,10 +135,22 @@ def memory_given_back():
     give_memory_back()
 
 
-@pytest.fixture
-def room():
-    """For a process that needs most of a machine of 24 GB."""
-    give_memory_back()
+@pytest.fixture(scope="module", autouse=True)
+def curves_are_not_plotted(request):
+    """In tests/run a plot of each run would take a second. Those of commands are real."""
+    with pytest.MonkeyPatch.context() as patch:
+        if RUN in request.path.parents:
+            from training import session
+
+            stand_in = SimpleNamespace(CURVES_FILE=session.curves.CURVES_FILE, save_curves=leave)
+            patch.setattr(session, "curves", stand_in)
+        yield
+
+
+def leave(_, path):
+    """Leave an empty file."""
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
 
 
 @pytest.fixture(autouse=True)

@@ -81,8 +81,7 @@ def test_what_does_not_fit_is_refused_by_name(run, tmp_path):
         ({"label_column": ""}, "its number of classes is 0, and of .* 10"),
     ):
         other = tmp_path / next(iter(flags))
-        config = replace(TINY, n_steps=2, run_dir=other, **flags)
-        Trainer(config).fit()
+        Trainer(replace(TINY, run_dir=other, **flags)).save()
         with pytest.raises(UserError, match=f"--guide {other}: {message}"):
             plan_with_guide(trained, SamplingOverrides(guide=str(other)))
     with pytest.raises(UserError, match=r"--guide_scale 2 needs a weak model: --guide RUN"):

@@ -14,7 +14,7 @@ import pytest
 from data.batch import Batch
 from methods.rectified_flow import RectifiedFlow
 
-DIM, WIDTH, BATCH, STEPS = 512, 256, 256, 800
+DIM, WIDTH, BATCH, STEPS = 128, 64, 256, 200
 PLANE = np.linalg.qr(np.random.default_rng(0).normal(size=(DIM, 2)))[0].astype(np.float32)
 
 

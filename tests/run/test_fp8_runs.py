@@ -1,8 +1,10 @@
-"""A run with products in eight bits learns, resumes bit for bit and does not depend on devices."""
+"""A run in eight bits, moments in bfloat16, resumes bit for bit and does not depend on devices."""
 
 from dataclasses import replace
 
+import jax
 import numpy as np
+import optax
 import pytest
 from train_cases import TINY, assert_same
 
@@ -10,7 +12,7 @@ from runtime.errors import UserError
 from train import Trainer
 from training.config import TrainConfig
 
-FP8 = replace(TINY, half_precision="fp8", n_steps=6, eval_save_steps=3, log_every=1)
+FP8 = replace(TINY, half_precision="fp8", moments="bf16", n_steps=6, eval_save_steps=3, log_every=1)
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +27,13 @@ def test_it_resumes_bit_for_bit_in_the_precision_it_began_with(whole, tmp_path, 
     half = Trainer(replace(FP8, run_dir=tmp_path / "run"))
     half.fit(3)
     assert "in fp8" in (out := capsys.readouterr().out) and "no units for fp8" in out
-    with pytest.raises(UserError, match="half_precision was fp8, not bf16"):
-        Trainer(TrainConfig(run_dir=tmp_path / "run", resume=True, half_precision="bf16"))
+    resume = TrainConfig(run_dir=tmp_path / "run", resume=True)
+    for name, value, was in (("half_precision", "bf16", "fp8"), ("moments", "fp32", "bf16")):
+        with pytest.raises(UserError, match=f"{name} was {was}, not {value}"):
+            Trainer(replace(resume, **{name: value}))
     resumed = Trainer.from_run(tmp_path / "run")
+    moments = optax.tree.get(resumed.state.opt_state, "nu")
+    assert {x.dtype.name for x in jax.tree.leaves(moments)} == {"bfloat16"}
     assert resumed.model_config.fp8 and resumed.model_config.dtype == "bfloat16"
     resumed.fit()
     assert_same(resumed.state, whole.state)

@@ -1,5 +1,7 @@
 """The networks are the papers': sizes, zero start, and every condition is used."""
 
+from functools import cache, partial
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,13 +11,12 @@ from model_cases import (
     BLOCK_VARIANTS,
     TEXT_VARIANTS,
     VARIANTS,
-    build_with_params,
     caption,
     key,
     label,
     labels_for,
+    random_weights,
     t,
-    with_random_weights,
     x,
 )
 
@@ -23,7 +24,21 @@ from data.batch import EncodedCaption
 from model import (
     JOINT,
     init_model_params,
+    model_graphdef,
 )
+
+
+@cache
+def program(config):
+    """The network as one function of its weights and inputs, compiled once for all tests."""
+    graphdef = model_graphdef(config)
+    return jax.jit(lambda params, *inputs: nnx.merge(graphdef, params)(*inputs))
+
+
+@cache
+def initial(config):
+    """The weights that training starts with."""
+    return jax.jit(lambda: init_model_params(config, key))()
 
 
 @pytest.mark.slow
@@ -32,10 +47,9 @@ def test_every_weight_of_every_design_has_a_gradient():
     ignore the pooled vector.
     """
     for name, config in (BLOCK_VARIANTS | TEXT_VARIANTS).items():
-        params = nnx.to_pure_dict(nnx.split(with_random_weights(config))[1])
-        grads = jax.grad(lambda p, c=config: build_with_params(c, p)(x, t, labels_for(c)).std())(
-            params
-        )
+        inputs = x, t, labels_for(config)
+        gradient = jax.jit(jax.grad(lambda p, c=config, i=inputs: program(c)(p, *i).std()))
+        grads = gradient(random_weights(config))
         paths = jax.tree_util.tree_leaves_with_path(grads)
         dead = {f"{path[0].key}.{path[1].key}" for path, g in paths if not jnp.abs(g).max() > 0}
         unread = {"adaln": "label.tokens", "cross": "label.pooled", "in_co": "label.pooled"}
@@ -61,13 +75,13 @@ each_variant = pytest.mark.parametrize(
 
 @each_variant
 def test_the_untrained_model_is_zero(config):
-    assert (build_with_params(config)(x, t, labels_for(config)) == 0).all()
+    assert (program(config)(initial(config), x, t, labels_for(config)) == 0).all()
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 def test_every_input_matters_and_rows_do_not_mix(config):
-    model, labels = with_random_weights(config), labels_for(config)
-    y = model(x, t, labels)
+    predict, labels = partial(program(config), random_weights(config)), labels_for(config)
+    y = predict(x, t, labels)
     assert y.dtype == jnp.float32
     others = [
         (x.at[0].add(1), t, labels),
@@ -75,7 +89,7 @@ def test_every_input_matters_and_rows_do_not_mix(config):
         (x, t, changed(labels)[0]),
     ]
     for other in others:
-        moved = model(*other)
+        moved = predict(*other)
         assert jnp.abs(moved - y)[0].max() > 1e-3
         assert (moved[1:] == y[1:]).all()
 
@@ -83,7 +97,7 @@ def test_every_input_matters_and_rows_do_not_mix(config):
 @each_variant
 def test_one_step_of_training_makes_the_condition_matter(config):
     """Every design starts independent of t and label; a few updates must change that."""
-    params, target = init_model_params(config, key), jax.random.normal(jax.random.key(2), x.shape)
+    params, target = initial(config), jax.random.normal(jax.random.key(2), x.shape)
     tx = optax.adam(1e-2)
     opt, labels = tx.init(params), labels_for(config)
 
@@ -91,7 +105,7 @@ def test_one_step_of_training_makes_the_condition_matter(config):
     def step(params, opt):
         grads = jax.grad(
             lambda p: jnp.square(
-                build_with_params(config, p)(x, t, labels) - target * t.reshape(-1, 1, 1, 1)
+                program(config)(p, x, t, labels) - target * t.reshape(-1, 1, 1, 1)
             ).mean()
         )(params)
         updates, opt = tx.update(grads, opt)
@@ -99,16 +113,17 @@ def test_one_step_of_training_makes_the_condition_matter(config):
 
     for _ in range(3):
         params, opt = step(params, opt)
-    model = build_with_params(config, params)
-    y = model(x, t, labels)
-    assert jnp.abs(y - model(x, t, changed(labels)[1])).max() > 1e-5
-    assert jnp.abs(y - model(x, t[::-1], labels)).max() > 1e-5
+    predict = partial(program(config), params)
+    y = predict(x, t, labels)
+    assert jnp.abs(y - predict(x, t, changed(labels)[1])).max() > 1e-5
+    assert jnp.abs(y - predict(x, t[::-1], labels)).max() > 1e-5
 
 
 @pytest.mark.parametrize("name", ["cross_attention", "in_context", "joint"])
 def test_every_token_of_a_caption_matters(name):
-    model = with_random_weights(TEXT_VARIANTS[f"{name}, captions"])
-    y = model(x, t, caption)
+    config = TEXT_VARIANTS[f"{name}, captions"]
+    predict = partial(program(config), random_weights(config))
+    y = predict(x, t, caption)
     for i in range(6):
-        moved = model(x, t, caption._replace(tokens=caption.tokens.at[0, i].multiply(-1)))
+        moved = predict(x, t, caption._replace(tokens=caption.tokens.at[0, i].multiply(-1)))
         assert jnp.abs(moved - y)[0].max() > 1e-4

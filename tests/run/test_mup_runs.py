@@ -1,6 +1,4 @@
-"""A rate that holds at another width: activations change alike, on any number of devices, and a run
-keeps its base width.
-"""
+"""A rate that holds at another width: activations change alike, on any number of devices."""
 
 from dataclasses import replace
 from functools import partial
@@ -17,7 +15,6 @@ from train_cases import TINY, assert_same
 
 from model import model_graphdef
 from runtime import parallel
-from runtime.errors import UserError
 from train import Trainer
 from training import mup, optim
 from training.muon import muon
@@ -99,18 +96,3 @@ def test_a_run_at_the_base_width_is_one_without_the_flag():
         for batch in trainer.batches(0, 2):
             trainer.train_step(batch)
     assert_same(own.state, plain.state)
-
-
-def test_a_run_keeps_its_base_width(tmp_path):
-    scaled = replace(TINY, mup=16, n_steps=4, eval_save_steps=2)
-    whole = Trainer(replace(scaled, run_dir=tmp_path / "whole"))
-    whole.fit()
-    Trainer(replace(scaled, run_dir=tmp_path / "run")).fit(2)
-    resumed = Trainer.from_run(tmp_path / "run")
-    assert resumed.config.mup == 16
-    resumed.fit()
-    assert_same(resumed.state, whole.state)
-    with pytest.raises(UserError, match="mup was 16, not 0"):
-        Trainer(replace(scaled, mup=0, resume=True, run_dir=tmp_path / "run"))
-    started = Trainer(replace(TINY, mup=16, init_from=str(tmp_path / "run")))
-    assert_same(started.state.params, resumed.state.ema)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import nano  # noqa: F401  (its sizes)
 import optax
 import pytest
 from flax import nnx
@@ -27,7 +28,7 @@ def test_a_method_trains_samples_resumes_and_is_refused_where_it_is_not_known(
     monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
     made = run_recipe("A method", rectified_flow, registry, optax=optax)
     config = TrainConfig(
-        model="DiT-Ti/4", batch_size=64, n_eval_batches=1, n_steps=2, half_precision=False
+        model="DiT-Nano/4", batch_size=64, n_eval_batches=1, n_steps=2, half_precision=False
     )
     robust = Trainer(replace(config, objective="robust", run_dir=tmp_path / "run"))
     small, large = (trainer.evaluate()["eval_loss"] for trainer in (robust, Trainer(config)))

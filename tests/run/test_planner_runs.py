@@ -153,7 +153,7 @@ def n_instructions(text):
 @pytest.mark.slow
 def test_compiling_28_blocks_takes_no_longer_than_6(tmp_path):
     """The program is the same but for its shapes. Seconds of processors, which what else the
-    machine does leaves alone; the best of two, in turn.
+    machine does leaves alone; the best of two, in turn, where the first are not enough.
     """
     seconds, sizes = {6: [], 28: []}, {}
     for i in range(2):
@@ -164,6 +164,8 @@ def test_compiling_28_blocks_takes_no_longer_than_6(tmp_path):
             compiled = lowered.compile()
             times.append(time.process_time() - start)
             sizes[depth] = n_instructions(compiled.as_text())
+        if min(seconds[28]) <= 1.3 * min(seconds[6]):
+            break
     assert sizes[28] == pytest.approx(sizes[6], rel=0.01)
     assert min(seconds[28]) <= 1.3 * min(seconds[6])
 

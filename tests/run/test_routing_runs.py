@@ -140,9 +140,8 @@ def test_its_steps_report_what_one_device_and_microbatches_report(fields, monkey
     expected = steps(config, MESHES["1 device"], n=3, loss=with_routing(inner, 0.5))["reports"]
     plain = steps(config, MESHES["1 device"], n=1, loss=inner)["reports"]
     assert abs(plain["loss"][0] - expected["loss"][0]) > 1e-4
-    for name in ("DDP 8", "hybrid 2x4"):
-        reports = steps(config, MESHES[name], n=3, loss=with_routing(inner, 0.5))["reports"]
-        assert_same_reports(reports, expected)
+    reports = steps(config, MESHES["hybrid 2x4"], n=3, loss=with_routing(inner, 0.5))["reports"]
+    assert_same_reports(reports, expected)
     halves = partial(parallel.value_and_grad, accumulate_steps=2)
     monkeypatch.setattr(parallel, "value_and_grad", halves)
     reports = steps(config, MESHES["DDP 8"], n=1, loss=with_routing(inner, 0.5))["reports"]

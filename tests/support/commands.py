@@ -25,6 +25,11 @@ CONVERT = "convert_imagenet.py"
 DIGITS_AT_16 = ["--dataset_name", "digits", "--image_size", "16", "--rows_per_file", "500"]
 DIGITS_AT_16 += ["--n_workers", "0"]
 
+# What a command's imports do not read: a test's name, and what scikit-learn, PyTorch, diffusers and
+# tensorboardX set in the process of the tests when these import them.
+UNREAD = {"PYTEST_CURRENT_TEST", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
+UNREAD |= {"TORCHINDUCTOR_CACHE_DIR", "CRC32C_SW_MODE"}
+
 _server: "ForkServer | None" = None
 
 
@@ -105,7 +110,7 @@ class ForkServer:
         """Return True if the command's imports would read the environment that the server's read.
         A benchmark is no such command: it measures its process.
         """
-        names = {*environment, *self.environment} - {"XLA_FLAGS", "PYTEST_CURRENT_TEST"}
+        names = {*environment, *self.environment} - {"XLA_FLAGS"} - UNREAD
         is_same = all(environment.get(name) == self.environment.get(name) for name in names)
         return is_same and words[0].endswith(".py") and not words[0].startswith("benchmarks/")
 

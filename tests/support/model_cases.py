@@ -56,15 +56,20 @@ def build_with_params(config, params=None):
     )
 
 
-def with_random_weights(config):
-    """A model with random weights, away from their zero start, so that everything has an effect."""
+def random_weights(config):
+    """Random weights, away from their zero start, so that everything has an effect."""
     rng = np.random.default_rng(1)
 
     def weight(path, p):
         return jnp.asarray(rng.normal(path[-1].key == "scale", 0.2, p.shape), p.dtype)
 
     shapes = jax.eval_shape(lambda: init_model_params(config, key))
-    return build_with_params(config, jax.tree_util.tree_map_with_path(weight, shapes))
+    return jax.tree_util.tree_map_with_path(weight, shapes)
+
+
+def with_random_weights(config):
+    """A model with `random_weights`."""
+    return build_with_params(config, random_weights(config))
 
 
 VARIANTS = {

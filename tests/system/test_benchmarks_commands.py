@@ -77,34 +77,9 @@ def test_operations_belong_to_the_functions_that_asked_for_them(cache):
     assert 0 < profile["floor_s"] < profile["step_s"]
 
 
-@pytest.mark.slow
-@needs_torch
-def test_sample(cache):
-    flags = ["--n", 2, "--n_steps", 2, "--peer", "fp32,autocast"]
-    rows, _ = benchmark("sample.py", *TINY, *flags, cache=cache)
-    assert [set(row["times_as_fast_as"]) for row in rows] == [{"fp32", "autocast"}] * 4
-
-
-def test_attention(cache):
-    flags = ["--rounds", 1, "--batch_size", 1, "--tokens", 16, "--heads", 2, "--width", 24]
-    rows, text = benchmark("attention.py", *flags, cache=cache)
-    assert [row["way"] for row in rows] == ["own", "XLA"] * 2 and "left out: cuDNN" in text
+def test_attention_needs_a_width_for_each_number_of_heads(cache):
     done = run("benchmarks/attention.py", "--heads", 2, cache=cache)
     assert done.returncode == 2 and "each number of heads needs its width" in done.stderr
-
-
-def test_autoencoder(cache):
-    flags = ["--rounds", 1, "--batch_size", 1, "--image_size", 16, "--block_out_channels", "32,32"]
-    rows, _ = benchmark("autoencoder.py", *flags, "--precision", "bf16", "--nopeer", cache=cache)
-    assert [row["what"] for row in rows] == ["encode, ours bf16", "decode, ours bf16"]
-
-
-@pytest.mark.slow
-@needs_torch
-def test_autoencoder_beside_torch(cache):
-    flags = ["--rounds", 1, "--batch_size", 1, "--image_size", 16, "--block_out_channels", "32,32"]
-    rows, _ = benchmark("autoencoder.py", *flags, "--precision", "fp32", cache=cache)
-    assert all(row["times_as_fast_as_torch"] > 0 for row in rows if "ours" in row["what"])
 
 
 @pytest.mark.slow
@@ -117,11 +92,13 @@ def test_startup(cache):
 
 
 @pytest.mark.slow
-def test_the_gpu_script_without_a_gpu(cache):
+@needs_torch
+def test_the_gpu_script_runs_all_benchmarks_without_a_gpu(cache, tmp_path):
+    record = tmp_path / "record.jsonl"
     done = subprocess.run(
         ["bash", "benchmarks/gpu.sh", "--dry"],
         cwd=ROOT,
-        env=os.environ | settings(cache),
+        env=os.environ | settings(cache) | {"JSON": str(record)},
         capture_output=True,
         text=True,
     )
@@ -129,6 +106,15 @@ def test_the_gpu_script_without_a_gpu(cache):
     assert "status" not in done.stdout and "no time" not in done.stdout
     assert done.stdout.count("| model × batch") == 12  # once as it runs, and in the summary
     assert "| batch × tokens" in done.stdout and "| task" in done.stdout
+    assert "left out: cuDNN" in done.stdout
+
+    rows = {line["benchmark"]: line["rows"] for line in map(json.loads, record.open())}
+    assert rows.keys() == {"step", "attention", "sample", "autoencoder"}
+    assert [row["way"] for row in rows["attention"]] == ["own", "XLA"] * 2
+    assert all(set(row["times_as_fast_as"]) == {"autocast"} for row in rows["sample"])
+    ours = [row for row in rows["autoencoder"] if "ours" in row["what"]]
+    assert [row["what"] for row in ours] == ["encode, ours bf16", "decode, ours bf16"]
+    assert all(row["times_as_fast_as_torch"] > 0 for row in ours)
 
 
 def test_the_gpu_script_is_well_formed():

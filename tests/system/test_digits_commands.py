@@ -2,14 +2,16 @@
 
 import json
 
+import nano  # noqa: F401  (its sizes)
 import numpy as np
 import pytest
-from commands import ROOT, run
+from commands import NANO, ROOT, run
 from conftest import OLDER_EMITTERS
 from datasets import load_dataset
 
 from benchmarks.designs import DESIGNS
-from benchmarks.digits import judge_digits
+from benchmarks.digits import judge_digits, judge_run
+from train import Trainer
 
 
 @pytest.mark.slow
@@ -26,17 +28,6 @@ def test_the_default_run_writes_digits(tmp_path, cache):
     assert result["novelty"] >= 0.9
 
 
-def trained_and_judged(folder, cache, *flags, n):
-    """A run of the larger patch, which is quick, and the judgement of n of its samples."""
-    how = {"cache": cache, "xla_flags": OLDER_EMITTERS}
-    never = ["--eval_save_steps", 1000, "--sample_every_n", 1000]
-    trained = run("train.py", "--run_dir", folder, *never, *flags, **how)
-    assert trained.returncode == 0, trained.stderr
-    judged = run("benchmarks/digits.py", "--run", folder, "--n", n, **how)
-    assert judged.returncode == 0, judged.stderr
-    return json.loads(judged.stdout.splitlines()[-1])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("design", [*DESIGNS][1:])  # the first is the default run's, above
 def test_every_design_learns_sixteen_digits_by_heart(tmp_path, cache, design):
@@ -46,11 +37,21 @@ def test_every_design_learns_sixteen_digits_by_heart(tmp_path, cache, design):
     for split, data in load_dataset(str(ROOT / "data" / "digits")).items():
         some = data.select(range(16)) if split == "train" else data
         some.to_parquet(folder / f"{split}-00000-of-00001.parquet")
-    settings = DESIGNS[design] | {"model": DESIGNS[design]["model"].replace("/2", "/4")}
+    settings = DESIGNS[design] | {"model": DESIGNS[design]["model"].replace("Ti/2", "Nano/4")}
     flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    flags += ["--dataset_name", "digits", "--data_dir", folder.parent]
-    flags += ["--n_steps", 400, "--batch_size", 32, "--cfg_scale", 1, "--label_dropout", 0]
-    assert trained_and_judged(tmp_path / "run", cache, *flags, n=80)["novelty"] < 0.5
+    flags += [
+        "--dataset_name",
+        "digits",
+        "--data_dir",
+        folder.parent,
+        "--run_dir",
+        tmp_path / "run",
+    ]
+    flags += ["--n_steps", 600, "--batch_size", 32, "--cfg_scale", 1, "--label_dropout", 0]
+    flags += ["--learning_rate", 1e-2, "--eval_save_steps", 1000, "--sample_every_n", 1000]
+    trained = run(NANO, *flags, cache=cache)
+    assert trained.returncode == 0, trained.stderr
+    assert judge_run(Trainer.from_run(tmp_path / "run"), n=80).novelty < 0.5
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import nano  # noqa: F401  (its sizes)
 import numpy as np
@@ -91,20 +92,16 @@ def test_the_command_evaluates_a_run(trained, tmp_path, cache):
 
 
 @pytest.mark.slow
-def test_the_command_evaluates_several_guidance_scales(trained, digits, tmp_path, cache):
+def test_several_guidance_scales_are_evaluated_in_turn(trained, digits, tmp_path, capsys):
     out = tmp_path / "scores.jsonl"
-    words = ["--run", trained, "--reference", digits, "--features", "pixels", "--n", 20]
-    words += ["--out", out, "--cfg_scale", "1", "2"]
+    evaluate_scales = partial(evaluate_pixels, out, run=trained, reference=digits, n=20)
     for is_repeated in (False, True):
-        done = run("evaluate.py", *words, cache=cache)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("not evaluated again") == 2 * is_repeated
+        evaluate_scales(cfg_scale=(1.0, 2.0))
+        assert capsys.readouterr().out.count("not evaluated again") == 2 * is_repeated
         lines = [json.loads(line) for line in out.read_text().splitlines()]
         assert [line["card"]["config"]["cfg_scale"] for line in lines] == [1, 2]
         assert (tmp_path / "scores-guidance.png").stat().st_size > 0
-    alone = run("evaluate.py", *words[:-2], "2", cache=cache)
-    assert alone.returncode == 0, alone.stderr
-    assert scores(json.loads(out.read_text().splitlines()[-1])) == scores(lines[1])
+    assert scores(evaluate_scales(cfg_scale=(2.0,))) == scores(lines[1])
 
 
 @pytest.mark.slow

@@ -34,8 +34,8 @@ GREETED = " steps of "  # what a run prints before its first step
 
 # --- kill -9 --------------------------------------------------------------------------------------
 
-N_KILLS = 52
-KILLED = [*SMALL, *EVERY, "--n_steps", 1500]
+N_KILLS = 28
+KILLED = [*SMALL, *EVERY, "--n_steps", 900]
 KILLED[KILLED.index("--n_sample_steps") + 1] = 50  # so that a sample is long enough to be hit
 MOMENTS = ("step", "save", "sample", "start-up")
 
@@ -82,7 +82,7 @@ def wait_for(
 
 
 @pytest.mark.slow
-def test_fifty_kills_at_any_moment_leave_no_trace(forks, tmp_path):
+def test_kills_at_any_moment_leave_no_trace(forks, tmp_path):
     """Each restart resumes from the newest complete checkpoint."""
     rng, folder = np.random.default_rng(0), tmp_path / "run"
     hits: dict[str, int] = dict.fromkeys(MOMENTS, 0)
@@ -262,7 +262,9 @@ def test_a_worker_that_is_killed_changes_no_number(forks, whole, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [1, 8], ids=["DDP", "FSDP"])
 def test_a_run_of_eight_devices_resumes_on_fewer(forks, tmp_path, fsdp):
-    """The same bits are restored; the curve differs by the order of sums only."""
+    """The same bits are restored; the curve differs by the order of sums only: one device trains
+    like eight.
+    """
     whole = tmp_path / "whole"
     flags = [*SMALL, *EVERY, "--n_steps", 40, "--fsdp", fsdp, "--run_dir", whole]
     assert forks.run(*flags, n_devices=8)[0] == 0
@@ -270,7 +272,7 @@ def test_a_run_of_eight_devices_resumes_on_fewer(forks, tmp_path, fsdp):
     shutil.copytree(whole, half)
     shutil.rmtree(half / "checkpoints/40")
     saved = forks.digest(half, n_devices=8)
-    for n_devices in (1, 2, 4):
+    for n_devices in (1, 4):
         folder = tmp_path / str(n_devices)
         shutil.copytree(half, folder)
         assert forks.digest(folder, n_devices) == saved

@@ -30,6 +30,7 @@ def test_train_resume_sample_evaluate_export_and_load(path):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 8 and all(np.isfinite(line.get("loss", 0)) for line in lines)
     assert (trained / "samples" / "final.png").exists()
+    assert (trained / "figures" / "curves.png").stat().st_size > 0
 
     grid, arrays = folder / "grid.png", folder / "samples.npz"
     step("generate.py", "--run", trained, "--labels", 3, 7, "--n", 4, "--out", grid)

@@ -338,13 +338,7 @@ def test_imagenet_without_latents_says_how_to_make_them(forks, tmp_path):
 @pytest.mark.slow
 def test_what_cannot_be_said_of_latents_is_one_line(forks, latent_digits, tmp_path):
     run = ["--run_dir", tmp_path / "run", *FLAGS, "--latents", latent_digits]
-    for flags, message in (
-        (["--image_size", 16], "--image_size 16: the latents in"),
-        (["--channels", 1], "--channels 1: the latents in"),
-        (["--dataset_name", "mnist"], "are of digits, not mnist"),
-        (["--data_dir", tmp_path], "no --data_dir or --image_column"),
-    ):
-        assert message in fails(forks, *run, *flags)
+    assert "--image_size 16: the latents in" in fails(forks, *run, "--image_size", 16)
     assert not (tmp_path / "run").exists()
 
 

@@ -3,6 +3,7 @@ leaves this machine.
 """
 
 import ctypes
+import importlib.util
 import json
 import os
 import re
@@ -33,8 +34,10 @@ from model import model_config
 from runtime.run_folder import REQUIRED_KEYS
 from sampling import SOLVERS
 
-pytest.importorskip("gradio", reason="no Gradio: pip install --group demo")
-pytestmark = pytest.mark.slow
+# It is not imported here: every worker would, to collect tests that it does not run.
+no_gradio = importlib.util.find_spec("gradio") is None
+without_gradio = pytest.mark.skipif(no_gradio, reason="no Gradio: pip install --group demo")
+pytestmark = [pytest.mark.slow, without_gradio]
 
 
 @pytest.fixture(scope="module")

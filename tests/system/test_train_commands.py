@@ -15,7 +15,6 @@ from train_cases import (
     TINY,
     assert_same,
     break_weights,
-    metrics,
     whole,  # noqa: F401
 )
 
@@ -86,20 +85,6 @@ def test_a_signal_saves_and_ends_the_run(tmp_path, cache, number, code):
 
 
 @pytest.mark.slow
-def test_one_device_trains_like_eight(tmp_path, cache):
-    flags = [*SMALL, "--n_steps", 10, "--log_every", 1]
-    records = []
-    for n_devices in (1, 8):
-        folder = tmp_path / str(n_devices)
-        done = run(NANO, *flags, "--run_dir", folder, cache=cache, n_devices=n_devices)
-        assert done.returncode == 0, done.stderr
-        records.append(metrics(folder))
-    for one, eight in zip(*records, strict=True):
-        for name in one.keys() & {"loss", "grad_norm", "eval_loss"}:
-            np.testing.assert_allclose(eight[name], one[name], rtol=1e-5)
-
-
-@pytest.mark.slow
 def test_a_bad_row_ends_the_run_with_its_number_and_a_checkpoint(tmp_path, capsys):
     folder = make_copy("cifar10", tmp_path / "data", n=64)
     config = replace(
@@ -151,12 +136,12 @@ def test_a_wrong_flag_ends_with_one_line(tmp_path, cache, flags, message):
 
 
 @pytest.mark.slow
-def test_a_profile_prints_its_figures(tmp_path, cache, room):
+def test_a_profile_prints_its_figures(tmp_path, cache):
     """Those of larger models are counted by `tests/unit/training/test_profiling.py`."""
-    flags = ["--profile", "--model", "DiT-B/2", "--image_size", 32, "--channels", 4]
+    flags = ["--profile", "--model", "DiT-Ti/2", "--image_size", 32, "--channels", 4]
     flags += ["--batch_size", 1, "--run_dir", tmp_path / "run"]
     done = run("train.py", *flags, cache=cache)
     assert done.returncode == 0, done.stderr
-    assert "130 M parameters" in done.stdout and "46 GFLOP" in done.stdout
+    assert "1.87 M parameters" in done.stdout and "809 MFLOP" in done.stdout
     assert "MFU                                  n/a" in done.stdout
     assert list((tmp_path / "run/profile").rglob("*.trace.json.gz"))
