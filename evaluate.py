@@ -152,6 +152,7 @@ class SampleFlags(SamplingFlags):
         "that was trained with --ema_std. Several are evaluated in turn, as scales are",
     )
     step: int | None = again(CheckpointFlags, "step")
+    base: str | None = again(CheckpointFlags, "base")
     ema: bool | None = again(CheckpointFlags, "ema", default=Derived("True"))
     vae: str | None = again(MovedFlags, "vae")
     batch_size: int | None = again(DeviceFlags, "batch_size")
@@ -169,7 +170,7 @@ IMAGE_SOURCES = ("run", "pretrained", "images", "npz", "dataset_name")
 # Flags that only some sources take.
 SAMPLING_FLAGS = tuple(field.name for field in fields(SamplingOverrides))
 MODEL_FLAGS = ("n", "vae", "samples", "protocol", *SAMPLING_FLAGS)
-RUN_FLAGS = ("step", "ema", "ema_std")
+RUN_FLAGS = ("step", "ema", "ema_std", "base")
 DATASET_FLAGS = ("data_dir", "image_column", "split")
 # Flags that may have several values → the plot's name, and its axis.
 SWEPT = {
@@ -218,6 +219,7 @@ def _check_source(config: EvaluateConfig) -> None:
     needed = (
         dict.fromkeys(MODEL_FLAGS, ("run", "pretrained"))
         | dict.fromkeys(RUN_FLAGS, ("run",))
+        | {"lora": ("pretrained",)}
         | dict.fromkeys(DATASET_FLAGS, ("dataset_name",))
     )
     for name, sources in needed.items():
@@ -331,9 +333,16 @@ def open_model(config: EvaluateConfig) -> TrainedModel | None:
     c = config
     if c.run:
         return TrainedModel.from_run(
-            c.run, ema=c.ema is not False, ema_std=std_of(c), step=c.step, vae=c.vae
+            c.run,
+            ema=c.ema is not False,
+            ema_std=std_of(c),
+            step=c.step,
+            base=c.base,
+            vae=c.vae,
         )
-    return TrainedModel.from_pretrained(c.pretrained, vae=c.vae) if c.pretrained else None
+    if c.pretrained:
+        return TrainedModel.from_pretrained(c.pretrained, lora=c.lora, vae=c.vae)
+    return None
 
 
 def open_images(

@@ -106,12 +106,15 @@ def check_flags(config: GenerateConfig) -> None:
     """Raises UserError for flags that cannot work, before anything is loaded."""
     if (config.run is None) == (config.pretrained is None):
         raise UserError("name a run's folder by --run, or a published model by --pretrained")
-    if config.pretrained and (
-        config.step is not None or config.ema_std is not None or not config.ema
-    ):
+    chosen = (config.step, config.ema_std, config.base, None if config.ema else False)
+    if config.pretrained and any(value is not None for value in chosen):
         raise UserError(
-            "--step, --ema and --ema_std choose among a run's weights; --pretrained has only one "
-            "version"
+            "--step, --ema, --ema_std and --base choose among a run's weights; --pretrained has "
+            "only one version"
+        )
+    if config.lora and not config.pretrained:
+        raise UserError(
+            f"--lora {config.lora}: is added to a published model: name it by --pretrained"
         )
     check_values(config, vars(config))
     if config.fsdp is not None and (config.fsdp < 1 or parallel.devices().count % config.fsdp):

@@ -44,6 +44,9 @@ TRAINING = {
     "init_from": "pretrained pretrained_model pretrained_path pretrained_model_name_or_path ckpt "
     "checkpoint ckpt_path checkpoint_path weights load_from load_weights finetune finetune_from "
     "init_ckpt initial_load_path transfer restore_from base_model init_checkpoint",
+    "lora_rank": "lora use_lora lora_r lora_dim network_dim network_module adapter",
+    "lora_alpha": "network_alpha",
+    "lora_targets": "lora_layers lora_target_modules target_modules",
     "patch_size": "patch patchsize",
     "remat": "gradient_checkpointing grad_checkpointing grad_checkpoint grad_ckpt "
     "activation_checkpointing activation_checkpoint activation_checkpoint_mode checkpointing "
@@ -265,9 +268,6 @@ REASONS = {
     ),
     "the samples of a run take captions of the evaluation split": (
         "validation_prompt validation_prompts sample_prompts"
-    ),
-    "all weights are trained; there is no LoRA": (
-        "lora use_lora lora_rank lora_alpha rank network_module network_dim network_alpha adapter"
     ),
     "text encoders are not trained": "train_text_encoder text_encoder_lr unfreeze_text_encoder",
     "train_vae.py trains an autoencoder": "train_vae train_autoencoder",

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,8 @@ def test_adapters_start_without_effect(name, dtype):
     config = replace(PLAIN[name], dtype=dtype)
     base, adapted, own, frozen = split_of(config)
     frozen = in_precision_of_products(frozen, config)
-    kernels = {x.dtype for path, x in flatten_dict(frozen).items() if path[-1] == "kernel"}
+    leaves: dict[Any, Any] = dict(flatten_dict(frozen))
+    kernels = {x.dtype for path, x in leaves.items() if path[-1] == "kernel"}
     assert jnp.dtype(dtype) in kernels
     params = parallel.join_trees(own, frozen)
     np.testing.assert_array_equal(predict(adapted, params), predict(config, base))
@@ -110,9 +112,10 @@ def test_a_checkpoint_of_rank_16_is_small():
 
 def test_targets_choose_the_maps():
     def maps(*targets):
-        config = replace(TINY, lora=LoraConfig(2, 2.0, targets))
+        lora = LoraConfig(2, 2.0, targets)
+        config = replace(TINY, lora=lora)
         params = jax.eval_shape(lambda: init_model_params(config, jax.random.key(0)))
-        return {path[1] for path in flatten_dict(split_adapter(params, config.lora)[0])}
+        return {path[1] for path in flatten_dict(split_adapter(params, lora)[0])}
 
     assert (maps("attention"), maps("mlp")) == ({"attention"}, {"mlp"})
     assert maps("attention", "mlp") == {"attention", "mlp"}

@@ -32,11 +32,12 @@ DIT = DIT_CONFIGS["small"]
 
 def adapters_of(config, **changes):
     """Random adapters, and all weights of the network with them merged."""
-    adapted = replace(config, lora=replace(LORA, **changes))
+    lora_config = replace(LORA, **changes)
+    adapted = replace(config, lora=lora_config)
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(lambda: init_model_params(adapted, jax.random.key(0)))
     params = jax.tree.map(lambda p: jnp.float32(rng.normal(scale=0.2, size=p.shape)), shapes)
-    return adapted, *split_adapter(params, adapted.lora)
+    return adapted, *split_adapter(params, lora_config)
 
 
 def test_diffusers_predicts_the_same(tmp_path):
@@ -46,9 +47,7 @@ def test_diffusers_predicts_the_same(tmp_path):
     base = jax.tree.map(jnp.asarray, sd3.params_from_diffusers(tensors_of(theirs), MEDIUM, "torch"))
     x = np.random.default_rng(2).normal(size=(3, 8, 8, 4)).astype(np.float32)
     t = np.array([0.03, 0.4, 1], np.float32)
-    merged = merge_adapters(
-        parallel.join_trees(split_adapter(base, adapted.lora)[1], own), adapted.lora
-    )
+    merged = merge_adapters(parallel.join_trees(split_adapter(base, LORA)[1], own), LORA)
     ours = jax.jit(nnx.merge(model_graphdef(MEDIUM), merged))(x, t, caption)
     tokens, pooled = (torch.tensor(np.float32(v)) for v in (caption.tokens, caption.pooled))
 
@@ -75,7 +74,7 @@ def test_adapters_return(config, tmp_path):
     base = init_model_params(config, jax.random.key(0)) | frozen
     published = transformer.PretrainedTransformer(config, base, {"dataset": {}}, "base")
     found = lora.with_adapter(published, file)
-    merged = merge_adapters(parallel.join_trees(frozen, own), adapted.lora)
+    merged = merge_adapters(parallel.join_trees(frozen, own), LORA)
     for ours, theirs in zip(*map(jax.tree.leaves, (found.params, merged)), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
     if is_dit:
@@ -103,7 +102,7 @@ def test_scales_of_other_files_are_read(tmp_path):
     assert scale({"transformer.lora_alpha": 8, "transformer.use_rslora": True}) == pytest.approx(
         8 / 2**0.5
     )
-    assert scale(alpha=np.float32([6])) == 3
+    assert scale(alpha=np.full(1, 6, np.float32)) == 3
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):

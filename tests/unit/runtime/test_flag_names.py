@@ -106,7 +106,6 @@ def test_names_of_other_programs_lead_to_our_flag(command, names):
         ("train_vae.py", "optimizer", "--optimizer is a flag of train.py"),
         ("train.py", "per_device_train_batch_size", "all devices together"),
         ("train.py", "gpus", "CUDA_VISIBLE_DEVICES"),
-        ("train.py", "lora_rank", "there is no LoRA"),
         ("generate.py", "resolution", "images of the size that it was trained on"),
         ("generate.py", "device", "JAX_PLATFORMS=cpu"),
         ("generate.py", "lr", "--learning_rate is a flag of train.py"),

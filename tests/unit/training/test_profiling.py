@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -223,7 +224,8 @@ def test_a_report_of_a_step_on_this_machine(tmp_path):
     assert trace_file.stat().st_size and trace_file.is_relative_to(tmp_path)
     text = profiling.report(
         config("S"),
-        32_956_000,
+        {"weights": np.broadcast_to(np.float32(0), 32_956_000)},
+        {"weights": np.broadcast_to(np.float32(0), 32_956_000)},
         [step, step],
         moment_bytes=800,
         device_kind="cpu",
@@ -235,7 +237,7 @@ def test_a_report_of_a_step_on_this_machine(tmp_path):
     rows = {line[:26].strip(): line[26:].split() for line in text.splitlines()}
     assert rows["MFU"] == ["n/a", "n/a"]
     assert rows["total"] == ["12.1", "GFLOP", "100.0%"]
-    assert "33 M parameters; in fp32: weights 132 MB" in text
+    assert "33 M parameters; weights 132 MB, EMA 132 MB, moments 800 B" in text
     assert str(trace_file) in text and f"--logdir {tmp_path}" in text
     assert max(len(line) for line in text.splitlines() if str(tmp_path) not in line) <= 100
 
