@@ -33,6 +33,7 @@ def constant_then_linear_schedule(peak: float, n_steps: int, decay_from: int) ->
 
 
 BLOCK_PARTS = ("blocks", "dual_blocks", "last")  # of a network
+MATRICES = ("kernel", "a", "b")  # names of weights: of linear maps, and of their adapters
 SCHEDULES = {
     "constant": constant_schedule,
     "cosine": cosine_schedule,
@@ -76,7 +77,7 @@ def clipped_adamw(
     """
 
     def matrices(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in MATRICES, params)
 
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
     rule = adamw(

@@ -123,6 +123,9 @@ def with_source_flags(config: TrainConfig, source: StartingWeights) -> TrainConf
         method = method_of(source.settings)
         inherited["objective"] = objective
         inherited |= {flag: getattr(method, flag) for flag in method.output_flags}
+        if source.settings.get("full_width"):  # SD3, whose times of training are shifted as well
+            shift = source.settings["sample_shift"]
+            inherited |= {"time_shift": shift, "sample_shift": shift}
     if s.text_width and _has_captions(config):
         inherited["text_towers"] = tuple(source.settings["text_towers"])
     return replace(config, **inherited | given)

@@ -10,6 +10,7 @@ import pytest
 from optim_cases import key, optimizer, updates
 
 from model import ModelConfig, init_model_params
+from networks.lora import LoraConfig
 from training import optim
 
 PEAK = 3e-3
@@ -80,6 +81,7 @@ def test_weight_decay_shrinks_the_kernels_of_a_model_and_nothing_else():
         n_classes=3,
         qk_norm=True,
         position="learned",
+        lora=LoraConfig(2, 2.0),  # whose maps are kernels too
     )
     shapes = jax.eval_shape(lambda: init_model_params(config, key))
     params = jax.tree.map(lambda p: jnp.ones(p.shape), shapes)
@@ -89,9 +91,9 @@ def test_weight_decay_shrinks_the_kernels_of_a_model_and_nothing_else():
         jax.tree.leaves_with_path(moved), jax.tree.leaves(params), strict=True
     ):
         names.add(path[-1].key)
-        expected = -0.1 * 0.5 * p if path[-1].key == "kernel" else 0 * p
+        expected = -0.1 * 0.5 * p if path[-1].key in ("kernel", "a", "b") else 0 * p
         np.testing.assert_allclose(update, expected, rtol=1e-5)
-    assert names == {"kernel", "bias", "scale", "table"}
+    assert names == {"kernel", "bias", "scale", "table", "a", "b"}
 
 
 def test_the_first_update_of_adam_is_the_sign_times_the_rate():

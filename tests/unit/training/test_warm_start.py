@@ -214,6 +214,16 @@ def test_latents_of_another_vae_are_reported():
         assert all(notice.endswith(end) for notice, end in zip(notices, endings))
 
 
+def test_the_times_of_sd3_are_shifted_in_training_and_sampling():
+    sd3 = {"objective": "rectified_flow", "sample_shift": 3.0, "full_width": 24}
+    found = warm_start.with_source_flags(TINY, source(**sd3))
+    assert (found.time_shift, found.sample_shift) == (3.0, 3.0)
+    found = warm_start.with_source_flags(replace(TINY, time_shift=1.0), source(**sd3))
+    assert (found.time_shift, found.sample_shift) == (1.0, 3.0)
+    found = warm_start.with_source_flags(TINY, source(**sd3 | {"full_width": None}))
+    assert (found.time_shift, found.sample_shift) == (None, None)
+
+
 # --- mistakes -------------------------------------------------------------------------------------
 
 
