@@ -19,7 +19,7 @@ from inference.run_weights import Weights, load_params
 from inference.trained_model import TrainedModel
 from model import ModelConfig
 from pretrained import sd3, transformer
-from pretrained.lora import save_adapter
+from pretrained.lora import INNER_HEAD, save_adapter
 from runtime import cli, parallel, processes
 from runtime.errors import UserError
 from runtime.files import atomic_file, atomic_folder
@@ -69,6 +69,8 @@ def main(config: ExportConfig) -> None:
     processes.start_backend()
     if (c.out is None) == (c.lora is None):
         raise UserError("export.py takes --out FOLDER, or --lora FILE.safetensors")
+    if c.lora and c.layout:
+        raise UserError(f"--layout {c.layout} is of --out; a file of --lora has PEFT's layout")
     trained = TrainedModel.from_run(
         c.run,
         ema=c.ema,
@@ -101,6 +103,8 @@ def export_adapter(config: ExportConfig, trained: TrainedModel) -> None:
     adapter = parallel.fetch_to_host(adapter)
     if not parallel.is_finite(adapter):
         raise UserError(f"the adapters of step {step} of {c.run} hold NaN or infinity; pass --step")
+    if INNER_HEAD in network.lora.full_parts:
+        print("the inner head is left out: a file of adapters has none")
     save_adapter(file, adapter, network, trained.label_names)
     print(f"adapters of step {step} of {c.run}: {file}")
 

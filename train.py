@@ -130,7 +130,7 @@ class Trainer(Loop):
             )
             self.frozen = ({"frozen": self.teacher.weights},)
             taught = {"teacher": self.teacher.reference, "teacher_scale": self.teacher.scale}
-            self._record("teacher", taught)
+            self._complete_flag("teacher", taught)
             if processes.is_first():
                 print(f"--teacher: {self.teacher.reference}, guided at {self.teacher.scale:g}")
 
@@ -141,17 +141,17 @@ class Trainer(Loop):
         network = self.model_config
         if not network.lora:
             return {}
-        if weights is None:  # a profile reads no weights
-            base = adapters.blank_base(network, self.mesh)
+        if weights is None:  # only a profile may come without a base
+            base = adapters.random_base(network, self.mesh)
         else:
             opened = adapters.open_base(weights, network, saved.get("base_hash"))
             base, self.base_hash = parallel.shard_params(opened.params, self.mesh), opened.hash
-            self._record("init_from", {"init_from": weights.reference})
+            self._complete_flag("init_from", {"init_from": weights.reference})
         (others,) = self.frozen or ({},)
         self.frozen = ({**others, "base": base},)
         return base
 
-    def _record(self, flag: str, values: dict[str, Any]) -> None:
+    def _complete_flag(self, flag: str, values: dict[str, Any]) -> None:
         """Complete a flag, and what follows from it, by what was found: a run by its step."""
         self.config = replace(self.config, **values)
         if self.given_flags and flag in self.given_flags:
@@ -163,7 +163,7 @@ class Trainer(Loop):
         encoder = open_encoder(reference, network=network, space=self.space, mesh=self.mesh)
         require_same_encoder(encoder, saved)
         self.frozen = ({"frozen": encoder.weights},)
-        self._record("align", {"align": encoder.reference})
+        self._complete_flag("align", {"align": encoder.reference})
         alignment = Alignment(
             encoder,
             network,

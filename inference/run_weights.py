@@ -18,9 +18,14 @@ from model import ModelConfig, init_model_params
 from networks.lora import merge_adapters, split_adapter
 from pretrained import transformer, weight_files
 from runtime import parallel, processes
-from runtime.checkpoint import CHECKPOINTS_FOLDER, Checkpoints
+from runtime.checkpoint import Checkpoints
 from runtime.errors import UserError
-from runtime.run_folder import read_config, split_reference
+from runtime.run_folder import absolute_reference, find_run, read_config, with_step_of
+
+MOVED = (
+    "name the place of the former weights by --base of generate.py, evaluate.py, figures.py or "
+    "export.py, or by --init_from of a resumed run"
+)
 
 
 class Weights(NamedTuple):
@@ -34,6 +39,21 @@ class Weights(NamedTuple):
     ema: bool = True
     ema_std: float | None = None
     step: int | None = None
+
+
+def read_model_config(folder: Path, settings: Mapping[str, Any]) -> ModelConfig:
+    """Make the config of a run's network.
+
+    Args:
+        settings: its `config.json`.
+
+    Raises:
+        UserError: that does not describe a network.
+    """
+    try:
+        return ModelConfig.from_json(settings["model_config"])
+    except TypeError as error:
+        raise UserError(f"the config.json of '{folder}' is damaged: {error}") from None
 
 
 def check_average(name: str, settings: Mapping[str, Any], std: float, *, ema: bool) -> None:
@@ -109,14 +129,17 @@ def load_merged(
     if config.lora is None:
         raise ValueError(f"'{run}' has no adapters")
     lora = config.lora
-    frozen = load_base(base or settings["init_from"], config, settings["base_hash"], name=str(run))
+    recorded = settings["init_from"]
+    reference = with_step_of(absolute_reference(base), recorded) if base else recorded
+    frozen = load_base(reference, config, settings["base_hash"], name=str(run))
     step, adapter = load_params(run, config, mesh, which)
 
-    @partial(jax.jit, donate_argnums=0)
     def merge(frozen: Any, adapter: Any) -> Any:
         return merge_adapters(parallel.join_trees(frozen, adapter), lora)
 
-    return step, merge(parallel.shard_params(frozen, mesh), adapter)
+    placed = parallel.shard_params(frozen, mesh)
+    shardings = parallel.named_shardings(jax.eval_shape(merge, placed, adapter), mesh)
+    return step, jax.jit(merge, out_shardings=shardings, donate_argnums=0)(placed, adapter)
 
 
 def load_base(
@@ -138,13 +161,13 @@ def load_base(
     except UserError as error:
         raise UserError(
             f"'{name}' holds adapters (LoRA), and their base {reference} cannot be read: {error}",
-            how="if it has moved, give its new place by --base",
+            how=MOVED,
         ) from None
     if hash_base(frozen) != expected_hash:
         raise UserError(
             f"'{name}' holds adapters (LoRA) of {reference}, whose weights have changed since (the "
             f"hash was {expected_hash[:12]})",
-            how="give the place of the former weights by --base",
+            how=MOVED,
         )
     return frozen
 
@@ -155,13 +178,12 @@ def read_all_weights(reference: str) -> dict[str, Any]:
     Raises:
         UserError: there is no such model, or its checkpoint has adapters alone.
     """
-    folder, step = split_reference(str(Path(reference).expanduser()))
-    if not (folder / CHECKPOINTS_FOLDER).is_dir():
-        if step is not None or (folder.is_absolute() and not folder.exists()):
-            raise UserError(f"there is no '{folder}'")
+    run = find_run(reference, "--base")
+    if run is None:
         with processes.first_then_others():
-            return transformer.load_transformer(reference).params
-    config = ModelConfig.from_json(read_config(folder)["model_config"])
+            return transformer.load_transformer(reference, announce=False).params
+    folder, step = run
+    config = read_model_config(folder, read_config(folder))
     if config.lora:
         raise UserError(f"'{folder}' holds adapters itself; export it (export.py)")
     mesh = parallel.make_mesh(parallel.devices().count)  # sharded while loading
@@ -178,11 +200,11 @@ def take_base(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
         raise ValueError("the network has no adapters")
     shapes: Any = jax.eval_shape(partial(init_model_params, config), jax.random.key(0))
     wanted: dict[Any, Any] = dict(flatten_dict(split_adapter(shapes, config.lora)[1]))
-    given: dict[Any, Any] = dict(flatten_dict(params))
+    leaves: dict[Any, Any] = dict(flatten_dict(params))
     for path, like in wanted.items():
-        if path not in given or given[path].shape != like.shape:
+        if path not in leaves or leaves[path].shape != like.shape:
             raise UserError(f"{'.'.join(path)} is missing, or not of shape {like.shape}")
-    return unflatten_dict({path: given[path] for path in wanted})
+    return unflatten_dict({path: leaves[path] for path in wanted})
 
 
 def hash_base(frozen: Mapping[str, Any]) -> str:

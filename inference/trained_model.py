@@ -23,7 +23,13 @@ from inference import grids, guidance
 from inference.codec import Codec
 from inference.conditioning import Captions, Conditioning, conditioning_of
 from inference.grids import NotFiniteError
-from inference.run_weights import Weights, check_average, load_merged, load_params
+from inference.run_weights import (
+    Weights,
+    check_average,
+    load_merged,
+    load_params,
+    read_model_config,
+)
 from inference.sampler import (
     ROUTE_RATES,
     Labels,
@@ -38,7 +44,7 @@ from inference.sampler import (
 )
 from inference.spaces import Space, space_of
 from methods.method import Method
-from methods.rectified_flow import Flow
+from methods.rectified_flow import RectifiedFlow
 from methods.registry import method_of
 from model import ModelConfig
 from pretrained import transformer
@@ -173,14 +179,12 @@ class TrainedModel:
         """
         settings = read_config(folder)
         settings["run_dir"] = str(folder)  # it may have moved
-        try:
-            model = ModelConfig.from_json(settings["model_config"])
-        except TypeError as error:
-            raise UserError(f"the config.json of '{folder}' is damaged: {error}") from None
+        model = read_model_config(folder, settings)
         mesh = parallel.make_mesh(fsdp or math.gcd(settings["fsdp"], parallel.devices().count))
-        load = partial(load_params, folder, model, mesh, Weights(ema, ema_std, step))
+        which = Weights(ema, ema_std, step)
+        load = partial(load_params, folder, model, mesh, which)
         if model.lora:
-            load = partial(load_merged, *load.args, settings=settings, base=base)
+            load = partial(load_merged, folder, model, mesh, which, settings=settings, base=base)
             model = replace(model, lora=None)
         elif base:
             raise UserError(f"--base {base}: '{folder}' holds whole weights, not adapters (LoRA)")
@@ -429,11 +433,11 @@ class TrainedModel:
         """The method with this grid of times, or with the model's own.
 
         Raises:
-            UserError: the grid is given, and the method is no flow.
+            UserError: the grid is given, and the method is not rectified flow.
         """
         if time_grid is None:
             return self.method
-        if not isinstance(self.method, Flow):
+        if not isinstance(self.method, RectifiedFlow):
             raise UserError(
                 f"--time_grid {time_grid} is for rectified flow, not for a model trained by "
                 f"{self.method.title}"

@@ -1,7 +1,8 @@
 """Low-rank adapters: beside a frozen map x W, a map (α/r)·x A B is trained (Hu et al. 2022, LoRA).
 
-A B never exists: two narrow products per map, and no gradient of W, which is a third of the work of
-a step. A network with adapters has one tree of weights; `split_adapter` cuts out what is trained.
+In training A B never exists: there are two narrow products per map, and no gradient of W, which is
+a third of the work of a step. A network with adapters has one tree of weights; `split_adapter` cuts
+out what is trained.
 """
 
 from collections.abc import Callable, Mapping

@@ -102,7 +102,7 @@ def _matmul_backward(saved: Any, g: Any) -> Any:
         dw = jax.lax.optimization_barrier(_product("...o,...i->oi", g, x)).T
     else:
         dw = _product("...i,...o->io", x, g)
-    return dx, dw.astype(w.dtype)  # frozen weights may be in half precision
+    return dx, dw.astype(w.dtype)  # a frozen base's may be in half precision
 
 
 def _product(pattern: str, a: Array, b: Array) -> Array:

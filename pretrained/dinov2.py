@@ -147,7 +147,11 @@ def _read_files(path_or_id: str) -> tuple[str, dict[str, Any], Tensors]:
     path = Path(path_or_id).expanduser()
     if path.is_file():
         facts = weight_files.read_optional_json(str(path.parent), CONFIG) or {}
-        return str(path.resolve()), facts, weight_files.read_tensor_file(path)
+        if facts.get("model_type") not in MODEL_TYPES:  # a config of something else in this folder
+            facts = {}
+        file = weight_files.read_file_weights(path, PATCHES)
+        weight_files.print_notices(str(path), file.notices)
+        return str(path.resolve()), facts, file.tensors
     if path.is_dir() and not (path / CONFIG).is_file():
         tensors = weight_files.read_bare_weights(path_or_id, "DINOv2")
         return str(path.resolve()), {}, tensors
@@ -159,6 +163,7 @@ def _read_files(path_or_id: str) -> tuple[str, dict[str, Any], Tensors]:
         files=weight_files.TRANSFORMERS_FILES,
         dtypes=weight_files.WEIGHT_DTYPES,
     )
+    weight_files.print_notices(network.id, network.notices)
     return network.id, network.config, network.tensors
 
 

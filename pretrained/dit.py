@@ -379,9 +379,9 @@ def require_sincos_positions(table: np.ndarray, config: ModelConfig, where: str)
     """Raise UserError if a stored table of positions is not the one that is computed here."""
     places = [np.arange(side, dtype=float) for side in config.grid]
     ours = sincos_table(config.width, *places)[None]
-    # Half precision, of either kind, is off by less than 2⁻⁸.
+    error = weight_files.rounding_of_positions(table.dtype)
     table = np.asarray(table, np.float32)
-    if table.shape != ours.shape or not np.allclose(table, ours, rtol=0, atol=2**-8):
+    if table.shape != ours.shape or not np.allclose(table, ours, rtol=0, atol=error):
         raise UserError(f"'{where}': its {POSITIONS} is not the sine-cosine table of DiT")
 
 

@@ -24,7 +24,9 @@ from runtime.errors import UserError
 
 PREFIX = "transformer."  # of a pipeline's part
 METADATA = "lora_adapter_metadata"  # diffusers' key, of JSON
+PEFT_CONFIG = "adapter_config.json"  # of PEFT itself, beside the file
 CLASSES = "label"  # our part of the network that embeds classes
+INNER_HEAD = "inner"  # and that of the head that guides, which is not written
 LABEL_NAMES = "label_names"  # our key, of JSON
 
 
@@ -43,8 +45,8 @@ def adapter_to_peft(
     if config.lora is None:
         raise ValueError("the network has no adapters")
     family = sd3 if config.block == JOINT else dit
-    family.config_to_diffusers(replace(config, lora=None))
-    if others := [part for part in config.lora.full_parts if part != CLASSES]:
+    family.config_to_diffusers(replace(config, lora=None, inner_head=0))
+    if others := [p for p in config.lora.full_parts if p not in (CLASSES, INNER_HEAD)]:
         raise UserError(f"{', '.join(others)}: trained in full, which no adapter can hold")
     tensors: dict[str, np.ndarray] = {}
     modules: list[str] = []
@@ -55,10 +57,10 @@ def adapter_to_peft(
         elif path[-2:] == (ADAPTER, "a"):
             b = config.lora.scale * np.asarray(flat[*path[:-1], "b"])
             rows = family.block_maps((*path[:-2], "kernel"), config)
-            stacked = (np.asarray(x), b) if x.ndim == 3 else (np.asarray(x)[None], b[None])
-            for names, *pair in zip(rows, *stacked, strict=True):
-                halves = (np.split(half, len(names), axis=-1) for half in pair)
-                for name, a_part, b_part in zip(names, *halves, strict=True):
+            blocks = (np.asarray(x), b) if x.ndim == 3 else (np.asarray(x)[None], b[None])
+            for names, *pair in zip(rows, *blocks, strict=True):
+                parts = (np.split(array, len(names), axis=-1) for array in pair)
+                for name, a_part, b_part in zip(names, *parts, strict=True):
                     tensors[f"{PREFIX}{name}.lora_A.weight"] = a_part.T
                     tensors[f"{PREFIX}{name}.lora_B.weight"] = b_part.T
                     modules.append(name)
@@ -69,7 +71,7 @@ def adapter_to_peft(
 def save_adapter(
     file: Path, adapter: Mapping[str, Any], config: ModelConfig, label_names: list[str]
 ) -> None:
-    """Write adapters as one file that PEFT, diffusers and `read_adapter` read.
+    """Write adapters as one file that `read_adapter` reads, and of SD3 diffusers too.
 
     Raises:
         UserError: no such file can hold them, or it cannot be written.
@@ -95,15 +97,22 @@ class PeftAdapter:
 
 
 def read_adapter(file: Path) -> PeftAdapter:
-    """Read a file of adapters. Without metadata α is the rank, as diffusers takes it.
+    """Read a file of adapters. Their α is in its metadata or in PEFT's config beside it; without
+    both it is the rank, as diffusers takes it.
 
     Raises:
         UserError: it cannot be read, or holds something that is no adapter of PEFT's.
     """
     tensors = weight_files.read_safetensors(file)
     metadata = weight_files.read_safetensors_metadata(file)
-    facts = _read_json(file, metadata, METADATA) or {}
+    facts = _read_json(file, metadata, METADATA)
+    if facts is None:
+        facts = weight_files.read_optional_json(str(file.parent), PEFT_CONFIG) or {}
+    if not isinstance(facts, dict):
+        raise UserError(f"{file} is damaged: its {METADATA} is {type(facts).__name__}")
     facts = {name.removeprefix(PREFIX): value for name, value in facts.items()}
+    if name := next((n for n in tensors if n.startswith("text_encoder")), None):
+        raise UserError(f"{file}: {name}: adapters of text encoders are not supported")
     classes = {n: np.asarray(tensors.pop(n)) for n in [*tensors] if n.startswith(f"{CLASSES}.")}
     changes: dict[str, np.ndarray] = {}
     for name in [n for n in tensors if n.endswith(".lora_A.weight")]:
@@ -112,10 +121,12 @@ def read_adapter(file: Path) -> PeftAdapter:
         if other not in tensors:
             raise UserError(f"{file}: {name} is without its {other}")
         a, b = (np.asarray(tensors.pop(n), np.float32) for n in (name, other))
+        if b.shape[1] != len(a):
+            raise UserError(f"{file}: {name} has rank {len(a)}, and its lora_B {b.shape[1]}")
         theirs = module.removeprefix("base_model.model.").removeprefix(PREFIX)
         alpha = _alpha_of(theirs, facts, rank=len(a))
         if alpha_name in tensors:
-            alpha = np.asarray(tensors.pop(alpha_name)).item()
+            alpha = float(np.asarray(tensors.pop(alpha_name)).reshape(-1)[0])
         scale = alpha / (len(a) ** 0.5 if facts.get("use_rslora") else len(a))
         changes[theirs] = scale * (b.reshape(len(b), -1) @ a.reshape(len(a), -1))
     if tensors or not changes:

@@ -18,7 +18,6 @@ from functools import lru_cache
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from einops import rearrange
 from flax import nnx
@@ -340,8 +339,7 @@ def matches_positions(table: Float[np.ndarray, "..."], config: ModelConfig) -> b
     if table.shape != (1, len(axis) ** 2, config.width):
         return False
     rows = rearrange(table, "1 (h w) (two d) -> h w two d", h=len(axis), two=2)
-    # Half precision, of either kind, is off by less than 2⁻⁸, eight bits by a quarter of their ε.
-    error = max(2**-8, float(ml_dtypes.finfo(table.dtype).eps) / 3)
+    error = weight_files.rounding_of_positions(table.dtype)
     # One row after the other: the whole table is a gigabyte in SD3.5 medium.
     return all(
         np.allclose(

@@ -135,7 +135,11 @@ class PretrainedTransformer:
 
 
 def load_transformer(
-    path_or_id: str, *, dtype: str = "float32", revision: str | None = None
+    path_or_id: str,
+    *,
+    dtype: str = "float32",
+    revision: str | None = None,
+    announce: bool = True,
 ) -> PretrainedTransformer:
     """Load a transformer of a folder, of the hub, or of a file of the original DiT, SiT or SD3.
 
@@ -152,6 +156,7 @@ def load_transformer(
     Args:
         dtype: of matrix products.
         revision: of the hub: a branch, tag or commit.
+        announce: print how the weights were found and are taken.
 
     Raises:
         UserError: it cannot be had, is damaged, or holds something that this project cannot
@@ -168,7 +173,8 @@ def load_transformer(
         raise UserError(f"'{path_or_id}': {reference.family}: is for a file of weights")
     else:
         pretrained = _load_folder_or_hub(reference.place, revision, code)
-    weight_files.print_notices(pretrained.id, pretrained.notices)
+    if announce:
+        weight_files.print_notices(pretrained.id, pretrained.notices)
     config = replace(pretrained.config, dtype=dtype)
     settings = pretrained.settings | {"model_config": asdict(config)}
     return replace(pretrained, config=config, settings=settings)
@@ -292,10 +298,11 @@ def _describe_code(code: str, where: str, settings: Mapping[str, Any]) -> str:
     names = {dit.ORIGINAL: "DiT's own code", dit.DIFFUSERS: "diffusers"}
     other = dit.ORIGINAL if code == dit.DIFFUSERS else dit.DIFFUSERS
     n_guided = settings.get("guided_channels")
-    guided = f"the first {n_guided}" if n_guided else "all"
+    channels = f"the first {n_guided}" if n_guided else "all"
+    guided = "" if settings["cfg_scale"] == 1 else f", and {channels} of its channels are guided"
     return (
-        f"computed as by {names[code]}, and {guided} of its channels are guided; to have it as by "
-        f"{names[other]}, name it as {other}:{where}"
+        f"computed as by {names[code]}{guided}; to have it as by {names[other]}, name it as "
+        f"{other}:{where}"
     )
 
 
@@ -318,8 +325,8 @@ def _refuse_bare_files(folder: Path) -> None:
         indices = [path for path in files if path.suffix == ".json"]
         file = (indices or files)[-1]
         raise UserError(
-            f"'{folder}' holds no {weight_files.CONFIG}: name one of its files, such as "
-            f"dit:{file} or sit:{file}"
+            f"'{folder}' holds no {weight_files.CONFIG}: name one of its files, such as {file}, of "
+            f"a DiT or SiT as dit:{file} or sit:{file}"
         )
 
 

@@ -47,6 +47,9 @@ TRAINING = {
     "lora_rank": "lora use_lora lora_r lora_dim network_dim network_module adapter",
     "lora_alpha": "network_alpha",
     "lora_targets": "lora_layers lora_target_modules target_modules",
+    "align": "repa enc_type",
+    "align_at": "encoder_depth",
+    "align_weight": "proj_coeff repa_weight",
     "patch_size": "patch patchsize",
     "remat": "gradient_checkpointing grad_checkpointing grad_checkpoint grad_ckpt "
     "activation_checkpointing activation_checkpoint activation_checkpoint_mode checkpointing "
@@ -289,7 +292,6 @@ REASONS = {
     "sampling integrates the whole interval with the fixed steps of --solver": (
         "train_eps sample_eps t_eps last_step last_step_size sde ode diffusion_form atol rtol"
     ),
-    "REPA is not implemented": "repa proj_coeff enc_type encoder_depth repa_weight",
     "training always shuffles, evaluation never does": "shuffle no_shuffle",
     "batches are always prefetched": (
         "pin_memory pin_mem prefetch prefetch_factor persistent_workers "

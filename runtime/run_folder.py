@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from runtime.checkpoint import CHECKPOINTS_FOLDER
 from runtime.errors import UserError
 from runtime.files import TEMPORARY_NAME, atomic_file
 
@@ -38,6 +39,51 @@ def split_reference(reference: str) -> tuple[Path, int | None]:
     if not Path(reference).is_dir() and (named := re.fullmatch(r"(.+)@(\d+)", reference)):
         return Path(named[1]), int(named[2])
     return Path(reference), None
+
+
+def find_run(reference: str, flag: str) -> tuple[Path, int | None] | None:
+    """Split the reference of a run, `RUN` or `RUN@STEP`, into its folder and the step of a
+    checkpoint. None if it names something else, such as a published model.
+
+    Args:
+        flag: that the reference was given by, for the message of an error.
+
+    Raises:
+        UserError: there is nothing in this place.
+    """
+    folder, step = split_reference(str(Path(reference).expanduser()))
+    if (folder / CHECKPOINTS_FOLDER).is_dir():
+        return folder, step
+    if step is not None or (folder.is_absolute() and not folder.exists()):
+        raise UserError(
+            f"there is no such run or file; if it has moved, give its new place by {flag}"
+        )
+    return None
+
+
+def absolute_reference(reference: str) -> str:
+    """Make the path of a reference absolute, if it is one: of a run, `RUN@STEP`, or of a file, also
+    with a prefix such as `dit:`.
+    """
+    place, step = split_reference(str(Path(reference).expanduser()))
+    if place.exists():
+        return f"{place.resolve()}{'' if step is None else f'@{step}'}"
+    prefix, colon, file = reference.rpartition(":")
+    if colon and Path(file).expanduser().exists():
+        return f"{prefix}:{Path(file).expanduser().resolve()}"
+    return reference
+
+
+def with_step_of(reference: str, recorded: str) -> str:
+    """Return a run's reference with the step of the recorded one, unless it names another. Other
+    references are returned as they are.
+    """
+    _, step = split_reference(reference)
+    _, recorded_step = split_reference(recorded)
+    is_run = (Path(reference) / CHECKPOINTS_FOLDER).is_dir()
+    if is_run and step is None and recorded_step is not None:
+        return f"{reference}@{recorded_step}"
+    return reference
 
 
 def newest_run(

@@ -77,19 +77,19 @@ def open_base(weights: StartingWeights, network: ModelConfig, recorded: str | No
         UserError: they are other weights now.
     """
     frozen = take_base(weights.params, network)
-    found = hash_base(frozen)
-    if recorded not in (None, found):
+    base_hash = hash_base(frozen)
+    if recorded not in (None, base_hash):
         raise UserError(
             f"cannot resume: the weights of {weights.name} have changed since the run was started "
             f"from them (the hash was {recorded[:12]}); give the place of the former ones by "
             "--init_from"
         )
-    return Base(in_precision_of_products(frozen, network), found)
+    return Base(in_precision_of_products(frozen, network), base_hash)
 
 
 def in_precision_of_products(frozen: Mapping[str, Any], network: ModelConfig) -> dict[str, Any]:
     """Round the blocks' frozen matrices to the precision that they are multiplied in, which changes
-    no product. (Eight bits are taken of float32.)
+    no product, but of the copies of `Transformer.frozen`. (Eight bits are taken of float32.)
     """
     if network.fp8 or network.dtype == "float32":
         return dict(frozen)
@@ -103,14 +103,13 @@ def in_precision_of_products(frozen: Mapping[str, Any], network: ModelConfig) ->
     )
 
 
-def blank_base(network: ModelConfig, mesh: parallel.Mesh) -> Any:
+def random_base(network: ModelConfig, mesh: parallel.Mesh) -> Any:
     """Make random frozen weights on the devices, to profile a network without its base."""
 
     def make() -> Any:
         params = init_model_params(network, jax.random.key(0))
-        if network.lora:
-            _, params = split_adapter(params, network.lora)
-        return in_precision_of_products(params, network)
+        base = split_adapter(params, network.lora)[1] if network.lora else params
+        return in_precision_of_products(base, network)
 
     return parallel.create_sharded(make, mesh)
 

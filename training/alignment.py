@@ -19,7 +19,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from data.batch import EncodedCaption
-from inference.autoguidance import split_reference
 from inference.spaces import Pixels, Space, compare_spaces
 from inference.trained_model import TrainedModel
 from methods.method import ToModelInput, derive_row_keys
@@ -27,7 +26,7 @@ from model import Label, ModelConfig, build_model, model_graphdef
 from networks.autoencoder import Conv
 from pretrained import dinov2
 from runtime import parallel, processes
-from runtime.checkpoint import CHECKPOINTS_FOLDER, array_checksums, json_checksum
+from runtime.checkpoint import array_checksums, json_checksum
 from runtime.errors import UserError
 from runtime.flags import Derived, flag, setting
 from training.step import PROJECTOR, TrainState
@@ -174,12 +173,10 @@ def open_encoder(
     Raises:
         UserError: there is no such encoder, or it does not see the run's data.
     """
-    folder, step = split_reference(str(Path(reference).expanduser()))
     try:
-        if (folder / CHECKPOINTS_FOLDER).is_dir():
+        if run := find_run(reference, "--align"):
+            folder, step = run
             return open_run(folder, step, network=network, space=space, mesh=mesh)
-        if step is not None or (folder.is_absolute() and not folder.exists()):
-            raise UserError("there is no such run; if it has moved, give --align its new place")
         return open_dinov2(reference, network=network, space=space, mesh=mesh)
     except UserError as error:
         raise UserError(f"--align {reference}: {error}") from None

@@ -91,8 +91,8 @@ class ModelFlags:
     model: str = setting(BY_DATASET, "a preset such as DiT-S/2", choices=MODELS)
     init_from: str | None = flag(
         None,
-        "initial weights: a run folder, a folder or hub id in the format of diffusers or "
-        "export.py, or a DiT or SiT checkpoint file; model flags then default to its own",
+        "initial weights: a run, RUN or RUN@STEP, a folder or hub id in the format of diffusers or "
+        "export.py, or a file of DiT, SiT or SD3; model flags then default to its own",
     )
     patch_size: int = setting(BY_PRESET, "patch size in pixels; overrides the preset", above=0)
     block: str = setting(

@@ -23,6 +23,7 @@ from methods.registry import METHODS, find_method
 from model import BLOCKS, JOINT, MODELS, ModelConfig, model_config
 from runtime.errors import UserError
 from runtime.flags import check_values, defaults_of, flags_of, paths_of, reject_unused
+from runtime.run_folder import absolute_reference, with_step_of
 from training import wandb_sink
 from training.alignment import DEFAULT_DEPTH, check_alignment
 from training.auxiliary import check_layer_sync
@@ -32,7 +33,6 @@ from training.flag_groups import BY_DATASET, DEFAULT_DATASET
 from training.lora import check_lora, lora_config
 from training.mup import check_mup
 from training.routing import check_routing
-from training.teacher import absolute_reference, with_step_of
 
 CONSTANT_TO_WSD = ("schedule", "constant", "wsd")  # they are the same until wsd decays
 INNER_HEAD_DEPTH = 0.3  # of the blocks

@@ -18,10 +18,9 @@ from methods.method import drop_labels
 from methods.rectified_flow import RectifiedFlow
 from model import ModelConfig, model_graphdef
 from runtime import processes
-from runtime.checkpoint import CHECKPOINTS_FOLDER
 from runtime.errors import UserError
 from runtime.flags import Derived, flag, setting
-from runtime.run_folder import split_reference
+from runtime.run_folder import find_run, split_reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,23 +87,6 @@ def taught_by(teacher: Teacher, loss: Callable[..., Any]) -> Callable[..., Any]:
     return taught
 
 
-def absolute_reference(reference: str) -> str:
-    """Make the path of a reference absolute, if it is one: of a run, `RUN@STEP`, or of a file."""
-    place, step = split_reference(str(Path(reference).expanduser()))
-    if not place.exists():
-        return reference
-    return f"{place.resolve()}{'' if step is None else f'@{step}'}"
-
-
-def with_step_of(reference: str, recorded: str) -> str:
-    """Return a run's reference with the step of the recorded one, unless it names another."""
-    _, step = split_reference(reference)
-    _, recorded_step = split_reference(recorded)
-    if step is None and recorded_step is not None and Path(reference).is_absolute():
-        return f"{reference}@{recorded_step}"
-    return reference
-
-
 def open_teacher(
     reference: str,
     scale: float | None,
@@ -162,11 +144,9 @@ def open_teacher(
 
 
 def _open_model(reference: str, fsdp: int) -> TrainedModel:
-    folder, step = split_reference(str(Path(reference).expanduser()))
-    if (folder / CHECKPOINTS_FOLDER).is_dir():
+    if run := find_run(reference, "--teacher"):
+        folder, step = run
         return TrainedModel.from_run(folder, step=step, fsdp=fsdp)
-    if step is not None or (folder.is_absolute() and not folder.exists()):
-        raise UserError("there is no such run; if it has moved, give --teacher its new place")
     with processes.first_then_others():
         return TrainedModel.from_pretrained(reference, fsdp=fsdp)
 

@@ -8,7 +8,6 @@ differ, which is reported; everything else must match. Resuming a run is not don
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,9 +23,8 @@ from methods.registry import DEFAULT_METHOD, find_method, method_of
 from model import ModelConfig
 from pretrained import transformer
 from runtime import parallel, processes
-from runtime.checkpoint import CHECKPOINTS_FOLDER
 from runtime.errors import UserError
-from runtime.run_folder import split_reference
+from runtime.run_folder import find_run
 from training.config import TrainConfig
 
 # Flags of the model that default to the source's value.
@@ -79,13 +77,17 @@ def load_starting_weights(path_or_id: str) -> StartingWeights:
 
 
 def _load_weights(path_or_id: str) -> StartingWeights:
-    folder, step = split_reference(str(Path(path_or_id).expanduser()))
-    if not (folder / CHECKPOINTS_FOLDER).is_dir():
+    try:
+        run_and_step = find_run(path_or_id, "--init_from")
+    except UserError as error:
+        raise UserError(f"--init_from {path_or_id}: {error}") from None
+    if run_and_step is None:
         with processes.first_then_others():
             published = transformer.load_transformer(path_or_id)
         return StartingWeights(
             published.config, published.params, published.settings, published.id, path_or_id
         )
+    folder, step = run_and_step
     # Sharded over all devices while loading: the whole is in host memory only.
     run = TrainedModel.from_run(folder, step=step, fsdp=parallel.devices().count)
     return StartingWeights(

@@ -112,7 +112,7 @@ def test_the_encoder_may_move_but_not_change(seen, aligned, tmp_path):
     other = saved(replace(SEEN, seed=1, run_dir=tmp_path / "other"))
     for message, flags in (
         ("is not the encoder that the run began with", {"align": str(other.run_dir)}),
-        ("--align /nothing@0: there is no such run; if it has moved", {"align": "/nothing"}),
+        ("--align /nothing: there is no such run or file; if it has moved", {"align": "/nothing"}),
         (r"align_weight was 0\.5, not 0\.3", {"align_weight": 0.3}),
     ):
         with pytest.raises(UserError, match=message):

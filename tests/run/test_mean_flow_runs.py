@@ -105,7 +105,7 @@ def test_a_teacher_of_other_data_is_refused(flow, distilled, tmp_path):
         ("a teacher is a flow, not MeanFlow", {"teacher": str(distilled.run_dir)}),
         ("--teacher is not for rectified flow", {"objective": "rectified_flow"}),
         ("--teacher /nothing: there is no such run", {"teacher": "/nothing"}),
-        ("there is no such run; if it has moved", {"teacher": f"{tmp_path}/flow@2"}),
+        ("there is no such run or file; if it has moved", {"teacher": f"{tmp_path}/flow@2"}),
         ("no checkpoint of step 3", {"teacher": f"{flow.run_dir}@3"}),
     ):
         with pytest.raises(UserError, match=message):

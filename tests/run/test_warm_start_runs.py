@@ -133,5 +133,5 @@ def test_a_model_in_sd3s_format_is_trained_and_exported_in_it(tmp_path):
 
 
 def test_a_missing_source_is_named():
-    with pytest.raises(UserError, match="'/no/such': it is neither a local path"):
+    with pytest.raises(UserError, match="--init_from /no/such: there is no such run or file"):
         Trainer(replace(TINY, init_from="/no/such"))

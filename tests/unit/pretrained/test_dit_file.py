@@ -207,7 +207,7 @@ def test_heads_of_training_are_ignored_and_named(tmp_path):
 # --- precision ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", "float8_e5m2"])
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_weights_of_any_precision_are_read(dtype, suffix, tmp_path):
     rounded = {name: x.to(getattr(torch, dtype)) for name, x in state().items()}
@@ -218,7 +218,7 @@ def test_weights_of_any_precision_are_read(dtype, suffix, tmp_path):
         safetensors_torch.save_file({n: x.contiguous() for n, x in rounded.items()}, path)
     table = load(path).params["label"]["table"]
     assert table.dtype == np.float32
-    np_type = {"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype)
+    np_type = getattr(ml_dtypes, dtype, dtype)
     np.testing.assert_array_equal(table, state()[TABLE].numpy().astype(np_type).astype("f4"))
 
 
@@ -261,7 +261,9 @@ def test_an_index_of_several_files_is_a_file(suffix, tmp_path):
     wrapped = prefixed("module.", state()) | prefixed("model.", worse(state()))
     index = save_in_parts(prefixed("ema_model.", state()) | wrapped, tmp_path, suffix)
     assert_same(load(index).params, params())
-    with pytest.raises(UserError, match=f"name one of its files, such as dit:{index}"):
+    with pytest.raises(
+        UserError, match=f"name one of its files, such as {index}, of a DiT or SiT as dit:"
+    ):
         transformer.load_transformer(str(tmp_path))
     with pytest.raises(
         UserError, match=f"is one part of several: name their index, such as {index}"

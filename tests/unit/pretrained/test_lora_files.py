@@ -103,6 +103,8 @@ def test_scales_of_other_files_are_read(tmp_path):
         8 / 2**0.5
     )
     assert scale(alpha=np.full(1, 6, np.float32)) == 3
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8}))
+    assert scale(prefix="base_model.model.") == 4
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):
@@ -125,6 +127,16 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         lora.with_adapter(base, file)
     weight_files.write_safetensors(file, {"lora_unet_x.lora_down.weight": a}, {})
     with pytest.raises(UserError, match="no adapter with PEFT's names"):
+        lora.read_adapter(file)
+    with_module("transformer_blocks.0.attn.to_q", b=np.ones((16, 3), np.float32))
+    with pytest.raises(UserError, match="has rank 2, and its lora_B 3"):
+        lora.read_adapter(file)
+    tensors = {"text_encoder.x.lora_A.weight": a, "text_encoder.x.lora_B.weight": b}
+    weight_files.write_safetensors(file, tensors, {})
+    with pytest.raises(UserError, match="adapters of text encoders are not supported"):
+        lora.read_adapter(file)
+    weight_files.write_safetensors(file, {"x.lora_A.weight": a}, {lora.METADATA: "[]"})
+    with pytest.raises(UserError, match="is damaged: its lora_adapter_metadata is list"):
         lora.read_adapter(file)
     weight_files.write_safetensors(file, {"x.lora_A.weight": a}, {})
     with pytest.raises(UserError, match=r"without its x\.lora_B\.weight"):
