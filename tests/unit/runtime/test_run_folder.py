@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -109,6 +110,27 @@ def test_what_is_no_run_is_named_for_what_it_is(tmp_path):
     for path, part in parts.items():
         with pytest.raises(UserError, match=re.escape(part)):
             run_folder.read_config(path)
+
+
+def test_references_of_runs_and_files_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "a.pt").write_text("")
+    absolute = run_folder.absolute_reference
+    assert absolute("run") == f"{tmp_path}/run" and absolute("run@40") == f"{tmp_path}/run@40"
+    assert absolute("a.pt") == f"{tmp_path}/a.pt"
+    assert absolute("dit:heads=6:a.pt") == f"dit:heads=6:{tmp_path}/a.pt"
+    assert absolute("facebook/DiT-XL-2-256") == "facebook/DiT-XL-2-256"
+    with_step = run_folder.with_step_of
+    assert with_step(f"{tmp_path}/run", "/old/run@40") == f"{tmp_path}/run@40"
+    assert with_step(f"{tmp_path}/run@80", "/old/run@40") == f"{tmp_path}/run@80"
+    for other in (f"{tmp_path}/a.pt", "facebook/DiT-XL-2-256"):
+        assert with_step(other, "/old/run@40") == other
+    assert run_folder.find_run("run@40", "--x") == (Path("run"), 40)
+    assert run_folder.find_run(f"{tmp_path}/a.pt", "--x") is None
+    for gone in ("/nothing", "run@x@5", "other@5"):
+        with pytest.raises(UserError, match=r"no such run or file; .* by --x"):
+            run_folder.find_run(gone, "--x")
 
 
 def test_a_damaged_configuration_is_named(tmp_path):
