@@ -108,7 +108,9 @@ def test_the_gpu_script_runs_all_benchmarks_without_a_gpu(cache, tmp_path):
     assert "| batch × tokens" in done.stdout and "| task" in done.stdout
     assert "left out: cuDNN" in done.stdout
 
-    rows = {line["benchmark"]: line["rows"] for line in map(json.loads, record.open())}
+    rows = {
+        line["benchmark"]: line["rows"] for line in map(json.loads, record.read_text().splitlines())
+    }
     assert rows.keys() == {"step", "attention", "sample", "autoencoder"}
     assert [row["way"] for row in rows["attention"]] == ["own", "XLA"] * 2
     assert all(set(row["times_as_fast_as"]) == {"autocast"} for row in rows["sample"])

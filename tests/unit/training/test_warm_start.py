@@ -4,6 +4,7 @@ cannot be fitted is named.
 
 from dataclasses import asdict, replace
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -215,7 +216,7 @@ def test_latents_of_another_vae_are_reported():
 
 
 def test_the_times_of_sd3_are_shifted_in_training_and_sampling():
-    sd3 = {"objective": "rectified_flow", "sample_shift": 3.0, "full_width": 24}
+    sd3: Any = {"objective": "rectified_flow", "sample_shift": 3.0, "full_width": 24}
     found = warm_start.with_source_flags(TINY, source(**sd3))
     assert (found.time_shift, found.sample_shift) == (3.0, 3.0)
     found = warm_start.with_source_flags(replace(TINY, time_shift=1.0), source(**sd3))
