@@ -29,6 +29,7 @@ from runtime import parallel, processes
 from runtime.checkpoint import array_checksums, json_checksum
 from runtime.errors import UserError
 from runtime.flags import Derived, flag, setting
+from runtime.run_folder import find_run
 from training.step import PROJECTOR, TrainState
 
 MEAN_SHARE = 0.6  # γ of iREPA, as its authors set it
