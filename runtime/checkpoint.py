@@ -27,8 +27,8 @@ import orbax.checkpoint as ocp
 from runtime import processes
 from runtime.errors import UserError
 from runtime.orbax_noise import release_failed_calls, silence_orbax
+from runtime.run_folder import CHECKPOINTS_FOLDER
 
-CHECKPOINTS_FOLDER = "checkpoints"
 SNAPSHOTS_FOLDER = "snapshots"  # of averages alone, which are all kept
 DAMAGED_FOLDER = "damaged"  # unreadable checkpoints are moved here
 ARRAY_ITEMS = ("params", "ema", "optimizer", "power_ema")

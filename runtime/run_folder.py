@@ -14,12 +14,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from runtime.checkpoint import CHECKPOINTS_FOLDER
 from runtime.errors import UserError
 from runtime.files import TEMPORARY_NAME, atomic_file
 
 RUNS = Path("runs")
 CONFIG_FILE = "config.json"
+CHECKPOINTS_FOLDER = "checkpoints"
 TRAIN_COMMAND = "train.py"  # a config.json without "command" is of this one
 MEASUREMENT_FOLDERS = ("profile", "lr_range_test")  # of measurements that need no run
 PUBLISHED = "a published model is named by --pretrained, or by --init_from to start from"
