@@ -22,6 +22,7 @@ from runtime import cli, parallel, processes
 from runtime.errors import UserError
 from runtime.files import remove_leftovers
 from runtime.flags import Derived, again, check_values, flag
+from runtime.image_size import WrittenSize
 from runtime.run_folder import create_run_folder, exclusive_writer
 from training.flag_groups import DatasetFlags, DeviceFlags, ImageFlags, LabelFlags, LoadingFlags
 
@@ -32,7 +33,7 @@ DEFAULT_VAE = "stabilityai/sdxl-vae"
 class LatentFlags:
     """Latents."""
 
-    image_size: int | None = again(ImageFlags, "image_size", above=None, at_least=1)
+    image_size: WrittenSize | None = again(ImageFlags, "image_size")
     vae: str | None = flag(
         Derived(DEFAULT_VAE),
         "a folder in diffusers' layout, an id on the hub, or a file such as "

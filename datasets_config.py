@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime import errors
+from runtime.image_size import ImageSize, WrittenSize
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class LatentEncoding:
     Args:
         dataset_name: of the images.
         source: of the images: an id with its revision, or a folder.
-        image_size: pixels to a side of the images.
+        image_size: of the images in pixels; 256, or 256x192 (height x width).
         shape: (height, width, channels) of a latent.
         vae: the VAE's location.
         vae_hash: hash of the VAE's weights; "" where it is not known.
@@ -31,7 +32,7 @@ class LatentEncoding:
 
     dataset_name: str
     source: str
-    image_size: int
+    image_size: WrittenSize
     shape: tuple[int, int, int]
     vae: str
     vae_hash: str
@@ -40,6 +41,11 @@ class LatentEncoding:
     precision: str
     mirrored: bool
     captions: bool
+
+    @property
+    def size(self) -> ImageSize:
+        """Height and width of the images."""
+        return ImageSize.parse(self.image_size)
 
     @property
     def moments_shape(self) -> tuple[int, int, int]:
@@ -75,7 +81,7 @@ class DatasetConfig:
         n_classes: 0 for none.
         label_names: () for the data's own.
         channels: 1 (grey) or 3 (RGB); of latents, theirs.
-        image_size: pixels to a side; of latents, theirs.
+        image_size: 256 pixels, or 256x192 (height x width); of latents, theirs.
         model: a preset of `model.py`.
         batch_size: rows of a global batch.
         learning_rate: peak of the schedule.
@@ -101,7 +107,7 @@ class DatasetConfig:
     n_classes: int
     label_names: tuple[str, ...] = ()
     channels: int = 3
-    image_size: int
+    image_size: WrittenSize
     model: str
     batch_size: int = 128
     learning_rate: float = 3e-4
@@ -111,6 +117,11 @@ class DatasetConfig:
     cfg_scale: float = 1.5
     latents_dir: str | None = None
     encoding: LatentEncoding | None = None
+
+    @property
+    def size(self) -> ImageSize:
+        """Height and width of the images, or of the latents."""
+        return ImageSize.parse(self.image_size)
 
     @property
     def conditioning(self) -> str:

@@ -156,7 +156,7 @@ def save_or_explain(path: Path, save: Callable[[Path], None]) -> None:
 
 def count_columns(trained: TrainedModel) -> int:
     """Return the number of images in a row if no more are named."""
-    side = trained.space.image_side(trained.model)
+    side = max(trained.space.image_size(trained.model).sides)
     return COLUMNS if side <= MAX_SMALL_SIDE else COLUMNS_OF_LARGE
 
 

@@ -49,6 +49,7 @@ from networks.lora import LoraConfig, add_adapters
 from networks.ops import attention
 from networks.routing import prepend_others, put_tokens, resolve_route, take_tokens
 from runtime.errors import UserError, unknown_name
+from runtime.image_size import ImageSize, WrittenSize, canonical_size
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class ModelConfig:
     Args:
         width, depth, n_heads: of the transformer.
         patch_size: side of a token in pixels (or latents).
-        image_size, channels: of the images, which are square.
+        image_size, channels: of the images; 256, or 256x192 (height x width).
         out_channels: of the prediction; a learned sigma has twice `channels`.
         n_classes: label `n_classes` is the null class. 0 for unconditional models and for captions,
             whose null is the caption without tokens.
@@ -102,7 +103,7 @@ class ModelConfig:
     depth: int
     n_heads: int
     patch_size: int
-    image_size: int
+    image_size: WrittenSize
     channels: int
     out_channels: int
     n_classes: int
@@ -135,6 +136,7 @@ class ModelConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "route", resolve_route(self.route, self.depth))
+        object.__setattr__(self, "image_size", canonical_size(self.image_size))
         tables = {
             "block": (*BLOCKS, JOINT),
             "position": POSITIONS,
@@ -168,14 +170,13 @@ class ModelConfig:
             "depth",
             "n_heads",
             "patch_size",
-            "image_size",
             "channels",
             "out_channels",
         )
         for name in sizes:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: must be at least 1")
-        if self.image_size % self.patch_size:
+        if not self.size.divided(self.patch_size):
             raise UserError(
                 f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}"
             )
@@ -211,10 +212,20 @@ class ModelConfig:
         return bool(self.n_classes or self.text_width)
 
     @property
+    def size(self) -> ImageSize:
+        """Height and width of the images."""
+        return ImageSize.parse(self.image_size)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of the images."""
+        return *self.size.sides, self.channels
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        side = self.image_size // self.patch_size
-        return side, side
+        height, width = self.size.sides
+        return height // self.patch_size, width // self.patch_size
 
     @property
     def rotary_grid(self) -> tuple[int, int] | None:

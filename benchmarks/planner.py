@@ -213,13 +213,13 @@ def model_inputs(config: ModelConfig, rows: int) -> tuple[Any, ...]:
     def array(*shape, dtype: Any = jnp.float32):
         return jax.ShapeDtypeStruct((rows, *shape), dtype)
 
-    side, m = config.image_size, config.text_length
+    m = config.text_length
     label = array(dtype=jnp.int32)
     if config.text_width:
         tokens = array(m, config.text_width, dtype=jnp.float16)
         pooled = array(config.pooled_width, dtype=jnp.float16)
         label = EncodedCaption(tokens, array(m, dtype=jnp.bool), pooled)
-    return array(side, side, config.channels), array(), label
+    return array(*config.image_shape), array(), label
 
 
 def count_block_bytes(config: ModelConfig) -> ForwardBytes:

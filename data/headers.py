@@ -23,10 +23,13 @@ from data.parquet import ParquetSplit
 from data.rows import Split, file_name
 from runtime.errors import UserError, count
 from runtime.files import atomic_file
+from runtime.image_size import ImageSize
 
 UNREADABLE, GREY, COLOUR = range(3)
 ROWS_AT_ONCE = 512
-KindsAndSides = tuple[UInt8[np.ndarray, "n"], Int32[np.ndarray, "n"]]
+Header = tuple[int, int, int]  # kind, height, width
+KindsAndSides = tuple[UInt8[np.ndarray, "n"], Int32[np.ndarray, "n 2"]]
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap the sides
 MAX_ROWS_WITHOUT_FILES = 20_000  # of images inside tables: a header is read with its whole image
 MAX_STREAMED_GROUPS = (
     16  # of Parquet files read where they lie: a header is read with its row group
@@ -35,10 +38,10 @@ MAX_STREAMED_GROUPS = (
 
 @dataclass(frozen=True)
 class Headers:
-    """Kind and shorter side, in pixels, of each image that was looked at."""
+    """Kind, height and width in pixels of each image that was looked at."""
 
     kind: UInt8[np.ndarray, "n"]
-    side: Int32[np.ndarray, "n"]
+    sides: Int32[np.ndarray, "n 2"]
     n_rows: int  # of the split
     paths: Sequence[str] = ()  # where images are files
 
@@ -50,11 +53,11 @@ class Headers:
     @property
     def median_side(self) -> int:
         """The shorter side of the median image; 0 if no image can be read."""
-        readable = self.side[self.kind != UNREADABLE]
+        readable = self.sides[self.kind != UNREADABLE].min(1)
         return int(np.median(readable)) if len(readable) else 0
 
-    def describe(self, image_size: int) -> str:
-        """Describe kinds and sizes in one line, and count images smaller than `image_size`."""
+    def describe(self, size: ImageSize) -> str:
+        """Describe kinds and sizes in one line, and count images smaller than `size`."""
         n_grey, n_colour, n_bad = ((self.kind == k).sum() for k in (GREY, COLOUR, UNREADABLE))
         n = len(self.kind)
         looked_at = f"{n} of {self.n_rows} images" if n < self.n_rows else count(n, "image")
@@ -62,14 +65,15 @@ class Headers:
         if n_bad:
             first = next((p for p, k in zip(self.paths, self.kind) if k == UNREADABLE), "")
             kinds += [f"{n_bad} not readable{f' (first: {first})' if first else ''}"]
-        sides = self.side[self.kind != UNREADABLE]
+        sides = self.sides[self.kind != UNREADABLE]
         parts = [f"{looked_at}: {', '.join(kind for kind in kinds if kind)}"]
         if len(sides):
-            low, high = sides.min(), sides.max()
+            shorter = sides.min(1)
+            low, high = shorter.min(), shorter.max()
             extent = f"{low}–{high} px, median {self.median_side}" if low < high else f"{low} px"
             parts.append(f"shorter side {extent}")
-            if n_small := (sides < image_size).sum():
-                parts.append(f"{n_small} smaller than {image_size} px, which are enlarged")
+            if n_small := (sides < np.array(size.sides)).any(1).sum():
+                parts.append(f"{n_small} smaller than {size} px, which are enlarged")
         return "; ".join(parts)
 
 
@@ -82,18 +86,18 @@ def read_headers(split: Split) -> Headers:
     first = split.read_cells([int(split.rows[0])])[0]
     if isinstance(first, Mapping) and first["bytes"] is None and first["path"] is not None:
         paths = [file_name(cell) for cell in split.read_cells(split.rows.tolist())]
-        kind, side = _read_cached(paths)
-        return Headers(kind, side, len(split), paths)
+        kind, sides = _read_cached(paths)
+        return Headers(kind, sides, len(split), paths)
     rows = _spread(split.rows, MAX_ROWS_WITHOUT_FILES)
     if isinstance(split.data, ParquetSplit):
         groups = split.data.find_groups(rows)
         rows = rows[np.isin(groups, _spread(np.unique(groups), MAX_STREAMED_GROUPS))]
 
-    def read(chunk: Int64[np.ndarray, "b"]) -> list[tuple[int, int]]:
+    def read(chunk: Int64[np.ndarray, "b"]) -> list[Header]:
         return [_read_header(cell) for cell in split.read_cells(chunk.tolist())]
 
-    kind, side = _in_threads(read, np.array_split(rows, len(rows) // ROWS_AT_ONCE + 1))
-    return Headers(kind, side, len(split))
+    kind, sides = _in_threads(read, np.array_split(rows, len(rows) // ROWS_AT_ONCE + 1))
+    return Headers(kind, sides, len(split))
 
 
 def _spread(values: Int64[np.ndarray, "n"], n: int) -> Int64[np.ndarray, "m"]:
@@ -101,30 +105,33 @@ def _spread(values: Int64[np.ndarray, "n"], n: int) -> Int64[np.ndarray, "m"]:
     return values[np.linspace(0, len(values) - 1, min(len(values), n)).astype(int)]
 
 
-def _read_header(cell: Mapping[str, Any] | UserError | None) -> tuple[int, int]:
-    """Return the kind and the shorter side of an undecoded image."""
+def _read_header(cell: Mapping[str, Any] | UserError | None) -> Header:
+    """Return the kind, the height and the width of an undecoded image."""
     if cell is None or isinstance(cell, UserError) or (cell["bytes"] is None and not cell["path"]):
-        return UNREADABLE, 0
+        return UNREADABLE, 0, 0
     try:
         source = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
         with Image.open(source) as image:
-            return (GREY if images.is_grey(image) else COLOUR), min(image.size)
+            kind = GREY if images.is_grey(image) else COLOUR
+            width, height = image.size
+            # Without EXIF among the facts of a PNG's header, Pillow would look behind its pixels.
+            if "exif" in image.info and image.getexif().get(ORIENTATION) in TURNED:
+                width, height = height, width
+            return kind, height, width
     except Exception:  # whatever Pillow's parsers raise: decoding the image will name the problem
-        return UNREADABLE, 0
+        return UNREADABLE, 0, 0
 
 
-def _in_threads(
-    read: Callable[[Any], list[tuple[int, int]]], chunks: Iterable[Any]
-) -> KindsAndSides:
+def _in_threads(read: Callable[[Any], list[Header]], chunks: Iterable[Any]) -> KindsAndSides:
     with ThreadPoolExecutor() as pool:
-        pairs = [pair for part in pool.map(read, chunks) for pair in part]
-    kind, side = np.array(pairs, np.int64).reshape(-1, 2).T
-    return kind.astype(np.uint8), side.astype(np.int32)
+        headers = [header for part in pool.map(read, chunks) for header in part]
+    facts = np.array(headers, np.int64).reshape(-1, 3)
+    return facts[:, 0].astype(np.uint8), facts[:, 1:].astype(np.int32)
 
 
 # --- the cache of a folder's headers --------------------------------------------------------------
 
-ENTRY = np.dtype([("key", np.uint64), ("kind", np.uint8), ("side", np.int32)])
+ENTRY = np.dtype([("key", np.uint64), ("kind", np.uint8), ("sides", np.int32, 2)])
 
 
 def _read_cached(paths: Sequence[str]) -> KindsAndSides:
@@ -139,16 +146,16 @@ def _read_cached(paths: Sequence[str]) -> KindsAndSides:
     new = np.flatnonzero(~is_known)
     if len(new):
 
-        def read(chunk: Int64[np.ndarray, "b"]) -> list[tuple[int, int]]:
+        def read(chunk: Int64[np.ndarray, "b"]) -> list[Header]:
             return [_read_header({"bytes": None, "path": paths[i]}) for i in chunk]
 
         chunks = np.array_split(new, len(new) // ROWS_AT_ONCE + 1)
-        entries["kind"][new], entries["side"][new] = _in_threads(read, chunks)
+        entries["kind"][new], entries["sides"][new] = _in_threads(read, chunks)
         with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
             cache.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(cache, sync=False) as file:
                 np.save(file, np.sort(entries[entries["kind"] != UNREADABLE], order="key"))
-    return entries["kind"], entries["side"]
+    return entries["kind"], entries["sides"]
 
 
 def _load_cache(cache: Path) -> np.ndarray:

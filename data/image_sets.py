@@ -24,6 +24,7 @@ from data.image_files import Listing, list_files
 from data.load import open_dataset
 from runtime.errors import UserError, unknown_name
 from runtime.files import atomic_file
+from runtime.image_size import ImageSize, WrittenSize
 
 ImageBatch = UInt8[np.ndarray, "b h w c"]
 IMAGES_ENTRY = "arr_0.npy"
@@ -50,10 +51,9 @@ class ImageSet:
 
     def describe(self) -> str:
         """Describe the images in a line."""
-        height, width, channels = self.shape
+        *sides, channels = self.shape
         kind = "grey" if channels == 1 else "RGB"
-        size = format_size((width, height))
-        return f"{self.count} images of {size} pixels, {kind}{self.notice}"
+        return f"{self.count} images of {format_size(sides)} pixels, {kind}{self.notice}"
 
 
 def image_set_from_split(
@@ -62,7 +62,7 @@ def image_set_from_split(
     split: str,
     data_dir: Path | None = None,
     image_column: str | None = None,
-    image_size: int | None = None,
+    image_size: WrittenSize | None = None,
 ) -> ImageSet:
     """Open all images of a dataset's split, cropped and resized as for training.
 
@@ -85,9 +85,8 @@ def image_set_from_split(
         for start in range(0, len(rows), n):
             yield rows.decode(np.arange(start, min(start + n, len(rows))))
 
-    side = source.config.image_size
-    card = {"dataset_name": name, "split": split, "image_size": side}
-    shape = (side, side, source.config.channels)
+    card = {"dataset_name": name, "split": split, "image_size": source.config.image_size}
+    shape = (*source.config.size.sides, source.config.channels)
     notice = f" (split '{split}' of {name}, cropped and resized to that)"
     return ImageSet(len(rows), batches, card, shape, notice)
 
@@ -99,22 +98,22 @@ class ImageHeader(NamedTuple):
     """Facts about an image file that need no decoding.
 
     Args:
-        size: (width, height), before a camera's turn is undone.
+        sides: (height, width), before a camera's turn is undone.
         several: it holds more than one image, of which the first is used.
     """
 
     is_grey: bool
-    size: tuple[int, int]
+    sides: tuple[int, int]
     several: bool
 
 
-def image_set_from_folder(folder: Path, *, image_size: int | None = None) -> ImageSet:
+def image_set_from_folder(folder: Path, *, image_size: WrittenSize | None = None) -> ImageSet:
     """Open all images in a folder and its subfolders, in the order of their names. They are RGB
     unless all of them are grey.
 
     Args:
         folder: of image files. Hidden files are left out, as in training.
-        image_size: crop and resize them; otherwise all must have one size.
+        image_size: crop and resize them to it; otherwise all must have one size.
 
     Raises:
         UserError: there are none, one cannot be read, or their sizes differ.
@@ -129,22 +128,23 @@ def image_set_from_folder(folder: Path, *, image_size: int | None = None) -> Ima
         raise UserError(f"'{folder}' holds no images{_describe_left_out(listing)}")
     with ThreadPoolExecutor() as pool:
         headers = list(pool.map(_read_header, files))
-    if not image_size:
+    size = None if image_size is None else ImageSize.parse(image_size)
+    if not size:
         _check_sizes(files, headers)
     channels = 1 if all(header.is_grey for header in headers) else 3
-    first = _read_image(files[0], image_size, channels)
+    first = _read_image(files[0], size, channels)
 
     def batches(n: int) -> Iterator[ImageBatch]:
         for start in range(0, len(files), n):
             batch = []
             for file in files[start : start + n]:
-                image = _read_image(file, image_size, channels)
+                image = _read_image(file, size, channels)
                 if image.shape != first.shape:
-                    raise _different_sizes(file, image.shape[1::-1], files[0], first.shape[1::-1])
+                    raise _different_sizes(file, image.shape[:2], files[0], first.shape[:2])
                 batch.append(image)
             yield np.stack(batch)
 
-    card = {"images": str(folder), "image_size": image_size}
+    card = {"images": str(folder), "image_size": size and size.written}
     notice = _describe_headers(headers) + _describe_left_out(listing)
     return ImageSet(len(files), batches, card, first.shape, notice)
 
@@ -153,7 +153,7 @@ def _read_header(file: Path) -> ImageHeader:
     try:
         with Image.open(file) as image:
             several = bool(getattr(image, "is_animated", False))
-            return ImageHeader(images.is_grey(image), image.size, several)
+            return ImageHeader(images.is_grey(image), (image.height, image.width), several)
     except OSError as error:
         is_gone = file.is_symlink() and not file.exists()
         reason = "a link to a file that is gone" if is_gone else error.strerror
@@ -170,18 +170,18 @@ def _describe_content(file: Path) -> str:
 
 def _check_sizes(files: Sequence[Path], headers: Sequence[ImageHeader]) -> None:
     """Raise UserError if sizes differ in more than their order, which a camera's turn changes."""
-    first = headers[0].size
+    first = headers[0].sides
     for file, header in zip(files, headers):
-        if sorted(header.size) != sorted(first):
-            raise _different_sizes(file, header.size, files[0], first)
+        if sorted(header.sides) != sorted(first):
+            raise _different_sizes(file, header.sides, files[0], first)
 
 
 def _different_sizes(
-    file: Path, size: Sequence[int], other: Path, other_size: Sequence[int]
+    file: Path, sides: Sequence[int], other: Path, other_sides: Sequence[int]
 ) -> UserError:
     return UserError(
-        f"{file} has {format_size(size)} pixels, and {other} {format_size(other_size)}; "
-        "--image_size makes them equal"
+        f"{file} has {format_size(sides)} pixels (height × width), and {other} "
+        f"{format_size(other_sides)}; --image_size makes them equal"
     )
 
 
@@ -205,11 +205,11 @@ def _describe_left_out(listing: Listing) -> str:
     return f"; left out: {', '.join(parts)}" if parts else ""
 
 
-def _read_image(file: Path, image_size: int | None, channels: int) -> UInt8[np.ndarray, "h w c"]:
+def _read_image(file: Path, size: ImageSize | None, channels: int) -> UInt8[np.ndarray, "h w c"]:
     try:
         image = images.open_upright(file.read_bytes())
-        if image_size:
-            return images.decode_image(image, channels=channels, size=image_size)
+        if size:
+            return images.decode_image(image, channels=channels, size=size)
         array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
         return array.reshape(*array.shape[:2], channels)
     except OSError as error:
@@ -218,10 +218,10 @@ def _read_image(file: Path, image_size: int | None, channels: int) -> UInt8[np.n
         raise UserError(f"{file}: {error}") from None
 
 
-def format_size(size: Sequence[int]) -> str:
-    """Write (width, height) as text."""
-    width, height = size
-    return f"{width} × {height}"
+def format_size(sides: Sequence[int]) -> str:
+    """Write (height, width) as text."""
+    height, width = sides
+    return f"{height} × {width}"
 
 
 def shorten(text: str) -> str:

@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from runtime.errors import UserError
+from runtime.image_size import ImageSize
 
 # First bytes of the common formats.
 SIGNATURE = re.compile(
@@ -42,14 +43,14 @@ MAX_QUOTE = 40  # characters of a text that are shown
 
 
 def decode_image(
-    raw: bytes | Image.Image, *, channels: int, size: int
-) -> UInt8[np.ndarray, "s s c"]:
-    """Decode the central square of an image and resize it.
+    raw: bytes | Image.Image, *, channels: int, size: ImageSize
+) -> UInt8[np.ndarray, "h w c"]:
+    """Decode the middle of an image, as much as has the proportions of `size`, and resize it.
 
     Args:
         raw: the content of a file, or an image of Pillow's.
         channels: 1 (grey) or 3 (RGB).
-        size: pixels to a side.
+        size: of the result.
 
     Raises:
         UserError: see `open_upright`.
@@ -58,13 +59,22 @@ def decode_image(
     mode = "L" if channels == 1 else "RGB"
     if image.mode != mode:
         image = image.convert(mode)
-    if image.size != (size, size):
-        side = min(image.size)
-        left = (image.width - side) // 2
-        top = (image.height - side) // 2
-        square = image.crop((left, top, left + side, top + side))
-        image = square.resize((size, size), Image.Resampling.BICUBIC)  # antialiased as it shrinks
-    return np.asarray(image).reshape(size, size, channels)
+    if image.size != (size.width, size.height):
+        middle = image.crop(_middle_box(image, size))
+        # Antialiased as it shrinks.
+        image = middle.resize((size.width, size.height), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(*size.sides, channels)
+
+
+def _middle_box(image: Image.Image, size: ImageSize) -> tuple[int, int, int, int]:
+    """Return left, top, right and bottom of the largest central part with the proportions of
+    `size`, to the nearest pixel.
+    """
+    width = min(image.width, round(image.height * size.width / size.height))
+    height = min(image.height, round(image.width * size.height / size.width))
+    width, height = max(width, 1), max(height, 1)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return left, top, left + width, top + height
 
 
 def open_upright(raw: bytes | Image.Image) -> Image.Image:

@@ -23,6 +23,7 @@ from data.rows import Source, Split, cell_error
 from data.sources import open_splits
 from datasets_config import DATASET_CONFIGS, DatasetConfig, find_dataset
 from runtime.errors import UserError, count, some_of
+from runtime.image_size import ImageSize, WrittenSize, canonical_size
 
 EVAL_SPLITS = ("validation", "valid", "val", "test")  # names of evaluation splits, best first
 MODEL_BY_MAX_SIDE = {16: "DiT-Ti/2", 32: "DiT-S/2", 64: "DiT-S/4", math.inf: "DiT-B/8"}
@@ -37,7 +38,7 @@ def open_dataset(
     conditioning: str | None = None,
     caption_column: str | None = None,
     templates: tuple[str, ...] = (),
-    image_size: int | None = None,
+    image_size: WrittenSize | None = None,
     channels: int | None = None,
     streaming: bool = False,
     latents_dir: Path | None = None,
@@ -56,7 +57,7 @@ def open_dataset(
         conditioning: class, text or none; by default what the arguments and the data suggest.
         caption_column: by default the dataset's.
         templates: captions made from class names, as "a photo of a {label}".
-        image_size: pixels to a side; by default the dataset's.
+        image_size: 256 pixels, or 256x192 (height x width); by default the dataset's.
         channels: 1 (grey) or 3 (RGB); by default the dataset's.
         streaming: read Parquet files where they lie, a row group at a time, whatever their size.
         latents_dir: what `convert_imagenet.py` made of the dataset, to be read instead of images.
@@ -70,10 +71,13 @@ def open_dataset(
         UserError: the dataset cannot be opened or does not fit; the message says what to pass.
     """
     entry = _find_entry(name)
+    image_size = None if image_size is None else canonical_size(image_size)
     if latents_dir:
         entry = _latents_entry(entry, latents_dir, data_dir, image_column, image_size, channels)
         data_dir = latents_dir
-    elif channels not in (None, 1, 3) or (image_size is not None and image_size < 2):
+    elif channels not in (None, 1, 3) or (
+        image_size is not None and min(ImageSize.parse(image_size).sides) < 2
+    ):
         raise UserError("channels must be 1 or 3, and image_size at least 2")
     conditioning = columns.choose_conditioning(
         entry, conditioning, label_column, caption_column, templates
@@ -103,7 +107,7 @@ def open_dataset(
         if not headers.median_side and not config.image_size:
             train.decode(np.arange(1))  # raises: it names the first image, and what is wrong
         config = _measure_images(config, headers)
-        notices.append(headers.describe(config.image_size))
+        notices.append(headers.describe(config.size))
         train = dataclasses.replace(train, config=config)
     evaluation = _make_split(config, eval_name, opened.splits[eval_name], eval_rows, skip)
     notices += _describe_rows(entry, opened.splits, train, evaluation)
@@ -158,7 +162,7 @@ def _latents_entry(
     folder: Path,
     data_dir: str | Path | None,
     image_column: str | None,
-    image_size: int | None,
+    image_size: WrittenSize | None,
     channels: int | None,
 ) -> DatasetConfig:
     """Replace what the entry says of images by what its latents are, and a model for their size."""
@@ -169,10 +173,10 @@ def _latents_entry(
         )
     if data_dir or image_column:
         raise UserError("latents are read from their own folder: no --data_dir or --image_column")
-    side = encoding.shape[0]
-    n_channels = encoding.shape[-1]
+    *sides, n_channels = encoding.shape
+    size = ImageSize(*sides).written
     for flag, value, fixed in (
-        ("image_size", image_size, side),
+        ("image_size", image_size, size),
         ("channels", channels, n_channels),
     ):
         if value not in (None, fixed):
@@ -185,16 +189,16 @@ def _latents_entry(
         eval_split="",
         n_classes=0,
         label_names=(),
-        image_size=side,
+        image_size=size,
         channels=n_channels,
-        model=entry.model if entry.latents_dir else _model_for(side),
+        model=entry.model if entry.latents_dir else _model_for(max(sides)),
         flip=encoding.mirrored,
         encoding=encoding,
     )
 
 
 def _model_for(side: int) -> str:
-    """Choose a preset for images or latents of this many pixels to a side."""
+    """Choose a preset for images or latents whose longer side has so many pixels."""
     return next(model for max_side, model in MODEL_BY_MAX_SIDE.items() if side <= max_side)
 
 
@@ -202,9 +206,10 @@ def _measure_images(config: DatasetConfig, headers: Headers) -> DatasetConfig:
     """Fill in size, channels and model of a dataset that is in no table: the median image decides
     the size, and colour is kept if any image has it.
     """
-    side = config.image_size or min(64, max(8, headers.median_side // 8 * 8))
+    size = config.image_size or min(64, max(8, headers.median_side // 8 * 8))
     channels = config.channels or (3 if headers.has_colour else 1)
-    return dataclasses.replace(config, image_size=side, channels=channels, model=_model_for(side))
+    model = _model_for(max(ImageSize.parse(size).sides))
+    return dataclasses.replace(config, image_size=size, channels=channels, model=model)
 
 
 def _describe_rows(

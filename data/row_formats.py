@@ -56,4 +56,4 @@ def row_format(config: DatasetConfig) -> PixelRows | LatentRows:
     """The format of the rows of a dataset."""
     if config.encoding:
         return LatentRows(config.encoding)
-    return PixelRows((config.image_size, config.image_size, config.channels))
+    return PixelRows((*config.size.sides, config.channels))

@@ -139,7 +139,7 @@ class Split:
         c = self.config
         if c.encoding:
             return latents.unpack_moments([content], c.encoding)[0]
-        return images.decode_image(content, channels=c.channels, size=c.image_size)
+        return images.decode_image(content, channels=c.channels, size=c.size)
 
 
 @dataclass(frozen=True, eq=False)

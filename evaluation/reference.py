@@ -69,7 +69,7 @@ class Reference:
         own = self.image_shape
         if own is None or own[:2] == shape[:2]:
             return ""
-        theirs, size = (image_sets.format_size((s[1], s[0])) for s in (own, shape))
+        theirs, size = (image_sets.format_size(s[:2]) for s in (own, shape))
         return (
             f"warning: these images have {size} pixels, those of the reference {theirs}; all are "
             "resized before features are computed, and the score counts the difference"

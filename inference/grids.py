@@ -122,7 +122,7 @@ def image_grid(
     """Lay out images in rows, captions below them in up to `MAX_CAPTION_LINES` lines.
 
     Args:
-        columns: by default such that the grid is about square.
+        columns: by default such that the grid is about square, for images of any proportions.
         min_side: images are enlarged by a whole factor to at least this many pixels; by default 64,
             and up to 128 for long captions.
 
@@ -136,7 +136,7 @@ def image_grid(
             f"a grid needs uint8 images of 1 or 3 channels, not {images.dtype} of {channels};"
             " decode latents first"
         )
-    columns = columns or math.ceil(math.sqrt(n))
+    n_columns: int = columns or min(n, math.ceil(math.sqrt(n * height / width)))
     if min_side is None:
         min_side = _side_for_captions(captions or ())
     scale = max(1, math.ceil(min_side / min(height, width)))
@@ -145,10 +145,10 @@ def image_grid(
     lines = [_wrap(text, width=cell_width - 2) for text in captions or ()]
     caption_height = max(map(len, lines)) * LINE_HEIGHT + GAP // 2 if lines else 0
     step_x, step_y = cell_width + GAP, cell_height + GAP + caption_height
-    rows = math.ceil(n / columns)
-    canvas = Image.new("RGB", (GAP + columns * step_x, GAP + rows * step_y), "white")
+    rows = math.ceil(n / n_columns)
+    canvas = Image.new("RGB", (GAP + n_columns * step_x, GAP + rows * step_y), "white")
     for i, image in enumerate(images):
-        x, y = GAP + i % columns * step_x, GAP + i // columns * step_y
+        x, y = GAP + i % n_columns * step_x, GAP + i // n_columns * step_y
         enlarged = to_pillow(image).resize((cell_width, cell_height), Image.Resampling.NEAREST)
         canvas.paste(enlarged, (x, y))
         for line_number, line in enumerate(lines[i] if lines else ()):

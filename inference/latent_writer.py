@@ -29,6 +29,7 @@ from inference.codec import Codec
 from runtime import parallel, workers
 from runtime.errors import RunError, UserError
 from runtime.files import atomic_file
+from runtime.image_size import format_shape
 
 ROWS_PER_GROUP = 512  # of a Parquet row group, which streaming reads at a time
 IN_FLIGHT = 2  # batches on the devices whose results are not read yet
@@ -273,18 +274,17 @@ def make_encoding(
         UserError: the VAE cannot encode images of this size.
     """
     c = source.config
-    side = c.image_size
-    if side % codec.config.downsampling:
+    latent_size = c.size.divided(codec.config.downsampling)
+    if not latent_size:
         raise UserError(
-            f"--image_size {side}: must be a multiple of {codec.config.downsampling}, which the "
-            "VAE divides it by"
+            f"--image_size {c.image_size}: must be a multiple of {codec.config.downsampling}, "
+            "which the VAE divides it by"
         )
-    latent_side = side // codec.config.downsampling
     return LatentEncoding(
         dataset_name=c.name,
         source=source_revision(source, data_dir),
-        image_size=side,
-        shape=(latent_side, latent_side, codec.config.latent_channels),
+        image_size=c.image_size,
+        shape=(*latent_size.sides, codec.config.latent_channels),
         vae=codec.id,
         vae_hash=codec.hash,
         scaling_factor=codec.scaling_factor,
@@ -355,7 +355,7 @@ configs:
 {files}
 ---
 
-# Latents of {encoding.dataset_name} at {encoding.image_size}×{encoding.image_size}
+# Latents of {encoding.dataset_name} at {format_shape(encoding.size.sides)}
 
 {dataset.row_summary}, made by `convert_imagenet.py` from `{encoding.source}`
 with the VAE `{encoding.vae}` (SHA-256 of its weights: {encoding.vae_hash}).

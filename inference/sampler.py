@@ -216,9 +216,14 @@ def sample_batch(
             interval=sampler.interval,
             channels=channels,
         )
-    shape = (config.image_size, config.image_size, config.channels)
     return integrate_from_noise(
-        predict_guided, index, seed, shape, start_from, sampler=sampler, trajectory=trajectory
+        predict_guided,
+        index,
+        seed,
+        config.image_shape,
+        start_from,
+        sampler=sampler,
+        trajectory=trajectory,
     )
 
 

@@ -18,6 +18,7 @@ from methods.method import pixels_to_input
 from model import ModelConfig
 from networks import autoencoder
 from runtime.errors import UserError
+from runtime.image_size import ImageSize, format_shape
 
 
 class Space(ABC):
@@ -65,9 +66,9 @@ class Space(ABC):
     def image_shape(self, model: ModelConfig) -> tuple[int, int, int]:
         """(height, width, channels) of an image. The space must be open."""
 
-    def image_side(self, model: ModelConfig) -> int:
-        """Pixels to a side of an image."""
-        return model.image_size
+    def image_size(self, model: ModelConfig) -> ImageSize:
+        """Height and width of an image in pixels."""
+        return model.size
 
     @property
     def card(self) -> dict[str, str] | None:
@@ -110,7 +111,7 @@ class Pixels(Space):
         return np.zeros((n, *self.image_shape(model)), np.uint8)
 
     def image_shape(self, model: ModelConfig) -> tuple[int, int, int]:
-        return model.image_size, model.image_size, model.channels
+        return model.image_shape
 
     @property
     def title(self) -> str:
@@ -121,7 +122,7 @@ class Pixels(Space):
         return "images"
 
     def describe(self, model: ModelConfig) -> str:
-        return f"It generates images of {_size(model)} in −1 … 1."
+        return f"It generates images of {format_shape(model.image_shape)} in −1 … 1."
 
 
 class Latents(Space):
@@ -165,15 +166,13 @@ class Latents(Space):
         return self.codec.decode(x)
 
     def blank_rows(self, n: int, model: ModelConfig) -> Num[np.ndarray, "n h w k"]:
-        shape = (n, model.image_size, model.image_size, 2 * model.channels)
-        return np.zeros(shape, np.float16)
+        return np.zeros((n, *model.size.sides, 2 * model.channels), np.float16)
 
     def image_shape(self, model: ModelConfig) -> tuple[int, int, int]:
-        side = self.encoding.image_size
-        return side, side, self.codec.config.out_channels
+        return *self.encoding.size.sides, self.codec.config.out_channels
 
-    def image_side(self, model: ModelConfig) -> int:
-        return self.encoding.image_size
+    def image_size(self, model: ModelConfig) -> ImageSize:
+        return self.encoding.size
 
     @property
     def card(self) -> dict[str, str] | None:
@@ -181,8 +180,8 @@ class Latents(Space):
 
     @property
     def title(self) -> str:
-        side = self.encoding.image_size
-        return f"latents ({side}×{side} images through {self.encoding.vae})"
+        size = format_shape(self.encoding.size.sides)
+        return f"latents ({size} images through {self.encoding.vae})"
 
     @property
     def origin(self) -> str:
@@ -191,8 +190,9 @@ class Latents(Space):
     def describe(self, model: ModelConfig) -> str:
         e = self.encoding
         return (
-            f"It generates latents of {_size(model)}, which the VAE `{e.vae}` decodes to images of "
-            f"{e.image_size}×{e.image_size}\n(SHA-256 of its weights: {e.vae_hash or 'not known'})."
+            f"It generates latents of {format_shape(model.image_shape)}, which the VAE `{e.vae}` "
+            f"decodes to images of {format_shape(e.size.sides)}\n"
+            f"(SHA-256 of its weights: {e.vae_hash or 'not known'})."
             f" The VAE's input is x / {e.scaling_factor} + {e.shift_factor}."
         )
 
@@ -235,7 +235,3 @@ def compare_spaces(ours: Space, theirs: Space) -> list[str]:
     if ours.scales == theirs.scales and len(hashes) < 2:
         return []
     return [f"this run trains on {ours.origin}; the source on {theirs.origin}"]
-
-
-def _size(model: ModelConfig) -> str:
-    return f"{model.image_size}×{model.image_size}×{model.channels}"

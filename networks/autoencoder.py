@@ -40,7 +40,7 @@ class AutoencoderConfig:
         block_out_channels: of each level, from full resolution down; each level halves it.
         layers_per_block: residual blocks of a level; the decoder has one more.
         norm_num_groups: of every group norm.
-        sample_size: side of the training images in pixels; other sizes work too.
+        sample_size: shorter side of the training images in pixels; other sizes work too.
         scaling_factor, shift_factor: of the latents; see `scale_latents`.
         use_quant_conv, use_post_quant_conv: a linear map of the moments, and one of the latents.
         mid_block_add_attention: attention between all positions of the lowest level.

@@ -87,7 +87,7 @@ class ViT(nnx.Module):
         c, (n, height, width, _) = self.config, images.shape
         if height % c.patch or width % c.patch:
             raise UserError(
-                f"images of {width} × {height} pixels: the patches have {c.patch} × {c.patch}, and "
+                f"images of {height} × {width} pixels: the patches have {c.patch} × {c.patch}, and "
                 "sides must be multiples of that"
             )
         grid = (height // c.patch, width // c.patch)

@@ -1,7 +1,7 @@
 """Published DINOv2 → `networks.vit.ViT`: of transformers' folders and of the original's files.
 
     vit = load_dinov2("dinov2-base")
-    class_token, patches = vit(vit_inputs(images, 224))
+    class_token, patches = vit(vit_inputs(images, ImageSize(224, 224)))
 
 The original's names are in the middle: those of transformers are mapped to them, and they to ours.
 """
@@ -25,6 +25,7 @@ from networks.vit import ViT, ViTConfig, vit_graphdef
 from pretrained import weight_files
 from pretrained.weight_files import CONFIG
 from runtime.errors import UserError
+from runtime.image_size import ImageSize
 
 Tensors = dict[str, np.ndarray]
 HUB_NAMES = re.compile(r"dinov2-(with-registers-)?(small|base|large|giant)")
@@ -120,14 +121,16 @@ def read_dinov2(path_or_id: str) -> PretrainedDINOv2:
     return PretrainedDINOv2(config, params, weight_files.hash_tensors(tensors), where)
 
 
-def vit_inputs(images: Float[Array, "b h w c"], size: int) -> Float[Array, "b {size} {size} 3"]:
-    """Resize images to a square and normalise them as DINOv2 was trained, differentiably.
+def vit_inputs(
+    images: Float[Array, "b h w c"], size: ImageSize
+) -> Float[Array, "b {size.height} {size.width} 3"]:
+    """Resize images and normalise them as DINOv2 was trained, differentiably.
 
     Args:
         images: grey or RGB in −1 … 1.
-        size: side of the result in pixels. Cubic, antialiased, not clipped.
+        size: of the result in pixels. Cubic, antialiased, not clipped.
     """
-    small = resize(images.astype(jnp.float32), size, size, kernel=cubic, antialias=True)
+    small = resize(images.astype(jnp.float32), *size.sides, kernel=cubic, antialias=True)
     return normalize((small + 1) / 2)
 
 

@@ -265,6 +265,8 @@ def config_to_diffusers(config: ModelConfig) -> dict[str, Any]:
     """
     values = {name: getattr(config, name) for name in REQUIRED}
     unfit = [f"{name} {value}" for name, value in values.items() if value != REQUIRED[name]]
+    if not config.size.is_square:
+        unfit.append(f"image_size {config.size}, which is not square")
     if unfit:
         raise UserError(f"diffusers' {CLASS} cannot hold a model with {', '.join(unfit)}")
     return {

@@ -498,8 +498,8 @@ def _make_encoding(
     return LatentEncoding(
         dataset_name=Path(where).name,
         source=where,
-        image_size=config.image_size * downsampling,
-        shape=(config.image_size, config.image_size, config.channels),
+        image_size=config.size.times(downsampling).written,
+        shape=config.image_shape,
         vae=vae,
         vae_hash="",  # accepts any
         scaling_factor=scale,

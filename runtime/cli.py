@@ -29,6 +29,7 @@ from runtime.config_file import read_config_file
 from runtime.errors import RunError, UserError, unknown_name
 from runtime.flag_names import hint_for
 from runtime.help_page import help_page
+from runtime.image_size import WrittenSize, canonical_size
 
 T = TypeVar("T")
 MAX_ERROR = 300  # characters of a line that says what is wrong
@@ -259,6 +260,12 @@ def _parse_float(word: str) -> float:
     return number
 
 
+def _parse_size(word: str) -> int | str:
+    with contextlib.suppress(ValueError):
+        return _parse_int(word)
+    return canonical_size(word)
+
+
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 SCALARS: dict[Any, tuple[str, Callable[[str], Any]]] = {
     type(None): ("none", lambda word: {"none": None}[word.lower()]),
@@ -268,6 +275,7 @@ SCALARS: dict[Any, tuple[str, Callable[[str], Any]]] = {
     Path: ("a path", _parse_path),
     str: ("text", str),
     FreeText: ("text", str),
+    WrittenSize: ("a size such as 256 or 256x192, height x width", _parse_size),
 }
 
 

@@ -29,6 +29,7 @@ from runtime import parallel, processes
 from runtime.checkpoint import array_checksums, json_checksum
 from runtime.errors import UserError
 from runtime.flags import Derived, flag, setting
+from runtime.image_size import ImageSize, format_shape
 from runtime.run_folder import find_run
 from training.step import PROJECTOR, TrainState
 
@@ -200,7 +201,7 @@ def open_dinov2(
         published = dinov2.read_dinov2(path_or_id)
     dtype = "float32" if network.dtype == "float32" else "bfloat16"
     graphdef, weights = nnx.split(published.model(dtype))
-    size = published.config.patch * network.grid[0]
+    size = ImageSize(*network.grid).times(published.config.patch)
     return Encoder(
         graphdef=graphdef,
         weights=parallel.shard_params(nnx.to_pure_dict(weights), mesh),
@@ -221,11 +222,11 @@ def open_run(
         UserError: there is no such checkpoint, it sees other data, or has no null label.
     """
     model = TrainedModel.from_run(folder, step=step, fsdp=mesh.shape["fsdp"])
-    ours, theirs = ((c.image_size, c.channels) for c in (network, model.model))
+    ours, theirs = network.image_shape, model.model.image_shape
     if ours != theirs:
         raise UserError(
-            f"its images are {theirs[0]}×{theirs[0]}×{theirs[1]}, this run's are "
-            f"{ours[0]}×{ours[0]}×{ours[1]}: they must be the same"
+            f"its images are {format_shape(theirs)}, this run's are {format_shape(ours)}: they "
+            "must be the same"
         )
     if differences := compare_spaces(space, model.space):
         raise UserError(differences[0])

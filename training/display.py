@@ -19,6 +19,7 @@ from inference.labels import DisplayLabels, grid_texts
 from inference.spaces import Space
 from model import ModelConfig
 from runtime import parallel
+from runtime.image_size import format_shape
 from training.config import TrainConfig
 
 NO_FP8 = "this device has no units for fp8: the same numbers are computed, slowly\n"
@@ -61,7 +62,7 @@ def start_message(
         f"{NO_FP8 if is_emulated else ''}"
         f"{source.config.name}: {part}{len(source.train)} training "
         f"{space.title} of "
-        f"{model.image_size}×{model.image_size}×{model.channels}, "
+        f"{format_shape(model.image_shape)}, "
         f"{conditioning.title}\n"
         f"{bad_rows.summary(source)}"
         f"{begin}: {last} steps of {config.batch_size} images, into {run_dir}"

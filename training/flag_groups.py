@@ -12,6 +12,7 @@ from methods.rectified_flow import TIME_GRIDS
 from runtime.cli import FreeText
 from runtime.errors import UserError
 from runtime.flags import Derived, again, flag, flags_of, setting
+from runtime.image_size import WrittenSize
 from runtime.run_folder import TRAIN_COMMAND
 from training import optim
 
@@ -47,8 +48,8 @@ class DatasetFlags:
 class ImageFlags:
     """Dataset."""
 
-    image_size: int = setting(
-        BY_DATASET, "height and width in pixels after centre crop and resize", above=0
+    image_size: WrittenSize = setting(
+        BY_DATASET, "pixels after centre crop and resize: 256, or 256x192 (height x width)"
     )
     channels: int = setting(BY_DATASET, "1 (greyscale) or 3 (RGB)")
 

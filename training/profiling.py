@@ -20,6 +20,7 @@ from data.batch import Batch
 from inference import sampler
 from inference.sampler import SamplerConfig
 from runtime import parallel
+from runtime.image_size import format_shape
 from training.flops import TRAIN_PER_FORWARD, Peak, flops_by_module, mfu
 from training.loop import Loop
 
@@ -299,12 +300,13 @@ def _model_lines(config: Any, weights: Any, trained: Any, moment_bytes: int) -> 
     )
     part = "" if n_trained == n_params else f", {format_si(n_trained, '')} of them trained"
     modules = flops_by_module(config)
-    forward, size, patch = sum(modules.values()), config.image_size, config.patch_size
+    forward = sum(modules.values())
     shares = {**modules, "total": forward}
     return [
         "MODEL",
-        f"  width {config.width}, depth {config.depth}, {config.n_heads} heads, patch {patch}, "
-        f"image {size}×{size}×{config.channels}, {(size // patch) ** 2} tokens",
+        f"  width {config.width}, depth {config.depth}, {config.n_heads} heads, "
+        f"patch {config.patch_size}, image {format_shape(config.image_shape)}, "
+        f"{math.prod(config.grid)} tokens",
         f"  {format_si(n_params, '')} parameters{part}; weights {format_si(n_bytes, 'B')}, "
         f"EMA {format_si(trained_bytes, 'B')}, moments {format_si(moment_bytes, 'B')}",
         "FORWARD FLOPS PER IMAGE (2 per multiply-add; matrix products only)",

@@ -23,6 +23,7 @@ from methods.registry import METHODS, find_method
 from model import BLOCKS, JOINT, MODELS, ModelConfig, model_config
 from runtime.errors import UserError
 from runtime.flags import check_values, defaults_of, flags_of, paths_of, reject_unused
+from runtime.image_size import ImageSize, canonical_size
 from runtime.run_folder import absolute_reference, with_step_of
 from training import wandb_sink
 from training.alignment import DEFAULT_DEPTH, check_alignment
@@ -52,6 +53,8 @@ def given_flags(config: Any) -> dict[str, Any]:
     given = {name: value for name, value in values.items() if value is not None}
     for name in {"init_from", *FROZEN} & given.keys():
         given[name] = absolute_reference(given[name])
+    if "image_size" in given:
+        given["image_size"] = canonical_size(given["image_size"])
     if encoders := given.get("text_towers"):
         folders = [Path(encoder).expanduser() for encoder in encoders]
         given["text_towers"] = tuple(
@@ -416,12 +419,12 @@ def _validate_route(config: TrainConfig, method: Method) -> None:
             f"--route {' '.join(map(str, config.route))}: --objective {config.objective} calls "
             "its network several times in a loss; train without a route"
         )
-    side = config.image_size // config.patch_size
+    height, width = ImageSize.parse(config.image_size).sides
     check_routing(
         config.route,
         config.route_share,
         depth=MODELS[config.model]["depth"],
-        grid=(side, side),
+        grid=(height // config.patch_size, width // config.patch_size),
         taps={
             "inner_head": (config.inner_head,),
             "layer_sync": config.layer_sync,

@@ -285,10 +285,10 @@ def describe_model(model: TrainedModel) -> str:
     settings = model.settings
     architecture = settings.get("model") or model.name
     dataset = settings.get("dataset_name")
-    side = model.space.image_side(model.model)
+    height, width = model.space.image_size(model.model).sides
     conditioning = model.conditioning.title
     heading = f"{architecture} trained on {dataset}" if dataset else str(architecture)
-    return f"# {heading}\n{side} × {side} pixels · {conditioning} · {model.method.title}"
+    return f"# {heading}\n{height} × {width} pixels · {conditioning} · {model.method.title}"
 
 
 # --- tabs -----------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from inference import grids
 from networks.autoencoder import AutoencoderConfig, init_autoencoder_params
 from pretrained import autoencoder as pretrained
 from runtime.errors import UserError
+from runtime.image_size import ImageSize
 
 N_ROWS, N_FILES = {"train": 1437, "test": 360}, {"train": 23, "test": 6}
 BEGUN = {"dataset_name": "digits", "image_size": 16, "rows_per_file": 64, "n_workers": 0}
@@ -285,7 +286,8 @@ def test_images_that_cannot_be_read_are_named_and_left_out(
     assert latents.check_latents(folder).skipped == {"train": [1, 2, 8]}
 
     kept = [p for p in sorted(album.glob("train/*/*")) if p.stem not in "128"]
-    seen = np.stack([images.decode_image(p.read_bytes(), channels=3, size=16) for p in kept])
+    size = ImageSize(16, 16)
+    seen = np.stack([images.decode_image(p.read_bytes(), channels=3, size=size) for p in kept])
     found = moments(folder)[..., :6].astype(np.float32)
     np.testing.assert_allclose(found, averaging.encode_means(seen), atol=2e-3)
     for streaming in (False, True):

@@ -185,7 +185,7 @@ def test_images_of_two_sizes_are_refused_unless_resized(tmp_path):
         Image.fromarray(rng.integers(0, 256, (8, side, 3)).astype(np.uint8)).save(
             tmp_path / f"{i}.png"
         )
-    with pytest.raises(UserError, match=r"1.png has 9 × 8 pixels, and .*0.png 8 × 8; --image_size"):
+    with pytest.raises(UserError, match=r"1.png has 8 × 9 pixels .*0.png 8 × 8; --image_size"):
         list(image_sets.image_set_from_folder(tmp_path).batches(4))
     (batch,) = image_sets.image_set_from_folder(tmp_path, image_size=6).batches(4)
     assert batch.shape == (2, 6, 6, 3)

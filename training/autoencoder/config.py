@@ -12,6 +12,7 @@ from networks.autoencoder import AutoencoderConfig
 from networks.perceptual import LPIPS_MIN_SIZE, PIXEL_LOSSES
 from runtime.errors import UserError
 from runtime.flags import Derived, again, flag, setting
+from runtime.image_size import ImageSize, WrittenSize
 from training import resolve as training_resolve
 from training import wandb_sink
 from training.flag_groups import (
@@ -95,7 +96,7 @@ class VaeConfig(
     COMMAND: ClassVar[str] = "train_vae.py"
     overfit_batch: ClassVar[bool] = False  # a flag of train.py alone, read by the shared loop
 
-    image_size: int = again(
+    image_size: WrittenSize = again(
         ImageFlags, "image_size", default=Derived(f"the dataset's, at least {MIN_IMAGE_SIZE}")
     )
     n_steps: int = again(OptimizerFlags, "n_steps", default=1000)
@@ -105,11 +106,12 @@ class VaeConfig(
     ema_decay: float = again(OptimizerFlags, "ema_decay", default=0.995)
 
 
-def requested_image_size(config: VaeConfig) -> int | None:
+def requested_image_size(config: VaeConfig) -> WrittenSize | None:
     """Return the image size to open the dataset with, in pixels; None for the dataset's own."""
     dataset = DATASET_CONFIGS.get(config.dataset_name or DEFAULT_DATASET)
     if config.image_size is None and dataset:
-        return max(dataset.image_size, MIN_IMAGE_SIZE)
+        height, width = dataset.size.sides
+        return ImageSize(max(height, MIN_IMAGE_SIZE), max(width, MIN_IMAGE_SIZE)).written
     return config.image_size
 
 
@@ -152,15 +154,16 @@ def validate_vae_config(c: VaeConfig) -> None:
     if c.wandb_project is not None:
         wandb_sink.require_installed()
     factor = autoencoder_config(c).downsampling
-    if c.image_size % factor:
+    size = ImageSize.parse(c.image_size)
+    if not size.divided(factor):
         n_levels = len(c.block_out_channels)
         raise UserError(
             f"--image_size {c.image_size} is not divisible by {factor}: the {n_levels} levels of "
             f"--block_out_channels halve it {n_levels - 1} times"
         )
-    if c.lpips and c.image_size < LPIPS_MIN_SIZE:
+    if c.lpips and min(size.sides) < LPIPS_MIN_SIZE:
         raise UserError(f"--lpips needs images of at least {LPIPS_MIN_SIZE}×{LPIPS_MIN_SIZE}")
-    if c.gan_weight and c.image_size < MIN_GAN_IMAGE_SIZE:
+    if c.gan_weight and min(size.sides) < MIN_GAN_IMAGE_SIZE:
         raise UserError(
             f"--gan_weight needs images of at least {MIN_GAN_IMAGE_SIZE}×{MIN_GAN_IMAGE_SIZE}"
         )
@@ -180,7 +183,7 @@ def autoencoder_config(c: VaeConfig) -> AutoencoderConfig:
         block_out_channels=c.block_out_channels,
         layers_per_block=c.layers_per_block,
         norm_num_groups=largest_norm_groups(c.block_out_channels),
-        sample_size=c.image_size,
+        sample_size=min(ImageSize.parse(c.image_size).sides),
         mid_block_add_attention=c.attention,
     )
 

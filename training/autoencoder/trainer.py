@@ -29,6 +29,7 @@ from pretrained import autoencoder as pretrained_autoencoder
 from pretrained import lpips as pretrained_lpips
 from runtime import files, parallel, processes, run_folder
 from runtime.errors import UserError
+from runtime.image_size import ImageSize, format_shape
 from training import optim
 from training import step as training_step
 from training.autoencoder.config import (
@@ -206,7 +207,8 @@ class VaeTrainer(Loop):
     def blank_batch(self) -> Batch:
         c = self.config
         n = c.batch_size // processes.count()
-        image = np.zeros((n, c.image_size, c.image_size, c.channels), np.uint8)
+        sides = ImageSize.parse(c.image_size).sides
+        image = np.zeros((n, *sides, c.channels), np.uint8)
         return Batch(np.arange(n, dtype=np.int32), image, np.zeros(n, np.int32))
 
     # --- evaluation and export --------------------------------------------------------------------
@@ -292,13 +294,15 @@ class VaeTrainer(Loop):
     def start_message(self, last: int) -> str:
         c, m = self.config, self.model_config
         n_params = sum(x.size for x in jax.tree.leaves(without_critic(self.state.params)))
-        side = c.image_size // m.downsampling
+        size = ImageSize.parse(c.image_size)
+        latent_shape = (*(side // m.downsampling for side in size.sides), m.latent_channels)
         begin = f"resuming at step {self.step}" if self.step else "starting"
         lines = [
             f"an autoencoder of {n_params / 1e6:.3g} M parameters, {self.dtype}, on "
             f"{parallel.devices().count} × {parallel.devices().kind}",
-            f"{self.dataset.name}: {len(self.source.train)} training images of {c.image_size}×"
-            f"{c.image_size}×{c.channels}, as latents of {side}×{side}×{m.latent_channels}",
+            f"{self.dataset.name}: {len(self.source.train)} training images of "
+            f"{format_shape((*size.sides, c.channels))}, as latents of "
+            f"{format_shape(latent_shape)}",
             f"{bad_rows.summary(self.source)}{begin}: {last} steps of {c.batch_size} images, into "
             f"{self.run_dir}",
         ]

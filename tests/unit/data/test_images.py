@@ -9,6 +9,7 @@ from PIL import Image
 from data import images
 from inference import grids
 from runtime.errors import UserError
+from runtime.image_size import ImageSize
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (6, 6), dtype=np.uint8)
@@ -21,12 +22,12 @@ def file(image: Image.Image, form: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
-def rgb(raw: bytes, size: int = 6) -> np.ndarray:
-    return images.decode_image(raw, channels=3, size=size)
+def rgb(raw: bytes, size: int | str = 6) -> np.ndarray:
+    return images.decode_image(raw, channels=3, size=ImageSize.parse(size))
 
 
 def grey(raw: bytes, size: int = 6) -> np.ndarray:
-    return images.decode_image(raw, channels=1, size=size)[..., 0]
+    return images.decode_image(raw, channels=1, size=ImageSize(size, size))[..., 0]
 
 
 def test_a_grey_image_is_unchanged_or_three_equal_channels():
@@ -43,7 +44,8 @@ def test_a_coloured_image_is_unchanged_or_its_luma():
 
 
 def test_an_image_of_pillows_is_decoded_like_a_file():
-    assert (images.decode_image(Image.fromarray(COLOUR), channels=3, size=6) == COLOUR).all()
+    decoded = images.decode_image(Image.fromarray(COLOUR), channels=3, size=ImageSize(6, 6))
+    assert (decoded == COLOUR).all()
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
@@ -118,11 +120,30 @@ def test_a_portrait_photograph_stands_upright():
     assert top[2] > 200 > 50 > top[0] and bottom[0] > 200 > 50 > bottom[2]  # type: ignore
 
 
-@pytest.mark.parametrize(("width", "height"), [(6, 10), (10, 6), (7, 6)])
-def test_the_central_square_is_cut_exactly(width, height):
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(10, 6, "6"), (6, 10, "6"), (6, 7, "6x6"), (6, 20, "6x9"), (10, 6, "8x6"), (6, 10, "6x3")],
+)
+def test_the_middle_is_cut_exactly(height, width, size):
+    h, w = ImageSize.parse(size).sides
     whole = RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    top, left = (height - 6) // 2, (width - 6) // 2
-    assert (rgb(file(Image.fromarray(whole))) == whole[top : top + 6, left : left + 6]).all()
+    top, left = (height - h) // 2, (width - w) // 2
+    cut = whole[top : top + h, left : left + w]
+    assert (rgb(file(Image.fromarray(whole)), size) == cut).all()
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (90, 30), (33, 100)])
+def test_the_shape_is_covered_and_nothing_is_stretched(shape):
+    """Coordinates of the pixels: they grow equally along both axes, from the middle."""
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    both = np.stack([rows, columns, 0 * rows], -1).astype(np.uint8)
+    decoded = rgb(file(Image.fromarray(both)), "20x10").astype(float)
+    scale = min(shape[0] / 20, shape[1] / 10)
+    down = np.diff(decoded[2:-2, :, 0], axis=0).mean()
+    across = np.diff(decoded[:, 2:-2, 1], axis=1).mean()
+    assert (down, across) == pytest.approx((scale, scale), rel=0.05)
+    middle = decoded[..., :2].mean((0, 1))
+    np.testing.assert_allclose(middle, (np.array(shape) - 1) / 2, atol=0.6)
 
 
 def test_shrinking_averages_and_does_not_skip():

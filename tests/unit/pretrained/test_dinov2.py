@@ -21,6 +21,7 @@ from pretrained.dinov2 import (
     vit_inputs,
 )
 from runtime.errors import UserError
+from runtime.image_size import ImageSize
 
 GRIDS = [(5, 5), (3, 3), (7, 2)]  # that of training, a smaller one, and one that is no square
 rng = np.random.default_rng(0)
@@ -74,7 +75,7 @@ def test_positions_are_resized_as_torch_does(n_out, offset):
 
 def test_sides_are_multiples_of_the_patch(encoders):
     vit = load_dinov2(str(encoders["plain"][0]))
-    with pytest.raises(UserError, match="32 × 28 pixels: the patches have 14 × 14"):
+    with pytest.raises(UserError, match="28 × 32 pixels: the patches have 14 × 14"):
         vit(jnp.zeros((1, 28, 32, 3)))
 
 
@@ -85,11 +86,13 @@ def test_sides_are_multiples_of_the_patch(encoders):
 def test_inputs_are_resized_as_pillow_does_and_normalised(size):
     image = rng.uniform(-1, 1, (*size, 3)).astype(np.float32)
     planes = [Image.fromarray(image[..., i]) for i in range(3)]
-    small = [np.asarray(p.resize((42, 42), Image.Resampling.BICUBIC)) for p in planes]
+    small = [np.asarray(p.resize((28, 42), Image.Resampling.BICUBIC)) for p in planes]
     expected = (np.stack(small, -1) / 2 + 0.5 - IMAGENET_MEAN) / np.array(IMAGENET_STD)
-    np.testing.assert_allclose(vit_inputs(jnp.asarray(image[None]), 42)[0], expected, atol=1e-4)
+    inputs = ImageSize(42, 28)
+    np.testing.assert_allclose(vit_inputs(jnp.asarray(image[None]), inputs)[0], expected, atol=1e-4)
     grey = jnp.asarray(image[None, ..., :1])
-    np.testing.assert_array_equal(vit_inputs(grey, 42), vit_inputs(grey.repeat(3, axis=-1), 42))
+    coloured = vit_inputs(grey.repeat(3, axis=-1), inputs)
+    np.testing.assert_array_equal(vit_inputs(grey, inputs), coloured)
 
 
 # --- files ----------------------------------------------------------------------------------------
