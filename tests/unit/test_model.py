@@ -18,6 +18,7 @@ from model_cases import (
     key,
     label,
     labels_for,
+    random_weights,
     t,
     with_random_weights,
     x,
@@ -113,6 +114,66 @@ def test_positions_tell_tokens_apart():
         "joint, rope",
     ):
         assert moves(VARIANTS[name]) > 1e-2
+
+
+def transpose_weights(params, c):
+    """Weights that do to a transposed image what these do to the image: patches are transposed, and
+    the halves of the channels that encode rows and columns change places.
+    """
+
+    def swap(axis, n):
+        return lambda x: jnp.concatenate(
+            [jnp.roll(part, part.shape[axis] // 2, axis) for part in jnp.split(x, n, axis)], axis
+        )
+
+    def transpose_patches(x, axis):
+        x = jnp.moveaxis(x, axis, -1)
+        pixels = x.reshape(*x.shape[:-1], c.patch_size, c.patch_size, c.channels)
+        return jnp.moveaxis(pixels.swapaxes(-3, -2).reshape(x.shape), -1, axis)
+
+    def rotate_alike(x):  # queries and keys: pairs of channels lie in two halves of a head
+        *qk, v = jnp.split(x, 3, -1)
+        return jnp.concatenate([*(swap(-1, 2 * c.n_heads)(part) for part in qk), v], -1)
+
+    changes = {
+        ("patch", "kernel"): (lambda x: transpose_patches(x, 0), swap(-1, 1)),
+        ("patch", "bias"): (swap(-1, 1),),
+        ("modulation", "kernel"): (swap(-1, 6),),
+        ("modulation", "bias"): (swap(-1, 6),),
+        ("linear", "kernel"): (swap(-2, 1), rotate_alike),
+        ("linear", "bias"): (rotate_alike,),
+        ("attention", "out", "kernel"): (swap(-1, 1),),
+        ("attention", "out", "bias"): (swap(-1, 1),),
+        ("up", "kernel"): (swap(-2, 1),),
+        ("down", "kernel"): (swap(-1, 1),),
+        ("down", "bias"): (swap(-1, 1),),
+        ("final", "modulation", "kernel"): (swap(-1, 2),),
+        ("final", "modulation", "bias"): (swap(-1, 2),),
+        ("final", "out", "kernel"): (swap(-2, 1), lambda x: transpose_patches(x, -1)),
+        ("final", "out", "bias"): (lambda x: transpose_patches(x, -1),),
+    }
+
+    def change(path, x):
+        names = tuple(part.key for part in path)
+        matching = [known for known in changes if names[-len(known) :] == known]
+        for function in changes[max(matching, key=len)] if matching else ():
+            x = function(x)
+        return x
+
+    return jax.tree_util.tree_map_with_path(change, params)
+
+
+@pytest.mark.parametrize("position", ["sincos", "cropped", "centred"])
+def test_a_transposed_image_gives_the_transposed_prediction(position):
+    """With weights that treat rows as others treat columns: no axis is mistaken for the other."""
+    tall = replace(TINY, position=position, rope=True, image_size="12x8")
+    params = random_weights(tall)
+    image = jax.random.normal(key, (4, 12, 8, 3))
+    y = build_with_params(tall, params)(image, t, label)
+    wide = replace(tall, image_size="8x12")
+    transposed = build_with_params(wide, transpose_weights(params, tall))
+    turned = transposed(image.swapaxes(1, 2), t, label)
+    np.testing.assert_allclose(turned.swapaxes(1, 2), y, rtol=1e-4, atol=1e-4)
 
 
 # --- taps -----------------------------------------------------------------------------------------
@@ -302,6 +363,8 @@ def test_the_null_class_is_the_last_row(n_classes):
     [
         ("DiT-S/3", {}, "unknown model 'DiT-S/3'; did you mean"),
         ("DiT-S/8", {"image_size": 12}, "image_size 12 is not divisible by patch_size 8"),
+        ("DiT-S/8", {"image_size": "16x12"}, "image_size 16x12 is not divisible by patch_size 8"),
+        ("DiT-S/8", {"image_size": "16x"}, "image_size '16x': must be a number of pixels such as"),
         ("MMDiT-S/2", {"block": "joined"}, "unknown block 'joined'; did you mean 'joint'"),
         ("DiT-S/2", {"block": "adalnzero"}, "unknown block 'adalnzero'; did you mean 'adaln_zero'"),
         ("DiT-S/2", {"mlp": "relu"}, "unknown mlp 'relu'"),
