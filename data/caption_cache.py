@@ -14,6 +14,7 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -123,6 +124,8 @@ class CaptionStore:
                 TextEncoders, encoders, known_revisions, full_width=full_width
             )
             loaded = load()
+            if full_width:
+                _check_room(subfolder, len(missing), loaded.encode([""])[0])
             _write_info(subfolder, names, known_revisions, loaded)
             n_per_shard = FULL_CAPTIONS_PER_SHARD if full_width else CAPTIONS_PER_SHARD
             _encode_shards(subfolder, missing, loaded, n_per_shard)
@@ -358,6 +361,21 @@ def _check_writable(subfolder: Path) -> None:
         subfolder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=subfolder):
             pass
+
+
+def _check_room(subfolder: Path, n: int, embedding: CaptionEmbedding) -> None:
+    """Check for room for n embeddings as large as this one, before days are spent on them.
+
+    Raises:
+        UserError: there is too little.
+    """
+    needed = 2 * n * (embedding.tokens.nbytes + embedding.pooled.nbytes)  # file and mapped copy
+    free = shutil.disk_usage(subfolder).free
+    if free < needed:
+        raise UserError(
+            f"{n} captions as SD3 takes them need {needed / 1e9:.1f} GB, and '{subfolder}' has "
+            f"{free / 1e9:.1f} GB left; pass --caption_cache FOLDER, or train on fewer captions"
+        )
 
 
 @contextmanager
