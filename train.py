@@ -123,8 +123,7 @@ class Trainer(Loop):
                 c.teacher,
                 c.teacher_scale,
                 network=self.model_config,
-                label_names=self.dataset.label_names,
-                encoders=c.text_towers or (),
+                conditioning=self.conditioning,
                 space=self.space,
                 fsdp=c.fsdp,
             )
@@ -278,7 +277,11 @@ class Trainer(Loop):
             label_dropout: the probability of replacing a label by the null label; 0 in an
                 evaluation.
         """
-        return partial(self.method.loss, label_dropout=label_dropout, to_input=self.space.read)
+        null = self.conditioning.null
+        options = {} if null is None else {"null": null}
+        return partial(
+            self.method.loss, label_dropout=label_dropout, to_input=self.space.read, **options
+        )
 
     def training_loss(self, *, is_aligned: bool = True) -> Loss:
         """The loss that a step descends: the method's, taught if there is a teacher, and the
@@ -474,6 +477,7 @@ class Trainer(Loop):
             route_guidance=route_guidance,
             seed=seed,
             first_index=first_index,
+            negative=None if scale == 1 else self.conditioning.null,
             trajectory=trajectory,
             to_images=self.space.to_images,
         )
@@ -582,6 +586,7 @@ class Trainer(Loop):
                 "method": class_path(type(self.method)),
                 "trainer": self.trainer_path(),
                 "text_revisions": self.conditioning.revisions,
+                **({"full_width": width} if (width := self.conditioning.full_width) else {}),
                 "null_is_trained": self.null_is_trained,
                 "encoder": self.alignment.encoder.fingerprint if self.alignment else None,
                 **({"base_hash": self.base_hash} if self.model_config.lora else {}),

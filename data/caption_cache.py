@@ -14,10 +14,11 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -38,6 +39,7 @@ CAPTIONS_PER_SHARD = 1024  # of a file: the most that a killed process loses
 INFO_FILE = "towers.json"
 FLOAT16 = np.dtype("<f2")
 LENGTH_STEP = 8  # tokens: a padded length is a multiple of it
+FULL_CAPTIONS_PER_SHARD = 64  # of SD3, whose captions take 2.7 MB each
 
 
 def default_cache_folder(dataset_name: str, data_dir: Path | None) -> Path:
@@ -77,6 +79,7 @@ class CaptionStore:
     revisions: tuple[str, ...]
     width: int  # channels of a token
     pooled: int  # channels of the pooled vector
+    full_width: int | None  # channels of a token of SD3, see `TextEncoders`
     length: int  # tokens that every caption is padded or cut to
     n_truncated: int  # distinct captions that are longer than that, or than an encoder takes
 
@@ -89,6 +92,7 @@ class CaptionStore:
         *,
         revisions: Sequence[str | None] | None = None,
         max_length: int | None = None,
+        full_width: int | None = None,
         load_encoders: Callable[[], CaptionEncoder] | None = None,
     ) -> "CaptionStore":
         """Open a store and encode the captions that its folder lacks, shard by shard.
@@ -99,6 +103,7 @@ class CaptionStore:
             encoders: names as `TextEncoders` takes them.
             revisions: of the encoders, None for the newest; see `text_encoders.find_revision`.
             max_length: tokens to cut captions to; None for all that the encoders take.
+            full_width: encode as SD3 takes them, see `TextEncoders`; "" is encoded too.
             load_encoders: called if a caption is missing; by default loads `TextEncoders`.
 
         Raises:
@@ -106,24 +111,35 @@ class CaptionStore:
                 the folder cannot be written to.
         """
         folder = Path(folder).expanduser().absolute()
-        names, known_revisions = _find_names_and_revisions(folder, encoders, revisions)
-        subfolder = folder / "+".join(
-            f"{name}@{revision}" for name, revision in zip(names, known_revisions)
-        )
+        prefix = f"sd3-{full_width}+" if full_width else ""
+        names, known_revisions = _find_names_and_revisions(folder, encoders, revisions, prefix)
+        subfolder = folder / (prefix + _versions(names, known_revisions))
         cached = _index_captions([_map_shard(path) for path in subfolder.glob("*.parquet")])
-        distinct = sorted(set(captions))
+        distinct = sorted({*captions, ""} if full_width else set(captions))
         missing = [caption for caption in distinct if caption not in cached]
         if missing or not (subfolder / INFO_FILE).exists():
             text_encoders.check_revisions(encoders, known_revisions)
             _check_writable(subfolder)
-            loaded = load_encoders() if load_encoders else TextEncoders(encoders, known_revisions)
+            load = load_encoders or partial(
+                TextEncoders, encoders, known_revisions, full_width=full_width
+            )
+            loaded = load()
+            if full_width:
+                _check_room(subfolder, len(missing), loaded.encode([""])[0])
             _write_info(subfolder, names, known_revisions, loaded)
-            _encode_shards(subfolder, missing, loaded)
+            n_per_shard = FULL_CAPTIONS_PER_SHARD if full_width else CAPTIONS_PER_SHARD
+            _encode_shards(subfolder, missing, loaded, n_per_shard)
             del loaded
             text_encoders.release_gpu_memory()
-        return cls(subfolder, distinct, max_length)
+        return cls(subfolder, distinct, max_length, full_width)
 
-    def __init__(self, subfolder: Path, captions: Sequence[str], max_length: int | None):
+    def __init__(
+        self,
+        subfolder: Path,
+        captions: Sequence[str],
+        max_length: int | None,
+        full_width: int | None,
+    ):
         """Map the shards of distinct captions, all of which have their embeddings."""
         import pyarrow.compute
 
@@ -131,6 +147,7 @@ class CaptionStore:
         self.width = info["width"]
         self.pooled = info["pooled"]
         self.revisions = tuple(info["revisions"])
+        self.full_width = full_width
         self._paths = sorted(subfolder.glob("*.parquet"))
         row_of_caption = _index_captions([_map_shard(path) for path in self._paths])
         self._ids = {caption: i for i, caption in enumerate(captions)}
@@ -143,7 +160,8 @@ class CaptionStore:
             sizes.append(size.to_numpy())
             truncated.append(shard_truncated.to_numpy(zero_copy_only=False))
         n_tokens = np.concatenate(sizes)[self._rows] // (FLOAT16.itemsize * self.width)
-        longest = -(-int(n_tokens.max(initial=1)) // LENGTH_STEP) * LENGTH_STEP
+        step = 1 if full_width else LENGTH_STEP
+        longest = -(-int(n_tokens.max(initial=1)) // step) * step
         self.length = min(longest, max_length or longest)
         is_truncated = np.concatenate(truncated)[self._rows] | (n_tokens > self.length)
         self.n_truncated = int(is_truncated.sum())
@@ -207,10 +225,19 @@ class CaptionStore:
 # --- names and revisions --------------------------------------------------------------------------
 
 
+def _versions(names: Sequence[str], revisions: Sequence[str]) -> str:
+    """Return the encoders' names and revisions as part of a file name."""
+    return "+".join(f"{name}@{revision}" for name, revision in zip(names, revisions))
+
+
 def _find_names_and_revisions(
-    folder: Path, encoders: Sequence[str], revisions: Sequence[str | None] | None
+    folder: Path,
+    encoders: Sequence[str],
+    revisions: Sequence[str | None] | None,
+    prefix: str,
 ) -> tuple[list[str], list[str]]:
-    """Return a file name and the revision of each encoder, which together name a subfolder.
+    """Return a file name and the revision of each encoder, which together, after the prefix, name
+    a subfolder.
 
     A revision that is not known is that of the only subfolder that fits, if there is just one.
     """
@@ -223,10 +250,8 @@ def _find_names_and_revisions(
     known = [revision for revision in resolved if revision]
     if len(known) == len(resolved):
         return names, known
-    pattern = "+".join(
-        f"{glob.escape(name)}@{glob.escape(revision) if revision else '*'}"
-        for name, revision in zip(names, resolved)
-    )
+    escaped = [glob.escape(revision) if revision else "*" for revision in resolved]
+    pattern = prefix + _versions(list(map(glob.escape, names)), escaped)
     infos = [_read_info(path.parent) for path in sorted(folder.glob(f"{pattern}/{INFO_FILE}"))]
     fitting = [info for info in infos if info["names"] == names]
     if len(fitting) == 1:
@@ -266,10 +291,12 @@ def _write_info(
 # --- shards ---------------------------------------------------------------------------------------
 
 
-def _encode_shards(subfolder: Path, captions: Sequence[str], encoders: CaptionEncoder) -> None:
+def _encode_shards(
+    subfolder: Path, captions: Sequence[str], encoders: CaptionEncoder, n_per_shard: int
+) -> None:
     with tqdm(total=len(captions), desc="captions", unit=" captions", disable=None) as bar:
-        for start in range(0, len(captions), CAPTIONS_PER_SHARD):
-            shard = captions[start : start + CAPTIONS_PER_SHARD]
+        for start in range(0, len(captions), n_per_shard):
+            shard = captions[start : start + n_per_shard]
             digest = hashlib.sha256(json.dumps(shard).encode()).hexdigest()
             path = subfolder / f"{digest[:16]}.parquet"
             if not path.exists():  # another process may be at the same work
@@ -334,6 +361,21 @@ def _check_writable(subfolder: Path) -> None:
         subfolder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=subfolder):
             pass
+
+
+def _check_room(subfolder: Path, n: int, embedding: CaptionEmbedding) -> None:
+    """Check for room for n embeddings as large as this one, before days are spent on them.
+
+    Raises:
+        UserError: there is too little.
+    """
+    needed = 2 * n * (embedding.tokens.nbytes + embedding.pooled.nbytes)  # file and mapped copy
+    free = shutil.disk_usage(subfolder).free
+    if free < needed:
+        raise UserError(
+            f"{n} captions as SD3 takes them need {needed / 1e9:.1f} GB, and '{subfolder}' has "
+            f"{free / 1e9:.1f} GB left; pass --caption_cache FOLDER, or train on fewer captions"
+        )
 
 
 @contextmanager

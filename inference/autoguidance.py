@@ -74,6 +74,7 @@ def _facts(model: TrainedModel) -> dict[str, Any]:
         "size": (network.image_size, network.channels),
         "number of classes": network.n_classes,
         "classes": model.label_names,
+        "way to encode captions": "SD3's" if model.full_width else "ours",
         "text encoders": [Path(path).name for path in model.text_encoder_paths],
         "dataset": model.settings.get("dataset_name"),
     }

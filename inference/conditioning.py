@@ -9,6 +9,7 @@ takes labels of either kind.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import jax
@@ -42,18 +43,30 @@ class Conditioning(ABC):
         example: flags of generate.py that name samples, for a person to complete.
         choices: names, or else numbers, of all labels that a person can choose from.
         names: class names by label, if there are any.
-        revisions: commits of the text encoders.
+        encoders: folders or hub ids of the text encoders.
+        revisions: their commits.
+        full_width: channels of a token of SD3, if captions are encoded as SD3 takes them; see
+            `text_encoders.TextEncoders`.
     """
 
     takes_prompts: ClassVar[bool] = False
     example: str = ""
     choices: Sequence[str] = ()
     names: Sequence[str] = ()
+    encoders: Sequence[str] = ()
     revisions: Sequence[str | None] = ()
+    full_width: int | None = None
 
     @property
     def store(self) -> CaptionStore | None:
         """The encoded captions of a dataset in training."""
+        return None
+
+    @property
+    def null(self) -> EncodedCaption | None:
+        """One label in place of the null label, for a model that has another one than the null
+        class or the caption without tokens.
+        """
         return None
 
     @property
@@ -272,7 +285,7 @@ class Captions(Conditioning):
     Args:
         encode: encodes captions as the model takes them.
         encoders: folders or hub ids of the text encoders.
-        null_is_empty: guidance is by the encoded "" (the published SD3), not by zeros.
+        full_width: of SD3, whose null label is the encoded "", not the caption without tokens.
         open_store: opens the encoded captions of a dataset, and encodes what is missing.
     """
 
@@ -285,12 +298,12 @@ class Captions(Conditioning):
         encoders: Sequence[str],
         *,
         open_store: Callable[[Sequence[str]], CaptionStore],
-        null_is_empty: bool = False,
+        full_width: int | None = None,
     ):
         self._encode = encode
         self._open_store = open_store
         self.encoders = encoders
-        self.null_is_empty = null_is_empty
+        self.full_width = full_width
 
     @property
     def title(self) -> str:
@@ -319,7 +332,7 @@ class Captions(Conditioning):
         if not prompts:
             raise UserError('this model was trained on captions; name them by --prompts "…"')
         check_seeds(seed)
-        if negative is None and self.null_is_empty:
+        if negative is None and self.full_width:
             negative = ""
         if negative is None:
             encoded, encoded_negative = self.encode(prompts), None
@@ -346,6 +359,10 @@ class Captions(Conditioning):
             lambda rows: store(ids[rows]),
             seed,
         )
+
+    @cached_property
+    def null(self) -> EncodedCaption | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.encode([""]) if self.full_width else None
 
     def encode(self, words: Sequence[int | str]) -> EncodedCaption:
         if not words:
@@ -379,7 +396,12 @@ class StoredCaptions(Captions):
     """Captions of a dataset in training, encoded once; new ones are encoded when they come."""
 
     def __init__(self, store: CaptionStore, encoders: Sequence[str]):
-        super().__init__(self._encode_or_look_up, encoders, open_store=lambda _: store)
+        super().__init__(
+            self._encode_or_look_up,
+            encoders,
+            open_store=lambda _: store,
+            full_width=store.full_width,
+        )
         self._store = store
         self.revisions = store.revisions
 
@@ -407,7 +429,11 @@ class StoredCaptions(Captions):
         if all(caption in store for caption in captions):
             return store(store.caption_ids(list(captions)))
         return text_encoders.encode_captions(
-            list(captions), self.encoders, store.revisions, length=store.length
+            list(captions),
+            self.encoders,
+            store.revisions,
+            length=store.length,
+            full_width=self.full_width,
         )
 
     def blank(self, n: int) -> Any:

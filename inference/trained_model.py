@@ -143,7 +143,7 @@ class TrainedModel:
             self.space.check_vae(self.vae)
         n_given = len(self.text_encoders)
         n_trained = len(self.settings.get("text_revisions") or ())
-        # The published SD3 does without the last of its text encoders, T5.
+        # SD3 does without the last of its text encoders, T5.
         n_required = n_trained - 1 if self.full_width else n_trained
         if n_given and n_given not in (n_trained, n_required):
             raise UserError(
@@ -280,7 +280,7 @@ class TrainedModel:
             self.encode_captions,
             self.text_encoder_paths,
             open_store=self.open_caption_store,
-            null_is_empty=bool(self.full_width),
+            full_width=self.full_width,
         )
         return conditioning_of(self.model, self.label_names, captions)
 
@@ -295,8 +295,8 @@ class TrainedModel:
 
     @property
     def full_width(self) -> int | None:
-        """Channels of a token of the published SD3, whose text encoders are padded to it; None for
-        our own models.
+        """Channels of a token of SD3, published or trained on, whose text encoders are padded to
+        it; None for other models.
         """
         return self.settings.get("full_width")
 
@@ -378,6 +378,7 @@ class TrainedModel:
                 paths,
                 revisions=settings["text_revisions"][: len(paths)],
                 max_length=self.model.text_length,
+                full_width=self.full_width,
             )
         store.length = self.model.text_length
         return store
@@ -470,13 +471,15 @@ class TrainedModel:
         """Sample images by `sample_images`, which explains the arguments.
 
         Args:
-            negative: has no effect at a guidance scale of 1.
+            negative: by default the model's null label. It has no effect at a guidance scale of 1.
             decode: decode latents to images; False returns them as the model sees them.
 
         Raises:
             UserError: weights or VAE cannot be read, or the request does not fit the model.
         """
         self.check_scale(plan.cfg_scale, negative=negative is not None)
+        if negative is None and plan.cfg_scale != 1:
+            negative = self.conditioning.null
         if decode:
             self.space.open()  # a missing VAE is reported before weights are read
         return sample_images(

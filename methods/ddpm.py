@@ -407,6 +407,7 @@ class DDPM(DDPMFlags, Method):
         *,
         label_dropout: float = 0.0,
         to_input: ToModelInput | None = None,
+        null: Any = None,
     ) -> tuple[Float[Array, ""], Metrics]:
         keys, data, noise, label = sample_loss_inputs(
             batch,
@@ -414,6 +415,7 @@ class DDPM(DDPMFlags, Method):
             n_classes=model.config.n_classes,
             label_dropout=label_dropout,
             to_input=to_input or pixels_to_input,
+            null=null,
         )
         k = jax.vmap(lambda key: jax.random.randint(key, (), 0, N_STEPS))(keys.time)
         t = model_time(k)

@@ -184,6 +184,7 @@ class MeanFlow(MeanFlowFlags, Flow):
         *,
         label_dropout: float = 0.0,
         to_input: ToModelInput | None = None,
+        null: Any = None,
         teacher: TeacherVelocity | None = None,
     ) -> tuple[Float[Array, ""], Metrics]:
         n_classes = model.config.n_classes
@@ -191,16 +192,16 @@ class MeanFlow(MeanFlowFlags, Flow):
         t, r = sample_times(keys.time, self.quantile, self.equal_share)
         drop = self._rows_to_drop(keys.drop, t == r, label_dropout)
         x_t, v = interpolate(data, noise, t)
-        span, label = t - r, drop_labels(batch.label, drop, n_classes)
+        span, label = t - r, drop_labels(batch.label, drop, n_classes, null)
 
         frozen = model.frozen()
         if teacher:
             v = teacher(x_t, t, label)
         elif self.learns_guidance:
-            null = drop_labels(label, jnp.ones_like(drop), n_classes)
+            no_label = drop_labels(label, jnp.ones_like(drop), n_classes, null)
             low, high = self.target_interval
             is_guided = ~drop & (low <= t) & (t <= high)
-            v = jnp.where(_column(is_guided, v), self.guide(frozen, v, x_t, t, label, null), v)
+            v = jnp.where(_column(is_guided, v), self.guide(frozen, v, x_t, t, label, no_label), v)
         # A difference of two outputs over 0.01: TF32 and bfloat16 would leave only noise of it.
         with jax.default_matmul_precision("float32"):
             is_own = self.tangent == "prediction" and not teacher

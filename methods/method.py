@@ -92,6 +92,7 @@ class Method(ABC):
         *,
         label_dropout: float = 0.0,
         to_input: ToModelInput | None = None,
+        null: Any = None,
     ) -> tuple[Float[Array, ""], Metrics]:
         """The mean loss over the rows of a batch, and means to report beside it.
 
@@ -102,6 +103,7 @@ class Method(ABC):
                 classifier-free guidance needs (Ho & Salimans 2022, alg. 1).
             to_input: converts a batch's `image` to the data that the model sees, by default
                 `pixels_to_input`.
+            null: one row that stands in for the null label, as in `drop_labels`.
         """
 
     def out_channels(self, channels: int) -> int:
@@ -222,16 +224,24 @@ def derive_row_keys(key: Key[Array, ""], row: Int[Array, "b"]) -> RowKeys:
 
 
 def drop_labels(
-    label: PyTree[Array], drop: Bool[Array, "b"], n_classes: int | Int[Array, ""]
+    label: PyTree[Array],
+    drop: Bool[Array, "b"],
+    n_classes: int | Int[Array, ""],
+    null: Any = None,
 ) -> PyTree[Array]:
     """Replace the label by the null label in the rows to drop: class `n_classes` or, without
     classes, the empty caption, which is all zeros.
+
+    Args:
+        null: one row of labels in its place, such as the encoded "" of SD3.
     """
+    if null is None:
+        null = jax.tree.map(lambda _: n_classes, label)
 
-    def drop_rows(x: Array) -> Array:
-        return jnp.where(drop.reshape(-1, *[1] * (x.ndim - 1)), jnp.asarray(n_classes, x.dtype), x)
+    def drop_rows(x: Array, null: Any) -> Array:
+        return jnp.where(drop.reshape(-1, *[1] * (x.ndim - 1)), jnp.asarray(null, x.dtype), x)
 
-    return jax.tree.map(drop_rows, label)
+    return jax.tree.map(drop_rows, label, null)
 
 
 class LossInputs(NamedTuple):
@@ -250,11 +260,12 @@ def sample_loss_inputs(
     n_classes: int | Int[Array, ""],
     label_dropout: float,
     to_input: ToModelInput = pixels_to_input,
+    null: Any = None,
 ) -> LossInputs:
     """Convert a batch's images to data, sample noise of the same shape, and drop some labels."""
     keys, data, noise = sample_data_and_noise(batch, key, to_input)
     drop = jax.vmap(lambda key: jax.random.bernoulli(key, label_dropout))(keys.drop)
-    return LossInputs(keys, data, noise, drop_labels(batch.label, drop, n_classes))
+    return LossInputs(keys, data, noise, drop_labels(batch.label, drop, n_classes, null))
 
 
 def sample_data_and_noise(

@@ -224,6 +224,7 @@ class RectifiedFlow(RectifiedFlowFlags, Flow):
         *,
         label_dropout: float = 0.0,
         to_input: ToModelInput | None = None,
+        null: Any = None,
     ) -> tuple[Float[Array, ""], Metrics]:
         keys, data, noise, label = sample_loss_inputs(
             batch,
@@ -231,6 +232,7 @@ class RectifiedFlow(RectifiedFlowFlags, Flow):
             n_classes=model.config.n_classes,
             label_dropout=label_dropout,
             to_input=to_input or pixels_to_input,
+            null=null,
         )
         # The smallest normal number instead of 0, which is no quantile of an unbounded density.
         u = jax.vmap(lambda key: jax.random.uniform(key, minval=jnp.finfo(jnp.float32).tiny))

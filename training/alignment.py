@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Key
@@ -124,15 +125,16 @@ def resize_grid(
     return features if tuple(own) == grid else jax.image.resize(features, (b, *grid, f), "linear")
 
 
-def null_label(config: ModelConfig, n: int) -> Label:
-    """The null label of a network, n times: the null class, or the empty caption."""
+def null_label(config: ModelConfig, null: EncodedCaption | None, n: int) -> Label:
+    """The null label of a network, n times: the null class, or `null` or the empty caption."""
     if not config.text_width:
         return jnp.full(n, config.n_classes)
-    return EncodedCaption(
-        tokens=jnp.zeros((n, 1, config.text_width), jnp.float16),
-        mask=jnp.zeros((n, 1), bool),
-        pooled=jnp.zeros((n, config.pooled_width), jnp.float16),
+    null = null or EncodedCaption(
+        tokens=np.zeros((1, 1, config.text_width), np.float16),
+        mask=np.zeros((1, 1), bool),
+        pooled=np.zeros((1, config.pooled_width), np.float16),
     )
+    return jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), null)
 
 
 # --- the encoder ----------------------------------------------------------------------------------
@@ -240,7 +242,7 @@ def open_run(
     return Encoder(
         graphdef=model_graphdef(config),
         weights=weights,
-        look=partial(look_by_run, config=config),
+        look=partial(look_by_run, config=config, null=model.conditioning.null),
         n_features=config.width,
         reference=f"{folder}@{model.step}",
         fingerprint=str(json_checksum(array_checksums(weights))),
@@ -248,11 +250,20 @@ def open_run(
 
 
 def look_by_run(
-    network: Any, data: Float[Array, "b h w c"], *, config: ModelConfig
+    network: Any,
+    data: Float[Array, "b h w c"],
+    *,
+    config: ModelConfig,
+    null: EncodedCaption | None = None,
 ) -> Float[Array, "b H W f"]:
-    """A diffusion transformer's tokens of clean data, as a grid."""
+    """A diffusion transformer's tokens of clean data, as a grid.
+
+    Args:
+        null: its null label, if it has one of its own, as SD3.
+    """
     n, block = len(data), max(1, round(ENCODER_DEPTH * config.depth))
-    _, (tokens,) = network(data, jnp.full(n, CLEAN_TIME), null_label(config, n), taps=(block,))
+    label = null_label(config, null, n)
+    _, (tokens,) = network(data, jnp.full(n, CLEAN_TIME), label, taps=(block,))
     return rearrange(tokens, "b (h w) f -> b h w f", h=config.grid[0])
 
 

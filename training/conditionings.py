@@ -52,13 +52,21 @@ class ByClass:
             )
 
     def open(
-        self, config: TrainConfig, source: Source, revisions: Sequence[str] | None
+        self,
+        config: TrainConfig,
+        source: Source,
+        revisions: Sequence[str] | None = None,
+        full_width: int | None = None,
     ) -> Conditioning:
         """Open the conditioning of an opened dataset.
 
         Args:
             config: the resolved flags.
             revisions: of the text encoders that a resumed run was trained with.
+            full_width: channels of a token of SD3, if the run trains it.
+
+        Raises:
+            UserError: captions cannot be encoded.
         """
         return class_conditioning(self.n_classes(source.config), source.config.label_names)
 
@@ -83,10 +91,18 @@ class ByCaption(ByNothing):
     fits_on_device = False
 
     def open(
-        self, config: TrainConfig, source: Source, revisions: Sequence[str] | None
+        self,
+        config: TrainConfig,
+        source: Source,
+        revisions: Sequence[str] | None = None,
+        full_width: int | None = None,
     ) -> Conditioning:
         """Open the cache of encoded captions, and encode what it lacks."""
         c = config
+        if full_width and c.text_length:
+            raise UserError(
+                f"--text_length {c.text_length}: SD3 takes all tokens of a caption; leave it out"
+            )
         folder = c.caption_cache or caption_cache.default_cache_folder(c.dataset_name, c.data_dir)
         splits = (source.train, source.eval)
         captions = [text for split in splits for texts in split.captions for text in texts]
@@ -94,7 +110,12 @@ class ByCaption(ByNothing):
             captions = captions[: caption_cache.CAPTIONS_PER_SHARD]  # a profile reads none of them
         with processes.first_then_others():
             store = CaptionStore.open(
-                folder, captions, c.text_towers, revisions=revisions, max_length=c.text_length
+                folder,
+                captions,
+                c.text_towers,
+                revisions=revisions,
+                max_length=c.text_length,
+                full_width=full_width,
             )
         return StoredCaptions(store, c.text_towers)
 

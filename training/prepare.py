@@ -107,7 +107,9 @@ def prepare(config: TrainConfig, devices: Devices) -> Prepared:
     if not config.profile:  # it reads no images
         source = leave_out_bad_rows(config, source, run_dir)
         config = resolve(n_rows=len(source.train))  # fewer rows make shorter epochs
-    conditioning = kind.open(config, source, saved.get("text_revisions"))
+    conditioning = kind.open(
+        config, source, saved.get("text_revisions"), full_width=record.get("full_width")
+    )
     network = network_config(config, source.config)
     if config.init_from:
         record = saved.get("model_config") or (vars(weights.config) if weights else {})

@@ -3,7 +3,7 @@
 It is not trained. Its weights are sharded as the student's are, and go into every step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from inference.conditioning import Conditioning
 from inference.spaces import Space, compare_spaces
 from inference.trained_model import TrainedModel
 from methods.method import drop_labels
@@ -45,6 +46,7 @@ class Teacher:
 
     Args:
         weights: on the devices of the student.
+        null: one label in place of its null label, as the student's.
         reference: where it is, with the step of its checkpoint: `RUN@STEP`.
     """
 
@@ -53,6 +55,7 @@ class Teacher:
     weights: Any
     scale: float
     reference: str
+    null: Any = None
 
     @property
     def passes(self) -> int:
@@ -70,7 +73,7 @@ class Teacher:
             output = network(x, t, label)
             if self.scale != 1:
                 everywhere = jnp.ones(len(x), bool)
-                null = drop_labels(label, everywhere, self.network.n_classes)
+                null = drop_labels(label, everywhere, self.network.n_classes, self.null)
                 unconditional = network(x, t, null)
                 output = unconditional + self.scale * (output - unconditional)
             return self.method.velocity(output, x, t.reshape(-1, 1, 1, 1))
@@ -92,8 +95,7 @@ def open_teacher(
     scale: float | None,
     *,
     network: ModelConfig,
-    label_names: Sequence[str],
-    encoders: Sequence[str],
+    conditioning: Conditioning,
     space: Space,
     fsdp: int,
 ) -> Teacher:
@@ -102,7 +104,7 @@ def open_teacher(
     Args:
         reference: a run's folder, `RUN@STEP` for an earlier checkpoint of it, or a published model.
         scale: its guidance scale, by default its own.
-        network, label_names, encoders, space: of the student.
+        network, conditioning, space: of the student.
 
     Raises:
         UserError: there is no such model, it is no flow, or it is of other data.
@@ -114,14 +116,14 @@ def open_teacher(
         raise UserError(f"--teacher {reference}: {error}") from None
     if not isinstance(model.method, RectifiedFlow):
         raise UserError(f"--teacher {reference}: a teacher is a flow, not {model.method.title}")
-    if model.full_width:
+    if model.full_width and not conditioning.full_width:
         raise UserError(
-            f"--teacher {reference}: it encodes captions in a way of its own; train from it first "
-            "(--init_from), and take that run as the teacher"
+            f"--teacher {reference}: it takes captions as SD3 does; start this run from it too "
+            "(--init_from), so that it takes the same"
         )
-    theirs = _facts(model.model, model.label_names, model.text_encoder_paths)
+    theirs = _facts(model.model, model.conditioning)
     theirs["noise_scale"] = model.method.noise_scale
-    ours = _facts(network, label_names, encoders) | {"noise_scale": 1.0}
+    ours = _facts(network, conditioning) | {"noise_scale": 1.0}
     if "" in (theirs["classes"], ours["classes"]):  # one has no names: their number must do
         theirs["classes"] = ours["classes"] = ""
     if name := next((name for name in ours if ours[name] != theirs[name]), None):
@@ -140,7 +142,7 @@ def open_teacher(
     config = replace(model.model, dtype=network.dtype, fp8=False, remat=network.remat)
     is_whole = split_reference(reference)[1] is not None or model.step is None
     full = reference if is_whole else f"{reference}@{model.step}"
-    return Teacher(config, model.method, weights, float(scale), full)
+    return Teacher(config, model.method, weights, float(scale), full, conditioning.null)
 
 
 def _open_model(reference: str, fsdp: int) -> TrainedModel:
@@ -151,14 +153,13 @@ def _open_model(reference: str, fsdp: int) -> TrainedModel:
         return TrainedModel.from_pretrained(reference, fsdp=fsdp)
 
 
-def _facts(
-    network: ModelConfig, label_names: Sequence[str], encoders: Sequence[str]
-) -> dict[str, Any]:
+def _facts(network: ModelConfig, conditioning: Conditioning) -> dict[str, Any]:
     """Facts of the data that a teacher and a student must share."""
     return {
         "size": (network.image_size, network.channels),
         "number of classes": network.n_classes,
-        "classes": ", ".join(label_names),
-        "text encoders": [Path(path).name for path in encoders],
+        "classes": ", ".join(conditioning.names),
+        "text encoders": [Path(path).name for path in conditioning.encoders],
         "caption width": (network.text_width, network.pooled_width),
+        "way to encode captions": "SD3's" if conditioning.full_width else "ours",
     }

@@ -94,6 +94,18 @@ def test_it_resumes_bit_for_bit_with_its_base_elsewhere(trained, config, adapted
         Trainer(replace(config, init_from=str(adapted.run_dir)))
 
 
+def test_a_sharded_base_trains_as_a_whole_one(config, adapted, tmp_path):
+    """The weights of each layer, the base's and the adapters', lie on four devices."""
+    sharded = Trainer(replace(config, fsdp=4, run_dir=tmp_path / "run"))
+    whole = jax.tree.leaves(sharded.base["blocks"])[-1]
+    assert whole.addressable_shards[0].data.size * 4 == whole.size
+    sharded.fit()
+    for ours, theirs in zip(
+        *map(jax.tree.leaves, (sharded.state.params, adapted.state.params)), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
 def other_weights(trained, tmp_path):
     export.main(ExportConfig(run=trained.run_dir, ema=False, out=tmp_path / "raw"))
     return tmp_path / "raw"

@@ -121,8 +121,7 @@ def test_the_target_follows_the_teachers_guided_velocity(flow):
         f"{flow.run_dir}@2",
         1.5,
         network=flow.model_config,
-        label_names=flow.dataset.label_names,
-        encoders=(),
+        conditioning=flow.conditioning,
         space=flow.space,
         fsdp=1,
     )

@@ -45,6 +45,27 @@ def test_max_length_cuts_captions(tmp_path):
     np.testing.assert_array_equal(short(ids).mask, whole(ids).mask[:, :12])
 
 
+def test_captions_of_sd3_are_kept_apart_and_know_the_empty_one(tmp_path, monkeypatch):
+    """Of which all have one length, which is not rounded up."""
+    plain = open_store(tmp_path, ["a cat"], FakeEncoders())
+    options = {"revisions": REVISIONS, "full_width": 6, "load_encoders": FakeEncoders()}
+    store = CaptionStore.open(tmp_path, ["a cat"], ENCODERS, **options)
+    assert set(options["load_encoders"].received) == {"", "a cat"}
+    assert "" in store and "" not in plain and store.full_width == 6
+    assert (store.length, plain.length) == (len("a cat"), 8)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"sd3-6+{SUBFOLDER}", SUBFOLDER]
+    monkeypatch.setattr(text_encoders, "find_revision", lambda encoder: None)
+    options |= {"revisions": None, "load_encoders": never}
+    again = CaptionStore.open(tmp_path, ["a cat"], ENCODERS, **options)
+    few_bytes = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(caption_cache.shutil, "disk_usage", lambda folder: few_bytes)
+    options["load_encoders"] = FakeEncoders()
+    with pytest.raises(UserError, match=r"1 captions as SD3 takes them need 0\.0 GB"):
+        CaptionStore.open(tmp_path, ["a dog"], ENCODERS, **options)
+    assert again.revisions == tuple(REVISIONS)
+    assert open_store(tmp_path, ["a cat"], revisions=None).revisions == tuple(REVISIONS)
+
+
 def test_embeddings_come_back_bit_for_bit(tmp_path, small_shards):
     store = open_store(tmp_path, [*CAPTIONS, ""], FakeEncoders())
     assert_holds(store, [*CAPTIONS[::-1], "", CAPTIONS[3], CAPTIONS[3]])

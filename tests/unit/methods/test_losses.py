@@ -35,6 +35,13 @@ def test_dropping_makes_the_null_class_or_the_empty_caption():
     for part, whole in zip(dropped, caption, strict=True):
         assert (part[0] == 0).all() and (part[2] == 0).all() and (part[1] == whole[1]).all()
         assert part.dtype == whole.dtype
+    null = EncodedCaption(
+        np.full((1, 2, 4), 7, np.float16), np.array([[True, False]]), np.full((1, 5), 8)
+    )
+    dropped = method.drop_labels(caption, drop, 0, null)
+    for part, whole, own in zip(dropped, caption, null, strict=True):
+        assert (part[::2] == own).all() and (part[1] == whole[1]).all()
+        assert part.dtype == whole.dtype
 
 
 @partial(jax.jit, static_argnames="label_dropout")

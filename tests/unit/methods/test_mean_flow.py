@@ -207,8 +207,12 @@ def test_with_equal_times_the_loss_is_that_of_the_flow():
 class ByLabel(Exact):
     """A network whose prediction is its function's times 1, or times 3 without a label."""
 
+    def __init__(self, function, null=10):
+        super().__init__(function)
+        self.null = null
+
     def __call__(self, x, t, label, span=None):
-        factor = jnp.where(label == 10, 3.0, 1.0).reshape(-1, 1, 1, 1)
+        factor = jnp.where(label == self.null, 3.0, 1.0).reshape(-1, 1, 1, 1)
         return factor * super().__call__(x, t, label, span)
 
 
@@ -229,6 +233,11 @@ def test_the_target_is_guided_in_an_interval_except_for_dropped_labels(k):
     prediction = np.where(label == 10, 1.5, 0.5) * x
     expected = np.square(prediction - np.where(is_guided, guided, v)).mean()
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    own_null = ByLabel(lambda x, t, s: 0.5 * x, null=4)
+    of_own, _ = method.loss(
+        own_null, batch_of(64, image=image), key, label_dropout=0.5, null=jnp.asarray([4])
+    )
+    assert of_own == loss and (own_null.calls[-1][2] == 4).any()
     with pytest.raises(UserError, match=r"--target_interval 0\.7 0\.2: must be two times"):
         MeanFlow(target_interval=(0.7, 0.2))
 

@@ -153,7 +153,7 @@ def test_an_encoder_of_captions_sees_the_empty_one():
     config = replace(SEEN_BY, **TEXT)
     features = look_by_run(with_random_weights(config), jnp.ones((3, 8, 8, 3)), config=config)
     assert features.shape == (3, 2, 2, 64) and jnp.isfinite(features).all()
-    np.testing.assert_array_equal(null_label(config, 3).mask, np.zeros((3, 1), bool))  # pyright: ignore
+    np.testing.assert_array_equal(null_label(config, None, 3).mask, np.zeros((3, 1), bool))  # pyright: ignore
 
 
 def test_a_published_encoder_needs_images():
