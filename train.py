@@ -14,9 +14,10 @@ trainer adds devices and the state. The run itself is `training.loop.Loop.fit`; 
 `training.step.update`.
 """
 
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import jax
@@ -35,11 +36,13 @@ from inference.guidance import untrained_null_error
 from inference.sampler import SamplerConfig, sample_images
 from inference.spaces import space_of
 from methods.method import Loss
+from methods.rectified_flow import Flow
 from methods.registry import class_path
-from model import model_graphdef
+from model import ModelConfig, model_graphdef
 from networks.lora import split_adapter
 from networks.power_ema import gamma_of_std
 from runtime import cli, parallel, processes, run_folder
+from runtime.image_size import ImageSize
 from training import adapters, display, flops, mup, optim, warm_start
 from training import step as training_step
 from training.alignment import (
@@ -89,9 +92,15 @@ class Trainer(Loop):
             require_same_implementation(prepared.run_dir, prepared.saved, key, path)
         self.given_flags, self.run_dir = prepared.given_flags, prepared.run_dir
         self.source, self.dataset = prepared.source, prepared.source.config
+        self.buckets = prepared.buckets
         self.method, self.conditioning = prepared.method, prepared.conditioning
+        if self.buckets and isinstance(self.method, Flow):
+            self.method = replace(self.method, area=math.prod(self.dataset.size.sides))
         self.encoded = prepared.conditioning.store
         self.model_config = prepared.network
+        # A network, which differs by its shape alone → its programs.
+        self._update_of = cache(partial(self._compile_step, None))
+        self._eval_loss_of = cache(self._compile_eval_loss)
         self.keeps_snapshots = bool(self.config.ema_std)
         self.null_is_trained = prepared.null_is_trained
         self._open_devices()
@@ -270,6 +279,15 @@ class Trainer(Loop):
 
     # --- one step ---------------------------------------------------------------------------------
 
+    def network_for(self, batch: Any) -> ModelConfig:
+        """Return the network at the shape of a batch, of a run with buckets. Its weights are those
+        of all shapes.
+        """
+        if not self.buckets:
+            return self.model_config
+        height, width = batch.image.shape[1:3]
+        return replace(self.model_config, image_size=ImageSize(height, width).written)
+
     def loss(self, *, label_dropout: float) -> Loss:
         """The method's loss of this config: `loss(model, batch, key) -> (loss, metrics)`.
 
@@ -309,25 +327,27 @@ class Trainer(Loop):
 
     @cached_property
     def update(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._compile_step(self.alignment)
+        return self._compile_step(self.alignment, self.model_config)
 
     @cached_property
     def update_after_alignment(self) -> Any:
         """The step of a run without `--align`, for the state of this one."""
-        return without_alignment(self._compile_step(None))
+        return without_alignment(self._compile_step(None, self.model_config))
 
-    @property
-    def next_update(self) -> Any:
+    def update_for(self, batch: Any) -> Any:
+        if self.buckets:
+            return self._update_of(self.network_for(batch))
         has_ended = self.alignment and self.step >= self.alignment.end
         return self.update_after_alignment if has_ended else self.update
 
-    def _compile_step(self, alignment: Alignment | None) -> Any:
+    def _compile_step(self, alignment: Alignment | None, network: ModelConfig) -> Any:
         c = self.config
-        graphdef, frozen_graphdef = model_graphdef(self.model_config), None
+        graphdef, frozen_graphdef = model_graphdef(network), None
         if alignment:
             graphdef, frozen_graphdef = alignment.graphdef, alignment.encoder.graphdef
         elif self.teacher:
-            frozen_graphdef = model_graphdef(self.teacher.network)
+            theirs = replace(self.teacher.network, image_size=network.image_size)
+            frozen_graphdef = model_graphdef(theirs)
         step = partial(
             training_step.update,
             read_batch=self.read_batch(),
@@ -348,18 +368,22 @@ class Trainer(Loop):
 
     # --- evaluation -------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def eval_loss(self) -> Callable[..., Any]:
         """The compiled `eval_loss(params, batch, key, *frozen)`, in the precision of sampling."""
+        return self._eval_loss_of(self.model_config)
+
+    def _compile_eval_loss(self, network: ModelConfig) -> Callable[..., Any]:
         loss = self.loss(label_dropout=0.0)
-        graphdef = model_graphdef(replace(self.model_config, fp8=False))
+        graphdef = model_graphdef(replace(network, fp8=False))
 
         @jax.jit
         def eval_loss(params: Any, batch: Batch, key: Any, frozen: Mapping[str, Any] = {}) -> Any:
             model = nnx.merge(graphdef, parallel.join_trees(params, frozen.get("base", {})))
             if not self.teacher:
                 return loss(model, batch, key)[0]
-            teacher = nnx.merge(model_graphdef(self.teacher.network), frozen["frozen"])
+            theirs = replace(self.teacher.network, image_size=network.image_size)
+            teacher = nnx.merge(model_graphdef(theirs), frozen["frozen"])
             return taught_by(self.teacher, loss)(model, batch, key, teacher)[0]
 
         return eval_loss
@@ -372,7 +396,8 @@ class Trainer(Loop):
         for i, batch in enumerate(self.data.eval_batches(self.config.n_eval_batches)):
             batch = parallel.shard_batch(batch, self.mesh)
             key = jax.random.fold_in(self.eval_key, i)
-            losses.append(self.eval_loss(self.state.ema, batch, key, *self.frozen))
+            eval_loss = self._eval_loss_of(self.network_for(batch))
+            losses.append(eval_loss(self.state.ema, batch, key, *self.frozen))
         return {"eval_loss": float(np.mean(parallel.fetch_to_host(losses)))}
 
     def prepare(self) -> None:

@@ -32,12 +32,18 @@ class Batch(NamedTuple):
 
 
 class BatchPlan(NamedTuple):
-    """The rows, flips and labels of a batch, before anything is decoded."""
+    """The rows, flips and labels of a batch, and its bucket, before anything is decoded."""
 
     row: Int32[np.ndarray, "b"]  # index in the global batch
     split_row: Int64[np.ndarray, "b"]  # row of the split
     mirrored: Bool[np.ndarray, "b"]
     label: Int32[np.ndarray, "b"] | Int64[np.ndarray, "b"]  # id of a class or of a caption
+    bucket: int = 0
+
+    def part(self, places: Int64[np.ndarray, "n"]) -> "BatchPlan":
+        """Return the plan of some of its rows."""
+        row, split_row, mirrored, label = (field[places] for field in self[:-1])
+        return BatchPlan(row, split_row, mirrored, label, self.bucket)
 
 
 def concatenate_batches(batches: Sequence[Any]) -> Any:

@@ -77,19 +77,22 @@ class Headers:
         return "; ".join(parts)
 
 
-def read_headers(split: Split) -> Headers:
+def read_headers(split: Split, *, of_all: bool = False) -> Headers:
     """Read the headers of all images of a split.
 
     Images inside tables are read with their headers: of those at most `MAX_ROWS_WITHOUT_FILES`,
     spread over the split, and of a streamed split only those in `MAX_STREAMED_GROUPS` row groups.
+
+    Args:
+        of_all: read them all.
     """
     first = split.read_cells([int(split.rows[0])])[0]
     if isinstance(first, Mapping) and first["bytes"] is None and first["path"] is not None:
         paths = [file_name(cell) for cell in split.read_cells(split.rows.tolist())]
         kind, sides = _read_cached(paths)
         return Headers(kind, sides, len(split), paths)
-    rows = _spread(split.rows, MAX_ROWS_WITHOUT_FILES)
-    if isinstance(split.data, ParquetSplit):
+    rows = split.rows if of_all else _spread(split.rows, MAX_ROWS_WITHOUT_FILES)
+    if isinstance(split.data, ParquetSplit) and not of_all:
         groups = split.data.find_groups(rows)
         rows = rows[np.isin(groups, _spread(np.unique(groups), MAX_STREAMED_GROUPS))]
 

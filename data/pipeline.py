@@ -7,20 +7,23 @@ import contextlib
 import itertools
 import math
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
 
 from data.batch import Batch, BatchPlan, concatenate_batches
+from data.buckets import Buckets
 from data.caption_cache import CaptionStore
 from data.parquet import ParquetSplit
 from data.row_labels import CaptionIds, ClassIds
 from data.rows import BadRow, Images, Source, Split
 from data.shuffle import (
+    BucketOrder,
     GroupedShuffle,
     sample_caption_uniforms,
     sample_flips,
@@ -34,6 +37,7 @@ MAX_IN_MEMORY_BYTES = 2**30  # decoded datasets up to this size stay in memory
 MAX_WORKERS = 16  # unless more are given
 EVAL_LANES = 16  # row groups of a streamed split that an evaluation reads at a time
 ROWS_PER_TASK = 256  # that a thread decodes of a split that is held in memory
+MAX_PLACES = 80  # arrays of positions of a bucket in an epoch that are kept
 
 SplitName = Literal["train", "eval"]
 
@@ -44,7 +48,8 @@ class Pipeline:
     Row i of step s is row s · batch_size + i of an endless chain of epochs, each a permutation of
     the training rows: no row comes twice in an epoch, no tail is dropped, and any step can be made
     without the steps before it. A process gets a contiguous part of each global batch. The
-    permutation of a streamed split reads few row groups at a time (see `GroupedShuffle`).
+    permutation of a streamed split reads few row groups at a time (see `GroupedShuffle`). With
+    buckets, all of this holds for the rows of each (see `BucketOrder`).
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class Pipeline:
         shuffle_buffer: int = 10_000,
         caption_store: CaptionStore | None = None,
         one_batch: bool = False,
+        buckets: Mapping[SplitName, Buckets] | None = None,
     ):
         """Plan the order of rows. Decode the whole dataset if it is held in memory.
 
@@ -76,6 +82,7 @@ class Pipeline:
             caption_store: the encoded captions of a source with captions.
             one_batch: return the first batch at every step, with the same flips and captions; also
                 in an evaluation.
+            buckets: of the rows of both splits, of a source that is not streamed.
 
         Raises:
             UserError: `batch_size` is not a multiple of the processes, or images cannot be
@@ -96,16 +103,19 @@ class Pipeline:
         self.grouped_shuffle = self._plan_streaming(shuffle_buffer)
         if in_memory is None:
             in_memory = _is_small(source) and not self.grouped_shuffle
+        self._buckets = buckets or {}
         self._decoders = {
-            name: Decoder(
+            name: Decoders.of_split(
                 split,
                 CaptionIds(split.captions, caption_store)
                 if caption_store
                 else ClassIds(split.labels),
-                _decode_all(split) if in_memory else None,
+                self._buckets.get(name),
+                in_memory=in_memory,
             )
             for name, split in (("train", source.train), ("eval", source.eval))
         }
+        self._places = lru_cache(maxsize=MAX_PLACES)(self._find_places)
 
     def _plan_streaming(self, shuffle_buffer: int) -> GroupedShuffle | None:
         """Plan the order of a streamed source, and how many row groups are open at a time."""
@@ -133,33 +143,46 @@ class Pipeline:
     def batch_rows(self, step: int) -> Int64[np.ndarray, "b"]:
         """Return the training rows of the global batch of `step`, which counts from 0."""
         global_rows = np.arange(self.batch_size)
-        rows = [
-            self.epoch_order(epoch)[positions]
-            for epoch, positions in self._epoch_positions(step, global_rows)
-        ]
-        return np.concatenate(rows)
+        _, epochs = self._epoch_positions(step, global_rows)
+        return np.concatenate([self.epoch_order(epoch)[positions] for epoch, positions in epochs])
 
     def batch_labels(self, step: int) -> list[int] | list[str]:
         """Return the class ids, or the captions, of the global batch of `step`."""
-        uniforms = self._caption_uniforms(step, np.arange(self.batch_size))
+        _, epochs = self._epoch_positions(step, np.arange(self.batch_size))
+        uniforms = self._caption_uniforms(epochs)
         return self._decoders["train"].labels.words(self.batch_rows(step), uniforms)
 
     def _epoch_positions(
         self, step: int, row: Int64[np.ndarray, "b"]
-    ) -> Iterator[tuple[int, Int64[np.ndarray, "n"]]]:
-        """Yield the epochs that rows of a global batch lie in, with their positions in each."""
+    ) -> tuple[int, list[tuple[int, Int64[np.ndarray, "_n"]]]]:
+        """Return the bucket of a global batch, and the epochs that rows of it lie in, with their
+        positions in each.
+        """
         if self.one_batch:
             step = 0
-        n = len(self.source.train)
+        n, bucket = len(self.source.train), 0
+        buckets = self._buckets.get("train")
+        if buckets:
+            order = BucketOrder(buckets.sizes, self.batch_size)
+            bucket, step = order.place(self.seed, step)
+            n = buckets.sizes[bucket]
         positions = step * self.batch_size + row
+        epochs = []
         for epoch in range(positions[0] // n, positions[-1] // n + 1):
-            yield epoch, positions[positions // n == epoch] % n
+            here = positions[positions // n == epoch] % n
+            epochs.append((epoch, self._places(epoch, bucket)[here] if buckets else here))
+        return bucket, epochs
 
-    def _caption_uniforms(self, step: int, row: Int64[np.ndarray, "b"]) -> Float64[np.ndarray, "b"]:
+    def _find_places(self, epoch: int, bucket: int) -> Int64[np.ndarray, "n"]:
+        """Return the positions in this epoch of the rows of a bucket."""
+        return np.flatnonzero(self._buckets["train"].ids[self.epoch_order(epoch)] == bucket)
+
+    def _caption_uniforms(
+        self, epochs: list[tuple[int, Int64[np.ndarray, "_n"]]]
+    ) -> Float64[np.ndarray, "b"]:
         n = len(self.source.train)
         uniforms = [
-            sample_caption_uniforms(self.seed, epoch, n)[positions]
-            for epoch, positions in self._epoch_positions(step, row)
+            sample_caption_uniforms(self.seed, epoch, n)[places] for epoch, places in epochs
         ]
         return np.concatenate(uniforms)
 
@@ -171,11 +194,11 @@ class Pipeline:
         """Plan the batch of `step`: this process's rows, or the given ones of the global batch."""
         if row is None:
             row = self._local_rows(self.batch_size)
-        epochs = list(self._epoch_positions(step, row))
+        bucket, epochs = self._epoch_positions(step, row)
         rows = np.concatenate([self.epoch_order(epoch)[positions] for epoch, positions in epochs])
         flips = np.concatenate([self.epoch_flips(epoch)[positions] for epoch, positions in epochs])
-        labels = self._decoders["train"].labels.choose(rows, self._caption_uniforms(step, row))
-        return BatchPlan(row.astype(np.int32), rows, flips, labels)
+        labels = self._decoders["train"].labels.choose(rows, self._caption_uniforms(epochs))
+        return BatchPlan(row.astype(np.int32), rows, flips, labels, bucket)
 
     # --- decoded batches --------------------------------------------------------------------------
 
@@ -203,7 +226,7 @@ class Pipeline:
         if self.one_batch:
             yield from itertools.repeat(self.train_batch(0), stop - start)
             return
-        if decoder.decoded is not None:
+        if decoder.are_in_memory:
             yield from map(self.train_batch, range(start, stop))
             return
         n = self.batch_size // self.n_processes
@@ -211,7 +234,7 @@ class Pipeline:
         parts = np.array_split(np.arange(n), min(n, self.n_workers or os.cpu_count() or 1))
         callers = [workers.Worker(decoder) if self.n_workers else decoder for _ in parts]
         plans = map(self._plan_batch, range(start, stop))
-        calls = ([BatchPlan(*(field[part] for field in plan)) for part in parts] for plan in plans)
+        calls = ([plan.part(part) for part in parts] for plan in plans)
         try:
             with contextlib.closing(workers.run_ahead(callers, calls)) as results:
                 yield from map(concatenate_batches, results)
@@ -235,19 +258,24 @@ class Pipeline:
             order = shuffle_grouped_rows(self._eval_shuffle, 0, 0)
         else:
             order = shuffle_rows(0, 0, len(self.source.eval))
+        buckets = self._buckets.get("eval")
+        ids = buckets.ids[order] if buckets else np.zeros(len(order), int)
+        bucket_order = BucketOrder(buckets.sizes if buckets else (len(order),), global_size)
         not_mirrored = np.zeros(len(row), bool)
         first_captions = np.zeros(len(row))
-        for first in range(0, n * global_size, global_size):
-            rows = order[(first + row) % len(order)]
+        for step in range(n):
+            bucket, i = bucket_order.place(0, step)
+            of_bucket = order[ids == bucket]
+            rows = of_bucket[(i * global_size + row) % len(of_bucket)]
             labels = decoder.labels.choose(rows, first_captions)
-            yield decoder(BatchPlan(row.astype(np.int32), rows, not_mirrored, labels))
+            yield decoder(BatchPlan(row.astype(np.int32), rows, not_mirrored, labels, bucket))
 
     def decode_split(self, split: SplitName) -> tuple[Images, Int32[np.ndarray, "n"]]:
-        """Return all images and labels of a split in the order of its rows.
+        """Return all images and labels of a split without buckets in the order of its rows.
 
         Those of latents are moments, with the moments of the mirrored images where there are any.
         """
-        decoder = self._decoders[split]
+        (decoder,) = self._decoders[split].of_bucket
         labels = decoder.split.labels
         if decoder.decoded is not None:
             return decoder.decoded, labels
@@ -265,6 +293,7 @@ class Decoder:
     split: Split
     labels: ClassIds | CaptionIds
     decoded: Images | None = None  # the whole split, if it is held in memory
+    held: Int64[np.ndarray, "m"] | None = None  # or the ascending rows that `decoded` has
 
     def __call__(self, plan: BatchPlan) -> Batch:
         image = self.decode_rows(plan.split_row)
@@ -273,14 +302,56 @@ class Decoder:
 
     def decode_rows(self, rows: Int64[np.ndarray, "b"]) -> Images:
         """Decode these rows of the split, or copy them out of memory."""
-        return self.split.decode(rows) if self.decoded is None else self.decoded[rows]
+        if self.decoded is None:
+            return self.split.decode(rows)
+        return self.decoded[rows if self.held is None else np.searchsorted(self.held, rows)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {
             "split": self.split.images_only(),
             "labels": self.labels.without_rows(),
             "decoded": None,
+            "held": None,
         }
+
+
+class Decoders(NamedTuple):
+    """A function from a batch's plan to the batch, by its bucket."""
+
+    of_bucket: tuple[Decoder, ...]
+
+    @classmethod
+    def of_split(
+        cls,
+        split: Split,
+        labels: ClassIds | CaptionIds,
+        buckets: Buckets | None,
+        *,
+        in_memory: bool,
+    ) -> "Decoders":
+        """Make the decoders of a split, and decode it if it is to be held in memory."""
+        if not buckets:
+            return cls((Decoder(split, labels, _decode_all(split) if in_memory else None),))
+        decoders = []
+        for bucket, shape in enumerate(buckets.shapes):
+            config = replace(split.config, image_size=shape.written)
+            rows = np.flatnonzero(buckets.ids == bucket)
+            shaped = replace(split, config=config)
+            decoded = _decode_all(shaped, rows) if in_memory else None
+            decoders.append(Decoder(shaped, labels, decoded, rows))
+        return cls(tuple(decoders))
+
+    @property
+    def labels(self) -> ClassIds | CaptionIds:
+        """Labels of the rows of all buckets."""
+        return self.of_bucket[0].labels
+
+    @property
+    def are_in_memory(self) -> bool:
+        return self.of_bucket[0].decoded is not None
+
+    def __call__(self, plan: BatchPlan) -> Batch:
+        return self.of_bucket[plan.bucket](plan)
 
 
 def _is_small(source: Source) -> bool:
@@ -302,20 +373,24 @@ def _plan_grouped_shuffle(split: Split, batch_size: int, shuffle_buffer: int) ->
     )
 
 
-def _decode_all(split: Split) -> Images:
-    """Decode the whole split in threads: Pillow decodes without the interpreter's lock.
+def _decode_all(split: Split, rows: Int64[np.ndarray, "n"] | None = None) -> Images:
+    """Decode the whole split, or some rows of it, in threads: Pillow decodes without the
+    interpreter's lock.
 
     Raises:
         BadRowError: some rows cannot be decoded; it counts them all.
     """
-    decoded = np.empty((len(split), *split.format.shape), split.format.dtype)
+    if rows is None:
+        rows = np.arange(len(split))
+    decoded = np.empty((len(rows), *split.format.shape), split.format.dtype)
 
-    def fill(rows: Int64[np.ndarray, "b"]) -> list[BadRow]:
-        readable = split.decode_readable(rows)
-        decoded[readable.rows] = readable.images
+    def fill(places: Int64[np.ndarray, "b"]) -> list[BadRow]:
+        readable = split.decode_readable(rows[places])
+        if not readable.bad:
+            decoded[places] = readable.images
         return readable.bad
 
-    tasks = np.array_split(np.arange(len(split)), len(split) // ROWS_PER_TASK + 1)
+    tasks = np.array_split(np.arange(len(rows)), len(rows) // ROWS_PER_TASK + 1)
     with ThreadPoolExecutor() as pool:
         bad = [row for bad_rows in pool.map(fill, tasks) for row in bad_rows]
     if bad:

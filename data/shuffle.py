@@ -17,6 +17,7 @@ MAX_LANES = 64
 # stream, and (s, e) is the stream of the permutation.
 FLIP_STREAM = 1
 CAPTION_STREAM = 2
+BUCKET_STREAM = 3
 
 
 @functools.lru_cache(maxsize=4)  # an epoch, the one it runs into, the evaluation
@@ -43,6 +44,49 @@ def sample_caption_uniforms(seed: int, epoch: int, n: int) -> Float64[np.ndarray
     uniforms = np.random.default_rng((seed, epoch, CAPTION_STREAM)).random(n)
     uniforms.flags.writeable = False
     return uniforms
+
+
+@dataclass(frozen=True)
+class BucketOrder:
+    """The bucket of each batch, where all rows of a batch are of one.
+
+    The rows of a bucket are an endless chain of its epochs, cut into batches: what an epoch leaves
+    over begins the next one's first batch, so that no row is dropped and each comes once in every
+    epoch of its bucket. The batches that begin in epoch e of their bucket, those of all buckets in
+    random order, are epoch e of the dataset.
+
+    Args:
+        sizes: rows of each bucket.
+    """
+
+    sizes: tuple[int, ...]
+    batch_size: int
+
+    def batches_before(self, epoch: int) -> Int64[np.ndarray, "buckets"]:
+        """Count the batches of each bucket that begin before an epoch."""
+        return -(-epoch * np.array(self.sizes, np.int64) // self.batch_size)
+
+    def place(self, seed: int, step: int) -> tuple[int, int]:
+        """Return the bucket of the batch of `step`, and its number among those of this bucket."""
+        # Rounding up gives earlier epochs more batches than their rows: never too early an epoch.
+        epoch = step * self.batch_size // sum(self.sizes)
+        while self.batches_before(epoch).sum() > step:
+            epoch -= 1
+        before = self.batches_before(epoch)
+        buckets = shuffle_buckets(self, seed, epoch)
+        offset = step - before.sum()
+        bucket = int(buckets[offset])
+        return bucket, int(before[bucket] + (buckets[:offset] == bucket).sum())
+
+
+@functools.lru_cache(maxsize=4)
+def shuffle_buckets(order: BucketOrder, seed: int, epoch: int) -> Int64[np.ndarray, "batches"]:
+    """Return the bucket of each batch of an epoch. The array is cached and read-only."""
+    n_batches = order.batches_before(epoch + 1) - order.batches_before(epoch)
+    buckets = np.repeat(np.arange(len(order.sizes)), n_batches)
+    buckets = np.random.default_rng((seed, epoch, BUCKET_STREAM)).permutation(buckets)
+    buckets.flags.writeable = False
+    return buckets
 
 
 @dataclass(frozen=True, eq=False)

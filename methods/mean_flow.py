@@ -189,7 +189,7 @@ class MeanFlow(MeanFlowFlags, Flow):
     ) -> tuple[Float[Array, ""], Metrics]:
         n_classes = model.config.n_classes
         keys, data, noise = sample_data_and_noise(batch, key, to_input or pixels_to_input)
-        t, r = sample_times(keys.time, self.quantile, self.equal_share)
+        t, r = sample_times(keys.time, self.at_shape(data).quantile, self.equal_share)
         drop = self._rows_to_drop(keys.drop, t == r, label_dropout)
         x_t, v = interpolate(data, noise, t)
         span, label = t - r, drop_labels(batch.label, drop, n_classes, null)

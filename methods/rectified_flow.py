@@ -5,8 +5,9 @@ Read in this order: the path, the densities of training times, the method with i
 `sampling.py`.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -129,11 +130,14 @@ class Flow(TimeFlags, Method):
             is above the smallest of 1000 times. That one is shifted twice, s² / (999 + s²) in all,
             so the last evaluation is at t = 0.0089 with s = 3. A solver of the SDE has a last time
             of its own. It is no flag of training.
+        area: height × width of the data that `time_shift` is for; 0 for all. Data of another area
+            are shifted by its square root more (Esser et al. 2024, eq. 23). It is no flag either.
     """
 
     sampling_flags = ("sample_shift",)
 
     time_grid: str = field(default="even", kw_only=True)
+    area: int = field(default=0, kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -144,6 +148,12 @@ class Flow(TimeFlags, Method):
     def density(self) -> Density:
         """The density of training times, before `time_shift`."""
         return DENSITIES[self.time_density](self)
+
+    def at_shape(self, data: Float[Array, "b h w c"]) -> "Flow":
+        """Return this method with the training times of data of this shape."""
+        _, height, width, _ = data.shape
+        factor = math.sqrt(height * width / self.area) if self.area else 1.0
+        return self if factor == 1 else replace(self, time_shift=self.time_shift * factor, area=0)
 
     def quantile(self, u: Float[Array, "..."]) -> Float[Array, "..."]:
         """The quantile function of the training times: uniform u → t."""
@@ -236,7 +246,7 @@ class RectifiedFlow(RectifiedFlowFlags, Flow):
         )
         # The smallest normal number instead of 0, which is no quantile of an unbounded density.
         u = jax.vmap(lambda key: jax.random.uniform(key, minval=jnp.finfo(jnp.float32).tiny))
-        t = self.quantile(u(keys.time))
+        t = self.at_shape(data).quantile(u(keys.time))
 
         x_t, velocity = interpolate(data, self.noise_scale * noise, t)
         output = model(x_t, t, label)

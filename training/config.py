@@ -49,6 +49,17 @@ PRECISIONS = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class BucketFlags:
+    """Dataset."""
+
+    buckets: tuple[str, ...] = setting(
+        (),
+        "train images of any proportions: a number of shapes of the area of image_size, between "
+        "1:2 and 2:1, such as 5, or the shapes, such as 256x256 320x192",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LatentFlags:
     """Dataset."""
 
@@ -287,6 +298,7 @@ class MeasurementFlags:
 class TrainConfig(
     DatasetFlags,
     ImageFlags,
+    BucketFlags,
     LatentFlags,
     CaptionFlags,
     StorageFlags,

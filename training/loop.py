@@ -6,7 +6,7 @@
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -16,8 +16,9 @@ import optax
 from jaxtyping import Array, Key
 
 from data.batch import Batch
+from data.buckets import Buckets
 from data.caption_cache import CaptionStore
-from data.pipeline import Pipeline
+from data.pipeline import Pipeline, SplitName
 from data.rows import Source
 from datasets_config import DatasetConfig
 from runtime import parallel, processes
@@ -67,6 +68,7 @@ class Loop(Run):
         config: every flag, resolved.
         source: the opened dataset; `dataset` are the facts about it.
         encoded: the encoded captions of a dataset with captions.
+        buckets: of the rows of both splits, if there are any.
         model_config: a dataclass, the shape of the network.
         train_key: the random key that every step's is derived from.
         frozen: weights that are not trained, if there are any: one dictionary, which `update`
@@ -80,6 +82,7 @@ class Loop(Run):
     source: Source
     dataset: DatasetConfig
     encoded: CaptionStore | None = None
+    buckets: Mapping[SplitName, Buckets] | None = None
     model_config: Any
     train_key: Key[Array, ""]
     frozen: tuple[dict[str, Any], ...] = ()
@@ -187,6 +190,7 @@ class Loop(Run):
                 shuffle_buffer=c.shuffle_buffer,
                 caption_store=self.encoded,
                 one_batch=c.overfit_batch,
+                buckets=self.buckets,
             )
         return self._pipeline
 
@@ -235,15 +239,15 @@ class Loop(Run):
         """Create the state before the first step on all devices."""
         return parallel.create_sharded(self.initial_state, self.mesh)
 
-    @property
-    def next_update(self) -> Callable[..., tuple[TrainState, StepReport]]:
-        """The compiled step for this one, if not all steps of a run are of one program."""
+    def update_for(self, batch: Any) -> Callable[..., tuple[TrainState, StepReport]]:
+        """Return the compiled step for the next batch, if not all steps are of one program."""
         return self.update
 
     def train_step(self, batch: Any) -> StepReport:
         """Dispatch one update with one item of `batches`. The report is still being computed."""
         batch = parallel.shard_batch(batch, self.mesh)
-        self.state, report = self.next_update(self.state, batch, self.train_key, *self.frozen)
+        update = self.update_for(batch)
+        self.state, report = update(self.state, batch, self.train_key, *self.frozen)
         self.step += 1
         self.position += 1
         return report

@@ -7,15 +7,18 @@ captions, with a progress bar.
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data import bad_rows
+from data.buckets import Buckets, assign_buckets
+from data.headers import read_headers
 from data.load import open_dataset
-from data.rows import Source
+from data.pipeline import SplitName
+from data.rows import Source, Split
 from inference.conditioning import Conditioning
 from inference.guidance import null_is_trained
 from inference.spaces import space_of
@@ -24,6 +27,7 @@ from methods.registry import recorded_name
 from model import ModelConfig
 from runtime import processes, processor, run_folder
 from runtime.errors import UserError
+from runtime.image_size import ImageSize
 from runtime.parallel import Devices
 from training import adapters, warm_start
 from training.conditionings import RUN_CONDITIONINGS
@@ -52,6 +56,7 @@ class Prepared:
         weights: of another model, to start from, or the base of adapters (LoRA).
         null_is_trained: whether the model can be guided: labels are dropped, or the weights bring
             a null label.
+        buckets: of the rows of both splits, if there are any.
     """
 
     config: TrainConfig
@@ -64,6 +69,7 @@ class Prepared:
     network: ModelConfig
     weights: warm_start.StartingWeights | None = field(repr=False)
     null_is_trained: bool
+    buckets: Mapping[SplitName, Buckets] | None = field(repr=False)
 
 
 def prepare(config: TrainConfig, devices: Devices) -> Prepared:
@@ -107,6 +113,10 @@ def prepare(config: TrainConfig, devices: Devices) -> Prepared:
     if not config.profile:  # it reads no images
         source = leave_out_bad_rows(config, source, run_dir)
         config = resolve(n_rows=len(source.train))  # fewer rows make shorter epochs
+    buckets = None
+    if config.buckets and not config.profile:
+        buckets = open_buckets(config, source)
+        source = replace(source, notices=(*source.notices, *buckets["train"].describe()))
     conditioning = kind.open(
         config, source, saved.get("text_revisions"), full_width=record.get("full_width")
     )
@@ -129,6 +139,7 @@ def prepare(config: TrainConfig, devices: Devices) -> Prepared:
         network=network,
         weights=weights,
         null_is_trained=(not kind.has_null or bool(config.label_dropout) or starts_with_null),
+        buckets=buckets,
     )
 
 
@@ -145,7 +156,7 @@ def read_saved(run_dir: Path) -> dict[str, Any]:
     saved = run_folder.read_config(run_dir)
     if time_scale := saved.get("model_config", {}).get("time_scale"):
         saved = {"time_scale": time_scale} | saved
-    newer_flags = {"optimizer": "adamw", "mup": 0, "ema_std": (), "lora_rank": 0}
+    newer_flags = {"optimizer": "adamw", "mup": 0, "ema_std": (), "lora_rank": 0, "buckets": ()}
     saved = newer_flags | saved
     return saved if null_is_trained(saved) else saved | {"cfg_scale": 1.0}
 
@@ -226,6 +237,20 @@ def _open_source(c: TrainConfig, saved: Mapping[str, Any]) -> Source:
         unlabelled=c.unlabelled or "stop",
         class_order=saved.get("dataset", {}).get("label_names") or (),
     )
+
+
+def open_buckets(config: TrainConfig, source: Source) -> dict[SplitName, Buckets]:
+    """Assign the images of both splits to the buckets, by the headers of their files. Those of the
+    evaluation go to buckets of the training.
+    """
+    shapes = [ImageSize.parse(word) for word in config.buckets]
+
+    def assign(split: Split, shapes: Sequence[ImageSize], batch_size: int) -> Buckets:
+        sides = read_headers(split, of_all=True).sides
+        return assign_buckets(sides, shapes, batch_size=batch_size)
+
+    train = assign(source.train, shapes, config.batch_size)
+    return {"train": train, "eval": assign(source.eval, train.shapes, 0)}
 
 
 def leave_out_bad_rows(config: Any, source: Source, run_dir: Path | None) -> Source:

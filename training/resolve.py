@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data import latents
+from data.buckets import resolve_shapes
 from datasets_config import DATASET_CONFIGS, DatasetConfig
 from inference.guidance import unguidable_error
 from inference.sampler import SamplerConfig
@@ -101,6 +102,9 @@ def merge_saved(config: AnyConfig, saved: dict[str, Any]) -> AnyConfig:
     saved = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
     if given.get("inner_head") is True and saved.get("inner_head"):
         given["inner_head"] = saved["inner_head"]  # the number that it stood for
+    first_given = (saved.get("given_flags") or {}).get("buckets")
+    if first_given and list(given.get("buckets", ())) == first_given:
+        given["buckets"] = saved["buckets"]  # the shapes that were chosen
     for name in {"init_from", *FROZEN} & given.keys():
         given[name] = with_step_of(given[name], saved.get(name) or "")
     if "decay_from" not in given and {"n_steps", "n_epochs"} & given.keys():
@@ -227,6 +231,7 @@ def resolve_train_config(
     if values["inner_head"] is True:
         values["inner_head"] = round(INNER_HEAD_DEPTH * MODELS[values["model"]]["depth"])
     resolved = TrainConfig(**derived_defaults(values, fast_bf16) | values)
+    resolved = replace(resolved, buckets=_written_buckets(resolved))
     validate_train_config(resolved, n_devices)
     if not can_guide and resolved.cfg_scale != 1:
         raise UserError(
@@ -234,6 +239,19 @@ def resolve_train_config(
             "guide by; leave it at 1"
         )
     return resolved
+
+
+def _written_buckets(config: TrainConfig) -> tuple[str, ...]:
+    """Return the shapes that `--buckets` chooses or names, as config.json records them.
+
+    Raises:
+        UserError: there are no such shapes.
+    """
+    if not config.buckets:
+        return ()
+    size = ImageSize.parse(config.image_size)
+    shapes = resolve_shapes(config.buckets, size, config.patch_size)
+    return tuple(f"{shape.height}x{shape.width}" for shape in shapes)
 
 
 def known_values(config: Any, dataset: DatasetConfig) -> dict[str, Any]:
@@ -376,6 +394,7 @@ def validate_train_config(config: TrainConfig, n_devices: int) -> None:
         raise UserError(f"--fsdp {config.fsdp} does not divide the {n_devices} devices")
     _reject_conflicting_modes(config)
     _reject_conflicting_storage(config)
+    _reject_conflicts_of_buckets(config)
     _validate_fid_flags(config)
 
 
@@ -458,6 +477,21 @@ def _reject_conflicting_storage(config: TrainConfig) -> None:
         raise UserError(
             "--cache_on_device is for class labels; captions are read from their own cache"
         )
+
+
+def _reject_conflicts_of_buckets(config: TrainConfig) -> None:
+    if not config.buckets:
+        return
+    conflicts = {
+        "--latents: they have one shape; train on the images": config.latents,
+        "--streaming: the size of each image is looked up first": config.streaming,
+        "--cache_on_device: it holds images of one shape": config.cache_on_device,
+        "--position learned: its table has one shape; take sincos": config.position == "learned",
+        "--align: the encoder sees one shape": config.align,
+    }
+    for conflict, is_given in conflicts.items():
+        if is_given:
+            raise UserError(f"--buckets is not for {conflict}")
 
 
 def _validate_fid_flags(config: TrainConfig) -> None:

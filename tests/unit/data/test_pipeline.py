@@ -164,7 +164,9 @@ def test_workers_are_sent_neither_images_nor_texts(coco, tmp_path):
     store = CaptionStore.open(
         tmp_path, texts, ["us/it"], revisions=["0" * 12], load_encoders=FakeEncoders
     )
-    decoder = replace(in_memory._decoders["train"], labels=CaptionIds(source.train.captions, store))
+    decoder = replace(
+        in_memory._decoders["train"].of_bucket[0], labels=CaptionIds(source.train.captions, store)
+    )
     assert texts[3].encode() not in pickle.dumps(decoder)
     copied = pickle.loads(pickle.dumps(decoder))
     plan = in_memory._plan_batch(5)
