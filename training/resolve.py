@@ -488,6 +488,7 @@ def _reject_conflicts_of_buckets(config: TrainConfig) -> None:
         "--cache_on_device: it holds images of one shape": config.cache_on_device,
         "--position learned: its table has one shape; take sincos": config.position == "learned",
         "--align: the encoder sees one shape": config.align,
+        "--overfit_batch: its samples have one shape": config.overfit_batch,
     }
     for conflict, is_given in conflicts.items():
         if is_given:

@@ -88,6 +88,19 @@ def test_the_velocity_is_the_derivative_of_the_path():
     np.testing.assert_allclose(interpolate(data, noise, t)[1], slope, atol=1e-6)
 
 
+def test_larger_images_get_more_noise_by_the_root_of_their_area():
+    flow = RectifiedFlow(time_shift=1.5, area=8 * 8)
+    assert flow.at_shape(jnp.zeros((2, 8, 8, 3))) is flow
+    larger = flow.at_shape(jnp.zeros((2, 8, 32, 3)))
+    assert larger.time_shift == 3.0
+    assert RectifiedFlow(time_shift=1.5).at_shape(jnp.zeros((2, 8, 32, 3))).time_shift == 1.5
+    of_8, of_32 = (
+        sampled_values(batch_of(N, image=np.zeros((N, 8, width, 1), np.uint8)))[0]
+        for width in (8, 32)
+    )
+    np.testing.assert_array_equal(of_8, of_32)  # without an area, as ever
+
+
 # --- densities ------------------------------------------------------------------------------------
 
 DENSITIES = {
