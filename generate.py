@@ -31,7 +31,7 @@ from runtime.cli import FreeText
 from runtime.errors import UserError
 from runtime.files import check_distinct_paths, report_unwritable
 from runtime.flags import Derived, again, check_values, flag
-from runtime.image_size import WrittenSize
+from runtime.image_size import WrittenSize, format_shape
 from training.flag_groups import (
     CheckpointFlags,
     DeviceFlags,
@@ -247,8 +247,8 @@ def at_size(config: GenerateConfig, trained: TrainedModel) -> TrainedModel:
     trained, own = trained.at_size(config.size), trained.image_size
     if any(side > longest for side, longest in zip(trained.image_size.sides, own.sides)):
         print(
-            f"warning: --size {trained.image_size}: {trained.name} was trained on images of {own}, "
-            "and has seen no place beyond their edges",
+            f"warning: --size {trained.image_size}: {trained.name} was trained on images of "
+            f"{format_shape(own.sides)}, and has seen no place beyond their edges",
             file=sys.stderr,
         )
     return trained
