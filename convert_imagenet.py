@@ -33,7 +33,7 @@ DEFAULT_VAE = "stabilityai/sdxl-vae"
 class LatentFlags:
     """Latents."""
 
-    image_size: WrittenSize | None = again(ImageFlags, "image_size")
+    image_size: WrittenSize | None = again(ImageFlags, "image_size", above=None, at_least=1)
     vae: str | None = flag(
         Derived(DEFAULT_VAE),
         "a folder in diffusers' layout, an id on the hub, or a file such as "

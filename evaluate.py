@@ -39,7 +39,7 @@ from runtime import cli, parallel, processes
 from runtime.errors import UserError
 from runtime.files import check_distinct_paths, report_unwritable
 from runtime.flags import Derived, again, check_values, flag, flags_of, reject_unused
-from runtime.image_size import ImageSize, WrittenSize
+from runtime.image_size import WrittenSize
 from training.flag_groups import (
     CheckpointFlags,
     ClusterFlags,
@@ -71,7 +71,7 @@ class ImageSourceFlags(SourceFlags):
     data_dir: Path | None = again(DatasetFlags, "data_dir")
     image_column: str | None = again(DatasetFlags, "image_column")
     split: str | None = flag(Derived(DEFAULT_SPLIT), "split of the dataset")
-    image_size: WrittenSize | None = again(ImageFlags, "image_size")
+    image_size: WrittenSize | None = again(ImageFlags, "image_size", above=None, at_least=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,8 +228,6 @@ def _check_source(config: EvaluateConfig) -> None:
             raise UserError(f"--{name} needs --{' or --'.join(sources)}")
     if config.image_size is not None and source in ("run", "pretrained", "npz"):
         raise UserError(f"--image_size does not apply to --{source}: its images have a size")
-    if config.image_size is not None and min(ImageSize.parse(config.image_size).sides) < 2:
-        raise UserError(f"--image_size {config.image_size}: must be at least 2")
 
 
 def _check_swept(config: EvaluateConfig) -> None:

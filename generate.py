@@ -9,6 +9,7 @@
 Stop it whenever you like: with an .npz or a folder as --out, the same command resumes.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,7 @@ from runtime.cli import FreeText
 from runtime.errors import UserError
 from runtime.files import check_distinct_paths, report_unwritable
 from runtime.flags import Derived, again, check_values, flag
+from runtime.image_size import WrittenSize, format_shape
 from training.flag_groups import (
     CheckpointFlags,
     DeviceFlags,
@@ -52,6 +54,11 @@ class SampleFlags(RequestFlags):
 
     negative_prompt: FreeText | None = flag(
         None, "a caption to guide away from, in place of the empty one"
+    )
+    size: WrittenSize | None = flag(
+        Derived("that of the training"),
+        "pixels of an image, 256 or 320x192 (height x width), of a model without learned positions",
+        above=0,
     )
     n: int | None = flag(
         Derived(DEFAULT_N),
@@ -98,7 +105,7 @@ class GenerateConfig(
 # Flags that do not go with a comparison grid.
 UNUSED_BY_GRID = {
     "cfg_sweep": ("denoise", "cfg_scale", "trajectory", "x0"),
-    "denoise": ("trajectory", "x0", "prompts", "negative_prompt"),
+    "denoise": ("trajectory", "x0", "prompts", "negative_prompt", "size"),
 }
 
 
@@ -190,7 +197,7 @@ def main(config: GenerateConfig) -> None:
     processes.start_backend()
     check_flags(config)
     parallel.enable_compilation_cache()
-    trained = open_model(config)
+    trained = at_size(config, open_model(config))
     plan = make_plan(config, trained)
     if config.grid_flag:
         make_grid = grid_of_real_images if config.denoise else grid_of_scales
@@ -226,6 +233,25 @@ def open_model(config: GenerateConfig) -> TrainedModel:
         text_encoders=config.text_towers,
         fsdp=config.fsdp,
     )
+
+
+def at_size(config: GenerateConfig, trained: TrainedModel) -> TrainedModel:
+    """Let the model sample images of --size, if it is given, and warn of one that is larger than it
+    was trained on.
+
+    Raises:
+        UserError: the model cannot sample images of that size.
+    """
+    if config.size is None:
+        return trained
+    trained, own = trained.at_size(config.size), trained.image_size
+    if any(side > longest for side, longest in zip(trained.image_size.sides, own.sides)):
+        print(
+            f"warning: --size {trained.image_size}: {trained.name} was trained on images of "
+            f"{format_shape(own.sides)}, and has seen no place beyond their edges",
+            file=sys.stderr,
+        )
+    return trained
 
 
 def make_plan(config: GenerateConfig, trained: TrainedModel) -> SamplingPlan:

@@ -53,6 +53,8 @@ def open_guide(reference: str, trained: TrainedModel) -> TrainedModel:
     guide = TrainedModel.from_run(
         folder, ema=trained.ema is not False, step=step, fsdp=trained.mesh.shape["fsdp"]
     )
+    if trained.trained_size == guide.image_size:
+        guide = guide.at_size(trained.image_size.written)
     ours, theirs = _facts(trained), _facts(guide)
     if name := next((name for name in ours if ours[name] != theirs.get(name)), None):
         raise UserError(

@@ -51,6 +51,7 @@ from pretrained import transformer
 from pretrained.lora import with_adapter
 from runtime import parallel, processes
 from runtime.errors import UserError
+from runtime.image_size import ImageSize, WrittenSize
 from runtime.run_folder import read_config
 from sampling import ALWAYS
 
@@ -122,6 +123,7 @@ class TrainedModel:
         vae: where the VAE of a latent diffusion model is now, if it has moved.
         text_encoders: where the text encoders are now, if they have moved.
         revision: the commit of a model of the hub.
+        trained_size: in pixels, of the images that it was trained on, if it samples others.
 
     Raises:
         UserError: `vae` or `text_encoders` does not fit the model.
@@ -137,6 +139,7 @@ class TrainedModel:
     vae: str | None = None
     text_encoders: Sequence[str] = ()
     revision: str | None = None
+    trained_size: ImageSize | None = None
 
     def __post_init__(self):
         if self.vae:
@@ -240,6 +243,40 @@ class TrainedModel:
             revision=published.revision,
         )
 
+    def at_size(self, written: WrittenSize) -> "TrainedModel":
+        """The same model for images of another size, in pixels, than those of the training.
+
+        Raises:
+            UserError: its patches, or the VAE's latents, do not divide the size, or its positions
+                are learned, which are of one size alone.
+        """
+        size, own = ImageSize.parse(written), self.image_size
+        if size == own:
+            return self
+        downsampling = own.height // self.model.size.height
+        unit = self.model.patch_size * downsampling
+        if not size.divided(unit):
+            below, above = (
+                ImageSize(*(max(1, rounded(side / unit)) * unit for side in size.sides))
+                for rounded in (math.floor, math.ceil)
+            )
+            raise UserError(
+                f"--size {size}: both sides must be multiples of {unit}, as {below} or {above}"
+            )
+        if self.model.position == "learned":
+            raise UserError(
+                f"--size {size}: the model's positions are learned, for images of {own} alone; "
+                "leave it out"
+            )
+        inner = ImageSize(*(side // downsampling for side in size.sides))
+        model = replace(self.model, image_size=inner.written)
+        dataset = self.settings["dataset"]
+        if encoding := dataset.get("encoding"):
+            facts = {"image_size": size.written, "shape": list(model.image_shape)}
+            dataset = dataset | {"encoding": encoding | facts}
+        settings = self.settings | {"dataset": dataset}
+        return replace(self, model=model, settings=settings, trained_size=self.trained_size or own)
+
     @cached_property
     def _loaded(self) -> tuple[int | None, Any]:
         return self.load()
@@ -272,6 +309,11 @@ class TrainedModel:
         vae = self.vae or self.settings.get("vae")
         load = partial(Codec.from_encoding, mesh=self.mesh, vae=vae)
         return space_of(self.settings["dataset"].get("encoding"), load)
+
+    @property
+    def image_size(self) -> ImageSize:
+        """Height and width of its samples in pixels."""
+        return self.space.image_size(self.model)
 
     @cached_property
     def conditioning(self) -> Conditioning:
@@ -540,4 +582,5 @@ class TrainedModel:
             # Cards of older versions do not have it.
             **({} if self.ema_std is None else {"ema_std": self.ema_std}),
             **({"time_endpoint": True} if self.model.time_endpoint else {}),
+            **({"image_size": self.image_size.written} if self.trained_size else {}),
         }

@@ -170,6 +170,7 @@ SAMPLING = {
     "class target_class class_idx class_cond categories",
     "prompts": "prompt text texts caption captions prompt_file",
     "negative_prompt": "negative negative_prompts neg_prompt n_prompt uncond_prompt",
+    "size": "image_size resolution img_size image_resolution height width",
     "n": "num_samples n_samples num_images n_images num nsamples num_fid_samples n_sample "
     "num_images_per_prompt images_per_prompt batch_count num_sample num_generate num_outputs "
     "fid_num_samples fid_samples count fid_n",
@@ -229,7 +230,7 @@ REASONS = {
         "num_classes n_classes nb_classes class_num number_of_classes label_dim"
     ),
     "class names are read from the dataset": "class_labels_file class_names_file",
-    "a trained model makes images of the size that it was trained on": (
+    "a trained model makes images of the size that it was trained on; generate.py has --size": (
         "image_size resolution size img_size image_resolution height width"
     ),
     "training always averages the weights (EMA); --ema_decay sets how slowly": (

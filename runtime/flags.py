@@ -40,7 +40,7 @@ class Flag:
         default: the value of a flag left out; None if there is none, MISSING if it is required.
         help: for the help page, without a final full stop.
         is_setting: whether the config holds None, in place of the default, for a flag left out.
-        above: the value must be larger.
+        above: the value must be larger. Bounds are of numbers, also where a text is possible.
         at_least: the value must not be smaller.
         at_most: the value must not be larger.
         choices: all values that are allowed.
@@ -65,6 +65,12 @@ class Flag:
         """Raises UserError if a value is not finite, out of range or none of the choices."""
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name} {value}: must be finite")
+        if not isinstance(value, str):
+            self._check_bounds(name, value)
+        if self.choices is not None and value not in self.choices:
+            raise unknown_name(name, value, self.choices)
+
+    def _check_bounds(self, name: str, value: Any) -> None:
         if self.above is not None and value <= self.above:
             raise UserError(f"--{name} {value}: must be above {self.above}")
         low, high = self.at_least, self.at_most
@@ -74,8 +80,6 @@ class Flag:
             raise UserError(f"--{name} {value}: must be at least {low}")
         if high is not None and value > high:
             raise UserError(f"--{name} {value}: must be at most {high}")
-        if self.choices is not None and value not in self.choices:
-            raise unknown_name(name, value, self.choices)
 
     def is_unread(self, values: Mapping[str, Any]) -> bool:
         """Check if the value of another flag leaves this one unread."""

@@ -49,7 +49,9 @@ class ImageFlags:
     """Dataset."""
 
     image_size: WrittenSize = setting(
-        BY_DATASET, "pixels after centre crop and resize: 256, or 256x192 (height x width)"
+        BY_DATASET,
+        "pixels after centre crop and resize: 256, or 256x192 (height x width)",
+        above=0,
     )
     channels: int = setting(BY_DATASET, "1 (greyscale) or 3 (RGB)")
 

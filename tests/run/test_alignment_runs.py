@@ -141,6 +141,7 @@ def test_a_dinov2_is_sharded_as_the_network_is(tmp_path):
             replace(
                 ALIGNED,
                 align=str(tmp_path / "dinov2"),
+                image_size="8x12",
                 objective="meanflow",
                 n_sample_steps=None,
                 run_dir=tmp_path / str(fsdp),

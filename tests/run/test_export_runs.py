@@ -101,10 +101,12 @@ def test_the_card_describes_the_model_and_its_training(trained, folder):
 
 
 def test_a_model_that_diffusers_cannot_hold_is_written_in_our_layout(tmp_path, capsys):
-    trainer = Trainer(replace(SMALL, run_dir=tmp_path / "run", rope=True, position="learned"))
+    odd = replace(SMALL, rope=True, position="learned", image_size="8x16")
+    trainer = Trainer(replace(odd, run_dir=tmp_path / "run"))
     trainer.save()
     config = ExportConfig(run=tmp_path / "run", out=tmp_path / "out")
-    reason = "diffusers' DiTTransformer2DModel cannot hold a model with position learned, rope True"
+    reason = "diffusers' DiTTransformer2DModel cannot hold a model with position learned, rope "
+    reason += "True, image_size 8x16, which is not square"
     with pytest.raises(UserError, match=f"--layout diffusers: {reason}; leave --layout out"):
         export.main(replace(config, layout="diffusers"))
     assert not (tmp_path / "out").exists()

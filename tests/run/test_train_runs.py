@@ -115,8 +115,10 @@ def test_interrupted_and_resumed_is_uninterrupted(whole, tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_a_streamed_run_resumes_bit_for_bit(whole, tmp_path, capsys):
-    config = replace(TINY, streaming=True, shuffle_buffer=100, n_workers=0)
+def test_a_streamed_run_of_wide_images_resumes_bit_for_bit(whole, tmp_path, capsys):
+    config = replace(
+        TINY, streaming=True, shuffle_buffer=100, n_workers=0, image_size="8x16", patch_size=4
+    )
     streamed = Trainer(replace(config, run_dir=tmp_path / "whole"))
     streamed.fit()
     Trainer(replace(config, run_dir=tmp_path / "run")).fit(7)
@@ -124,6 +126,9 @@ def test_a_streamed_run_resumes_bit_for_bit(whole, tmp_path, capsys):
     assert resumed.step == 7 and resumed.data.grouped_shuffle
     resumed.fit()
     assert_same(resumed.state, streamed.state)
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["image_size"] == saved["model_config"]["image_size"] == "8x16"
+    assert resumed.sample([3], n_steps=1).shape == (1, 8, 16, 1)
     # Its batches differ from those of a dataset that is shuffled as a whole.
     assert not np.array_equal(streamed.data.batch_rows(0), whole.data.batch_rows(0))
 

@@ -275,18 +275,18 @@ def album(tmp_path) -> Path:
 def test_images_that_cannot_be_read_are_named_and_left_out(
     convert, album, in_colour, tmp_path, rows_per_file
 ):
-    flags = {"dataset_name": f"folder:{album}", "image_size": 16, "vae": in_colour}
+    flags = {"dataset_name": f"folder:{album}", "image_size": "16x24", "vae": in_colour}
     folder = tmp_path / "latents"
     status, out, err = convert(folder, **flags, rows_per_file=rows_per_file, n_workers=1)
     assert status == 0, err
-    assert "6 train rows (3 images could not be read and were left out) of 8×8×6" in out
+    assert "6 train rows (3 images could not be read and were left out) of 8×12×6" in out
     for row in (1, 2, 8):
         assert re.search(rf"warning: .*row {row}, column 'image': .*; it is left out", err)
     assert err.count("warning: ") == 3
     assert latents.check_latents(folder).skipped == {"train": [1, 2, 8]}
 
     kept = [p for p in sorted(album.glob("train/*/*")) if p.stem not in "128"]
-    size = ImageSize(16, 16)
+    size = ImageSize(16, 24)
     seen = np.stack([images.decode_image(p.read_bytes(), channels=3, size=size) for p in kept])
     found = moments(folder)[..., :6].astype(np.float32)
     np.testing.assert_allclose(found, averaging.encode_means(seen), atol=2e-3)
@@ -520,7 +520,7 @@ def test_mistakes_are_one_line_and_leave_nothing(convert, tmp_path):
     fails = partial(convert.fails, tmp_path / "out", dataset_name="digits")
     for change, message in (
         ({"sise": 3}, "error: unknown flag --sise; "),
-        ({"image_size": 15}, "--image_size 15: must be a multiple of 2, which the VAE divides it"),
+        ({"image_size": "16x15"}, "--image_size 16x15: must be a multiple of 2, which the VAE"),
         ({"vae": tmp_path / "nowhere"}, "nowhere"),
         ({"doctor": tmp_path / "nowhere"}, "holds no finished latents"),
         ({"label_column": "colour"}, "has no column 'colour'"),

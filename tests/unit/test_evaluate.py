@@ -222,21 +222,21 @@ def test_interrupted_sampling_resumes_with_the_same_settings_only(some, tmp_path
 
 def test_images_of_another_size_than_the_reference_are_reported(some, digits, tmp_path, capsys):
     """Pixels of all sizes above 16 shrink to 16, so that the features alone would fit."""
-    for side in (32, 64):
-        large = rng.integers(0, 256, (12, side, side, 3)).astype(np.uint8)
-        np.savez(tmp_path / f"{side}.npz", arr_0=large)
+    for width in (32, 48):
+        large = rng.integers(0, 256, (12, 32, width, 3)).astype(np.uint8)
+        np.savez(tmp_path / f"{width}.npz", arr_0=large)
     reference = tmp_path / "real.npz"
     evaluate.main(
         EvaluateConfig(npz=tmp_path / "32.npz", make_reference=reference, features="pixels")
     )
-    for side, is_other in ((32, False), (64, True)):
+    for width, is_other in ((32, False), (48, True)):
         capsys.readouterr()
-        record = evaluate_pixels(tmp_path / "a", npz=tmp_path / f"{side}.npz", reference=reference)
+        record = evaluate_pixels(tmp_path / "a", npz=tmp_path / f"{width}.npz", reference=reference)
         printed = capsys.readouterr().out
-        assert f"12 images of {side} × {side} pixels, RGB\n" in printed
-        warning = "warning: these images have 64 × 64 pixels, those of the reference 32 × 32"
+        assert f"12 images of 32 × {width} pixels, RGB\n" in printed
+        warning = "warning: these images have 32 × 48 pixels, those of the reference 32 × 32"
         assert (warning in printed) == is_other
-        assert record["card"]["pictures"]["shape"] == [side, side, 3]
+        assert record["card"]["pictures"]["shape"] == [32, width, 3]
         assert record["card"]["reference"]["pictures"]["pictures"]["shape"] == [32, 32, 3]
 
 

@@ -3,7 +3,7 @@ their names say; flags that cannot work are refused.
 """
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from generate_cases import (
     command,  # noqa: F401
     digits,  # noqa: F401
 )
+from latents_cases import ENCODING
 from PIL import Image, ImageSequence
 from tiny_models import CLASSES, DDPM, DIGITS, SIGMA, UNCONDITIONAL, tiny_model
 
@@ -80,6 +81,35 @@ def test_each_seed_gives_one_image(command, tmp_path, capsys):
     one, _ = arrays(tmp_path / "one.npz")
     assert np.abs(one[0].astype(int) - all_images[1]).max() <= 1
     assert (all_images[0] != all_images[1]).any()
+
+
+def test_images_of_another_size_than_the_training_s(command, digits, tmp_path, capsys):
+    command(out=tmp_path / "small.npz", n=2, size="4x8")
+    assert not capsys.readouterr().err.count("warning")
+    command(out=tmp_path / "wide.npz", n=2, size="4x12")
+    warning = "warning: --size 4x12: digits was trained on images of 8×8, and has seen no place"
+    assert warning in capsys.readouterr().err
+    shapes = [arrays(tmp_path / f"{name}.npz")[0].shape for name in ("small", "wide")]
+    assert shapes == [(2, 4, 8, 1), (2, 4, 12, 1)]
+    wide = digits.at_size("4x12")
+    assert wide.card["image_size"] == "4x12" and "image_size" not in digits.at_size("8x8").card
+    assert wide.at_size(8).model == digits.model
+    with pytest.raises(UserError, match=r"--size 5x12: .* multiples of 4, as 4x12 or 8x12$"):
+        command(n=2, size="5x12", out=tmp_path / "a.png")
+    learned = tiny_model(replace(CLASSES, position="learned"))
+    with pytest.raises(UserError, match="--size 4x12: the model's positions are learned, for"):
+        command(learned, n=2, size="4x12", out=tmp_path / "a.png")
+
+
+def test_the_latents_of_another_size_have_its_shape():
+    encoding = asdict(replace(ENCODING, image_size="16x24", shape=(8, 12, 2)))
+    config = replace(CLASSES, image_size="8x12", channels=2, out_channels=2)
+    model = tiny_model(config, dataset={"encoding": encoding, "label_names": []})
+    wide = model.at_size("16x32")
+    assert (wide.model.image_shape, wide.image_size.written) == ((8, 16, 2), "16x32")
+    assert wide.space.encoding.shape == (8, 16, 2)
+    with pytest.raises(UserError, match=r"--size 17x32: .* multiples of 8, as 16x32 or 24x32$"):
+        model.at_size("17x32")
 
 
 def test_the_card_of_a_published_model_names_it_and_its_text_encoders(monkeypatch):

@@ -192,6 +192,12 @@ def test_to_uint8_inverts_the_models_range_and_clips():
     assert grids.to_uint8(np.array([[[-9.0, 9.0]]])).tolist() == [[[0, 255]]]
 
 
+@pytest.mark.parametrize("shape", [(8, 8), (8, 24), (24, 8)])
+def test_a_grid_is_about_square(shape):
+    grid = grids.image_grid(np.zeros((20, *shape, 1), np.uint8))
+    assert 1 / 2 < grid.width / grid.height < 2
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_grid_has_every_image_enlarged_in_its_place(channels):
     samples = RNG.integers(0, 256, (5, 8, 8, channels), dtype=np.uint8)

@@ -189,6 +189,7 @@ def test_a_config_of_something_else_is_refused_by_its_name(changes, message):
         ({"n_classes": 10, "text_width": 0}, "n_classes 10, text_width 0"),
         ({"text_width": 0}, "text_width 0"),
         ({"image_size": 16}, "image_size 16"),
+        ({"image_size": "8x16"}, "image_size 8x16"),
     ],
 )
 def test_a_model_that_sd3_cannot_hold_is_refused_by_its_field(changes, fields):

@@ -81,6 +81,7 @@ OF_SAMPLING = {
     "num_images_per_prompt": "n",
     "sampler": "solver",
     "outdir": "out",
+    "height": "size",
     "use_ema": "ema",
     "per-proc-batch-size": "batch_size",
 }
@@ -106,7 +107,7 @@ def test_names_of_other_programs_lead_to_our_flag(command, names):
         ("train_vae.py", "optimizer", "--optimizer is a flag of train.py"),
         ("train.py", "per_device_train_batch_size", "all devices together"),
         ("train.py", "gpus", "CUDA_VISIBLE_DEVICES"),
-        ("generate.py", "resolution", "images of the size that it was trained on"),
+        ("figures.py", "resolution", "images of the size that it was trained on"),
         ("generate.py", "device", "JAX_PLATFORMS=cpu"),
         ("generate.py", "lr", "--learning_rate is a flag of train.py"),
         ("train.py", "labels", "--labels is a flag of generate.py"),

@@ -211,6 +211,16 @@ def test_flags_that_change_the_numbers_may_not(name, value):
         resumed(saved(), **{name: value})
 
 
+def test_spellings_of_a_size_are_equal_and_a_square_is_its_side():
+    """Also in a `config.json`, so that runs of any version resume."""
+    run = saved(image_size=32)
+    assert saved(image_size="32x32") == run and run["image_size"] == 32
+    assert resumed(run, image_size="32×32") == resumed(run)
+    assert resumed(saved(image_size="16x24"), image_size="16×24").image_size == "16x24"
+    with pytest.raises(UserError, match="cannot resume: image_size was 16x24, not 24x16"):
+        resumed(saved(image_size="16x24"), image_size="24x16")
+
+
 def test_synonyms_of_a_precision_are_equal():
     run = saved(half_precision=True)
     assert resumed(run, half_precision="bf16").half_precision == "bf16"

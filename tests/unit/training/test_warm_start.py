@@ -29,8 +29,7 @@ def fit(start, config, names=(), encoding=None):
 
 
 def predicted(config, params, label=3):
-    shape = (2, config.image_size, config.image_size, config.channels)
-    x = jax.random.normal(jax.random.key(2), shape)
+    x = jax.random.normal(jax.random.key(2), (2, *config.image_shape))
     return np.asarray(predictor(config)(params, x, jnp.asarray([0.2, 0.9]), jnp.full(2, label)))
 
 
@@ -139,22 +138,22 @@ def test_classes_are_matched_by_name(source_names, names, rows):
 
 
 def test_positions_are_recomputed_for_another_image_size():
-    start, config = source(), replace(CONFIG, image_size=16)
+    start, config = source(), replace(CONFIG, image_size="16x8")
     params, notices = fit(start, config)
     assert_same(params, start.params)
-    assert notices[1:] == ["patches are 4×4, not 2×2: positions are recomputed"]
+    assert notices[1:] == ["patches are 4×2, not 2×2: positions are recomputed"]
 
 
 def test_learned_positions_are_resized():
     start = source(replace(CONFIG, position="learned", image_size=32))
     row, column = np.mgrid[:8, :8].reshape(2, -1, 1)
     start.params["position"]["table"] = np.float32(row + 10 * column) * np.ones(32, np.float32)
-    params, notices = fit(start, replace(start.config, image_size=64))
-    middle = params["position"]["table"].reshape(16, 16, 32)[4:12, 4:12, 0]
+    params, notices = fit(start, replace(start.config, image_size="64x32"))
+    middle = params["position"]["table"].reshape(16, 8, 32)[4:12, 2:6, 0]
     # A plane stays a plane, away from its border.
     np.testing.assert_allclose(np.diff(middle, axis=0), 0.5, atol=1e-4)
-    np.testing.assert_allclose(np.diff(middle, axis=1), 5, atol=1e-4)
-    assert notices[1:] == ["patches are 16×16, not 8×8: the learned positions are resized"]
+    np.testing.assert_allclose(np.diff(middle, axis=1), 10, atol=1e-4)
+    assert notices[1:] == ["patches are 16×8, not 8×8: the learned positions are resized"]
 
 
 def test_other_patches_change_only_the_patch_embedding_and_the_output_layer():
