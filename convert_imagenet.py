@@ -11,12 +11,21 @@ it, and `inference/latent_check.py` is --doctor.
 
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from data.latents import LatentDataset
+from data.buckets import resolve_shapes
+from data.image_buckets import open_buckets
+from data.latents import LatentDataset, read_latent_dataset
 from data.load import open_dataset
 from inference import latent_check
 from inference.codec import Codec
+from inference.latent_buckets import (
+    BucketPart,
+    bucket_parts,
+    convert_parts,
+    with_buckets,
+)
 from inference.latent_writer import convert_dataset, make_encoding
 from runtime import cli, parallel, processes
 from runtime.errors import UserError
@@ -27,6 +36,7 @@ from runtime.run_folder import create_run_folder, exclusive_writer
 from training.flag_groups import DatasetFlags, DeviceFlags, ImageFlags, LabelFlags, LoadingFlags
 
 DEFAULT_VAE = "stabilityai/sdxl-vae"
+PATCH_SIZE = 2  # of the presets for latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +53,11 @@ class LatentFlags:
     out: Path | None = flag(Derived("latents/<dataset>"), "the folder to write")
     mirror: bool | None = flag(
         Derived("where the dataset allows flips"), "make latents of the mirrored images too"
+    )
+    buckets: tuple[str, ...] = flag(
+        (),
+        "latents of images of any proportions: a number of shapes of the area of image_size, such "
+        "as 5, or the shapes, such as 256x256 320x192",
     )
     half_precision: bool | None = flag(Derived("except on a CPU"), "run the VAE in bfloat16")
     batch_size: int | None = again(DeviceFlags, "batch_size")
@@ -109,21 +124,31 @@ def main() -> None:
     encoding = make_encoding(source, codec, data_dir=config.data_dir, mirror=config.mirror)
     name = Path(config.dataset_name.partition(":")[2] or config.dataset_name).name
     folder = config.out or Path("latents") / name
-    create_run_folder(folder / "data")
+    convert = partial(
+        convert_dataset,
+        codec=codec,
+        rows_per_file=config.rows_per_file,
+        batch_size=config.batch_size,
+        n_workers=config.n_workers,
+    )
+    create_run_folder(folder if config.buckets else folder / "data")
     with exclusive_writer(folder):
         remove_leftovers(folder)
-        dataset = convert_dataset(
-            source,
-            codec,
-            folder,
-            encoding,
-            rows_per_file=config.rows_per_file,
-            batch_size=config.batch_size,
-            n_workers=config.n_workers,
-        )
-        if config.verify:
+        if config.buckets:
+            multiple = PATCH_SIZE * codec.config.downsampling
+            shapes = resolve_shapes(config.buckets, source.config.size, multiple)
+            buckets = open_buckets(source, shapes, batch_size=1)
+            print("\n".join(buckets["train"].describe()))
+            encoding = with_buckets(encoding, buckets)
+            parts = list(bucket_parts(source, buckets, folder, encoding))
+            dataset = convert_parts(folder, encoding, parts, partial(convert, with_size=True))
+        else:
+            parts = [BucketPart(source, folder, encoding)]
+            dataset = convert(source, folder=folder, encoding=encoding)
+        for part in parts if config.verify else ():
+            written = read_latent_dataset(part.folder)
             n = config.verify
-            print(latent_check.compare_with_images(dataset, folder, source, codec, n))
+            print(latent_check.compare_with_images(written, part.folder, part.source, codec, n))
     print(closing_words(dataset, folder))
 
 
@@ -131,7 +156,7 @@ def closing_words(dataset: LatentDataset, folder: Path) -> str:
     """Describe what was written, and what to do next."""
     n_skipped = sum(map(len, dataset.skipped.values()))
     skipped = f" ({n_skipped} images could not be read and were left out)" if n_skipped else ""
-    shape = "×".join(map(str, dataset.encoding.shape))
+    shape = ", ".join(dataset.encoding.buckets) or "×".join(map(str, dataset.encoding.shape))
     return (
         f"{dataset.row_summary}{skipped} of {shape} in {folder}/\n"
         f"Next:\n  python train.py --latents {shlex.quote(str(folder))}"

@@ -5,6 +5,7 @@ take precedence over the ones below, which serve columns that carry none. The tr
 is measured; the others are sensible starting points on a single GPU, not tuned.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ class LatentEncoding:
         precision: that the VAE was run in.
         mirrored: a row also has the moments of the mirrored image.
         captions: there is a column of captions.
+        buckets: shapes of the images in pixels, if there are several; `image_size` and `shape` are
+            then those that samples have.
     """
 
     dataset_name: str
@@ -41,6 +44,7 @@ class LatentEncoding:
     precision: str
     mirrored: bool
     captions: bool
+    buckets: tuple[str, ...] = ()
 
     @property
     def size(self) -> ImageSize:
@@ -59,7 +63,15 @@ class LatentEncoding:
     def from_record(cls, record: dict[str, Any]) -> "LatentEncoding":
         """Convert from JSON, which has no tuples."""
         fields: dict[str, Any] = record | {"shape": tuple(record["shape"])}
-        return cls(**fields)
+        return cls(**fields | {"buckets": tuple(record.get("buckets", ()))})
+
+    def at_bucket(self, size: ImageSize) -> "LatentEncoding":
+        """Return the encoding of images of one of the buckets."""
+        factor = self.size.height // self.shape[0]
+        latent = size.divided(factor)
+        assert latent, f"{size} is not divisible by {factor}"
+        shape = (*latent.sides, self.shape[-1])
+        return dataclasses.replace(self, image_size=size.written, shape=shape, buckets=())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int64
 from tqdm import tqdm
 
-from data.rows import BadRow, Source, Split
+from data.rows import BadRow, Source, Split, select_rows
 from runtime.errors import UserError
 from runtime.files import atomic_file
 
@@ -70,14 +70,6 @@ def leave_out(source: Source, bad_rows: BadRows) -> Source:
         split = select_rows(split, np.flatnonzero(good)) if bad else split
         splits[name] = dataclasses.replace(split, advice=NEW_BAD_ROW)
     return dataclasses.replace(source, **splits, bad_rows=bad_rows)
-
-
-def select_rows(split: Split, indices: Int64[np.ndarray, "n"]) -> Split:
-    """Return the split with these of its rows only."""
-    captions = [split.captions[i] for i in indices] if split.captions else []
-    return dataclasses.replace(
-        split, rows=split.rows[indices], labels=split.labels[indices], captions=captions
-    )
 
 
 def require_few_bad_rows(source: Source, bad_rows: BadRows, at_most: float) -> None:

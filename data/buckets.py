@@ -26,13 +26,13 @@ class Buckets:
     Args:
         shapes: of the buckets.
         ids: of each row, its bucket.
-        cropped: of each row, the share of its pixels that is cropped away.
+        cropped: of each row, the share of its pixels that is cropped away, where it is known.
         moved: of each shape that has too few rows for a batch, how many were moved to others.
     """
 
     shapes: tuple[ImageSize, ...]
     ids: Int64[np.ndarray, "n"]
-    cropped: Float64[np.ndarray, "n"]
+    cropped: Float64[np.ndarray, "n"] | None = None
     moved: tuple[tuple[ImageSize, int], ...] = ()
 
     @property
@@ -45,11 +45,11 @@ class Buckets:
         n = count(len(self.shapes), "bucket")
         lines = [f"{n} (height x width), one compiled program each:"]
         for i, (shape, n_rows) in enumerate(zip(self.shapes, self.sizes)):
-            share = self.cropped[self.ids == i].mean() if n_rows else 0.0
-            lines.append(
-                f"  {shape.height}x{shape.width}: {count(n_rows, 'image')}, "
-                f"{100 * share:.1f} % of their pixels cropped away"
-            )
+            line = f"  {shape.height}x{shape.width}: {count(n_rows, 'image')}"
+            if self.cropped is not None and n_rows:
+                share = self.cropped[self.ids == i].mean()
+                line += f", {100 * share:.1f} % of their pixels cropped away"
+            lines.append(line)
         for shape, n_rows in self.moved:
             lines.append(
                 f"  {count(n_rows, 'image')} of {shape.height}x{shape.width}, too few for a batch, "

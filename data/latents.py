@@ -5,6 +5,9 @@
       data/train-00000-of-00002.parquet …   a Hugging Face dataset
       README.md                             its card
 
+Images of several shapes are one such folder for each, in `latents/photos/304x208` and its like,
+under a record and a card of all.
+
 A row holds the *moments* of q(z | image), mean and log-variance, so that each training step can
 sample its own z from them. NumPy and PyArrow only; encoding and training are elsewhere.
 """
@@ -23,12 +26,14 @@ from jaxtyping import Float, Float16
 
 from datasets_config import LatentEncoding
 from runtime.errors import UserError
+from runtime.image_size import ImageSize
 
 INFO_FILE = "latents.json"
 METADATA_KEY = b"latents"  # of the record in each Parquet file's metadata
 MOMENTS_COLUMN = "moments"
 LABEL_COLUMN = "label"
 CAPTION_COLUMN = "caption"
+SIZE_COLUMNS = ("height", "width")  # of latents of several shapes
 ROWS_PER_READ = 512
 # Bounds on the standard deviation of scaled latents. The VAE's own scale makes it about 1.
 MIN_SCALED_STD = 0.4
@@ -256,6 +261,9 @@ def check_latents(folder: Path) -> LatentDataset:
         UserError: the first problem.
     """
     dataset = read_latent_dataset(folder)
+    if dataset.encoding.buckets:
+        _check_buckets(folder, dataset)
+        return dataset
     records = {
         split: {file: read_file_record(file) for file in latent_files(folder, split, n)}
         for split, n in dataset.n_files.items()
@@ -266,6 +274,23 @@ def check_latents(folder: Path) -> LatentDataset:
     for problem in problems:
         raise UserError(f"latents in '{folder}': {problem}")
     return dataset
+
+
+def _check_buckets(folder: Path, dataset: LatentDataset) -> None:
+    """Raises UserError unless the folder of each bucket is sound, and their rows add up."""
+    parts = []
+    for bucket in dataset.encoding.buckets:
+        part = check_latents(folder / bucket)
+        if part.encoding != dataset.encoding.at_bucket(ImageSize.parse(bucket)):
+            raise UserError(f"latents in '{folder / bucket}': of another conversion")
+        parts.append(part)
+    for split, n_rows in dataset.n_rows.items():
+        found = sum(part.n_rows.get(split, 0) for part in parts)
+        if found != n_rows:
+            raise UserError(
+                f"latents in '{folder}': split '{split}' has {found} rows, and {INFO_FILE} says "
+                f"{n_rows}"
+            )
 
 
 def _find_wrong_files(

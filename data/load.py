@@ -16,12 +16,13 @@ from jaxtyping import Int32, Int64
 
 from data import columns, latents
 from data.arrow import ArrowSplit
+from data.buckets import Buckets
 from data.headers import Headers, read_headers
 from data.image_folder import split_name
 from data.parquet import ParquetSplit
 from data.rows import Source, Split, cell_error
 from data.sources import open_splits
-from datasets_config import DATASET_CONFIGS, DatasetConfig, find_dataset
+from datasets_config import DATASET_CONFIGS, DatasetConfig, LatentEncoding, find_dataset
 from runtime.errors import UserError, count, some_of
 from runtime.image_size import ImageSize, WrittenSize, canonical_size
 
@@ -105,13 +106,34 @@ def open_dataset(
     if not entry.model:
         headers = read_headers(train)
         if not headers.median_side and not config.image_size:
-            train.decode(np.arange(1))  # raises: it names the first image, and what is wrong
+            any_size = dataclasses.replace(config, image_size=1)
+            first = dataclasses.replace(train, config=any_size)
+            first.decode(np.arange(1))  # raises: it names the first image, and what is wrong
         config = _measure_images(config, headers)
         notices.append(headers.describe(config.size))
         train = dataclasses.replace(train, config=config)
     evaluation = _make_split(config, eval_name, opened.splits[eval_name], eval_rows, skip)
     notices += _describe_rows(entry, opened.splits, train, evaluation)
-    return Source(config, train, evaluation, tuple(notices))
+    buckets = None
+    if config.encoding and config.encoding.buckets:
+        buckets = {
+            name: latent_buckets(opened.splits[split.name], split.rows, config.encoding)
+            for name, split in (("train", train), ("eval", evaluation))
+        }
+    return Source(config, train, evaluation, tuple(notices), buckets=buckets)
+
+
+def latent_buckets(
+    data: ArrowSplit | ParquetSplit, rows: Int64[np.ndarray, "n"], encoding: LatentEncoding
+) -> Buckets:
+    """Read which rows of latents are of which shape."""
+    columns = [data.read_column(name).to_numpy()[rows] for name in latents.SIZE_COLUMNS]
+    sizes = [encoding.at_bucket(ImageSize.parse(bucket)) for bucket in encoding.buckets]
+    shapes = tuple(ImageSize(*size.shape[:2]) for size in sizes)
+    ids = np.full(len(rows), -1)
+    for i, shape in enumerate(shapes):
+        ids[(columns[0] == shape.height) & (columns[1] == shape.width)] = i
+    return Buckets(shapes, ids)
 
 
 # --- facts about the dataset ----------------------------------------------------------------------

@@ -65,7 +65,7 @@ class Pipeline:
         shuffle_buffer: int = 10_000,
         caption_store: CaptionStore | None = None,
         one_batch: bool = False,
-        buckets: Mapping[SplitName, Buckets] | None = None,
+        buckets: Mapping[str, Buckets] | None = None,
     ):
         """Plan the order of rows. Decode the whole dataset if it is held in memory.
 
@@ -334,7 +334,10 @@ class Decoders(NamedTuple):
             return cls((Decoder(split, labels, _decode_all(split) if in_memory else None),))
         decoders = []
         for bucket, shape in enumerate(buckets.shapes):
-            config = replace(split.config, image_size=shape.written)
+            config = split.config
+            if encoding := config.encoding:
+                encoding = replace(encoding, shape=(*shape.sides, encoding.shape[-1]))
+            config = replace(config, image_size=shape.written, encoding=encoding)
             rows = np.flatnonzero(buckets.ids == bucket)
             shaped = replace(split, config=config)
             decoded = _decode_all(shaped, rows) if in_memory else None

@@ -16,6 +16,7 @@ from jaxtyping import Float16, Int32, Int64, Num, UInt8
 
 from data import images, latents
 from data.arrow import ArrowSplit
+from data.buckets import Buckets
 from data.parquet import ParquetSplit, UnreachableError
 from data.row_formats import LatentRows, PixelRows, row_format
 from datasets_config import DatasetConfig
@@ -148,7 +149,7 @@ class Source:
     data's. `notices` tell what there is, and what was left out.
 
     `bad_rows` are those that were left out of each split, "train" and "eval"; None if the rows were
-    not looked through.
+    not looked through. `buckets` are those of the rows of each split, of latents of several shapes.
     """
 
     config: DatasetConfig
@@ -156,6 +157,7 @@ class Source:
     eval: Split
     notices: tuple[str, ...] = ()
     bad_rows: Mapping[str, Sequence[BadRow]] | None = None
+    buckets: Mapping[str, Buckets] | None = None
 
     @property
     def n_train_rows(self) -> int:
@@ -176,6 +178,14 @@ class Source:
         captions = [captions[i] for i in order] if captions else []
         joined = dataclasses.replace(self.train, rows=rows[order], labels=labels, captions=captions)
         return {"train": joined}
+
+
+def select_rows(split: Split, indices: Int64[np.ndarray, "n"]) -> Split:
+    """Return the split with these of its rows only."""
+    captions = [split.captions[i] for i in indices] if split.captions else []
+    return dataclasses.replace(
+        split, rows=split.rows[indices], labels=split.labels[indices], captions=captions
+    )
 
 
 def image_bytes(cell: Mapping[str, Any] | None) -> bytes:

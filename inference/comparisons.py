@@ -14,7 +14,7 @@ from PIL import Image
 from data import bad_rows
 from data.batch import EncodedCaption
 from data.load import open_dataset
-from data.rows import Split
+from data.rows import Split, select_rows
 from inference import grids
 from inference.labels import SampleRequest, changed_classes, drawable_texts, spread_evenly
 from inference.sampler import StartFrom
@@ -208,6 +208,13 @@ def open_eval_split(
             source = bad_rows.leave_out(source, bad_rows.from_json(record, source))
     except UserError as error:
         raise UserError(f"{need}: {error}") from None
+    if source.buckets:  # samples have one shape
+        buckets = source.buckets["eval"]
+        is_of_samples = np.array([shape == source.config.size for shape in buckets.shapes])
+        rows = np.flatnonzero(is_of_samples[buckets.ids])
+        if not len(rows):
+            raise UserError(f"{need}, and none of its latents have the shape of the samples")
+        return select_rows(source.eval, rows)
     return source.eval
 
 

@@ -87,6 +87,9 @@ def check_latents_with_vae(folder: Path, mesh: parallel.Mesh, vae: str | None = 
     """
     dataset = latents.check_latents(folder)
     encoding = dataset.encoding
+    if encoding.buckets:
+        parts = [check_latents_with_vae(folder / name, mesh, vae=vae) for name in encoding.buckets]
+        return "\n".join([*parts, f"{folder}: sound. {dataset.row_summary} in all"])
     codec = Codec.from_encoding(encoding, mesh, vae=vae)
     for name in ("scaling_factor", "shift_factor"):
         recorded, own = getattr(encoding, name), getattr(codec.config, name)

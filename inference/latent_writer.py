@@ -90,9 +90,18 @@ def is_written(file: LatentFile, encoding: LatentEncoding) -> bool:
 
 
 def write_latent_file(
-    file: LatentFile, batches: Sequence[EncodedBatch], split: Split, encoding: LatentEncoding
+    file: LatentFile,
+    batches: Sequence[EncodedBatch],
+    split: Split,
+    encoding: LatentEncoding,
+    *,
+    with_size: bool = False,
 ) -> None:
-    """Write a file of latents. Its bytes do not depend on when it is made."""
+    """Write a file of latents. Its bytes do not depend on when it is made.
+
+    Args:
+        with_size: add columns of the height and the width of a latent.
+    """
     import pyarrow
     import pyarrow.parquet
     from datasets import ClassLabel, Features, List, Value
@@ -108,6 +117,10 @@ def write_latent_file(
     if encoding.captions:
         features[latents.CAPTION_COLUMN] = List(Value("string"))
         columns[latents.CAPTION_COLUMN] = [list(split.captions[row]) for row in rows]
+    if with_size:
+        for name, side in zip(latents.SIZE_COLUMNS, encoding.shape):
+            features[name] = Value("int32")
+            columns[name] = np.full(len(rows), side, np.int32)
     record = {
         "encoding": dataclasses.asdict(encoding),
         "rows": [file.start, file.stop],
@@ -202,12 +215,14 @@ def convert_dataset(
     rows_per_file: int,
     batch_size: int | None = None,
     n_workers: int | None = None,
+    with_size: bool = False,
 ) -> LatentDataset:
     """Write the files that a folder lacks, and when all are there, its `latents.json` and card.
 
     Args:
         batch_size: images at a time, on all devices together; by default 64 a device, 16 on a CPU.
         n_workers: processes that decode; 0 for threads; by default half of the CPUs.
+        with_size: each row tells its height and width too.
 
     Raises:
         UserError: the folder was begun with other settings, or no image can be read.
@@ -248,7 +263,7 @@ def convert_dataset(
                         for bad in batches[-1].bad:
                             warning = f"warning: {split.describe(bad)}; it is left out"
                             bar.write(warning, file=sys.stderr)
-                    write_latent_file(file, batches, split, encoding)
+                    write_latent_file(file, batches, split, encoding, with_size=with_size)
     return write_manifest(folder, encoding, files)
 
 
@@ -328,20 +343,31 @@ def write_manifest(
         n_files={name: len(records[name]) for name in records},
         skipped={name: [row for r in records[name] for row in r["skipped"]] for name in records},
     )
+    write_records(folder, dataset)
+    return dataset
+
+
+def write_records(folder: Path, dataset: LatentDataset) -> None:
+    """Write the dataset card and, last, `latents.json`."""
     with atomic_file(folder / "README.md") as output:
         output.write(dataset_card(dataset).encode())
     with atomic_file(folder / latents.INFO_FILE) as output:
         output.write(latents.to_json(dataset))
-    return dataset
 
 
 def dataset_card(dataset: LatentDataset) -> str:
     """Write the text of the folder's page on the hub."""
     encoding = dataset.encoding
+    patterns = {name: f"data/{name}-*.parquet" for name in dataset.n_rows}
+    if encoding.buckets:
+        patterns = {name: f'"*/{pattern}"' for name, pattern in patterns.items()}
     files = "\n".join(
-        f"  - split: {name}\n    path: data/{name}-*.parquet" for name in dataset.n_rows
+        f"  - split: {name}\n    path: {pattern}" for name, pattern in patterns.items()
     )
     height, width, n = encoding.moments_shape
+    sides, title = f"{height}, {width}", format_shape(encoding.size.sides)
+    if encoding.buckets:
+        sides, title = "row['height'], row['width']", ", ".join(encoding.buckets)
     views = ", then both of the mirrored image" if encoding.mirrored else ""
     # `load_dataset` takes two folders of one name for the same unless their cards differ, hence the
     # digest. By default it reads as many rows at a time as a file's first group has: maybe none.
@@ -355,12 +381,12 @@ configs:
 {files}
 ---
 
-# Latents of {encoding.dataset_name} at {format_shape(encoding.size.sides)}
+# Latents of {encoding.dataset_name} at {title}
 
 {dataset.row_summary}, made by `convert_imagenet.py` from `{encoding.source}`
 with the VAE `{encoding.vae}` (SHA-256 of its weights: {encoding.vae_hash}).
 
-    np.frombuffer(row["{latents.MOMENTS_COLUMN}"], "<f2").reshape({height}, {width}, {n})
+    np.frombuffer(row["{latents.MOMENTS_COLUMN}"], "<f2").reshape({sides}, {n})
 
 are the means and log-variances of {encoding.shape[-1]} channels each{views}. A diffusion model is
 given (z − {encoding.shift_factor}) · {encoding.scaling_factor}, where z is sampled from them.

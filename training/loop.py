@@ -18,7 +18,7 @@ from jaxtyping import Array, Key
 from data.batch import Batch
 from data.buckets import Buckets
 from data.caption_cache import CaptionStore
-from data.pipeline import Pipeline, SplitName
+from data.pipeline import Pipeline
 from data.rows import Source
 from datasets_config import DatasetConfig
 from runtime import parallel, processes
@@ -82,7 +82,7 @@ class Loop(Run):
     source: Source
     dataset: DatasetConfig
     encoded: CaptionStore | None = None
-    buckets: Mapping[SplitName, Buckets] | None = None
+    buckets: Mapping[str, Buckets] | None = None
     model_config: Any
     train_key: Key[Array, ""]
     frozen: tuple[dict[str, Any], ...] = ()

@@ -7,18 +7,17 @@ captions, with a progress bar.
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data import bad_rows
-from data.buckets import Buckets, assign_buckets
-from data.headers import read_headers
+from data.buckets import Buckets
+from data.image_buckets import open_buckets
 from data.load import open_dataset
-from data.pipeline import SplitName
-from data.rows import Source, Split
+from data.rows import Source
 from inference.conditioning import Conditioning
 from inference.guidance import null_is_trained
 from inference.spaces import space_of
@@ -69,7 +68,7 @@ class Prepared:
     network: ModelConfig
     weights: warm_start.StartingWeights | None = field(repr=False)
     null_is_trained: bool
-    buckets: Mapping[SplitName, Buckets] | None = field(repr=False)
+    buckets: Mapping[str, Buckets] | None = field(repr=False)
 
 
 def prepare(config: TrainConfig, devices: Devices) -> Prepared:
@@ -115,7 +114,8 @@ def prepare(config: TrainConfig, devices: Devices) -> Prepared:
         config = resolve(n_rows=len(source.train))  # fewer rows make shorter epochs
     buckets = None
     if config.buckets and not config.profile:
-        buckets = open_buckets(config, source)
+        shapes = [ImageSize.parse(word) for word in config.buckets]
+        buckets = source.buckets or open_buckets(source, shapes, config.batch_size)
         source = replace(source, notices=(*source.notices, *buckets["train"].describe()))
     conditioning = kind.open(
         config, source, saved.get("text_revisions"), full_width=record.get("full_width")
@@ -125,6 +125,8 @@ def prepare(config: TrainConfig, devices: Devices) -> Prepared:
         record = saved.get("model_config") or (vars(weights.config) if weights else {})
         network = warm_start.keep_fields_without_flag(network, record)
     network = replace(network, **conditioning.fields)
+    for shape in buckets["train"].shapes if buckets else ():
+        replace(network, image_size=shape.written)  # patches must divide it
     if network.lora:
         full_parts = adapters.parts_to_train(weights, network, source.config)
         network = replace(network, lora=replace(network.lora, full_parts=full_parts))
@@ -237,20 +239,6 @@ def _open_source(c: TrainConfig, saved: Mapping[str, Any]) -> Source:
         unlabelled=c.unlabelled or "stop",
         class_order=saved.get("dataset", {}).get("label_names") or (),
     )
-
-
-def open_buckets(config: TrainConfig, source: Source) -> dict[SplitName, Buckets]:
-    """Assign the images of both splits to the buckets, by the headers of their files. Those of the
-    evaluation go to buckets of the training.
-    """
-    shapes = [ImageSize.parse(word) for word in config.buckets]
-
-    def assign(split: Split, shapes: Sequence[ImageSize], batch_size: int) -> Buckets:
-        sides = read_headers(split, of_all=True).sides
-        return assign_buckets(sides, shapes, batch_size=batch_size)
-
-    train = assign(source.train, shapes, config.batch_size)
-    return {"train": train, "eval": assign(source.eval, train.shapes, 0)}
 
 
 def leave_out_bad_rows(config: Any, source: Source, run_dir: Path | None) -> Source:

@@ -231,7 +231,7 @@ def resolve_train_config(
     if values["inner_head"] is True:
         values["inner_head"] = round(INNER_HEAD_DEPTH * MODELS[values["model"]]["depth"])
     resolved = TrainConfig(**derived_defaults(values, fast_bf16) | values)
-    resolved = replace(resolved, buckets=_written_buckets(resolved))
+    resolved = replace(resolved, buckets=_written_buckets(resolved, dataset))
     validate_train_config(resolved, n_devices)
     if not can_guide and resolved.cfg_scale != 1:
         raise UserError(
@@ -241,12 +241,22 @@ def resolve_train_config(
     return resolved
 
 
-def _written_buckets(config: TrainConfig) -> tuple[str, ...]:
-    """Return the shapes that `--buckets` chooses or names, as config.json records them.
+def _written_buckets(config: TrainConfig, dataset: DatasetConfig) -> tuple[str, ...]:
+    """Return the shapes that `--buckets` chooses or names, or those of latents, in pixels, as
+    config.json records them.
 
     Raises:
         UserError: there are no such shapes.
     """
+    if dataset.encoding:
+        if config.buckets not in ((), dataset.encoding.buckets):
+            raise UserError(
+                "--buckets is for images; convert_imagenet.py --buckets makes latents of several "
+                "shapes, which --latents knows"
+            )
+        if dataset.encoding.buckets and config.bad_rows == "skip":
+            raise UserError("--bad_rows skip is for images, not for --latents of several shapes")
+        return dataset.encoding.buckets
     if not config.buckets:
         return ()
     size = ImageSize.parse(config.image_size)
@@ -483,7 +493,6 @@ def _reject_conflicts_of_buckets(config: TrainConfig) -> None:
     if not config.buckets:
         return
     conflicts = {
-        "--latents: they have one shape; train on the images": config.latents,
         "--streaming: the size of each image is looked up first": config.streaming,
         "--cache_on_device: it holds images of one shape": config.cache_on_device,
         "--position learned: its table has one shape; take sincos": config.position == "learned",

@@ -28,7 +28,7 @@ from data.bad_rows import find_bad_rows, leave_out
 from data.load import open_dataset
 from data.parquet import ParquetSplit, UnreachableError
 from data.pipeline import Pipeline
-from data.rows import BadRow, BadRowError
+from data.rows import BadRow, BadRowError, select_rows
 from datasets_config import DATASET_CONFIGS
 from runtime.errors import UserError
 
@@ -217,7 +217,7 @@ def test_labels_and_captions_stay_with_their_rows():
     split = split_of(cells_with_damage(5, {1: b""}))
     captions = [(f"row {i}",) for i in range(5)]
     split = dataclasses.replace(split, labels=np.arange(5, dtype=np.int32), captions=captions)
-    kept = bad_rows.select_rows(split, np.array([0, 2, 3, 4]))
+    kept = select_rows(split, np.array([0, 2, 3, 4]))
     assert kept.labels.tolist() == [0, 2, 3, 4] == kept.rows.tolist()
     assert kept.captions == [captions[i] for i in (0, 2, 3, 4)]
 

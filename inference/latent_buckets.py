@@ -1,0 +1,76 @@
+"""Latents of images of many proportions: a folder for each bucket, and a record and a card of all.
+
+`data/buckets.py` chooses the bucket of an image.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from data import latents
+from data.buckets import Buckets
+from data.image_buckets import select_bucket
+from data.latents import LatentDataset
+from data.rows import Source
+from datasets_config import LatentEncoding
+from inference.latent_writer import write_records
+from runtime.image_size import ImageSize
+from runtime.run_folder import create_run_folder
+
+
+class BucketPart(NamedTuple):
+    """The images of one bucket, and the folder of their latents."""
+
+    source: Source
+    folder: Path
+    encoding: LatentEncoding
+
+
+def with_buckets(encoding: LatentEncoding, buckets: Mapping[str, Buckets]) -> LatentEncoding:
+    """Return the encoding of latents in these buckets."""
+    names = tuple(f"{shape.height}x{shape.width}" for shape in buckets["train"].shapes)
+    return dataclasses.replace(encoding, buckets=names)
+
+
+def bucket_parts(
+    source: Source, buckets: Mapping[str, Buckets], folder: Path, encoding: LatentEncoding
+) -> Iterator[BucketPart]:
+    """Divide a source into its buckets, each with a folder of its own."""
+    for i, name in enumerate(encoding.buckets):
+        part = encoding.at_bucket(ImageSize.parse(name))
+        yield BucketPart(select_bucket(source, buckets, i), folder / name, part)
+
+
+def convert_parts(
+    folder: Path,
+    encoding: LatentEncoding,
+    parts: Sequence[BucketPart],
+    convert: Callable[..., LatentDataset],
+) -> LatentDataset:
+    """Write the folder of each bucket, then the record and the card of all.
+
+    Args:
+        encoding: of all buckets.
+        convert: `convert_dataset`, with all but its source, folder and encoding.
+    """
+    written, files = [], []
+    for part in parts:
+        create_run_folder(part.folder / "data")
+        written.append(convert(**part._asdict()))
+        files += latents.latent_files(part.folder, "train", written[-1].n_files["train"])
+    sums = latents.add_moment_sums(latents.read_file_record(file)["sums"] for file in files)
+    splits = sorted({split for dataset in written for split in dataset.n_rows})
+    dataset = LatentDataset(
+        encoding=encoding,
+        channel_mean=tuple(sums.mean.tolist()),
+        channel_std=tuple(sums.std.tolist()),
+        n_rows={split: sum(d.n_rows.get(split, 0) for d in written) for split in splits},
+        n_files={split: sum(d.n_files.get(split, 0) for d in written) for split in splits},
+        skipped={
+            split: sorted(row for d in written for row in d.skipped.get(split, []))
+            for split in splits
+        },
+    )
+    write_records(folder, dataset)
+    return dataset
