@@ -57,7 +57,7 @@ class SampleFlags(RequestFlags):
     )
     size: WrittenSize | None = flag(
         Derived("that of the training"),
-        "pixels of an image, 256 or 320x192 (height x width), of a model without learned positions",
+        "size of the images, such as 256 or 320x192 (height x width); not with learned positions",
         above=0,
     )
     n: int | None = flag(

@@ -244,7 +244,8 @@ class TrainedModel:
         )
 
     def at_size(self, written: WrittenSize) -> "TrainedModel":
-        """The same model for images of another size, in pixels, than those of the training.
+        """The same model, with the same weights in memory, for images of another size in pixels
+        than those of the training.
 
         Raises:
             UserError: its patches, or the VAE's latents, do not divide the size, or its positions
@@ -275,7 +276,13 @@ class TrainedModel:
             facts = {"image_size": size.written, "shape": list(model.image_shape)}
             dataset = dataset | {"encoding": encoding | facts}
         settings = self.settings | {"dataset": dataset}
-        return replace(self, model=model, settings=settings, trained_size=self.trained_size or own)
+        return replace(
+            self,
+            model=model,
+            settings=settings,
+            load=lambda: self._loaded,
+            trained_size=self.trained_size or own,
+        )
 
     @cached_property
     def _loaded(self) -> tuple[int | None, Any]:

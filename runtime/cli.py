@@ -275,7 +275,7 @@ SCALARS: dict[Any, tuple[str, Callable[[str], Any]]] = {
     Path: ("a path", _parse_path),
     str: ("text", str),
     FreeText: ("text", str),
-    WrittenSize: ("a size such as 256 or 256x192, height x width", _parse_size),
+    WrittenSize: ("a number of pixels or HEIGHTxWIDTH", _parse_size),
 }
 
 

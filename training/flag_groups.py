@@ -50,7 +50,7 @@ class ImageFlags:
 
     image_size: WrittenSize = setting(
         BY_DATASET,
-        "pixels after centre crop and resize: 256, or 256x192 (height x width)",
+        "size of the images after centre crop and resize, such as 256 or 256x192 (height x width)",
         above=0,
     )
     channels: int = setting(BY_DATASET, "1 (greyscale) or 3 (RGB)")

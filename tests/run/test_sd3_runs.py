@@ -30,7 +30,7 @@ from train import TrainConfig, Trainer
 
 
 def test_a_guided_sample_is_that_of_diffusers(encoder_folders, pipeline):
-    config = replace(CONFIGS["sd3.5 medium"], image_size=12)
+    config = replace(CONFIGS["sd3.5 medium"], image_size="8x12")
     revisions, prompts = (
         [str(text_encoders.find_revision(name)) for name in encoder_folders],
         ["a red", "blue", "", ""],
@@ -40,14 +40,14 @@ def test_a_guided_sample_is_that_of_diffusers(encoder_folders, pipeline):
     )
     assert caption.mask.all()
     tokens, pooled = (torch.tensor(np.float32(v)) for v in (caption.tokens, caption.pooled))
-    x = np.asarray(sampling.initial_noise(3, jnp.arange(3), (12, 12, 4)))
+    x = np.asarray(sampling.initial_noise(3, jnp.arange(3), config.image_shape))
     with quiet(), torch.inference_mode():
         expected = pipeline(
             prompt_embeds=tokens[:3],
             pooled_prompt_embeds=pooled[:3],
             negative_prompt_embeds=tokens[3:].expand(3, -1, -1),
             negative_pooled_prompt_embeds=pooled[3:].expand(3, -1),
-            height=12 * pipeline.vae_scale_factor,
+            height=8 * pipeline.vae_scale_factor,
             width=12 * pipeline.vae_scale_factor,
             num_inference_steps=5,
             guidance_scale=4.5,

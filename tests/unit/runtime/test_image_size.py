@@ -44,7 +44,7 @@ def test_every_spelling_is_one_size(written, sides, canonical):
 def test_another_text_is_refused_in_one_line(text):
     with pytest.raises(UserError, match=r"^image_size .*: must be "):
         ImageSize.parse(text)
-    expected = f"--image_size '{text}': expected a size such as 256 or 256x192, height x width"
+    expected = f"--image_size '{text}': expected a number of pixels or HEIGHTxWIDTH"
     with pytest.raises(UserError) as caught:
         cli.parse_flags(Config, [f"--image_size={text}"])
     assert str(caught.value) == expected
