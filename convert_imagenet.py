@@ -18,12 +18,14 @@ from data.buckets import resolve_shapes
 from data.image_buckets import open_buckets
 from data.latents import LatentDataset, read_latent_dataset
 from data.load import open_dataset
+from data.rows import Source
 from inference import latent_check
 from inference.codec import Codec
 from inference.latent_buckets import (
     BucketPart,
     bucket_parts,
     convert_parts,
+    require_same_buckets,
     with_buckets,
 )
 from inference.latent_writer import convert_dataset, make_encoding
@@ -121,35 +123,47 @@ def main() -> None:
     )
     for notice in source.notices:
         print(notice)
-    encoding = make_encoding(source, codec, data_dir=config.data_dir, mirror=config.mirror)
     name = Path(config.dataset_name.partition(":")[2] or config.dataset_name).name
     folder = config.out or Path("latents") / name
-    convert = partial(
+    dataset = convert(config, source, codec, folder)
+    print(closing_words(dataset, folder))
+
+
+def convert(config: ConvertConfig, source: Source, codec: Codec, folder: Path) -> LatentDataset:
+    """Write the latents of an opened dataset, in one folder, or in one for each bucket.
+
+    Raises:
+        UserError: the folder was begun with other settings, or the VAE cannot encode the images.
+    """
+    encoding = make_encoding(source, codec, data_dir=config.data_dir, mirror=config.mirror)
+    convert_part = partial(
         convert_dataset,
         codec=codec,
         rows_per_file=config.rows_per_file,
         batch_size=config.batch_size,
         n_workers=config.n_workers,
     )
+    parts = [BucketPart(source, folder, encoding)]
+    if config.buckets:
+        multiple = PATCH_SIZE * codec.config.downsampling
+        shapes = resolve_shapes(config.buckets, source.config.size, multiple)
+        buckets = open_buckets(source, shapes, batch_size=1)
+        print("\n".join(buckets["train"].describe()))
+        encoding = with_buckets(encoding, buckets)
+        parts = list(bucket_parts(source, buckets, folder, encoding))
     create_run_folder(folder if config.buckets else folder / "data")
     with exclusive_writer(folder):
         remove_leftovers(folder)
+        require_same_buckets(folder, encoding)
         if config.buckets:
-            multiple = PATCH_SIZE * codec.config.downsampling
-            shapes = resolve_shapes(config.buckets, source.config.size, multiple)
-            buckets = open_buckets(source, shapes, batch_size=1)
-            print("\n".join(buckets["train"].describe()))
-            encoding = with_buckets(encoding, buckets)
-            parts = list(bucket_parts(source, buckets, folder, encoding))
-            dataset = convert_parts(folder, encoding, parts, partial(convert, with_size=True))
+            dataset = convert_parts(folder, encoding, parts, partial(convert_part, with_size=True))
         else:
-            parts = [BucketPart(source, folder, encoding)]
-            dataset = convert(source, folder=folder, encoding=encoding)
+            dataset = convert_part(source, folder=folder, encoding=encoding)
         for part in parts if config.verify else ():
             written = read_latent_dataset(part.folder)
             n = config.verify
             print(latent_check.compare_with_images(written, part.folder, part.source, codec, n))
-    print(closing_words(dataset, folder))
+    return dataset
 
 
 def closing_words(dataset: LatentDataset, folder: Path) -> str:

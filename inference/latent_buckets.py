@@ -15,6 +15,7 @@ from data.latents import LatentDataset
 from data.rows import Source
 from datasets_config import LatentEncoding
 from inference.latent_writer import write_records
+from runtime.errors import UserError
 from runtime.image_size import ImageSize
 from runtime.run_folder import create_run_folder
 
@@ -40,6 +41,18 @@ def bucket_parts(
     for i, name in enumerate(encoding.buckets):
         part = encoding.at_bucket(ImageSize.parse(name))
         yield BucketPart(select_bucket(source, buckets, i), folder / name, part)
+
+
+def require_same_buckets(folder: Path, encoding: LatentEncoding) -> None:
+    """Raises UserError if the folder holds finished latents in other buckets, or in none."""
+    if not (folder / latents.INFO_FILE).exists():
+        return
+    found = latents.read_latent_dataset(folder).encoding.buckets
+    if found != encoding.buckets:
+        raise UserError(
+            f"'{folder}' holds latents in {', '.join(found) or 'one shape'}, not in "
+            f"{', '.join(encoding.buckets) or 'one shape'}; name another --out"
+        )
 
 
 def convert_parts(

@@ -1,7 +1,9 @@
 """A run with buckets trains one set of weights on images of many proportions."""
 
+import shutil
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
 from export_cases import SMALL
@@ -9,6 +11,14 @@ from hub_copies import image_file
 from pipeline_cases import own_cache  # noqa: F401
 from train_cases import assert_same
 
+from convert_imagenet import ConvertConfig, convert
+from data import latents
+from data.image_buckets import open_buckets
+from data.load import open_dataset
+from inference.codec import Codec
+from inference.latent_check import check_latents_with_vae
+from inference.trained_model import SamplingOverrides, TrainedModel
+from runtime import parallel
 from runtime.errors import UserError
 from train import Trainer
 
@@ -69,3 +79,78 @@ def test_what_buckets_are_not_for_is_refused(config, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             Trainer(replace(config, **{"buckets": ("3",), "run_dir": tmp_path / "no"} | changes))
+
+
+# --- latents --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def source(config):
+    return open_dataset(config.dataset_name, image_size=16, channels=1, eval_split="none")
+
+
+@pytest.fixture(scope="module")
+def codec(vae):
+    return Codec.open(str(vae), parallel.make_mesh(), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def folder(config, source, codec, tmp_path_factory):
+    """Latents of the folder, at half its size, in three shapes."""
+    folder = tmp_path_factory.mktemp("latents") / "mixed"
+    flags = ConvertConfig(dataset_name=config.dataset_name, buckets=("24x12", "16", "12x24"))
+    convert(replace(flags, n_workers=0, verify=2), source, codec, folder)
+    return folder
+
+
+def test_latents_of_several_shapes_are_those_of_their_images(source, codec, folder):
+    shapes = latents.read_latent_dataset(folder).encoding.buckets
+    assert shapes == ("24x12", "16x16", "12x24")
+    opened = open_dataset(source.config.name, latents_dir=folder, eval_split="none")
+    n_rows = len(source.train) + len(source.eval)
+    assert len(opened.train) + len(opened.eval) == n_rows
+    buckets = open_buckets(source, opened.buckets["train"].shapes, batch_size=1)
+    counts = [np.bincount(b.ids, minlength=3) for b in buckets.values()]
+    assert sum(counts).tolist() == [
+        sum(latents.read_latent_dataset(folder / name).n_rows.values()) for name in shapes
+    ]
+    assert check_latents_with_vae(folder, codec.mesh).count("sound") == 4
+    stored = datasets.load_dataset(str(folder), split="train")
+    for row in stored.select([0, n_rows // 2, n_rows - 1]):
+        moments = np.frombuffer(row["moments"], "<f2")
+        assert moments.size == row["height"] * row["width"] * 2 * codec.config.latent_channels
+
+
+def test_a_run_trains_on_latents_of_several_shapes(config, folder, vae, tmp_path):
+    run = replace(
+        config,
+        dataset_name=None,
+        latents=folder,
+        image_size=None,
+        patch_size=2,
+        run_dir=tmp_path / "run",
+    )
+    trainer = train(Trainer(run), N_STEPS)
+    assert trainer.config.buckets == ("24x12", "16x16", "12x24")
+    seen = {batch.image.shape[1:3] for batch in trainer.data.train_batches(0, N_STEPS)}
+    assert seen == {(12, 6), (8, 8), (6, 12)}
+    trainer.save()
+    trained = TrainedModel.from_run(tmp_path / "run").at_size("12x24")
+    assert trained.sample([0, 1], trained.plan(SamplingOverrides())).x.shape == (2, 12, 24, 1)
+    assert Trainer.from_run(tmp_path / "run").step == N_STEPS
+    with pytest.raises(UserError, match=r"--buckets is for images; convert_imagenet\.py --buckets"):
+        Trainer(replace(run, buckets=("3",), run_dir=tmp_path / "other"))
+
+
+def test_a_damaged_bucket_or_another_conversion_is_refused(config, source, codec, folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "12x24")
+    with pytest.raises(UserError, match=r"copy/12x24' holds no finished latents"):
+        latents.check_latents(copy)
+    shutil.copytree(folder / "24x12", copy / "12x24")
+    with pytest.raises(UserError, match="of another conversion"):
+        latents.check_latents(copy)
+    flags = ConvertConfig(dataset_name=config.dataset_name, n_workers=0)
+    with pytest.raises(UserError, match="holds latents in 24x12, 16x16, 12x24, not in one shape"):
+        convert(flags, source, codec, folder)
