@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float16, Int32, Int64, Shaped, UInt8
+from jaxtyping import Bool, Float16, Float64, Int32, Int64, Shaped, UInt8
 
 
 class EncodedCaption(NamedTuple):
@@ -32,12 +32,17 @@ class Batch(NamedTuple):
 
 
 class BatchPlan(NamedTuple):
-    """The rows, flips and labels of a batch, before anything is decoded."""
+    """The rows, flips, labels and crops of a batch, before anything is decoded."""
 
     row: Int32[np.ndarray, "b"]  # index in the global batch
     split_row: Int64[np.ndarray, "b"]  # row of the split
     mirrored: Bool[np.ndarray, "b"]
     label: Int32[np.ndarray, "b"] | Int64[np.ndarray, "b"]  # id of a class or of a caption
+    place: Float64[np.ndarray, "b"] | None = None  # of the part that is cut out; None: the middle
+
+    def take(self, part: Int64[np.ndarray, "p"]) -> "BatchPlan":
+        """Return a part of the rows."""
+        return BatchPlan(*(None if field is None else field[part] for field in self))
 
 
 def concatenate_batches(batches: Sequence[Any]) -> Any:

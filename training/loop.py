@@ -187,6 +187,7 @@ class Loop(Run):
                 shuffle_buffer=c.shuffle_buffer,
                 caption_store=self.encoded,
                 one_batch=c.overfit_batch,
+                random_crop=c.crop == "random",
             )
         return self._pipeline
 
