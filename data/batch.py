@@ -42,7 +42,9 @@ class BatchPlan(NamedTuple):
 
     def take(self, part: Int64[np.ndarray, "p"]) -> "BatchPlan":
         """Return a part of the rows."""
-        return BatchPlan(*(None if field is None else field[part] for field in self))
+        place = None if self.place is None else self.place[part]
+        rows = (field[part] for field in (self.row, self.split_row, self.mirrored, self.label))
+        return BatchPlan(*rows, place)
 
 
 def concatenate_batches(batches: Sequence[Any]) -> Any:
