@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float16, Int32, Int64, Shaped, UInt8
+from jaxtyping import Bool, Float16, Float64, Int32, Int64, Shaped, UInt8
 
 
 class EncodedCaption(NamedTuple):
@@ -32,18 +32,20 @@ class Batch(NamedTuple):
 
 
 class BatchPlan(NamedTuple):
-    """The rows, flips and labels of a batch, and its bucket, before anything is decoded."""
+    """The rows, flips, labels, crops and bucket of a batch, before anything is decoded."""
 
     row: Int32[np.ndarray, "b"]  # index in the global batch
     split_row: Int64[np.ndarray, "b"]  # row of the split
     mirrored: Bool[np.ndarray, "b"]
     label: Int32[np.ndarray, "b"] | Int64[np.ndarray, "b"]  # id of a class or of a caption
+    place: Float64[np.ndarray, "b"] | None = None  # of the part that is cut out; None: the middle
     bucket: int = 0
 
-    def part(self, places: Int64[np.ndarray, "n"]) -> "BatchPlan":
-        """Return the plan of some of its rows."""
-        row, split_row, mirrored, label = (field[places] for field in self[:-1])
-        return BatchPlan(row, split_row, mirrored, label, self.bucket)
+    def take(self, part: Int64[np.ndarray, "p"]) -> "BatchPlan":
+        """Return a part of the rows."""
+        place = None if self.place is None else self.place[part]
+        rows = (field[part] for field in (self.row, self.split_row, self.mirrored, self.label))
+        return BatchPlan(*rows, place, self.bucket)
 
 
 def concatenate_batches(batches: Sequence[Any]) -> Any:

@@ -43,14 +43,16 @@ MAX_QUOTE = 40  # characters of a text that are shown
 
 
 def decode_image(
-    raw: bytes | Image.Image, *, channels: int, size: ImageSize
+    raw: bytes | Image.Image, *, channels: int, size: ImageSize, place: float | None = None
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Decode the middle of an image, as much as has the proportions of `size`, and resize it.
+    """Decode the largest part of an image that has the proportions of `size`, and resize it.
 
     Args:
         raw: the content of a file, or an image of Pillow's.
         channels: 1 (grey) or 3 (RGB).
         size: of the result.
+        place: in [0, 1), where the part lies between the two ends of the image; None for the
+            middle.
 
     Raises:
         UserError: see `open_upright`.
@@ -60,20 +62,25 @@ def decode_image(
     if image.mode != mode:
         image = image.convert(mode)
     if image.size != (size.width, size.height):
-        middle = image.crop(_middle_box(image, size))
+        part = image.crop(_crop_box(image, size, place))
         # Antialiased as it shrinks.
-        image = middle.resize((size.width, size.height), Image.Resampling.BICUBIC)
+        image = part.resize((size.width, size.height), Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(*size.sides, channels)
 
 
-def _middle_box(image: Image.Image, size: ImageSize) -> tuple[int, int, int, int]:
-    """Return left, top, right and bottom of the largest central part with the proportions of
-    `size`, to the nearest pixel.
+def _crop_box(
+    image: Image.Image, size: ImageSize, place: float | None
+) -> tuple[int, int, int, int]:
+    """Return left, top, right and bottom of the largest part with the proportions of `size`, to the
+    nearest pixel.
     """
     width = min(image.width, round(image.height * size.width / size.height))
     height = min(image.height, round(image.width * size.height / size.width))
     width, height = max(width, 1), max(height, 1)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
+    left, top = (
+        n_left // 2 if place is None else math.floor(place * (n_left + 1))
+        for n_left in (image.width - width, image.height - height)
+    )
     return left, top, left + width, top + height
 
 

@@ -27,6 +27,7 @@ from runtime.errors import UserError, count, some_of
 from runtime.image_size import ImageSize, WrittenSize, canonical_size
 
 EVAL_SPLITS = ("validation", "valid", "val", "test")  # names of evaluation splits, best first
+MIN_SIZE = 8  # of images whose size nothing else decides
 MODEL_BY_MAX_SIDE = {16: "DiT-Ti/2", 32: "DiT-S/2", 64: "DiT-S/4", math.inf: "DiT-B/8"}
 
 
@@ -106,9 +107,9 @@ def open_dataset(
     if not entry.model:
         headers = read_headers(train)
         if not headers.median_side and not config.image_size:
-            any_size = dataclasses.replace(config, image_size=1)
-            first = dataclasses.replace(train, config=any_size)
-            first.decode(np.arange(1))  # raises: it names the first image, and what is wrong
+            sized = dataclasses.replace(config, image_size=MIN_SIZE)
+            # Raises: it names the first image, and what is wrong.
+            dataclasses.replace(train, config=sized).decode(np.arange(1))
         config = _measure_images(config, headers)
         notices.append(headers.describe(config.size))
         train = dataclasses.replace(train, config=config)
@@ -228,7 +229,7 @@ def _measure_images(config: DatasetConfig, headers: Headers) -> DatasetConfig:
     """Fill in size, channels and model of a dataset that is in no table: the median image decides
     the size, and colour is kept if any image has it.
     """
-    size = config.image_size or min(64, max(8, headers.median_side // 8 * 8))
+    size = config.image_size or min(64, max(MIN_SIZE, headers.median_side // 8 * 8))
     channels = config.channels or (3 if headers.has_colour else 1)
     model = _model_for(max(ImageSize.parse(size).sides))
     return dataclasses.replace(config, image_size=size, channels=channels, model=model)

@@ -26,6 +26,7 @@ from data.shuffle import (
     BucketOrder,
     GroupedShuffle,
     sample_caption_uniforms,
+    sample_crops,
     sample_flips,
     shuffle_grouped_rows,
     shuffle_rows,
@@ -66,6 +67,7 @@ class Pipeline:
         caption_store: CaptionStore | None = None,
         one_batch: bool = False,
         buckets: Mapping[str, Buckets] | None = None,
+        random_crop: bool = False,
     ):
         """Plan the order of rows. Decode the whole dataset if it is held in memory.
 
@@ -83,26 +85,32 @@ class Pipeline:
             one_batch: return the first batch at every step, with the same flips and captions; also
                 in an evaluation.
             buckets: of the rows of both splits, of a source that is not streamed.
+            random_crop: cut training images out at a random place, anew in each epoch, in place of
+                the middle. They are then decoded for each batch.
 
         Raises:
             UserError: `batch_size` is not a multiple of the processes, or images cannot be
-                decoded; counts them.
+                decoded; counts them. Or crops are to be random of latents, or of images that are
+                held in memory.
         """
         if batch_size < 1 or batch_size % n_processes:
             raise UserError(
                 f"batch_size {batch_size} must be a multiple of {n_processes} processes"
             )
+        if random_crop:
+            _require_images_to_crop(source, in_memory)
         self.source = source
         self.batch_size = batch_size
         self.seed = seed
         self.one_batch = one_batch
+        self.random_crop = random_crop
         self.process_index = process_index
         self.n_processes = n_processes
         n_cpus = os.cpu_count() or 1
         self.n_workers = min(MAX_WORKERS, max(1, n_cpus // 2)) if n_workers is None else n_workers
         self.grouped_shuffle = self._plan_streaming(shuffle_buffer)
         if in_memory is None:
-            in_memory = _is_small(source) and not self.grouped_shuffle
+            in_memory = _is_small(source) and not self.grouped_shuffle and not random_crop
         self._buckets = buckets or {}
         self._decoders = {
             name: Decoders.of_split(
@@ -139,6 +147,12 @@ class Pipeline:
         """Return for each position in this epoch whether the image there is mirrored."""
         n = len(self.source.train)
         return sample_flips(self.seed, epoch, n) if self.source.config.flip else np.zeros(n, bool)
+
+    def epoch_crops(self, epoch: int) -> Float64[np.ndarray, "n"] | None:
+        """Return for each position in this epoch the place that the image there is cut out at; None
+        for the middle of all.
+        """
+        return sample_crops(self.seed, epoch, len(self.source.train)) if self.random_crop else None
 
     def batch_rows(self, step: int) -> Int64[np.ndarray, "b"]:
         """Return the training rows of the global batch of `step`, which counts from 0."""
@@ -198,7 +212,10 @@ class Pipeline:
         rows = np.concatenate([self.epoch_order(epoch)[positions] for epoch, positions in epochs])
         flips = np.concatenate([self.epoch_flips(epoch)[positions] for epoch, positions in epochs])
         labels = self._decoders["train"].labels.choose(rows, self._caption_uniforms(epochs))
-        return BatchPlan(row.astype(np.int32), rows, flips, labels, bucket)
+        crops = [(self.epoch_crops(epoch), positions) for epoch, positions in epochs]
+        places = [crop[positions] for crop, positions in crops if crop is not None]
+        place = np.concatenate(places) if places else None
+        return BatchPlan(row.astype(np.int32), rows, flips, labels, place, bucket)
 
     # --- decoded batches --------------------------------------------------------------------------
 
@@ -234,7 +251,7 @@ class Pipeline:
         parts = np.array_split(np.arange(n), min(n, self.n_workers or os.cpu_count() or 1))
         callers = [workers.Worker(decoder) if self.n_workers else decoder for _ in parts]
         plans = map(self._plan_batch, range(start, stop))
-        calls = ([plan.part(part) for part in parts] for plan in plans)
+        calls = ([plan.take(part) for part in parts] for plan in plans)
         try:
             with contextlib.closing(workers.run_ahead(callers, calls)) as results:
                 yield from map(concatenate_batches, results)
@@ -268,7 +285,9 @@ class Pipeline:
             of_bucket = order[ids == bucket]
             rows = of_bucket[(i * global_size + row) % len(of_bucket)]
             labels = decoder.labels.choose(rows, first_captions)
-            yield decoder(BatchPlan(row.astype(np.int32), rows, not_mirrored, labels, bucket))
+            yield decoder(
+                BatchPlan(row.astype(np.int32), rows, not_mirrored, labels, bucket=bucket)
+            )
 
     def decode_split(self, split: SplitName) -> tuple[Images, Int32[np.ndarray, "n"]]:
         """Return all images and labels of a split without buckets in the order of its rows.
@@ -296,14 +315,20 @@ class Decoder:
     held: Int64[np.ndarray, "m"] | None = None  # or the ascending rows that `decoded` has
 
     def __call__(self, plan: BatchPlan) -> Batch:
-        image = self.decode_rows(plan.split_row)
+        image = self.decode_rows(plan.split_row, plan.place)
         image = self.split.format.mirror(image, plan.mirrored)
         return Batch(plan.row, image, self.labels.encode(plan.label))
 
-    def decode_rows(self, rows: Int64[np.ndarray, "b"]) -> Images:
-        """Decode these rows of the split, or copy them out of memory."""
+    def decode_rows(
+        self, rows: Int64[np.ndarray, "b"], places: Float64[np.ndarray, "b"] | None = None
+    ) -> Images:
+        """Decode these rows of the split, or copy them out of memory.
+
+        Args:
+            places: the part of each image that is cut out, if it is not held in memory.
+        """
         if self.decoded is None:
-            return self.split.decode(rows)
+            return self.split.decode(rows, places)
         return self.decoded[rows if self.held is None else np.searchsorted(self.held, rows)]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -355,6 +380,19 @@ class Decoders(NamedTuple):
 
     def __call__(self, plan: BatchPlan) -> Batch:
         return self.of_bucket[plan.bucket](plan)
+
+
+def _require_images_to_crop(source: Source, in_memory: bool | None) -> None:
+    if source.config.encoding:
+        raise UserError(
+            "--crop random: latents were cropped by convert_imagenet.py, to the middle; leave it "
+            "out, or train on the images"
+        )
+    if in_memory:
+        raise UserError(
+            "--crop random decodes the images of each batch anew; drop --in_memory and "
+            "--cache_on_device"
+        )
 
 
 def _is_small(source: Source) -> bool:

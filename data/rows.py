@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float16, Int32, Int64, Num, UInt8
+from jaxtyping import Float16, Float64, Int32, Int64, Num, UInt8
 
 from data import images, latents
 from data.arrow import ArrowSplit
@@ -71,19 +71,29 @@ class Split:
         """Return the same rows without labels and captions, to be pickled for worker processes."""
         return dataclasses.replace(self, labels=self.labels[:0], captions=[])
 
-    def decode(self, indices: Int64[np.ndarray, "b"]) -> Images:
+    def decode(
+        self, indices: Int64[np.ndarray, "b"], places: Float64[np.ndarray, "b"] | None = None
+    ) -> Images:
         """Decode these rows of the split; rows of latents are moments.
+
+        Args:
+            places: in [0, 1), the part of each image that is cut out; None for the middle.
 
         Raises:
             BadRowError: a row cannot be decoded.
         """
-        decoded = self.decode_readable(indices)
+        decoded = self.decode_readable(indices, places)
         if decoded.bad:
             raise self.error_of(decoded.bad)
         return decoded.images
 
-    def decode_readable(self, indices: Int64[np.ndarray, "b"]) -> DecodedRows:
+    def decode_readable(
+        self, indices: Int64[np.ndarray, "b"], places: Float64[np.ndarray, "b"] | None = None
+    ) -> DecodedRows:
         """Decode those of these rows that can be decoded.
+
+        Args:
+            places: as of `decode`.
 
         Raises:
             UnreachableError: the files are out of reach, which is no fault of the rows.
@@ -94,7 +104,7 @@ class Split:
         bad: list[BadRow] = []
         for i, cell in enumerate(self.read_cells(rows)):
             try:
-                decoded[i] = self._decode_cell(cell)
+                decoded[i] = self._decode_cell(cell, None if places is None else places[i])
                 good.append(i)
             except UserError as error:
                 bad.append(BadRow(rows[i], file_name(cell), str(error)))
@@ -133,14 +143,16 @@ class Split:
                 return [error]
             return [self.read_cells([row])[0] for row in rows]
 
-    def _decode_cell(self, cell: Mapping[str, Any] | UserError | None) -> Num[np.ndarray, "h w _"]:
+    def _decode_cell(
+        self, cell: Mapping[str, Any] | UserError | None, place: float | None
+    ) -> Num[np.ndarray, "h w _"]:
         if isinstance(cell, UserError):
             raise cell
         content = image_bytes(cell)
         c = self.config
         if c.encoding:
             return latents.unpack_moments([content], c.encoding)[0]
-        return images.decode_image(content, channels=c.channels, size=c.size)
+        return images.decode_image(content, channels=c.channels, size=c.size, place=place)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The order of training rows, flips and captions in an epoch: functions of (seed, epoch).
+"""The order of training rows, flips, captions and crops in an epoch: functions of (seed, epoch).
 
 Plain arithmetic on row numbers; nothing here reads or decodes anything.
 """
@@ -17,7 +17,8 @@ MAX_LANES = 64
 # stream, and (s, e) is the stream of the permutation.
 FLIP_STREAM = 1
 CAPTION_STREAM = 2
-BUCKET_STREAM = 3
+CROP_STREAM = 3
+BUCKET_STREAM = 4
 
 
 @functools.lru_cache(maxsize=4)  # an epoch, the one it runs into, the evaluation
@@ -44,6 +45,16 @@ def sample_caption_uniforms(seed: int, epoch: int, n: int) -> Float64[np.ndarray
     uniforms = np.random.default_rng((seed, epoch, CAPTION_STREAM)).random(n)
     uniforms.flags.writeable = False
     return uniforms
+
+
+@functools.lru_cache(maxsize=2)
+def sample_crops(seed: int, epoch: int, n: int) -> Float64[np.ndarray, "n"]:
+    """Sample a number in [0, 1) for each position of an epoch: the place that the image there is
+    cut out at. The array is cached and read-only.
+    """
+    places = np.random.default_rng((seed, epoch, CROP_STREAM)).random(n)
+    places.flags.writeable = False
+    return places
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ TRAINING = {
     "text_field",
     "image_size": "resolution size img_size image_resolution input_size res image_dim crop_size "
     "train_resolution target_size height width sidelength",
+    "crop": "center_crop centre_crop",
+    "crop random": "random_crop",
     "channels": "in_channels num_channels n_channels image_channels img_channels in_chans",
     "latents": "feature_path features_path features_dir latent_dir latents_dir latent_path "
     "latents_path cache_latents precomputed_latents encoded_dir",
@@ -298,10 +300,10 @@ REASONS = {
         "pin_memory pin_mem prefetch prefetch_factor persistent_workers "
         "persistent_data_loader_workers"
     ),
-    "images are cropped at the centre and resized; the dataset's entry in datasets_config.py "
-    "says if they are mirrored": (
-        "random_flip hflip flip horizontal_flip random_hflip mirror xflip flip_aug random_crop "
-        "center_crop centre_crop augment augmentation color_jitter"
+    "images are cropped (--crop) and resized; the dataset's entry in datasets_config.py says if "
+    "they are mirrored": (
+        "random_flip hflip flip horizontal_flip random_hflip mirror xflip flip_aug augment "
+        "augmentation color_jitter"
     ),
     "a run takes its whole training split": (
         "max_train_samples limit_train_batches subset num_train_samples max_samples"

@@ -54,6 +54,11 @@ class ImageFlags:
         above=0,
     )
     channels: int = setting(BY_DATASET, "1 (greyscale) or 3 (RGB)")
+    crop: Literal["center", "random"] = setting(
+        "center",
+        "part of an image that is cut out for training: its middle, or one at a random place, anew "
+        "in each epoch",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

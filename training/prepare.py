@@ -158,7 +158,8 @@ def read_saved(run_dir: Path) -> dict[str, Any]:
     saved = run_folder.read_config(run_dir)
     if time_scale := saved.get("model_config", {}).get("time_scale"):
         saved = {"time_scale": time_scale} | saved
-    newer_flags = {"optimizer": "adamw", "mup": 0, "ema_std": (), "lora_rank": 0, "buckets": ()}
+    newer_flags = {"optimizer": "adamw", "mup": 0, "ema_std": (), "lora_rank": 0}
+    newer_flags |= {"crop": "center", "buckets": ()}
     saved = newer_flags | saved
     return saved if null_is_trained(saved) else saved | {"cfg_scale": 1.0}
 

@@ -107,7 +107,7 @@ def test_the_latents_of_another_size_have_its_shape():
     model = tiny_model(config, dataset={"encoding": encoding, "label_names": []})
     wide = model.at_size("16x32")
     assert (wide.model.image_shape, wide.image_size.written) == ((8, 16, 2), "16x32")
-    assert wide.space.encoding.shape == (8, 16, 2)
+    assert wide.settings["dataset"]["encoding"]["shape"] == [8, 16, 2]
     with pytest.raises(UserError, match=r"--size 17x32: .* multiples of 8, as 16x32 or 24x32$"):
         model.at_size("17x32")
 

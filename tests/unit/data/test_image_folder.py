@@ -516,6 +516,17 @@ def test_colour_is_kept_if_any_image_has_it_and_the_median_decides_the_size(tmp_
     assert "smaller than 24 px" in notices(source)
 
 
+def test_images_that_a_size_enlarges_are_counted_as_they_stand(tmp_path):
+    """One lies; of the other two, one is turned by its camera, and one is large."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for i, (size, exif) in enumerate([((30, 20), None), ((30, 20), turned), ((90, 80), None)]):
+        Image.new("RGB", size).save(tmp_path / f"{i}.jpg", exif=exif or Image.Exif())
+    source = open_dataset(f"folder:{tmp_path}", image_size="30x20")
+    assert "1 smaller than 30x20 px, which are enlarged" in notices(source)
+    assert source.train.format.shape == (30, 20, 3)
+
+
 def test_headers_are_cached_until_a_file_changes(tmp_path, monkeypatch):
     folder = write_images(tmp_path / "x", *(f"{i}.png" for i in range(8)), mode="L")
     open_dataset(f"folder:{folder}")

@@ -132,6 +132,18 @@ def test_the_middle_is_cut_exactly(height, width, size):
     assert (rgb(file(Image.fromarray(whole)), size) == cut).all()
 
 
+def test_a_place_from_one_end_to_the_other():
+    whole = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    for size, image in ((ImageSize(6, 6), whole), (ImageSize(6, 6), whole.swapaxes(0, 1))):
+        image = np.ascontiguousarray(image)
+        for place, first in ((0.0, 0), (0.2499, 0), (0.25, 1), (None, 1), (0.75, 3), (0.9999, 3)):
+            cut = image[:, first : first + 6] if len(image) == 6 else image[first : first + 6]
+            decoded = images.decode_image(
+                Image.fromarray(image), channels=3, size=size, place=place
+            )
+            assert (decoded == cut).all()
+
+
 @pytest.mark.parametrize("shape", [(40, 60), (90, 30), (33, 100)])
 def test_the_shape_is_covered_and_nothing_is_stretched(shape):
     """Coordinates of the pixels: they grow equally along both axes, from the middle."""

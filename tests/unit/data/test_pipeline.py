@@ -117,6 +117,35 @@ def test_flips_and_rows_come_from_different_streams(source):
     assert len(patterns) == 6
 
 
+def test_random_crops_are_a_function_of_seed_and_position(tmp_path):
+    """Whatever the workers and processes, in training alone, and of images of all shapes."""
+    for split, n in (("train", 12), ("test", 4)):
+        cells = [
+            cell for i in range(n) for cell in image_cells(1, size=((30, 16), (16, 40))[i % 2])
+        ]
+        folder = write_parquet(tmp_path, split=split, features={"image": Image()}, image=cells)
+    source = open_dataset(f"folder:{folder}", image_size="16x20")
+    options = {"batch_size": 6, "seed": 1, "random_crop": True}
+    middle = Pipeline(source, batch_size=6, seed=1)
+    cropped, halves = Pipeline(source, **options, n_workers=0), []
+    for index in range(2):
+        halves.append(Pipeline(source, **options, process_index=index, n_processes=2))
+    batches = list(cropped.train_batches(0, 4))
+    assert batches[0].image.shape == (6, 16, 20, 3)
+    for step, batch in enumerate(batches):
+        assert batches_equal(cropped.train_batch(step), batch)
+        parts = np.concatenate([half.train_batch(step).image for half in halves])
+        assert np.array_equal(parts, batch.image)
+        assert np.array_equal(middle.batch_rows(step), cropped.batch_rows(step))
+    by_row = [dict(zip(cropped.batch_rows(step), batches[step].image)) for step in range(4)]
+    epochs = [by_row[0] | by_row[1], by_row[2] | by_row[3]]
+    assert sum((epochs[0][row] != epochs[1][row]).any() for row in range(12)) > 8
+    for a, b in zip(cropped.eval_batches(2), middle.eval_batches(2)):
+        assert batches_equal(a, b)
+    with pytest.raises(UserError, match="--crop random decodes the images of each batch anew"):
+        Pipeline(source, **options, in_memory=True)
+
+
 def test_digits_are_never_mirrored():
     source = open_dataset("digits")
     pipeline = Pipeline(source, batch_size=64, seed=0)

@@ -58,6 +58,7 @@ OF_TRAINING = {
     "num-workers": "n_workers",
     "data-path": "dataset_name folder:PATH",
     "train_data_dir": "dataset_name folder:PATH",
+    "random_crop": "crop random",
     "resume_from_checkpoint": "resume",
     "pretrained_model_name_or_path": "init_from",
     "mixed_precision": "half_precision",

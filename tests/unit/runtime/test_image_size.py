@@ -52,6 +52,6 @@ def test_another_text_is_refused_in_one_line(text):
 
 def test_sizes_are_divided_exactly_or_not_at_all():
     size = ImageSize(16, 24)
-    assert size.divided(8) == ImageSize(2, 3) and size.divided(8).times(8) == size
+    assert size.divided(8) == ImageSize(2, 3) and ImageSize(2, 3).times(8) == size
     assert size.divided(3) is None and size.divided(16) is None
     assert format_shape((*size.sides, 3)) == "16×24×3"
