@@ -31,7 +31,7 @@ from runtime.cli import FreeText
 from runtime.errors import UserError
 from runtime.files import check_distinct_paths, report_unwritable
 from runtime.flags import Derived, again, check_values, flag
-from runtime.image_size import ImageSize, WrittenSize
+from runtime.image_size import WrittenSize
 from training.flag_groups import (
     CheckpointFlags,
     DeviceFlags,
@@ -244,15 +244,9 @@ def at_size(config: GenerateConfig, trained: TrainedModel) -> TrainedModel:
     """
     if config.size is None:
         return trained
-    trained, own = trained.at_size(config.size), trained.image_size
-    trained_sizes = [own, *map(ImageSize.parse, trained.settings.get("buckets") or ())]
-    longest = [max(sides) for sides in zip(*(size.sides for size in trained_sizes))]
-    if any(side > most for side, most in zip(trained.image_size.sides, longest)):
-        print(
-            f"warning: --size {trained.image_size}: {trained.name} was trained on images of "
-            f"{', '.join(map(str, trained_sizes))}, and has seen no place beyond their edges",
-            file=sys.stderr,
-        )
+    trained = trained.at_size(config.size)
+    if trained.size_warning:
+        print(f"warning: {trained.size_warning}", file=sys.stderr)
     return trained
 
 

@@ -322,6 +322,23 @@ class TrainedModel:
         """Height and width of its samples in pixels."""
         return self.space.image_size(self.model)
 
+    @property
+    def trained_sizes(self) -> list[ImageSize]:
+        """Sizes in pixels of the images that it was trained on: those of its buckets, if any."""
+        buckets = [ImageSize.parse(bucket) for bucket in self.settings.get("buckets") or ()]
+        return buckets or [self.trained_size or self.image_size]
+
+    @property
+    def size_warning(self) -> str:
+        """What to say of samples that are larger than the images of the training; "" of others."""
+        longest = [max(sides) for sides in zip(*(size.sides for size in self.trained_sizes))]
+        if all(side <= most for side, most in zip(self.image_size.sides, longest)):
+            return ""
+        return (
+            f"size {self.image_size}: {self.name} was trained on images of "
+            f"{', '.join(map(str, self.trained_sizes))}, and has seen no place beyond their edges"
+        )
+
     @cached_property
     def conditioning(self) -> Conditioning:
         """The conditioning of the model."""

@@ -208,17 +208,18 @@ def add_request_fields() -> list[Any]:
                 ("inner-high", "to t", 1),
             )
         )
+    size = gr.Dropdown([], label="Size", allow_custom_value=True, elem_id="size", visible=False)
     seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
     random_seed = gr.Button("Random seed", size="sm", elem_id="random-seed")
     connect(random_seed.click, lambda: random.randrange(MAX_SEED), [], [seed])
     guidance = [low, high, guide, guide_scale, inner, inner_low, inner_high]
-    return [labels, prompt, negative, solver, *guidance, seed]
+    return [labels, prompt, negative, solver, *guidance, size, seed]
 
 
 def fields_for_model(model: TrainedModel) -> list[Any]:
     """Update the fields of `add_request_fields`, the guidance scale and the steps for a model."""
     has_captions, classes = model.conditioning.takes_prompts, list(model.conditioning.choices)
-    guides = service.guides_of(model)
+    guides, sizes = service.guides_of(model), service.sizes_of(model)
     prompt = gr.update(visible=True) if has_captions else gr.update(visible=False, value="")
     cfg_scale = model.default_cfg_scale
     return [
@@ -231,6 +232,12 @@ def fields_for_model(model: TrainedModel) -> list[Any]:
         gr.update(choices=[("none", ""), *guides.items()], value="", visible=bool(guides)),
         gr.update(visible=bool(guides)),
         *(gr.update(value=v, visible=bool(model.model.inner_head)) for v in (1, 0, 1)),
+        gr.update(
+            choices=sizes,
+            value=sizes[0] if sizes else "",
+            visible=bool(sizes),
+            info="height x width; others can be written",
+        ),
         gr.skip(),
         gr.update(
             value=cfg_scale,
@@ -253,7 +260,7 @@ def read_job(
     Raises:
         UserError: the seed or the number of images is empty.
     """
-    labels, prompt, negative, solver, low, high, guide, guide_scale, *inner, seed = values
+    labels, prompt, negative, solver, low, high, guide, guide_scale, *inner, size, seed = values
     inner_guidance, inner_low, inner_high = inner
     if seed is None:
         raise UserError("the seed is empty: enter a whole number")
@@ -272,6 +279,7 @@ def read_job(
         guide_scale=guide_scale if guide else None,
         inner_guidance=_or_one(inner_guidance),
         inner_interval=(0 if inner_low is None else inner_low, _or_one(inner_high)),
+        size=size or "",
         seed=int(seed),
     )
 
@@ -319,6 +327,8 @@ def add_generate_tab(
         with show_errors():
             job = read_job(values, n_images=n, n_steps=steps, cfg_scale=scale)
             loaded = models.load(name)
+            if warning := service.at_size(loaded, job).size_warning:
+                gr.Warning(warning)
             images = []
             for batch in service.run_job(loaded, job):
                 images += batch

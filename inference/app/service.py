@@ -30,6 +30,7 @@ MAX_IMAGES = 64
 MAX_STEPS = 250
 MAX_PROMPT_CHARACTERS = 300
 MAX_GRID_CELLS = 36
+MAX_AREA = 4  # of an image, in areas of those of the training
 # Limits of a trajectory: every state of every image is in memory.
 MAX_TRAJECTORY_IMAGES = 16
 MAX_FRAMES = 48
@@ -48,6 +49,7 @@ class SampleJob(SamplingOverrides):
         prompt: the caption, for a model trained on captions.
         negative_prompt: a caption in place of the null label of guidance; empty for none.
         n_images: number of images.
+        size: of the images, such as 320x192; empty for that of the training.
         seed: of the noise.
     """
 
@@ -55,6 +57,7 @@ class SampleJob(SamplingOverrides):
     prompt: str = ""
     negative_prompt: str = ""
     n_images: int = 16
+    size: str = ""
     seed: int = 0
 
 
@@ -173,6 +176,33 @@ def guides_of(model: TrainedModel) -> dict[str, str]:
     return {f"step {step}": f"{run}@{step}" for step in steps[:-1]}
 
 
+def sizes_of(model: TrainedModel) -> list[str]:
+    """Return the sizes that a model was trained on, that of its samples first. None if its
+    positions are learned: they are of one size.
+    """
+    if model.model.position == "learned":
+        return []
+    sizes = [model.image_size, *model.trained_sizes]
+    return list(dict.fromkeys(f"{size.height}x{size.width}" for size in sizes))
+
+
+def at_size(model: TrainedModel, job: SampleJob) -> TrainedModel:
+    """Let a model sample images of the job's size.
+
+    Raises:
+        UserError: it cannot, or they are too large.
+    """
+    if not job.size.strip():
+        return model
+    sized = model.at_size(job.size.strip())
+    area, own = (math.prod(m.image_size.sides) for m in (sized, model))
+    if area > MAX_AREA * own:
+        raise UserError(
+            f"size {job.size}: at most {MAX_AREA} times the area of {model.image_size} is drawn"
+        )
+    return sized
+
+
 def check_job(model: TrainedModel, job: SampleJob) -> None:
     """Raise UserError if a job exceeds the limits."""
     if not 1 <= job.n_images <= MAX_IMAGES:
@@ -252,6 +282,7 @@ def run_job(model: TrainedModel, job: SampleJob) -> Iterator[list[tuple[Image.Im
         UserError: the job does not fit the model, or exceeds the limits.
     """
     bound_jit_cache()
+    model = at_size(model, job)
     plan = plan_sampling(model, job)
     request = request_samples(model, job)
     size = choose_batch_size(job.n_images)
@@ -273,6 +304,7 @@ def sample_trajectory_frames(model: TrainedModel, job: SampleJob) -> list[Image.
         UserError: the job does not fit the model, or exceeds the limits.
     """
     bound_jit_cache()
+    model = at_size(model, job)
     job = replace(job, n_images=min(job.n_images, MAX_TRAJECTORY_IMAGES))
     plan = plan_sampling(model, job)
     request = request_samples(model, job)
@@ -310,6 +342,7 @@ def sample_comparison_grid(
     if not 1 <= n_cells <= MAX_GRID_CELLS:
         raise UserError(f"a grid of {n_cells} images: must be in 1 … {MAX_GRID_CELLS}")
     bound_jit_cache()
+    model = at_size(model, job)
     job = replace(job, n_images=1, labels=job.labels[:1])
     cells = [(row, column) for column in range(len(n_steps)) for row in range(len(cfg_scales))]
     # All are checked before the first is sampled.

@@ -32,6 +32,23 @@ def test_visitors_get_the_samples_of_generate(digits):
     assert (sample(digits, replace(JOB, n_images=20, seed=6))[0] != x).any()
 
 
+def test_images_of_another_size_are_drawn_up_to_a_limit(digits):
+    assert service.sizes_of(digits) == ["8x8"] and not digits.size_warning
+    job = replace(JOB, n_images=1, n_steps=1, size="8x16")
+    assert sample(digits, job)[0].shape == (1, 256, 512)
+    assert "trained on images of 8, and" in service.at_size(digits, job).size_warning
+    for size, message in (
+        ("64", "at most 4 times the area of 8 is drawn"),
+        ("9x8", "both sides must be multiples of 4"),
+        ("wide", "must be a number of pixels"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(service.run_job(digits, replace(job, size=size)))
+    bucketed = replace(digits, settings=digits.settings | {"buckets": ["8x8", "8x16"]})
+    assert service.sizes_of(bucketed) == ["8x8", "8x16"]
+    assert not service.at_size(bucketed, job).size_warning
+
+
 def test_programs_are_dropped_before_there_are_many(digits, monkeypatch):
     monkeypatch.setattr(service, "MAX_COMPILED_PROGRAMS", 1)
     for low in (0.1, 0.2):
