@@ -330,7 +330,7 @@ class TrainedModel:
 
     @property
     def size_warning(self) -> str:
-        """What to say of samples that are larger than the images of the training; "" of others."""
+        """Warning about samples larger than the images of the training; "" about others."""
         longest = [max(sides) for sides in zip(*(size.sides for size in self.trained_sizes))]
         if all(side <= most for side, most in zip(self.image_size.sides, longest)):
             return ""
