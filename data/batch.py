@@ -43,9 +43,14 @@ class BatchPlan(NamedTuple):
 
     def take(self, part: Int64[np.ndarray, "p"]) -> "BatchPlan":
         """Return a part of the rows."""
-        place = None if self.place is None else self.place[part]
-        rows = (field[part] for field in (self.row, self.split_row, self.mirrored, self.label))
-        return BatchPlan(*rows, place, self.bucket)
+        return BatchPlan(
+            row=self.row[part],
+            split_row=self.split_row[part],
+            mirrored=self.mirrored[part],
+            label=self.label[part],
+            place=None if self.place is None else self.place[part],
+            bucket=self.bucket,
+        )
 
 
 def concatenate_batches(batches: Sequence[Any]) -> Any:

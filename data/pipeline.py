@@ -383,6 +383,7 @@ class Decoders(NamedTuple):
 
 
 def _require_images_to_crop(source: Source, in_memory: bool | None) -> None:
+    """Raise UserError if rows are no images, or images that were cropped when they were loaded."""
     if source.config.encoding:
         raise UserError(
             "--crop random: latents were cropped by convert_imagenet.py, to the middle; leave it "

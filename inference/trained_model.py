@@ -261,9 +261,8 @@ class TrainedModel:
                 ImageSize(*(max(1, rounded(side / unit)) * unit for side in size.sides))
                 for rounded in (math.floor, math.ceil)
             )
-            raise UserError(
-                f"--size {size}: both sides must be multiples of {unit}, as {below} or {above}"
-            )
+            nearest = f"{above}" if below == above else f"{below} or {above}"
+            raise UserError(f"--size {size}: both sides must be multiples of {unit}, as {nearest}")
         if self.model.position == "learned":
             raise UserError(
                 f"--size {size}: the model's positions are learned, for images of {own} alone; "

@@ -60,10 +60,10 @@ def test_batches_are_the_same_when_workers_are_killed(source, capfd):
 class Deadly(Split):
     """A split with an image that kills the process that decodes it."""
 
-    def decode(self, indices):
+    def decode(self, indices, places=None):
         if 17 in self.rows[indices]:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().decode(indices)
+        return super().decode(indices, places)
 
 
 def test_rows_that_kill_every_worker_end_the_run_and_are_named(source):
