@@ -8,8 +8,6 @@ import pytest
 from benchmarks_cases import needs_torch
 from commands import ROOT, SMALL, run, settings
 
-TINY = ["--model", "DiT-Ti/8", "--image_size", 16, "--rounds", 1]
-
 
 # --- the scripts ----------------------------------------------------------------------------------
 
@@ -27,39 +25,29 @@ def benchmark(script, *flags, cache):
     return results["rows"], done.stdout
 
 
-def test_step_without_a_peer_takes_the_memory_that_is_planned(cache):
-    flags = ["--batch_size", 2, "--remat", "false,true", "--unroll", 1, "--precision", "bf16"]
-    flags = [*TINY, *flags, "--peer", "none"]
-    rows, _ = benchmark("step.py", *flags, cache=cache)
-    assert [(row["remat"], row["unroll"]) for row in rows] == [(False, 1), (True, 1)]
-    for row in rows:
+@pytest.mark.slow
+@needs_torch
+def test_step_beside_torch_takes_the_memory_that_is_planned(cache):
+    """An MMDiT has no peer."""
+    flags = ["--image_size", 16, "--batch_size", 2, "--precision", "bf16", "--unroll", 1]
+    timed = ["--model", "DiT-Ti/8,MMDiT-Ti/8", "--remat", "true", "--peer", "autocast"]
+    planned = ["--model", "DiT-Ti/8", "--remat", "false,true", "--plan_only"]
+    rows, text = benchmark("step.py", *flags, *timed, "--rounds", 1, cache=cache)
+    assert "| × fastest torch |" in text and "left out" in text
+    ours, theirs, joint = rows
+    assert all(row["cpu_s"] > 0 for row in rows) and joint["model"] == "MMDiT-Ti/8"
+    assert ours["n_params"] == theirs["n_params"] and not joint["times_as_fast_as"]
+    assert set(ours["times_as_fast_as"]) == {"autocast"}
+    assert theirs["times_as_fast_as"]["autocast"] == 1
+    for row in (ours, joint):
         assert row["planned_bytes"] > 0 and row["compile_s"] > 0 and 0 < row["of_matmul"] < 1
         assert row["flops_per_second"] == pytest.approx(
             row["train_flops_per_image"] * row["images_per_second"]
         )
-    planned_rows, _ = benchmark("step.py", *flags, "--plan_only", cache=cache)
-    for row, planned in zip(rows, planned_rows, strict=True):
-        assert planned["planned_bytes"] == row["planned_bytes"]
-        assert planned["median_s"] is None and planned["n_params"] == row["n_params"]
-
-
-@pytest.mark.slow
-@needs_torch
-def test_step_beside_torch(cache):
-    flags = ["--batch_size", 2, "--unroll", 1, "--peer", "fp32,autocast"]
-    rows, text = benchmark("step.py", *TINY, *flags, cache=cache)
-    assert "| × fastest torch |" in text and all(row["cpu_s"] > 0 for row in rows)
-    ours, *_, theirs = rows
-    assert ours["n_params"] == theirs["n_params"]
-    assert set(ours["times_as_fast_as"]) == {"fp32", "autocast"}
-    assert theirs["times_as_fast_as"]["autocast"] == 1
-
-
-def test_an_mmdit_has_no_peer(cache):
-    flags = ["--model", "MMDiT-Ti/8", "--image_size", 16, "--rounds", 1, "--batch_size", 2]
-    rows, text = benchmark("step.py", *flags, "--unroll", 1, "--precision", "fp32", cache=cache)
-    assert len(rows) == 1
-    assert "left out" in text
+    rows, _ = benchmark("step.py", *flags, *planned, cache=cache)
+    assert [(row["remat"], row["unroll"]) for row in rows] == [(False, 1), (True, 1)]
+    assert rows[1]["planned_bytes"] == ours["planned_bytes"] and rows[1]["median_s"] is None
+    assert rows[1]["n_params"] == ours["n_params"]
 
 
 def test_operations_belong_to_the_functions_that_asked_for_them(cache):
