@@ -242,7 +242,8 @@ def time_training_step(config: StepConfig, model: str, batch_size: int) -> list[
     """Time all variants of one model and batch, and their peers."""
     with contextlib.ExitStack() as stack:
         contestants = list_contestants(config, model, batch_size, stack)
-        products = {precision: make_matmul_turn(precision) for precision in PRECISIONS}
+        asked = dict.fromkeys(contestant.facts["precision"] for contestant in contestants)
+        products = {precision: make_matmul_turn(precision) for precision in asked}
         turns = {precision: turn for precision, (turn, _) in products.items()}
         turns |= {contestant.facts["by"]: contestant.turn for contestant in contestants}
         times = run_interleaved(turns, config.rounds)

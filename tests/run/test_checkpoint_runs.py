@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import json
 import logging
 import os
 import re
@@ -58,6 +59,21 @@ def test_everything_comes_back_bit_for_bit(tmp_path, first):
     restored = restore(tmp_path)
     assert_same(restored, first)
     OPTIMIZER.update(restored["ema"], restored["optimizer"]["state"], restored["params"])
+
+
+def test_devices_share_the_writing_of_a_large_array_only(tmp_path):
+    """Each of eight writes a slice of it, and one of them all of a smaller array."""
+    large, small = np.arange(2**21, dtype=np.float32), np.arange(2**20, dtype=np.float32)
+    arrays = {"params": parallel.replicate({"large": large, "small": small}, DDP)}
+    save(tmp_path, (1, arrays))
+    record = json.loads((tmp_path / "checkpoints/1/params/array_metadatas/process_0").read_text())
+    written = [array["array_metadata"] for array in record["array_metadatas"]]
+    assert {array["param_name"]: array["write_shape"] for array in written} == {
+        "large": [2**18],
+        "small": [2**20],
+    }
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert_same(checkpoints.restore(1, jax.eval_shape(lambda: arrays)), arrays)
 
 
 @pytest.mark.parametrize("there", [ONE, DDP], ids=["1 device", "DDP"])

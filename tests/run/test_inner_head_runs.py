@@ -18,7 +18,6 @@ from inference.sample_files import describe_sampler, describe_samples
 from inference.sampler import SamplerConfig
 from inference.trained_model import SamplingOverrides, TrainedModel
 from methods.rectified_flow import RectifiedFlow
-from model import JOINT
 from pretrained import transformer
 from runtime.errors import UserError
 from train import Trainer
@@ -117,15 +116,15 @@ def test_a_run_started_from_it_keeps_the_head_or_drops_it(deep, tmp_path, capsys
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [{}, {"block": JOINT}], ids=["DiT", "MMDiT"])
-def test_its_steps_report_what_one_device_reports(fields):
+def test_its_steps_report_what_one_device_reports():
+    """An MMDiT's with the head are in test_routing_runs.py, its taps in test_parallel_runs.py."""
     loss = with_auxiliary(
         partial(RectifiedFlow(prediction="x0").loss, label_dropout=0.3),
         inner_weight=0.5,
         layer_sync=(1, 2),
         sync_weight=0.2,
     )
-    config = replace(NETWORK, inner_head=1, **fields)
+    config = replace(NETWORK, inner_head=1)
     expected, found = (
         steps(config, MESHES[name], n=4, loss=loss)["reports"]
         for name in ("1 device", "hybrid 2x4")

@@ -93,8 +93,9 @@ def test_a_run_that_was_constant_decays_from_where_it_is(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [{}, {"block": JOINT}], ids=["DiT", "MMDiT"])
-def test_its_steps_report_what_one_device_reports(fields):
+def test_steps_of_an_mmdit_report_what_one_device_reports():
+    """Those of a DiT are in test_mup_runs.py."""
+    config = replace(NETWORK, block=JOINT)
     schedule = optax.constant_schedule(1e-3)
     reports = {}
     for name in ("1 device", "hybrid 2x4"):
@@ -109,5 +110,5 @@ def test_its_steps_report_what_one_device_reports(fields):
                 schedule, weight_decay=0.1, distribute=partial(parallel.spread_rows, mesh=mesh)
             ),
         )
-        reports[name] = steps(replace(NETWORK, **fields), mesh, n=6, optimizer=optimizer)["reports"]
+        reports[name] = steps(config, mesh, n=6, optimizer=optimizer)["reports"]
     assert_same_reports(reports["hybrid 2x4"], reports["1 device"])

@@ -112,7 +112,8 @@ class ForkServer:
         """
         names = {*environment, *self.environment} - {"XLA_FLAGS"} - UNREAD
         is_same = all(environment.get(name) == self.environment.get(name) for name in names)
-        return is_same and words[0].endswith(".py") and not words[0].startswith("benchmarks/")
+        is_measured = any(word.startswith("benchmarks/") for word in words[:2])
+        return is_same and words[0].endswith(".py") and not is_measured
 
     def start(
         self, words: list[str], *, xla_flags: str, leads_group: bool, out: int, err: int

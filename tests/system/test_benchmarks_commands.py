@@ -3,20 +3,20 @@
 import json
 import os
 import subprocess
+import sys
 
 import pytest
 from benchmarks_cases import needs_torch
 from commands import ROOT, SMALL, run, settings
 
-TINY = ["--model", "DiT-Ti/8", "--image_size", 16, "--rounds", 1]
-
+SMALLER = "tests/support/small_presets.py"
 
 # --- the scripts ----------------------------------------------------------------------------------
 
 
 def benchmark(script, *flags, cache):
     """Run a script; returns its rows and its output, which must hold a table."""
-    done = run(f"benchmarks/{script}", *flags, cache=cache)
+    done = run(SMALLER, f"benchmarks/{script}", *flags, cache=cache)
     assert done.returncode == 0, done.stderr
     *text, line = done.stdout.splitlines()
     table = [row for row in text if row.startswith("|")]
@@ -25,41 +25,6 @@ def benchmark(script, *flags, cache):
     machine = {"device", "processor", "instruction_sets", "versions"}
     assert {"benchmark", "date", "command", "rows"} | machine <= set(results)
     return results["rows"], done.stdout
-
-
-def test_step_without_a_peer_takes_the_memory_that_is_planned(cache):
-    flags = ["--batch_size", 2, "--remat", "false,true", "--unroll", 1, "--precision", "bf16"]
-    flags = [*TINY, *flags, "--peer", "none"]
-    rows, _ = benchmark("step.py", *flags, cache=cache)
-    assert [(row["remat"], row["unroll"]) for row in rows] == [(False, 1), (True, 1)]
-    for row in rows:
-        assert row["planned_bytes"] > 0 and row["compile_s"] > 0 and 0 < row["of_matmul"] < 1
-        assert row["flops_per_second"] == pytest.approx(
-            row["train_flops_per_image"] * row["images_per_second"]
-        )
-    planned_rows, _ = benchmark("step.py", *flags, "--plan_only", cache=cache)
-    for row, planned in zip(rows, planned_rows, strict=True):
-        assert planned["planned_bytes"] == row["planned_bytes"]
-        assert planned["median_s"] is None and planned["n_params"] == row["n_params"]
-
-
-@pytest.mark.slow
-@needs_torch
-def test_step_beside_torch(cache):
-    flags = ["--batch_size", 2, "--unroll", 1, "--peer", "fp32,autocast"]
-    rows, text = benchmark("step.py", *TINY, *flags, cache=cache)
-    assert "| × fastest torch |" in text and all(row["cpu_s"] > 0 for row in rows)
-    ours, *_, theirs = rows
-    assert ours["n_params"] == theirs["n_params"]
-    assert set(ours["times_as_fast_as"]) == {"fp32", "autocast"}
-    assert theirs["times_as_fast_as"]["autocast"] == 1
-
-
-def test_an_mmdit_has_no_peer(cache):
-    flags = ["--model", "MMDiT-Ti/8", "--image_size", 16, "--rounds", 1, "--batch_size", 2]
-    rows, text = benchmark("step.py", *flags, "--unroll", 1, "--precision", "fp32", cache=cache)
-    assert len(rows) == 1
-    assert "left out" in text
 
 
 def test_operations_belong_to_the_functions_that_asked_for_them(cache):
@@ -91,32 +56,71 @@ def test_startup(cache):
     assert rows["warm"]["cpu_s"] < rows["cold"]["cpu_s"]
 
 
-@pytest.mark.slow
-@needs_torch
-def test_the_gpu_script_runs_all_benchmarks_without_a_gpu(cache, tmp_path):
-    record = tmp_path / "record.jsonl"
+# Runs scripts with smaller models.
+PYTHON = f"""#!/bin/sh
+[ "$1" = -c ] || set -- {SMALLER} "$@"
+exec {sys.executable} "$@"
+"""
+
+
+@pytest.fixture(scope="module")
+def dry(cache, tmp_path_factory):
+    """The output and the record of a run of all benchmarks on a machine without a GPU."""
+    folder = tmp_path_factory.mktemp("dry")
+    record, python = folder / "record.jsonl", folder / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o700)
     done = subprocess.run(
         ["bash", "benchmarks/gpu.sh", "--dry"],
         cwd=ROOT,
-        env=os.environ | settings(cache) | {"JSON": str(record)},
+        env=os.environ | settings(cache) | {"JSON": str(record), "PYTHON": str(python)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "status" not in done.stdout and "no time" not in done.stdout
-    assert done.stdout.count("| model × batch") == 12  # once as it runs, and in the summary
-    assert "| batch × tokens" in done.stdout and "| task" in done.stdout
-    assert "left out: cuDNN" in done.stdout
+    return done.stdout, [json.loads(line) for line in record.read_text().splitlines()]
 
-    rows = {
-        line["benchmark"]: line["rows"] for line in map(json.loads, record.read_text().splitlines())
-    }
+
+@pytest.mark.slow
+@needs_torch
+def test_the_gpu_script_runs_all_benchmarks_without_a_gpu(dry):
+    printed, record = dry
+    assert "status" not in printed and "no time" not in printed
+    assert printed.count("| model × batch") == 12  # once as it runs, and in the summary
+    assert "| batch × tokens" in printed and "| task" in printed
+    assert "left out: cuDNN" in printed
+
+    rows = {line["benchmark"]: line["rows"] for line in record}
     assert rows.keys() == {"step", "attention", "sample", "autoencoder"}
     assert [row["way"] for row in rows["attention"]] == ["own", "XLA"] * 2
     assert all(set(row["times_as_fast_as"]) == {"autocast"} for row in rows["sample"])
     ours = [row for row in rows["autoencoder"] if "ours" in row["what"]]
     assert [row["what"] for row in ours] == ["encode, ours bf16", "decode, ours bf16"]
     assert all(row["times_as_fast_as_torch"] > 0 for row in ours)
+
+
+@pytest.mark.slow
+@needs_torch
+def test_a_step_beside_torch_takes_the_memory_that_is_planned(dry, cache):
+    printed, record = dry
+    steps = [line["rows"] for line in record if line["benchmark"] == "step"]
+    ours, theirs = steps[0]
+    assert "| × fastest torch |" in printed and ours["n_params"] == theirs["n_params"]
+    assert set(ours["times_as_fast_as"]) == {"autocast+compile"}
+    assert theirs["times_as_fast_as"]["autocast+compile"] == 1
+    assert all(row["cpu_s"] > 0 for rows in steps for row in rows)
+    for row in (rows[0] for rows in steps):
+        assert row["planned_bytes"] > 0 and row["compile_s"] > 0 and 0 < row["of_matmul"] < 1
+        assert row["flops_per_second"] == pytest.approx(
+            row["train_flops_per_image"] * row["images_per_second"]
+        )
+    flags = ["--model", "DiT-Ti/8", "--image_size", 16, "--batch_size", 2, "--unroll", 1]
+    flags += ["--precision", "bf16", "--remat", "false,true", "--plan_only"]
+    rows, _ = benchmark("step.py", *flags, cache=cache)
+    assert [(row["remat"], row["unroll"]) for row in rows] == [(False, 1), (True, 1)]
+    for row, (timed, *_) in zip(rows, steps, strict=False):
+        assert row["planned_bytes"] == timed["planned_bytes"] and row["median_s"] is None
+        assert row["n_params"] == timed["n_params"] and row["remat"] == timed["remat"]
 
 
 def test_the_gpu_script_is_well_formed():

