@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from orbax.checkpoint._src.metadata import array_metadata_store
 
 from runtime import processes
 from runtime.errors import UserError
@@ -454,9 +453,10 @@ def _write_small_arrays_whole() -> None:
     Orbax cuts each into one slice a device, and every cut is a program to compile and to start: of
     a small network's, on eight devices, a thousand, which took the first save four seconds.
     """
+    own = ocp.type_handlers.get_type_handler(jax.Array)
     handler = ocp.type_handlers.ArrayHandler(
         min_slice_bytes_for_replica_parallel=MIN_SLICE_BYTES,
-        array_metadata_store=array_metadata_store.Store(),  # as Orbax's own has
+        array_metadata_store=getattr(own, "_array_metadata_store", None),
     )
     ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
 
