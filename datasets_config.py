@@ -62,8 +62,9 @@ class LatentEncoding:
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "LatentEncoding":
         """Convert from JSON, which has no tuples."""
-        fields: dict[str, Any] = record | {"shape": tuple(record["shape"])}
-        return cls(**fields | {"buckets": tuple(record.get("buckets", ()))})
+        tuples = {"shape": tuple(record["shape"]), "buckets": tuple(record.get("buckets", ()))}
+        fields: dict[str, Any] = record | tuples
+        return cls(**fields)
 
     def at_bucket(self, size: ImageSize) -> "LatentEncoding":
         """Return the encoding of images of one of the buckets."""

@@ -31,7 +31,7 @@ CARD_FILE = "README.md"
 # Settings of the run that sampling needs, or a reader of the folder may want to know.
 EXPORTED_SETTINGS = (
     *("dataset_name", "dataset", "model", "vae", "text_towers", "text_revisions", "text_length"),
-    "full_width",
+    *("full_width", "buckets"),
     # How its dataset is opened, to compare samples with its images.
     *("conditioning", "image_column", "label_column", "caption_column", "caption", "channels"),
     *("image_size", "train_split", "eval_split", "unlabelled"),

@@ -42,6 +42,7 @@ from model import ModelConfig, model_graphdef
 from networks.lora import split_adapter
 from networks.power_ema import gamma_of_std
 from runtime import cli, parallel, processes, run_folder
+from runtime.errors import UserError
 from runtime.image_size import ImageSize
 from training import adapters, display, flops, mup, optim, warm_start
 from training import step as training_step
@@ -136,6 +137,11 @@ class Trainer(Loop):
                 space=self.space,
                 fsdp=c.fsdp,
             )
+            if self.buckets and self.teacher.network.position == "learned":
+                raise UserError(
+                    f"--teacher {c.teacher}: its positions are learned, for images of one shape; "
+                    "train without --buckets"
+                )
             self.frozen = ({"frozen": self.teacher.weights},)
             taught = {"teacher": self.teacher.reference, "teacher_scale": self.teacher.scale}
             self._complete_flag("teacher", taught)
@@ -396,7 +402,8 @@ class Trainer(Loop):
         for i, batch in enumerate(self.data.eval_batches(self.config.n_eval_batches)):
             batch = parallel.shard_batch(batch, self.mesh)
             key = jax.random.fold_in(self.eval_key, i)
-            eval_loss = self._eval_loss_of(self.network_for(batch))
+            of_shape = self._eval_loss_of(self.network_for(batch)) if self.buckets else None
+            eval_loss = of_shape or self.eval_loss
             losses.append(eval_loss(self.state.ema, batch, key, *self.frozen))
         return {"eval_loss": float(np.mean(parallel.fetch_to_host(losses)))}
 

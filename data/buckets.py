@@ -4,6 +4,7 @@ Each image goes to the bucket that is nearest in proportions, all images of a ba
 batch is of, and in which order, is `data.shuffle.BucketOrder`'s.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from runtime.image_size import ImageSize
 
 MAX_PROPORTION = 2.0  # of the longer side of a chosen shape to the shorter
 MIN_AREA = 0.8  # of a chosen shape, as a share of the area asked for
-MAX_BUCKETS = 32  # each is a program to compile
+MAX_BUCKETS = 31  # each is a program to compile
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,22 +41,41 @@ class Buckets:
         """The number of rows in each bucket."""
         return tuple(np.bincount(self.ids, minlength=len(self.shapes)).tolist())
 
-    def describe(self) -> list[str]:
-        """Describe each bucket in a line, and what was moved."""
+    def describe(self, size: ImageSize, names: Sequence[str] = ()) -> list[str]:
+        """Describe each bucket in a line, and what was moved.
+
+        Args:
+            size: of samples of the run.
+            names: of the buckets, if they are not their shapes.
+        """
         n = count(len(self.shapes), "bucket")
         lines = [f"{n} (height x width), one compiled program each:"]
         for i, (shape, n_rows) in enumerate(zip(self.shapes, self.sizes)):
-            line = f"  {shape.height}x{shape.width}: {count(n_rows, 'image')}"
+            line = f"  {names[i] if names else shape.in_full}: {count(n_rows, 'image')}"
             if self.cropped is not None and n_rows:
                 share = self.cropped[self.ids == i].mean()
                 line += f", {100 * share:.1f} % of their pixels cropped away"
             lines.append(line)
         for shape, n_rows in self.moved:
             lines.append(
-                f"  {count(n_rows, 'image')} of {shape.height}x{shape.width}, too few for a batch, "
+                f"  {count(n_rows, 'image')} of {shape.in_full}, too few for a batch, "
                 "moved to the nearest other"
             )
+        if size not in self.shapes or not self.sizes[self.shapes.index(size)]:
+            lines.append(
+                f"  samples of the run have the shape of image_size, {size.in_full}, which no "
+                "bucket has: it does not train on it"
+            )
         return lines
+
+
+def canonical_words(words: Sequence[str]) -> tuple[str, ...]:
+    """Return the one way to write the words of `--buckets`, if they are shapes."""
+    if len(words) == 1 and words[0].isdecimal():
+        return tuple(words)
+    with contextlib.suppress(UserError):
+        return tuple(ImageSize.parse(word).in_full for word in words)
+    return tuple(words)
 
 
 def resolve_shapes(words: Sequence[str], size: ImageSize, multiple: int) -> tuple[ImageSize, ...]:
@@ -90,13 +110,16 @@ def resolve_shapes(words: Sequence[str], size: ImageSize, multiple: int) -> tupl
 
 def choose_shapes(n: int, size: ImageSize, multiple: int) -> tuple[ImageSize, ...]:
     """Choose n shapes between 1:2 and 2:1, evenly spaced in the logarithm of their proportions, of
-    at most the area of `size`. Fewer if the multiples allow no more.
+    at most the area of `size`, which is one of them. Fewer if the multiples allow no more.
 
     Raises:
         UserError: n is out of range.
     """
-    if not 1 <= n <= MAX_BUCKETS:
-        raise UserError(f"--buckets {n}: must be 1 to {MAX_BUCKETS}")
+    if not 1 <= n <= MAX_BUCKETS or n % 2 == 0:
+        raise UserError(
+            f"--buckets {n}: must be an odd number up to {MAX_BUCKETS}, so that the shape of "
+            "image_size is one of them"
+        )
     if n == 1:
         return (size,)
     candidates = {size, *_shapes_of_area(size.height * size.width, multiple)}
@@ -105,7 +128,8 @@ def choose_shapes(n: int, size: ImageSize, multiple: int) -> tuple[ImageSize, ..
         min(candidates, key=lambda shape: (abs(_log_proportion(shape) - target), -_area(shape)))
         for target in np.linspace(-limit, limit, n).tolist()
     }
-    return tuple(sorted(chosen, key=_log_proportion))
+    nearest = min(chosen, key=lambda shape: abs(_log_proportion(shape) - _log_proportion(size)))
+    return tuple(sorted((chosen - {nearest}) | {size}, key=_log_proportion))
 
 
 def _shapes_of_area(area: int, multiple: int) -> Iterator[ImageSize]:
@@ -125,6 +149,7 @@ def assign_buckets(
     others: their images go to the nearest that is left.
 
     Args:
+        batch_size: 0 to leave out none.
         sides: height and width of each image; zeros, of one that cannot be read, are a square.
     """
     sides = np.where(sides < 1, 1, sides).astype(np.float64)

@@ -157,7 +157,10 @@ def _read_cached(paths: Sequence[str]) -> KindsAndSides:
         with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
             cache.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(cache, sync=False) as file:
-                np.save(file, np.sort(entries[entries["kind"] != UNREADABLE], order="key"))
+                found = entries[entries["kind"] != UNREADABLE]
+                # Of other splits of the folder too; entries that are not known are zeros.
+                both = np.concatenate([found, known[known["key"] != 0]])
+                np.save(file, both[np.unique(both["key"], return_index=True)[1]])
     return entries["kind"], entries["sides"]
 
 

@@ -15,8 +15,8 @@ from runtime.image_size import ImageSize
 def open_buckets(
     source: Source, shapes: Sequence[ImageSize], batch_size: int
 ) -> dict[str, Buckets]:
-    """Assign the images of both splits to shapes, by the headers of their files. Those of the
-    evaluation go to shapes that the training has.
+    """Assign the images of both splits to shapes, by the headers of their files. Both splits have
+    the same shapes, those of the training.
 
     Args:
         batch_size: images that a shape must have in training; see `assign_buckets`.
@@ -25,7 +25,7 @@ def open_buckets(
         read_headers(source.train, of_all=True).sides, shapes, batch_size=batch_size
     )
     sides = read_headers(source.eval, of_all=True).sides
-    return {"train": train, "eval": assign_buckets(sides, train.shapes)}
+    return {"train": train, "eval": assign_buckets(sides, train.shapes, batch_size=0)}
 
 
 def select_bucket(source: Source, buckets: Mapping[str, Buckets], bucket: int) -> Source:

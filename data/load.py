@@ -134,6 +134,11 @@ def latent_buckets(
     ids = np.full(len(rows), -1)
     for i, shape in enumerate(shapes):
         ids[(columns[0] == shape.height) & (columns[1] == shape.width)] = i
+    if (ids < 0).any():
+        raise UserError(
+            f"the latents have a row of {'×'.join(str(c[ids < 0][0]) for c in columns)}, which is "
+            f"none of their shapes ({', '.join(encoding.buckets)}); make them again"
+        )
     return Buckets(shapes, ids)
 
 

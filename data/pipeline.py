@@ -38,7 +38,7 @@ MAX_IN_MEMORY_BYTES = 2**30  # decoded datasets up to this size stay in memory
 MAX_WORKERS = 16  # unless more are given
 EVAL_LANES = 16  # row groups of a streamed split that an evaluation reads at a time
 ROWS_PER_TASK = 256  # that a thread decodes of a split that is held in memory
-MAX_PLACES = 80  # arrays of positions of a bucket in an epoch that are kept
+MAX_POSITIONS = 80  # arrays of positions of a bucket in an epoch that are kept
 
 SplitName = Literal["train", "eval"]
 
@@ -123,7 +123,7 @@ class Pipeline:
             )
             for name, split in (("train", source.train), ("eval", source.eval))
         }
-        self._places = lru_cache(maxsize=MAX_PLACES)(self._find_places)
+        self._positions = lru_cache(maxsize=MAX_POSITIONS)(self._find_positions)
 
     def _plan_streaming(self, shuffle_buffer: int) -> GroupedShuffle | None:
         """Plan the order of a streamed source, and how many row groups are open at a time."""
@@ -178,16 +178,16 @@ class Pipeline:
         buckets = self._buckets.get("train")
         if buckets:
             order = BucketOrder(buckets.sizes, self.batch_size)
-            bucket, step = order.place(self.seed, step)
+            bucket, step = order.find(self.seed, step)
             n = buckets.sizes[bucket]
         positions = step * self.batch_size + row
         epochs = []
         for epoch in range(positions[0] // n, positions[-1] // n + 1):
             here = positions[positions // n == epoch] % n
-            epochs.append((epoch, self._places(epoch, bucket)[here] if buckets else here))
+            epochs.append((epoch, self._positions(epoch, bucket)[here] if buckets else here))
         return bucket, epochs
 
-    def _find_places(self, epoch: int, bucket: int) -> Int64[np.ndarray, "n"]:
+    def _find_positions(self, epoch: int, bucket: int) -> Int64[np.ndarray, "n"]:
         """Return the positions in this epoch of the rows of a bucket."""
         return np.flatnonzero(self._buckets["train"].ids[self.epoch_order(epoch)] == bucket)
 
@@ -277,11 +277,15 @@ class Pipeline:
             order = shuffle_rows(0, 0, len(self.source.eval))
         buckets = self._buckets.get("eval")
         ids = buckets.ids[order] if buckets else np.zeros(len(order), int)
-        bucket_order = BucketOrder(buckets.sizes if buckets else (len(order),), global_size)
+        shares = np.cumsum(buckets.sizes if buckets else (len(order),))
+        n_of_bucket = np.zeros(len(shares), int)
         not_mirrored = np.zeros(len(row), bool)
         first_captions = np.zeros(len(row))
         for step in range(n):
-            bucket, i = bucket_order.place(0, step)
+            # Evenly spaced in the rows of all buckets, so that each counts by its share of them.
+            bucket = int(np.searchsorted(shares, (step + 0.5) / n * shares[-1], side="right"))
+            i = n_of_bucket[bucket]
+            n_of_bucket[bucket] += 1
             of_bucket = order[ids == bucket]
             rows = of_bucket[(i * global_size + row) % len(of_bucket)]
             labels = decoder.labels.choose(rows, first_captions)

@@ -77,7 +77,7 @@ class BucketOrder:
         """Count the batches of each bucket that begin before an epoch."""
         return -(-epoch * np.array(self.sizes, np.int64) // self.batch_size)
 
-    def place(self, seed: int, step: int) -> tuple[int, int]:
+    def find(self, seed: int, step: int) -> tuple[int, int]:
         """Return the bucket of the batch of `step`, and its number among those of this bucket."""
         # Rounding up gives earlier epochs more batches than their rows: never too early an epoch.
         epoch = step * self.batch_size // sum(self.sizes)

@@ -52,7 +52,7 @@ def encode_captions(
         encoders: the model's text encoders, folders or ids of the hub.
         revisions: the revisions that the model was trained with; None where unknown.
         length: tokens to pad to.
-        full_width: for the published SD3, see `TextEncoders`.
+        full_width: for SD3, see `TextEncoders`.
 
     Raises:
         UserError: an encoder cannot be loaded or no longer has its revision, or a caption is too
@@ -94,7 +94,7 @@ class TextEncoders:
     Unlike in SD3, no token is padding. Without a CLIP, the pooled vector is the mean of each
     encoder's tokens. A blank caption, the null caption, has no tokens and a pooled vector of zeros.
 
-    With `full_width`, captions are encoded as the published SD3 expects: each is padded to the
+    With `full_width`, captions are encoded as SD3 expects: each is padded to the
     encoder's full length with tokens that count like any other, also to the encoder itself; a blank
     caption is encoded like any other; and without a T5, its tokens are zeros, with which SD3 was
     trained to do (§5.3.3).
@@ -112,7 +112,7 @@ class TextEncoders:
         Args:
             names: folders, or ids of the hub.
             revisions: the revision of each, which is ignored for folders.
-            full_width: channels of a token in the published SD3; None for our own models.
+            full_width: channels of a token of SD3; None for other models.
 
         Raises:
             UserError: an encoder cannot be loaded or is no text encoder; a library is missing; the

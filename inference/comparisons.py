@@ -14,7 +14,7 @@ from PIL import Image
 from data import bad_rows
 from data.batch import EncodedCaption
 from data.load import open_dataset
-from data.rows import Split, select_rows
+from data.rows import Split
 from inference import grids
 from inference.labels import SampleRequest, changed_classes, drawable_texts, spread_evenly
 from inference.sampler import StartFrom
@@ -160,6 +160,8 @@ def load_real_images(trained: TrainedModel, class_ids: Sequence[int], n: int) ->
         UserError: the dataset cannot be opened, or does not have so many.
     """
     split = open_eval_split(trained)
+    if split.config.encoding and split.config.encoding.buckets:
+        raise UserError("--denoise is not for a model of latents of several shapes")
     rows = choose_rows(split, class_ids, n)
     data = trained.space.means(split.decode(rows))
     labels, names = trained.conditioning.of_rows(split, rows)
@@ -208,13 +210,6 @@ def open_eval_split(
             source = bad_rows.leave_out(source, bad_rows.from_json(record, source))
     except UserError as error:
         raise UserError(f"{need}: {error}") from None
-    if source.buckets:  # samples have one shape
-        buckets = source.buckets["eval"]
-        is_of_samples = np.array([shape == source.config.size for shape in buckets.shapes])
-        rows = np.flatnonzero(is_of_samples[buckets.ids])
-        if not len(rows):
-            raise UserError(f"{need}, and none of its latents have the shape of the samples")
-        return select_rows(source.eval, rows)
     return source.eval
 
 

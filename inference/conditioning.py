@@ -352,12 +352,14 @@ class Captions(Conditioning):
                 f"{error}; or let generate.py write an .npz of --prompts, and pass it by --npz"
             ) from None
         ids = store.caption_ids(captions)
+        null = store(store.caption_ids([""])) if self.full_width else None
         # Thousands of captions may be gigabytes: each batch reads its own.
         return SampleRequest(
             np.arange(n, dtype=np.int32) % len(captions),
             captions,
             lambda rows: store(ids[rows]),
             seed,
+            null,
         )
 
     @cached_property

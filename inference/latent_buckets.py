@@ -30,7 +30,7 @@ class BucketPart(NamedTuple):
 
 def with_buckets(encoding: LatentEncoding, buckets: Mapping[str, Buckets]) -> LatentEncoding:
     """Return the encoding of latents in these buckets."""
-    names = tuple(f"{shape.height}x{shape.width}" for shape in buckets["train"].shapes)
+    names = tuple(shape.in_full for shape in buckets["train"].shapes)
     return dataclasses.replace(encoding, buckets=names)
 
 
@@ -44,7 +44,15 @@ def bucket_parts(
 
 
 def require_same_buckets(folder: Path, encoding: LatentEncoding) -> None:
-    """Raises UserError if the folder holds finished latents in other buckets, or in none."""
+    """Raises UserError if the folder holds latents in other buckets, or in none, be they finished
+    or not.
+    """
+    begun = {path.parent.parent.name for path in folder.glob("*/data/*.parquet")}
+    if others := sorted(begun - {*encoding.buckets}):
+        raise UserError(
+            f"'{folder}' holds latents in {', '.join(others)}, which is none of these buckets; "
+            "delete them, or name another --out"
+        )
     if not (folder / latents.INFO_FILE).exists():
         return
     found = latents.read_latent_dataset(folder).encoding.buckets
@@ -70,7 +78,8 @@ def convert_parts(
     written, files = [], []
     for part in parts:
         create_run_folder(part.folder / "data")
-        written.append(convert(**part._asdict()))
+        source, place, of_part = part
+        written.append(convert(source, folder=place, encoding=of_part))
         files += latents.latent_files(part.folder, "train", written[-1].n_files["train"])
     sums = latents.add_moment_sums(latents.read_file_record(file)["sums"] for file in files)
     splits = sorted({split for dataset in written for split in dataset.n_rows})

@@ -88,7 +88,11 @@ def check_latents_with_vae(folder: Path, mesh: parallel.Mesh, vae: str | None = 
     dataset = latents.check_latents(folder)
     encoding = dataset.encoding
     if encoding.buckets:
-        parts = [check_latents_with_vae(folder / name, mesh, vae=vae) for name in encoding.buckets]
+        parts = [
+            check_latents_with_vae(folder / name, mesh, vae=vae)
+            for name in encoding.buckets
+            if latents.read_latent_dataset(folder / name).n_rows["train"] > 1
+        ]
         return "\n".join([*parts, f"{folder}: sound. {dataset.row_summary} in all"])
     codec = Codec.from_encoding(encoding, mesh, vae=vae)
     for name in ("scaling_factor", "shift_factor"):

@@ -53,13 +53,19 @@ class ImageSize:
         return self.height, self.width
 
     @property
+    def in_full(self) -> str:
+        """Both sides as a text, also of a square: 256x256."""
+        return f"{self.height}x{self.width}"
+
+    @property
     def is_square(self) -> bool:
+        """True if both sides are equal."""
         return self.height == self.width
 
     @property
     def written(self) -> int | str:
         """The size as configs and JSON files hold it: a square's side, or a text."""
-        return self.height if self.is_square else f"{self.height}x{self.width}"
+        return self.height if self.is_square else self.in_full
 
     def __str__(self) -> str:
         return str(self.written)

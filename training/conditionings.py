@@ -107,7 +107,8 @@ class ByCaption(ByNothing):
         splits = (source.train, source.eval)
         captions = [text for split in splits for texts in split.captions for text in texts]
         if c.profile:
-            captions = captions[: caption_cache.CAPTIONS_PER_SHARD]  # a profile reads none of them
+            # A profile reads none of them, and those of SD3 all have one length.
+            captions = [] if full_width else captions[: caption_cache.CAPTIONS_PER_SHARD]
         with processes.first_then_others():
             store = CaptionStore.open(
                 folder,

@@ -63,7 +63,6 @@ def start_message(
         f"{source.config.name}: {part}{len(source.train)} training "
         f"{space.title} of "
         f"{format_shape(model.image_shape)}, "
-        f"{f'in {len(config.buckets)} buckets, ' if config.buckets else ''}"
         f"{conditioning.title}\n"
         f"{bad_rows.summary(source)}"
         f"{begin}: {last} steps of {config.batch_size} images, into {run_dir}"

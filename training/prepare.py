@@ -116,7 +116,9 @@ def prepare(config: TrainConfig, devices: Devices) -> Prepared:
     if config.buckets and not config.profile:
         shapes = [ImageSize.parse(word) for word in config.buckets]
         buckets = source.buckets or open_buckets(source, shapes, config.batch_size)
-        source = replace(source, notices=(*source.notices, *buckets["train"].describe()))
+        names = config.buckets if source.buckets else ()
+        lines = buckets["train"].describe(source.config.size, names)
+        source = replace(source, notices=(*source.notices, *lines))
     conditioning = kind.open(
         config, source, saved.get("text_revisions"), full_width=record.get("full_width")
     )

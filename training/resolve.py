@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data import latents
-from data.buckets import resolve_shapes
+from data.buckets import canonical_words, resolve_shapes
 from datasets_config import DATASET_CONFIGS, DatasetConfig
 from inference.guidance import unguidable_error
 from inference.sampler import SamplerConfig
@@ -54,6 +54,8 @@ def given_flags(config: Any) -> dict[str, Any]:
     given = {name: value for name, value in values.items() if value is not None}
     for name in {"init_from", *FROZEN} & given.keys():
         given[name] = absolute_reference(given[name])
+    if "buckets" in given:
+        given["buckets"] = canonical_words(given["buckets"])
     if "image_size" in given:
         given["image_size"] = canonical_size(given["image_size"])
     if encoders := given.get("text_towers"):
@@ -261,7 +263,7 @@ def _written_buckets(config: TrainConfig, dataset: DatasetConfig) -> tuple[str, 
         return ()
     size = ImageSize.parse(config.image_size)
     shapes = resolve_shapes(config.buckets, size, config.patch_size)
-    return tuple(f"{shape.height}x{shape.width}" for shape in shapes)
+    return tuple(shape.in_full for shape in shapes)
 
 
 def known_values(config: Any, dataset: DatasetConfig) -> dict[str, Any]:

@@ -127,7 +127,8 @@ def with_source_flags(config: TrainConfig, source: StartingWeights) -> TrainConf
         inherited |= {flag: getattr(method, flag) for flag in method.output_flags}
         if source.settings.get("full_width"):  # SD3, whose times of training are shifted as well
             shift = source.settings["sample_shift"]
-            inherited |= {"time_shift": shift, "sample_shift": shift}
+            time_shift = source.settings.get("time_shift") or shift
+            inherited |= {"time_shift": time_shift, "sample_shift": shift}
     if s.text_width and _has_captions(config):
         inherited["text_towers"] = tuple(source.settings["text_towers"])
     return replace(config, **inherited | given)

@@ -183,7 +183,7 @@ def sizes_of(model: TrainedModel) -> list[str]:
     if model.model.position == "learned":
         return []
     sizes = [model.image_size, *model.trained_sizes]
-    return list(dict.fromkeys(f"{size.height}x{size.width}" for size in sizes))
+    return list(dict.fromkeys(size.in_full for size in sizes))
 
 
 def at_size(model: TrainedModel, job: SampleJob) -> TrainedModel:

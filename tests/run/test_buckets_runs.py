@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from typing import Any
 
 import datasets
 import numpy as np
@@ -52,11 +53,14 @@ def test_it_resumes_in_the_middle_of_a_pass_bit_for_bit(config, tmp_path):
     for resumed in (
         Trainer.from_run(tmp_path / "cut"),
         Trainer(replace(config, run_dir=tmp_path / "cut", resume=True)),
+        Trainer(
+            replace(config, run_dir=tmp_path / "cut", resume=True, buckets=("20×12", "16", "12x20"))
+        ),
     ):
         assert resumed.config.buckets == ("20x12", "16x16", "12x20")
     assert_same(train(resumed, N_STEPS).state, whole.state)
     with pytest.raises(UserError, match="cannot resume: buckets was"):
-        Trainer(replace(config, run_dir=tmp_path / "cut", resume=True, buckets=("2",)))
+        Trainer(replace(config, run_dir=tmp_path / "cut", resume=True, buckets=("5",)))
 
 
 def test_one_square_bucket_changes_nothing(config, tmp_path):
@@ -109,13 +113,15 @@ def test_latents_of_several_shapes_are_those_of_their_images(source, codec, fold
     opened = open_dataset(source.config.name, latents_dir=folder, eval_split="none")
     n_rows = len(source.train) + len(source.eval)
     assert len(opened.train) + len(opened.eval) == n_rows
+    assert opened.buckets
     buckets = open_buckets(source, opened.buckets["train"].shapes, batch_size=1)
-    counts = [np.bincount(b.ids, minlength=3) for b in buckets.values()]
-    assert sum(counts).tolist() == [
+    counts = np.array([np.bincount(b.ids, minlength=3) for b in buckets.values()])
+    assert counts.sum(0).tolist() == [
         sum(latents.read_latent_dataset(folder / name).n_rows.values()) for name in shapes
     ]
     assert check_latents_with_vae(folder, codec.mesh).count("sound") == 4
     stored = datasets.load_dataset(str(folder), split="train")
+    row: Any
     for row in stored.select([0, n_rows // 2, n_rows - 1]):
         moments = np.frombuffer(row["moments"], "<f2")
         assert moments.size == row["height"] * row["width"] * 2 * codec.config.latent_channels
@@ -151,6 +157,10 @@ def test_a_damaged_bucket_or_another_conversion_is_refused(config, source, codec
     shutil.copytree(folder / "24x12", copy / "12x24")
     with pytest.raises(UserError, match="of another conversion"):
         latents.check_latents(copy)
-    flags = ConvertConfig(dataset_name=config.dataset_name, n_workers=0)
-    with pytest.raises(UserError, match="holds latents in 24x12, 16x16, 12x24, not in one shape"):
-        convert(flags, source, codec, folder)
+    for buckets, message in (
+        ((), "holds latents in 12x24, 16x16, 24x12, which is none of these buckets"),
+        (("24x12", "16"), "holds latents in 12x24, which is none of these buckets"),
+    ):
+        flags = ConvertConfig(dataset_name=config.dataset_name, n_workers=0, buckets=buckets)
+        with pytest.raises(UserError, match=message):
+            convert(flags, source, codec, folder)

@@ -23,7 +23,7 @@ NEUTRAL = {"inner_weight": 0.0, "layer_sync": (), "sync_weight": 0.2}
 
 
 def batch(config=CONFIG):
-    shape = (4, config.image_size, config.image_size, config.channels)
+    shape = (4, *config.image_shape)
     image = jax.random.randint(key, shape, 0, 256).astype(jnp.uint8)
     return SimpleNamespace(row=jnp.arange(4), image=image, label=jnp.arange(4))
 
