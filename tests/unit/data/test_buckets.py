@@ -1,6 +1,7 @@
 """Each image goes to the nearest shape, and comes once in every epoch of its bucket."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from pipeline_cases import batches_equal, own_cache  # noqa: F401
 from data.batch import Batch
 from data.buckets import Buckets, assign_buckets, choose_shapes, resolve_shapes
 from data.headers import read_headers
+from data.image_buckets import open_buckets, select_bucket
 from data.images import decode_image
 from data.load import open_dataset
 from data.pipeline import Pipeline
@@ -113,6 +115,27 @@ def mixed(tmp_path_factory):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(image_file(rng, size=(width, height)))
     return folder
+
+
+def test_an_evaluation_of_one_shape_keeps_the_shapes_of_the_training(mixed, tmp_path):
+    rng = np.random.default_rng(1)
+    shutil.copytree(mixed, tmp_path / "train")
+    for i in range(6):
+        path = tmp_path / "val" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image_file(rng, size=(13, 8)))
+    source = open_dataset(f"folder:{tmp_path}", image_size=8)
+    buckets = open_buckets(source, SHAPES, batch_size=4)
+    assert buckets["eval"].shapes == SHAPES and buckets["eval"].sizes == (0, 0, 6)
+    for in_memory in (True, False):
+        pipeline = Pipeline(
+            source, batch_size=4, seed=0, buckets=buckets, in_memory=in_memory, n_workers=0
+        )
+        assert {batch.image.shape for batch in pipeline.eval_batches(3)} == {(4, 8, 12, 3)}
+    parts = [select_bucket(source, buckets, i) for i in range(3)]
+    assert [len(part.train) for part in parts] == list(buckets["train"].sizes)
+    assert [len(part.eval) for part in parts] == [0, 0, 6]
+    assert parts[2].eval.decode(np.arange(6)).shape == (6, 8, 12, 3)
 
 
 @pytest.fixture
