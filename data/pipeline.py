@@ -84,7 +84,7 @@ class Pipeline:
             caption_store: the encoded captions of a source with captions.
             one_batch: return the first batch at every step, with the same flips and captions; also
                 in an evaluation.
-            buckets: of the rows of both splits, of a source that is not streamed.
+            buckets: of the rows of both splits.
             random_crop: cut training images out at a random place, anew in each epoch, in place of
                 the middle. They are then decoded for each batch.
 
@@ -108,10 +108,10 @@ class Pipeline:
         self.n_processes = n_processes
         n_cpus = os.cpu_count() or 1
         self.n_workers = min(MAX_WORKERS, max(1, n_cpus // 2)) if n_workers is None else n_workers
+        self._buckets = buckets or {}
         self.grouped_shuffle = self._plan_streaming(shuffle_buffer)
         if in_memory is None:
             in_memory = _is_small(source) and not self.grouped_shuffle and not random_crop
-        self._buckets = buckets or {}
         self._decoders = {
             name: Decoders.of_split(
                 split,
@@ -130,9 +130,14 @@ class Pipeline:
         stream = self.source.train.data
         if not isinstance(stream, ParquetSplit):
             return None
-        shuffle = _plan_grouped_shuffle(self.source.train, self.batch_size, shuffle_buffer)
+        n_readers = self.n_processes * max(1, self.n_workers)
+        # A batch of one bucket has rows of all lanes in each of its parts.
+        n_sharing = n_readers if self._buckets else 1
+        shuffle = _plan_grouped_shuffle(
+            self.source.train, self.batch_size, shuffle_buffer, n_sharing=n_sharing
+        )
         self._eval_shuffle = _plan_grouped_shuffle(self.source.eval, EVAL_LANES, EVAL_LANES)
-        stream.max_open_groups = shuffle.open_groups(self.n_processes * max(1, self.n_workers))
+        stream.max_open_groups = shuffle.open_groups(n_readers // n_sharing)
         return shuffle
 
     # --- the order of rows, their flips and labels ------------------------------------------------
@@ -407,13 +412,19 @@ def _is_small(source: Source) -> bool:
     return (len(source.train) + len(source.eval)) * row_bytes <= MAX_IN_MEMORY_BYTES
 
 
-def _plan_grouped_shuffle(split: Split, batch_size: int, shuffle_buffer: int) -> GroupedShuffle:
-    """Plan the order of a streamed split by its row groups."""
+def _plan_grouped_shuffle(
+    split: Split, batch_size: int, shuffle_buffer: int, *, n_sharing: int = 1
+) -> GroupedShuffle:
+    """Plan the order of a streamed split by its row groups.
+
+    Args:
+        n_sharing: readers that each hold the groups of all lanes open.
+    """
     assert isinstance(split.data, ParquetSplit)
     _, group_rows = np.unique(split.data.find_groups(split.rows), return_counts=True)
     return GroupedShuffle.plan(
         group_rows,
-        group_bytes=float(split.data.group_bytes.mean()),
+        group_bytes=n_sharing * float(split.data.group_bytes.mean()),
         batch_size=batch_size,
         shuffle_buffer=shuffle_buffer,
     )

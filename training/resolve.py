@@ -495,7 +495,6 @@ def _reject_conflicts_of_buckets(config: TrainConfig) -> None:
     if not config.buckets:
         return
     conflicts = {
-        "--streaming: the size of each image is looked up first": config.streaming,
         "--cache_on_device: it holds images of one shape": config.cache_on_device,
         "--position learned: its table has one shape; take sincos": config.position == "learned",
         "--align: the encoder sees one shape": config.align,

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from datasets import Dataset, Features, Image
 from hub_copies import image_file
 from pipeline_cases import batches_equal, own_cache  # noqa: F401
 
@@ -136,6 +137,37 @@ def test_an_evaluation_of_one_shape_keeps_the_shapes_of_the_training(mixed, tmp_
     assert [len(part.train) for part in parts] == list(buckets["train"].sizes)
     assert [len(part.eval) for part in parts] == [0, 0, 6]
     assert parts[2].eval.decode(np.arange(6)).shape == (6, 8, 12, 3)
+
+
+def test_streamed_images_have_the_buckets_of_stored_ones_and_come_once_an_epoch(tmp_path):
+    rng = np.random.default_rng(2)
+    (tmp_path / "data").mkdir()
+    sizes = [(9, 9), (13, 8), (8, 13)] * 20
+    files = [{"bytes": image_file(rng, size=size), "path": None} for size in sizes]
+    data = Dataset.from_dict({"img": files}, features=Features({"img": Image()}))
+    data.to_parquet(tmp_path / "data/train.parquet", batch_size=4)
+    pipelines = []
+    for streaming in (False, True):
+        source = open_dataset(f"folder:{tmp_path}", streaming=streaming, image_size=8)
+        buckets = open_buckets(source, SHAPES, batch_size=4)
+        options = {"shuffle_buffer": 12, "n_workers": 0, "buckets": buckets}
+        pipelines.append(Pipeline(source, batch_size=4, seed=1, **options))
+        sides = [sizes[row][::-1] for row in source.train.rows]
+        assert [SHAPES[i].width > 8 for i in buckets["train"].ids] == [w == 13 for _, w in sides]
+    streamed = pipelines[1]
+    buckets = streamed._buckets["train"]
+    chains = {bucket: [] for bucket in range(3)}
+    for step in range(60):
+        rows = streamed.batch_rows(step)
+        (bucket,) = set(buckets.ids[rows].tolist())
+        chains[bucket] += rows.tolist()
+    for bucket, chain in chains.items():
+        n = buckets.sizes[bucket]
+        for epoch in np.array(chain[: len(chain) // n * n]).reshape(-1, n):
+            assert sorted(epoch) == np.flatnonzero(buckets.ids == bucket).tolist()
+    batch = streamed.train_batch(3)
+    expected = streamed._decoders["train"].of_bucket[buckets.ids[streamed.batch_rows(3)[0]]]
+    np.testing.assert_array_equal(batch.image, expected.split.decode(streamed.batch_rows(3)))
 
 
 @pytest.fixture
