@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from data.buckets import resolve_shapes
-from data.image_buckets import open_buckets
+from data.image_buckets import open_buckets, read_sides
 from data.latents import LatentDataset, read_latent_dataset
 from data.load import open_dataset
 from data.rows import Source
@@ -147,7 +147,7 @@ def convert(config: ConvertConfig, source: Source, codec: Codec, folder: Path) -
     if config.buckets:
         multiple = PATCH_SIZE * codec.config.downsampling
         shapes = resolve_shapes(config.buckets, source.config.size, multiple)
-        buckets = open_buckets(source, shapes, batch_size=1)
+        buckets = open_buckets(read_sides(source), shapes, batch_size=1)
         print("\n".join(buckets["train"].describe(source.config.size)))
         encoding = with_buckets(encoding, buckets)
         parts = list(bucket_parts(source, buckets, folder, encoding))

@@ -4,28 +4,31 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 
 from data.buckets import Buckets, assign_buckets
 from data.headers import read_headers
 from data.rows import Source, Split, select_rows
 from runtime.image_size import ImageSize
 
+Sides = Mapping[str, Int32[np.ndarray, "_n 2"]]  # of "train" and "eval"
 
-def open_buckets(
-    source: Source, shapes: Sequence[ImageSize], batch_size: int
-) -> dict[str, Buckets]:
-    """Assign the images of both splits to shapes, by the headers of their files. Both splits have
-    the same shapes, those of the training.
+
+def read_sides(source: Source) -> Sides:
+    """Read height and width of the images of both splits from the headers of their files."""
+    splits = {"train": source.train, "eval": source.eval}
+    return {name: read_headers(split, of_all=True).sides for name, split in splits.items()}
+
+
+def open_buckets(sides: Sides, shapes: Sequence[ImageSize], batch_size: int) -> dict[str, Buckets]:
+    """Assign the images of both splits to shapes. Both have the same, those of the training.
 
     Args:
         batch_size: images that a shape must have in training; see `assign_buckets`.
     """
-    train = assign_buckets(
-        read_headers(source.train, of_all=True).sides, shapes, batch_size=batch_size
-    )
-    sides = read_headers(source.eval, of_all=True).sides
-    return {"train": train, "eval": assign_buckets(sides, train.shapes, batch_size=0)}
+    train = assign_buckets(sides["train"], shapes, batch_size=batch_size)
+    evaluation = assign_buckets(sides["eval"], train.shapes, batch_size=0)
+    return {"train": train, "eval": evaluation}
 
 
 def select_bucket(source: Source, buckets: Mapping[str, Buckets], bucket: int) -> Source:

@@ -5,6 +5,7 @@ flag, the conditioning, the method, the network. Nothing is written but the cach
 captions, with a progress bar.
 """
 
+import json
 import math
 import shlex
 from collections.abc import Mapping
@@ -13,9 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data import bad_rows
 from data.buckets import Buckets
-from data.image_buckets import open_buckets
+from data.image_buckets import Sides, open_buckets, read_sides
 from data.load import open_dataset
 from data.rows import Source
 from inference.conditioning import Conditioning
@@ -115,7 +118,8 @@ def prepare(config: TrainConfig, devices: Devices) -> Prepared:
     buckets = None
     if config.buckets and not config.profile:
         shapes = [ImageSize.parse(word) for word in config.buckets]
-        buckets = source.buckets or open_buckets(source, shapes, config.batch_size)
+        sides = {} if source.buckets else read_sides_once(source)
+        buckets = source.buckets or open_buckets(sides, shapes, config.batch_size)
         names = config.buckets if source.buckets else ()
         lines = buckets["train"].describe(source.config.size, names)
         source = replace(source, notices=(*source.notices, *lines))
@@ -242,6 +246,18 @@ def _open_source(c: TrainConfig, saved: Mapping[str, Any]) -> Source:
         unlabelled=c.unlabelled or "stop",
         class_order=saved.get("dataset", {}).get("label_names") or (),
     )
+
+
+def read_sides_once(source: Source) -> Sides:
+    """Read the sizes of all images in process 0. All processes use these: one that could not read
+    a file would have other batches than the rest.
+    """
+
+    def read() -> str:
+        return json.dumps({name: sides.tolist() for name, sides in read_sides(source).items()})
+
+    sides = json.loads(processes.broadcast_text(read))
+    return {name: np.array(rows, np.int32).reshape(-1, 2) for name, rows in sides.items()}
 
 
 def leave_out_bad_rows(config: Any, source: Source, run_dir: Path | None) -> Source:

@@ -14,7 +14,7 @@ from train_cases import assert_same
 
 from convert_imagenet import ConvertConfig, convert
 from data import latents
-from data.image_buckets import open_buckets
+from data.image_buckets import open_buckets, read_sides
 from data.load import open_dataset
 from inference.codec import Codec
 from inference.latent_check import check_latents_with_vae
@@ -114,7 +114,7 @@ def test_latents_of_several_shapes_are_those_of_their_images(source, codec, fold
     n_rows = len(source.train) + len(source.eval)
     assert len(opened.train) + len(opened.eval) == n_rows
     assert opened.buckets
-    buckets = open_buckets(source, opened.buckets["train"].shapes, batch_size=1)
+    buckets = open_buckets(read_sides(source), opened.buckets["train"].shapes, batch_size=1)
     counts = np.array([np.bincount(b.ids, minlength=3) for b in buckets.values()])
     assert counts.sum(0).tolist() == [
         sum(latents.read_latent_dataset(folder / name).n_rows.values()) for name in shapes

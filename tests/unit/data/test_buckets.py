@@ -11,8 +11,7 @@ from pipeline_cases import batches_equal, own_cache  # noqa: F401
 
 from data.batch import Batch
 from data.buckets import Buckets, assign_buckets, choose_shapes, resolve_shapes
-from data.headers import read_headers
-from data.image_buckets import open_buckets, select_bucket
+from data.image_buckets import open_buckets, read_sides, select_bucket
 from data.images import decode_image
 from data.load import open_dataset
 from data.pipeline import Pipeline
@@ -126,7 +125,7 @@ def test_an_evaluation_of_one_shape_keeps_the_shapes_of_the_training(mixed, tmp_
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image_file(rng, size=(13, 8)))
     source = open_dataset(f"folder:{tmp_path}", image_size=8)
-    buckets = open_buckets(source, SHAPES, batch_size=4)
+    buckets = open_buckets(read_sides(source), SHAPES, batch_size=4)
     assert buckets["eval"].shapes == SHAPES and buckets["eval"].sizes == (0, 0, 6)
     for in_memory in (True, False):
         pipeline = Pipeline(
@@ -149,7 +148,7 @@ def test_streamed_images_have_the_buckets_of_stored_ones_and_come_once_an_epoch(
     pipelines = []
     for streaming in (False, True):
         source = open_dataset(f"folder:{tmp_path}", streaming=streaming, image_size=8)
-        buckets = open_buckets(source, SHAPES, batch_size=4)
+        buckets = open_buckets(read_sides(source), SHAPES, batch_size=4)
         options = {"shuffle_buffer": 12, "n_workers": 0, "buckets": buckets}
         pipelines.append(Pipeline(source, batch_size=4, seed=1, **options))
         sides = [sizes[row][::-1] for row in source.train.rows]
@@ -174,9 +173,7 @@ def test_streamed_images_have_the_buckets_of_stored_ones_and_come_once_an_epoch(
 def bucketed(mixed):
     """Make a pipeline of that folder with buckets."""
     source = open_dataset(f"folder:{mixed}", image_size=8, channels=3, eval_split="none")
-    sides = [read_headers(split, of_all=True).sides for split in (source.train, source.eval)]
-    train = assign_buckets(sides[0], SHAPES, batch_size=4)
-    buckets = {"train": train, "eval": assign_buckets(sides[1], SHAPES, batch_size=0)}
+    buckets = open_buckets(read_sides(source), SHAPES, batch_size=4)
 
     def make(**options):
         return Pipeline(source, **{"batch_size": 4, "seed": 1, "buckets": buckets} | options)
