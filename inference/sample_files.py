@@ -194,7 +194,8 @@ def describe_sampler(sampler: SamplerConfig) -> dict[str, Any]:
     """
     facts = asdict(sampler)
     method = facts["method"]
-    method.pop("t_min", None)  # of the loss alone
+    for name in ("t_min", "area"):  # of the loss alone
+        method.pop(name, None)
     neutral = (
         (facts, "inner_interval", ALWAYS),
         (facts, "route_rates", ROUTE_RATES),
