@@ -153,8 +153,8 @@ def convert(config: ConvertConfig, source: Source, codec: Codec, folder: Path) -
         parts = list(bucket_parts(source, buckets, folder, encoding))
     create_run_folder(folder if config.buckets else folder / "data")
     with exclusive_writer(folder):
-        for place in (folder, *(part.folder for part in parts)):
-            remove_leftovers(place)
+        for written_to in {folder, *(part.folder for part in parts)}:
+            remove_leftovers(written_to)
         require_same_buckets(folder, encoding)
         if config.buckets:
             dataset = convert_parts(folder, encoding, parts, partial(convert_part, with_size=True))

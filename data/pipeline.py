@@ -8,10 +8,8 @@ import itertools
 import math
 import os
 from collections.abc import Generator, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
@@ -19,15 +17,17 @@ from jaxtyping import Bool, Float64, Int32, Int64
 from data.batch import Batch, BatchPlan, concatenate_batches
 from data.buckets import Buckets
 from data.caption_cache import CaptionStore
+from data.decoders import Decoders
 from data.parquet import ParquetSplit
 from data.row_labels import CaptionIds, ClassIds
-from data.rows import BadRow, Images, Source, Split
+from data.rows import Images, Source, Split
 from data.shuffle import (
+    CAPTION_STREAM,
+    CROP_STREAM,
     BucketOrder,
     GroupedShuffle,
-    sample_caption_uniforms,
-    sample_crops,
     sample_flips,
+    sample_uniforms,
     shuffle_grouped_rows,
     shuffle_rows,
 )
@@ -37,7 +37,6 @@ from runtime.errors import RunError, UserError
 MAX_IN_MEMORY_BYTES = 2**30  # decoded datasets up to this size stay in memory
 MAX_WORKERS = 16  # unless more are given
 EVAL_LANES = 16  # row groups of a streamed split that an evaluation reads at a time
-ROWS_PER_TASK = 256  # that a thread decodes of a split that is held in memory
 MAX_POSITIONS = 80  # arrays of positions of a bucket in an epoch that are kept
 
 SplitName = Literal["train", "eval"]
@@ -157,7 +156,9 @@ class Pipeline:
         """Return for each position in this epoch the place that the image there is cut out at; None
         for the middle of all.
         """
-        return sample_crops(self.seed, epoch, len(self.source.train)) if self.random_crop else None
+        if not self.random_crop:
+            return None
+        return sample_uniforms(self.seed, epoch, len(self.source.train), CROP_STREAM)
 
     def batch_rows(self, step: int) -> Int64[np.ndarray, "b"]:
         """Return the training rows of the global batch of `step`, which counts from 0."""
@@ -201,7 +202,7 @@ class Pipeline:
     ) -> Float64[np.ndarray, "b"]:
         n = len(self.source.train)
         uniforms = [
-            sample_caption_uniforms(self.seed, epoch, n)[places] for epoch, places in epochs
+            sample_uniforms(self.seed, epoch, n, CAPTION_STREAM)[places] for epoch, places in epochs
         ]
         return np.concatenate(uniforms)
 
@@ -310,87 +311,6 @@ class Pipeline:
         return decoder.decode_rows(np.arange(len(labels))), labels
 
 
-@dataclass(frozen=True, eq=False)
-class Decoder:
-    """A function from a batch's plan to the batch.
-
-    A pickled one goes to a worker process: it reads the dataset's files there, so it takes neither
-    decoded images nor texts with it.
-    """
-
-    split: Split
-    labels: ClassIds | CaptionIds
-    decoded: Images | None = None  # the whole split, if it is held in memory
-    held: Int64[np.ndarray, "m"] | None = None  # or the ascending rows that `decoded` has
-
-    def __call__(self, plan: BatchPlan) -> Batch:
-        image = self.decode_rows(plan.split_row, plan.place)
-        image = self.split.format.mirror(image, plan.mirrored)
-        return Batch(plan.row, image, self.labels.encode(plan.label))
-
-    def decode_rows(
-        self, rows: Int64[np.ndarray, "b"], places: Float64[np.ndarray, "b"] | None = None
-    ) -> Images:
-        """Decode these rows of the split, or copy them out of memory.
-
-        Args:
-            places: the part of each image that is cut out, if it is not held in memory.
-        """
-        if self.decoded is None:
-            return self.split.decode(rows, places)
-        return self.decoded[rows if self.held is None else np.searchsorted(self.held, rows)]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            "split": self.split.images_only(),
-            "labels": self.labels.without_rows(),
-            "decoded": None,
-            "held": None,
-        }
-
-
-class Decoders(NamedTuple):
-    """A function from a batch's plan to the batch, by its bucket."""
-
-    of_bucket: tuple[Decoder, ...]
-
-    @classmethod
-    def of_split(
-        cls,
-        split: Split,
-        labels: ClassIds | CaptionIds,
-        buckets: Buckets | None,
-        *,
-        in_memory: bool,
-    ) -> "Decoders":
-        """Make the decoders of a split, and decode it if it is to be held in memory."""
-        if not buckets:
-            return cls((Decoder(split, labels, _decode_all(split) if in_memory else None),))
-        decoders = []
-        for bucket, shape in enumerate(buckets.shapes):
-            config = split.config
-            if encoding := config.encoding:
-                encoding = replace(encoding, shape=(*shape.sides, encoding.shape[-1]))
-            config = replace(config, image_size=shape.written, encoding=encoding)
-            rows = np.flatnonzero(buckets.ids == bucket)
-            shaped = replace(split, config=config)
-            decoded = _decode_all(shaped, rows) if in_memory else None
-            decoders.append(Decoder(shaped, labels, decoded, rows))
-        return cls(tuple(decoders))
-
-    @property
-    def labels(self) -> ClassIds | CaptionIds:
-        """Labels of the rows of all buckets."""
-        return self.of_bucket[0].labels
-
-    @property
-    def are_in_memory(self) -> bool:
-        return self.of_bucket[0].decoded is not None
-
-    def __call__(self, plan: BatchPlan) -> Batch:
-        return self.of_bucket[plan.bucket](plan)
-
-
 def _require_images_to_crop(source: Source, in_memory: bool | None) -> None:
     """Raise UserError if rows are no images, or images that were cropped when they were loaded."""
     if source.config.encoding:
@@ -428,29 +348,3 @@ def _plan_grouped_shuffle(
         batch_size=batch_size,
         shuffle_buffer=shuffle_buffer,
     )
-
-
-def _decode_all(split: Split, rows: Int64[np.ndarray, "n"] | None = None) -> Images:
-    """Decode the whole split, or some rows of it, in threads: Pillow decodes without the
-    interpreter's lock.
-
-    Raises:
-        BadRowError: some rows cannot be decoded; it counts them all.
-    """
-    if rows is None:
-        rows = np.arange(len(split))
-    decoded = np.empty((len(rows), *split.format.shape), split.format.dtype)
-
-    def fill(places: Int64[np.ndarray, "b"]) -> list[BadRow]:
-        readable = split.decode_readable(rows[places])
-        if not readable.bad:
-            decoded[places] = readable.images
-        return readable.bad
-
-    tasks = np.array_split(np.arange(len(rows)), len(rows) // ROWS_PER_TASK + 1)
-    with ThreadPoolExecutor() as pool:
-        bad = [row for bad_rows in pool.map(fill, tasks) for row in bad_rows]
-    if bad:
-        raise split.error_of(bad)
-    decoded.flags.writeable = False  # callers share it
-    return decoded

@@ -37,24 +37,17 @@ def sample_flips(seed: int, epoch: int, n: int) -> Bool[np.ndarray, "n"]:
     return flips
 
 
-@functools.lru_cache(maxsize=2)
-def sample_caption_uniforms(seed: int, epoch: int, n: int) -> Float64[np.ndarray, "n"]:
+@functools.lru_cache(maxsize=4)
+def sample_uniforms(seed: int, epoch: int, n: int, stream: int) -> Float64[np.ndarray, "n"]:
     """Sample a number in [0, 1) for each position of an epoch, which chooses among the captions of
-    the row there. The array is cached and read-only.
+    the row there, or where its image is cropped. The array is cached and read-only.
+
+    Args:
+        stream: `CAPTION_STREAM` or `CROP_STREAM`.
     """
-    uniforms = np.random.default_rng((seed, epoch, CAPTION_STREAM)).random(n)
+    uniforms = np.random.default_rng((seed, epoch, stream)).random(n)
     uniforms.flags.writeable = False
     return uniforms
-
-
-@functools.lru_cache(maxsize=2)
-def sample_crops(seed: int, epoch: int, n: int) -> Float64[np.ndarray, "n"]:
-    """Sample a number in [0, 1) for each position of an epoch: the place that the image there is
-    cut out at. The array is cached and read-only.
-    """
-    places = np.random.default_rng((seed, epoch, CROP_STREAM)).random(n)
-    places.flags.writeable = False
-    return places
 
 
 @dataclass(frozen=True)

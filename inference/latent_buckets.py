@@ -78,8 +78,7 @@ def convert_parts(
     written, files = [], []
     for part in parts:
         create_run_folder(part.folder / "data")
-        source, place, of_part = part
-        written.append(convert(source, folder=place, encoding=of_part))
+        written.append(convert(part.source, folder=part.folder, encoding=part.encoding))
         files += latents.latent_files(part.folder, "train", written[-1].n_files["train"])
     sums = latents.add_moment_sums(latents.read_file_record(file)["sums"] for file in files)
     splits = sorted({split for dataset in written for split in dataset.n_rows})
