@@ -13,6 +13,7 @@ import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from data.buckets import resolve_shapes
 from data.image_buckets import open_buckets, read_sides
@@ -35,7 +36,14 @@ from runtime.files import remove_leftovers
 from runtime.flags import Derived, again, check_values, flag
 from runtime.image_size import WrittenSize
 from runtime.run_folder import create_run_folder, exclusive_writer
-from training.flag_groups import DatasetFlags, DeviceFlags, ImageFlags, LabelFlags, LoadingFlags
+from training.flag_groups import (
+    HOW_TO_CROP,
+    DatasetFlags,
+    DeviceFlags,
+    ImageFlags,
+    LabelFlags,
+    LoadingFlags,
+)
 
 DEFAULT_VAE = "stabilityai/sdxl-vae"
 PATCH_SIZE = 2  # of the presets for latents
@@ -46,6 +54,7 @@ class LatentFlags:
     """Latents."""
 
     image_size: WrittenSize | None = again(ImageFlags, "image_size", above=None, at_least=1)
+    crop: Literal["center", "letterbox"] | None = again(ImageFlags, "crop", help=HOW_TO_CROP)
     vae: str | None = flag(
         Derived(DEFAULT_VAE),
         "a folder in diffusers' layout, an id on the hub, or a file such as "
@@ -116,6 +125,7 @@ def main() -> None:
         caption_column=config.caption_column,
         image_size=config.image_size,
         channels=codec.config.in_channels,
+        crop=config.crop,
         streaming=config.streaming,
         train_split=config.train_split,
         eval_split=config.eval_split,
@@ -148,7 +158,8 @@ def convert(config: ConvertConfig, source: Source, codec: Codec, folder: Path) -
         multiple = PATCH_SIZE * codec.config.downsampling
         shapes = resolve_shapes(config.buckets, source.config.size, multiple)
         buckets = open_buckets(read_sides(source), shapes, batch_size=1)
-        print("\n".join(buckets["train"].describe(source.config.size)))
+        letterbox = source.config.crop == "letterbox"
+        print("\n".join(buckets["train"].describe(source.config.size, letterbox=letterbox)))
         encoding = with_buckets(encoding, buckets)
         parts = list(bucket_parts(source, buckets, folder, encoding))
     create_run_folder(folder if config.buckets else folder / "data")

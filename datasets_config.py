@@ -7,10 +7,12 @@ is measured; the others are sensible starting points on a single GPU, not tuned.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from runtime import errors
 from runtime.image_size import ImageSize, WrittenSize
+
+Crop = Literal["center", "random", "letterbox"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class LatentEncoding:
         captions: there is a column of captions.
         buckets: shapes of the images in pixels, if there are several; `image_size` and `shape` are
             then those that samples have.
+        crop: as of `DatasetConfig`.
     """
 
     dataset_name: str
@@ -45,6 +48,7 @@ class LatentEncoding:
     mirrored: bool
     captions: bool
     buckets: tuple[str, ...] = ()
+    crop: Crop = "center"
 
     @property
     def size(self) -> ImageSize:
@@ -95,6 +99,8 @@ class DatasetConfig:
         label_names: () for the data's own.
         channels: 1 (grey) or 3 (RGB); of latents, theirs.
         image_size: 256 pixels, or 256x192 (height x width); of latents, theirs.
+        crop: how images get these proportions: center, their middle; random, in training a part
+            anywhere, else the middle; letterbox, all of them between black bars.
         model: a preset of `model.py`.
         batch_size: rows of a global batch.
         learning_rate: peak of the schedule.
@@ -121,6 +127,7 @@ class DatasetConfig:
     label_names: tuple[str, ...] = ()
     channels: int = 3
     image_size: WrittenSize
+    crop: Crop = "center"
     model: str
     batch_size: int = 128
     learning_rate: float = 3e-4

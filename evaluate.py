@@ -41,6 +41,7 @@ from runtime.files import check_distinct_paths, report_unwritable
 from runtime.flags import Derived, again, check_values, flag, flags_of, reject_unused
 from runtime.image_size import WrittenSize
 from training.flag_groups import (
+    HOW_TO_CROP,
     CheckpointFlags,
     ClusterFlags,
     DatasetFlags,
@@ -72,6 +73,7 @@ class ImageSourceFlags(SourceFlags):
     image_column: str | None = again(DatasetFlags, "image_column")
     split: str | None = flag(Derived(DEFAULT_SPLIT), "split of the dataset")
     image_size: WrittenSize | None = again(ImageFlags, "image_size", above=None, at_least=2)
+    crop: Literal["center", "letterbox"] | None = again(ImageFlags, "crop", help=HOW_TO_CROP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,8 +228,9 @@ def _check_source(config: EvaluateConfig) -> None:
     for name, sources in needed.items():
         if getattr(config, name) is not None and source not in sources:
             raise UserError(f"--{name} needs --{' or --'.join(sources)}")
-    if config.image_size is not None and source in ("run", "pretrained", "npz"):
-        raise UserError(f"--image_size does not apply to --{source}: its images have a size")
+    for name in ("image_size", "crop"):
+        if getattr(config, name) is not None and source in ("run", "pretrained", "npz"):
+            raise UserError(f"--{name} does not apply to --{source}: its images have a size")
 
 
 def _check_swept(config: EvaluateConfig) -> None:
@@ -381,7 +384,7 @@ def open_in_turn(
 def _open_stored_images(config: EvaluateConfig) -> ImageSet:
     c = config
     if c.images:
-        return image_sets.image_set_from_folder(c.images, image_size=c.image_size)
+        return image_sets.image_set_from_folder(c.images, image_size=c.image_size, crop=c.crop)
     if c.npz:
         return image_sets.image_set_from_npz(c.npz)
     return image_sets.image_set_from_split(
@@ -390,6 +393,7 @@ def _open_stored_images(config: EvaluateConfig) -> ImageSet:
         data_dir=c.data_dir,
         image_column=c.image_column,
         image_size=c.image_size,
+        crop=c.crop,
     )
 
 
@@ -443,6 +447,10 @@ def main(config: EvaluateConfig) -> None:
         raise UserError("--samples needs a single process: drop it, or run without --distributed")
     reference = read_reference(config.reference) if config.reference else None
     model = open_model(config)
+    if model and reference and processes.is_first():
+        crop = model.settings["dataset"].get("crop", "center")
+        if warning := reference.compare_crop(crop):
+            print(warning)
     if config.run and swept_flag(config) == "ema_std":
         # The run may be training: all averages are of one step.
         find = partial(find_snapshot, config.run, config.ema_std or (), config.step)

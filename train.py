@@ -430,6 +430,9 @@ class Trainer(Loop):
                 n_samples=c.fid_n,
                 image_shape=self.space.image_shape(self.model_config),
             )
+            warning = self._fid.reference.compare_crop(self.dataset.crop)
+            if warning and processes.is_first():
+                print(warning)
         return self._fid
 
     def measurement_is_due(self, last: int) -> bool:

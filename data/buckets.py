@@ -27,7 +27,8 @@ class Buckets:
     Args:
         shapes: of the buckets.
         ids: of each row, its bucket.
-        cropped: of each row, the share of its pixels that is cropped away, where it is known.
+        cropped: of each row, the share of its pixels that is cropped away, where it is known; in
+            letterboxes, the share of the pixels of its shape that are bars, which is the same.
         moved: of each shape that has too few rows for a batch, how many were moved to others.
     """
 
@@ -41,20 +42,24 @@ class Buckets:
         """The number of rows in each bucket."""
         return tuple(np.bincount(self.ids, minlength=len(self.shapes)).tolist())
 
-    def describe(self, size: ImageSize, names: Sequence[str] = ()) -> list[str]:
+    def describe(
+        self, size: ImageSize, names: Sequence[str] = (), *, letterbox: bool = False
+    ) -> list[str]:
         """Describe each bucket in a line, and what was moved.
 
         Args:
             size: of samples of the run.
             names: of the buckets, if they are not their shapes.
+            letterbox: whether images are shown between bars and not cropped.
         """
+        lost = "in black bars" if letterbox else "of their pixels cropped away"
         n = count(len(self.shapes), "bucket")
         lines = [f"{n} (height x width), one compiled program each:"]
         for i, (shape, n_rows) in enumerate(zip(self.shapes, self.sizes)):
             line = f"  {names[i] if names else shape.in_full}: {count(n_rows, 'image')}"
             if self.cropped is not None and n_rows:
                 share = self.cropped[self.ids == i].mean()
-                line += f", {100 * share:.1f} % of their pixels cropped away"
+                line += f", {100 * share:.1f} % {lost}"
             lines.append(line)
         for shape, n_rows in self.moved:
             lines.append(

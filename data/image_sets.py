@@ -22,6 +22,7 @@ from PIL import Image
 from data import images
 from data.image_files import Listing, list_files
 from data.load import open_dataset
+from datasets_config import Crop
 from runtime.errors import UserError, unknown_name
 from runtime.files import atomic_file
 from runtime.image_size import ImageSize, WrittenSize
@@ -63,8 +64,9 @@ def image_set_from_split(
     data_dir: Path | None = None,
     image_column: str | None = None,
     image_size: WrittenSize | None = None,
+    crop: Crop | None = None,
 ) -> ImageSet:
-    """Open all images of a dataset's split, cropped and resized as for training.
+    """Open all images of a dataset's split, with the size and the crop of training by default.
 
     Raises:
         UserError: there is no such dataset or split.
@@ -75,6 +77,7 @@ def image_set_from_split(
         data_dir=data_dir,
         image_column=image_column,
         image_size=image_size,
+        crop=crop,
     )
     splits = source.full_splits()
     if split not in splits:
@@ -85,10 +88,13 @@ def image_set_from_split(
         for start in range(0, len(rows), n):
             yield rows.decode(np.arange(start, min(start + n, len(rows))))
 
-    card = {"dataset_name": name, "split": split, "image_size": source.config.image_size}
-    shape = (*source.config.size.sides, source.config.channels)
-    notice = f" (split '{split}' of {name}, cropped and resized to that)"
-    return ImageSet(len(rows), batches, card, shape, notice)
+    c = source.config
+    card = {"dataset_name": name, "split": split, "image_size": c.image_size}
+    if c.crop == "letterbox":
+        card["letterbox"] = True
+    how = "between black bars" if c.crop == "letterbox" else "cropped"
+    notice = f" (split '{split}' of {name}, {how} and resized to that)"
+    return ImageSet(len(rows), batches, card, (*c.size.sides, c.channels), notice)
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -107,13 +113,16 @@ class ImageHeader(NamedTuple):
     several: bool
 
 
-def image_set_from_folder(folder: Path, *, image_size: WrittenSize | None = None) -> ImageSet:
+def image_set_from_folder(
+    folder: Path, *, image_size: WrittenSize | None = None, crop: Crop | None = None
+) -> ImageSet:
     """Open all images in a folder and its subfolders, in the order of their names. They are RGB
     unless all of them are grey.
 
     Args:
         folder: of image files. Hidden files are left out, as in training.
         image_size: crop and resize them to it; otherwise all must have one size.
+        crop: how they get its proportions; by default their middle.
 
     Raises:
         UserError: there are none, one cannot be read, or their sizes differ.
@@ -132,19 +141,27 @@ def image_set_from_folder(folder: Path, *, image_size: WrittenSize | None = None
     if not size:
         _check_sizes(files, headers)
     channels = 1 if all(header.is_grey for header in headers) else 3
-    first = _read_image(files[0], size, channels)
+    if crop and not size:
+        raise UserError(f"--crop {crop} needs --image_size: images of a folder keep their size")
+
+    def read(file: Path) -> UInt8[np.ndarray, "h w c"]:
+        return _read_image(file, size, channels, letterbox=crop == "letterbox")
+
+    first = read(files[0])
 
     def batches(n: int) -> Iterator[ImageBatch]:
         for start in range(0, len(files), n):
             batch = []
             for file in files[start : start + n]:
-                image = _read_image(file, size, channels)
+                image = read(file)
                 if image.shape != first.shape:
                     raise _different_sizes(file, image.shape[:2], files[0], first.shape[:2])
                 batch.append(image)
             yield np.stack(batch)
 
     card = {"images": str(folder), "image_size": size and size.written}
+    if crop == "letterbox":
+        card["letterbox"] = True
     notice = _describe_headers(headers) + _describe_left_out(listing)
     return ImageSet(len(files), batches, card, first.shape, notice)
 
@@ -205,11 +222,13 @@ def _describe_left_out(listing: Listing) -> str:
     return f"; left out: {', '.join(parts)}" if parts else ""
 
 
-def _read_image(file: Path, size: ImageSize | None, channels: int) -> UInt8[np.ndarray, "h w c"]:
+def _read_image(
+    file: Path, size: ImageSize | None, channels: int, *, letterbox: bool
+) -> UInt8[np.ndarray, "h w c"]:
     try:
         image = images.open_upright(file.read_bytes())
         if size:
-            return images.decode_image(image, channels=channels, size=size)
+            return images.decode_image(image, channels=channels, size=size, letterbox=letterbox)
         array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
         return array.reshape(*array.shape[:2], channels)
     except OSError as error:

@@ -43,7 +43,12 @@ MAX_QUOTE = 40  # characters of a text that are shown
 
 
 def decode_image(
-    raw: bytes | Image.Image, *, channels: int, size: ImageSize, place: float | None = None
+    raw: bytes | Image.Image,
+    *,
+    channels: int,
+    size: ImageSize,
+    place: float | None = None,
+    letterbox: bool = False,
 ) -> UInt8[np.ndarray, "h w c"]:
     """Decode the largest part of an image that has the proportions of `size`, and resize it.
 
@@ -53,6 +58,7 @@ def decode_image(
         size: of the result.
         place: in [0, 1), where the part lies between the two ends of the image; None for the
             middle.
+        letterbox: show all of the image instead, in the middle between black bars.
 
     Raises:
         UserError: see `open_upright`.
@@ -62,10 +68,23 @@ def decode_image(
     if image.mode != mode:
         image = image.convert(mode)
     if image.size != (size.width, size.height):
-        part = image.crop(_crop_box(image, size, place))
-        # Antialiased as it shrinks.
-        image = part.resize((size.width, size.height), Image.Resampling.BICUBIC)
+        if letterbox:
+            image = _between_bars(image, size)
+        else:
+            part = image.crop(_crop_box(image, size, place))
+            # Antialiased as it shrinks.
+            image = part.resize((size.width, size.height), Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(*size.sides, channels)
+
+
+def _between_bars(image: Image.Image, size: ImageSize) -> Image.Image:
+    """Resize an image to fit into `size`, to the nearest pixel, with black around it."""
+    scale = min(size.width / image.width, size.height / image.height)
+    width, height = max(round(scale * image.width), 1), max(round(scale * image.height), 1)
+    fitted = image.resize((width, height), Image.Resampling.BICUBIC)
+    framed = Image.new(image.mode, (size.width, size.height))
+    framed.paste(fitted, ((size.width - width) // 2, (size.height - height) // 2))
+    return framed
 
 
 def _crop_box(

@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -22,7 +23,7 @@ from data.image_folder import split_name
 from data.parquet import ParquetSplit
 from data.rows import Source, Split, cell_error
 from data.sources import open_splits
-from datasets_config import DATASET_CONFIGS, DatasetConfig, LatentEncoding, find_dataset
+from datasets_config import DATASET_CONFIGS, Crop, DatasetConfig, LatentEncoding, find_dataset
 from runtime.errors import UserError, count, some_of
 from runtime.image_size import ImageSize, WrittenSize, canonical_size
 
@@ -42,6 +43,7 @@ def open_dataset(
     templates: tuple[str, ...] = (),
     image_size: WrittenSize | None = None,
     channels: int | None = None,
+    crop: Crop | None = None,
     streaming: bool = False,
     latents_dir: Path | None = None,
     train_split: str | None = None,
@@ -61,6 +63,7 @@ def open_dataset(
         templates: captions made from class names, as "a photo of a {label}".
         image_size: 256 pixels, or 256x192 (height x width); by default the dataset's.
         channels: 1 (grey) or 3 (RGB); by default the dataset's.
+        crop: how images get the proportions of `image_size`; by default the dataset's.
         streaming: read Parquet files where they lie, a row group at a time, whatever their size.
         latents_dir: what `convert_imagenet.py` made of the dataset, to be read instead of images.
         train_split: by default the dataset's, or "train".
@@ -75,7 +78,8 @@ def open_dataset(
     entry = _find_entry(name)
     image_size = None if image_size is None else canonical_size(image_size)
     if latents_dir:
-        entry = _latents_entry(entry, latents_dir, data_dir, image_column, image_size, channels)
+        given = {"image_size": image_size, "channels": channels, "crop": crop}
+        entry = _latents_entry(entry, latents_dir, data_dir, image_column, given)
         data_dir = latents_dir
     elif channels not in (None, 1, 3) or (
         image_size is not None and min(ImageSize.parse(image_size).sides) < 2
@@ -99,7 +103,10 @@ def open_dataset(
         class_order=class_order,
     )
     config = dataclasses.replace(
-        config, image_size=image_size or entry.image_size, channels=channels or entry.channels
+        config,
+        image_size=image_size or entry.image_size,
+        channels=channels or entry.channels,
+        crop=crop or entry.crop,
     )
     notices = list(opened.notices)
     skip = unlabelled == "skip"
@@ -190,10 +197,13 @@ def _latents_entry(
     folder: Path,
     data_dir: str | Path | None,
     image_column: str | None,
-    image_size: WrittenSize | None,
-    channels: int | None,
+    given: Mapping[str, Any],
 ) -> DatasetConfig:
-    """Replace what the entry says of images by what its latents are, and a model for their size."""
+    """Replace what the entry says of images by what its latents are, and a model for their size.
+
+    Args:
+        given: values of flags of images that the latents must have; None for any.
+    """
     encoding = latents.check_latents(folder).encoding
     if encoding.dataset_name != entry.name:
         raise UserError(
@@ -203,22 +213,21 @@ def _latents_entry(
         raise UserError("latents are read from their own folder: no --data_dir or --image_column")
     *sides, n_channels = encoding.shape
     size = ImageSize(*sides).written
-    for flag, value, fixed in (
-        ("image_size", image_size, size),
-        ("channels", channels, n_channels),
-    ):
-        if value not in (None, fixed):
-            raise UserError(f"--{flag} {value}: the latents in '{folder}' have {fixed}")
+    fixed = {"image_size": size, "channels": n_channels, "crop": encoding.crop}
+    for flag, value in given.items():
+        if value not in (None, fixed[flag]):
+            raise UserError(
+                f"--{flag} {value}: the latents in '{folder}' have {flag} {fixed[flag]}"
+            )
     return dataclasses.replace(
         entry,
+        **fixed,
         image_column=latents.MOMENTS_COLUMN,
         label_column="",
         caption_column=latents.CAPTION_COLUMN if encoding.captions else None,
         eval_split="",
         n_classes=0,
         label_names=(),
-        image_size=size,
-        channels=n_channels,
         model=entry.model if entry.latents_dir else _model_for(max(sides)),
         flip=encoding.mirrored,
         encoding=encoding,

@@ -66,7 +66,6 @@ class Pipeline:
         caption_store: CaptionStore | None = None,
         one_batch: bool = False,
         buckets: Mapping[str, Buckets] | None = None,
-        random_crop: bool = False,
     ):
         """Plan the order of rows. Decode the whole dataset if it is held in memory.
 
@@ -84,25 +83,26 @@ class Pipeline:
             one_batch: return the first batch at every step, with the same flips and captions; also
                 in an evaluation.
             buckets: of the rows of both splits.
-            random_crop: cut training images out at a random place, anew in each epoch, in place of
-                the middle. They are then decoded for each batch.
 
         Raises:
             UserError: `batch_size` is not a multiple of the processes, or images cannot be
-                decoded; counts them. Or crops are to be random of latents, or of images that are
-                held in memory.
+                decoded; counts them. Or their crops are random, which are decoded for each batch,
+                and the images are to be held in memory.
         """
         if batch_size < 1 or batch_size % n_processes:
             raise UserError(
                 f"batch_size {batch_size} must be a multiple of {n_processes} processes"
             )
-        if random_crop:
-            _require_images_to_crop(source, in_memory)
+        self.random_crop = source.config.crop == "random"
+        if self.random_crop and in_memory:
+            raise UserError(
+                "--crop random decodes the images of each batch anew; drop --in_memory and "
+                "--cache_on_device"
+            )
         self.source = source
         self.batch_size = batch_size
         self.seed = seed
         self.one_batch = one_batch
-        self.random_crop = random_crop
         self.process_index = process_index
         self.n_processes = n_processes
         n_cpus = os.cpu_count() or 1
@@ -110,7 +110,7 @@ class Pipeline:
         self._buckets = buckets or {}
         self.grouped_shuffle = self._plan_streaming(shuffle_buffer)
         if in_memory is None:
-            in_memory = _is_small(source) and not self.grouped_shuffle and not random_crop
+            in_memory = _is_small(source) and not (self.grouped_shuffle or self.random_crop)
         self._decoders = {
             name: Decoders.of_split(
                 split,
@@ -309,20 +309,6 @@ class Pipeline:
         if decoder.decoded is not None:
             return decoder.decoded, labels
         return decoder.decode_rows(np.arange(len(labels))), labels
-
-
-def _require_images_to_crop(source: Source, in_memory: bool | None) -> None:
-    """Raise UserError if rows are no images, or images that were cropped when they were loaded."""
-    if source.config.encoding:
-        raise UserError(
-            "--crop random: latents were cropped by convert_imagenet.py, to the middle; leave it "
-            "out, or train on the images"
-        )
-    if in_memory:
-        raise UserError(
-            "--crop random decodes the images of each batch anew; drop --in_memory and "
-            "--cache_on_device"
-        )
 
 
 def _is_small(source: Source) -> bool:

@@ -152,7 +152,10 @@ class Split:
         c = self.config
         if c.encoding:
             return latents.unpack_moments([content], c.encoding)[0]
-        return images.decode_image(content, channels=c.channels, size=c.size, place=place)
+        letterbox = c.crop == "letterbox"
+        return images.decode_image(
+            content, channels=c.channels, size=c.size, place=place, letterbox=letterbox
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -75,6 +75,23 @@ class Reference:
             "resized before features are computed, and the score counts the difference"
         )
 
+    def compare_crop(self, crop: str) -> str:
+        """Return a warning if only one of the reference's images and those that a model was trained
+        on were shown whole, between black bars; "" if not, or if it is not known.
+
+        Args:
+            crop: of the model's training.
+        """
+        images = self.card.get("pictures", {})
+        own, theirs = images.get("letterbox", False), crop == "letterbox"
+        if not images.get("image_size") or own == theirs:
+            return ""
+        how = ("cropped", "shown whole, between black bars")
+        return (
+            f"warning: the images of the training are {how[theirs]}, those of the reference "
+            f"{how[own]}; make a reference with the --crop of the training"
+        )
+
 
 def read_reference(path: Path) -> Reference:
     """Read a reference of this project, pytorch-fid, clean-fid or the ADM suite.

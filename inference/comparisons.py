@@ -195,6 +195,7 @@ def open_eval_split(
             templates=tuple(settings.get("caption") or ()),
             image_size=settings.get("image_size"),
             channels=settings.get("channels"),
+            crop=settings.get("crop"),
             streaming=bool(settings.get("streaming")),
             latents_dir=Path(latents) if latents else None,
             train_split=settings.get("train_split"),

@@ -307,6 +307,7 @@ def make_encoding(
         precision=codec.dtype,
         mirrored=c.flip if mirror is None else mirror,
         captions=bool(c.caption_column),
+        crop=c.crop,
     )
 
 

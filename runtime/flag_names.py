@@ -26,6 +26,8 @@ TRAINING = {
     "train_resolution target_size height width sidelength",
     "crop": "center_crop centre_crop",
     "crop random": "random_crop",
+    "crop letterbox": "letterbox pad padding pad_to_square pad_images keep_aspect_ratio "
+    "preserve_aspect_ratio",
     "channels": "in_channels num_channels n_channels image_channels img_channels in_chans",
     "latents": "feature_path features_path features_dir latent_dir latents_dir latent_path "
     "latents_path cache_latents precomputed_latents encoded_dir",

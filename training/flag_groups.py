@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from datasets_config import Crop
 from methods.rectified_flow import TIME_GRIDS
 from runtime.cli import FreeText
 from runtime.errors import UserError
@@ -19,6 +20,10 @@ from training import optim
 DEFAULT_DATASET = "digits"
 UNLABELLED = ("stop", "skip")
 BY_DATASET = Derived("as the dataset recommends")  # in its entry in datasets_config.py
+HOW_TO_CROP = (
+    "how an image gets the proportions of image_size: center cuts out its middle, letterbox shows "
+    "all of it between black bars"
+)
 QUARTER = Derived("n_steps / 4, at most 1000")
 
 
@@ -50,14 +55,13 @@ class ImageFlags:
 
     image_size: WrittenSize = setting(
         BY_DATASET,
-        "size of the images after centre crop and resize, such as 256 or 256x192 (height x width)",
+        "size of the images after crop and resize, such as 256 or 256x192 (height x width)",
         above=0,
     )
     channels: int = setting(BY_DATASET, "1 (greyscale) or 3 (RGB)")
-    crop: Literal["center", "random"] = setting(
-        "center",
-        "part of an image that is cut out for training: its middle, or one at a random place, anew "
-        "in each epoch",
+    crop: Crop = setting(
+        BY_DATASET,
+        f"{HOW_TO_CROP}, random cuts out a part anywhere, anew in each epoch",
     )
 
 

@@ -191,7 +191,6 @@ class Loop(Run):
                 caption_store=self.encoded,
                 one_batch=c.overfit_batch,
                 buckets=self.buckets,
-                random_crop=c.crop == "random",
             )
         return self._pipeline
 

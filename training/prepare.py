@@ -121,7 +121,8 @@ def prepare(config: TrainConfig, devices: Devices) -> Prepared:
         sides = {} if source.buckets else read_sides_once(source)
         buckets = source.buckets or open_buckets(sides, shapes, config.batch_size)
         names = config.buckets if source.buckets else ()
-        lines = buckets["train"].describe(source.config.size, names)
+        letterbox = source.config.crop == "letterbox"
+        lines = buckets["train"].describe(source.config.size, names, letterbox=letterbox)
         source = replace(source, notices=(*source.notices, *lines))
     conditioning = kind.open(
         config, source, saved.get("text_revisions"), full_width=record.get("full_width")
@@ -239,6 +240,7 @@ def _open_source(c: TrainConfig, saved: Mapping[str, Any]) -> Source:
         templates=c.caption or (),
         image_size=c.image_size,
         channels=None if c.profile else c.channels,  # a profile reads no images
+        crop=c.crop,
         streaming=bool(c.streaming),
         latents_dir=c.latents,
         train_split=c.train_split,

@@ -164,3 +164,9 @@ def test_a_damaged_bucket_or_another_conversion_is_refused(config, source, codec
         flags = ConvertConfig(dataset_name=config.dataset_name, n_workers=0, buckets=buckets)
         with pytest.raises(UserError, match=message):
             convert(flags, source, codec, folder)
+    flags = replace(flags, buckets=("24x12", "16", "12x24"))
+    letterboxes = replace(source, config=replace(source.config, crop="letterbox"))
+    with pytest.raises(UserError, match="was begun with crop center, not letterbox"):
+        convert(flags, letterboxes, codec, folder)
+    with pytest.raises(UserError, match=r"--crop letterbox: the latents in '.*' have crop center"):
+        open_dataset(source.config.name, latents_dir=folder, crop="letterbox")

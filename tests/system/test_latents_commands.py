@@ -221,8 +221,8 @@ def test_the_size_of_latents_may_be_given_and_a_wrong_one_is_refused(latent_digi
     opened = partial(open_dataset, "digits", latents_dir=latent_digits)
     assert opened(image_size=8, channels=2).config.image_size == 8
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"image_size": 16}, "--image_size 16: the latents in .* have 8"),
-        ({"channels": 1}, "--channels 1: the latents in .* have 2"),
+        ({"image_size": 16}, "--image_size 16: the latents in .* have image_size 8"),
+        ({"channels": 1}, "--channels 1: the latents in .* have channels 2"),
         ({"data_dir": latent_digits}, "no --data_dir or --image_column"),
         ({"image_column": "moments"}, "no --data_dir or --image_column"),
     ]

@@ -45,6 +45,7 @@ REFERENCE = Path("r.npz").absolute()
         ({"npz": Path("a"), "n": 5}, "--n needs --run or --pretrained"),
         ({"npz": Path("a"), "data_dir": Path("b")}, "--data_dir needs --dataset_name"),
         ({"npz": Path("a"), "image_size": 8}, "--image_size does not apply to --npz"),
+        ({"run": Path("a"), "crop": "center"}, "--crop does not apply to --run"),
         ({"run": Path("a"), "reference": None}, "--make_reference FILE.npz"),
         ({"run": Path("a"), "n": 1}, "--n 1: must be at least 2"),
         ({"run": Path("a"), "n_features": 1}, "must be 0 or at least 2"),
@@ -238,6 +239,31 @@ def test_images_of_another_size_than_the_reference_are_reported(some, digits, tm
         assert (warning in printed) == is_other
         assert record["card"]["pictures"]["shape"] == [32, width, 3]
         assert record["card"]["reference"]["pictures"]["pictures"]["shape"] == [32, 32, 3]
+
+
+def test_a_reference_of_cropped_images_is_none_of_a_model_of_whole_ones(tmp_path):
+    """Of images of a folder that were not resized nothing is known."""
+    for name in "ab":
+        Image.new("L", (16, 8), 255).save(tmp_path / f"{name}.png")
+    flags = {"images": tmp_path, "features": "pixels"}
+    found = {}
+    for name, options in (
+        ("center", {"image_size": 8}),
+        ("letterbox", {"image_size": 8, "crop": "letterbox"}),
+        ("whole", {}),
+    ):
+        path = tmp_path / f"{name}.npz"
+        evaluate.main(EvaluateConfig(**flags, **options, make_reference=path))
+        found[name] = read_reference(path)
+    assert found["center"].pool.mean.min() == pytest.approx(1)
+    assert found["letterbox"].pool.mean.mean() == pytest.approx(0.5)
+    for crop in ("center", "random"):
+        assert not found["center"].compare_crop(crop)
+        message = "training are cropped, those of the reference shown whole, between black bars"
+        assert message in found["letterbox"].compare_crop(crop)
+    assert "make a reference with the --crop" in found["center"].compare_crop("letterbox")
+    assert not found["letterbox"].compare_crop("letterbox")
+    assert not found["whole"].compare_crop("letterbox")
 
 
 def test_a_reference_with_fewer_features_than_images_is_reported(some, tmp_path, capsys):

@@ -95,6 +95,7 @@ class VaeTrainer(Loop):
             conditioning="none",
             image_size=requested_image_size(config),
             channels=config.channels,
+            crop=config.crop,
             streaming=bool(config.streaming),
             train_split=config.train_split,
             eval_split=config.eval_split,

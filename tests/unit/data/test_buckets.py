@@ -4,6 +4,7 @@ import math
 import shutil
 
 import numpy as np
+import PIL.Image
 import pytest
 from datasets import Dataset, Features, Image
 from hub_copies import image_file
@@ -73,6 +74,19 @@ def test_images_go_to_the_nearest_proportions_and_their_loss_is_counted():
         buckets.describe(ImageSize(8, 8))[1]
         == "  12x8: 2 images, 31.2 % of their pixels cropped away"
     )
+
+
+def test_bars_of_a_letterbox_are_as_many_as_the_pixels_that_a_crop_loses():
+    sides = np.array([[40, 60], [30, 10], [77, 50]], np.int32)
+    shapes = (ImageSize(300, 200), ImageSize(200, 300))
+    buckets = assign_buckets(sides, shapes)
+    assert buckets.cropped is not None
+    for (height, width), bucket, share in zip(sides, buckets.ids, buckets.cropped):
+        white = PIL.Image.new("L", (width, height), 255)
+        framed = decode_image(white, channels=1, size=shapes[bucket], letterbox=True)
+        assert (framed == 0).mean() == pytest.approx(share, abs=0.005)
+    line = buckets.describe(shapes[0], letterbox=True)[1]
+    assert line.startswith("  300x200: 2 images, ") and line.endswith(" % in black bars")
 
 
 def test_too_few_images_for_a_batch_move_to_the_nearest_other_bucket():

@@ -158,6 +158,34 @@ def test_the_shape_is_covered_and_nothing_is_stretched(shape):
     np.testing.assert_allclose(middle, (np.array(shape) - 1) / 2, atol=0.6)
 
 
+def letterbox(image: np.ndarray, size: str) -> np.ndarray:
+    raw, options = file(Image.fromarray(image)), {"channels": 3, "size": ImageSize.parse(size)}
+    return images.decode_image(raw, **options, letterbox=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((4, 6), "6"), ((6, 3), "6x6"), ((6, 9), "12x9"), ((5, 6), "6x6")]
+)
+def test_a_letterbox_is_the_whole_image_between_black_bars(shape, size):
+    whole = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    expected = np.zeros((*ImageSize.parse(size).sides, 3), np.uint8)
+    top, left = ((n - side) // 2 for n, side in zip(expected.shape, shape))
+    expected[top : top + shape[0], left : left + shape[1]] = whole
+    np.testing.assert_array_equal(letterbox(whole, size), expected)
+
+
+def test_a_letterbox_is_resized_as_a_cropped_image_and_has_no_bars_where_it_fits():
+    whole = RNG.integers(0, 256, (30, 20, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(
+        letterbox(whole, "12x8"), rgb(file(Image.fromarray(whole)), "12x8")
+    )
+    framed = letterbox(whole, "12")
+    np.testing.assert_array_equal(framed[:, 2:10], letterbox(whole, "12x8"))
+    assert not framed[:, :2].any() and not framed[:, 10:].any()
+    line = np.full((2, 400, 3), 255, np.uint8)
+    assert (letterbox(line, "12").max((1, 2)) > 0).sum() == 1  # never nothing
+
+
 def test_shrinking_averages_and_does_not_skip():
     stripes = np.tile(np.array([0, 255], np.uint8), (32, 16))  # every other column white
     small = grey(file(Image.fromarray(stripes)), 4)

@@ -124,9 +124,9 @@ def test_random_crops_are_a_function_of_seed_and_position(tmp_path):
             cell for i in range(n) for cell in image_cells(1, size=((30, 16), (16, 40))[i % 2])
         ]
         folder = write_parquet(tmp_path, split=split, features={"image": Image()}, image=cells)
-    source = open_dataset(f"folder:{folder}", image_size="16x20")
-    options = {"batch_size": 6, "seed": 1, "random_crop": True}
-    middle = Pipeline(source, batch_size=6, seed=1)
+    options = {"batch_size": 6, "seed": 1}
+    middle = Pipeline(open_dataset(f"folder:{folder}", image_size="16x20"), **options)
+    source = open_dataset(f"folder:{folder}", image_size="16x20", crop="random")
     cropped, halves = Pipeline(source, **options, n_workers=0), []
     for index in range(2):
         halves.append(Pipeline(source, **options, process_index=index, n_processes=2))
