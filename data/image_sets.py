@@ -92,8 +92,9 @@ def image_set_from_split(
     card = {"dataset_name": name, "split": split, "image_size": c.image_size}
     if c.crop == "letterbox":
         card["letterbox"] = True
-    how = "between black bars" if c.crop == "letterbox" else "cropped"
-    notice = f" (split '{split}' of {name}, {how} and resized to that)"
+    how = "resized to that"
+    how = f"{how} between black bars" if c.crop == "letterbox" else f"cropped and {how}"
+    notice = f" (split '{split}' of {name}, {how})"
     return ImageSet(len(rows), batches, card, (*c.size.sides, c.channels), notice)
 
 

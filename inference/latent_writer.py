@@ -307,7 +307,7 @@ def make_encoding(
         precision=codec.dtype,
         mirrored=c.flip if mirror is None else mirror,
         captions=bool(c.caption_column),
-        crop=c.crop,
+        crop="center" if c.crop == "random" else c.crop,  # what is random is training's
     )
 
 
@@ -369,6 +369,8 @@ def dataset_card(dataset: LatentDataset) -> str:
     sides, title = f"{height}, {width}", format_shape(encoding.size.sides)
     if encoding.buckets:
         sides, title = "row['height'], row['width']", ", ".join(encoding.buckets)
+    if encoding.crop == "letterbox":
+        title += ", whole between black bars"
     views = ", then both of the mirrored image" if encoding.mirrored else ""
     # `load_dataset` takes two folders of one name for the same unless their cards differ, hence the
     # digest. By default it reads as many rows at a time as a file's first group has: maybe none.
