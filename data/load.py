@@ -18,7 +18,7 @@ from jaxtyping import Int32, Int64
 from data import columns, latents
 from data.arrow import ArrowSplit
 from data.buckets import Buckets
-from data.headers import Headers, read_headers
+from data.headers import read_headers
 from data.image_folder import split_name
 from data.parquet import ParquetSplit
 from data.rows import Source, Split, cell_error
@@ -112,26 +112,20 @@ def open_dataset(
     skip = unlabelled == "skip"
     train = _make_split(config, train_name, opened.splits[train_name], train_rows, skip)
     if not entry.model:
-        headers = read_headers(train)
-        if not headers.median_side and not config.image_size:
-            sized = dataclasses.replace(config, image_size=MIN_SIZE)
-            # Raises: it names the first image, and what is wrong.
-            dataclasses.replace(train, config=sized).decode(np.arange(1))
-        config = _measure_images(config, headers)
-        notices.append(headers.describe(config.size))
-        train = dataclasses.replace(train, config=config)
-    evaluation = _make_split(config, eval_name, opened.splits[eval_name], eval_rows, skip)
+        train, notice = _measure_images(train)
+        notices.append(notice)
+    evaluation = _make_split(train.config, eval_name, opened.splits[eval_name], eval_rows, skip)
     notices += _describe_rows(entry, opened.splits, train, evaluation)
     buckets = None
-    if config.encoding and config.encoding.buckets:
+    if entry.encoding and entry.encoding.buckets:
         buckets = {
-            name: latent_buckets(opened.splits[split.name], split.rows, config.encoding)
+            name: _latent_buckets(opened.splits[split.name], split.rows, entry.encoding)
             for name, split in (("train", train), ("eval", evaluation))
         }
-    return Source(config, train, evaluation, tuple(notices), buckets=buckets)
+    return Source(train.config, train, evaluation, tuple(notices), buckets=buckets)
 
 
-def latent_buckets(
+def _latent_buckets(
     data: ArrowSplit | ParquetSplit, rows: Int64[np.ndarray, "n"], encoding: LatentEncoding
 ) -> Buckets:
     """Read which rows of latents are of which shape."""
@@ -239,14 +233,20 @@ def _model_for(side: int) -> str:
     return next(model for max_side, model in MODEL_BY_MAX_SIDE.items() if side <= max_side)
 
 
-def _measure_images(config: DatasetConfig, headers: Headers) -> DatasetConfig:
+def _measure_images(train: Split) -> tuple[Split, str]:
     """Fill in size, channels and model of a dataset that is in no table: the median image decides
-    the size, and colour is kept if any image has it.
+    the size, and colour is kept if any image has it. Returns a description of the images too.
     """
+    config, headers = train.config, read_headers(train)
+    if not headers.median_side and not config.image_size:
+        sized = dataclasses.replace(config, image_size=MIN_SIZE)
+        # Raises: it names the first image, and what is wrong.
+        dataclasses.replace(train, config=sized).decode(np.arange(1))
     size = config.image_size or min(64, max(MIN_SIZE, headers.median_side // 8 * 8))
     channels = config.channels or (3 if headers.has_colour else 1)
     model = _model_for(max(ImageSize.parse(size).sides))
-    return dataclasses.replace(config, image_size=size, channels=channels, model=model)
+    config = dataclasses.replace(config, image_size=size, channels=channels, model=model)
+    return dataclasses.replace(train, config=config), headers.describe(config.size)
 
 
 def _describe_rows(
