@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -20,6 +19,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from runtime.files import user_cache
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -35,8 +36,7 @@ def enable_compilation_cache() -> None:
     Only commands call this: importing must not change JAX.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dit-jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(user_cache()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
