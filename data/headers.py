@@ -134,7 +134,7 @@ def _read_new(
     """Read the headers of images in threads, except those that are cached.
 
     Args:
-        keys: of the images, in the cache. `read` may take them from images that it reads.
+        keys: of the images, in the cache. `read` may take away those of images that it reads.
         read: reads the headers of the images with these numbers.
         title: of the images in a line before many are read, and of a progress bar; "" for neither.
     """

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -19,8 +20,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-
-from runtime.files import user_cache
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -36,7 +35,8 @@ def enable_compilation_cache() -> None:
     Only commands call this: importing must not change JAX.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(user_cache()))
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dit-jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 

@@ -134,9 +134,10 @@ def test_a_table_in_memory_is_read_each_time(n_read):
 
 
 def test_other_rows_of_the_same_files_are_other_images(folder, n_read):
-    data = open_dataset(f"folder:{folder}").train.data.data
+    data = open_dataset(f"folder:{folder}").train.data
+    assert isinstance(data, ArrowSplit)
     for rows in (range(10), range(10, 20)):
-        split = split_of(ArrowSplit(data.select(rows)))
+        split = split_of(ArrowSplit(data.data.select(rows)))
         assert read_headers(split).sides.tolist() == [list(SIZES[row][::-1]) for row in rows]
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -524,7 +525,7 @@ def test_images_that_a_size_enlarges_are_counted_as_they_stand(tmp_path):
     turned[0x0112] = 6
     text = PngInfo()
     text.add_itxt("XML:com.adobe.xmp", xmp.decode())
-    for name, size, facts in (
+    cases: list[tuple[str, tuple[int, int], dict[str, Any]]] = [
         ("0.jpg", (30, 20), {}),
         ("1.jpg", (30, 20), {"exif": turned}),
         ("2.jpg", (30, 20), {"xmp": xmp}),
@@ -533,7 +534,8 @@ def test_images_that_a_size_enlarges_are_counted_as_they_stand(tmp_path):
         ("5.tiff", (30, 20), {"tiffinfo": {0x0112: 6}}),
         ("6.tiff", (30, 20), {"tiffinfo": {700: xmp}}),
         ("7.jpg", (90, 80), {}),
-    ):
+    ]
+    for name, size, facts in cases:
         Image.new("RGB", size).save(tmp_path / name, **facts)
         expected = (20, 30) if facts else size
         assert open_upright((tmp_path / name).read_bytes()).size == expected, name
