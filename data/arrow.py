@@ -7,6 +7,8 @@ It reads columns and undecoded cells. Parquet files that are read where they lie
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from runtime.files import describe_state
+
 if TYPE_CHECKING:  # at run time they are imported where they are used: together they take a second
     import pyarrow
     from datasets import Dataset
@@ -21,6 +23,16 @@ class ArrowSplit:
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def file_states(self) -> list[tuple[str, int]]:
+        """Return a text that is another one once the table changes, and its number of rows; "" for
+        a table in memory alone. The files of a table are taken together.
+        """
+        states = [describe_state(file["filename"]) for file in self.data.cache_files]
+        # A hash of what `datasets` has done with the rows of these files.
+        done = self.data._fingerprint  # pyright: ignore[reportPrivateUsage]
+        state = "|".join([done, *states]) if states and all(states) else ""
+        return [(state, len(self.data))]
 
     def read_column(self, name: str) -> "pyarrow.ChunkedArray":
         """Read a whole column of labels or captions."""

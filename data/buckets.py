@@ -29,7 +29,8 @@ class Buckets:
         ids: of each row, its bucket.
         cropped: of each row, the share of its pixels that is cropped away, where it is known; in
             letterboxes, the share of the pixels of its shape that are bars, which is the same.
-        moved: of each shape that has too few rows for a batch, how many were moved to others.
+        moved: of each shape that has too few rows for a batch, how many were nearest to it and were
+            moved to others.
     """
 
     shapes: tuple[ImageSize, ...]
@@ -159,16 +160,14 @@ def assign_buckets(
     """
     sides = np.where(sides < 1, 1, sides).astype(np.float64)
     proportions = np.log(sides[:, 1] / sides[:, 0])
-    left, moved = list(shapes), []
-    while True:
+    ids = _nearest(proportions, shapes)
+    n_nearest = np.bincount(ids, minlength=len(shapes)).tolist()
+    left, sizes = list(shapes), np.array(n_nearest)
+    while sizes.min() < batch_size and len(left) > 1:
+        del left[int(sizes.argmin())]
         ids = _nearest(proportions, left)
         sizes = np.bincount(ids, minlength=len(left))
-        smallest = int(sizes.argmin())
-        if sizes[smallest] >= batch_size or len(left) == 1:
-            break
-        if sizes[smallest]:
-            moved.append((left[smallest], int(sizes[smallest])))
-        del left[smallest]
+    moved = [(shape, n) for shape, n in zip(shapes, n_nearest) if n and shape not in left]
     return Buckets(tuple(left), ids, _cropped_share(sides, ids, left), tuple(moved))
 
 

@@ -13,7 +13,6 @@ import copy
 import glob
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Sequence
@@ -30,7 +29,7 @@ from data import text_encoders
 from data.batch import EncodedCaption
 from data.text_encoders import CaptionEmbedding, TextEncoders
 from runtime.errors import UserError
-from runtime.files import atomic_file
+from runtime.files import atomic_file, user_cache
 
 if TYPE_CHECKING:  # at run time it is imported where it is used
     import pyarrow
@@ -52,8 +51,7 @@ def default_cache_folder(dataset_name: str, data_dir: Path | None) -> Path:
     if data_dir or kind == "folder":
         folder = Path(data_dir or path).expanduser().resolve()
         return folder.with_name(f"{folder.name}-captions")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return cache / "dit-jax" / "captions" / dataset_name.replace("/", "--").replace(":", "--")
+    return user_cache() / "captions" / dataset_name.replace("/", "--").replace(":", "--")
 
 
 @runtime_checkable

@@ -1,34 +1,32 @@
 """Sizes of a split's images, and whether they have colour, from the headers of all files.
 
-Nothing is decoded. Headers of files are cached by path, size and time of change, so that a large
-folder is looked at once; a file that could not be read is looked at again.
+Nothing is decoded. A header is read once, and again if its file changes: see `data.header_cache`.
+An image that could not be read is looked at again.
 """
 
-import contextlib
-import hashlib
 import io
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int32, Int64, UInt8, UInt64
 from PIL import Image
+from tqdm import tqdm
 
 from data import images
+from data.header_cache import COLOUR, GREY, NO_KEY, UNREADABLE, HeaderCache, key_of, row_keys
 from data.parquet import ParquetSplit
 from data.rows import Split, file_name
 from runtime.errors import UserError, count
-from runtime.files import atomic_file
+from runtime.files import describe_state
 from runtime.image_size import ImageSize
 
-UNREADABLE, GREY, COLOUR = range(3)
 ROWS_AT_ONCE = 512
 Header = tuple[int, int, int]  # kind, height, width
-KindsAndSides = tuple[UInt8[np.ndarray, "n"], Int32[np.ndarray, "n 2"]]
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap the sides
 MAX_ROWS_WITHOUT_FILES = 20_000  # of images inside tables: a header is read with its whole image
 MAX_STREAMED_GROUPS = (
@@ -84,28 +82,104 @@ def read_headers(split: Split, *, of_all: bool = False) -> Headers:
     spread over the split, and of a streamed split only those in `MAX_STREAMED_GROUPS` row groups.
 
     Args:
-        of_all: read them all.
+        of_all: read them all. A line says so before many are read.
     """
+    title = f"'{split.name}'" if of_all else ""
     first = split.read_cells([int(split.rows[0])])[0]
-    if isinstance(first, Mapping) and first["bytes"] is None and first["path"] is not None:
+    if _is_file(first):
         paths = [file_name(cell) for cell in split.read_cells(split.rows.tolist())]
-        kind, sides = _read_cached(paths)
-        return Headers(kind, sides, len(split), paths)
-    rows = split.rows if of_all else _spread(split.rows, MAX_ROWS_WITHOUT_FILES)
-    if isinstance(split.data, ParquetSplit) and not of_all:
+        keys = np.array([key_of(describe_state(path)) for path in paths], np.uint64)
+
+        def read_files(indices: Int64[np.ndarray, "b"]) -> list[Header]:
+            return [_read_header({"bytes": None, "path": paths[i]}) for i in indices]
+
+        return _read_new(split, keys, read_files, title, paths)
+    rows = split.rows if of_all else _choose_rows(split)
+    keys = row_keys(split.data.file_states())[rows]
+
+    def read_cells(indices: Int64[np.ndarray, "b"]) -> list[Header]:
+        cells = split.read_cells(rows[indices].tolist())
+        # A file that the table names may change while the table does not.
+        keys[indices[[_is_file(cell) for cell in cells]]] = NO_KEY
+        return [_read_header(cell) for cell in cells]
+
+    return _read_new(split, keys, read_cells, title)
+
+
+def _is_file(cell: Mapping[str, Any] | UserError | None) -> bool:
+    """Return whether an undecoded image is a file of its own."""
+    return isinstance(cell, Mapping) and cell["bytes"] is None and cell["path"] is not None
+
+
+def _choose_rows(split: Split) -> Int64[np.ndarray, "m"]:
+    rows = _spread(split.rows, MAX_ROWS_WITHOUT_FILES)
+    if isinstance(split.data, ParquetSplit):
         groups = split.data.find_groups(rows)
         rows = rows[np.isin(groups, _spread(np.unique(groups), MAX_STREAMED_GROUPS))]
-
-    def read(chunk: Int64[np.ndarray, "b"]) -> list[Header]:
-        return [_read_header(cell) for cell in split.read_cells(chunk.tolist())]
-
-    kind, sides = _in_threads(read, np.array_split(rows, len(rows) // ROWS_AT_ONCE + 1))
-    return Headers(kind, sides, len(split))
+    return rows
 
 
 def _spread(values: Int64[np.ndarray, "n"], n: int) -> Int64[np.ndarray, "m"]:
     """Choose at most n values, evenly spaced from the first to the last."""
     return values[np.linspace(0, len(values) - 1, min(len(values), n)).astype(int)]
+
+
+def _read_new(
+    split: Split,
+    keys: UInt64[np.ndarray, "n"],
+    read: Callable[[Int64[np.ndarray, "b"]], list[Header]],
+    title: str,
+    paths: Sequence[str] = (),
+) -> Headers:
+    """Read the headers of images in threads, except those that are cached.
+
+    Args:
+        keys: of the images, in the cache. `read` may take away those of images that it reads.
+        read: reads the headers of the images with these numbers.
+        title: of the images in a line before many are read, and of a progress bar; "" for neither.
+    """
+    cache = HeaderCache(split.config.name)
+    headers = cache.find(keys)
+    new = np.flatnonzero(headers["kind"] == UNREADABLE)
+    if title and len(new) > ROWS_AT_ONCE:
+        once = f"once: they are cached in {cache.path}"
+        how = once if keys[new].any() else "as at each start: nothing tells when they change"
+        print(f"reading the sizes of {len(new)} images of {title}, {how}", file=sys.stderr)
+    try:
+        with closing(_in_threads(read, new, title)) as parts:
+            for part, facts in parts:
+                headers["key"][part] = keys[part]
+                headers["kind"][part], headers["sides"][part] = facts[:, 0], facts[:, 1:]
+                cache.add(headers[part])
+    finally:
+        cache.save()
+    return Headers(headers["kind"], headers["sides"], len(split), paths)
+
+
+def _in_threads(
+    read: Callable[[Int64[np.ndarray, "b"]], list[Header]],
+    indices: Int64[np.ndarray, "n"],
+    title: str,
+) -> Generator[tuple[Int64[np.ndarray, "b"], Int64[np.ndarray, "b 3"]]]:
+    """Yield indices, in parts, with the headers of their images."""
+    parts = [indices[i : i + ROWS_AT_ONCE] for i in range(0, len(indices), ROWS_AT_ONCE)]
+    with ThreadPoolExecutor() as pool:
+        try:
+            bar = tqdm(
+                pool.map(read, parts),
+                f"sizes of {title}",
+                len(parts),
+                leave=False,
+                delay=2,
+                disable=None if title else True,  # None: tqdm asks if this is a terminal
+                unit=" images",
+                unit_scale=ROWS_AT_ONCE,
+            )
+            for part, found in zip(parts, bar):
+                yield part, np.array(found, np.int64).reshape(-1, 3)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # else Ctrl-C waits for all images
+            raise
 
 
 def _read_header(cell: Mapping[str, Any] | UserError | None) -> Header:
@@ -117,74 +191,16 @@ def _read_header(cell: Mapping[str, Any] | UserError | None) -> Header:
         with Image.open(source) as image:
             kind = GREY if images.is_grey(image) else COLOUR
             width, height = image.size
-            # Without EXIF among the facts of a PNG's header, Pillow would look behind its pixels.
-            if "exif" in image.info and image.getexif().get(ORIENTATION) in TURNED:
+            if _is_turned(image):
                 width, height = height, width
             return kind, height, width
     except Exception:  # whatever Pillow's parsers raise: decoding the image will name the problem
         return UNREADABLE, 0, 0
 
 
-def _in_threads(read: Callable[[Any], list[Header]], chunks: Iterable[Any]) -> KindsAndSides:
-    with ThreadPoolExecutor() as pool:
-        headers = [header for part in pool.map(read, chunks) for header in part]
-    facts = np.array(headers, np.int64).reshape(-1, 3)
-    return facts[:, 0].astype(np.uint8), facts[:, 1:].astype(np.int32)
-
-
-# --- the cache of a folder's headers --------------------------------------------------------------
-
-ENTRY = np.dtype([("key", np.uint64), ("kind", np.uint8), ("sides", np.int32, 2)])
-
-
-def _read_cached(paths: Sequence[str]) -> KindsAndSides:
-    """Read the headers of files; those that are unchanged since the last time come from a cache."""
-    cache = _cache_file(paths)
-    entries = np.zeros(len(paths), ENTRY)
-    entries["key"] = [_file_key(path) for path in paths]
-    known = _load_cache(cache)
-    places = np.minimum(np.searchsorted(known["key"], entries["key"]), len(known) - 1)
-    is_known = known["key"][places] == entries["key"]
-    entries[is_known] = known[places[is_known]]
-    new = np.flatnonzero(~is_known)
-    if len(new):
-
-        def read(chunk: Int64[np.ndarray, "b"]) -> list[Header]:
-            return [_read_header({"bytes": None, "path": paths[i]}) for i in chunk]
-
-        chunks = np.array_split(new, len(new) // ROWS_AT_ONCE + 1)
-        entries["kind"][new], entries["sides"][new] = _in_threads(read, chunks)
-        with contextlib.suppress(OSError):  # a cache that cannot be written only costs time
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(cache, sync=False) as file:
-                found = entries[entries["kind"] != UNREADABLE]
-                # Of other splits of the folder too; entries that are not known are zeros.
-                both = np.concatenate([found, known[known["key"] != 0]])
-                np.save(file, both[np.unique(both["key"], return_index=True)[1]])
-    return entries["kind"], entries["sides"]
-
-
-def _load_cache(cache: Path) -> np.ndarray:
-    """Load the entries of an earlier start, sorted by key; one of no file if there are none."""
-    try:
-        known = np.load(cache)
-    except (OSError, ValueError, EOFError):  # none yet, or damaged
-        known = np.zeros(0, ENTRY)
-    return known if len(known) and known.dtype == ENTRY else np.zeros(1, ENTRY)
-
-
-def _file_key(path: str) -> int:
-    """Hash path, size and time of change to 64 bits."""
-    try:
-        stat = os.stat(path)
-        fact = f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
-    except OSError:
-        fact = path
-    return int.from_bytes(hashlib.blake2b(fact.encode(), digest_size=8).digest(), "little")
-
-
-def _cache_file(paths: Sequence[str]) -> Path:
-    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    name = hashlib.blake2b(root.encode(), digest_size=12).hexdigest()
-    return cache / "dit-jax" / "headers" / f"{name}.npy"
+def _is_turned(image: Image.Image) -> bool:
+    """Return whether decoding swaps the sides of an opened image, by its EXIF or XMP."""
+    if ORIENTATION in getattr(image, "tag_v2", ()):  # Pillow has turned the size of a TIFF already
+        return False
+    # The method of a PNG would look behind its pixels.
+    return Image.Image.getexif(image).get(ORIENTATION) in TURNED

@@ -4,6 +4,7 @@ Nothing is downloaded or converted first. Rows can be read in any order; consecu
 row group are cheap. The order of rows is `data.shuffle`'s, decoding images is `data.rows`'.
 """
 
+import re
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ from jaxtyping import Int64
 
 from data.arrow import undecoded
 from runtime.errors import UserError
+from runtime.files import describe_state
 
 if TYPE_CHECKING:  # at run time they are imported where they are used: together they take a second
     import pyarrow
@@ -26,6 +28,7 @@ if TYPE_CHECKING:  # at run time they are imported where they are used: together
 FILES_AT_ONCE = 32  # files whose metadata or columns are read in parallel
 RETRY_SECONDS = (1, 4, 16, 60)  # pauses before a remote file is tried again
 DEFAULT_OPEN_GROUPS = 16
+COMMIT = re.compile(r"^hf://.*@[0-9a-f]{40}/")  # an address of the hub whose file cannot change
 
 
 class UnreachableError(UserError):
@@ -81,6 +84,18 @@ class ParquetSplit:
 
     def __len__(self) -> int:
         return int(self.group_rows.sum())
+
+    def file_states(self) -> list[tuple[str, int]]:
+        """Return for each file a text that is another one once its images change, and its number of
+        rows. The text is "" for an address that does not name a commit.
+        """
+        file_of_group = [file_index for file_index, _ in self.group_locations]
+        n_rows = np.bincount(file_of_group, self.group_rows, len(self.files)).astype(int)
+        states = [path if COMMIT.search(path) else describe_state(path) for path in self.files]
+        return [
+            (f"{state}|{self.image_column}" if state else "", n)
+            for state, n in zip(states, n_rows.tolist())
+        ]
 
     def find_groups(self, rows: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
         """Find the row group of each row."""

@@ -27,6 +27,7 @@ from data.images import name_content
 from data.parquet import ParquetSplit
 from datasets_config import DatasetConfig
 from runtime.errors import UserError, count, some_of
+from runtime.files import describe_state, user_cache
 
 if TYPE_CHECKING:  # at run time they are imported where they are used: together they take a second
     from datasets import Dataset, DatasetBuilder
@@ -102,10 +103,9 @@ def _find_folder(entry: DatasetConfig, path: Path) -> tuple[Path, str | None]:
 
 def _unzip(path: Path) -> Path:
     """Unpack a zip file into the user's cache, once for each state of the file."""
-    stat = path.stat()
-    fact = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dit-jax" / "unzipped"
-    folder = cache / hashlib.blake2b(fact.encode(), digest_size=12).hexdigest() / path.stem
+    state = describe_state(path.resolve()).encode()
+    name = hashlib.blake2b(state, digest_size=12).hexdigest()
+    folder = user_cache() / "unzipped" / name / path.stem
     if folder.exists():
         return folder
     try:

@@ -1,4 +1,5 @@
-"""Files and folders that are either complete or absent, and checks of paths that flags name.
+"""Files and folders that are either complete or absent, their state, and checks of paths that flags
+name.
 
 Nothing here knows what the files contain, or what a run folder is.
 """
@@ -15,6 +16,22 @@ from typing import IO, Any
 from runtime.errors import UserError
 
 TEMPORARY_NAME = re.compile(r"\..+\.(\d+)\.tmp")  # .NAME.PID.tmp: two processes never share one
+
+
+def user_cache() -> Path:
+    """Return the folder for what can be made again, which need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dit-jax"
+
+
+def describe_state(path: str | Path) -> str:
+    """Describe a file by path, size and time of change, one of which differs once it is another;
+    "" if there is none.
+    """
+    try:
+        stat = os.stat(path)
+    except (OSError, ValueError):  # a path with a zero byte is a ValueError
+        return ""
+    return f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
 
 
 @contextmanager

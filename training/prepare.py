@@ -120,6 +120,8 @@ def prepare(config: TrainConfig, devices: Devices) -> Prepared:
         shapes = [ImageSize.parse(word) for word in config.buckets]
         sides = {} if source.buckets else read_sides_once(source)
         buckets = source.buckets or open_buckets(sides, shapes, config.batch_size)
+        # Each bucket has its own last batch of an epoch.
+        config = resolve(n_rows=len(source.train), bucket_sizes=buckets["train"].sizes)
         names = config.buckets if source.buckets else ()
         letterbox = source.config.crop == "letterbox"
         lines = buckets["train"].describe(source.config.size, names, letterbox=letterbox)

@@ -200,6 +200,7 @@ def resolve_train_config(
     dataset: DatasetConfig,
     *,
     n_rows: int,
+    bucket_sizes: Sequence[int] = (),
     n_devices: int,
     fast_bf16: bool,
     starts_with_null: bool = False,
@@ -209,6 +210,7 @@ def resolve_train_config(
 
     Args:
         n_rows: rows of the training split, for `n_epochs`.
+        bucket_sizes: those of each bucket, if there are any.
         n_devices: devices that a batch is split over.
         fast_bf16: the devices multiply bfloat16 faster than float32: it is the default then.
         starts_with_null: the weights to start from have a trained null label.
@@ -229,7 +231,7 @@ def resolve_train_config(
         values["text_towers"] = ()
     values = drop_flags_of_other_methods(values, given)
     check_given(config, values)
-    values["n_steps"] = length_of_training(config, values, n_rows)
+    values["n_steps"] = length_of_training(config, values, bucket_sizes or [n_rows])
     if values["inner_head"] is True:
         values["inner_head"] = round(INNER_HEAD_DEPTH * MODELS[values["model"]]["depth"])
     resolved = TrainConfig(**derived_defaults(values, fast_bf16) | values)
@@ -287,10 +289,15 @@ def check_given(config: Any, values: Mapping[str, Any]) -> None:
         reject_unused(config, values, given_flags(config))
 
 
-def length_of_training(config: Any, values: Mapping[str, Any], n_rows: int) -> int:
-    """Return the number of updates, of `n_epochs` if no `n_steps` are given."""
+def length_of_training(config: Any, values: Mapping[str, Any], n_rows: Sequence[int]) -> int:
+    """Return the number of updates, of `n_epochs` if no `n_steps` are given.
+
+    Args:
+        n_rows: those of each bucket: after the batches of `BucketOrder.batches_before` every row
+            was in so many epochs. All rows together where there are no buckets.
+    """
     if config.n_epochs is not None and config.n_steps is None:
-        return math.ceil(config.n_epochs * n_rows / values["batch_size"])
+        return sum(math.ceil(config.n_epochs * n / values["batch_size"]) for n in n_rows)
     return values["n_steps"]
 
 

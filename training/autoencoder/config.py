@@ -131,7 +131,7 @@ def resolve_vae_config(
     sizes: dict[str, Any] = {"image_size": dataset.image_size}
     values = sizes | training_resolve.known_values(config, dataset)
     training_resolve.check_given(config, values)
-    values["n_steps"] = training_resolve.length_of_training(config, values, n_rows)
+    values["n_steps"] = training_resolve.length_of_training(config, values, [n_rows])
     derived: dict[str, Any] = {
         "gradient_weight": 0.0 if values.get("lpips") else GRADIENT_WEIGHT,
         "lpips_weight": LPIPS_WEIGHTS[values["pixel_loss"]],

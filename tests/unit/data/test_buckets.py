@@ -99,6 +99,13 @@ def test_too_few_images_for_a_batch_move_to_the_nearest_other_bucket():
     assert assign_buckets(sides, SHAPES, batch_size=100).sizes == (13,)
 
 
+def test_an_image_that_moves_twice_is_counted_once():
+    sides = np.array([[10, 10]] * 3 + [[12, 8]] * 2 + [[8, 12]] * 6, np.int32)
+    buckets = assign_buckets(sides, SHAPES, batch_size=6)
+    assert buckets.shapes == SHAPES[2:]
+    assert buckets.moved == ((SHAPES[0], 2), (SHAPES[1], 3))
+
+
 # --- order ----------------------------------------------------------------------------------------
 
 

@@ -8,16 +8,19 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from data import sources
 from data.image_files import list_files
 from data.image_folder import open_image_folder, sort_files
+from data.images import open_upright
 from data.load import open_dataset
 from data.pipeline import Pipeline
 from runtime.errors import UserError
@@ -517,11 +520,25 @@ def test_colour_is_kept_if_any_image_has_it_and_the_median_decides_the_size(tmp_
 
 
 def test_images_that_a_size_enlarges_are_counted_as_they_stand(tmp_path):
-    """One lies; of the other two, one is turned by its camera, and one is large."""
-    turned = Image.Exif()
+    """One lies; of the others, some are turned by EXIF or XMP, and one is large."""
+    turned, xmp = Image.Exif(), b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     turned[0x0112] = 6
-    for i, (size, exif) in enumerate([((30, 20), None), ((30, 20), turned), ((90, 80), None)]):
-        Image.new("RGB", size).save(tmp_path / f"{i}.jpg", exif=exif or Image.Exif())
+    text = PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", xmp.decode())
+    cases: list[tuple[str, tuple[int, int], dict[str, Any]]] = [
+        ("0.jpg", (30, 20), {}),
+        ("1.jpg", (30, 20), {"exif": turned}),
+        ("2.jpg", (30, 20), {"xmp": xmp}),
+        ("3.png", (30, 20), {"pnginfo": text}),
+        ("4.webp", (30, 20), {"xmp": xmp}),
+        ("5.tiff", (30, 20), {"tiffinfo": {0x0112: 6}}),
+        ("6.tiff", (30, 20), {"tiffinfo": {700: xmp}}),
+        ("7.jpg", (90, 80), {}),
+    ]
+    for name, size, facts in cases:
+        Image.new("RGB", size).save(tmp_path / name, **facts)
+        expected = (20, 30) if facts else size
+        assert open_upright((tmp_path / name).read_bytes()).size == expected, name
     source = open_dataset(f"folder:{tmp_path}", image_size="30x20")
     assert "1 smaller than 30x20 px, which are enlarged" in notices(source)
     assert source.train.format.shape == (30, 20, 3)

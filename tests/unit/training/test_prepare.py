@@ -2,11 +2,14 @@
 counts its epochs without them.
 """
 
+import itertools
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from bad_rows_cases import POINTER, write_dataset
+from hub_copies import image_file
 from pipeline_cases import own_cache  # noqa: F401
 from train_cases import TINY
 
@@ -116,6 +119,28 @@ def test_an_autoencoder_skips_them_too(folder, monkeypatch):
     flags = {"dataset_name": f"folder:{folder}", "image_size": 16, "batch_size": 8, "n_epochs": 3}
     trainer = VaeTrainer(VaeConfig(**flags, **SKIP))
     assert (len(trainer.source.train), trainer.config.n_steps) == (37, 14)
+
+
+def test_an_epoch_of_buckets_ends_when_every_row_was_seen(config, tmp_path):
+    rng, folder = np.random.default_rng(0), tmp_path / "mixed"
+    folder.mkdir()
+    for i, size in enumerate([(16, 16)] * 17 + [(16, 8)] * 9 + [(8, 16)] * 18):
+        (folder / f"{i:02d}.png").write_bytes(image_file(rng, size=size))
+    flags = {
+        "dataset_name": f"folder:{folder}",
+        "image_size": 16,
+        "buckets": ("8x16", "16", "16x8"),
+    }
+    config = replace(config, **flags, eval_split="none", n_epochs=1)
+    prepared = prepare(config, parallel.devices())
+    options = {"batch_size": 8, "seed": 0, "buckets": prepared.buckets, "n_workers": 0}
+    pipeline = Pipeline(prepared.source, **options)
+    n_steps, n_rows = prepared.config.n_steps, len(prepared.source.train)
+    batches = [pipeline.batch_rows(step).tolist() for step in range(n_steps)]
+    assert len(set(itertools.chain(*batches))) == n_rows
+    assert len(set(itertools.chain(*batches[:-1]))) < n_rows
+    half = prepare(replace(config, n_epochs=0.5), parallel.devices()).config.n_steps
+    assert n_rows / 8 / 2 <= half < n_steps
 
 
 def test_the_other_processes_receive_a_text_of_any_length(monkeypatch):
