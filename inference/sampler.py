@@ -162,38 +162,23 @@ def sample_batch(
     all_channels = config.channels if has_variance else None
     channels = sampler.guided_channels or all_channels
 
-    def both_heads(x: Array, t: Any, label: Any) -> tuple[Array, Array]:
-        final, inner = model(x, jnp.full(x.shape[0], t), label, inner=True)
-        return inner, final
-
-    def both_rates(x: Array, t: Any, label: Any) -> tuple[Array, Array]:
-        keys = jnp.tile(route_keys(seed, index, t), x.shape[0] // len(index))
-
-        def at_rate(rate: float) -> Array:
-            token_ids = choose_tokens(keys, config.grid, rate) if rate else None
-            return model(x, jnp.full(x.shape[0], t), label, token_ids=token_ids)
-
-        strong, weak = map(at_rate, sampler.route_rates)
-        return weak, strong
-
-    def predict(x: Array, t: Any, label: Any, span: Any = None) -> Array:
-        if span is not None:
-            return model(x, jnp.full(x.shape[0], t), label, span=jnp.full(x.shape[0], span))
-        if inner_guidance is not None:
-            by_inner = extrapolate_pair(
-                partial(both_heads, label=label),
-                inner_guidance,
-                interval=sampler.inner_interval,
-                channels=all_channels,
-            )
-            return by_inner(x, t)
-        if route_guidance is not None:
-            by_route = extrapolate_pair(
-                partial(both_rates, label=label), route_guidance, channels=all_channels
-            )
-            return by_route(x, t)
-        return model(x, jnp.full(x.shape[0], t), label)
-
+    predict = _plain
+    if inner_guidance is not None:
+        predict = partial(
+            _by_inner_head,
+            scale=inner_guidance,
+            interval=sampler.inner_interval,
+            channels=all_channels,
+        )
+    elif route_guidance is not None:
+        predict = partial(
+            _by_route,
+            keys_at=partial(route_keys, seed, index),
+            rates=sampler.route_rates,
+            scale=route_guidance,
+            channels=all_channels,
+        )
+    predict = partial(predict, model)
     if guide:
         null = jax.tree.map(lambda x: jnp.full_like(x, config.n_classes), label)
         predict_guided = guided(
@@ -210,7 +195,7 @@ def sample_batch(
     if weak_config:
         weak_model = nnx.merge(model_graphdef(weak_config), weak_params)
         predict_guided = extrapolate(
-            lambda x, t: weak_model(x, jnp.full(x.shape[0], t), label),
+            partial(_plain, weak_model, label=label),
             predict_guided,
             weak_scale,
             interval=sampler.interval,
@@ -225,6 +210,50 @@ def sample_batch(
         sampler=sampler,
         trajectory=trajectory,
     )
+
+
+def _plain(model: Any, x: Array, t: Any, label: Any, span: Any = None) -> Array:
+    """Predict by the model alone; `span` is that of a step of MeanFlow."""
+    options = {} if span is None else {"span": jnp.full(x.shape[0], span)}
+    return model(x, jnp.full(x.shape[0], t), label, **options)
+
+
+def _by_inner_head(
+    model: Any, x: Array, t: Any, label: Any, *, scale: Any, interval: Any, channels: int | None
+) -> Array:
+    """Predict by both heads of the model, the inner one as the weaker."""
+
+    def both(x: Array, t: Any) -> tuple[Array, Array]:
+        final, inner = model(x, jnp.full(x.shape[0], t), label, inner=True)
+        return inner, final
+
+    return extrapolate_pair(both, scale, interval=interval, channels=channels)(x, t)
+
+
+def _by_route(
+    model: Any,
+    x: Array,
+    t: Any,
+    label: Any,
+    *,
+    keys_at: Callable[[Any], Key[Array, "b"]],
+    rates: tuple[float, ...],
+    scale: Any,
+    channels: int | None,
+) -> Array:
+    """Predict with two shares of tokens that go around the route, the larger as the weaker."""
+    keys = keys_at(t)
+    keys = jnp.tile(keys, x.shape[0] // len(keys))  # guidance may double the batch
+
+    def at_rate(rate: float) -> Array:
+        token_ids = choose_tokens(keys, model.config.grid, rate) if rate else None
+        return model(x, jnp.full(x.shape[0], t), label, token_ids=token_ids)
+
+    def both(x: Array, t: Any) -> tuple[Array, Array]:
+        strong, weak = map(at_rate, rates)
+        return weak, strong
+
+    return extrapolate_pair(both, scale, channels=channels)(x, t)
 
 
 def route_keys(

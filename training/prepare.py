@@ -117,28 +117,15 @@ def prepare(config: TrainConfig, devices: Devices) -> Prepared:
         config = resolve(n_rows=len(source.train))  # fewer rows make shorter epochs
     buckets = None
     if config.buckets and not config.profile:
-        shapes = [ImageSize.parse(word) for word in config.buckets]
-        sides = {} if source.buckets else read_sides_once(source)
-        buckets = source.buckets or open_buckets(sides, shapes, config.batch_size)
+        source, buckets = _assign_buckets(config, source)
         # Each bucket has its own last batch of an epoch.
         config = resolve(n_rows=len(source.train), bucket_sizes=buckets["train"].sizes)
-        names = config.buckets if source.buckets else ()
-        letterbox = source.config.crop == "letterbox"
-        lines = buckets["train"].describe(source.config.size, names, letterbox=letterbox)
-        source = replace(source, notices=(*source.notices, *lines))
     conditioning = kind.open(
         config, source, saved.get("text_revisions"), full_width=record.get("full_width")
     )
-    network = network_config(config, source.config)
-    if config.init_from:
-        record = saved.get("model_config") or (vars(weights.config) if weights else {})
-        network = warm_start.keep_fields_without_flag(network, record)
-    network = replace(network, **conditioning.fields)
+    network = _network(config, source, conditioning, saved, weights)
     for shape in buckets["train"].shapes if buckets else ():
         replace(network, image_size=shape.written)  # patches must divide it
-    if network.lora:
-        full_parts = adapters.parts_to_train(weights, network, source.config)
-        network = replace(network, lora=replace(network.lora, full_parts=full_parts))
     return Prepared(
         config=config,
         given_flags=given,
@@ -250,6 +237,41 @@ def _open_source(c: TrainConfig, saved: Mapping[str, Any]) -> Source:
         unlabelled=c.unlabelled or "stop",
         class_order=saved.get("dataset", {}).get("label_names") or (),
     )
+
+
+def _assign_buckets(config: TrainConfig, source: Source) -> tuple[Source, Mapping[str, Buckets]]:
+    """Assign rows to buckets, if latents have none yet. Returns the source with a description of
+    the buckets, and those of each split.
+    """
+    if source.buckets:
+        buckets, names = source.buckets, config.buckets
+    else:
+        shapes = [ImageSize.parse(word) for word in config.buckets]
+        buckets, names = open_buckets(read_sides_once(source), shapes, config.batch_size), ()
+    letterbox = source.config.crop == "letterbox"
+    lines = buckets["train"].describe(source.config.size, names, letterbox=letterbox)
+    return replace(source, notices=(*source.notices, *lines)), buckets
+
+
+def _network(
+    config: TrainConfig,
+    source: Source,
+    conditioning: Conditioning,
+    saved: Mapping[str, Any],
+    weights: warm_start.StartingWeights | None,
+) -> ModelConfig:
+    """Return the network of a resolved config: what no flag sets is that of the weights to start
+    from.
+    """
+    network = network_config(config, source.config)
+    if config.init_from:
+        record = saved.get("model_config") or (vars(weights.config) if weights else {})
+        network = warm_start.keep_fields_without_flag(network, record)
+    network = replace(network, **conditioning.fields)
+    if not network.lora:
+        return network
+    full_parts = adapters.parts_to_train(weights, network, source.config)
+    return replace(network, lora=replace(network.lora, full_parts=full_parts))
 
 
 def read_sides_once(source: Source) -> Sides:
