@@ -317,6 +317,8 @@ class VaeTrainer(Loop):
         dataset = ["--dataset_name", c.dataset_name]
         dataset += ["--data_dir", str(c.data_dir)] if c.data_dir else []
         dataset += ["--image_column", c.image_column] if c.image_column else []
+        size = f"--image_size {c.image_size}"
+        size += " --crop letterbox" if c.crop == "letterbox" else ""
         vae, run = (shlex.quote(str(path)) for path in (run_dir / EXPORT_FOLDER, run_dir))
         return f"""
 Done: step {step}. Everything is in {run_dir}/
@@ -326,7 +328,7 @@ Done: step {step}. Everything is in {run_dir}/
   {f"checkpoints/{step}/":26} weights, averaged weights and optimizer
 Next:
   python convert_imagenet.py {shlex.join(dataset)} \\
-      --image_size {c.image_size} --vae {vae}
+      {size} --vae {vae}
   python train_vae.py --resume --run_dir {run} --n_steps {2 * step}"""
 
     def describe(self) -> RunRecord:

@@ -35,7 +35,9 @@ def test_folders_of_runs_are_quoted(folder):
 def test_an_autoencoder_s_dataset_and_weights_are_quoted(folder):
     config = {"dataset_name": f"folder:{folder}", "data_dir": Path(folder), "image_column": "a b"}
     trainer: Any = SimpleNamespace(
-        run_dir=Path(folder), step=3, config=SimpleNamespace(image_size=16, **config)
+        run_dir=Path(folder),
+        step=3,
+        config=SimpleNamespace(image_size=16, crop="letterbox", **config),
     )
     convert, train = next_commands(VaeTrainer.end_message(trainer))
     given = dict(zip(convert[2::2], convert[3::2]))
@@ -44,6 +46,7 @@ def test_an_autoencoder_s_dataset_and_weights_are_quoted(folder):
         "--data_dir": folder,
         "--image_column": "a b",
         "--image_size": "16",
+        "--crop": "letterbox",
         "--vae": f"{folder}/vae",
     }
     assert train[3:5] == ["--run_dir", folder]
