@@ -79,6 +79,7 @@ SUPPORTED_SCHEDULE = {
     "beta_start": 1e-4,
     "beta_end": 0.02,
     "beta_schedule": "linear",
+    "rescale_betas_zero_snr": False,
 }
 PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
 # Variances that schedulers name, and ours; a learned one is the network's.

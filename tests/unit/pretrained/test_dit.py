@@ -515,6 +515,7 @@ def test_embedders_that_are_not_copies_are_refused(tmp_path):
         ({"beta_end": 0.012}, "says beta_end 0.012, and only 0.02 is supported"),
         ({"prediction_type": "sampel"}, "unknown prediction_type .*did you mean 'sample'"),
         ({"trained_betas": [0.1]}, "has trained_betas"),
+        ({"rescale_betas_zero_snr": True}, "says rescale_betas_zero_snr True, and only False"),
         ({"variance_type": "learned"}, "unknown variance_type .*one of: fixed_small, "),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is of a flow, which has no variance"),
         (
