@@ -198,12 +198,9 @@ def save_trajectory(inputs: FigureInputs, path: Path) -> None:
     trained, row, plan = inputs.trained, inputs.row, inputs.plan
     request = row._replace(label_index=np.tile(row.label_index, GIF_ROWS))
     rows = request.rows(0, len(request.label_index))
-    states = trained.sample(
-        rows.labels,
+    states = trained.sample_rows(
+        rows,
         plan,
-        seed=rows.seed,
-        first_index=rows.first_index,
-        negative=rows.negative,
         trajectory=True,
         decode=False,  # only the frames are decoded, below
     ).trajectory

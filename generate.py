@@ -344,12 +344,9 @@ def write_samples(
     @cache
     def sample_all() -> Samples:
         rows = request.rows(0, n)
-        return trained.sample(
-            rows.labels,
+        return trained.sample_rows(
+            rows,
             plan,
-            seed=rows.seed,
-            first_index=rows.first_index,
-            negative=rows.negative,
             batch_size=size,
             trajectory=config.trajectory is not None,
             estimates=config.x0 is not None,

@@ -38,12 +38,9 @@ def compare_scales(
     """
     samples = request.rows(0, len(request.label_index))
     rows = [
-        trained.sample(
-            samples.labels,
+        trained.sample_rows(
+            samples,
             plan.with_cfg_scale(scale),
-            seed=samples.seed,
-            first_index=samples.first_index,
-            negative=samples.negative,
             batch_size=batch_size,
         ).x
         for scale in scales
@@ -70,12 +67,9 @@ def compare_steps(
         side: shrink larger images to this many pixels a side.
     """
     rows = request.rows(0, len(request.label_index))
-    samples = trained.sample(
-        rows.labels,
+    samples = trained.sample_rows(
+        rows,
         plan,
-        seed=rows.seed,
-        first_index=rows.first_index,
-        negative=rows.negative,
         trajectory=True,
         estimates=True,
         decode=False,  # only the states that are shown are decoded, below

@@ -150,12 +150,9 @@ def make_batch_sampler(
     def sample_at(start: int) -> ImageBatch:
         # The last batch is filled up, so that all are one compiled program.
         rows = request.rows(start, start + size)
-        samples = trained.sample(
-            rows.labels,
+        samples = trained.sample_rows(
+            rows,
             plan,
-            seed=rows.seed,
-            first_index=rows.first_index,
-            negative=rows.negative,
             batch_size=size,
         )
         return trained.to_uint8(samples.x[: n - start], first=start, rounding=rounding)

@@ -23,6 +23,7 @@ from inference import grids, guidance
 from inference.codec import Codec
 from inference.conditioning import Captions, Conditioning, conditioning_of
 from inference.grids import NotFiniteError
+from inference.labels import RequestRows
 from inference.run_weights import (
     Weights,
     check_average,
@@ -566,6 +567,17 @@ class TrainedModel:
             trajectory=trajectory,
             estimates=estimates,
             to_images=self.space.to_images if decode else None,
+        )
+
+    def sample_rows(self, rows: RequestRows, plan: SamplingPlan, **options: Any) -> Samples:
+        """Sample rows of a request by `sample`, which explains the options."""
+        return self.sample(
+            rows.labels,
+            plan,
+            seed=rows.seed,
+            first_index=rows.first_index,
+            negative=rows.negative,
+            **options,
         )
 
     def to_uint8(

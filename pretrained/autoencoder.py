@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from networks.autoencoder import (
     AutoencoderConfig,
@@ -24,6 +24,7 @@ from networks.autoencoder import (
 from pretrained import weight_files
 from pretrained.autoencoder_file import parse_reference, read_autoencoder_file
 from pretrained.autoencoder_names import ANCHOR, CLASS, diffusers_name, rename_to_diffusers
+from pretrained.state_dicts import flatten_leaves
 from runtime.errors import UserError
 
 DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
@@ -193,11 +194,6 @@ def config_to_diffusers(config: AutoencoderConfig) -> dict[str, Any]:
 
 
 # --- the weights ----------------------------------------------------------------------------------
-
-
-def flatten_leaves(params: Mapping[str, Any]) -> dict[tuple[Any, ...], Any]:
-    """Return each array of a tree by its path."""
-    return dict(flatten_dict(params))
 
 
 def params_to_diffusers(params: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -21,13 +21,14 @@ import jax
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Float
 
 from model import JOINT, ModelConfig, init_model_params, make_position_embedding
 from networks.layers import sincos_table
 from pretrained import weight_files
 from pretrained.sd3_names import DIFFUSERS, STABILITY, STACKS, Layout, Part, locate_parts
+from pretrained.state_dicts import flatten_leaves
 from runtime.errors import UserError
 
 CLASS = "SD3Transformer2DModel"
@@ -195,11 +196,6 @@ def block_maps(path: tuple[Any, ...], config: ModelConfig) -> list[list[str]]:
         [part.name.removesuffix(".weight") for part in parts]
         for parts in locate_parts(path, config, DIFFUSERS)
     ]
-
-
-def flatten_leaves(tree: Mapping[str, Any]) -> dict[tuple[Any, ...], Any]:
-    """Return each array of a tree by its path."""
-    return dict(flatten_dict(tree))
 
 
 @lru_cache

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
+from flax.traverse_util import flatten_dict
+
 from runtime.errors import UserError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -97,6 +99,11 @@ def find_weights(
     unread = ", ".join(map(_quote, [*groups][:3]))
     notice = f"the weights are raw: what is in {unread} is not understood" if groups else None
     return FoundWeights(raw, (notice,) if notice else ())
+
+
+def flatten_leaves(tree: Mapping[str, Any]) -> dict[tuple[Any, ...], Any]:
+    """Return each array of a tree of ours by its path."""
+    return dict(flatten_dict(tree))
 
 
 def pop_heads(tensors: MutableMapping[str, Any], own: Collection[str]) -> tuple[str, ...]:

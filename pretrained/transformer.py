@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from datasets_config import LatentEncoding
 from methods.registry import method_of
@@ -28,7 +28,7 @@ from pretrained import autoencoder, dit, sd3, weight_files
 from pretrained.autoencoder_file import SCALES
 from pretrained.dit_file import Reference, parse_reference, read_dit_file
 from pretrained.sd3_file import is_sd3, read_sd3_file
-from pretrained.state_dicts import pop_heads
+from pretrained.state_dicts import flatten_leaves, pop_heads
 from pretrained.weight_files import FILE_SUFFIXES
 from runtime.errors import UserError, unknown_name
 from runtime.files import atomic_file
@@ -610,7 +610,7 @@ def save_transformer(
     layout = layout or choose_layout(config)[0]
     if layout in OWN_CLASSES:
         network_config = {"_class_name": layout} | asdict(config)
-        tensors = {".".join(path): np.asarray(x) for path, x in _flatten_leaves(params).items()}
+        tensors = {".".join(path): np.asarray(x) for path, x in flatten_leaves(params).items()}
     else:
         family = sd3 if layout == sd3.CLASS else dit
         network_config = family.config_to_diffusers(config)
@@ -639,7 +639,7 @@ def _read_own_config(facts: Mapping[str, Any], where: str) -> ModelConfig:
 
 def _own_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of each of our weights by its name in a file."""
-    leaves = _flatten_leaves(jax.eval_shape(lambda: init_model_params(config, jax.random.key(0))))
+    leaves = flatten_leaves(jax.eval_shape(lambda: init_model_params(config, jax.random.key(0))))
     return {".".join(path): leaf.shape for path, leaf in leaves.items()}
 
 
@@ -651,7 +651,3 @@ def _read_own_params(
     return unflatten_dict(
         {tuple(name.split(".")): np.array(tensors[name], np.float32) for name in shapes}
     )
-
-
-def _flatten_leaves(tree: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
-    return dict(flatten_dict(tree))

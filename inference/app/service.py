@@ -310,12 +310,9 @@ def sample_trajectory_frames(model: TrainedModel, job: SampleJob) -> list[Image.
     request = request_samples(model, job)
     size = choose_batch_size(job.n_images)
     rows = request.rows(0, size)
-    states = model.sample(
-        rows.labels,
+    states = model.sample_rows(
+        rows,
         plan,
-        seed=rows.seed,
-        first_index=rows.first_index,
-        negative=rows.negative,
         batch_size=size,
         trajectory=True,
         decode=False,  # decoding every state would be costly: only the frames are decoded, below
@@ -350,12 +347,9 @@ def sample_comparison_grid(
     request = request_samples(model, job).rows(0, 1)
     images: UInt8[np.ndarray, "rows columns h w c"] | None = None
     for (row, column), plan in zip(cells, plans):
-        sample = model.sample(
-            request.labels,
+        sample = model.sample_rows(
+            request,
             plan,
-            seed=request.seed,
-            first_index=request.first_index,
-            negative=request.negative,
         )
         image = model.to_uint8(sample.x)[0]
         if images is None:

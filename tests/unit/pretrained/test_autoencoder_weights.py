@@ -18,6 +18,7 @@ from torch_autoencoders import CONFIGS, SD, quiet, tensors_of, torch_autoencoder
 
 from networks.autoencoder import init_autoencoder_params
 from pretrained import autoencoder, weight_files
+from pretrained.state_dicts import flatten_leaves
 from runtime.errors import UserError
 
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -67,7 +68,7 @@ def test_each_published_name_is_of_one_weight(name):
     assert set(autoencoder.paths_and_shapes(config)) == names
     tree = jax.eval_shape(lambda: init_autoencoder_params(config, jax.random.key(0)))
     ours = {path for path, _ in autoencoder.paths_and_shapes(config).values()}
-    assert ours == set(autoencoder.flatten_leaves(tree)) and len(ours) == len(names)
+    assert ours == set(flatten_leaves(tree)) and len(ours) == len(names)
 
 
 def test_saving_replaces_what_was_there(folder, params):
