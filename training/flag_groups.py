@@ -217,7 +217,9 @@ class RunFlags:
         may_change=True,
         inherited=False,
     )
-    log_every: int = setting(50, "steps between lines of metrics", above=0, may_change=True)
+    log_every: int = setting(
+        50, "steps between lines of metrics, beside one of the last step", above=0, may_change=True
+    )
     eval_save_steps: int = setting(
         QUARTER, "steps between evaluations, each with a checkpoint", above=0, may_change=True
     )

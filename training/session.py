@@ -304,7 +304,7 @@ class RunSession:
             return False
         self.throughput.step(config.batch_size)
         self.tracker.advance(step)
-        if step % config.log_every == 0:
+        if step % config.log_every == 0 or step == self.last:
             report = jax.device_get(report)
             rate = self.run.learning_rate(step - 1 - report.skipped)
             line = training_step.metrics_line(report) | {"learning_rate": rate}
