@@ -447,10 +447,7 @@ def main(config: EvaluateConfig) -> None:
         raise UserError("--samples needs a single process: drop it, or run without --distributed")
     reference = read_reference(config.reference) if config.reference else None
     model = open_model(config)
-    if model and reference and processes.is_first():
-        crop = model.settings["dataset"].get("crop", "center")
-        if warning := reference.compare_crop(crop):
-            print(warning)
+    warn_of_crop(model, reference)
     if config.run and swept_flag(config) == "ema_std":
         # The run may be training: all averages are of one step.
         find = partial(find_snapshot, config.run, config.ema_std or (), config.step)
@@ -496,6 +493,13 @@ def open_extractor(
     if warning and processes.is_first():
         print(warning)
     return extractor
+
+
+def warn_of_crop(model: TrainedModel | None, reference: Reference | None) -> None:
+    """Print a warning if only one of the model and the reference is of cropped images."""
+    if model and reference and processes.is_first():
+        warning = reference.compare_crop(model.settings.get("crop") or "center")
+        print(warning, end="\n" if warning else "")
 
 
 def describe(images: ImageSet, config: EvaluateConfig, reference: Reference | None = None) -> None:

@@ -34,7 +34,7 @@ EXPORTED_SETTINGS = (
     *("full_width", "buckets"),
     # How its dataset is opened, to compare samples with its images.
     *("conditioning", "image_column", "label_column", "caption_column", "caption", "channels"),
-    *("image_size", "train_split", "eval_split", "unlabelled"),
+    *("image_size", "crop", "train_split", "eval_split", "unlabelled"),
     *("fsdp", "objective", "method", "prediction", "learned_sigma", "solver", "n_sample_steps"),
     *("noise_scale", "sample_shift", "cfg_scale", "label_dropout", "null_is_trained", "ema_decay"),
     "route_share",

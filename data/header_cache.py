@@ -7,7 +7,9 @@ good as none, and one that cannot be written only costs time. How a header is re
 
 import contextlib
 import hashlib
+import os
 import time
+import zipfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,13 +24,13 @@ VERSION = 2  # of what is taken from an image: another one begins another file
 SECONDS_BETWEEN_SAVES = 60  # a killed process loses what it read since
 
 
-def key_of(state: str) -> int:
+def make_key(state: str) -> int:
     """Return the key of a file by its state: a hash; `NO_KEY` if that is "", not known."""
     digest = hashlib.blake2b(state.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") if state else NO_KEY
 
 
-def row_keys(files: Sequence[tuple[str, int]]) -> UInt64[np.ndarray, "n"]:
+def make_row_keys(files: Sequence[tuple[str, int]]) -> UInt64[np.ndarray, "n"]:
     """Return the keys of the rows of a table: the numbers that follow its file's.
 
     Args:
@@ -37,7 +39,7 @@ def row_keys(files: Sequence[tuple[str, int]]) -> UInt64[np.ndarray, "n"]:
     keys = []
     for state, n_rows in files:
         numbers = np.arange(n_rows, dtype=np.uint64)  # the sum wraps around
-        keys.append(numbers + np.uint64(key_of(state)) if state else np.zeros(n_rows, np.uint64))
+        keys.append(numbers + np.uint64(make_key(state)) if state else np.zeros(n_rows, np.uint64))
     return np.concatenate(keys)
 
 
@@ -56,10 +58,16 @@ class HeaderCache:
         """Load the headers, sorted by key. The first has no key: it is never empty."""
         try:
             known = np.load(self.path)
-        except (OSError, ValueError, EOFError):  # none yet, or damaged
-            known = np.zeros(0, HEADER)
-        known = known if known.dtype == HEADER else np.zeros(0, HEADER)
-        return np.concatenate([np.zeros(1, HEADER), known])
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # none yet, or damaged
+            known = None
+        is_sound = isinstance(known, np.ndarray) and known.dtype == HEADER and known.ndim == 1
+        return np.concatenate([np.zeros(1, HEADER), known if is_sound else np.zeros(0, HEADER)])
+
+    def can_save(self) -> bool:
+        """Return whether the file's folder can be made and written to."""
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        return os.access(self.path.parent, os.W_OK)
 
     def find(self, keys: UInt64[np.ndarray, "n"]) -> np.ndarray:
         """Find the headers of images; they are unreadable where none is known."""

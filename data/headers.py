@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import images
-from data.header_cache import COLOUR, GREY, NO_KEY, UNREADABLE, HeaderCache, key_of, row_keys
+from data.header_cache import COLOUR, GREY, NO_KEY, UNREADABLE, HeaderCache, make_key, make_row_keys
 from data.parquet import ParquetSplit
 from data.rows import Split, file_name
 from runtime.errors import UserError, count
@@ -88,14 +88,14 @@ def read_headers(split: Split, *, of_all: bool = False) -> Headers:
     first = split.read_cells([int(split.rows[0])])[0]
     if _is_file(first):
         paths = [file_name(cell) for cell in split.read_cells(split.rows.tolist())]
-        keys = np.array([key_of(describe_state(path)) for path in paths], np.uint64)
+        keys = np.array([make_key(describe_state(path)) for path in paths], np.uint64)
 
         def read_files(indices: Int64[np.ndarray, "b"]) -> list[Header]:
             return [_read_header({"bytes": None, "path": paths[i]}) for i in indices]
 
         return _read_new(split, keys, read_files, title, paths)
     rows = split.rows if of_all else _choose_rows(split)
-    keys = row_keys(split.data.file_states())[rows]
+    keys = make_row_keys(split.data.file_states())[rows]
 
     def read_cells(indices: Int64[np.ndarray, "b"]) -> list[Header]:
         cells = split.read_cells(rows[indices].tolist())
@@ -142,9 +142,12 @@ def _read_new(
     headers = cache.find(keys)
     new = np.flatnonzero(headers["kind"] == UNREADABLE)
     if title and len(new) > ROWS_AT_ONCE:
-        once = f"once: they are cached in {cache.path}"
-        how = once if keys[new].any() else "as at each start: nothing tells when they change"
-        print(f"reading the sizes of {len(new)} images of {title}, {how}", file=sys.stderr)
+        when = "as at each start: nothing tells when they change"
+        if keys[new].any():
+            when = f"once: they are cached in {cache.path}"
+            if not cache.can_save():
+                when = f"as at each start: {cache.path.parent} cannot be written"
+        print(f"reading the sizes of {len(new)} images of {title}, {when}", file=sys.stderr)
     try:
         with closing(_in_threads(read, new, title)) as parts:
             for part, facts in parts:

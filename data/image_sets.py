@@ -90,11 +90,10 @@ def image_set_from_split(
 
     c = source.config
     card = {"dataset_name": name, "split": split, "image_size": c.image_size}
+    notice = f" (split '{split}' of {name}, cropped and resized to that)"
     if c.crop == "letterbox":
-        card["letterbox"] = True
-    how = "resized to that"
-    how = f"{how} between black bars" if c.crop == "letterbox" else f"cropped and {how}"
-    notice = f" (split '{split}' of {name}, {how})"
+        card["crop"] = c.crop
+        notice = f" (split '{split}' of {name}, resized to that between black bars)"
     return ImageSet(len(rows), batches, card, (*c.size.sides, c.channels), notice)
 
 
@@ -128,14 +127,8 @@ def image_set_from_folder(
     Raises:
         UserError: there are none, one cannot be read, or their sizes differ.
     """
-    if folder.is_file():
-        raise UserError(f"'{folder}' is a file, not a folder of images; --npz takes an .npz")
-    if not folder.is_dir():
-        raise UserError(f"there is no folder '{folder}'")
-    listing = list_files(folder)
+    listing = _list_images(folder)
     files = [folder / path for path in listing.images]
-    if not files:
-        raise UserError(f"'{folder}' holds no images{_describe_left_out(listing)}")
     with ThreadPoolExecutor() as pool:
         headers = list(pool.map(_read_header, files))
     size = None if image_size is None else ImageSize.parse(image_size)
@@ -162,9 +155,21 @@ def image_set_from_folder(
 
     card = {"images": str(folder), "image_size": size and size.written}
     if crop == "letterbox":
-        card["letterbox"] = True
+        card["crop"] = crop
     notice = _describe_headers(headers) + _describe_left_out(listing)
     return ImageSet(len(files), batches, card, first.shape, notice)
+
+
+def _list_images(folder: Path) -> Listing:
+    """List the images of a folder, of which there is at least one."""
+    if folder.is_file():
+        raise UserError(f"'{folder}' is a file, not a folder of images; --npz takes an .npz")
+    if not folder.is_dir():
+        raise UserError(f"there is no folder '{folder}'")
+    listing = list_files(folder)
+    if not listing.images:
+        raise UserError(f"'{folder}' holds no images{_describe_left_out(listing)}")
+    return listing
 
 
 def _read_header(file: Path) -> ImageHeader:

@@ -69,7 +69,7 @@ def decode_image(
         image = image.convert(mode)
     if image.size != (size.width, size.height):
         if letterbox:
-            image = _between_bars(image, size)
+            image = _letterbox(image, size)
         else:
             part = image.crop(_crop_box(image, size, place))
             # Antialiased as it shrinks.
@@ -77,7 +77,7 @@ def decode_image(
     return np.asarray(image).reshape(*size.sides, channels)
 
 
-def _between_bars(image: Image.Image, size: ImageSize) -> Image.Image:
+def _letterbox(image: Image.Image, size: ImageSize) -> Image.Image:
     """Resize an image to fit into `size`, to the nearest pixel, with black around it."""
     scale = min(size.width / image.width, size.height / image.height)
     width, height = max(round(scale * image.width), 1), max(round(scale * image.height), 1)

@@ -211,7 +211,8 @@ def _latents_entry(
     for flag, value in given.items():
         if value not in (None, fixed[flag]):
             raise UserError(
-                f"--{flag} {value}: the latents in '{folder}' have {flag} {fixed[flag]}"
+                f"--{flag} {value}: the latents in '{folder}' have {flag} {fixed[flag]}",
+                how="leave it out, or convert again with another",
             )
     return dataclasses.replace(
         entry,

@@ -83,13 +83,14 @@ class Reference:
             crop: of the model's training.
         """
         images = self.card.get("pictures", {})
-        own, theirs = images.get("letterbox", False), crop == "letterbox"
-        if not images.get("image_size") or own == theirs:
+        are_whole = [kind == "letterbox" for kind in (crop, images.get("crop"))]
+        if not images.get("image_size") or are_whole[0] == are_whole[1]:
             return ""
-        how = ("cropped", "shown whole, between black bars")
+        words = ["shown whole, between black bars" if whole else "cropped" for whole in are_whole]
         return (
-            f"warning: the images of the training are {how[theirs]}, those of the reference "
-            f"{how[own]}; make a reference with the --crop of the training"
+            f"warning: the images of the training are {words[0]}, those of the reference "
+            f"{words[1]}; unless all have the same proportions, make a reference with the --crop "
+            "of the training"
         )
 
 

@@ -162,17 +162,17 @@ def sample_batch(
     all_channels = config.channels if has_variance else None
     channels = sampler.guided_channels or all_channels
 
-    predict = _plain
+    predict = _predict
     if inner_guidance is not None:
         predict = partial(
-            _by_inner_head,
+            _predict_by_inner_head,
             scale=inner_guidance,
             interval=sampler.inner_interval,
             channels=all_channels,
         )
     elif route_guidance is not None:
         predict = partial(
-            _by_route,
+            _predict_by_route,
             keys_at=partial(route_keys, seed, index),
             rates=sampler.route_rates,
             scale=route_guidance,
@@ -195,7 +195,7 @@ def sample_batch(
     if weak_config:
         weak_model = nnx.merge(model_graphdef(weak_config), weak_params)
         predict_guided = extrapolate(
-            partial(_plain, weak_model, label=label),
+            partial(_predict, weak_model, label=label),
             predict_guided,
             weak_scale,
             interval=sampler.interval,
@@ -212,13 +212,13 @@ def sample_batch(
     )
 
 
-def _plain(model: Any, x: Array, t: Any, label: Any, span: Any = None) -> Array:
+def _predict(model: Any, x: Array, t: Any, label: Any, span: Any = None) -> Array:
     """Predict by the model alone; `span` is that of a step of MeanFlow."""
     options = {} if span is None else {"span": jnp.full(x.shape[0], span)}
     return model(x, jnp.full(x.shape[0], t), label, **options)
 
 
-def _by_inner_head(
+def _predict_by_inner_head(
     model: Any, x: Array, t: Any, label: Any, *, scale: Any, interval: Any, channels: int | None
 ) -> Array:
     """Predict by both heads of the model, the inner one as the weaker."""
@@ -230,7 +230,7 @@ def _by_inner_head(
     return extrapolate_pair(both, scale, interval=interval, channels=channels)(x, t)
 
 
-def _by_route(
+def _predict_by_route(
     model: Any,
     x: Array,
     t: Any,
