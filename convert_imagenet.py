@@ -169,6 +169,7 @@ def convert(config: ConvertConfig, source: Source, codec: Codec, folder: Path) -
         require_same_buckets(folder, encoding)
         if config.buckets:
             dataset = convert_parts(folder, encoding, parts, partial(convert_part, with_size=True))
+            parts = [part for part in parts if part.folder.name in dataset.encoding.buckets]
         else:
             dataset = convert_part(source, folder=folder, encoding=encoding)
         for part in parts if config.verify else ():

@@ -23,7 +23,7 @@ from networks import inception
 from networks.vit import vit_graphdef
 from pretrained.dinov2 import PretrainedDINOv2, normalize, read_dinov2
 from pretrained.inception import PretrainedInception, load_inception
-from runtime import parallel
+from runtime import parallel, processes
 from runtime.errors import UserError, unknown_name
 
 MAX_BATCHES_IN_FLIGHT = 2  # dispatched to the devices, features not yet fetched
@@ -212,7 +212,8 @@ def build_matching_extractor(
     if space == "pixels":
         return build_pixel_extractor(mesh)
     if space == "dinov2":
-        encoder = read_dinov2(str(weights))
+        with processes.first_then_others():  # the first may download it
+            encoder = read_dinov2(str(weights))
         _check_weights(reference, str(weights), encoder.hash)
         return build_dinov2_extractor(encoder, mesh)
     chosen = preparation or feature_card.get("preparation", "pytorch_fid")
@@ -221,7 +222,8 @@ def build_matching_extractor(
             f"reference {reference.path} was made with --preparation "
             f"{feature_card['preparation']}, not {chosen}"
         )
-    inception_weights = load_inception(str(weights))
+    with processes.first_then_others():
+        inception_weights = load_inception(str(weights))
     _check_weights(reference, str(weights), inception_weights.hash)
     return build_inception_extractor(inception_weights, mesh, preparation=chosen)
 

@@ -21,6 +21,7 @@ from methods.method import to_float
 from networks import autoencoder
 from networks.autoencoder import AutoencoderConfig
 from pretrained import autoencoder as pretrained
+from pretrained.weight_files import print_notices
 from runtime import parallel
 from runtime.errors import UserError
 
@@ -66,7 +67,8 @@ class Codec:
     def from_encoding(
         cls, encoding: LatentEncoding, mesh: parallel.Mesh, *, vae: str | None = None
     ) -> "Codec":
-        """Load the VAE that latents were made with.
+        """Load the VAE that latents were made with. Warns of one of another scale, where its
+        weights are not known.
 
         Args:
             vae: where it is now, if it has moved.
@@ -77,8 +79,8 @@ class Codec:
         path_or_id = vae or encoding.vae
         if not path_or_id:
             raise UserError("it is not recorded which VAE made these latents: name it by --vae")
+        scale = encoding.scaling_factor, encoding.shift_factor
         try:
-            scale = encoding.scaling_factor, encoding.shift_factor
             loaded = pretrained.load_autoencoder(path_or_id, scale=scale)
         except UserError as error:
             hint = "" if vae else "; if the VAE has moved, name its new place by --vae"
@@ -89,6 +91,14 @@ class Codec:
                 f"{encoding.dataset_name} were made with: its weights' hash is "
                 f"{loaded.hash[:12]}…, not {encoding.vae_hash[:12]}…; name the right one by --vae"
             )
+        own = loaded.config.scaling_factor, loaded.config.shift_factor
+        # Latents of these very weights may have been scaled otherwise on purpose.
+        if not encoding.vae_hash and own != scale:
+            warning = (
+                f"warning: scale and shift of its latents are {own[0]:g} and {own[1]:g}, those of "
+                f"the model's latents {scale[0]:g} and {scale[1]:g}: it may be another model's VAE"
+            )
+            print_notices(loaded.id, [warning])
         return cls(
             loaded,
             mesh,

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +15,8 @@ from data.image_buckets import select_bucket
 from data.latents import LatentDataset
 from data.rows import Source
 from datasets_config import LatentEncoding
-from inference.latent_writer import write_records
-from runtime.errors import UserError
+from inference.latent_writer import UnreadableError, write_records
+from runtime.errors import UserError, count
 from runtime.image_size import ImageSize
 from runtime.run_folder import create_run_folder
 
@@ -56,7 +57,9 @@ def require_same_buckets(folder: Path, encoding: LatentEncoding) -> None:
     if not (folder / latents.INFO_FILE).exists():
         return
     found = latents.read_latent_dataset(folder).encoding.buckets
-    if found != encoding.buckets:
+    # Those of which no image can be read are begun, and not among those found.
+    wanted = tuple(name for name in encoding.buckets if name in found)
+    if found != wanted or {*found, *begun} != {*encoding.buckets}:
         raise UserError(
             f"'{folder}' holds latents in {', '.join(found) or 'one shape'}, not in "
             f"{', '.join(encoding.buckets) or 'one shape'}; name another --out"
@@ -71,27 +74,51 @@ def convert_parts(
 ) -> LatentDataset:
     """Write the folder of each bucket, then the record and the card of all.
 
+    A bucket of which no training image can be read is left out, with its images to evaluate with.
+
     Args:
         encoding: of all buckets.
         convert: `convert_dataset`, with all but its source, folder and encoding.
+
+    Raises:
+        UserError: no training image of any bucket can be read.
     """
-    written, files = [], []
+    written, files, names, unreadable = [], [], [], []
     for part in parts:
         create_run_folder(part.folder / "data")
-        written.append(convert(part.source, folder=part.folder, encoding=part.encoding))
+        try:
+            written.append(convert(part.source, folder=part.folder, encoding=part.encoding))
+        except UnreadableError as error:
+            unreadable += error.rows
+            warn_of_empty_bucket(part, len(error.rows))
+            continue
+        names.append(part.folder.name)
         files += latents.latent_files(part.folder, "train", written[-1].n_files["train"])
+    if not written:
+        raise UnreadableError(encoding.dataset_name, unreadable)
     sums = latents.add_moment_sums(latents.read_file_record(file)["sums"] for file in files)
     splits = sorted({split for dataset in written for split in dataset.n_rows})
+    skipped = {
+        split: sorted(row for d in written for row in d.skipped.get(split, [])) for split in splits
+    }
     dataset = LatentDataset(
-        encoding=encoding,
+        encoding=dataclasses.replace(encoding, buckets=tuple(names)),
         channel_mean=tuple(sums.mean.tolist()),
         channel_std=tuple(sums.std.tolist()),
         n_rows={split: sum(d.n_rows.get(split, 0) for d in written) for split in splits},
         n_files={split: sum(d.n_files.get(split, 0) for d in written) for split in splits},
-        skipped={
-            split: sorted(row for d in written for row in d.skipped.get(split, []))
-            for split in splits
-        },
+        skipped=skipped | {"train": sorted(skipped["train"] + unreadable)},
     )
     write_records(folder, dataset)
     return dataset
+
+
+def warn_of_empty_bucket(part: BucketPart, n_rows: int) -> None:
+    """Print that a bucket is left out, and what is left out with it."""
+    n_eval = sum(len(split) for name, split in part.source.full_splits().items() if name != "train")
+    others = f", with {count(n_eval, 'image')} to evaluate with" if n_eval else ""
+    print(
+        f"warning: bucket {part.folder.name} is left out{others}: none of its "
+        f"{count(n_rows, 'training image')} can be read",
+        file=sys.stderr,
+    )

@@ -35,6 +35,19 @@ ROWS_PER_GROUP = 512  # of a Parquet row group, which streaming reads at a time
 IN_FLIGHT = 2  # batches on the devices whose results are not read yet
 
 
+class UnreadableError(UserError):
+    """None of the training images can be read.
+
+    Args:
+        dataset_name: in the message.
+        rows: their numbers in the source.
+    """
+
+    def __init__(self, dataset_name: str, rows: list[int]):
+        super().__init__(f"no image of {dataset_name} can be read")
+        self.rows = rows
+
+
 # --- one file -------------------------------------------------------------------------------------
 
 
@@ -225,7 +238,8 @@ def convert_dataset(
         with_size: each row tells its height and width too.
 
     Raises:
-        UserError: the folder was begun with other settings, or no image can be read.
+        UserError: the folder was begun with other settings.
+        UnreadableError: no training image can be read; the other splits are not begun.
         RunError: a worker process dies over the same images again and again.
     """
     splits = source.full_splits()
@@ -264,6 +278,8 @@ def convert_dataset(
                             warning = f"warning: {split.describe(bad)}; it is left out"
                             bar.write(warning, file=sys.stderr)
                     write_latent_file(file, batches, split, encoding, with_size=with_size)
+            if name == "train":
+                require_readable(encoding, files[name])
     return write_manifest(folder, encoding, files)
 
 
@@ -322,20 +338,22 @@ def check_same_files(folder: Path, files: dict[str, list[LatentFile]]) -> None:
         )
 
 
+def require_readable(encoding: LatentEncoding, files: Sequence[LatentFile]) -> None:
+    """Raises UnreadableError if written files of the training split have no row."""
+    records = [latents.read_file_record(file.path) for file in files]
+    if not sum(record["n_rows"] for record in records):
+        rows = [row for record in records for row in record["skipped"]]
+        raise UnreadableError(encoding.dataset_name, rows)
+
+
 def write_manifest(
     folder: Path, encoding: LatentEncoding, files: dict[str, list[LatentFile]]
 ) -> LatentDataset:
-    """Write what holds for all files together: `latents.json` and the dataset card.
-
-    Raises:
-        UserError: no training image could be read.
-    """
+    """Write what holds for all files together: `latents.json` and the dataset card."""
     records = {
         name: [latents.read_file_record(file.path) for file in files[name]] for name in files
     }
     sums = latents.add_moment_sums(record["sums"] for record in records["train"])
-    if not sums.n:
-        raise UserError(f"no image of {encoding.dataset_name} can be read")
     dataset = LatentDataset(
         encoding=encoding,
         channel_mean=tuple(sums.mean.tolist()),
@@ -359,7 +377,8 @@ def write_records(folder: Path, dataset: LatentDataset) -> None:
 def dataset_card(dataset: LatentDataset) -> str:
     """Write the text of the folder's page on the hub."""
     encoding = dataset.encoding
-    patterns = {name: f"data/{name}-*.parquet" for name in dataset.n_rows}
+    # `load_dataset` refuses a split of empty files.
+    patterns = {name: f"data/{name}-*.parquet" for name, n in dataset.n_rows.items() if n}
     if encoding.buckets:
         patterns = {name: f'"*/{pattern}"' for name, pattern in patterns.items()}
     files = "\n".join(

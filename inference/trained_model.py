@@ -252,7 +252,7 @@ class TrainedModel:
             UserError: its patches, or the VAE's latents, do not divide the size, or its positions
                 are learned, which are of one size alone.
         """
-        size, own = ImageSize.parse(written), self.image_size
+        size, own = ImageSize.parse(written, "--size"), self.image_size
         if size == own:
             return self
         downsampling = own.height // self.model.size.height
@@ -335,7 +335,7 @@ class TrainedModel:
         if all(side <= most for side, most in zip(self.image_size.sides, longest)):
             return ""
         return (
-            f"size {self.image_size}: {self.name} was trained on images of "
+            f"size {self.image_size}: the model was trained on images of "
             f"{', '.join(map(str, self.trained_sizes))}, and has seen no place beyond their edges"
         )
 

@@ -89,8 +89,8 @@ def read_autoencoder_file(
     heads = pop_heads(file.tensors, autoencoder_names.PARTS)
     tensors = autoencoder_names.rename_to_diffusers(file.tensors, where)
     config = infer_config({name: x.shape for name, x in tensors.items()}, where)
-    if reference.family or not scale:
-        families = find_families(file.shapes, file.facts, where)
+    families = find_families(file.shapes, file.facts, where)
+    if reference.family or not scale or len(_known_families(families, config)) == 1:
         family = _choose_family(reference.family, families, config, where)
         scale = SCALES[family][1:]
     config = replace(config, scaling_factor=scale[0], shift_factor=scale[1])
@@ -172,6 +172,18 @@ def find_families(shapes: Shapes, facts: Mapping[str, Any], where: str) -> set[s
     return families | named
 
 
+def _fitting_families(config: AutoencoderConfig) -> list[str]:
+    """List the families whose latents have as many channels."""
+    channels = config.latent_channels
+    return [name for name, scale in SCALES.items() if scale.latent_channels == channels]
+
+
+def _known_families(families: set[str], config: AutoencoderConfig) -> set[str]:
+    """Return those of a file's families whose scale its latents can have."""
+    # The upscaler of Stable Diffusion, of a quarter of the size, has another scale.
+    return families & {*_fitting_families(config)} if config.downsampling == 8 else set()
+
+
 def _choose_family(
     given: str | None, families: set[str], config: AutoencoderConfig, where: str
 ) -> str:
@@ -184,8 +196,7 @@ def _choose_family(
     Raises:
         UserError: there is none, or none for certain.
     """
-    channels = config.latent_channels
-    fitting = [name for name, scale in SCALES.items() if scale.latent_channels == channels]
+    channels, fitting = config.latent_channels, _fitting_families(config)
     if given and given not in fitting:
         expected = SCALES[given].latent_channels
         raise UserError(f"'{where}' has latents of {channels} channels; {given} has {expected}")
@@ -194,8 +205,7 @@ def _choose_family(
         raise UserError(f"'{where}' is of {other} by what else is in it: leave out {given}:")
     if given:
         return given
-    # The upscaler of Stable Diffusion, of a quarter of the size, has another scale.
-    known = families & {*fitting} if config.downsampling == 8 else set()
+    known = _known_families(families, config)
     if len(known) == 1:
         return known.pop()
     if not fitting:

@@ -168,7 +168,8 @@ def read_bare_weights(path_or_id: str, purpose: str) -> dict[str, np.ndarray]:
         purpose: what they are for, for the messages of errors.
 
     Raises:
-        UserError: there are no such files, or one is damaged or holds more than tensors.
+        UserError: there are no such files, one is damaged or holds more than tensors, or two hold
+            different tensors of one name.
     """
     path = Path(path_or_id).expanduser()
     if path.is_file():
@@ -183,8 +184,17 @@ def read_bare_weights(path_or_id: str, purpose: str) -> dict[str, np.ndarray]:
     if not files:
         raise UserError(f"{purpose} '{path_or_id}': it holds no {patterns}")
     tensors: dict[str, np.ndarray] = {}
+    sources: dict[str, Path] = {}
     for file in files:
-        tensors |= read_tensor_file(file)
+        for name, x in read_tensor_file(file).items():
+            # The same weights in two formats are one network.
+            if name in tensors and not np.array_equal(tensors[name], x):
+                raise UserError(
+                    f"{purpose} '{path_or_id}': {sources[name].name} and {file.name} hold "
+                    "different weights of the same names",
+                    how=f"name one of the files, such as {file}",
+                )
+            tensors[name], sources[name] = x, file
     eight_bits.apply_scales(tensors, path_or_id)
     return tensors
 

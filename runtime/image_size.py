@@ -31,8 +31,11 @@ class ImageSize:
             raise UserError(f"image_size {self}: must be at least 1")
 
     @classmethod
-    def parse(cls, written: WrittenSize) -> "ImageSize":
+    def parse(cls, written: WrittenSize, name: str = "image_size") -> "ImageSize":
         """Read a size as it is written.
+
+        Args:
+            name: of the setting, in errors.
 
         Raises:
             UserError: the text is no size.
@@ -42,9 +45,11 @@ class ImageSize:
         match = re.fullmatch(r"(\d+)(?:[x×](\d+))?", written)
         if not match:
             raise UserError(
-                f"image_size '{written}': must be a number of pixels such as 256, or HEIGHTxWIDTH "
+                f"{name} '{written}': must be a number of pixels such as 256, or HEIGHTxWIDTH "
                 "such as 256x192"
             )
+        if not all(int(side) for side in match.groups(default="1")):
+            raise UserError(f"{name} {written}: must be at least 1")
         return cls(int(match[1]), int(match[2] or match[1]))
 
     @property

@@ -32,6 +32,7 @@ from runtime.run_folder import read_config
 MAX_QUEUED = 20  # jobs that wait for the device; more are refused
 MAX_GRIDS = 24  # of a run's samples during training
 MAX_CFG_SCALE = 15  # of the slider, unless the model's own is larger
+WARNING_SECONDS = 30  # that it is shown: another size compiles another program first
 FILE_SECONDS = 3600  # how long an image stays available to its visitor
 # Grids keep their proportions, where thumbnails would be squares, and captions stay below them. All
 # of a gallery is shown, without a scroll bar.
@@ -236,7 +237,7 @@ def fields_for_model(model: TrainedModel) -> list[Any]:
             choices=sizes,
             value=sizes[0] if sizes else "",
             visible=bool(sizes),
-            info="height x width; others can be written",
+            info="height x width; choose one or write another",
         ),
         gr.skip(),
         gr.update(
@@ -327,8 +328,7 @@ def add_generate_tab(
         with show_errors():
             job = read_job(values, n_images=n, n_steps=steps, cfg_scale=scale)
             loaded = models.load(name)
-            if warning := service.at_size(loaded, job).size_warning:
-                gr.Warning(warning)
+            warn_of_size(loaded, job)
             images = []
             for batch in service.run_job(loaded, job):
                 images += batch
@@ -359,15 +359,27 @@ def add_comparison_tab(models: ModelLibrary, model: gr.Dropdown, fields: list[An
 
     def on_compare(name: str, scales: str, steps: str, *values: Any) -> Iterator[Image.Image]:
         with show_errors():
+            loaded, job = models.load(name), read_job(values)
+            warn_of_size(loaded, job)
             yield from service.sample_comparison_grid(
-                models.load(name),
-                read_job(values),
+                loaded,
+                job,
                 parse_numbers(scales, float),
                 parse_numbers(steps, int),
             )
 
     connect_to_device(compare.click, on_compare, [model, scales, steps, *fields], [grid])
     return scales
+
+
+def warn_of_size(model: TrainedModel, job: SampleJob) -> None:
+    """Show a warning about images larger than those of the training.
+
+    Raises:
+        UserError: the model cannot sample this size.
+    """
+    if warning := service.at_size(model, job).size_warning:
+        gr.Warning(warning, duration=WARNING_SECONDS)
 
 
 def parse_numbers(text: str, kind: type) -> list[Any]:

@@ -10,6 +10,7 @@ Knows nothing of Gradio and stores no samples. Jobs must run one after the other
 """
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from inference.autoguidance import plan_with_guide
 from inference.labels import SampleRequest
 from inference.trained_model import SamplingOverrides, SamplingPlan, TrainedModel
 from runtime.errors import UserError, unknown_name
+from runtime.image_size import ImageSize
 from runtime.run_folder import CONFIG_FILE, RUNS, read_config
 
 # Limits of one job, so that no visitor keeps the device from the others for long.
@@ -194,13 +196,12 @@ def at_size(model: TrainedModel, job: SampleJob) -> TrainedModel:
     """
     if not job.size.strip():
         return model
-    sized = model.at_size(job.size.strip())
-    area, own = (math.prod(m.image_size.sides) for m in (sized, model))
-    if area > MAX_AREA * own:
-        raise UserError(
-            f"size {job.size}: at most {MAX_AREA} times the area of {model.image_size} is drawn"
-        )
-    return sized
+    # The page writes sizes as 32 × 32 too.
+    written = re.sub(r"\s*[xX×]\s*", "x", job.size.strip())
+    size, own = ImageSize.parse(written, "size"), model.image_size
+    if math.prod(size.sides) > MAX_AREA * math.prod(own.sides):
+        raise UserError(f"size {size}: at most {MAX_AREA} times the area of {own} can be sampled")
+    return model.at_size(size.written)
 
 
 def check_job(model: TrainedModel, job: SampleJob) -> None:

@@ -148,6 +148,46 @@ def test_a_run_trains_on_latents_of_several_shapes(config, folder, vae, tmp_path
         Trainer(replace(run, buckets=("3",), run_dir=tmp_path / "other"))
 
 
+def test_buckets_of_unreadable_images_stop_no_others(codec, tmp_path, capsys):
+    """Truncated: all training images of one shape, and all images to evaluate with of another."""
+    album, folder, rng = tmp_path / "album", tmp_path / "latents", np.random.default_rng(1)
+    tall, wide = ("test", (8, 12)), ("train", (24, 8))
+    for split in ("train", "test"):
+        for i, size in enumerate([(8, 8)] * 4 + [(8, 12)] * 3 + [(24, 8)] * 2):
+            path = album / split / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = image_file(rng, size=size)
+            path.write_bytes(
+                content[: len(content) // 2] if (split, size) in (tall, wide) else content
+            )
+    source = open_dataset(f"folder:{album}", image_size=16, channels=1)
+    flags = ConvertConfig(
+        dataset_name=f"folder:{album}", buckets=("16", "24x12", "8x32"), n_workers=0, verify=2
+    )
+    written = convert(flags, source, codec, folder)
+    warning = "bucket 8x32 is left out, with 2 images to evaluate with: none of its 2 training"
+    assert warning in capsys.readouterr().err
+    assert written.encoding.buckets == ("16x16", "24x12")
+    assert written.n_rows == {"train": 7, "test": 4}
+    assert {name: len(rows) for name, rows in written.skipped.items()} == {"train": 2, "test": 3}
+    record = (folder / latents.INFO_FILE).read_bytes()
+    assert convert(flags, source, codec, folder) == written
+    assert (folder / latents.INFO_FILE).read_bytes() == record
+    assert check_latents_with_vae(folder, codec.mesh).count("sound") == 3
+    opened = open_dataset(source.config.name, latents_dir=folder)
+    assert opened.buckets
+    assert {name: b.sizes for name, b in opened.buckets.items()} == {
+        "train": (4, 3),
+        "eval": (4, 0),
+    }
+    with pytest.raises(UserError, match="holds latents in 16x16, 24x12, not in 24x12, 8x32, 16x16"):
+        convert(replace(flags, buckets=("24x12", "8x32", "16")), source, codec, folder)
+    for path in (album / "train").rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(UserError, match=r"no image of folder:.*album can be read"):
+        convert(flags, source, codec, tmp_path / "none")
+
+
 def test_a_damaged_bucket_or_another_conversion_is_refused(config, source, codec, folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)

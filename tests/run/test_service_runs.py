@@ -37,10 +37,13 @@ def test_images_of_another_size_are_drawn_up_to_a_limit(digits):
     job = replace(JOB, n_images=1, n_steps=1, size="8x16")
     assert sample(digits, job)[0].shape == (1, 256, 512)
     assert "trained on images of 8, and" in service.at_size(digits, job).size_warning
+    assert service.at_size(digits, replace(job, size="8 × 16")).image_size.in_full == "8x16"
     for size, message in (
-        ("64", "at most 4 times the area of 8 is drawn"),
-        ("9x8", "both sides must be multiples of 4"),
-        ("wide", "must be a number of pixels"),
+        ("64", "size 64: at most 4 times the area of 8 can be sampled"),
+        ("9999x9999", "at most 4 times the area of 8 can be sampled"),
+        ("9x8", "size 9x8: both sides must be multiples of 4"),
+        ("wide", "^size 'wide': must be a number of pixels"),
+        ("8x0", "^size 8x0: must be at least 1"),
     ):
         with pytest.raises(UserError, match=message):
             list(service.run_job(digits, replace(job, size=size)))

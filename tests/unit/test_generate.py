@@ -87,7 +87,7 @@ def test_images_of_another_size_than_the_training_s(command, digits, tmp_path, c
     command(out=tmp_path / "small.npz", n=2, size="4x8")
     assert not capsys.readouterr().err.count("warning")
     command(out=tmp_path / "wide.npz", n=2, size="4x12")
-    warning = "warning: size 4x12: digits was trained on images of 8, and has seen no place"
+    warning = "warning: size 4x12: the model was trained on images of 8, and has seen no place"
     assert warning in capsys.readouterr().err
     shapes = [arrays(tmp_path / f"{name}.npz")[0].shape for name in ("small", "wide")]
     assert shapes == [(2, 4, 8, 1), (2, 4, 12, 1)]

@@ -1,6 +1,7 @@
 """Features of FD-DINOv2 as dgm-eval computes them; references that name their encoder."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import jax
@@ -16,7 +17,7 @@ import evaluate
 from evaluate import EvaluateConfig
 from evaluation import features
 from pretrained.dinov2 import IMAGENET_MEAN, IMAGENET_STD, read_dinov2
-from runtime import parallel
+from runtime import parallel, processes
 from runtime.errors import UserError
 
 
@@ -85,3 +86,29 @@ def test_a_reference_names_its_encoder_and_refuses_another(encoder, tmp_path, ca
     message = f"made with other weights than '{other}': their hash is {card['weights'][:12]}…, not"
     with pytest.raises(UserError, match=message):
         evaluate.main(replace(config, encoder=other))
+
+
+@pytest.mark.parametrize(
+    ("space", "reader"), [("dinov2", "read_dinov2"), ("inception", "load_inception")]
+)
+def test_processes_read_weights_one_after_the_other(space, reader, monkeypatch):
+    """The first may download them."""
+    events = []
+
+    @contextmanager
+    def first_then_others():
+        events.append("begin")
+        try:
+            yield
+        finally:
+            events.append("end")
+
+    def read(_):
+        events.append("read")
+        raise UserError("no such weights")
+
+    monkeypatch.setattr(processes, "first_then_others", first_then_others)
+    monkeypatch.setattr(features, reader, read)
+    with pytest.raises(UserError, match="no such weights"):
+        features.build_matching_extractor(None, parallel.make_mesh(), space=space, weights="x")
+    assert events == ["begin", "read", "end"]

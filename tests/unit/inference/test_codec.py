@@ -1,5 +1,7 @@
 """Images go to latents and back by the VAE's own weights and scale, however they are sharded."""
 
+from dataclasses import replace
+
 import averaging
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ from codec_cases import (
     on_all,  # noqa: F401
     random,  # noqa: F401
 )
+from latents_cases import ENCODING
 
 from inference import codec
 from inference.codec import Codec
@@ -49,3 +52,19 @@ def test_moments_beyond_float16_are_clipped_not_infinite(tmp_path):
     assert (
         moments[..., 0].max() == codec.MAX_FLOAT16 and moments[..., 1].min() == -codec.MAX_FLOAT16
     )
+
+
+def test_a_vae_of_another_scale_is_warned_of_where_its_weights_are_not_known(tmp_path, capsys):
+    folder, mesh = averaging.save(tmp_path), parallel.make_mesh()
+    own = {"scaling_factor": averaging.SCALE, "shift_factor": averaging.SHIFT}
+    unknown = replace(ENCODING, vae_hash="", **own)
+    Codec.from_encoding(unknown, mesh, vae=str(folder))
+    assert not capsys.readouterr().err
+    other = Codec.from_encoding(replace(unknown, scaling_factor=0.18215), mesh, vae=str(folder))
+    assert other.scaling_factor == 0.18215
+    warning = capsys.readouterr().err
+    assert f"its latents are {averaging.SCALE:g} and {averaging.SHIFT:g}, those of" in warning
+    assert "0.18215" in warning and warning.count("\n") == 1
+    known = replace(unknown, scaling_factor=0.18215, vae_hash=Codec.open(str(folder), mesh).hash)
+    Codec.from_encoding(known, mesh, vae=str(folder))
+    assert not capsys.readouterr().err

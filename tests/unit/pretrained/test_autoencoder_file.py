@@ -75,6 +75,8 @@ def test_the_vae_of_a_whole_file_is_as_diffusers_converts_it(beside, name, tmp_p
     loaded = load(tensors | {beside: torch.ones(3)}, tmp_path / "a.safetensors")
     assert loaded.config == CONFIGS[name] and loaded.id == str(tmp_path / "a.safetensors")
     assert_same(loaded.params, params_of(theirs, CONFIGS[name]))
+    # What the file tells of its latents counts beside another model too.
+    assert autoencoder.load_autoencoder(loaded.id, scale=(0.5, 0.1)).config == CONFIGS[name]
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3"])

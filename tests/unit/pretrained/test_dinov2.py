@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from networks.vit import bicubic_matrix
+from pretrained import weight_files
 from pretrained.dinov2 import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -140,6 +141,15 @@ def test_configs_that_do_not_fit_are_refused(encoders, tmp_path, facts, message)
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     with pytest.raises(UserError, match=message):
         read_dinov2(str(tmp_path))
+
+
+def test_a_folder_of_two_encoders_is_refused_by_their_names(tmp_path):
+    for name, x in (("a.pth", torch.zeros(2)), ("b.pth", torch.zeros(2)), ("c.pth", torch.ones(2))):
+        torch.save({"cls_token": x}, tmp_path / name)
+    with pytest.raises(UserError, match=r"b\.pth and c\.pth hold different .* such as .*c\.pth"):
+        read_dinov2(str(tmp_path))
+    (tmp_path / "c.pth").unlink()
+    assert list(weight_files.read_bare_weights(str(tmp_path), "DINOv2")) == ["cls_token"]
 
 
 def test_weights_that_are_no_dinov2_are_refused(encoders, tmp_path):
