@@ -60,8 +60,9 @@ class HeaderCache:
             known = np.load(self.path)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # none yet, or damaged
             known = None
-        is_sound = isinstance(known, np.ndarray) and known.dtype == HEADER and known.ndim == 1
-        return np.concatenate([np.zeros(1, HEADER), known if is_sound else np.zeros(0, HEADER)])
+        if not isinstance(known, np.ndarray) or known.dtype != HEADER or known.ndim != 1:
+            known = np.zeros(0, HEADER)
+        return np.concatenate([np.zeros(1, HEADER), known])
 
     def can_save(self) -> bool:
         """Return whether the file's folder can be made and written to."""

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import nano  # noqa: F401  (its sizes)
 import numpy as np
@@ -245,13 +246,14 @@ def test_a_reference_of_cropped_images_is_none_of_a_model_of_whole_ones(tmp_path
     """Of images of a folder that were not resized nothing is known."""
     for name in "ab":
         Image.new("L", (16, 8), 255).save(tmp_path / f"{name}.png")
-    flags = {"images": tmp_path, "features": "pixels"}
+    flags: dict[str, Any] = {"images": tmp_path, "features": "pixels"}
+    by_name: dict[str, dict[str, Any]] = {
+        "center": {"image_size": 8},
+        "letterbox": {"image_size": 8, "crop": "letterbox"},
+        "whole": {},
+    }
     found = {}
-    for name, options in (
-        ("center", {"image_size": 8}),
-        ("letterbox", {"image_size": 8, "crop": "letterbox"}),
-        ("whole", {}),
-    ):
+    for name, options in by_name.items():
         path = tmp_path / f"{name}.npz"
         evaluate.main(EvaluateConfig(**flags, **options, make_reference=path))
         found[name] = read_reference(path)

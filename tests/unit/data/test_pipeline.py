@@ -4,6 +4,7 @@ import io
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets.config
 import numpy as np
@@ -124,7 +125,7 @@ def test_random_crops_are_a_function_of_seed_and_position(tmp_path):
             cell for i in range(n) for cell in image_cells(1, size=((30, 16), (16, 40))[i % 2])
         ]
         folder = write_parquet(tmp_path, split=split, features={"image": Image()}, image=cells)
-    options = {"batch_size": 6, "seed": 1}
+    options: dict[str, Any] = {"batch_size": 6, "seed": 1}
     middle = Pipeline(open_dataset(f"folder:{folder}", image_size="16x20"), **options)
     source = open_dataset(f"folder:{folder}", image_size="16x20", crop="random")
     cropped, halves = Pipeline(source, **options, n_workers=0), []
