@@ -47,8 +47,9 @@ jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 
 
 UNIT, RUN = (Path(__file__).parent / name for name in ("unit", "run"))
-UNIT_SECONDS = 6  # of one unit test
-UNIT_BUDGET = 400  # seconds of all unit tests together
+# The same tests took 270 to 420 s on machines of one kind: the limits leave room for a slow one.
+UNIT_SECONDS = 10  # of one unit test
+UNIT_BUDGET = 600  # seconds of all unit tests together
 
 
 COMPILING = {"seconds": 0.0}  # of this process so far
