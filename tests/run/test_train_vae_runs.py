@@ -52,7 +52,7 @@ def test_a_run_is_resumed_by_its_own_command_only(whole, tmp_path, monkeypatch):
 def test_a_run_writes_its_metrics_checkpoints_and_grids(whole):
     folder = whole.run_dir
     lines = metrics(folder)
-    assert [line["step"] for line in lines] == [3, 6, 6, 8]
+    assert [line["step"] for line in lines] == [3, 6, 6, 8, 8]
     losses_of_critic = {"gan_loss", "critic_loss", "gan_weight"}
     assert {"loss", "pixel_loss", "gradient_loss", "kl", *losses_of_critic} < set(lines[0])
     assert all(lines[0][name] == 0 for name in losses_of_critic)  # before gan_start
