@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Metrics = Mapping[str, SupportsFloat | Sequence[SupportsFloat | None]]
 
 MIN_FREE_BYTES = 2**20
+NEVER = 1_000_000  # seconds; the most that a thread can wait are 2,147,483
 
 # Metrics that are printed, and how; the others are only in the file.
 PRINTED: dict[str, Callable[[float], str]] = {
@@ -228,7 +229,8 @@ def _writer(folder: Path, *, purge_step: int | None) -> "SummaryWriter":
     with _without_torch():
         from tensorboardX import SummaryWriter  # 0.2 s that other commands need not wait for
 
-    return SummaryWriter(str(folder), purge_step=purge_step)
+    # Flushed by the tracker alone: the writer's own thread would end in a traceback on a full disk.
+    return SummaryWriter(str(folder), purge_step=purge_step, flush_secs=NEVER)
 
 
 @contextmanager
