@@ -37,7 +37,7 @@ from runtime.flags import Derived, again, check_values, flag
 from runtime.image_size import WrittenSize
 from runtime.run_folder import create_run_folder, exclusive_writer
 from training.flag_groups import (
-    HOW_TO_CROP,
+    CROP_HELP,
     DatasetFlags,
     DeviceFlags,
     ImageFlags,
@@ -54,7 +54,7 @@ class LatentFlags:
     """Latents."""
 
     image_size: WrittenSize | None = again(ImageFlags, "image_size", above=None, at_least=1)
-    crop: Literal["center", "letterbox"] | None = again(ImageFlags, "crop", help=HOW_TO_CROP)
+    crop: Literal["center", "letterbox"] | None = again(ImageFlags, "crop", help=CROP_HELP)
     vae: str | None = flag(
         Derived(DEFAULT_VAE),
         "a folder in diffusers' layout, an id on the hub, or a file such as "

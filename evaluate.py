@@ -41,7 +41,7 @@ from runtime.files import check_distinct_paths, report_unwritable
 from runtime.flags import Derived, again, check_values, flag, flags_of, reject_unused
 from runtime.image_size import WrittenSize
 from training.flag_groups import (
-    HOW_TO_CROP,
+    CROP_HELP,
     CheckpointFlags,
     ClusterFlags,
     DatasetFlags,
@@ -73,7 +73,7 @@ class ImageSourceFlags(SourceFlags):
     image_column: str | None = again(DatasetFlags, "image_column")
     split: str | None = flag(Derived(DEFAULT_SPLIT), "split of the dataset")
     image_size: WrittenSize | None = again(ImageFlags, "image_size", above=None, at_least=2)
-    crop: Literal["center", "letterbox"] | None = again(ImageFlags, "crop", help=HOW_TO_CROP)
+    crop: Literal["center", "letterbox"] | None = again(ImageFlags, "crop", help=CROP_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -499,7 +499,8 @@ def warn_of_crop(model: TrainedModel | None, reference: Reference | None) -> Non
     """Print a warning if only one of the model and the reference is of cropped images."""
     if model and reference and processes.is_first():
         warning = reference.compare_crop(model.settings.get("crop") or "center")
-        print(warning, end="\n" if warning else "")
+        if warning:
+            print(warning)
 
 
 def describe(images: ImageSet, config: EvaluateConfig, reference: Reference | None = None) -> None:

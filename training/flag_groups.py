@@ -20,7 +20,7 @@ from training import optim
 DEFAULT_DATASET = "digits"
 UNLABELLED = ("stop", "skip")
 BY_DATASET = Derived("as the dataset recommends")  # in its entry in datasets_config.py
-HOW_TO_CROP = (
+CROP_HELP = (
     "how an image gets the proportions of image_size: center cuts out its middle, letterbox shows "
     "all of it between black bars"
 )
@@ -61,7 +61,7 @@ class ImageFlags:
     channels: int = setting(BY_DATASET, "1 (greyscale) or 3 (RGB)")
     crop: Crop = setting(
         BY_DATASET,
-        f"{HOW_TO_CROP}, random cuts out a part anywhere, anew in each epoch",
+        f"{CROP_HELP}, random cuts out a part anywhere, anew in each epoch",
     )
 
 
